@@ -1,0 +1,31 @@
+"""e2ediff: encoder, decoder and diffusion network trained together, in one stage.
+
+The vocabulary lies at the top of this package, one contract a file: `data`, `interpolant`,
+`times`, `latent`, `backbone`, `objective`, `denoiser`, `sampler`, `features`, `diagnostic`,
+`optimizer`, `tracker`, `errors`.
+This module itself imports nothing heavy, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from e2ediff.run.generate import Model
+
+__version__ = "0.1.0"
+
+hookimpl = pluggy.HookimplMarker("e2ediff")
+"""Marks a function of a plugin as one of the hooks of `e2ediff.host.hookspecs`."""
+
+
+def load(run: str, **options: Any) -> Model:
+    """A trained model from a run's directory: `e2ediff.load("runs/quickstart").sample([0, 9])`.
+
+    Options are those of `e2ediff.run.load.load_model`.
+    """
+    from e2ediff.run.load import load_model
+
+    return load_model(run, **options)

@@ -1,0 +1,5 @@
+"""`python -m e2ediff`."""
+
+from e2ediff.cli import main
+
+main()

@@ -1,0 +1,165 @@
+"""The network: three modes, passes as values, and the latent contract.
+
+Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from e2ediff.data import ImageSpec
+from e2ediff.latent import LatentNorm
+
+
+@attrs.frozen
+class LatentSpec:
+    """The latent contract: N tokens of D channels, and how they are normalised.
+
+    `grid` is (rows, columns) where tokens lie on the image plane, token i being at row
+    i // columns; `None` for tokens without a place (registers).
+    """
+
+    tokens: int
+    dim: int
+    norm: str
+    grid: tuple[int, int] | None = None
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Encode:
+    """Image to latent.
+
+    Args:
+        x: Images, (B, C, H, W), in [-1, 1].
+        mask: (B, N), bool; True hides that patch behind the learned mask token.
+        taps: Blocks (1 is the first) whose output tokens are wanted as features.
+    """
+
+    x: Tensor
+    mask: Tensor | None = None
+    taps: tuple[int, ...] = ()
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Decode:
+    """Latent (B, N, D) to image."""
+
+    z: Tensor
+    taps: tuple[int, ...] = ()
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Denoise:
+    """Noised latent to a prediction.
+
+    Args:
+        z_t: (B, N, D).
+        t: Time, (B,), in [0, 1]; 1 is data.
+        label: (B,), int64; the null label (`ImageSpec.null_label`) for unconditional.
+        taps: Blocks (1 is the first) whose output tokens are wanted as features.
+    """
+
+    z_t: Tensor
+    t: Tensor
+    label: Tensor
+    taps: tuple[int, ...] = ()
+
+
+Pass = Encode | Decode | Denoise
+
+
+@attrs.frozen(eq=False)
+class Output:
+    """What one pass returns.
+
+    `value` is (B, N, D) for encode and denoise, (B, C, H, W) for decode, always float32.
+    `features` maps each tap to (B, N, W).
+    `raw` is the latent before its normalisation, for encode passes.
+    """
+
+    value: Tensor
+    features: Mapping[int, Tensor] = attrs.field(factory=dict)
+    raw: Tensor | None = None
+
+
+class Backbone(nn.Module, ABC):
+    """A network that encodes, decodes and denoises.
+
+    A subclass sets `image`, `latent` and `latent_norm` in its constructor and implements the
+    three modes; `outputs` is overridden to fuse passes or to offer features.
+    `depth` and `width` say what can be tapped: blocks 1 to depth, tokens (B, N, width).
+    `denoiser_apart` is True where `denoise` shares no weight with `encode` and `decode`, so that
+    training one leaves the other as it is.
+    """
+
+    image: ImageSpec
+    latent: LatentSpec
+    latent_norm: LatentNorm
+    depth: int = 0
+    width: int = 0
+    denoiser_apart: bool = False
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent (B, N, D) of images (B, C, H, W), normalised."""
+
+    @abstractmethod
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (B, C, H, W) of latents (B, N, D); not clipped."""
+
+    @abstractmethod
+    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Prediction (B, N, D) of the recipe's `predicts` kind, from z_t, t (B,), label (B,)."""
+
+    def outputs(self, *passes: Pass) -> list[Output]:
+        """Run passes, in any order and number, and return one `Output` for each.
+
+        This default runs them one by one and offers no features; override it to fuse passes
+        that do not need each other into one batch.
+
+        Raises:
+            ValueError: A pass asks for a mask or for features that this backbone lacks.
+        """
+        results = []
+        for p in passes:
+            if p.taps or (isinstance(p, Encode) and p.mask is not None):
+                raise ValueError(f"{type(self).__name__} offers neither features nor masks")
+            if isinstance(p, Encode):
+                results.append(Output(self.encode(p.x)))
+            elif isinstance(p, Decode):
+                results.append(Output(self.decode(p.z)))
+            else:
+                results.append(Output(self.denoise(p.z_t, p.t, p.label)))
+        return results
+
+    def run(self, *passes: Pass) -> list[Tensor]:
+        """The values of `outputs`, for objectives that need no features."""
+        return [o.value for o in self.outputs(*passes)]
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
+        """Choose kernels for this device and compute type; called once, after the move.
+
+        Returns:
+            What was chosen and why, by topic, to be recorded in the run.
+        """
+        return {}
+
+
+class BackboneConfig(ABC):
+    """The recipe's `backbone:` block: a frozen value that builds the network."""
+
+    @abstractmethod
+    def build(self, image: ImageSpec) -> Backbone:
+        """A freshly initialised network for these images.
+
+        Randomness: torch's global generator, which the engine seeds from the recipe.
+        """
+
+    def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
+        """What does not fit these images: (field, complaint) pairs, before anything is built."""
+        return ()

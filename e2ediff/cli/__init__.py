@@ -1,0 +1,75 @@
+"""The command line: one file a command, imported when it is called.
+
+Nothing here imports torch, so that `--help` answers at once.
+Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from e2ediff import __version__
+from e2ediff.errors import E2EDiffError
+
+# Command, its module below this package, and what the overview says of it.
+_COMMANDS = {
+    "run": ("run", "Train by a recipe."),
+    "sample": ("sample", "Make images with a trained run."),
+    "reconstruct": ("reconstruct", "Pass images through a trained encoder and decoder."),
+    "check": ("check", "Resolve a recipe, build it without memory, count it."),
+    "parts": ("parts", "List the parts that a recipe can name, with their options."),
+    "plugins": ("plugins", "List plugins, and what is wrong with those that are broken."),
+}
+
+
+class _Lazy(click.Group):
+    """A group whose commands are imported when they are called, and plugins' when looked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [*_COMMANDS, *sorted(self.commands)]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in _COMMANDS:
+            module = importlib.import_module(f"e2ediff.cli.{_COMMANDS[name][0]}")
+            command: click.Command = module.command
+            return command
+        if name not in self.commands:
+            from e2ediff.host.plugins import load
+
+            load().register_commands(self)
+        return super().get_command(context, name)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "--version", prog_name="e2ediff")
+def group() -> None:
+    """Train encoder, decoder and diffusion network together, by a YAML recipe.
+
+    \b
+    e2ediff run recipes/quickstart.yaml
+    e2ediff sample runs/quickstart --label sneaker
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends in one message and its exit code."""
+    try:
+        code = group.main(arguments, prog_name="e2ediff", standalone_mode=False)
+    except E2EDiffError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,59 @@
+"""`e2ediff check`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("check")
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`.")
+@click.option("--resolved", is_flag=True, help="Print the resolved recipe and nothing else.")
+def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
+    """Resolve RECIPE, build it on the meta device, and count it.
+
+    Needs no data, no GPU, and no memory for weights.
+    Prints the parts, the parameters of each module, shapes, and the FLOPs of one step.
+    """
+    from e2ediff.host.plugins import load
+    from e2ediff.host.recipe import dump_recipe, load_recipe
+    from e2ediff.run.assembly import check_fits
+    from e2ediff.run.count import count
+
+    host = load()
+    read = load_recipe(host, recipe, overrides)
+    check_fits(read, recipe)
+    if resolved:
+        click.echo(dump_recipe(host, read), nl=False)
+        return
+    found = count(read)
+    image, latent = read.data.image, found.latent
+    grid = f", grid {latent.grid[0]} x {latent.grid[1]}" if latent.grid else ""
+    click.echo(f"recipe      {read.name}: {read.total_images:,} images, {read.total_steps:,} steps")
+    click.echo(f"images      {image.channels} x {image.height} x {image.width}, {_classes(read)}")
+    click.echo(f"latent      {latent.tokens} tokens x {latent.dim}, norm {latent.norm}{grid}")
+    click.echo(f"objective   {host.registries['objectives'].name_of(type(read.objective))}")
+    click.echo(f"parameters  {_millions(found.parameters)}  ({found.parameters:,}; trained once,")
+    click.echo("            the averaged copies excluded)")
+    for name, size in found.modules.items():
+        click.echo(f"  {name:<28} {size:>14,}  {size / found.parameters:6.1%}")
+    for phase, flops in found.flops.items():
+        click.echo(
+            f"step        {flops / 1e9:,.2f} GFLOP an image in phase '{phase}', forward and "
+            f"backward; {flops * read.batch / 1e12:,.2f} TFLOP a step of {read.batch}"
+        )
+    state = found.state_bytes
+    click.echo(f"memory      {state / 2**30:.2f} GiB of weights, gradients, optimizer, averages")
+    click.echo("ok")
+
+
+def _classes(read: object) -> str:
+    from e2ediff.host.recipe import Recipe
+
+    assert isinstance(read, Recipe)
+    classes = read.data.image.classes
+    return f"{classes:,} classes" if classes else "no classes"
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters / 1e6:.2f}M"

@@ -1,0 +1,44 @@
+"""Diagnostics: figures about the health of the latents, on a fixed probe.
+
+Shapes: P probe images, C H W image, N latent tokens, D latent channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import attrs
+from torch import Tensor
+
+from e2ediff.interpolant import Kind
+
+
+@attrs.frozen(eq=False)
+class Probe:
+    """What the networks make of the probe images, in eval mode.
+
+    The images, their noise and the times never change during a run.
+
+    `x` (P, C, H, W) and `label` (P,) are the images; `x_hat` is their reconstruction.
+    `z` and `raw` (P, N, D) are the averaged encoder's latents after and before the latent norm;
+    `z_online` those of the trained encoder.
+    `denoised` maps times to the averaged denoiser's clean estimates (P, N, D) of `z`.
+    """
+
+    x: Tensor
+    label: Tensor
+    x_hat: Tensor
+    z: Tensor
+    raw: Tensor
+    z_online: Tensor
+    denoised: Mapping[float, Tensor]
+    predicts: Kind
+
+
+class Diagnostic(ABC):
+    """Figures measured on the probe, every so many images."""
+
+    @abstractmethod
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """Named figures; a name is the same in the log, in `metrics.jsonl` and in the docs."""

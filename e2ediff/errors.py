@@ -1,0 +1,95 @@
+"""Every error that a user can cause, one class for each thing that can be done wrong.
+
+The command line prints these without a traceback and exits with the class's `exit_code`.
+An error that is not listed here is a bug of e2ediff and keeps its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import attrs
+
+
+class E2EDiffError(Exception):
+    """What a user did wrong, or what the machine refused; the text says what to do about it."""
+
+    exit_code: ClassVar[int] = 2
+
+
+@attrs.frozen
+class Problem:
+    """One thing that is wrong in a recipe.
+
+    `where` is the path of the value inside the recipe (`objective.floor`), `line` its place
+    (`quickstart.yaml:14:5`, or `--set 2`), `what` the complaint and `hint` the way out.
+    """
+
+    where: str
+    what: str
+    line: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.line}: " if self.line else ""
+        hint = f" {self.hint}" if self.hint else ""
+        return f"{place}{self.where}: {self.what}{hint}"
+
+
+class RecipeError(E2EDiffError):
+    """A recipe is wrong; carries all of its problems, not only the first."""
+
+    exit_code = 3
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem" + ("" if len(self.problems) == 1 else "s")
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {p}" for p in self.problems)]))
+
+
+class PluginError(E2EDiffError):
+    """A plugin is missing, broken, or of another version than a recipe asks for."""
+
+    exit_code = 4
+
+
+class DuplicateNameError(PluginError):
+    """Two plugins register the same name in one registry."""
+
+
+class ShapeError(E2EDiffError):
+    """A tensor that crosses a contract has another shape than the contract says."""
+
+    exit_code = 4
+
+
+class DataError(E2EDiffError):
+    """A data set is missing, empty, damaged, or not what the recipe describes."""
+
+    exit_code = 5
+
+
+class CheckpointError(E2EDiffError):
+    """A checkpoint is damaged, incomplete, or does not fit the recipe."""
+
+    exit_code = 6
+
+
+class RunDirectoryError(E2EDiffError):
+    """A run directory is missing, taken, locked, or not a run directory."""
+
+    exit_code = 6
+
+
+class DivergedError(E2EDiffError):
+    """Training was stopped by a guard: a loss, a gradient or a weight is not finite."""
+
+    exit_code = 7
+
+
+class ResourceError(E2EDiffError):
+    """The machine refused: no such device, no space on the disk, not enough memory."""
+
+    exit_code = 8

@@ -1,0 +1,103 @@
+"""The parts that ship with e2ediff, registered through the same hooks as a stranger's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from e2ediff import hookimpl
+from e2ediff.parts import (
+    collapse,
+    features,
+    guidance,
+    interpolants,
+    objectives,
+    optim,
+    samplers,
+    sources,
+    times,
+    trackers,
+    vit,
+)
+
+Add = Callable[[str, type], None]
+
+
+@hookimpl
+def register_backbones(add: Add) -> None:
+    """The ViT with three modes."""
+    add("vit", vit.ViTConfig)
+
+
+@hookimpl
+def register_interpolants(add: Add) -> None:
+    """Noise schedules."""
+    add("linear", interpolants.Linear)
+    add("cosine", interpolants.Cosine)
+    add("ve", interpolants.VarianceExploding)
+
+
+@hookimpl
+def register_time_samplers(add: Add) -> None:
+    """Laws of training times."""
+    add("uniform", times.Uniform)
+    add("logit_normal", times.LogitNormal)
+    add("shifted", times.Shifted)
+
+
+@hookimpl
+def register_objectives(add: Add) -> None:
+    """The controls."""
+    add("coupled", objectives.Coupled)
+    add("detached", objectives.Detached)
+    add("two_stage", objectives.TwoStage)
+
+
+@hookimpl
+def register_guidance(add: Add) -> None:
+    """Guidance at sampling."""
+    add("classifier_free", guidance.ClassifierFree)
+
+
+@hookimpl
+def register_samplers(add: Add) -> None:
+    """Solvers of the probability-flow ODE."""
+    add("euler", samplers.Euler)
+    add("heun", samplers.Heun)
+
+
+@hookimpl
+def register_sources(add: Add) -> None:
+    """Where images come from."""
+    add("fashion_mnist", sources.FashionMNIST)
+    add("image_folder", sources.ImageFolder)
+    add("archive", sources.Archive)
+    add("synthetic", sources.Synthetic)
+
+
+@hookimpl
+def register_optimizers(add: Add) -> None:
+    """Optimizers with their schedules."""
+    add("adamw", optim.AdamW)
+    add("sgd", optim.SGD)
+
+
+@hookimpl
+def register_diagnostics(add: Add) -> None:
+    """Health of the latents."""
+    add("latent_health", collapse.LatentHealth)
+    add("rank_gap", collapse.RankGap)
+    add("reconstruction", collapse.Reconstruction)
+
+
+@hookimpl
+def register_trackers(add: Add) -> None:
+    """Sinks beside the run directory."""
+    add("csv", trackers.CSV)
+    add("tensorboard", trackers.TensorBoard)
+
+
+@hookimpl
+def register_features(add: Add) -> None:
+    """Feature networks of perceptual losses."""
+    add("torchvision", features.TorchvisionFeatures)
+    add("efficientnet_lite0", features.EfficientNetLite0)

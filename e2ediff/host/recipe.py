@@ -1,0 +1,293 @@
+"""A recipe is a value: what it holds, how it is read from YAML, how it is written back."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import attrs
+import fsspec
+from attrs.validators import deep_iterable, ge, gt, lt
+
+from e2ediff.backbone import BackboneConfig
+from e2ediff.data import SourceConfig
+from e2ediff.denoiser import Guidance
+from e2ediff.diagnostic import Diagnostic
+from e2ediff.errors import Problem, RecipeError
+from e2ediff.host.plugins import Host
+from e2ediff.host.structure import Structurer, show, unstructure
+from e2ediff.host.yaml import MAX_BYTES, Node, dump_yaml, parse_yaml, path_join, set_value
+from e2ediff.interpolant import Interpolant, Kind
+from e2ediff.objective import Objective
+from e2ediff.optimizer import OptimizerConfig
+from e2ediff.sampler import Sampler
+from e2ediff.times import TimeSampler
+from e2ediff.tracker import TrackerConfig
+
+VERSION = 1
+"""Version of the recipe's schema, its key `e2ediff`."""
+
+_FRACTION = (ge(0.0), lt(1.0))
+
+
+def _plain_name(instance: object, field: attrs.Attribute[str], value: str) -> None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", value):
+        raise ValueError(
+            f"{value[:60]!r} cannot name a directory or file: at most 100 lower-case letters, "
+            "digits, '-' and '_', the first one a letter or digit."
+        )
+
+
+def _version_problem(value: int) -> str:
+    if value == VERSION:
+        return ""
+    way_out = "Upgrade e2ediff." if value > VERSION else f"Write `e2ediff: {VERSION}`."
+    return f"is schema {value}, and this e2ediff reads schema {VERSION}. {way_out}"
+
+
+def _one_version(instance: object, field: attrs.Attribute[int], value: int) -> None:
+    if problem := _version_problem(value):
+        raise ValueError(problem)
+
+
+@attrs.frozen(kw_only=True)
+class Target:
+    """The target network, an exponential moving average of the trained one.
+
+    `decay` is the share of the old average kept at each step, in [0, 1).
+    `warmup` begins with smaller decays, so that early averages forget the initial weights.
+    """
+
+    decay: float = attrs.field(default=0.999, validator=_FRACTION)
+    warmup: bool = True
+
+
+@attrs.frozen(kw_only=True)
+class Average:
+    """A further average of the weights, only to sample from: `name`, and as `Target`."""
+
+    name: str = attrs.field(validator=_plain_name)
+    decay: float = attrs.field(validator=_FRACTION)
+    warmup: bool = True
+
+    @name.validator
+    def _not_taken(self, field: attrs.Attribute[str], value: str) -> None:
+        if value in ("online", "target"):
+            raise ValueError(f"{value!r} is the name of weights that every run has.")
+
+
+@attrs.frozen(kw_only=True)
+class Cadence:
+    """How often things happen, each in optimizer steps.
+
+    `log` reads the losses, `diagnose` measures the diagnostics, `preview` samples images,
+    `checkpoint` saves.
+    """
+
+    log: int = attrs.field(default=25, validator=gt(0))
+    diagnose: int = attrs.field(default=250, validator=gt(0))
+    preview: int = attrs.field(default=500, validator=gt(0))
+    checkpoint: int = attrs.field(default=1000, validator=gt(0))
+
+
+@attrs.frozen(kw_only=True)
+class ProbeSettings:
+    """What diagnostics are measured on.
+
+    `images` is the number of held-out images, `times` the times at which they are denoised (0 is
+    noise, 1 is data), `calibration` the number of training images from which batch
+    normalisation takes its statistics.
+    """
+
+    images: int = attrs.field(default=256, validator=gt(0))
+    times: tuple[float, ...] = attrs.field(
+        default=(0.1, 0.3, 0.5, 0.7, 0.9), validator=deep_iterable((gt(0.0), lt(1.0)))
+    )
+    calibration: int = attrs.field(default=1024, validator=gt(0))
+
+
+@attrs.frozen(kw_only=True)
+class Preview:
+    """The sheet of samples: `rows` images for each of the first `classes` classes."""
+
+    rows: int = attrs.field(default=4, validator=gt(0))
+    classes: int = attrs.field(default=10, validator=gt(0))
+
+
+@attrs.frozen(kw_only=True)
+class Retention:
+    """Which checkpoints stay: the last `keep`."""
+
+    keep: int = attrs.field(default=2, validator=gt(0))
+
+
+@attrs.frozen(kw_only=True)
+class Recipe:
+    """Everything that decides what a run computes, and what it records.
+
+    `e2ediff` is the version of the schema, 1.
+    `name` becomes the name of the run's directory.
+    `requires` lists the distributions that bring further parts, as pip takes them.
+    `seed` is the source of all randomness.
+    `images` or `steps` is the length of training, in training images or optimizer steps; exactly
+    one of them is given.
+    `batch` is the number of images in a step, over all devices; `microshards` is the number of
+    equal shares that it is computed in, one after another or on several devices.
+    `data`, `backbone`, `interpolant`, `objective`, `optimizer`, `sampler` and `guidance` are
+    parts; `times` is the law of training times.
+    `predicts` is what the denoiser's output stands for.
+    `label_drop` is the probability, in [0, 1), of training the denoiser without the class.
+    `target` and `ema` are averages of the weights.
+    `optimizers` replaces `optimizer` in the phases it names.
+    `diagnostics` are measured on `probe`; without the key, all that are registered are.
+    `trackers` receive figures and pictures besides the run's directory.
+    `cadence`, `preview` and `checkpoint` say how often and how much is recorded.
+    `precision` is the network's; losses, averages and conversions are always float32.
+    `device` is where the run takes place; `auto` takes a GPU if there is one.
+    """
+
+    e2ediff: int = attrs.field(validator=_one_version)
+    name: str = attrs.field(validator=_plain_name)
+    requires: tuple[str, ...] = ()
+    seed: int = attrs.field(default=0, validator=(ge(0), lt(2**63)))
+    images: int | None = attrs.field(default=None)
+    steps: int | None = attrs.field(default=None)
+    batch: int = attrs.field(validator=gt(0))
+    microshards: int = attrs.field(default=1, validator=gt(0))
+    data: SourceConfig
+    backbone: BackboneConfig
+    interpolant: Interpolant
+    times: TimeSampler
+    predicts: Kind = "x0"
+    objective: Objective
+    label_drop: float = attrs.field(default=0.1, validator=_FRACTION)
+    target: Target = Target()
+    ema: tuple[Average, ...] = attrs.field(default=())
+    optimizer: OptimizerConfig
+    optimizers: dict[str, OptimizerConfig] = attrs.field(factory=dict)
+    sampler: Sampler
+    guidance: Guidance | None = None
+    diagnostics: tuple[Diagnostic, ...] | None = None
+    trackers: tuple[TrackerConfig, ...] = ()
+    cadence: Cadence = Cadence()
+    probe: ProbeSettings = ProbeSettings()
+    preview: Preview = Preview()
+    checkpoint: Retention = Retention()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @images.validator
+    @steps.validator
+    def _one_length(self, field: attrs.Attribute[int | None], value: int | None) -> None:
+        if value is not None and value <= 0:
+            raise ValueError(f"{field.name!r} must be > 0: {value}")
+        if field.name == "steps" and (self.images is None) == (value is None):
+            given = "neither is" if value is None else "both are"
+            raise ValueError(f"give either 'steps' or 'images'; {given} given.")
+
+    @microshards.validator
+    def _divides(self, field: attrs.Attribute[int], value: int) -> None:
+        if value > 0 and self.batch % value:
+            raise ValueError(f"{value} microshards do not divide a batch of {self.batch} images.")
+
+    @ema.validator
+    def _distinct(
+        self, field: attrs.Attribute[tuple[Average, ...]], value: tuple[Average, ...]
+    ) -> None:
+        names = [average.name for average in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the names {', '.join(names)} are not all different.")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training; `images` is rounded up to whole batches."""
+        if self.steps is not None:
+            return self.steps
+        assert self.images is not None
+        return -(-self.images // self.batch)
+
+    @property
+    def total_images(self) -> int:
+        """Training images of the whole training, in whole batches: at least `images`."""
+        return self.total_steps * self.batch
+
+
+def load_recipe(host: Host, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a file or from any URL that fsspec knows.
+
+    Args:
+        host: What knows the parts.
+        path: The recipe.
+        overrides: Assignments such as `objective.floor=0.5`, as given to `--set`, in order.
+
+    Raises:
+        RecipeError: The recipe is wrong; has every problem, with its line.
+        DuplicateNameError: A name in it is registered by two plugins.
+    """
+    source = os.fspath(path)
+    try:
+        with fsspec.open(source, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except Exception as exc:  # a file system's implementation, of which fsspec has dozens
+        what = "there is no such file." if isinstance(exc, FileNotFoundError) else ""
+        what = what or f"cannot be read ({type(exc).__name__}: {exc})."
+        raise RecipeError(source, [Problem("recipe", what, source)]) from exc
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = data[: exc.start].count(b"\n") + 1
+        column = exc.start - (data.rfind(b"\n", 0, exc.start) + 1) + 1
+        problem = Problem("recipe", "is not text in UTF-8.", f"{source}:{line}:{column}")
+        raise RecipeError(source, [problem]) from exc
+    return parse_recipe(host, text, source, overrides)
+
+
+def parse_recipe(host: Host, text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, of a text; `source` is what its places begin with."""
+    root, problems = parse_yaml(text, source)
+    if root is None or not isinstance(root.value, dict):
+        found = "is empty." if root is None else f"expected 'key: value' lines, got {show(root)}."
+        place = root.place if root else f"{source}:1:1"
+        hint = "Start from a file in recipes/."
+        raise RecipeError(source, [Problem("recipe", found, place, hint)])
+    for number, assignment in enumerate(overrides, start=1):
+        problems += set_value(root, assignment, f"--set {number}")
+        key = assignment.partition("=")[0].strip()
+        other = {"steps": "images", "images": "steps"}.get(key)
+        if other and root.value.get(key, root).value is not None:
+            root.value.pop(other, None)
+    version = root.value.get("e2ediff")
+    if version and type(version.value) is int and (what := _version_problem(version.value)):
+        # What the other keys of another schema ought to be is not known here.
+        raise RecipeError(source, [Problem("e2ediff", what, version.place)])
+    missing = list(_missing(host, root))
+    structurer = Structurer(host, excused=bool(missing))
+    recipe = structurer.read(root, Recipe)
+    problems = [*missing, *problems, *structurer.problems]
+    if problems:
+        raise RecipeError(source, problems)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def dump_recipe(host: Host, recipe: Recipe) -> str:
+    """YAML text of a recipe with every default spelled out; reading it gives an equal recipe.
+
+    Raises:
+        PluginError: The recipe holds a part that `host` does not know.
+    """
+    return dump_yaml(unstructure(host, recipe, Recipe))
+
+
+def _missing(host: Host, root: Node) -> Iterator[Problem]:
+    """Requirements that are not met."""
+    listed = root.value.get("requires") if isinstance(root.value, dict) else None
+    items = listed.value if listed and isinstance(listed.value, list) else []
+    for i, item in enumerate(items):
+        if not isinstance(item.value, str):
+            continue  # said when it is structured
+        what = host.unmet(item.value)
+        if what:
+            yield Problem(path_join("requires", i), what, item.place)

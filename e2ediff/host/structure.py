@@ -1,0 +1,284 @@
+"""A YAML tree to typed values, and back: a part's attrs class is its schema.
+
+Hand-written instead of a cattrs converter: every check of a scalar had to be replaced to be
+exact, and every problem needs the line of its value, which cattrs does not carry.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final, Literal, Union
+
+import attrs
+
+from e2ediff.errors import DuplicateNameError, Problem
+from e2ediff.host.registry import CONTRACTS, KINDS, SCALARS, closest, did_you_mean, options
+from e2ediff.host.yaml import Node, path_join
+
+if TYPE_CHECKING:
+    from e2ediff.host.plugins import Host
+
+_FAILED: Final = object()
+
+
+@attrs.frozen
+class Structurer:
+    """Reads a tree into typed values and collects every problem on the way.
+
+    `excused` holds while a distribution that the recipe requires is missing: names that only it
+    could know are then not complained about again.
+    """
+
+    host: Host
+    problems: list[Problem] = attrs.field(factory=list)
+    excused: bool = False
+
+    def read(self, node: Node, cls: type) -> object:
+        """The value of class `cls` that a whole tree holds; `None` if `problems` is not empty."""
+        value = self._value(node, cls, "recipe")
+        return None if value is _FAILED else value
+
+    def _value(self, node: Node, hint: object, where: str) -> object:
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (Union, types.UnionType):
+            return self._union(node, args, where)
+        if origin is Literal:
+            return self._literal(node, args, where)
+        if origin in (tuple, list):
+            return self._list(node, hint, where)
+        if origin in (dict, Mapping):
+            return self._dict(node, args[1], where)
+        if hint in SCALARS:
+            return self._scalar(node, hint, where)
+        assert isinstance(hint, type)
+        if self.host.registry_of(hint):
+            return self._part(node, hint, where)
+        if isinstance(node.value, dict):
+            return self._block(node, hint, where, node.value)
+        return self._expected(describe(hint), node, where)
+
+    def _complain(self, where: str, what: str, place: str, hint: str = "") -> object:
+        self.problems.append(Problem(where, what, place, hint))
+        return _FAILED
+
+    def _expected(self, what: str, node: Node, where: str, hint: str = "") -> object:
+        return self._complain(where, f"expected {what}, got {show(node)}.", node.place, hint)
+
+    def _scalar(self, node: Node, hint: object, where: str) -> object:
+        value = node.value
+        if hint is float and type(value) in (int, float):
+            try:
+                number = float(value)  # type: ignore[arg-type]
+            except OverflowError:
+                number = math.inf
+            if math.isfinite(number):
+                return number
+            return self._expected("a finite float", node, where)
+        if type(value) is hint:
+            return value
+        way_out = ""
+        if hint is str and isinstance(value, int | float):
+            way_out = "Quote it."
+        elif hint is bool and isinstance(value, str):
+            way_out = "Write true or false."
+        return self._expected(describe(hint), node, where, way_out)
+
+    def _literal(self, node: Node, allowed: tuple[object, ...], where: str) -> object:
+        for value in allowed:
+            if type(value) is type(node.value) and value == node.value:
+                return value
+        words = [a for a in allowed if isinstance(a, str)]
+        near = closest(str(node.value), words) if isinstance(node.value, str) else []
+        way_out = f"Did you mean {near[0]!r}?" if near else ""
+        return self._expected(describe(Literal[allowed]), node, where, way_out)
+
+    def _list(self, node: Node, hint: object, where: str) -> object:
+        args = typing.get_args(hint)
+        kind = typing.get_origin(hint)
+        assert isinstance(kind, type)
+        if not isinstance(node.value, list):
+            return self._expected(describe(hint), node, where, "Write it as [a, b].")
+        if kind is tuple and Ellipsis not in args:
+            if len(node.value) != len(args):
+                what = f"expected a list of {len(args)} items, got {len(node.value)}."
+                return self._complain(where, what, node.place)
+            hints = list(args)
+        else:
+            hints = [args[0]] * len(node.value)
+        items = [
+            self._value(item, inner, path_join(where, i))
+            for i, (item, inner) in enumerate(zip(node.value, hints, strict=True))
+        ]
+        return _FAILED if any(i is _FAILED for i in items) else kind(items)
+
+    def _dict(self, node: Node, hint: object, where: str) -> object:
+        if not isinstance(node.value, dict):
+            return self._expected("a block of 'key: value' lines", node, where)
+        found = {k: self._value(v, hint, path_join(where, k)) for k, v in node.value.items()}
+        return _FAILED if any(v is _FAILED for v in found.values()) else found
+
+    def _union(self, node: Node, members: tuple[object, ...], where: str) -> object:
+        # The exact type goes first, so that an int stays an int under `float | int`.
+        for hint in sorted(members, key=lambda m: m is not type(node.value)):
+            trial = attrs.evolve(self, problems=[])
+            value = trial._value(node, hint, where)
+            if value is not _FAILED:
+                return value
+        real = [m for m in members if m is not type(None)]
+        fitting = [m for m in real if self._has_shape(m, node)]
+        if len(fitting or real) == 1:
+            return self._value(node, (fitting or real)[0], where)
+        return self._expected(" or ".join(describe(m) for m in members), node, where)
+
+    def _has_shape(self, hint: object, node: Node) -> bool:
+        origin = typing.get_origin(hint)
+        if isinstance(node.value, list):
+            return origin in (tuple, list)
+        if isinstance(node.value, dict):
+            return origin in (dict, Mapping) or (isinstance(hint, type) and hint not in SCALARS)
+        part = isinstance(hint, type) and self.host.registry_of(hint) is not None
+        return hint in SCALARS or origin is Literal or (part and isinstance(node.value, str))
+
+    def _part(self, node: Node, contract: type, where: str) -> object:
+        registry = self.host.registry_of(contract)
+        assert registry is not None
+        entries = dict(node.value) if isinstance(node.value, dict) else {"name": node}
+        name = entries.pop("name", None)
+        if name is None:
+            for key in closest("name", entries)[:1]:
+                what = f"unknown option {key[:60]!r}."
+                return self._complain(where, what, node.keys[key], "Did you mean 'name'?")
+            way_out = f"Add `name:` with one of {', '.join(registry.names())}."
+            return self._complain(where, "'name' is missing.", node.place, way_out)
+        if not isinstance(name.value, str):
+            return self._expected(describe(contract), name, where)
+        try:
+            cls = registry.find(name.value)
+        except DuplicateNameError as exc:
+            raise DuplicateNameError(f"{name.place}: {where}: {exc}") from None
+        if cls is not None:
+            return self._block(node, cls, where, entries)
+        if self.excused and not closest(name.value, registry.names()):
+            return _FAILED
+        what = f"unknown {registry.kind} {name.value[:60]!r}."
+        return self._complain(where, what, name.place, self.host.why_unknown(registry, name.value))
+
+    def _block(self, node: Node, cls: type, where: str, entries: Mapping[str, Node]) -> object:
+        known = options(cls)
+        values: dict[str, object] = {}
+        meant: set[str] = set()
+        for key, child in entries.items():
+            if key in known:
+                values[key] = self._value(child, known[key].hint, path_join(where, key))
+                continue
+            meant.update(closest(key, known)[:1])
+            place = node.keys.get(key, node.place)
+            values[key] = self._complain(
+                where, f"unknown option {key[:60]!r}.", place, did_you_mean(key, known, "Options")
+            )
+        for option in known.values():
+            if option.required and option.name not in values:
+                # Not said twice of an option that is there, but misspelt.
+                if option.name not in meant:
+                    way_out = f"Add `{option.name}:` with {describe(option.hint)}."
+                    self._complain(where, f"{option.name!r} is missing.", node.place, way_out)
+                values[option.name] = _FAILED
+        if any(v is _FAILED for v in values.values()):
+            return _FAILED
+        try:
+            return cls(**values)
+        except Exception as exc:  # validators are plugins' code; ours and attrs' raise ValueError
+            for key, cause in list(_refusals(cls, values)) or [("", exc)]:
+                place = entries[key].place if key in entries else node.place
+                self._complain(path_join(where, key) if key else where, _text(cause), place)
+            return _FAILED
+
+
+def _refusals(cls: type, values: Mapping[str, object]) -> Iterator[tuple[str, Exception]]:
+    """Each option that its validator refuses: attrs itself stops at the first."""
+    try:
+        with attrs.validators.disabled():
+            instance = cls(**values)
+    except Exception:  # a converter's or __attrs_post_init__'s own, which the caller reports
+        return
+    for field in attrs.fields(cls):
+        if field.validator is not None:
+            try:
+                field.validator(instance, field, getattr(instance, field.name))
+            except Exception as exc:  # as above
+                yield field.alias, exc
+
+
+def _text(exc: Exception) -> str:
+    # attrs' validators put the attribute and the options behind the message.
+    text = " ".join(str(exc.args[0] if exc.args else "").split())[:300]
+    meant_for_users = isinstance(exc, ValueError | TypeError) and text
+    return text if meant_for_users else f"{type(exc).__name__}: {text}"
+
+
+def show(node: Node) -> str:
+    """A value as an error message names it: `float 3.7`."""
+    if isinstance(node.value, dict):
+        return "a block"
+    if isinstance(node.value, list):
+        return f"a list of {len(node.value)}"
+    if node.value is None:
+        return "nothing"
+    text = repr(node.value)
+    return f"{type(node.value).__name__} {text if len(text) < 60 else text[:50] + '...'}"
+
+
+def describe(hint: object) -> str:
+    """A type as an error message names it."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin in (tuple, list):
+        return f"a list of {_many(args[0])}" if args else "an empty list"
+    if hint is type(None):
+        return "null"
+    if hint in SCALARS and isinstance(hint, type):
+        return hint.__name__
+    if hint in CONTRACTS:
+        return f"the name of one of the {_many(hint)}"
+    return "a block of 'key: value' lines"
+
+
+def _many(hint: object) -> str:
+    for plural, _, contract in KINDS:
+        if hint is contract:
+            return plural.replace("_", " ")
+    if hint in SCALARS:
+        return f"{describe(hint)}s"
+    return "blocks" if isinstance(hint, type) and attrs.has(hint) else f"({describe(hint)})"
+
+
+def unstructure(host: Host, value: object, hint: object) -> object:
+    """What `Structurer` would read back as `value` where `hint` is the type."""
+    members = typing.get_args(hint) if typing.get_origin(hint) not in (tuple, list, dict) else ()
+    members = members or (hint,)
+    if isinstance(value, tuple | list):
+        of = next((m for m in members if typing.get_origin(m) in (tuple, list)), hint)
+        args = typing.get_args(of)
+        hints = args if len(args) == len(value) and Ellipsis not in args else args[:1] * len(value)
+        return [unstructure(host, v, h) for v, h in zip(value, hints, strict=True)]
+    if isinstance(value, dict):
+        of = next((m for m in members if len(typing.get_args(m)) == 2), hint)
+        return {k: unstructure(host, v, typing.get_args(of)[1]) for k, v in value.items()}
+    if not attrs.has(type(value)):
+        return value
+    cls = type(value)
+    block = {
+        option.name: unstructure(host, getattr(value, option.attribute), option.hint)
+        for option in options(cls).values()
+    }
+    for member in members:
+        registry = host.registry_of(member) if isinstance(member, type) else None
+        if registry and isinstance(value, registry.contract):
+            return {"name": registry.name_of(cls), **block}
+    return block

@@ -1,0 +1,303 @@
+"""Recipe text to a tree that knows where each key and value stands; `--set` edits that tree.
+
+YAML 1.2 scalars (`1e-4` is a number, `on` a word, `0777` is 777), and less than YAML otherwise:
+no anchors, aliases, tags or second documents.
+A recipe needs none of them, and without them no short text stands for a huge value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NoReturn
+
+import attrs
+import yaml
+from yaml.events import (
+    AliasEvent,
+    CollectionEndEvent,
+    DocumentStartEvent,
+    Event,
+    ScalarEvent,
+    SequenceStartEvent,
+    StreamEndEvent,
+)
+
+from e2ediff.errors import Problem, RecipeError
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 50
+MAX_VALUES = 10_000
+
+Scalar = None | bool | int | float | str
+
+_WORDS: Mapping[str, bool | None] = MappingProxyType(
+    {"": None, "~": None}
+    | dict.fromkeys(("null", "Null", "NULL"))
+    | dict.fromkeys(("true", "True", "TRUE"), True)
+    | dict.fromkeys(("false", "False", "FALSE"), False)
+)
+_INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
+_BASED_INT = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+# Python refuses to read longer integers, and no recipe means one.
+_MAX_DIGITS = 400
+
+
+@attrs.define
+class Node:
+    """A value and its place; `keys` has the place of each key of a block."""
+
+    value: Scalar | list[Node] | dict[str, Node]
+    place: str
+    keys: dict[str, str] = attrs.field(factory=dict)
+
+
+def resolve(text: str) -> Scalar:
+    """What a plain (unquoted) scalar means in YAML 1.2's core schema, with 1_000 as an int."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if len(text) > _MAX_DIGITS:
+        return text
+    if _INT.fullmatch(text):
+        return int(text)
+    if _BASED_INT.fullmatch(text):
+        return int(text, 0)
+    if _FLOAT.fullmatch(text) or _NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", "") if text[-1] in "fFnN" else text)
+    return text
+
+
+def path_join(where: str, key: str | int) -> str:
+    """Path of a child: `objective` and `floor` give `objective.floor`."""
+    word = str(key) if str(key).isprintable() and len(str(key)) < 60 else repr(str(key)[:40])
+    return word if where == "recipe" else f"{where}.{word}"
+
+
+class _Composer:
+    """Builds a tree from the events of PyYAML's pure Python parser.
+
+    The tree is built here, not by `yaml.compose`, whose recursion a deep text overflows and
+    whose aliases a short text multiplies.
+    """
+
+    def __init__(self, text: str, source: str, *, marks: bool) -> None:
+        self.problems: list[Problem] = []
+        self._source = source
+        self._marks = marks
+        self._values = 0
+        if len(text) > MAX_BYTES:
+            what = f"is longer than {MAX_BYTES:,} characters."
+            self._refuse(self._place(0, 0), what, "Is this a recipe?")
+        try:
+            self._loader = yaml.SafeLoader(text)
+        except yaml.reader.ReaderError as exc:
+            before = text[: exc.position]
+            column = exc.position - (before.rfind("\n") + 1)
+            what = f"holds the character U+{ord(text[exc.position]):04X}, which YAML forbids."
+            place = self._place(before.count("\n"), column)
+            self._refuse(place, what, "Remove it, or is the file damaged?")
+
+    def document(self) -> Node | None:
+        self._next()  # the stream's start
+        start = self._next()
+        if isinstance(start, StreamEndEvent):
+            return None
+        root = self._node(self._next(), "recipe", 0)
+        self._next()  # the document's end
+        more = self._next()
+        if isinstance(more, DocumentStartEvent):
+            self._refuse(more, "a second document starts here.", "Keep one recipe a file.")
+        return root
+
+    def _place(self, line: int, column: int) -> str:
+        return f"{self._source}:{line + 1}:{column + 1}" if self._marks else self._source
+
+    def _at(self, event: Event) -> str:
+        mark = event.start_mark
+        assert mark is not None  # every event of the parser has one
+        return self._place(mark.line, mark.column)
+
+    def _refuse(self, at: Event | str, what: str, hint: str = "") -> NoReturn:
+        place = at if isinstance(at, str) else self._at(at)
+        raise RecipeError(self._source, [Problem("recipe", what, place, hint)])
+
+    def _next(self) -> Event:
+        try:
+            event = self._loader.get_event()  # type: ignore[no-untyped-call]
+        except yaml.MarkedYAMLError as exc:
+            mark = exc.problem_mark or exc.context_mark or self._loader.get_mark()
+            what = ", ".join(part for part in (exc.context, exc.problem) if part)
+            tab = "'\\t'" in what
+            hint = "Indent with spaces, not tabs." if tab else "Check colons, quotes and indents."
+            place = self._place(mark.line, mark.column)
+            self._refuse(place, f"not valid YAML: {what}.", hint)
+        except (ValueError, OverflowError):
+            # The scanner hands "\UFFFFFFFF" to chr() and `%YAML 9...9` to int() unguarded.
+            mark = self._loader.get_mark()
+            what = "not valid YAML: a number in an escape or a directive is out of range."
+            self._refuse(self._place(mark.line, mark.column), what, "Write the character itself.")
+        assert isinstance(event, Event)
+        return event
+
+    def _node(self, event: Event, where: str, depth: int) -> Node:
+        self._check(event, depth)
+        place = self._at(event)
+        if isinstance(event, ScalarEvent):
+            plain = event.style is None
+            return Node(resolve(event.value) if plain else event.value, place)
+        if isinstance(event, SequenceStartEvent):
+            items: list[Node] = []
+            while not isinstance(item := self._next(), CollectionEndEvent):
+                items.append(self._node(item, path_join(where, len(items)), depth + 1))
+            return Node(items, place)
+        block: dict[str, Node] = {}
+        keys: dict[str, str] = {}
+        while not isinstance(key := self._next(), CollectionEndEvent):
+            self._check(key, depth)
+            if not isinstance(key, ScalarEvent):
+                self._refuse(key, "a key must be a word.", "Quote it if it is meant as text.")
+            child = self._node(self._next(), path_join(where, key.value), depth + 1)
+            if key.value in block:
+                what = f"{key.value[:60]!r} is written twice, first at {keys[key.value]}."
+                self.problems.append(Problem(where, what, self._at(key), "Remove one of them."))
+            else:
+                block[key.value], keys[key.value] = child, self._at(key)
+        return Node(block, place, keys)
+
+    def _check(self, event: Event, depth: int) -> None:
+        self._values += 1
+        if self._values > MAX_VALUES:
+            self._refuse(event, f"holds more than {MAX_VALUES:,} values.", "Is this a recipe?")
+        if depth > MAX_DEPTH:
+            self._refuse(event, f"is nested deeper than {MAX_DEPTH} levels.", "Flatten it.")
+        if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
+            self._refuse(event, "recipes have no anchors (&) or aliases (*).", "Copy the value.")
+        if getattr(event, "tag", None):
+            self._refuse(event, "recipes have no tags (!).", "Quote the value if it is text.")
+        if isinstance(event, ScalarEvent) and _NO_TEXT.search(event.value):
+            self._refuse(event, "an escape stands for no character that text can hold.")
+
+
+def parse_yaml(text: str, source: str, *, marks: bool = True) -> tuple[Node | None, list[Problem]]:
+    """Tree of a text, `None` where it is empty, and the keys that it writes twice.
+
+    Args:
+        text: YAML.
+        source: What places begin with: `recipe.yaml` gives `recipe.yaml:14:5`.
+        marks: False leaves the line and column out, for a text that has only one line.
+
+    Raises:
+        RecipeError: The text is not YAML, or uses more of YAML than recipes do.
+    """
+    composer = _Composer(text, source, marks=marks)
+    return composer.document(), composer.problems
+
+
+def set_value(root: Node, assignment: str, place: str) -> list[Problem]:
+    """Apply `a.b=c` to the tree; whether the schema has `a.b` is found when it is structured.
+
+    A bare name in place of a part with another name drops the old part's options; an option set
+    on a bare name turns it into a block.
+
+    Returns:
+        What is wrong with the assignment, at `place`.
+    """
+    path, sign, text = assignment.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not sign or not all(keys):
+        hint = "Write for example --set objective.floor=0.5."
+        return [Problem("recipe", f"{assignment[:60]!r} is not path=value.", place, hint)]
+    try:
+        value, problems = parse_yaml(text, place, marks=False)
+    except RecipeError as exc:
+        return list(exc.problems)
+    value = value or Node(None, place)
+    node, where = root, "recipe"
+    for key in keys[:-1]:
+        child, problem = _child(node, key, where, place)
+        if problem:
+            return [problem]
+        where = path_join(where, key)
+        if child is None or child.value is None:
+            child = Node({}, place)
+        elif isinstance(child.value, str):
+            child = Node({"name": child}, place, {"name": child.place})
+        elif not isinstance(child.value, dict | list):
+            return [Problem(where, f"is {child.value!r}, which has no options.", place)]
+        _put(node, key, child, place)
+        node = child
+    old, problem = _child(node, keys[-1], where, place)
+    if problem:
+        return [problem]
+    if not (old and _same_part(old, value)):
+        _put(node, keys[-1], value, place)
+    return problems
+
+
+def _child(node: Node, key: str, where: str, place: str) -> tuple[Node | None, Problem | None]:
+    if isinstance(node.value, dict):
+        return node.value.get(key), None
+    assert isinstance(node.value, list)
+    if key.isdecimal() and len(key) < 6 and int(key) < len(node.value):
+        return node.value[int(key)], None
+    what = f"has {len(node.value)} items, and none is number {key[:60]!r}."
+    return None, Problem(where, what, place, "Items are counted from 0.")
+
+
+def _put(node: Node, key: str, child: Node, place: str) -> None:
+    if isinstance(node.value, list):
+        node.value[int(key)] = child
+    elif isinstance(node.value, dict):
+        if node.value.get(key) is not child:
+            node.keys[key] = place
+        node.value[key] = child
+
+
+def _same_part(old: Node, new: Node) -> bool:
+    name = old.value.get("name") if isinstance(old.value, dict) else None
+    return name is not None and isinstance(new.value, str) and name.value == new.value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `resolve` would not read back as text, and nothing else."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def resolve(
+        self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool]
+    ) -> str:
+        if kind is not yaml.ScalarNode:
+            return str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
+        meant = resolve(value or "") if implicit[0] else ""
+        return f"tag:yaml.org,2002:{'null' if meant is None else type(meant).__name__}"
+
+
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Left to itself PyYAML writes U+0085 plainly, and reads it back as a line break.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+def _represent_float(dumper: yaml.SafeDumper, number: float) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(number))
+
+
+_Dumper.add_representer(str, _represent_str)
+_Dumper.add_representer(float, _represent_float)
+
+
+def dump_yaml(tree: object) -> str:
+    """YAML text of dicts, lists and scalars, read back as equal values by `parse_yaml`."""
+    return yaml.dump(
+        tree,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None,
+        width=99,
+    )

@@ -1,0 +1,142 @@
+"""The objective: which passes are run, what they are compared with, where gradients stop.
+
+An objective is a frozen value.
+`terms` is a function of (nets, batch, draw): all randomness comes from the draw, all weights
+from the nets, so the same arguments give the same losses.
+
+Shapes: B batch, C H W image, N latent tokens, D latent channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from e2ediff.backbone import Backbone
+from e2ediff.data import Batch
+from e2ediff.interpolant import Interpolant, Kind
+from e2ediff.times import TimeSampler
+
+
+def sg(value: Tensor) -> Tensor:
+    """Stop-gradient: the same numbers, through which no gradient flows."""
+    return value.detach()
+
+
+@attrs.frozen(eq=False)
+class Nets:
+    """What an objective may compute with.
+
+    `online` is trained; `target` is its exponential moving average, without gradients;
+    `heads` are the objective's own trained modules; `frozen` its fixed networks (perceptual
+    features), neither trained nor saved.
+    """
+
+    online: Backbone
+    target: Backbone
+    path: Interpolant
+    predicts: Kind
+    heads: nn.ModuleDict = attrs.field(factory=nn.ModuleDict)
+    frozen: nn.ModuleDict = attrs.field(factory=nn.ModuleDict)
+
+
+@attrs.frozen(eq=False)
+class Draw:
+    """One step's randomness: times, conditioning labels, and a generator for the rest.
+
+    `t` is (B,), from the recipe's time sampler.
+    `label` is (B,): the batch's labels, some replaced by the null label so that the denoiser
+    also learns without a class.
+    """
+
+    t: Tensor
+    label: Tensor
+    generator: torch.Generator | None
+    times: TimeSampler
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Unit normal noise of the shape of `like`, in float32."""
+        return torch.randn(like.shape, generator=self.generator, device=like.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1) of this shape."""
+        return torch.rand(shape, generator=self.generator, device=self.t.device)
+
+    def again(self) -> Draw:
+        """A further draw for the same images: other times, the same conditioning labels."""
+        t = self.times.draw(len(self.t), self.generator, self.t.device)
+        return attrs.evolve(self, t=t)
+
+
+@attrs.frozen(eq=False)
+class Terms:
+    """A step's losses, each a scalar in float32, with their weights.
+
+    `z` is the online latent (B, N, D), for monitoring; `info` holds further scalars to log.
+    A weight of 0 keeps a loss in the log and out of the gradient.
+    """
+
+    losses: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    z: Tensor
+    info: Mapping[str, Tensor] = attrs.field(factory=dict)
+
+    @property
+    def total(self) -> Tensor:
+        """Weighted sum of the losses, a scalar."""
+        parts = [self.weights[k] * v for k, v in self.losses.items() if self.weights[k] != 0]
+        return torch.stack(parts).sum()
+
+
+class Objective(ABC):
+    """How encoder, decoder and denoiser are trained together.
+
+    `phases` names the parts of training.
+    Phases whose spans overlap alternate within a step, in order, each with its own optimizer;
+    phases whose spans follow one another are stages.
+    """
+
+    phases: ClassVar[tuple[str, ...]] = ("joint",)
+
+    @abstractmethod
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Losses of one step in one phase.
+
+        Args:
+            nets: The networks.
+            batch: x (B, C, H, W) in [-1, 1] and label (B,).
+            draw: The step's randomness; draw nothing from anywhere else.
+            phase: One of `phases`.
+        """
+
+    def span(self, phase: str) -> tuple[float, float]:
+        """The part of training, as fractions of its images, in which `phase` is active."""
+        return (0.0, 1.0)
+
+    def heads(self, backbone: Backbone) -> nn.ModuleDict:
+        """Trained modules of the objective's own: projectors, probes, critics."""
+        return nn.ModuleDict()
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """Fixed networks, neither trained nor saved: feature networks of perceptual losses."""
+        return nn.ModuleDict()
+
+    def trains(self, phase: str, name: str) -> bool:
+        """Whether `phase` updates the parameter `name` (`online.…` or `heads.…`).
+
+        A parameter that gets no gradient in a phase is left alone in any case.
+        """
+        return True
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """What in the recipe does not fit this objective: (path in it, complaint) pairs.
+
+        `nets` lies on the meta device: shapes, options and the schedule are there, numbers are
+        not.
+        """
+        return ()

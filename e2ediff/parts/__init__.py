@@ -1,0 +1,1 @@
+"""The parts that ship with e2ediff, one family a file."""

@@ -1,0 +1,143 @@
+"""Figures of latent collapse, and what they say in words.
+
+Scale-free ranks miss a latent whose variance has died, and a variance misses a latent whose
+rank has: both are always reported, with the share of variance that is constant for each
+position, through which a batch norm can be satisfied without any content.
+
+Shapes: P probe images, N latent tokens, D latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from e2ediff.diagnostic import Diagnostic, Probe
+
+
+def effective_rank(rows: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of centred rows (n, d).
+
+    Between 1 and min(n - 1, d); k for k equal orthogonal directions; 0 for constant rows.
+
+    Source: Roy & Vetterli 2007, "The effective rank", definition 1, after centring.
+    """
+    centred = (rows - rows.mean(dim=0)).double()
+    s = torch.linalg.svdvals(centred)
+    total = s.sum()
+    if total <= 1e-12 * max(1.0, float(rows.abs().max())) * len(rows):
+        return 0.0
+    p = s / total
+    return float(torch.exp(torch.special.entr(p).sum()))
+
+
+def participation_ratio(rows: Tensor) -> float:
+    """(sum l)^2 / sum l^2 of the covariance eigenvalues l of rows (n, d); 0 for constant rows."""
+    eigenvalues = torch.linalg.svdvals((rows - rows.mean(dim=0)).double()).square()
+    total = eigenvalues.sum()
+    return float(total.square() / eigenvalues.square().sum()) if total > 0 else 0.0
+
+
+def content_std(z: Tensor) -> float:
+    """Root mean variance across images at a fixed position and channel, of z (P, N, D).
+
+    What differs between images; constants of a position do not count.
+    """
+    return float(z.double().var(dim=0, correction=0).mean().sqrt())
+
+
+def positional_fraction(z: Tensor) -> float:
+    """Share of the variance of z (P, N, D) that is constant for each position, in [0, 1].
+
+    The variance of the tokens' means over images, over the total variance of each channel.
+    """
+    z = z.double()
+    total = z.flatten(0, 1).var(dim=0, correction=0).sum()
+    between = z.mean(dim=0).var(dim=0, correction=0).sum()
+    return float(between / total) if total > 0 else 1.0
+
+
+@attrs.frozen(kw_only=True)
+class LatentHealth(Diagnostic):
+    """Rank and variance of the averaged encoder's latents.
+
+    `rank` is the effective rank of tokens (P N rows, D columns), after the mean of each
+    position is taken out, at most D; `rank_fraction` divides it by that.
+    `rank_sample` is that of whole images (P rows, N D columns), at most P - 1.
+    `participation` is the participation ratio of the same tokens as `rank`.
+    `latent_std` is the content's standard deviation after the latent norm, `raw_std` before.
+    `positional` is the share of variance that only says where a token lies.
+
+    Source: Roy & Vetterli 2007 for the rank; the other definitions are ours.
+    """
+
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """rank, rank_fraction, rank_sample, participation, latent_std, raw_std, positional."""
+        content = probe.z - probe.z.mean(dim=0)  # (P, N, D)
+        tokens = content.flatten(0, 1)
+        rank = effective_rank(tokens)
+        return {
+            "rank": rank,
+            "rank_fraction": rank / min(len(tokens) - 1, tokens.shape[1]),
+            "rank_sample": effective_rank(probe.z.flatten(1)),
+            "participation": participation_ratio(tokens),
+            "latent_std": content_std(probe.z),
+            "raw_std": content_std(probe.raw),
+            "positional": positional_fraction(probe.z),
+        }
+
+
+@attrs.frozen(kw_only=True)
+class RankGap(Diagnostic):
+    """Effective rank of the denoised latents minus that of the target latents, by time.
+
+    Negative where the denoiser filters out weak modes: the rank differentiation that keeps
+    self-distillation stable.
+    Also `unexplained`, the denoiser's squared error over the latents' variance.
+
+    Source: DSD (arXiv 2511.14716) for the mechanism; Zhuo et al. 2023 (arXiv 2303.02387).
+    """
+
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """rank_gap@t and unexplained@t for each probed time t."""
+        figures = {}
+        target = effective_rank(probe.z.flatten(0, 1))
+        variance = probe.z.double().var(dim=(0, 1), correction=0).sum().clamp_min(1e-12)
+        for t, guess in probe.denoised.items():
+            error = (guess - probe.z).double().square().mean(dim=(0, 1)).sum()
+            figures[f"rank_gap@{t:g}"] = effective_rank(guess.flatten(0, 1)) - target
+            figures[f"unexplained@{t:g}"] = float(error / variance)
+        return figures
+
+
+@attrs.frozen(kw_only=True)
+class Reconstruction(Diagnostic):
+    """Peak signal-to-noise ratio of the averaged autoencoder on the probe images.
+
+    In decibels, for images in [0, 1], from the mean over images of each image's own value.
+    """
+
+    def measure(self, probe: Probe) -> Mapping[str, float]:
+        """psnr."""
+        error = ((probe.x_hat.clamp(-1, 1) - probe.x) / 2).square().mean(dim=(1, 2, 3))
+        return {"psnr": float((-10 * error.clamp_min(1e-10).log10()).mean())}
+
+
+def verdict(values: Mapping[str, float]) -> Sequence[str]:
+    """What the figures of `LatentHealth` say of collapse, in words; empty for healthy latents.
+
+    The bounds are ours, between the healthy and the collapsed runs of `docs/results/`.
+    """
+    found = []
+    if (fraction := values.get("rank_fraction")) is not None and fraction < 0.4:
+        found.append(
+            f"effective rank {values['rank']:.2f} is {fraction:.0%} of what the latents could hold"
+        )
+    if (share := values.get("positional")) is not None and share > 0.6:
+        found.append(f"{share:.0%} of the latents' variance only says where a token lies")
+    if (std := values.get("latent_std")) is not None and std < 0.1:
+        found.append(f"the latents of different images differ by a std of only {std:.3f}")
+    return found

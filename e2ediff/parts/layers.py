@@ -1,0 +1,220 @@
+"""Layers of the ViT: patches, positions, conditioning, blocks.
+
+Shapes: B batch, C H W image, N tokens, W trunk width (image width is spelled out), P patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from e2ediff.parts.attention import Attend, sdpa
+
+Modulation = Literal["block", "shared", "lowrank"]
+MLPKind = Literal["gelu", "relu2", "swiglu"]
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Non-overlapping patches, (B, C, H, width) -> (B, N, C P P), row by row."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), -1)
+
+
+def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """Inverse of `patchify`, (B, N, C P P) -> (B, C, H, width)."""
+    b, (rows, columns) = len(tokens), grid
+    x = tokens.reshape(b, rows, columns, -1, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, rows * patch, columns * patch)
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed 2-D sine and cosine positions, (N, W); W divisible by 4.
+
+    Source: MAE (He et al. 2021, arXiv 2111.06377), released code.
+    """
+    frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))  # (W/4,)
+    rows, columns = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]  # (N, W/4)
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+
+
+def rotary_angles(grid: tuple[int, int], head_dim: int) -> Tensor:
+    """Angles of 2-D rotary positions, (N, K/2); half of them turn with the row.
+
+    Source: Su et al. 2021 (arXiv 2104.09864), axial form.
+    """
+    quarter = head_dim // 4
+    frequencies = 100.0 ** (-torch.arange(quarter) / quarter)
+    rows, columns = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    return torch.cat([p.reshape(-1, 1) * frequencies for p in (rows, columns)], dim=1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (i, i + K/2) of x (B, N, heads, K) by angles whose cos, sin are (N, 1, K/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Time (B,) in [0, 1] to conditioning (B, W): sines and cosines, then two linear layers."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, size: int = 128) -> None:
+        super().__init__()
+        half = size // 2
+        # Periods from 2 pi / 1000 to about 20 pi of t in [0, 1], as DiT's of t in [0, 1000].
+        frequencies = 1000.0 * torch.exp(-math.log(10000) * torch.arange(half) / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.layers = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, W)."""
+        angles = t.float()[:, None] * self.frequencies
+        embedded: Tensor = self.layers(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        return embedded
+
+
+class MLP(nn.Module):
+    """Two-layer perceptron of a block; `ratio` is hidden over W, cut by a third for swiglu.
+
+    `relu2` (squared ReLU) is the cheapest on a CPU, where tanh and erf are slow.
+    """
+
+    def __init__(self, width: int, ratio: float, kind: MLPKind) -> None:
+        super().__init__()
+        self.kind = kind
+        hidden = int(width * ratio)
+        if kind == "swiglu":
+            hidden = 8 * round(hidden * 2 / 3 / 8)
+        self.inner = nn.Linear(width, 2 * hidden if kind == "swiglu" else hidden)
+        self.outer = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, W) -> (B, N, W)."""
+        h = self.inner(x)
+        if self.kind == "swiglu":
+            gate, h = h.chunk(2, dim=-1)
+            h = functional.silu(gate) * h
+        elif self.kind == "relu2":
+            h = functional.relu(h).square()
+        else:
+            h = functional.gelu(h, approximate="tanh")
+        out: Tensor = self.outer(h)
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with optional normalised queries and keys."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attend: Attend = sdpa
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        head_dim = width // heads
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, N, W) -> (B, N, W); `turn` holds the cos and sin of rotary positions."""
+        b, n, width = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(dim=2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        # Kernels want one type for all three; norms and rotations may have left q, k in float32.
+        attended = self.attend(q.to(v.dtype), k.to(v.dtype), v)
+        out: Tensor = self.out(attended.reshape(b, n, width))
+        return out
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, W) scaled by 1 + scale and shifted, both (B, W)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with adaLN-zero conditioning.
+
+    `modulation` says where the six vectors of a block come from: its own linear layer, one
+    shared by all blocks plus a learned offset, or the shared one plus a low-rank layer.
+
+    Source: DiT (Peebles & Xie 2022, arXiv 2212.09748), section 3.2; the shared form as PixArt's
+    adaLN-single (arXiv 2310.00426), section 2.3.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp: MLP,
+        modulation: Modulation,
+        rank: int,
+        *,
+        qk_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attention = SelfAttention(width, heads, qk_norm=qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = mlp
+        self.modulation: nn.Module | None = None
+        if modulation == "block":
+            self.modulation = nn.Linear(width, 6 * width)
+        elif modulation == "lowrank":
+            self.modulation = nn.Sequential(
+                nn.Linear(width, rank, bias=False), nn.Linear(rank, 6 * width)
+            )
+        if modulation == "shared":
+            self.offset = nn.Parameter(torch.zeros(6 * width))
+        self.shared = modulation != "block"
+
+    def forward(
+        self, x: Tensor, c: Tensor, common: Tensor | None, turn: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Tokens (B, N, W) under conditioning c (B, W), with the shared vectors (B, 6 W)."""
+        vectors = self.modulation(c) if self.modulation is not None else self.offset
+        if common is not None:
+            vectors = common + vectors
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
+        h = self.attention(modulate(self.norm1(x), shift1, scale1), turn)
+        x = x + gate1[:, None] * h
+        h = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x + gate2[:, None] * h
+
+
+class Trunk(nn.Module):
+    """A stack of blocks, ended by a modulated norm; takes any number of tokens."""
+
+    def __init__(self, blocks: Sequence[Block], width: int, *, shared: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.common = nn.Linear(width, 6 * width) if shared else None
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.final = nn.Linear(width, 2 * width)
+
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        taps: frozenset[int],
+        turn: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Normalised tokens (B, N, W), and the tokens after the tapped blocks (1 is the first)."""
+        c = functional.silu(c)
+        common = self.common(c) if self.common is not None else None
+        features = {}
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x, c, common, turn)
+            if i in taps:
+                features[i] = x
+        shift, scale = self.final(c).chunk(2, dim=-1)
+        return modulate(self.norm(x), shift, scale), features

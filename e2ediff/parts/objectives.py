@@ -1,0 +1,155 @@
+"""The controls: the plainest ways to train encoder, decoder and denoiser together.
+
+Shapes: B batch, C H W image, N latent tokens, D latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import attrs
+from attrs import validators
+from torch import nn
+
+from e2ediff.backbone import Backbone, Decode
+from e2ediff.data import Batch
+from e2ediff.losses import (
+    DecodeNoise,
+    PixelLoss,
+    Space,
+    mean_clean_loss,
+    noise_levels,
+)
+from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+
+
+@attrs.frozen(kw_only=True)
+class Coupled(Objective):
+    """Naive joint training: the velocity loss reaches the encoder through input and target.
+
+    Expected to collapse: its best value is (pi / 2) tr Sigma^(1/2) of the latents, which falls
+    when the encoder shrinks their variance or, at fixed variance, their rank.
+    Kept as the control that shows why the others exist.
+
+    `denoising_weight` multiplies the velocity loss, `clamp` bounds its weight near the data.
+
+    Source: the failing baseline of DSD (arXiv 2511.14716), "latent collapse".
+    """
+
+    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
+    denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
+    clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The perceptual network, where one is named."""
+        return self.reconstruction.frozen()
+
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Reconstruction and velocity loss; no gradient is stopped."""
+        z = nets.online.encode(batch.x)  # (B, N, D)
+        levels = noise_levels(z, draw, nets.path, 1)
+        x_hat, *outs = nets.online.run(Decode(z=z), *(n.denoise() for n in levels))
+        # v_hat - v = (x0_hat - z) sqrt(w_t): with no gradient stopped, the weighted clean loss
+        # and the velocity loss have the same gradients as well as the same value.
+        losses = {
+            "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
+            "denoising": mean_clean_loss(outs, levels, z, nets, "v", self.clamp),
+        }
+        weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
+        return Terms(losses, weights, z)
+
+
+@attrs.frozen(kw_only=True)
+class Detached(Objective):
+    """The denoiser learns the latents, and the latents learn nothing from the denoiser.
+
+    Both the denoiser's input and its target are stopped; only shared weights couple the two.
+
+    `draws` is the number of noise levels trained on for each reconstruction.
+    `weight` is the space whose weight multiplies the clean error (`x0`: unweighted).
+
+    Source: the stop-gradients of UNITE (arXiv 2603.22283), section 3.
+    """
+
+    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
+    denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
+    weight: Space = "x0"
+    clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
+    draws: int = attrs.field(default=1, validator=validators.ge(1))
+    decode_noise: DecodeNoise = attrs.field(factory=DecodeNoise)
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The perceptual network, where one is named."""
+        return self.reconstruction.frozen()
+
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Reconstruction, and the clean error of a stopped latent averaged over the draws."""
+        z = nets.online.encode(batch.x)  # (B, N, D)
+        levels = noise_levels(sg(z), draw, nets.path, self.draws)
+        x_hat, *outs = nets.online.run(
+            Decode(z=self.decode_noise(z, draw, nets.path)), *(n.denoise() for n in levels)
+        )
+        losses = {
+            "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
+            "denoising": mean_clean_loss(outs, levels, sg(z), nets, self.weight, self.clamp),
+        }
+        weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
+        return Terms(losses, weights, z)
+
+
+@attrs.frozen(kw_only=True)
+class TwoStage(Objective):
+    """First the autoencoder, then, with the autoencoder as it is, the denoiser.
+
+    `autoencoder_fraction` of the training images go to the first stage.
+    Needs a backbone whose denoiser has weights of its own, or the second stage would undo the
+    first; such a network has more parameters than one trunk for all modes.
+
+    Source: latent diffusion (Rombach et al. 2021, arXiv 2112.10752), section 3.
+    """
+
+    phases: ClassVar[tuple[str, ...]] = ("autoencoder", "denoiser")
+
+    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
+    autoencoder_fraction: float = attrs.field(
+        default=0.5, validator=[validators.gt(0), validators.lt(1)]
+    )
+    weight: Space = "x0"
+    clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
+    draws: int = attrs.field(default=1, validator=validators.ge(1))
+    decode_noise: DecodeNoise = attrs.field(factory=DecodeNoise)
+
+    def span(self, phase: str) -> tuple[float, float]:
+        """The autoencoder's fraction first, the denoiser's the rest."""
+        cut = self.autoencoder_fraction
+        return (0.0, cut) if phase == "autoencoder" else (cut, 1.0)
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The perceptual network, where one is named."""
+        return self.reconstruction.frozen()
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """A denoiser that shares the autoencoder's weights."""
+        if nets.online.denoiser_apart:
+            return ()
+        return [
+            (
+                "objective",
+                "two_stage needs a denoiser with weights of its own: add "
+                "`--set backbone.trunks=denoiser_apart`, or choose a backbone that has one",
+            )
+        ]
+
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Reconstruction in the first stage, the clean error of fixed latents in the second."""
+        if phase == "autoencoder":
+            z = nets.online.encode(batch.x)  # (B, N, D)
+            x_hat = nets.online.decode(self.decode_noise(z, draw, nets.path))
+            losses = {"reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen)}
+            return Terms(losses, {"reconstruction": 1.0}, z)
+        z = sg(nets.online.encode(batch.x))
+        levels = noise_levels(z, draw, nets.path, self.draws)
+        outs = nets.online.run(*(n.denoise() for n in levels))
+        losses = {"denoising": mean_clean_loss(outs, levels, z, nets, self.weight, self.clamp)}
+        return Terms(losses, {"denoising": 1.0}, z)

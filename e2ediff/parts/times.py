@@ -1,0 +1,54 @@
+"""Laws of training times; t = 0 is noise, t = 1 is data."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+from e2ediff.times import TimeSampler
+
+
+@attrs.frozen(kw_only=True)
+class Uniform(TimeSampler):
+    """Every time equally often."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """u."""
+        return u
+
+
+@attrs.frozen(kw_only=True)
+class LogitNormal(TimeSampler):
+    """logit(t) is normal with this mean and standard deviation.
+
+    A negative mean moves weight to the noise end.
+
+    Source: Esser et al. 2024 (SD3, arXiv 2403.03206), eq. 19, with t counted from noise.
+    """
+
+    mean: float = 0.0
+    std: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """sigmoid(mean + std Phi^-1(u))."""
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+
+@attrs.frozen(kw_only=True)
+class Shifted(TimeSampler):
+    """Another law, warped by t' = a t / (1 + (a - 1) t).
+
+    `shift` below 1 moves times towards the noise.
+
+    Source: the time shift of SD3 (arXiv 2403.03206), eq. 23, in our direction of time; UNITE
+    (arXiv 2603.22283) uses 0.5.
+    """
+
+    inner: TimeSampler = attrs.field(factory=LogitNormal)
+    shift: float = attrs.field(default=0.5, validator=attrs.validators.gt(0))
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The inner law's quantile, warped."""
+        t = self.inner.quantile(u)
+        return self.shift * t / (1 + (self.shift - 1) * t)

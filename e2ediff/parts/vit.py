@@ -1,0 +1,297 @@
+"""The ViT with three modes: one network encodes, decodes and denoises.
+
+Shapes: B batch, C H W image, N tokens (one a patch), D latent channels, W trunk width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor, nn
+
+from e2ediff.backbone import (
+    Backbone,
+    BackboneConfig,
+    Decode,
+    Denoise,
+    Encode,
+    LatentSpec,
+    Output,
+    Pass,
+)
+from e2ediff.data import ImageSpec
+from e2ediff.latent import LatentNorm, NormKind
+from e2ediff.parts.attention import Backend, choose_attention
+from e2ediff.parts.layers import (
+    MLP,
+    Block,
+    MLPKind,
+    Modulation,
+    TimeEmbedding,
+    Trunk,
+    patchify,
+    rotary_angles,
+    sincos_positions,
+    unpatchify,
+)
+
+Mode = Literal["encode", "decode", "denoise"]
+Trunks = Literal["one", "decoder_apart", "denoiser_apart", "three"]
+
+_TRUNK_OF: Mapping[Trunks, Mapping[Mode, str]] = {
+    "one": {"encode": "all", "decode": "all", "denoise": "all"},
+    "decoder_apart": {"encode": "encode", "decode": "decode", "denoise": "encode"},
+    "denoiser_apart": {"encode": "autoencode", "decode": "autoencode", "denoise": "denoise"},
+    "three": {"encode": "encode", "decode": "decode", "denoise": "denoise"},
+}
+
+
+@attrs.frozen(kw_only=True)
+class ViTConfig(BackboneConfig):
+    """A vision transformer with one latent token for each patch.
+
+    `width`, `depth` and `heads` shape the trunk; `patch` is the side of a patch in pixels and
+    `latent_dim` the channels of a token.
+    `latent_norm` is described at `e2ediff.latent.LatentNorm`.
+    `trunks` says which modes share weights: `one` for all (DSD), `decoder_apart` (UNITE's
+    split), `denoiser_apart` (needed by `two_stage`), or `three`.
+    `modulation` places the adaLN weights in each block, in one layer for all, or in one layer
+    plus a layer of rank `modulation_rank` in each block.
+    `refine` is the number of channels of two 3x3 convolutions after the patches are put
+    together, which smooth the seams; 0 leaves them out.
+    `norm_prediction` normalises the denoiser's output as the encoder's; off by default, because
+    a posterior mean has less variance than the latents.
+    `attention` is `auto`, `sdpa` or `xformers`.
+
+    Source: DSD (arXiv 2511.14716) uses one ViT for the three roles; its inner shape is not
+    public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748).
+    """
+
+    width: int = attrs.field(validator=validators.gt(0))
+    depth: int = attrs.field(validator=validators.gt(0))
+    heads: int = attrs.field(validator=validators.gt(0))
+    patch: int = attrs.field(validator=validators.gt(0))
+    latent_dim: int = attrs.field(validator=validators.gt(0))
+    latent_norm: NormKind = "layer"
+    trunks: Trunks = "one"
+    mlp: MLPKind = "swiglu"
+    mlp_ratio: float = attrs.field(default=4.0, validator=validators.gt(0))
+    qk_norm: bool = True
+    position: Literal["sincos", "learned", "rope"] = "sincos"
+    modulation: Modulation = "block"
+    modulation_rank: int = attrs.field(default=128, validator=validators.gt(0))
+    refine: int = attrs.field(default=0, validator=validators.ge(0))
+    norm_prediction: bool = False
+    attention: Backend = "auto"
+
+    def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
+        """Sizes that do not divide one another."""
+        found = []
+        if image.height % self.patch or image.width % self.patch:
+            found.append(
+                (
+                    "patch",
+                    f"{self.patch} does not divide the image, {image.height} x {image.width}",
+                )
+            )
+        if self.width % self.heads:
+            found.append(("heads", f"{self.heads} does not divide the width, {self.width}"))
+        if self.width % 4:
+            found.append(("width", f"{self.width} is not a multiple of 4"))
+        if self.position == "rope" and (self.width // self.heads) % 4:
+            found.append(
+                ("position", "rope needs a head width (width / heads) that is a multiple of 4")
+            )
+        if self.latent_norm == "layer" and self.latent_dim < 3:
+            found.append(
+                (
+                    "latent_dim",
+                    "a layer norm takes two degrees of freedom of each token: give it at least 3 "
+                    "channels, or choose latent_norm batch or position",
+                )
+            )
+        return found
+
+    def build(self, image: ImageSpec) -> ViT:
+        """A freshly initialised network."""
+        return ViT(self, image)
+
+
+class ViT(Backbone):
+    """The network of `ViTConfig`; fuses passes that share a trunk into one batch."""
+
+    positions: Tensor
+
+    def __init__(self, config: ViTConfig, image: ImageSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.image = image
+        self.depth, self.width = config.depth, config.width
+        self.denoiser_apart = config.trunks in ("denoiser_apart", "three")
+        self.grid = (image.height // config.patch, image.width // config.patch)
+        tokens, width, dim = self.grid[0] * self.grid[1], config.width, config.latent_dim
+        pixels = image.channels * config.patch**2
+        self.latent = LatentSpec(tokens=tokens, dim=dim, norm=config.latent_norm, grid=self.grid)
+        self.latent_norm = LatentNorm(config.latent_norm, tokens, dim)
+
+        self.embed_pixels = nn.Linear(pixels, width)
+        self.embed_decode = nn.Linear(dim, width)
+        self.embed_denoise = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.embed_time = TimeEmbedding(width)
+        self.embed_label = nn.Embedding(image.classes + 1, width)
+        self.embed_mode = nn.ParameterDict(
+            {m: nn.Parameter(torch.zeros(width)) for m in ("encode", "decode", "denoise")}
+        )
+        place = sincos_positions(self.grid, width)
+        if config.position == "learned":
+            self.positions = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        else:
+            self.register_buffer("positions", place, persistent=False)
+        if config.position == "rope":
+            angles = rotary_angles(self.grid, width // config.heads)[:, None]  # (N, 1, K/2)
+            self.register_buffer("cos", angles.cos(), persistent=False)
+            self.register_buffer("sin", angles.sin(), persistent=False)
+
+        names = dict.fromkeys(_TRUNK_OF[config.trunks].values())
+        self.trunks = nn.ModuleDict({name: self._trunk() for name in names})
+        self.head_latent = nn.Linear(width, dim)
+        self.head_denoise = nn.Linear(width, dim)
+        channels = config.refine or image.channels
+        self.head_pixels = nn.Linear(width, channels * config.patch**2)
+        self.refine: nn.Module = nn.Identity()
+        if config.refine:
+            self.refine = nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(channels, image.channels, 3, padding=1),
+            )
+        self._initialise()
+
+    def _trunk(self) -> Trunk:
+        c = self.config
+        blocks = [
+            Block(
+                c.width,
+                c.heads,
+                MLP(c.width, c.mlp_ratio, c.mlp),
+                c.modulation,
+                c.modulation_rank,
+                qk_norm=c.qk_norm,
+            )
+            for _ in range(c.depth)
+        ]
+        return Trunk(blocks, c.width, shared=c.modulation != "block")
+
+    def _initialise(self) -> None:
+        """Xavier for linears, zero for modulation and final heads, small for embeddings.
+
+        The encoder's head must not start at zero: constant latents are a fixed point of
+        self-distillation.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for embedding in (self.embed_label.weight, self.mask_token, *self.embed_mode.values()):
+            nn.init.normal_(embedding, std=0.02)
+        zero: list[nn.Linear] = [self.head_denoise]
+        for module in self.modules():
+            if isinstance(module, Trunk):
+                zero += [module.final] + ([module.common] if module.common is not None else [])
+            elif isinstance(module, Block) and isinstance(module.modulation, nn.Linear):
+                zero.append(module.modulation)
+            elif isinstance(module, Block) and isinstance(module.modulation, nn.Sequential):
+                zero += [m for m in module.modulation[1:] if isinstance(m, nn.Linear)]
+        for linear in zero:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        if not self.config.refine:
+            nn.init.zeros_(self.head_pixels.weight)
+
+    def _conditioning(self, p: Pass) -> tuple[Mode, Tensor, Tensor]:
+        """Mode, input tokens (B, N, W) and conditioning (B, W) of one pass."""
+        mode: Mode
+        if isinstance(p, Denoise):
+            mode, tokens = "denoise", self.embed_denoise(p.z_t)
+            t, label = p.t, p.label
+        else:
+            if isinstance(p, Decode):
+                mode, tokens = "decode", self.embed_decode(p.z)
+            else:
+                mode, tokens = "encode", self.embed_pixels(patchify(p.x, self.config.patch))
+                if p.mask is not None:
+                    tokens = torch.where(p.mask[..., None], self.mask_token, tokens)
+            # Encoding and decoding are the clean end of time, without a class.
+            t = torch.ones(len(tokens), device=tokens.device)
+            label = torch.full(
+                (len(tokens),), self.image.null_label, dtype=torch.long, device=tokens.device
+            )
+        if self.config.position != "rope":
+            tokens = tokens + self.positions
+        c = self.embed_time(t) + self.embed_label(label) + self.embed_mode[mode]
+        return mode, tokens, c
+
+    def outputs(self, *passes: Pass) -> list[Output]:
+        """Run passes; those that share a trunk go through it as one batch.
+
+        Fused and single passes give the same values to rounding.
+        """
+        modes, tokens, conditions = zip(*(self._conditioning(p) for p in passes), strict=True)
+        turn = (self.cos, self.sin) if self.config.position == "rope" else None
+        results: list[Output | None] = [None] * len(passes)
+        trunk_of = _TRUNK_OF[self.config.trunks]
+        for name, trunk in self.trunks.items():
+            mine = [i for i, mode in enumerate(modes) if trunk_of[mode] == name]
+            if not mine:
+                continue
+            sizes = [len(tokens[i]) for i in mine]
+            taps = frozenset(tap for i in mine for tap in passes[i].taps)
+            x, features = trunk(
+                torch.cat([tokens[i] for i in mine]),
+                torch.cat([conditions[i] for i in mine]),
+                taps,
+                turn,
+            )
+            split = {tap: f.split(sizes) for tap, f in features.items()}
+            for k, (i, h) in enumerate(zip(mine, x.split(sizes), strict=True)):
+                own = {tap: split[tap][k] for tap in passes[i].taps}
+                results[i] = self._head(passes[i], h, own)
+        return [r for r in results if r is not None]
+
+    def _head(self, p: Pass, h: Tensor, features: Mapping[int, Tensor]) -> Output:
+        """Read one pass's result from its tokens h (B, N, W)."""
+        if isinstance(p, Encode):
+            raw = self.head_latent(h).float()
+            return Output(self.latent_norm(raw), features, raw)
+        if isinstance(p, Denoise):
+            out = self.head_denoise(h).float()
+            return Output(self.latent_norm(out) if self.config.norm_prediction else out, features)
+        pixels = unpatchify(self.head_pixels(h), self.config.patch, self.grid)
+        return Output(self.refine(pixels).float(), features)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent (B, N, D) of images (B, C, H, W)."""
+        return self.run(Encode(x=x))[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (B, C, H, W) of latents (B, N, D)."""
+        return self.run(Decode(z=z))[0]
+
+    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
+        return self.run(Denoise(z_t=z_t, t=t, label=label))[0]
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
+        """Choose the attention kernel and give it to every block."""
+        head_dim = self.config.width // self.config.heads
+        chosen = choose_attention(self.config.attention, device, dtype, head_dim)
+        for trunk in self.trunks.values():
+            for block in trunk.blocks:
+                block.attention.attend = chosen.attend
+        return {"attention": f"{chosen.name} ({chosen.reason})"}

@@ -1,0 +1,1 @@
+"""Running: the engine, its directory on disk, and its checkpoints."""

@@ -1,0 +1,90 @@
+"""What a recipe costs, counted on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from e2ediff.backbone import LatentSpec
+from e2ediff.data import Batch
+from e2ediff.host.recipe import Recipe
+from e2ediff.objective import Draw
+from e2ediff.run.assembly import build_nets
+from e2ediff.run.step import Step
+
+_META = torch.device("meta")
+
+
+@attrs.frozen
+class Count:
+    """Sizes of a recipe.
+
+    `parameters` counts trained parameters, the objective's heads and the class table included,
+    averaged copies excluded; `modules` splits them.
+    `flops` is by phase, for one image, forward and backward.
+    `state_bytes` holds float32 weights, gradients, two moments each, and the averages.
+    """
+
+    parameters: int
+    modules: Mapping[str, int]
+    latent: LatentSpec
+    flops: Mapping[str, float]
+    state_bytes: int
+
+
+def count(recipe: Recipe) -> Count:
+    """Build on the meta device and count.
+
+    FLOPs are counted over the real step by torch's FlopCounterMode, which sees matrix products,
+    convolutions and attention (two FLOPs a multiply-add), on a batch of two.
+    Perceptual networks are left out: their weights are not read here.
+    """
+    nets, _ = build_nets(recipe, _META)
+    objective = recipe.objective
+    step = Step(objective, nets, torch.float32)
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for root in (nets.online, nets.heads)
+        for name, module in _modules(root, "heads." if root is nets.heads else "")
+    }
+    direct = [(n, p) for n, p in nets.online.named_parameters(recurse=False)]
+    sizes |= {name: p.numel() for name, p in direct}
+    parameters = sum(p.numel() for p in step.parameters())
+    image, two = recipe.data.image, 2
+    batch = Batch(
+        x=torch.zeros(two, image.channels, image.height, image.width, device=_META),
+        label=torch.zeros(two, dtype=torch.long, device=_META),
+    )
+    draw = Draw(
+        t=torch.zeros(two, device=_META), label=batch.label, generator=None, times=recipe.times
+    )
+    flops = {}
+    for phase in objective.phases:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            step(batch, draw, phase).total.backward()
+        step.zero_grad()
+        flops[phase] = counter.get_total_flops() / two
+    copies = 4 + 1 + len(recipe.ema)
+    return Count(
+        parameters=parameters,
+        modules={name: size for name, size in sizes.items() if size},
+        latent=nets.online.latent,
+        flops=flops,
+        state_bytes=4 * copies * parameters,
+    )
+
+
+def _modules(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    """Children of `root`; containers are opened once, so that trunks and heads are seen apart."""
+    found = []
+    for name, child in root.named_children():
+        if isinstance(child, nn.ModuleDict):
+            found += [(f"{prefix}{name}.{inner}", module) for inner, module in child.items()]
+        else:
+            found.append((f"{prefix}{name}", child))
+    return found

@@ -1,0 +1,99 @@
+"""Averaged weights: a copy of the network that follows the trained one."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch_ema import ExponentialMovingAverage
+
+from e2ediff.backbone import Backbone
+
+_CHUNK = 256  # images in one calibration pass
+
+
+class Average:
+    """An exponential moving average of a backbone, by torch-ema.
+
+    torch-ema keeps an ordered list of tensors without names, and no buffers.
+    Here that list is the copy's own parameters, so that the average is a network with names, in
+    one copy; buffers are taken over at each update, but for the latent norm's statistics, which
+    belong to one set of weights and are calibrated before the copy is used.
+    """
+
+    def __init__(self, online: Backbone, decay: float, *, warmup: bool) -> None:
+        self.online = online
+        self.net = copy.deepcopy(online).requires_grad_(requires_grad=False).eval()
+        self.net.latent_norm.train()  # batch statistics during training, as the online network
+        self._sources = list(online.parameters())
+        self.ema = ExponentialMovingAverage(self._sources, decay, use_num_updates=warmup)
+        self.ema.shadow_params = list(self.net.parameters())
+        norm = set(map(id, self.net.latent_norm.buffers()))
+        self._buffers = [
+            (mine, theirs)
+            for mine, theirs in zip(self.net.buffers(), online.buffers(), strict=True)
+            if id(mine) not in norm
+        ]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the online weights; call after each optimizer step."""
+        self.ema.update(self._sources)
+        for mine, theirs in self._buffers:
+            mine.copy_(theirs)
+
+    @property
+    def updates(self) -> int:
+        """Number of updates so far, which sets the decay during warm-up."""
+        return self.ema.num_updates or 0
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        if self.ema.num_updates is not None:
+            self.ema.num_updates = count
+
+
+@torch.no_grad()
+def calibrate(net: Backbone, images: Tensor) -> None:
+    """Give the latent norm the statistics of these weights, from images (M, C, H, W)."""
+    if net.latent_norm.has_statistics:
+        norm_training = net.latent_norm.training
+        net.latent_norm.train()
+        raws = [_raw(net, chunk) for chunk in images.split(_CHUNK)]
+        net.latent_norm.calibrate(torch.cat(raws))
+        net.latent_norm.train(norm_training)
+
+
+def _raw(net: Backbone, x: Tensor) -> Tensor:
+    from e2ediff.backbone import Encode
+
+    (out,) = net.outputs(Encode(x=x))
+    if out.raw is None:
+        raise ValueError(
+            f"{type(net).__name__}.outputs must fill Output.raw for encode passes, because its "
+            f"latent norm '{net.latent.norm}' needs statistics"
+        )
+    return out.raw
+
+
+@contextlib.contextmanager
+def in_use(net: Backbone, images: Tensor) -> Iterator[Backbone]:
+    """The network as a user has it: eval mode, with the norm's statistics of its own weights.
+
+    Args:
+        net: Any set of weights.
+        images: Training images (M, C, H, W) for the statistics.
+
+    Its modes are put back on leaving.
+    """
+    modes = [(m, m.training) for m in net.modules()]
+    calibrate(net, images)
+    net.eval()
+    try:
+        yield net
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,87 @@
+"""What a person sees while a run goes: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+
+class Progress:
+    """Progress of long work on stderr, so that stdout carries results alone.
+
+    On a terminal one line is replaced in place; elsewhere (files, pipes, batch jobs) a plain
+    line is written at most every `plain_seconds`, and at the end.
+    """
+
+    def __init__(self, stream: TextIO | None = None, plain_seconds: float = 10.0) -> None:
+        self.stream = stream or sys.stderr
+        self.plain_seconds = plain_seconds
+        self._live: Live | None = None
+        self._last = -1e9
+        self._pending = ""
+
+    def __enter__(self) -> Progress:
+        if self.stream.isatty():
+            # Imported here: it takes a quarter of a second and serves terminals only.
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(file=self.stream, highlight=False, soft_wrap=True)
+            self._live = Live("", console=console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if self._pending:
+            print(self._pending, file=self.stream, flush=True)
+
+    def update(self, line: str) -> None:
+        """Replace the progress line."""
+        now = time.monotonic()
+        if self._live is not None:
+            from rich.text import Text
+
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+            self._pending = line
+        elif now - self._last >= self.plain_seconds:
+            print(line, file=self.stream, flush=True)
+            self._last, self._pending = now, ""
+        else:
+            self._pending = line
+
+    def say(self, line: str) -> None:
+        """Write a line that stays."""
+        if self._live is not None:
+            self._live.console.print(line, markup=False)
+        else:
+            print(line, file=self.stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 2h05m, 3m20s or 12s."""
+    s = round(seconds)
+    if s >= 3600:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
+
+
+def training_line(
+    step: int, steps: int, rate: float, batch: int, losses: Mapping[str, float], health: str
+) -> str:
+    """One line on a run's progress: step, images/s, losses, health of the latents, time left."""
+    left = duration((steps - step) * batch / rate) if rate > 0 else "?"
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    return f"step {step}/{steps}  {rate:.0f} img/s  {shown}  {health}  left {left}"

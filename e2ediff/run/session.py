@@ -1,0 +1,175 @@
+"""A run from a person's point of view: start or resume, train, say how it ended."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+import attrs
+import fsspec
+
+from e2ediff.errors import E2EDiffError, Problem, RecipeError, RunDirectoryError
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from e2ediff.run.assembly import check_fits, choose_device
+from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.run.directory import RunDirectory, State, describe_environment, latest_run
+from e2ediff.run.engine import Engine
+from e2ediff.run.progress import Progress
+from e2ediff.run.signals import Stop
+
+# What may differ between a run and its continuation: none of it moves a trained number, but
+# for the length, whose schedule then ends elsewhere.
+_MAY_CHANGE = (
+    "images",
+    "steps",
+    "cadence",
+    "preview",
+    "checkpoint",
+    "trackers",
+    "device",
+    "diagnostics",
+    "requires",
+)
+
+
+@attrs.frozen
+class Outcome:
+    """Where a run lies and how it ended; `exit_code` is 0 when it is done."""
+
+    path: str
+    exit_code: int
+    reason: str
+
+
+def train(
+    host: Host,
+    recipe_path: str,
+    overrides: Sequence[str] = (),
+    out: str | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train by a recipe, from the start or from a run's last checkpoint.
+
+    Args:
+        host: What knows the parts.
+        recipe_path: Path or URL of a recipe.
+        overrides: Assignments as given to `--set`.
+        out: The run's directory; by default `runs/<name>`, or with `resume` the newest such.
+        resume: Continue the run in that directory.
+        progress: Where to show progress; by default stderr.
+
+    Raises:
+        E2EDiffError: Whatever is wrong with the recipe, the data, the directory or the machine;
+            once a directory exists its `status.json` has it too.
+    """
+    recipe = load_recipe(host, recipe_path, overrides)
+    check_fits(recipe, recipe_path)
+    device = choose_device(recipe.device)
+    # Data first: nothing is created for a run that cannot start.
+    sources = (recipe.data.open(), recipe.data.open(held_out=True))
+    resolved = dump_recipe(host, recipe)
+    if resume:
+        directory = _find(recipe, out)
+        _refuse_other_recipe(host, recipe, directory, recipe_path)
+        directory.lock()
+    else:
+        with fsspec.open(recipe_path, "r") as file:
+            text = file.read()
+        environment = describe_environment(
+            seeds={"seed": recipe.seed},
+            plugins={p.distribution or p.name: p.version for p in host.plugins},
+            device=str(device),
+        )
+        directory = RunDirectory.create(out, recipe.name, text, resolved, environment)
+    with directory, progress or Progress() as shown, Stop() as stop:
+        engine = None
+        try:
+            engine = Engine(host, recipe, directory, device, sources, shown)
+            if resume:
+                engine.restore(open_checkpoint(directory.store, warn=shown.say))
+                shown.say(f"resumed {directory.path} at step {engine.step}")
+            _greet(shown, engine)
+            engine.run(stop)
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, E2EDiffError) else 1
+            code = 130 if isinstance(error, KeyboardInterrupt) else code
+            _set_status(directory, engine, "failed", code, f"{type(error).__name__}: {error}")
+            raise
+        return _end(directory, engine, stop)
+
+
+def _greet(progress: Progress, engine: Engine) -> None:
+    """Say where the run goes, on what, and by which kernels."""
+    parameters = sum(p.numel() for p in engine.parts.step.parameters())
+    progress.say(
+        f"run {engine.directory.path}: {parameters:,} parameters, "
+        f"{engine.recipe.total_steps} steps of {engine.recipe.batch} images on {engine.device}"
+    )
+    for topic, choice in engine.parts.choices.items():
+        progress.say(f"{topic}: {choice}")
+    engine.directory.event("kernels", **engine.parts.choices)
+
+
+def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
+    """Record how a run ended that did not fail."""
+    if engine.step >= engine.recipe.total_steps:
+        state: State = "done"
+        code, reason = 0, "all steps done"
+    elif stop.signal == signal.SIGINT:
+        state, code, reason = "interrupted", 130, "interrupted; saved, continue with --resume"
+    else:
+        state, code, reason = "preempted", 75, "terminated; saved, continue with --resume"
+    _set_status(directory, engine, state, code, reason)
+    return Outcome(directory.path, code, reason)
+
+
+def _set_status(
+    directory: RunDirectory, engine: Engine | None, state: State, code: int, reason: str
+) -> None:
+    directory.set_status(
+        state,
+        images=engine.images if engine else 0,
+        step=engine.step if engine else 0,
+        exit_code=code,
+        reason=reason,
+        last_checkpoint=engine.last_checkpoint if engine else None,
+    )
+
+
+def _find(recipe: Recipe, out: str | None) -> RunDirectory:
+    path = out or latest_run(recipe.name)
+    if path is None:
+        raise RunDirectoryError(
+            f"--resume: no run of '{recipe.name}' to continue; start one without --resume, or "
+            "name its directory with --out"
+        )
+    return RunDirectory.open(path)
+
+
+def _refuse_other_recipe(
+    host: Host, recipe: Recipe, directory: RunDirectory, source: str
+) -> None:
+    """A continuation must compute what the run computed so far."""
+    place = directory.store.where("resolved.yaml")
+    before = parse_recipe(host, directory.resolved(), place)
+    changed = [
+        Problem(
+            field.name,
+            f"the run in {directory.path} has {_short(getattr(before, field.name))}, "
+            f"this recipe has {_short(getattr(recipe, field.name))}",
+            hint="Give the same recipe and --set as before, or start another run.",
+        )
+        for field in attrs.fields(Recipe)
+        if field.name not in _MAY_CHANGE
+        and getattr(before, field.name) != getattr(recipe, field.name)
+    ]
+    if changed:
+        raise RecipeError(f"{source} (--resume)", changed)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,0 +1,64 @@
+"""The recipe's trackers, guarded: a failing one is switched off and never stops training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from e2ediff.errors import E2EDiffError
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.progress import Progress
+from e2ediff.tracker import Tracker, TrackerConfig
+
+
+class Sinks:
+    """All trackers of a run as one."""
+
+    def __init__(
+        self, configs: Sequence[TrackerConfig], directory: RunDirectory, progress: Progress
+    ) -> None:
+        self.configs = configs
+        self.directory = directory
+        self.progress = progress
+        self.trackers: list[Tracker] = []
+
+    def open(self) -> None:
+        """Open every tracker; one that is not installed is an error of the user's."""
+        path = self.directory.store.local_path() or self.directory.path
+        for config in self.configs:
+            try:
+                self.trackers.append(config.open(path))
+            except E2EDiffError:
+                raise
+            except Exception as error:
+                self._say(config, error)
+
+    def _each(self, act: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                act(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                self._say(tracker, error)
+
+    def _say(self, tracker: object, error: Exception) -> None:
+        name = type(tracker).__name__
+        self.progress.say(
+            f"tracker {name} is switched off: {type(error).__name__}: {error}. "
+            "metrics.jsonl goes on."
+        )
+        self.directory.event("tracker_off", tracker=name, error=str(error))
+
+    def log(self, images: int, values: Mapping[str, float]) -> None:
+        """Figures to all."""
+        self._each(lambda tracker: tracker.log(images, values))
+
+    def picture(self, images: int, name: str, x: Tensor) -> None:
+        """A picture to all."""
+        self._each(lambda tracker: tracker.picture(images, name, x))
+
+    def close(self) -> None:
+        """Close all."""
+        self._each(lambda tracker: tracker.close())
+        self.trackers.clear()

@@ -1,0 +1,341 @@
+"""All file access of a run: one `Store` over a local directory or any address fsspec knows.
+
+Local writes are atomic and durable: temporary file, fsync, rename, fsync of the directory.
+Other stores get each object whole. What a disk refuses becomes a `ResourceError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+
+from e2ediff.errors import ResourceError, RunDirectoryError
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_CHUNK = 1 << 22
+
+
+class Store:
+    """The files below one address; every path is relative to it, with forward slashes.
+
+    Reading raises OSError (the caller knows what a missing file means); writing raises
+    ResourceError; `rename_dir`, `remove_dir` and `remove_file` return the error instead.
+
+    Raises:
+        RunDirectoryError: no file system for this address is installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/") or url
+        try:
+            self._fs, root = url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise RunDirectoryError(
+                f"{url}: cannot be used: {error}. Give a local path, or install the package "
+                "that fsspec needs for this kind of address."
+            ) from error
+        self._root = str(root).rstrip("/")
+        self.local = isinstance(self._fs, LocalFileSystem)
+
+    def where(self, path: str = "") -> str:
+        """The address of a path for messages, spelled as the user spelled the store's."""
+        return f"{self.url.rstrip('/')}/{path}" if path else self.url
+
+    def local_path(self, path: str = "") -> str | None:
+        """The path in the local file system; None on any other store."""
+        return self._full(path) if self.local else None
+
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        """The whole content; OSError if there is none, or if it is longer than `limit` bytes."""
+        if limit is not None and self.size(path) > limit:
+            raise OSError(errno.EFBIG, f"longer than {limit} bytes", self.where(path))
+        return b"".join(self.chunks(path))
+
+    def chunks(self, path: str) -> Iterator[bytes]:
+        """The content in pieces of some megabytes, for hashing without holding all of it."""
+        self.size(path)  # refuses pipes and devices, whose opening could block for ever
+        with _as_oserror(), self._fs.open(self._full(path), "rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    def size(self, path: str) -> int:
+        """Bytes of a file; OSError if it is missing or no regular file."""
+        if self.local:
+            found = os.stat(self._full(path))
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", self.where(path))
+            return found.st_size
+        with _as_oserror():
+            info = self._fs.info(self._full(path))
+        if info.get("type") != "file":
+            raise OSError(errno.EINVAL, "not a regular file", self.where(path))
+        return int(info["size"])
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file or directory of this name."""
+        if self.local:
+            return os.path.lexists(self._full(path))
+        self._fs.invalidate_cache()
+        with _as_oserror():
+            return bool(self._fs.exists(self._full(path)))
+
+    def list(self, path: str = "") -> list[str]:
+        """Sorted names inside a directory, hidden ones too; empty if there is no directory."""
+        full = self._full(path)
+        try:
+            if self.local:
+                return sorted(os.listdir(full))
+            self._fs.invalidate_cache()
+            with _as_oserror():
+                found = self._fs.ls(full, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        # Some object stores list the prefix itself as an empty object.
+        inside = [str(name).rstrip("/") for name in found]
+        return sorted({n.rpartition("/")[2] for n in inside if n.strip("/") != full.strip("/")})
+
+    def write(self, path: str, data: bytes) -> None:
+        """Replace a file: readers and crashes see the old content or the new, never a part.
+
+        Raises:
+            ResourceError: no space, no permission, or the remote store refused.
+        """
+        with self._refusals(path, len(data)):
+            if self.local:
+                self._write_local(self._full(path), data)
+            else:
+                full = self._full(path)
+                self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+                self._fs.pipe_file(full, data)
+
+    def append(self, path: str, line: str) -> None:
+        """Add one line (its newline is added here); not fsynced, but handed to the system.
+
+        Stores that cannot append are read and written whole, so keep such logs short.
+
+        Raises:
+            ResourceError: the line could not be written; the file is as it was before.
+        """
+        data = line.encode() + b"\n"
+        with self._refusals(path, len(data)):
+            if not self.local:
+                self.write(path, (self.read(path) if self.exists(path) else b"") + data)
+                return
+            full = self._full(path)
+            _make_dirs(os.path.dirname(full))
+            file = os.open(full, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                before = os.fstat(file).st_size
+                try:
+                    _write_all(file, data)
+                except OSError:
+                    # Half a line would swallow the next one.
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(file, before)
+                    raise
+            finally:
+                os.close(file)
+
+    def truncate_lines(self, path: str, keep: Callable[[str], bool]) -> int:
+        """Drop a torn last line, and all that `keep` refuses; returns how many went.
+
+        Raises:
+            ResourceError: the shortened file could not be written; the old one stays.
+        """
+        if not self.exists(path):
+            return 0
+        with self._refusals(path, 0):
+            content = self.read(path)
+        *lines, torn = content.split(b"\n")
+        kept = [line for line in lines if keep(line.decode(errors="replace"))]
+        if torn or len(kept) < len(lines):
+            self.write(path, b"".join(line + b"\n" for line in kept))
+        return len(lines) - len(kept) + bool(torn)
+
+    def rename_dir(self, old: str, new: str) -> OSError | None:
+        """Rename a directory (atomic and durable locally, copy and delete elsewhere)."""
+        try:
+            if self.local:
+                _make_dirs(os.path.dirname(self._full(new)))
+                os.rename(self._full(old), self._full(new))
+                _sync_dir(os.path.dirname(self._full(new)))
+            else:
+                with _as_oserror():
+                    self._fs.mv(self._full(old), self._full(new), recursive=True)
+        except OSError as error:
+            return error
+        return None
+
+    def remove_dir(self, path: str) -> OSError | None:
+        """Delete a directory and all in it; what is gone already is no error."""
+        try:
+            if self.local:
+                shutil.rmtree(self._full(path))
+            else:
+                with _as_oserror():
+                    self._fs.rm(self._full(path), recursive=True)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return error
+        return None
+
+    def remove_file(self, path: str) -> OSError | None:
+        """Delete one file; what is gone already is no error."""
+        try:
+            if self.local:
+                os.unlink(self._full(path))
+            else:
+                with _as_oserror():
+                    self._fs.rm_file(self._full(path))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return error
+        return None
+
+    def create_unique_dir(self, base: str) -> str:
+        """Make directory `base`, or `base-2`, `base-3`, ... and return which it was.
+
+        Locally mkdir decides, so two processes never get the same. The number is above all
+        that exist, so that the highest is the newest.
+
+        Raises:
+            ResourceError: the directory could not be made.
+        """
+        parent, _, name = base.rpartition("/")
+        pattern = re.compile(re.escape(name) + r"(?:-(\d{1,4}))?")
+        with self._refusals(base, 0):
+            matches = [pattern.fullmatch(found) for found in self.list(parent)]
+            number = max((int(match[1] or 1) for match in matches if match), default=0) + 1
+            while True:
+                path = base if number == 1 else f"{base}-{number}"
+                full = self._full(path)
+                if self.local:
+                    _make_dirs(os.path.dirname(full))
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(full)
+                        return path
+                elif not self.list(path):
+                    self._fs.makedirs(full, exist_ok=True)
+                    return path
+                number += 1
+
+    def free_bytes(self) -> int | None:
+        """Bytes that may still be written here; None where nobody knows."""
+        place = Path(self._root or "/")
+        while self.local:
+            try:
+                return shutil.disk_usage(place).free
+            except FileNotFoundError:
+                if place == place.parent:
+                    break
+                place = place.parent
+            except OSError:
+                break
+        return None
+
+    def refusal(self, path: str, needed: int, error: Exception) -> ResourceError:
+        """What to tell the user when writing `needed` bytes at a path failed with `error`."""
+        code = error.errno if isinstance(error, OSError) else None
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        free = self.free_bytes()
+        space = "unknown" if free is None else f"{free:,} bytes"
+        if code in _FULL:
+            advice = "Free space there, or choose another --out; what was saved before is intact."
+        elif code in _DENIED:
+            advice = "Choose an --out that you may write to."
+        else:
+            advice = "Check that the disk or store is reachable, or choose another --out."
+        return ResourceError(
+            f"{self.where(path)}: cannot write: {reason} "
+            f"(needed: {needed:,} bytes, free: {space}). {advice}"
+        )
+
+    @contextlib.contextmanager
+    def _refusals(self, path: str, needed: int) -> Iterator[None]:
+        try:
+            with contextlib.nullcontext() if self.local else _as_oserror():
+                yield
+        except OSError as error:
+            raise self.refusal(path, needed, error) from error
+
+    def _full(self, path: str) -> str:
+        parts = path.split("/") if path else []
+        if any(part in {"", ".", ".."} or "\0" in part for part in parts):
+            raise ValueError(f"not a plain relative path: {path!r}")
+        return "/".join([self._root, *parts]) or "/"
+
+    def _write_local(self, full: str, data: bytes) -> None:
+        folder, name = os.path.split(full)
+        _make_dirs(folder)
+        temporary = os.path.join(folder, f".tmp-{name}-{secrets.token_hex(4)}")
+        try:
+            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                _write_all(file, data)
+                os.fsync(file)
+            finally:
+                os.close(file)
+            os.replace(temporary, full)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_dir(folder)
+
+
+@contextlib.contextmanager
+def _as_oserror() -> Iterator[None]:
+    """Drivers of remote stores raise what they like; here is the border, as for plugins."""
+    try:
+        yield
+    except (OSError, ResourceError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+
+def _write_all(file: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _make_dirs(folder: str) -> None:
+    missing = []
+    while folder and not os.path.isdir(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        _sync_dir(os.path.dirname(path))
+
+
+def _sync_dir(folder: str) -> None:
+    file = os.open(folder or "/", os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        # Some network file systems cannot fsync a directory; they promise nothing anyway.
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+    finally:
+        os.close(file)

@@ -1,0 +1,218 @@
+"""The DSD objective, with every switch of the unified formulation.
+
+Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import attrs
+import torch
+from attrs import validators
+from e2ediff_dsd.augment import Augmentation
+from torch import Tensor, nn
+from torch.nn import functional
+
+from e2ediff.backbone import Backbone, Decode, Encode, Output
+from e2ediff.data import Batch
+from e2ediff.losses import (
+    DecodeNoise,
+    Noised,
+    PixelLoss,
+    Space,
+    clean_loss,
+    direct_loss,
+    noise_levels,
+)
+from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+
+_SHARE = [validators.ge(0), validators.le(1)]
+_WEIGHT = validators.ge(0)
+
+
+@attrs.frozen(kw_only=True)
+class DSD(Objective):
+    """Diffusion as self-distillation: the denoiser predicts an EMA encoder's clean latent.
+
+    The unified form: with z1 the online latent of the augmented image and z2 the target latent,
+
+        z_in  = gamma z1 + (1 - gamma) sg(z1)      gamma = `input_gradient`
+        z_tar = beta z2 + (1 - beta) sg(z2)        beta  = `target_gradient`
+        z_t   = alpha z_in + sigma eps
+
+    and the denoiser's answer is compared with z_tar in the space `regress`.
+    DSD is gamma 1, beta 0, `regress` x0, `target` ema.
+    Naive training is gamma 1, beta 1, `regress` v, `target` online; UNITE's stop-gradients are
+    gamma 0, beta 0.
+
+    Options:
+        input_gradient: gamma, the share of gradient into the encoder through the noised latent.
+        target_gradient: beta, the share through the target; above 0 only with `target` online.
+        regress: `x0` compares clean latents. `v` and `eps` compare velocities and noises; with
+            gamma above 0 and beta 0 they drive weak modes of the latent to zero.
+        target: Whose latents are the target: the `ema` encoder's or the `online` one's.
+        weight: The space whose weight multiplies the clean error; `x0` is unweighted.
+        clamp: Largest such weight.
+        draws: Noise levels trained on for each reconstruction.
+        reconstruction: Compares decoded images with the unaugmented ones.
+        decode_noise: Noise on latents before decoding.
+        augmentation: The online view.
+        denoising_weight, align_weight, repr_weight, class_weight: Weights of the terms beside
+            reconstruction; 0 leaves a term out.
+        align_student, align_teacher: Blocks (1 is the first; 0 picks a third and two thirds of
+            the depth) whose tokens the layer alignment compares.
+
+    Source: DSD (arXiv 2511.14716): stop-gradient on the clean target, clean-latent prediction,
+    EMA target encoder, augmentation, and the existence of the three auxiliary losses (layer
+    alignment, representation-level self-distillation, classification). Ours: every number, the
+    forms of the auxiliary losses (alignment as SRA, arXiv 2505.02831; representation as BYOL,
+    arXiv 2006.07733), and the noise before decoding (UNITE, arXiv 2603.22283).
+    """
+
+    input_gradient: float = attrs.field(default=1.0, validator=_SHARE)
+    target_gradient: float = attrs.field(default=0.0, validator=_SHARE)
+    regress: Space = "x0"
+    target: Literal["ema", "online"] = "ema"
+    weight: Space = "x0"
+    clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
+    draws: int = attrs.field(default=1, validator=validators.ge(1))
+    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
+    decode_noise: DecodeNoise = attrs.field(factory=DecodeNoise)
+    augmentation: Augmentation = attrs.field(factory=Augmentation)
+    denoising_weight: float = attrs.field(default=1.0, validator=_WEIGHT)
+    align_weight: float = attrs.field(default=0.5, validator=_WEIGHT)
+    align_student: int = attrs.field(default=0, validator=validators.ge(0))
+    align_teacher: int = attrs.field(default=0, validator=validators.ge(0))
+    repr_weight: float = attrs.field(default=0.5, validator=_WEIGHT)
+    class_weight: float = attrs.field(default=0.1, validator=_WEIGHT)
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """Switches that contradict one another, the latent norm, or the backbone."""
+        net, found = nets.online, []
+        if self.target_gradient > 0 and self.target == "ema":
+            found.append(
+                (
+                    "objective.target_gradient",
+                    "must be 0 with target ema, whose encoder has no gradient; set "
+                    "objective.target: online to let gradients into the target",
+                )
+            )
+        if self.input_gradient > 0 and self.target_gradient == 0 and self.regress == "x0":
+            if net.latent.norm == "none":
+                found.append(
+                    (
+                        "backbone.latent_norm",
+                        "none lets DSD inflate the scale of the latents without bound; choose "
+                        "layer, batch or position, or set objective.input_gradient: 0",
+                    )
+                )
+        if self.weight != "x0" and self.regress != "x0":
+            found.append(
+                (
+                    "objective.weight",
+                    f"applies to regress x0 only; regress {self.regress} has its own weight",
+                )
+            )
+        blocks = {"student": self.align_student, "teacher": self.align_teacher}
+        for name, block in blocks.items():
+            if self.align_weight > 0 and net.depth > 0 and block > net.depth:
+                found.append(
+                    (f"objective.align_{name}", f"{block} is past the last block, {net.depth}")
+                )
+        needs = {"align": self.align_weight, "repr": self.repr_weight, "class": self.class_weight}
+        wanted = [f"objective.{name}_weight" for name, weight in needs.items() if weight > 0]
+        if net.depth == 0:
+            found += [(w, "needs a backbone that offers features; set it to 0") for w in wanted]
+        if self.class_weight > 0 and net.image.classes == 0:
+            found.append(("objective.class_weight", "needs labelled data; set it to 0"))
+        return found
+
+    def _blocks(self, net: Backbone) -> tuple[int, int]:
+        """Student and teacher block of the layer alignment."""
+        student = self.align_student or max(1, round(net.depth / 3))
+        teacher = self.align_teacher or max(1, round(2 * net.depth / 3))
+        return student, teacher
+
+    def heads(self, backbone: Backbone) -> nn.ModuleDict:
+        """Projectors of the auxiliary losses whose weight is not 0."""
+        w, heads = backbone.width, nn.ModuleDict()
+        if self.align_weight > 0:
+            heads["align"] = nn.Sequential(nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w))
+        if self.repr_weight > 0:
+            heads["repr"] = nn.Sequential(nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w))
+        if self.class_weight > 0:
+            heads["class"] = nn.Linear(w, backbone.image.classes)
+        return heads
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The perceptual network, where one is named."""
+        return self.reconstruction.frozen()
+
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Losses of one step; the encoder hears of the denoiser through z_t alone."""
+        net = nets.online
+        student, teacher = self._blocks(net)
+        last = (net.depth,) if self.repr_weight > 0 or self.class_weight > 0 else ()
+        taps = (*last, *((teacher,) if self.align_weight > 0 else ()))
+
+        view = self.augmentation.colours(batch.x, draw)
+        mask = self.augmentation.mask(net.latent.tokens, draw)
+        (online,) = net.outputs(Encode(x=view, mask=mask, taps=last))
+        with torch.no_grad():
+            (averaged,) = nets.target.outputs(Encode(x=batch.x, taps=taps))
+        z1 = online.value  # (B, N, D)
+        z2 = self._target_latent(nets, batch, z1, averaged)
+
+        z_in = self.input_gradient * z1 + (1 - self.input_gradient) * sg(z1)
+        levels = noise_levels(z_in, draw, nets.path, self.draws)
+        z_decode = self.decode_noise(z1, draw, nets.path)
+        wanted = (student,) if self.align_weight > 0 else ()
+        decoded, *answers = net.outputs(Decode(z=z_decode), *(n.denoise(wanted) for n in levels))
+
+        losses = {
+            "reconstruction": self.reconstruction(decoded.value, batch.x, nets.frozen),
+            "denoising": torch.stack(
+                [self._denoising(a, n, z2, nets) for a, n in zip(answers, levels, strict=True)]
+            ).mean(),
+        }
+        weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
+        if self.align_weight > 0:
+            goal = averaged.features[teacher]
+            losses["align"] = torch.stack(
+                [_cosine_distance(nets.heads["align"](a.features[student]), goal) for a in answers]
+            ).mean()
+            weights["align"] = self.align_weight
+        if self.repr_weight > 0:
+            predicted = nets.heads["repr"](online.features[net.depth])
+            losses["repr"] = _cosine_distance(predicted, averaged.features[net.depth])
+            weights["repr"] = self.repr_weight
+        if self.class_weight > 0:
+            pooled = online.features[net.depth].float().mean(dim=1)  # (B, W)
+            losses["class"] = functional.cross_entropy(
+                nets.heads["class"](pooled).float(), batch.label
+            )
+            weights["class"] = self.class_weight
+        return Terms(losses, weights, z1)
+
+    def _target_latent(
+        self, nets: Nets, batch: Batch, z1: Tensor, averaged: Output
+    ) -> Tensor:
+        """z2 (B, N, D), with the share of gradient that beta leaves it."""
+        if self.target == "ema":
+            return sg(averaged.value)
+        z2 = nets.online.encode(batch.x) if self.augmentation.changes else z1
+        return self.target_gradient * z2 + (1 - self.target_gradient) * sg(z2)
+
+    def _denoising(self, answer: Output, level: Noised, target: Tensor, nets: Nets) -> Tensor:
+        """The denoising loss at one noise level."""
+        guess, t = level.estimate(answer.value, nets), level.draw.t
+        if self.regress == "x0":
+            return clean_loss(guess, target, nets.path, t, self.weight, self.clamp)
+        return direct_loss(guess, target, level.eps, nets.path, t, self.regress, self.clamp)
+
+
+def _cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of 1 - cosine over tokens (B, N, W); no gradient into the teacher."""
+    return 1 - functional.cosine_similarity(student.float(), sg(teacher).float(), dim=-1).mean()

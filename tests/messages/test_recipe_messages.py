@@ -1,0 +1,288 @@
+"""What a recipe's author reads when something is wrong; a message is an interface."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Literal
+
+import attrs
+import pytest
+
+from e2ediff import hookimpl
+from e2ediff.errors import RecipeError
+from e2ediff.host.plugins import load
+from e2ediff.host.recipe import load_recipe, parse_recipe
+from e2ediff.host.registry import KINDS
+
+CONTRACTS = {plural: contract for plural, _, contract in KINDS}
+
+
+def entry(plural, name, **fields):
+    """A hook that registers a real part with these options, whose methods do nothing."""
+    contract = CONTRACTS[plural]
+    body = {method: lambda self, *args: None for method in contract.__abstractmethods__}
+    body["__annotations__"] = {key: hint for key, (hint, _) in fields.items()}
+    body |= {key: default for key, (_, default) in fields.items()}
+    cls = attrs.frozen(kw_only=True)(type("Tiny", (contract,), body))
+
+    @hookimpl
+    def register(add):
+        add(name, cls)
+
+    return register
+
+
+def must_be_kind(instance, field, value):
+    raise KeyError("no such table")
+
+
+HOST = load(
+    SimpleNamespace(
+        __name__="tiny",
+        register_backbones=entry("backbones", "net", width=(int, 8)),
+        register_interpolants=entry("interpolants", "linear"),
+        register_time_samplers=entry("time_samplers", "uniform"),
+        register_objectives=entry(
+            "objectives",
+            "variance_floor",
+            floor=(float, attrs.field(default=1.0, validator=attrs.validators.gt(0))),
+            roof=(float, attrs.field(default=2.0, validator=attrs.validators.lt(9))),
+            shape=(str, attrs.field(default="a", validator=attrs.validators.in_(("a", "b")))),
+            kind=(Literal["hinge", "square"], "hinge"),
+        ),
+        register_sources=entry("sources", "shapes"),
+        register_optimizers=entry("optimizers", "sgd", lr=(float, attrs.field())),
+        register_samplers=entry("samplers", "euler", steps=(int, 10)),
+        register_trackers=entry(
+            "trackers", "odd", x=(int, attrs.field(default=1, validator=must_be_kind))
+        ),
+    ),
+    entry_points=False,
+    builtins=False,
+)
+
+TEXT = """\
+e2ediff: 1
+name: tiny
+steps: 100
+batch: 16
+data: shapes
+backbone: net
+interpolant: linear
+times: uniform
+objective: variance_floor
+optimizer: {name: sgd, lr: 0.1}
+sampler: euler
+"""
+
+
+def lines(text=TEXT, *overrides, host=HOST):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(host, text, "r.yaml", overrides)
+    return [line.strip() for line in str(caught.value).splitlines()]
+
+
+def swap(old, new):
+    assert old in TEXT
+    return TEXT.replace(old, new)
+
+
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file():
+    text = (
+        TEXT.replace("steps: 100", "steps: 3.7")
+        .replace("interpolant: linear", "interpolant: liner")
+        .replace("objective: variance_floor", "objective: {name: variance_floor, flor: 0.5}")
+    )
+    assert lines(text) == [
+        "r.yaml: 3 problems",
+        "r.yaml:3:8: steps: expected int, got float 3.7.",
+        "r.yaml:7:14: interpolant: unknown interpolant 'liner'. "
+        "Did you mean 'linear'? Known: linear.",
+        "r.yaml:9:35: objective: unknown option 'flor'. "
+        "Did you mean 'floor'? Options: floor, kind, roof, shape.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            swap("batch: 16\n", ""),
+            "r.yaml:1:1: recipe: 'batch' is missing. Add `batch:` with int.",
+        ),
+        (swap("batch: 16", "batch:"), "r.yaml:4:7: batch: expected int, got nothing."),
+        (swap("batch: 16", "batch: 0"), "r.yaml:4:8: batch: 'batch' must be > 0: 0"),
+        (
+            swap("sampler: euler", "sampler: [euler]"),
+            "r.yaml:11:10: sampler: expected the name of one of the samplers, got a list of 1.",
+        ),
+        (
+            swap("sampler: euler", "sampler: {steps: 3}"),
+            "r.yaml:11:10: sampler: 'name' is missing. Add `name:` with one of euler.",
+        ),
+        (
+            swap("sampler: euler", "sampler: {nam: euler}"),
+            "r.yaml:11:11: sampler: unknown option 'nam'. Did you mean 'name'?",
+        ),
+        (
+            swap("{name: sgd, lr: 0.1}", "sgd"),
+            "r.yaml:10:12: optimizer: 'lr' is missing. Add `lr:` with float.",
+        ),
+        (
+            swap("batch: 16", "batch: 16\nbatch: 17"),
+            "r.yaml:5:1: recipe: 'batch' is written twice, first at r.yaml:4:1. "
+            "Remove one of them.",
+        ),
+        (
+            TEXT + "cadence: {log: on}\n",
+            "r.yaml:12:16: cadence.log: expected int, got str 'on'.",
+        ),
+        (
+            TEXT + "predicts: V\n",
+            "r.yaml:12:11: predicts: expected one of 'x0', 'eps', 'v', 'score', got str 'V'. "
+            "Did you mean 'v'?",
+        ),
+        (
+            TEXT + "images: 5\n",
+            "r.yaml:3:8: steps: give either 'steps' or 'images'; both are given.",
+        ),
+        (
+            swap("steps: 100\n", ""),
+            "r.yaml:1:1: steps: give either 'steps' or 'images'; neither is given.",
+        ),
+        (
+            TEXT + "microshards: 3\n",
+            "r.yaml:12:14: microshards: 3 microshards do not divide a batch of 16 images.",
+        ),
+        (
+            TEXT + "ema: [{name: target, decay: 0.5}]\n",
+            "r.yaml:12:14: ema.0.name: 'target' is the name of weights that every run has.",
+        ),
+        (
+            TEXT + "ema: [{name: a, decay: 0.5}, {name: a, decay: 0.6}]\n",
+            "r.yaml:12:6: ema: the names a, a are not all different.",
+        ),
+        (
+            swap("name: tiny", "name: Tiny Run"),
+            "r.yaml:2:7: name: 'Tiny Run' cannot name a directory or file: at most 100 "
+            "lower-case letters, digits, '-' and '_', the first one a letter or digit.",
+        ),
+        (
+            swap("e2ediff: 1", "e2ediff: 2"),
+            "r.yaml:1:10: e2ediff: is schema 2, and this e2ediff reads schema 1. Upgrade e2ediff.",
+        ),
+        (
+            TEXT + "trackers: [odd]\n",
+            "r.yaml:12:12: trackers.0.x: KeyError: no such table",
+        ),
+        (
+            swap("batch: 16", "\tbatch: 16"),
+            "r.yaml:4:1: recipe: not valid YAML: while scanning for the next token, found "
+            "character '\\t' that cannot start any token. Indent with spaces, not tabs.",
+        ),
+        (
+            swap("batch: 16", "batch: 16: 17"),
+            "r.yaml:4:10: recipe: not valid YAML: mapping values are not allowed here. "
+            "Check colons, quotes and indents.",
+        ),
+        (
+            "# only a comment\n",
+            "r.yaml:1:1: recipe: is empty. Start from a file in recipes/.",
+        ),
+        (
+            "- a\n- b\n",
+            "r.yaml:1:1: recipe: expected 'key: value' lines, got a list of 2. "
+            "Start from a file in recipes/.",
+        ),
+        (
+            "a: \x07",
+            "r.yaml:1:4: recipe: holds the character U+0007, which YAML forbids. "
+            "Remove it, or is the file damaged?",
+        ),
+    ],
+)
+def test_a_problem_says_where_what_and_what_to_do(text, message):
+    assert lines(text) == ["r.yaml: 1 problem", message]
+
+
+def test_every_refused_option_of_a_part_is_named_in_plain_words():
+    part = "{name: variance_floor, floor: -1, roof: 10, shape: c}"
+    assert lines(swap("objective: variance_floor", f"objective: {part}"))[1:] == [
+        "r.yaml:9:42: objective.floor: 'floor' must be > 0: -1.0",
+        "r.yaml:9:52: objective.roof: 'roof' must be < 9: 10.0",
+        "r.yaml:9:63: objective.shape: 'shape' must be in ('a', 'b') (got 'c')",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objectiv.floor=1", "recipe: unknown option 'objectiv'. Did you mean 'objective'? "),
+        ("objective.flor=1", "objective: unknown option 'flor'. Did you mean 'floor'? "),
+        (
+            "objective=variance",
+            "objective: unknown objective 'variance'. Did you mean 'variance_fl",
+        ),
+        ("objective.floor", "recipe: 'objective.floor' is not path=value. Write for example"),
+        ("objective.floor=[", "recipe: not valid YAML: while parsing a flow node"),
+        ("batch.size=3", "batch: is 16, which has no options."),
+        ("trackers.0.x=3", "trackers: expected a list of trackers, got a block."),
+    ],
+)
+def test_a_problem_in_an_override_names_its_number(override, message):
+    found = lines(TEXT, "seed=1", override)[1]
+    assert found.startswith("--set 2: ")
+    assert message in found
+
+
+def test_an_item_that_a_list_lacks_is_counted_from_0():
+    text = TEXT + "trackers: [odd]\n"
+    assert "--set 1: trackers: has 1 items, and none is number '3'. Items are counted from 0." in (
+        lines(text, "trackers.3.x=3")
+    )
+
+
+def test_a_missing_distribution_is_said_first_and_its_names_are_not_complained_about():
+    text = TEXT.replace("objective: variance_floor", "objective: {name: dsd, stop: true}")
+    text += 'requires: ["e2ediff-not-there>=0.1"]\n'
+    assert lines(text) == [
+        "r.yaml: 1 problem",
+        "r.yaml:12:12: requires.0: e2ediff-not-there is not installed. "
+        "Run: pip install 'e2ediff-not-there>=0.1'",
+    ]
+
+
+def test_a_distribution_of_another_version_is_named_with_the_installed_one():
+    found = lines(TEXT + 'requires: ["attrs<1"]\n')[1]
+    assert found.startswith(f"r.yaml:12:12: requires.0: attrs {attrs.__version__} is installed, ")
+    assert found.endswith("not attrs<1. Run: pip install 'attrs<1'")
+
+
+def test_a_requirement_that_is_none_says_what_one_looks_like():
+    found = lines(TEXT + "requires: ['e2ediff dsd']\n")[1]
+    assert "'e2ediff dsd' is no requirement such as 'numpy>=2'" in found
+
+
+def test_an_unknown_name_tells_of_plugins_that_were_not_loaded():
+    host = attrs.evolve(HOST, broken={"dsd": "ModuleNotFoundError: No module named 'x'"})
+    assert lines(swap("objective: variance_floor", "objective: dsd"), host=host)[1] == (
+        "r.yaml:9:12: objective: unknown objective 'dsd'. Known: variance_floor. "
+        "Plugin 'dsd' was not loaded (ModuleNotFoundError: No module named 'x')."
+    )
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml: recipe: there is no such file\."):
+        load_recipe(HOST, "nowhere.yaml")
+
+
+def test_a_file_that_is_no_text_is_named_with_the_place(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"name: tiny\nx: \xff\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml:2:4: recipe: is not text in UTF-8"):
+        load_recipe(HOST, path)
+
+
+def test_long_values_are_cut_in_messages():
+    assert len(lines(swap("batch: 16", f"batch: {'x' * 5000}"))[1]) < 120
+    assert len(lines(TEXT + f"{'y' * 900}: 1\n")[1]) < 600
