@@ -58,11 +58,11 @@ class Interpolant(ABC):
 
     @abstractmethod
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """d alpha / dt, (B,) -> (B,)."""
+        """D alpha / dt, (B,) -> (B,)."""
 
     @abstractmethod
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """d sigma / dt, (B,) -> (B,)."""
+        """D sigma / dt, (B,) -> (B,)."""
 
     def logsnr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2), (B,) -> (B,), strictly rising in t; bounded at both ends."""

@@ -176,7 +176,7 @@ class Noised:
 
 
 def noise_levels(z: Tensor, draw: Draw, path: Interpolant, count: int) -> list[Noised]:
-    """z (B, N, D) at `count` noise levels, each with its own times and noise."""
+    """Z (B, N, D) at `count` noise levels, each with its own times and noise."""
     levels = []
     for i in range(count):
         own = draw if i == 0 else draw.again()
@@ -210,13 +210,11 @@ class DecodeNoise:
     Source: UNITE (arXiv 2603.22283), released code: probability 0.5, t_min 0.7.
     """
 
-    probability: float = attrs.field(
-        default=0.0, validator=[validators.ge(0), validators.le(1)]
-    )
+    probability: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.le(1)])
     t_min: float = attrs.field(default=0.7, validator=[validators.gt(0), validators.lt(1)])
 
     def __call__(self, z: Tensor, draw: Draw, path: Interpolant) -> Tensor:
-        """z (B, N, D), some rows noised; differentiable in z."""
+        """Z (B, N, D), some rows noised; differentiable in z."""
         if self.probability == 0:
             return z
         u = draw.uniform(2, len(z))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Sampler(ABC):
         self, f: Denoiser, z: Tensor, times: Sequence[float], label: Tensor, noise: Noise
     ) -> Tensor:
         """Follow the path through `times`, all below 1, and return the noised latent there."""
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             z = self.step(f, z, t, s, label, noise)
         return z
 

@@ -51,7 +51,7 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "--version", prog_name="e2ediff")
 def group() -> None:
-    """Train encoder, decoder and diffusion network together, by a YAML recipe.
+    r"""Train encoder, decoder and diffusion network together, by a YAML recipe.
 
     \b
     e2ediff run recipes/quickstart.yaml

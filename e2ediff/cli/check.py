@@ -29,7 +29,9 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     found = count(read)
     image, latent = read.data.image, found.latent
     grid = f", grid {latent.grid[0]} x {latent.grid[1]}" if latent.grid else ""
-    click.echo(f"recipe      {read.name}: {read.total_images:,} images, {read.total_steps:,} steps")
+    click.echo(
+        f"recipe      {read.name}: {read.total_images:,} images, {read.total_steps:,} steps"
+    )
     click.echo(f"images      {image.channels} x {image.height} x {image.width}, {_classes(read)}")
     click.echo(f"latent      {latent.tokens} tokens x {latent.dim}, norm {latent.norm}{grid}")
     click.echo(f"objective   {host.registries['objectives'].name_of(type(read.objective))}")

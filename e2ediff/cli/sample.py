@@ -42,10 +42,8 @@ def command(
     Writes one PNG an image, `grid.png` (a column a class) and `samples.json` with the label,
     number and seed of each; prints the directory.
     """
-    import attrs
     import torch
 
-    from e2ediff.errors import RecipeError
     from e2ediff.run.load import load_model
     from e2ediff.run.pictures import grid_png, png
     from e2ediff.run.progress import Progress
@@ -56,14 +54,7 @@ def command(
             run, weights=weights, checkpoint=checkpoint, device=device, warn=progress.say
         )
         if steps is not None:
-            try:
-                sampler = attrs.evolve(model.recipe.sampler, steps=steps)
-            except TypeError as error:
-                from e2ediff.errors import Problem
-
-                what = "this sampler chooses its steps itself; leave --steps out"
-                raise RecipeError(run, [Problem("sampler", what)]) from error
-            model = attrs.evolve(model, recipe=attrs.evolve(model.recipe, sampler=sampler))
+            model = model.with_steps(steps)
         image = model.recipe.data.image
         chosen = [model.label_of(text) for text in labels] or list(range(max(1, image.classes)))
         numbers = torch.tensor(chosen).repeat(count)

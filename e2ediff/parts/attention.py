@@ -33,7 +33,7 @@ class Attention:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's scaled_dot_product_attention on (B, N, H, K)."""
+    """Torch's scaled_dot_product_attention on (B, N, H, K)."""
     out = functional.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     )
@@ -41,7 +41,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _load_xformers() -> Attend:
-    """xformers' memory-efficient attention on (B, N, H, K).
+    """Xformers' memory-efficient attention on (B, N, H, K).
 
     Imported here and not above: the import takes seconds and is wanted on CUDA only.
     Its logger warns at length about kernels that were built for another torch, although torch's
@@ -103,7 +103,7 @@ def _probe(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: i
         for _ in range(3)
     )
     out = attend(q, k, v)
-    out.sum().backward()
+    torch.autograd.backward(out.sum())
     expected = sdpa(q.detach(), k.detach(), v.detach())
     # Outputs are averages of unit normals; two kernels in bf16 differ by rounding, 2^-8.
     bound = 0.03 if dtype in (torch.bfloat16, torch.float16) else 1e-3

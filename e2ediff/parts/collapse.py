@@ -19,7 +19,7 @@ from e2ediff.diagnostic import Diagnostic, Probe
 
 
 def effective_rank(rows: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of centred rows (n, d).
+    """Exp of the entropy of the normalised singular values of centred rows (n, d).
 
     Between 1 and min(n - 1, d); k for k equal orthogonal directions; 0 for constant rows.
 
@@ -121,7 +121,7 @@ class Reconstruction(Diagnostic):
     """
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
-        """psnr."""
+        """Psnr."""
         error = ((probe.x_hat.clamp(-1, 1) - probe.x) / 2).square().mean(dim=(1, 2, 3))
         return {"psnr": float((-10 * error.clamp_min(1e-10).log10()).mean())}
 

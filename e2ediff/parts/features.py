@@ -6,6 +6,9 @@ Shapes: B batch, H W image, K channels of a feature map.
 from __future__ import annotations
 
 import hashlib
+import io
+import pickle
+from typing import Any
 
 import attrs
 import fsspec
@@ -135,7 +138,8 @@ class _Lite(FeatureNetwork):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps (B, K, h, w) of images in [-1, 1]."""
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-        net, maps = self.network, []
+        net: Any = self.network  # its parts are private attributes, which modules do not declare
+        maps: list[Tensor] = []
         x = ((x + 1) * 127.5 - 127) / 128  # the network's own scaling of bytes
         x = torch.nn.functional.relu6(net._bn0(net._conv_stem(x)))
         for i, block in enumerate(net._blocks[: max(self.blocks) + 1]):
@@ -162,9 +166,6 @@ def _state_dict(place: str, sha256: str | None) -> dict[str, Tensor]:
         from safetensors.torch import load
 
         return load(data)
-    import io
-    import pickle
-
     try:
         state: dict[str, Tensor] = torch.load(io.BytesIO(data), "cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

@@ -116,9 +116,7 @@ class EncodedImages(DataSource):
         self.reader = reader
         self.image = image
         self.max_pixels = max_pixels
-        files = sorted(
-            p for p in reader.paths() if "/" in p and p.lower().endswith(SUFFIXES)
-        )
+        files = sorted(p for p in reader.paths() if "/" in p and p.lower().endswith(SUFFIXES))
         names = sorted({p.split("/", 1)[0] for p in files})
         if not files:
             raise DataError(

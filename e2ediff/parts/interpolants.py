@@ -20,7 +20,7 @@ class Linear(Interpolant):
     """
 
     def alpha(self, t: Tensor) -> Tensor:
-        """t."""
+        """T."""
         return t
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Cosine(Interpolant):
         return torch.sin(math.pi / 2 * (1 - t))
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """pi / 2 cos(pi t / 2)."""
+        """Pi / 2 cos(pi t / 2)."""
         return math.pi / 2 * torch.cos(math.pi / 2 * t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:

@@ -137,8 +137,9 @@ class SelfAttention(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, W) scaled by 1 + scale and shifted, both (B, W)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """X (B, N, W) scaled by 1 + scale and shifted, both (B, W)."""
+    out: Tensor = x * (1 + scale[:, None]) + shift[:, None]
+    return out
 
 
 class Block(nn.Module):
@@ -187,8 +188,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
         h = self.attention(modulate(self.norm1(x), shift1, scale1), turn)
         x = x + gate1[:, None] * h
-        h = self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x + gate2[:, None] * h
+        out: Tensor = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return out
 
 
 class Trunk(nn.Module):

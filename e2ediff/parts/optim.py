@@ -90,6 +90,4 @@ class SGD(_Scheduled):
 
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Fused SGD."""
-        return torch.optim.SGD(
-            self.groups(named), lr=self.lr, momentum=self.momentum, fused=True
-        )
+        return torch.optim.SGD(self.groups(named), lr=self.lr, momentum=self.momentum, fused=True)

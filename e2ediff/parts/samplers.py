@@ -29,7 +29,7 @@ class Euler(_Grid):
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:
-        """z + (s - t) v(z, t)."""
+        """Z + (s - t) v(z, t)."""
         return z + (s - t) * f(z, t, label).v
 
 
@@ -45,7 +45,7 @@ class Heun(_Grid):
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:
-        """z + (s - t) times the mean of v at both ends of the Euler step."""
+        """Z + (s - t) times the mean of v at both ends of the Euler step."""
         v = f(z, t, label).v
         end = f(z + (s - t) * v, s, label).v
         return z + (s - t) * (v + end) / 2

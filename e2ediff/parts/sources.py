@@ -112,7 +112,9 @@ class FashionMNIST(SourceConfig):
             name = f"{split}-{kind}-ubyte.gz"
             if root is None:
                 place = name
-                data = (resources.files("e2ediff") / "assets" / "fashion_mnist" / name).read_bytes()
+                data = (
+                    resources.files("e2ediff") / "assets" / "fashion_mnist" / name
+                ).read_bytes()
             else:
                 place = f"{root.rstrip('/')}/{name}"
                 try:

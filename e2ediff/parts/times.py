@@ -14,7 +14,7 @@ class Uniform(TimeSampler):
     """Every time equally often."""
 
     def quantile(self, u: Tensor) -> Tensor:
-        """u."""
+        """U."""
         return u
 
 

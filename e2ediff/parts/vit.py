@@ -31,6 +31,7 @@ from e2ediff.parts.layers import (
     Block,
     MLPKind,
     Modulation,
+    SelfAttention,
     TimeEmbedding,
     Trunk,
     patchify,
@@ -291,7 +292,7 @@ class ViT(Backbone):
         """Choose the attention kernel and give it to every block."""
         head_dim = self.config.width // self.config.heads
         chosen = choose_attention(self.config.attention, device, dtype, head_dim)
-        for trunk in self.trunks.values():
-            for block in trunk.blocks:
-                block.attention.attend = chosen.attend
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.attend = chosen.attend
         return {"attention": f"{chosen.name} ({chosen.reason})"}

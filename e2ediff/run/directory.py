@@ -136,16 +136,17 @@ class RunDirectory:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                holder = os.read(file, 1000).decode(errors="replace").strip()
-                os.close(file)
-                if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
-                    logging.getLogger(__name__).warning(
-                        "%s: cannot be locked (%s); see that only one process trains in it.",
-                        self.path,
-                        error.strerror,
-                    )
-                    return
-                self._refuse_or_take_over(path, holder)
+                try:
+                    if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+                        logging.getLogger(__name__).warning(
+                            "%s: cannot be locked (%s); see that only one process trains in it.",
+                            self.path,
+                            error.strerror,
+                        )
+                        return
+                    self._refuse_or_take_over(path, file)
+                finally:
+                    os.close(file)
                 continue
             # Another process may have taken over, and with it replaced, the file just locked.
             with contextlib.suppress(FileNotFoundError):
@@ -185,13 +186,12 @@ class RunDirectory:
                 "Choose another --out, or continue the run in it with --resume."
             )
 
-    def _refuse_or_take_over(self, path: Path, holder: str) -> None:
+    def _refuse_or_take_over(self, path: Path, file: int) -> None:
+        holder = os.pread(file, 1000, 0).decode(errors="replace").strip()
         pid, _, machine = holder.partition(" ")
         here = machine == _machine()
         # The kernel frees a dead process's lock, unless its orphaned children still hold it.
-        if here and pid.isdigit() and not _is_alive(int(pid)):
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+        if here and pid.isdigit() and not _is_alive(int(pid)) and _unlink_same(path, file):
             return
         who = f"process {pid}" if pid else "another process"
         raise RunDirectoryError(
@@ -375,6 +375,23 @@ def _machine() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
 
 
+def _unlink_same(path: Path, file: int) -> bool:
+    """Remove a stale lock, one process at a time, lest one removes the next one's new lock."""
+    import fcntl
+
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                path.unlink()
+    except OSError:
+        return False
+    finally:
+        os.close(folder)
+    return True
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -420,7 +437,7 @@ def _git() -> dict[str, JSON] | None:
 
     def ask(*words: str) -> str:
         command = ["git", "--no-optional-locks", *words]
-        return subprocess.run(
+        return subprocess.run(  # noqa: S603 - the words are the two lines below
             command, capture_output=True, text=True, timeout=5, check=True
         ).stdout.strip()
 

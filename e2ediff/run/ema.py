@@ -62,7 +62,7 @@ def calibrate(net: Backbone, images: Tensor) -> None:
     if net.latent_norm.has_statistics:
         norm_training = net.latent_norm.training
         net.latent_norm.train()
-        raws = [_raw(net, chunk) for chunk in images.split(_CHUNK)]
+        raws = [_raw(net, chunk) for chunk in torch.split(images, _CHUNK)]
         net.latent_norm.calibrate(torch.cat(raws))
         net.latent_norm.train(norm_training)
 

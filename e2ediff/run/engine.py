@@ -37,6 +37,7 @@ from e2ediff.run.progress import Progress, training_line
 from e2ediff.run.seeds import generator
 from e2ediff.run.signals import Stop
 from e2ediff.run.sinks import Sinks
+from e2ediff.run.storage import JSON
 
 
 @attrs.frozen(eq=False)
@@ -292,16 +293,17 @@ class Engine:
         for name, average in self.parts.averages.items():
             calibrate(average.net, images)
             files[name] = average.net.state_dict()
-        state = {
-            "averages": {n: a.updates for n, a in self.parts.averages.items()},
-            "optimizers": {},
-            "choices": dict(self.parts.choices),
-            "collapsed": self._collapsed,
-        }
+        optimizers: dict[str, JSON] = {}
         for phase, optimizer in self.parts.optimizers.items():
             tensors, rest = flatten_optimizer(optimizer, self._names)
             files[f"optimizer-{phase}"] = tensors
-            state["optimizers"][phase] = rest
+            optimizers[phase] = rest
+        state: dict[str, JSON] = {
+            "averages": {n: a.updates for n, a in self.parts.averages.items()},
+            "optimizers": optimizers,
+            "choices": dict(self.parts.choices),
+            "collapsed": self._collapsed,
+        }
         self.last_checkpoint = save(
             self.directory.store,
             self.images,
@@ -311,7 +313,9 @@ class Engine:
             keep=self.recipe.checkpoint.keep,
             warn=self.progress.say,
         )
-        self.directory.event("saved", step=self.step, images=self.images, name=self.last_checkpoint)
+        self.directory.event(
+            "saved", step=self.step, images=self.images, name=self.last_checkpoint
+        )
         self.directory.set_status(
             "running", images=self.images, step=self.step, last_checkpoint=self.last_checkpoint
         )
@@ -374,5 +378,3 @@ def _diagnostics(host: Host, recipe: Recipe) -> Sequence[Diagnostic]:
         assert isinstance(made, Diagnostic)
         found.append(made)
     return found
-
-

@@ -6,6 +6,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from e2ediff.backbone import Backbone
 from e2ediff.denoiser import Denoiser, Plain
-from e2ediff.errors import DataError
+from e2ediff.errors import DataError, Problem, RecipeError
 from e2ediff.host.recipe import Recipe
 from e2ediff.run.seeds import generator
 
@@ -85,9 +86,22 @@ class Model:
         """Images (M, C, H, W) in [-1, 1] through encoder and decoder, clipped, on the CPU."""
         made = [
             self.net.decode(self.net.encode(part.to(self.device))).clamp(-1, 1).cpu()
-            for part in x.split(batch)
+            for part in torch.split(x, batch)
         ]
         return torch.cat(made)
+
+    def with_steps(self, steps: int) -> Model:
+        """The same model with another number of sampler steps.
+
+        Raises:
+            RecipeError: The sampler has no option `steps`, or refuses the number.
+        """
+        sampler: Any = self.recipe.sampler
+        try:
+            changed = attrs.evolve(sampler, steps=steps)
+        except (TypeError, ValueError) as error:
+            raise RecipeError("--steps", [Problem("sampler.steps", str(error))]) from error
+        return attrs.evolve(self, recipe=attrs.evolve(self.recipe, sampler=changed))
 
     def label_of(self, text: str) -> int:
         """The class index that a user's text means: an index, a name, or `none`.

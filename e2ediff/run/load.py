@@ -46,9 +46,7 @@ def load_model(
     opened = open_checkpoint(
         directory.store, checkpoint, verify=False, **({"warn": warn} if warn else {})
     )
-    known = [
-        f for f in opened.files if f not in _NO_WEIGHTS and not f.startswith("optimizer-")
-    ]
+    known = [f for f in opened.files if f not in _NO_WEIGHTS and not f.startswith("optimizer-")]
     name = weights or (recipe.ema[0].name if recipe.ema else "target")
     if name not in known:
         raise CheckpointError(

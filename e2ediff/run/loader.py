@@ -120,7 +120,7 @@ def _quiet_worker(worker: int) -> None:
 def fixed_images(
     source: DataSource, count: int, seed: int, purpose: str, device: torch.device
 ) -> Batch:
-    """The same `count` images at every call, chosen by (seed, purpose); all, if there are fewer."""
+    """The same `count` images at every call, chosen by (seed, purpose); all if fewer."""
     g = generator(_CPU, seed, purpose)
     chosen: Sequence[int] = torch.randperm(len(source), generator=g)[:count].tolist()
     return to_batch(*source.read(chosen), device)

@@ -149,9 +149,7 @@ def _find(recipe: Recipe, out: str | None) -> RunDirectory:
     return RunDirectory.open(path)
 
 
-def _refuse_other_recipe(
-    host: Host, recipe: Recipe, directory: RunDirectory, source: str
-) -> None:
+def _refuse_other_recipe(host: Host, recipe: Recipe, directory: RunDirectory, source: str) -> None:
     """A continuation must compute what the run computed so far."""
     place = directory.store.where("resolved.yaml")
     before = parse_recipe(host, directory.resolved(), place)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from e2ediff.errors import CheckpointError, DivergedError, ResourceError
 from e2ediff.run import checkpoint as ck
-from e2ediff.run.storage import Store
+from e2ediff.run.storage import JSON, Store
 
 FILES = ("online", "target", "optimizer-joint")
 
@@ -84,11 +84,11 @@ def child(work: Callable[[], None]) -> Iterator[int]:
 def test_kill_at_any_moment_loses_no_committed_checkpoint(
     tmp_path: Path, counts: list[int]
 ) -> None:
-    """60 kills each, at keep=1: the last save that returned, or the one in flight, verifies."""
+    """50 kills each, at keep=1: the last save that returned, or the one in flight, verifies."""
     torch.set_num_threads(1)
     chance = random.Random(0)
     reached = 0
-    for trial in range(60):
+    for trial in range(50):
         store = Store(str(tmp_path / f"{trial}"))
         reader, writer = os.pipe()
 
@@ -131,9 +131,8 @@ def test_a_file_size_limit_anywhere_in_a_save_keeps_the_older_checkpoint(tmp_pat
             try:
                 put(store, 200)
             except ResourceError as error:
-                assert str(path) in str(error)
-                assert os.strerror(errno.EFBIG) in str(error)
-                os._exit(8)
+                told = str(path) in str(error) and os.strerror(errno.EFBIG) in str(error)
+                os._exit(8 if told else 9)
 
         pid = os.fork()
         if pid == 0:
@@ -164,17 +163,14 @@ def test_a_full_disk_keeps_the_older_checkpoint(small_disk: Path) -> None:
     store = Store(str(small_disk / "run"))
     put(store, 100)
     ballast = small_disk / "ballast"
-    refused = 0
-    for pages in range(40):
+    refused: list[str] = []
+    for level in range(40):
         free = shutil.disk_usage(small_disk).free
-        ballast.write_bytes(b"x" * max(0, free - pages * 1024))
+        ballast.write_bytes(b"x" * max(0, free - level * 2048))
         try:
             put(store, 200, size=300)
         except ResourceError as error:
-            refused += 1
-            assert str(small_disk) in str(error)
-            assert "No space left on device" in str(error)
-            assert "needed: " in str(error)
+            refused.append(str(error))
             assert ck.list_checkpoints(store) == ["images-000000000100"]
         else:
             assert_whole(ck.open_checkpoint(store))
@@ -182,7 +178,14 @@ def test_a_full_disk_keeps_the_older_checkpoint(small_disk: Path) -> None:
         assert_whole(ck.open_checkpoint(store, "images-000000000100"))
         assert not leftovers(small_disk)
         ballast.unlink()
-    assert 10 < refused < 40
+    assert 10 < len(refused) < 40
+    for told in refused:
+        assert str(small_disk) in told
+        assert "No space left on device (needed: " in told
+
+
+KINDS = ["flip", "flip", "flip", "cut", "grow", "zero", "missing", "extra", "swap", "exchange"]
+KINDS += ["empty", "newline", "stranger"]
 
 
 def mutate(folder: Path, other: Path, chance: random.Random) -> str:
@@ -191,9 +194,7 @@ def mutate(folder: Path, other: Path, chance: random.Random) -> str:
     file = chance.choice(files)
     data = bytearray(file.read_bytes())
     place = chance.randrange(len(data))
-    kind = chance.choice(
-        "flip flip flip cut grow zero missing extra swap exchange empty newline stranger".split()
-    )
+    kind = chance.choice(KINDS)
     match kind:
         case "flip":
             data[place] ^= 1 << chance.randrange(8)
@@ -284,8 +285,10 @@ def test_any_bytes_as_manifest_are_refused(data: bytes) -> None:
         st.sampled_from(["images", "step", "files", "aliases", "format_version"]),
         st.recursive(
             st.none() | st.integers() | st.floats() | st.text(max_size=5),
-            lambda inner: st.lists(inner, max_size=3)
-            | st.dictionaries(st.sampled_from(["state.json", "bytes", "sha256", "a"]), inner),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.sampled_from(["state.json", "bytes", "sha256", "a"]), inner)
+            ),
             max_leaves=6,
         ),
     )
@@ -342,8 +345,8 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(store: Store
             ck.save(store, 1, 1, {"a": {"x": good}, "b": {"y": bad}}, {}, 1)  # type: ignore[dict-item]
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2, torch.complex64):
         for value in (float("nan"), float("inf")):
+            tensor = torch.tensor([1.0, value]).to(dtype)
             with pytest.raises(DivergedError, match="b: y holds nan or inf"):
-                tensor = torch.tensor([1.0, value]).to(dtype)
                 ck.save(store, 1, 1, {"a": {"x": good}, "b": {"y": tensor}}, {}, 1)
     for state in ({"x": {1: 2}}, {"x": good}, {"x": {1, 2}}, {"x": b""}):
         with pytest.raises(CheckpointError, match=r"state\.json\.x: a \w+ cannot be saved"):
@@ -353,7 +356,13 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(store: Store
 
 def test_state_survives_exactly(store: Store) -> None:
     """Big integers, doubles and text come back as they were."""
-    state = {"i": 2**70, "f": 0.1 + 0.2, "s": "ä\ud800\n", "n": None, "l": [True, [1.0, 1]]}
+    state: dict[str, JSON] = {
+        "i": 2**70,
+        "f": 0.1 + 0.2,
+        "s": "ä\ud800\n",
+        "n": None,
+        "l": [True, [1.0, 1]],
+    }
     ck.save(store, 1, 1, {}, state, 1)
     assert ck.open_checkpoint(store).state == state
 
@@ -471,7 +480,7 @@ def test_a_restored_optimizer_continues_bit_for_bit(store: Store, kind: str, bef
     opt = OPTIMIZERS[kind](groups_of(net))
     train(net, opt, range(before))
     tensors, record = ck.flatten_optimizer(opt, {p: n for n, p in net.items()})
-    files = {"online": dict(net), "optimizer-joint": tensors}
+    files: dict[str, dict[str, torch.Tensor]] = {"online": {**net}, "optimizer-joint": tensors}
     ck.save(store, 1, before, files, {"joint": record}, 1)
 
     found = ck.open_checkpoint(store)
@@ -529,12 +538,15 @@ def test_an_optimizer_that_does_not_fit_is_refused_and_left_as_it_was() -> None:
         assert other.param_groups[0]["lr"] == 5.0
 
     refused(r"missing a\.weight2, b\.weight2, c\.weight2; unexpected a\.weight", tensors, "2")
-    refused(r"state of c\.weight is for shape \(4, 4\), the parameter has \(4, 5\)", tensors,
-            shape=(4, 5))
+    refused(
+        r"state of c\.weight is for shape \(4, 4\), the parameter has \(4, 5\)",
+        tensors,
+        shape=(4, 5),
+    )
     refused(r"tensors .* missing a\.weight\.step", dict(list(tensors.items())[1:]))
     refused(r"tensors .* unexpected extra", {**tensors, "extra": torch.ones(1)})
     with pytest.raises(CheckpointError, match="incomplete"):
         ck.restore_optimizer(opt, names, {}, {"groups": [{}], "states": {}})
+    two = torch.optim.AdamW(groups_of(net))
     with pytest.raises(CheckpointError, match=r"missing -; unexpected group 1"):
-        two = torch.optim.AdamW(groups_of(net))
         ck.restore_optimizer(opt, names, *ck.flatten_optimizer(two, names))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from e2ediff.objective import Draw
 
-_SHARE = [validators.ge(0), validators.le(1)]
+_SHARE = [validators.ge(0.0), validators.le(1.0)]
 
 
 @attrs.frozen(kw_only=True)
@@ -50,16 +50,16 @@ class Augmentation:
         return draw.uniform(b, tokens) < share[:, None]
 
     def colours(self, x: Tensor, draw: Draw) -> Tensor:
-        """x (B, C, H, W) in [-1, 1] with brightness, contrast and saturation changed."""
+        """X (B, C, H, W) in [-1, 1] with brightness, contrast and saturation changed."""
         if self.jitter == 0:
             return x
         strengths = 1 + self.jitter * (2 * draw.uniform(3, len(x)) - 1)
         brightness, contrast, saturation = strengths.reshape(3, -1, 1, 1, 1)
         y = (x + 1) / 2 * brightness
-        y = (y - y.mean(dim=(1, 2, 3), keepdim=True)) * contrast + y.mean(
-            dim=(1, 2, 3), keepdim=True
-        )
+        mean = y.mean(dim=(1, 2, 3), keepdim=True)
+        y = (y - mean) * contrast + mean
         if x.shape[1] == 3:
             grey = y.mean(dim=1, keepdim=True)
             y = (y - grey) * saturation + grey
-        return (2 * y - 1).clamp(-1, 1)
+        view: Tensor = (2 * y - 1).clamp(-1, 1)
+        return view

@@ -11,7 +11,6 @@ from typing import Literal
 import attrs
 import torch
 from attrs import validators
-from e2ediff_dsd.augment import Augmentation
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,9 +26,10 @@ from e2ediff.losses import (
     noise_levels,
 )
 from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+from e2ediff_dsd.augment import Augmentation
 
-_SHARE = [validators.ge(0), validators.le(1)]
-_WEIGHT = validators.ge(0)
+_SHARE = [validators.ge(0.0), validators.le(1.0)]
+_WEIGHT = validators.ge(0.0)
 
 
 @attrs.frozen(kw_only=True)
@@ -99,15 +99,15 @@ class DSD(Objective):
                     "objective.target: online to let gradients into the target",
                 )
             )
-        if self.input_gradient > 0 and self.target_gradient == 0 and self.regress == "x0":
-            if net.latent.norm == "none":
-                found.append(
-                    (
-                        "backbone.latent_norm",
-                        "none lets DSD inflate the scale of the latents without bound; choose "
-                        "layer, batch or position, or set objective.input_gradient: 0",
-                    )
+        inflates = self.input_gradient > 0 and self.target_gradient == 0 and self.regress == "x0"
+        if inflates and net.latent.norm == "none":
+            found.append(
+                (
+                    "backbone.latent_norm",
+                    "none lets DSD inflate the scale of the latents without bound; choose "
+                    "layer, batch or position, or set objective.input_gradient: 0",
                 )
+            )
         if self.weight != "x0" and self.regress != "x0":
             found.append(
                 (
@@ -196,9 +196,7 @@ class DSD(Objective):
             weights["class"] = self.class_weight
         return Terms(losses, weights, z1)
 
-    def _target_latent(
-        self, nets: Nets, batch: Batch, z1: Tensor, averaged: Output
-    ) -> Tensor:
+    def _target_latent(self, nets: Nets, batch: Batch, z1: Tensor, averaged: Output) -> Tensor:
         """z2 (B, N, D), with the share of gradient that beta leaves it."""
         if self.target == "ema":
             return sg(averaged.value)

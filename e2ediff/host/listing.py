@@ -1,0 +1,47 @@
+"""Parts and their options as text, for `e2ediff parts` and the reference page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+
+from e2ediff.host.registry import Part, options
+from e2ediff.host.structure import describe
+
+
+def summary(part: Part) -> str:
+    """The first line of a part's documentation."""
+    return (part.cls.__doc__ or "").strip().split("\n", 1)[0]
+
+
+def option_rows(cls: type) -> Iterator[tuple[str, str, str]]:
+    """Name, type and default of each option of a part or block; `required` for no default."""
+    defaults = {a.name: a.default for a in attrs.fields(cls)}
+    for option in options(cls).values():
+        default = defaults[option.attribute]
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = default.factory()
+        text = "required" if option.required else _written(default)
+        yield option.name, describe(option.hint), text
+
+
+def part_lines(part: Part) -> Iterator[str]:
+    """A part on one line, and each of its options on another, indented."""
+    yield f"{part.name}  [{part.plugin.name}]  {summary(part)}"
+    for name, kind, default in option_rows(part.cls):
+        yield f"    {name}: {kind} = {default}"
+
+
+def _written(default: object) -> str:
+    """A default as a recipe would have it; a block by the words that differ in none."""
+    if default is None:
+        return "null"
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple | list):
+        return f"[{', '.join(_written(item) for item in default)}]"
+    if attrs.has(type(default)):
+        inner = ", ".join(f"{n}: {d}" for n, _, d in option_rows(type(default)))
+        return f"{{{inner}}}" if inner else "{}"
+    return str(default)

@@ -1,0 +1,36 @@
+"""Variance floor: keep every latent channel's std above a floor, as VICReg's hinge."""
+
+import attrs
+import torch
+
+from e2ediff import hookimpl
+from e2ediff.backbone import Decode
+from e2ediff.losses import PixelLoss, mean_clean_loss, noise_levels
+from e2ediff.objective import Objective, Terms, sg
+
+
+@attrs.frozen(kw_only=True)
+class VarianceFloor(Objective):
+    """Reconstruct, denoise a stopped latent, and hinge each channel's std.
+
+    Source: Bardes et al. 2022 (VICReg, arXiv 2105.04906), eq. 1.
+    """
+
+    floor: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
+    floor_weight: float = 0.1
+
+    def terms(self, nets, batch, draw, phase):
+        z = nets.online.encode(batch.x)  # (B, N, D)
+        levels = noise_levels(sg(z), draw, nets.path, 1)
+        x_hat, *outs = nets.online.run(Decode(z=z), *(n.denoise() for n in levels))
+        losses = {
+            "reconstruction": PixelLoss()(x_hat, batch.x, nets.frozen),
+            "denoising": mean_clean_loss(outs, levels, sg(z), nets, "x0", 1.0),
+            "variance": torch.relu(self.floor - z.flatten(0, 1).std(dim=0)).mean(),
+        }
+        return Terms(losses, dict(zip(losses, (1.0, 1.0, self.floor_weight), strict=True)), z)
+
+
+@hookimpl
+def register_objectives(add):
+    add("variance_floor", VarianceFloor)
