@@ -68,6 +68,11 @@ class SourceConfig(ABC):
         """Whether the loader may mirror images left to right."""
         return False
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether `open(held_out=True)` gives other images than the training ones."""
+        return True
+
     @abstractmethod
     def open(self, *, held_out: bool = False) -> DataSource:
         """The images to train on, or with `held_out` those for the probe and for scores.

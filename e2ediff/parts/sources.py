@@ -164,6 +164,11 @@ class ImageFolder(SourceConfig):
         """`channels`, `size` and `classes`, as the recipe says."""
         return ImageSpec(self.channels, self.size, self.size, self.classes)
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether a second folder is given."""
+        return self.held_out is not None
+
     def open(self, *, held_out: bool = False) -> DataSource:
         """List the folder and check its classes; images are read on demand."""
         root = self.held_out if held_out and self.held_out else self.root
@@ -194,6 +199,11 @@ class Archive(SourceConfig):
     def image(self) -> ImageSpec:
         """`channels`, `size` and `classes`, as the recipe says."""
         return ImageSpec(self.channels, self.size, self.size, self.classes)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether a second folder is given."""
+        return self.held_out is not None
 
     def open(self, *, held_out: bool = False) -> DataSource:
         """List the zip and check its classes; images are read on demand."""

@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import math
 import os
-import platform
 import re
-import socket
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
-
 from e2ediff.errors import RunDirectoryError
-from e2ediff.run.checkpoint import versions
+from e2ediff.run.environment import machine
 from e2ediff.run.storage import JSON, Store
 
 State = Literal["running", "done", "interrupted", "preempted", "failed"]
@@ -36,7 +30,6 @@ State = Literal["running", "done", "interrupted", "preempted", "failed"]
 RECIPE, RESOLVED, RUN, STATUS = "recipe.yaml", "resolved.yaml", "run.json", "status.json"
 METRICS, EVENTS, LOCK = "metrics.jsonl", "events.jsonl", ".lock"
 
-_SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -67,7 +60,7 @@ class RunDirectory:
             name: The recipe's name.
             recipe_text: The recipe as given, comments and all.
             resolved: The recipe with every default spelled out.
-            environment: What `describe_environment` returned.
+            environment: What `describe_environment` of `e2ediff.run.environment` returned.
 
         Raises:
             RunDirectoryError: `out` is not empty, or another process is at it.
@@ -156,7 +149,7 @@ class RunDirectory:
             os.close(file)
         with contextlib.suppress(OSError):  # the text only serves the message of the other one
             os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"{os.getpid()} {_machine()}\n".encode(), 0)
+            os.pwrite(self._lock, f"{os.getpid()} {machine()}\n".encode(), 0)
         for log in (METRICS, EVENTS):
             self.store.truncate_lines(log, keep=lambda line: True)
 
@@ -189,7 +182,7 @@ class RunDirectory:
     def _refuse_or_take_over(self, path: Path, file: int) -> None:
         holder = os.pread(file, 1000, 0).decode(errors="replace").strip()
         pid, _, machine = holder.partition(" ")
-        here = machine == _machine()
+        here = machine == machine()
         # The kernel frees a dead process's lock, unless its orphaned children still hold it.
         if here and pid.isdigit() and not _is_alive(int(pid)) and _unlink_same(path, file):
             return
@@ -336,43 +329,8 @@ def latest_run(name: str) -> str | None:
     return None
 
 
-def describe_environment(
-    seeds: Mapping[str, int] | None = None,
-    plugins: Mapping[str, str] | None = None,
-    device: str = "cpu",
-    argv: Sequence[str] | None = None,
-) -> dict[str, JSON]:
-    """What ran where, for `run.json`: no host name, no user, and secrets in `argv` masked.
-
-    The device is only asked for its name when it is a CUDA one, as that starts CUDA.
-    """
-    hardware: dict[str, JSON] = {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": device,
-    }
-    if torch.device(device).type == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name(device)
-        hardware["gpus"] = torch.cuda.device_count()
-    return {
-        "argv": _masked(sys.argv if argv is None else argv),
-        "versions": {**versions(), "cuda": torch.version.cuda},
-        "plugins": dict(plugins or {}),
-        "git": _git(),
-        "hardware": hardware,
-        "seeds": dict(seeds or {}),
-    }
-
-
 def _runs() -> str:
     return os.environ.get("E2EDIFF_RUNS") or "runs"
-
-
-def _machine() -> str:
-    """Tells machines apart without naming them."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
 
 
 def _unlink_same(path: Path, file: int) -> bool:
@@ -415,34 +373,3 @@ def _without_specials(value: Any) -> Any:
 
 def _special(value: Any) -> Any:
     return _SPECIAL.get(value, value) if isinstance(value, str) else value
-
-
-def _masked(argv: Sequence[str]) -> list[str]:
-    shown: list[str] = []
-    hide_next = False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        if hide_next and not word.startswith("-"):
-            shown.append("***")
-        elif equals and _SECRET.search(name):
-            shown.append(f"{name}=***")
-        else:
-            shown.append(re.sub(r"(?<=://)[^/@\s]+@", "***@", word))
-        hide_next = word.startswith("-") and not equals and bool(_SECRET.search(word))
-    return shown
-
-
-def _git() -> dict[str, JSON] | None:
-    """Commit of the directory that the command ran in, and whether files differ from it."""
-
-    def ask(*words: str) -> str:
-        command = ["git", "--no-optional-locks", *words]
-        return subprocess.run(  # noqa: S603 - the words are the two lines below
-            command, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-
-    try:
-        commit = ask("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(ask("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -22,15 +22,12 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
 from e2ediff.parts.collapse import verdict
 from e2ediff.run.assembly import Assembly, assemble
-from e2ediff.run.checkpoint import (
-    Checkpoint,
-    flatten_optimizer,
-    restore_optimizer,
-    save,
-)
+from e2ediff.run.checkpoint import save
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.ema import calibrate
 from e2ediff.run.loader import batches
+from e2ediff.run.manifest import Checkpoint
+from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
 from e2ediff.run.pictures import curves_png, grid_png
 from e2ediff.run.probing import Observer, figures_line
 from e2ediff.run.progress import Progress, training_line
@@ -76,6 +73,7 @@ class Engine:
         self.step = 0
         self.images = 0
         self.last_checkpoint: str | None = None
+        self._saved_at = -1
         self.health: dict[str, float] = {}
         self._collapsed = False
         self._names = {p: name for name, p in self.parts.step.named_parameters()}
@@ -113,7 +111,7 @@ class Engine:
             if self.step >= r.total_steps:
                 self.look()
                 self.preview()
-            if self.last_checkpoint is None or not self._saved_here():
+            if self._saved_at != self.images:
                 self.save()
             self.finish()
         except BaseException as caught:
@@ -278,9 +276,6 @@ class Engine:
 
     # Saving
 
-    def _saved_here(self) -> bool:
-        return self.last_checkpoint == f"images-{self.images:012d}"
-
     def save(self) -> None:
         """Write a checkpoint; the statistics of every set of weights are those weights' own."""
         pause = time.perf_counter()
@@ -313,6 +308,7 @@ class Engine:
             keep=self.recipe.checkpoint.keep,
             warn=self.progress.say,
         )
+        self._saved_at = self.images
         self.directory.event(
             "saved", step=self.step, images=self.images, name=self.last_checkpoint
         )
@@ -345,7 +341,7 @@ class Engine:
                 checkpoint.state["optimizers"][phase],
             )
         self.step, self.images = checkpoint.step, checkpoint.images
-        self.last_checkpoint = checkpoint.name
+        self.last_checkpoint, self._saved_at = checkpoint.name, checkpoint.images
         self._collapsed = checkpoint.state["collapsed"]
         self.directory.rewind(self.images)
 

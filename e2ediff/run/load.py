@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from e2ediff.errors import CheckpointError
@@ -43,9 +44,7 @@ def load_model(
     directory = RunDirectory.open(run)
     place = directory.store.where("resolved.yaml")
     recipe = parse_recipe(host or load(), directory.resolved(), place)
-    opened = open_checkpoint(
-        directory.store, checkpoint, verify=False, **({"warn": warn} if warn else {})
-    )
+    opened = open_checkpoint(directory.store, checkpoint, warn=warn or logging.warning)
     known = [f for f in opened.files if f not in _NO_WEIGHTS and not f.startswith("optimizer-")]
     name = weights or (recipe.ema[0].name if recipe.ema else "target")
     if name not in known:

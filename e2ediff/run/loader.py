@@ -10,7 +10,7 @@ Shapes: B batch, C H W image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,8 +45,12 @@ class Order:
         return found
 
 
-class _Steps(Dataset[tuple[Tensor, Tensor]]):
-    """Item s is the batch of optimizer step s, as bytes; what worker processes hold."""
+class _Steps(Dataset[tuple[Tensor, Tensor] | str]):
+    """Item s is the batch of optimizer step s, as bytes; what worker processes hold.
+
+    An item that cannot be read is the message that says so: an exception that crosses a
+    process arrives as a page of traceback.
+    """
 
     def __init__(self, source: DataSource, order: Order, batch: int, *, flip: bool) -> None:
         self.source = source
@@ -54,9 +58,12 @@ class _Steps(Dataset[tuple[Tensor, Tensor]]):
         self.batch = batch
         self.flip = flip
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | str:
         start = step * self.batch
-        x, label = self.source.read(self.order.indices(start, self.batch))
+        try:
+            x, label = self.source.read(self.order.indices(start, self.batch))
+        except DataError as error:
+            return str(error)
         if self.flip:
             g = generator(_CPU, self.order.seed, "flip", start)
             mirrored = torch.rand(self.batch, generator=g) < 0.5
@@ -92,11 +99,7 @@ def batches(
             "give more images"
         )
     steps = _Steps(source, Order(len(source), seed), batch, flip=flip)
-    if workers == 0:
-        for step in range(first, last):
-            yield to_batch(*steps[step], device)
-        return
-    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+    items: Iterable[tuple[Tensor, Tensor] | str] = DataLoader(
         steps,
         sampler=range(first, last),
         batch_size=None,
@@ -104,8 +107,10 @@ def batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=_quiet_worker,
     )
-    for x, label in loader:
-        yield to_batch(x, label, device)
+    for item in items:
+        if isinstance(item, str):
+            raise DataError(item)
+        yield to_batch(*item, device)
 
 
 def _quiet_worker(worker: int) -> None:

@@ -13,8 +13,9 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.run.assembly import check_fits, choose_device
 from e2ediff.run.checkpoint import open_checkpoint
-from e2ediff.run.directory import RunDirectory, State, describe_environment, latest_run
+from e2ediff.run.directory import RunDirectory, State, latest_run
 from e2ediff.run.engine import Engine
+from e2ediff.run.environment import describe_environment
 from e2ediff.run.progress import Progress
 from e2ediff.run.signals import Stop
 
@@ -69,7 +70,10 @@ def train(
     check_fits(recipe, recipe_path)
     device = choose_device(recipe.device)
     # Data first: nothing is created for a run that cannot start.
-    sources = (recipe.data.open(), recipe.data.open(held_out=True))
+    training = recipe.data.open()
+    # Without a held-out set both are the same images; listing a large folder twice takes minutes.
+    held_out = recipe.data.open(held_out=True) if recipe.data.has_held_out else training
+    sources = (training, held_out)
     resolved = dump_recipe(host, recipe)
     if resume:
         directory = _find(recipe, out)

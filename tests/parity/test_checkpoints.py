@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 
 from e2ediff.errors import CheckpointError, DivergedError, ResourceError
 from e2ediff.run import checkpoint as ck
+from e2ediff.run.manifest import sealed
+from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
 from e2ediff.run.storage import JSON, Store
 
 FILES = ("online", "target", "optimizer-joint")
@@ -296,7 +298,7 @@ def test_any_bytes_as_manifest_are_refused(data: bytes) -> None:
 def test_a_well_sealed_manifest_of_wrong_types_is_refused(body: dict[str, object]) -> None:
     """A program that imitates the format badly gets a CheckpointError as well."""
     memory = Store("memory://imitation")
-    memory.write("checkpoints/images-000000000001/MANIFEST.json", ck._sealed(body))  # type: ignore[arg-type]
+    memory.write("checkpoints/images-000000000001/MANIFEST.json", sealed(body))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError):
         ck.open_checkpoint(memory)
 
@@ -479,7 +481,7 @@ def test_a_restored_optimizer_continues_bit_for_bit(store: Store, kind: str, bef
     net = network(0)
     opt = OPTIMIZERS[kind](groups_of(net))
     train(net, opt, range(before))
-    tensors, record = ck.flatten_optimizer(opt, {p: n for n, p in net.items()})
+    tensors, record = flatten_optimizer(opt, {p: n for n, p in net.items()})
     files: dict[str, dict[str, torch.Tensor]] = {"online": {**net}, "optimizer-joint": tensors}
     ck.save(store, 1, before, files, {"joint": record}, 1)
 
@@ -490,7 +492,7 @@ def test_a_restored_optimizer_continues_bit_for_bit(store: Store, kind: str, bef
     fresh[0]["params"] = list(reversed(fresh[0]["params"]))  # type: ignore[call-overload]
     other = OPTIMIZERS[kind](fresh)
     names = {p: n for n, p in twin.items()}
-    ck.restore_optimizer(other, names, found.tensors("optimizer-joint"), found.state["joint"])
+    restore_optimizer(other, names, found.tensors("optimizer-joint"), found.state["joint"])
     for group, again in zip(opt.param_groups, other.param_groups, strict=True):
         assert {**group, "params": 0} == {**again, "params": 0}
     train(net, opt, range(before, before + 3))
@@ -504,10 +506,10 @@ def test_optimizer_state_keeps_its_dtype_and_the_strides_of_its_parameter() -> N
     p = torch.nn.Parameter(made.bfloat16())
     opt = torch.optim.AdamW([p])
     opt.state[p] = {"step": torch.tensor(2.0), "exp_avg": made, "note": [1], "none": None}
-    tensors, record = ck.flatten_optimizer(opt, {p: "w"})
+    tensors, record = flatten_optimizer(opt, {p: "w"})
     again = torch.optim.AdamW([p])
     contiguous = {k: v.contiguous() for k, v in tensors.items()}
-    ck.restore_optimizer(again, {p: "w"}, contiguous, json.loads(json.dumps(record)))
+    restore_optimizer(again, {p: "w"}, contiguous, json.loads(json.dumps(record)))
     state = again.state[p]
     assert state["exp_avg"].dtype == torch.float32
     assert state["exp_avg"].stride() == made.stride()
@@ -522,7 +524,7 @@ def test_an_optimizer_that_does_not_fit_is_refused_and_left_as_it_was() -> None:
     opt = torch.optim.AdamW(net.values())
     train(net, opt, range(2))
     names = {p: n for n, p in net.items()}
-    tensors, record = ck.flatten_optimizer(opt, names)
+    tensors, record = flatten_optimizer(opt, names)
 
     def refused(
         match: str, t: dict[str, torch.Tensor], rename: str = "", shape: tuple[int, ...] = ()
@@ -533,7 +535,7 @@ def test_an_optimizer_that_does_not_fit_is_refused_and_left_as_it_was() -> None:
         own = {p: f"{n}{rename}" for n, p in twin.items()}
         other = torch.optim.AdamW(twin.values(), lr=5.0)
         with pytest.raises(CheckpointError, match=match):
-            ck.restore_optimizer(other, own, t, record)
+            restore_optimizer(other, own, t, record)
         assert not other.state
         assert other.param_groups[0]["lr"] == 5.0
 
@@ -546,7 +548,7 @@ def test_an_optimizer_that_does_not_fit_is_refused_and_left_as_it_was() -> None:
     refused(r"tensors .* missing a\.weight\.step", dict(list(tensors.items())[1:]))
     refused(r"tensors .* unexpected extra", {**tensors, "extra": torch.ones(1)})
     with pytest.raises(CheckpointError, match="incomplete"):
-        ck.restore_optimizer(opt, names, {}, {"groups": [{}], "states": {}})
+        restore_optimizer(opt, names, {}, {"groups": [{}], "states": {}})
     two = torch.optim.AdamW(groups_of(net))
     with pytest.raises(CheckpointError, match=r"missing -; unexpected group 1"):
-        ck.restore_optimizer(opt, names, *ck.flatten_optimizer(two, names))
+        restore_optimizer(opt, names, *flatten_optimizer(two, names))

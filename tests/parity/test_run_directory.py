@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from e2ediff.errors import ResourceError, RunDirectoryError
-from e2ediff.run.directory import RunDirectory, describe_environment, latest_run
+from e2ediff.run.directory import RunDirectory, latest_run
+from e2ediff.run.environment import describe_environment
 from e2ediff.run.storage import Store
 
 

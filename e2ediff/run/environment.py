@@ -1,0 +1,96 @@
+"""Where a run took place: versions, hardware, commit; no host name, no user, no secrets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import safetensors
+import torch
+
+import e2ediff
+from e2ediff.run.storage import JSON
+
+_SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
+
+
+def describe_environment(
+    seeds: Mapping[str, int] | None = None,
+    plugins: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    argv: Sequence[str] | None = None,
+) -> dict[str, JSON]:
+    """What ran where, for `run.json`: no host name, no user, and secrets in `argv` masked.
+
+    The device is only asked for its name when it is a CUDA one, as that starts CUDA.
+    """
+    hardware: dict[str, JSON] = {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+    if torch.device(device).type == "cuda":
+        hardware["gpu"] = torch.cuda.get_device_name(device)
+        hardware["gpus"] = torch.cuda.device_count()
+    return {
+        "argv": _masked(sys.argv if argv is None else argv),
+        "versions": {**versions(), "cuda": torch.version.cuda},
+        "plugins": dict(plugins or {}),
+        "git": _git(),
+        "hardware": hardware,
+        "seeds": dict(seeds or {}),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a checkpoint's bits depend on."""
+    return {
+        "e2ediff": e2ediff.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "safetensors": safetensors.__version__,
+    }
+
+
+def machine() -> str:
+    """Tells machines apart without naming them."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
+
+
+def _masked(argv: Sequence[str]) -> list[str]:
+    shown: list[str] = []
+    hide_next = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if hide_next and not word.startswith("-"):
+            shown.append("***")
+        elif equals and _SECRET.search(name):
+            shown.append(f"{name}=***")
+        else:
+            shown.append(re.sub(r"(?<=://)[^/@\s]+@", "***@", word))
+        hide_next = word.startswith("-") and not equals and bool(_SECRET.search(word))
+    return shown
+
+
+def _git() -> dict[str, JSON] | None:
+    """Commit of the directory that the command ran in, and whether files differ from it."""
+
+    def ask(*words: str) -> str:
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(  # noqa: S603 - the words are the two lines below
+            command, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+
+    try:
+        commit = ask("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(ask("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,208 @@
+"""Reading a checkpoint: its manifest, and the proof that the rest is as it was written.
+
+Nothing is parsed before its bytes agreed with a hash: what is parsed is what was checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import safetensors
+import torch
+from safetensors.torch import load as decode
+from torch import Tensor
+
+from e2ediff.errors import CheckpointError
+from e2ediff.run.storage import JSON, Store
+
+FOLDER = "checkpoints"
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+FORMAT_VERSION = 1
+
+LIMIT = 1 << 24
+"""Bytes of JSON that are written or read at all."""
+
+NAME = re.compile(r"(?:abandoned-)?images-(\d{12,18})(?:-r(\d{1,6}))?")
+"""Names of checkpoints: the number of images, and the save of that number if not the first."""
+
+
+@attrs.frozen
+class Checkpoint:
+    """An opened checkpoint: its counters and state are read, its tensors on demand."""
+
+    name: str
+    path: str
+    images: int
+    step: int
+    state: dict[str, Any]
+    files: tuple[str, ...]
+    _store: Store = attrs.field(repr=False)
+    _manifest: Manifest = attrs.field(repr=False)
+
+    def tensors(self, file: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The tensors of one file; names that shared memory when saved share it again.
+
+        Raises:
+            CheckpointError: there is no such file in it, or its content is damaged.
+        """
+        if file not in self.files:
+            raise CheckpointError(
+                f"{self.path}: has no {file!r}; it has {', '.join(map(repr, self.files))}."
+            )
+        data = _content(self._store, self.name, self._manifest, f"{file}.safetensors")
+        try:
+            tensors = {name: t.to(device) for name, t in decode(data).items()}
+            for alias, name in self._manifest.aliases.get(file, {}).items():
+                tensors[alias] = tensors[name]
+        except (safetensors.SafetensorError, ValueError, TypeError, LookupError) as error:
+            raise damaged_error(self._store, self.name, f"{file}.safetensors: {error}") from error
+        return tensors
+
+
+@attrs.frozen
+class Manifest:
+    """What `MANIFEST.json` says: counters, files, and names that share a stored tensor."""
+
+    images: int
+    step: int
+    files: dict[str, tuple[int, str]]  # bytes and hash by file name
+    aliases: dict[str, dict[str, str]]
+
+
+def open_one(store: Store, name: str, verify: bool) -> Checkpoint:
+    manifest = _read_manifest(store, name)
+    for file in manifest.files:
+        if verify and file != STATE:
+            _content(store, name, manifest, file, keep=False)
+    try:
+        state = json.loads(_content(store, name, manifest, STATE))
+    except (ValueError, RecursionError) as error:
+        raise damaged_error(store, name, f"{STATE}: {error}") from error
+    if not isinstance(state, dict):
+        raise damaged_error(store, name, f"{STATE} holds no object")
+    files = tuple(f.removesuffix(".safetensors") for f in manifest.files if f != STATE)
+    where = store.where(f"{FOLDER}/{name}")
+    return Checkpoint(name, where, manifest.images, manifest.step, state, files, store, manifest)
+
+
+def is_sound(store: Store, name: str, verify: bool) -> bool:
+    try:
+        open_one(store, name, verify)
+    except CheckpointError:
+        return False
+    return True
+
+
+def sealed(body: Mapping[str, JSON]) -> bytes:
+    """The manifest's text, with the hash of all the rest as its last entry."""
+    seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": seal}, indent=1).encode() + b"\n"
+
+
+def plain(value: object, where: str) -> JSON:
+    """The value if JSON keeps it as it is; json.dumps would quietly turn keys into text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+    raise CheckpointError(
+        f"{where}: a {type(value).__name__} cannot be saved as JSON; "
+        "save tensors in a tensor file, the rest as numbers, text, lists and string-keyed dicts."
+    )
+
+
+def json_bytes(value: JSON) -> bytes:
+    data = json.dumps(value, indent=1).encode() + b"\n"
+    if len(data) > LIMIT:
+        raise CheckpointError(f"{STATE}: {len(data):,} bytes is over the limit of {LIMIT:,}.")
+    return data
+
+
+def _read_manifest(store: Store, name: str) -> Manifest:
+    """The manifest, once it, the set of files and their sizes are as they were written."""
+    try:
+        plain = name not in {"", ".", ".."} and not re.search(r"[/\\\0]", name)
+        present = set(store.list(f"{FOLDER}/{name}")) if plain else set()
+        if not present:
+            raise CheckpointError(f"{store.where(f'{FOLDER}/{name}')}: no such checkpoint.")
+        if MANIFEST not in present:
+            raise damaged_error(store, name, f"{MANIFEST} is missing, so its save never finished")
+        raw = store.read(f"{FOLDER}/{name}/{MANIFEST}", LIMIT)
+        manifest = _parse_manifest(store, name, raw)
+        listed = {MANIFEST, *manifest.files}
+        if missing := sorted(listed - present):
+            raise damaged_error(store, name, f"missing: {', '.join(missing)}")
+        if extra := sorted(present - listed):
+            raise damaged_error(store, name, f"files that do not belong to it: {', '.join(extra)}")
+        for file, (expected, _) in manifest.files.items():
+            if file == STATE and expected > LIMIT:
+                raise damaged_error(store, name, f"{file} is over the limit of {LIMIT:,} bytes")
+            if (size := store.size(f"{FOLDER}/{name}/{file}")) != expected:
+                raise damaged_error(
+                    store, name, f"{file} has {size:,} bytes, it was written with {expected:,}"
+                )
+    except OSError as error:
+        raise damaged_error(store, name, f"cannot be read: {error}") from error
+    return manifest
+
+
+def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
+    try:
+        body = json.loads(raw)
+        version = body["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{store.where(f'{FOLDER}/{name}')}: was written by a newer e2ediff (checkpoint "
+                f"format {version}, this one reads {FORMAT_VERSION}). Upgrade e2ediff."
+            )
+        del body["sha256"]
+        # Equal text is more than an equal hash: nothing in the file is left unchecked.
+        if sealed(body) != raw:
+            raise damaged_error(store, name, f"{MANIFEST} does not match its own hash")
+        files = {str(f): (int(e["bytes"]), str(e["sha256"])) for f, e in body["files"].items()}
+        aliases = {str(file): dict(names) for file, names in body["aliases"].items()}
+        manifest = Manifest(int(body["images"]), int(body["step"]), files, aliases)
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise damaged_error(store, name, f"{MANIFEST} is unreadable ({error})") from error
+    match = NAME.fullmatch(name)
+    if match and int(match[1]) != manifest.images:
+        raise damaged_error(store, name, f"its {MANIFEST} is of {manifest.images} images")
+    return manifest
+
+
+def _content(store: Store, name: str, manifest: Manifest, file: str, keep: bool = True) -> bytes:
+    """The bytes of a file (if `keep`), hashed as read: what is parsed is what was checked."""
+    if file not in manifest.files:
+        raise damaged_error(store, name, f"missing: {file}")
+    digest, pieces = hashlib.sha256(), []
+    try:
+        for piece in store.chunks(f"{FOLDER}/{name}/{file}"):
+            digest.update(piece)
+            if keep:
+                pieces.append(piece)
+    except OSError as error:
+        raise damaged_error(store, name, f"{file} cannot be read: {error}") from error
+    if digest.hexdigest() != manifest.files[file][1]:
+        raise damaged_error(store, name, f"{file} does not match its hash in {MANIFEST}")
+    return b"".join(pieces)
+
+
+def damaged_error(store: Store, name: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{store.where(f'{FOLDER}/{name}')}: the checkpoint is damaged: {what}."
+    )

@@ -1,0 +1,54 @@
+"""What the suite shares: one thread, repeatable hypothesis, a tiny recipe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+from e2ediff.host.plugins import Host, load
+
+# Bit-for-bit claims are for one thread count, and small tensors are fastest on one.
+torch.set_num_threads(1)
+
+# Derandomised: a failure here is a failure everywhere. No deadline: CI machines stall.
+settings.register_profile("e2ediff", deadline=None, derandomize=True, max_examples=100)
+settings.load_profile("e2ediff")
+
+TINY = """\
+e2ediff: 1
+name: tiny
+steps: 12
+batch: 8
+data: {name: synthetic, size: 16, classes: 4, count: 60}
+backbone: {name: vit, width: 32, depth: 2, heads: 2, patch: 8, latent_dim: 6, latent_norm: batch}
+interpolant: linear
+times: logit_normal
+objective: coupled
+target: {decay: 0.9}
+optimizer: {name: adamw, lr: 0.002}
+sampler: {name: heun, steps: 2}
+cadence: {log: 1, diagnose: 4, preview: 1000, checkpoint: 1000}
+probe: {images: 16, times: [0.5], calibration: 16}
+preview: {rows: 1, classes: 2}
+device: cpu
+"""
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    """The built-in parts and, where it is installed, the DSD plugin."""
+    return load()
+
+
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
+    return TINY
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path) -> str:
+    """Path of a recipe that trains in a second on synthetic images of 16 pixels."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return str(path)
