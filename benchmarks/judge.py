@@ -99,14 +99,13 @@ def train_judge(
     """
     source = source or FashionMNIST(size=32)
     images, spec = load_images(source), source.image
-    judge = Judge(spec.channels, spec.width, spec.classes)
     file = Path(cache) / f"judge-{seed}-{_digest(images, epochs)}.safetensors"
-    if file.exists():
-        judge.load_state_dict(load_file(file))
-        return judge.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = Judge(spec.channels, spec.width, spec.classes)
+        if file.exists():
+            judge.load_state_dict(load_file(file))
+            return judge.eval()
         _fit(judge, images, epochs)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".part")
@@ -122,13 +121,13 @@ def _fit(judge: Judge, images: Images, epochs: int) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps)
     judge.train()
     for epoch in range(epochs):
-        for rows in torch.randperm(len(images)).split(_BATCH):
+        for rows in torch.split(torch.randperm(len(images)), _BATCH):
             x = images.x[rows]
             if epoch % 2:
                 x = torch.roll(x, torch.randint(-1, 2, (2,)).tolist(), (2, 3))
             loss = functional.cross_entropy(judge(x)[1], images.label[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
 
@@ -169,7 +168,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     product = root @ cov_b @ root
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
-    return float(shift + cov_a.trace() + cov_b.trace() - 2 * cross)
+    # Rounding may leave two equal sets a hair below 0.
+    return max(0.0, float(shift + cov_a.trace() + cov_b.trace() - 2 * cross))
 
 
 def nearest_distance(x: Tensor, train: Tensor) -> float:
@@ -178,5 +178,5 @@ def nearest_distance(x: Tensor, train: Tensor) -> float:
     Copies of training images have 0; held-out images say what is usual.
     """
     rows, others = x.flatten(1), train.flatten(1)
-    nearest = [torch.cdist(part, others).amin(dim=1) for part in rows.split(500)]
+    nearest = [torch.cdist(part, others).amin(dim=1) for part in torch.split(rows, 500)]
     return float(torch.cat(nearest).double().mean())

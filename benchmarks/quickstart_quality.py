@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ from torch import Tensor
 from e2ediff.errors import E2EDiffError
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
-from e2ediff.parts.collapse import verdict
+from e2ediff.parts.collapse import LatentHealth
 from e2ediff.parts.sources import FashionMNIST
 from e2ediff.run.count import count as count_cost
-from e2ediff.run.directory import RunDirectory, describe_environment
+from e2ediff.run.directory import RunDirectory
 from e2ediff.run.generate import Model
 from e2ediff.run.load import load_model
 
@@ -96,10 +97,14 @@ def plan(
     objectives: Sequence[str],
     seeds: Sequence[int],
     sets: Sequence[str],
+    *,
+    match_compute: bool = False,
 ) -> list[Job]:
     """A job for each seed and objective; options they share are equal.
 
     `two_stage` gets a denoiser with weights of its own, which it needs.
+    With `match_compute` every job has as many steps as the FLOPs of the recipe as it is pay for;
+    else all have the recipe's steps.
     """
     base = load_recipe(host, recipe_path, sets)
     if not isinstance(base.data, FashionMNIST):
@@ -114,6 +119,10 @@ def plan(
             changes = [*others, f"seed={seed}", f"objective={json.dumps(block)}"]
             if name == "two_stage" and getattr(base.backbone, "trunks", "") == "one":
                 changes.append("backbone.trunks=denoiser_apart")
+            if match_compute:
+                own = load_recipe(host, recipe_path, changes)
+                each = cost(own)["flops_per_image"] * own.batch
+                changes.append(f"steps={max(1, round(cost(base)['flops_total'] / each))}")
             jobs.append(Job(name, seed, tuple(changes), f"runs/{name}-seed{seed}"))
     return jobs
 
@@ -259,6 +268,7 @@ def cost(recipe: Recipe) -> dict[str, Any]:
         "flops_per_image": mean,
         "flops_total": mean * recipe.total_images,
         "images": recipe.total_images,
+        "steps": recipe.total_steps,
     }
 
 
@@ -284,7 +294,7 @@ def score_run(
         **score_images(x, label, judge, data),
         "psnr": reconstruction_psnr(model, data.held_out.first(HELD_OUT).x),
         **health,
-        "collapse_signs": list(verdict(health)),
+        "collapse_signs": list(LatentHealth().verdict(health)),
         "train_seconds": training_seconds(run),
         "sample_seconds": seconds,
         **cost(model.recipe),
@@ -307,6 +317,7 @@ _HEALTH_COLUMNS: Mapping[str, tuple[str, str, float]] = {
     "latent_std": ("latent std", ".3f", 1),
 }
 _COST_COLUMNS: Mapping[str, tuple[str, str, float]] = {
+    "steps": ("steps", ".0f", 1),
     "parameters": ("parameters, M", ".2f", 1e-6),
     "flops_per_image": ("MFLOPs an image", ".1f", 1e-6),
     "flops_total": ("TFLOPs in all", ".2f", 1e-12),
@@ -413,7 +424,7 @@ def draw_grids(
     panel_rows = len(real) / len(names)
     height = 5.2 / len(names) * panel_rows + 0.75
     figure = Figure(figsize=(5.4 * columns, height * rows), layout="constrained", dpi=150)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax, (title, x) in zip(axes, panels.items(), strict=False):
         grid = make_grid((x.clamp(-1, 1) + 1) / 2, nrow=len(names), padding=2, pad_value=0.25)
         ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -423,7 +434,7 @@ def draw_grids(
         ax.set_yticks([])
         ax.set_title(title, fontsize=10)
         ax.spines[:].set_visible(False)
-    for ax in list(axes):
+    for ax in axes[len(panels) :]:
         ax.set_axis_off()
     figure.savefig(file, facecolor="white")
 
@@ -464,6 +475,11 @@ def _numbers(text: str) -> list[int]:
 @click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="As of `e2ediff run`.")
 @click.option("--count", default=1000, type=click.IntRange(2), help="Images generated a run.")
 @click.option(
+    "--match-compute",
+    is_flag=True,
+    help="Give every objective the FLOPs of the recipe's own, instead of its steps.",
+)
+@click.option(
     "--judge-epochs", default=EPOCHS, type=click.IntRange(1), help="Shorter for a quick try."
 )
 def main(
@@ -475,13 +491,14 @@ def main(
     threads: int,
     sets: tuple[str, ...],
     count: int,
+    match_compute: bool,
     judge_epochs: int,
 ) -> None:
     """Train by a recipe with each objective and seed, score the runs, write a table."""
     host, names, numbers = load(), objectives.split(","), _numbers(seeds)
     torch.set_num_threads(jobs * threads)
     try:
-        planned = plan(host, recipe, names, numbers, sets)
+        planned = plan(host, recipe, names, numbers, sets, match_compute=match_compute)
         for job in planned:
             load_recipe(host, recipe, job.overrides)  # all of them fit before one is trained
     except E2EDiffError as error:
@@ -504,26 +521,25 @@ def main(
             if job in failed:
                 entry["problem"] = failed[job]
             else:
+                entry["environment"] = RunDirectory.open(str(out / job.place)).environment()
                 entry["figures"] = score_run(out / job.place, judge, data, count=count, seed=seed)
                 click.echo(f"{job.place}: scored", err=True)
             runs.append(entry)
-    environment = describe_environment(
-        plugins={p.distribution or p.name: p.version for p in host.plugins}
-    )
     sampler = yaml.safe_load(dump_recipe(host, base))["sampler"]
     results = {
-        "command": ["python", *environment["argv"]],  # type: ignore[misc]
+        "command": ["python", *sys.argv],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": environment["versions"],
-        "plugins": environment["plugins"],
-        "git": environment["git"],
+        "versions": {name: metadata.version(name) for name in ("e2ediff", "torch", "numpy")}
+        | {"python": platform.python_version()},
+        "plugins": {p.distribution or p.name: p.version for p in host.plugins},
         "recipe": dump_recipe(host, base),
         "sampler": sampler if isinstance(sampler, str) else " ".join(map(str, sampler.values())),
         "seeds": numbers,
         "count": count,
         "jobs": jobs,
         "threads": threads,
+        "match_compute": match_compute,
         "judge_epochs": judge_epochs,
         "train_images": len(data.train),
         "held_out_images": min(HELD_OUT, len(data.held_out)),

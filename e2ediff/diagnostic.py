@@ -6,7 +6,7 @@ Shapes: P probe images, C H W image, N latent tokens, D latent channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 from torch import Tensor
@@ -42,3 +42,11 @@ class Diagnostic(ABC):
     @abstractmethod
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Named figures; a name is the same in the log, in `metrics.jsonl` and in the docs."""
+
+    def verdict(self, values: Mapping[str, float]) -> Sequence[str]:
+        """What the figures say of collapse, in words; empty for healthy latents.
+
+        Args:
+            values: All figures of this moment, those of other diagnostics included.
+        """
+        return ()

@@ -216,6 +216,11 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
         with own_randomness(objective):
             terms = objective.terms(nets, batch, make_draw(batch), phase)
             again = objective.terms(nets, batch, make_draw(batch), phase)
+        now = {**fixed, **nets.online.state_dict(prefix="on.")}
+        wrote = [k for k, v in now.items() if not torch.equal(v, before[k])]
+        assert not wrote, (
+            f"{name}: terms() changed {', '.join(wrote)}; leave weights and batch alone"
+        )
         assert set(terms.losses) == set(terms.weights), f"{name}: give every loss a weight"
         for key, loss in terms.losses.items():
             _shape(loss, (), f"{name}: loss {key!r}")
@@ -226,9 +231,6 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
         found = torch.autograd.grad(terms.total, list(learned.values()), allow_unused=True)
         for key, grad in zip(learned, found, strict=True):
             assert grad is None or grad.isfinite().all(), f"{name}: gradient of {key} not finite"
-    now = {**fixed, **nets.online.state_dict(prefix="on.")}
-    wrote = [k for k, v in now.items() if not torch.equal(v, before[k])]
-    assert not wrote, f"{name}: terms() changed {', '.join(wrote)}; leave weights and batch alone"
 
 
 def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> None:
@@ -290,7 +292,8 @@ def _near(a: Tensor, b: Tensor) -> bool:
 def check_sampler(s: Sampler) -> None:
     """A rising grid, exact for one point, near the closed form for a Gaussian, repeatable."""
     name, grid, g = type(s).__name__, s.grid(), torch.Generator().manual_seed(5)
-    assert (len(grid), grid[0], grid[-1]) == (s.steps + 1, 0, 1), f"{name}: grid() is {grid}"
+    ends = (len(grid), grid[0], round(grid[-1], 9))
+    assert ends == (s.steps + 1, 0, 1), f"{name}: grid() is {grid}; give steps + 1, from 0 to 1"
     assert all(a < b for a, b in itertools.pairwise(grid)), f"{name}: grid() must rise"
     start, label = torch.randn(4096, 1, 2, generator=g), torch.zeros(4096, dtype=torch.long)
     kept = start.clone()
@@ -393,6 +396,10 @@ def check_diagnostic(d: Diagnostic) -> None:
         with own_randomness(d):
             figures, again = d.measure(probe), d.measure(probe)
         assert dict(figures) == dict(again), f"{name}: the same probe had two sets of figures"
+        for values in (figures, {}):
+            said = d.verdict(values)
+            words = not isinstance(said, str) and all(isinstance(s, str) for s in said)
+            assert words, f"{name}: verdict() gave {said!r}; give a list of sentences"
         for key, value in figures.items():
             fine = type(value) is float and math.isfinite(value)
             assert fine, f"{name}: {key!r} is {value!r} for latents of std {scale}; finite floats"

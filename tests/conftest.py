@@ -12,7 +12,7 @@ from e2ediff.host.plugins import Host, load
 torch.set_num_threads(1)
 
 # Derandomised: a failure here is a failure everywhere. No deadline: CI machines stall.
-settings.register_profile("e2ediff", deadline=None, derandomize=True, max_examples=100)
+settings.register_profile("e2ediff", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("e2ediff")
 
 TINY = """\

@@ -43,20 +43,35 @@ class _Lazy(click.Group):
             load().register_commands(self)
         return super().get_command(context, name)
 
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(context, arguments)
+        except click.UsageError as error:
+            from e2ediff.host.registry import did_you_mean
+
+            known = did_you_mean(arguments[0], self.list_commands(context))
+            what = f"unknown command '{arguments[0]}'. {known}"
+            raise click.UsageError(what, context) from error
+
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+_HELP = """Train encoder, decoder and diffusion network together, by a YAML recipe.
+
+\b
+e2ediff run recipes/quickstart.yaml
+e2ediff sample runs/quickstart --label sneaker
+"""
+
+
+@click.group(cls=_Lazy, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "--version", prog_name="e2ediff")
 def group() -> None:
-    r"""Train encoder, decoder and diffusion network together, by a YAML recipe.
-
-    \b
-    e2ediff run recipes/quickstart.yaml
-    e2ediff sample runs/quickstart --label sneaker
-    """
+    """The command line; what users read of it is `_HELP`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,7 +25,8 @@ def effective_rank(rows: Tensor) -> float:
 
     Source: Roy & Vetterli 2007, "The effective rank", definition 1, after centring.
     """
-    centred = (rows - rows.mean(dim=0)).double()
+    rows = rows.double()
+    centred = rows - rows.mean(dim=0)
     s = torch.linalg.svdvals(centred)
     total = s.sum()
     if total <= 1e-12 * max(1.0, float(rows.abs().max())) * len(rows):
@@ -89,6 +90,23 @@ class LatentHealth(Diagnostic):
             "positional": positional_fraction(probe.z),
         }
 
+    def verdict(self, values: Mapping[str, float]) -> Sequence[str]:
+        """Which of rank, share of position and content are out of bounds.
+
+        The bounds are ours, between the healthy and the collapsed runs of `docs/results/`.
+        """
+        found = []
+        if (fraction := values.get("rank_fraction")) is not None and fraction < 0.4:
+            found.append(
+                f"effective rank {values['rank']:.2f} is {fraction:.0%} of what the latents could "
+                "hold"
+            )
+        if (share := values.get("positional")) is not None and share > 0.6:
+            found.append(f"{share:.0%} of the latents' variance only says where a token lies")
+        if (std := values.get("latent_std")) is not None and std < 0.1:
+            found.append(f"the latents of different images differ by a std of only {std:.3f}")
+        return found
+
 
 @attrs.frozen(kw_only=True)
 class RankGap(Diagnostic):
@@ -124,20 +142,3 @@ class Reconstruction(Diagnostic):
         """Psnr."""
         error = ((probe.x_hat.clamp(-1, 1) - probe.x) / 2).square().mean(dim=(1, 2, 3))
         return {"psnr": float((-10 * error.clamp_min(1e-10).log10()).mean())}
-
-
-def verdict(values: Mapping[str, float]) -> Sequence[str]:
-    """What the figures of `LatentHealth` say of collapse, in words; empty for healthy latents.
-
-    The bounds are ours, between the healthy and the collapsed runs of `docs/results/`.
-    """
-    found = []
-    if (fraction := values.get("rank_fraction")) is not None and fraction < 0.4:
-        found.append(
-            f"effective rank {values['rank']:.2f} is {fraction:.0%} of what the latents could hold"
-        )
-    if (share := values.get("positional")) is not None and share > 0.6:
-        found.append(f"{share:.0%} of the latents' variance only says where a token lies")
-    if (std := values.get("latent_std")) is not None and std < 0.1:
-        found.append(f"the latents of different images differ by a std of only {std:.3f}")
-    return found

@@ -16,8 +16,9 @@ from e2ediff.interpolant import Estimate, Interpolant
 
 @attrs.frozen(kw_only=True)
 class ClassifierFree(Guidance):
-    """x0_u + scale (x0_c - x0_u) at times in [t_min, t_max], the plain answer elsewhere.
+    """x0_u + scale (x0_c - x0_u) at some times, the plain answer elsewhere.
 
+    Guided are the times from `t_min` to `t_max`.
     `scale` 1 is no guidance and costs one pass.
 
     Source: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6 with scale = 1 + w; the interval is

@@ -32,6 +32,7 @@ class Coupled(Objective):
     when the encoder shrinks their variance or, at fixed variance, their rank.
     Kept as the control that shows why the others exist.
 
+    `reconstruction` compares decoded images with the originals.
     `denoising_weight` multiplies the velocity loss, `clamp` bounds its weight near the data.
 
     Source: the failing baseline of DSD (arXiv 2511.14716), "latent collapse".
@@ -66,8 +67,12 @@ class Detached(Objective):
 
     Both the denoiser's input and its target are stopped; only shared weights couple the two.
 
+    `reconstruction` compares decoded images with the originals, after `decode_noise` on the
+    latents.
+    `denoising_weight` multiplies the denoising loss.
     `draws` is the number of noise levels trained on for each reconstruction.
-    `weight` is the space whose weight multiplies the clean error (`x0`: unweighted).
+    `weight` is the space whose weight multiplies the clean error (`x0`: unweighted), and `clamp`
+    its largest value.
 
     Source: the stop-gradients of UNITE (arXiv 2603.22283), section 3.
     """
@@ -103,6 +108,7 @@ class TwoStage(Objective):
     """First the autoencoder, then, with the autoencoder as it is, the denoiser.
 
     `autoencoder_fraction` of the training images go to the first stage.
+    `reconstruction`, `decode_noise`, `weight`, `clamp` and `draws` are those of `detached`.
     Needs a backbone whose denoiser has weights of its own, or the second stage would undo the
     first; such a network has more parameters than one trunk for all modes.
 

@@ -62,6 +62,7 @@ class AdamW(_Scheduled):
     """AdamW, fused, without weight decay on vectors, embeddings and norms.
 
     `lr` is the peak learning rate; `warmup_images` its linear rise.
+    `betas`, `eps` and `weight_decay` are the algorithm's.
     `schedule` is `constant`, or `cosine` or `linear` down to 0 over the last `cooldown` share
     of training (1: all of it).
     `clip` bounds the gradient's norm; 0 leaves it.
@@ -81,9 +82,9 @@ class AdamW(_Scheduled):
 
 @attrs.frozen(kw_only=True)
 class SGD(_Scheduled):
-    """Stochastic gradient descent with momentum; the other options are those of `adamw`.
+    """Stochastic gradient descent with `momentum`, a control: transformers train poorly with it.
 
-    A control: transformers train poorly with it.
+    `lr`, `weight_decay`, `warmup_images`, `schedule`, `cooldown` and `clip` are those of `adamw`.
     """
 
     momentum: float = attrs.field(default=0.9, validator=[validators.ge(0), validators.lt(1)])

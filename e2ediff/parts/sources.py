@@ -145,6 +145,7 @@ class ImageFolder(SourceConfig):
     Images are cropped as ADM does: halved by box filters while twice `size` or larger, resized
     with bicubic filter so that the shorter side is `size`, and cut in the centre.
     `flip` mirrors half of the training images.
+    `channels` is 3 for colour, 1 for grey.
     `held_out` is a second such folder for the probe and for scores.
     `workers` processes read and decode.
     Images above `max_pixels` (width times height) are refused before they are decoded.
@@ -182,7 +183,7 @@ class Archive(SourceConfig):
 
     `path` is the zip's path or fsspec URL; `inside` the folder in it that holds the class
     folders (empty for the top), `held_out` such a folder for the probe and for scores.
-    The other options are those of `image_folder`.
+    `size`, `classes`, `channels`, `flip`, `workers` and `max_pixels` are those of `image_folder`.
     """
 
     path: str
@@ -216,7 +217,9 @@ class Archive(SourceConfig):
 class Synthetic(SourceConfig):
     """Smooth random images with a class-dependent pattern, made from the index alone.
 
-    For tests and benchmarks that need no real data; `count` images.
+    For tests and benchmarks that need no real data.
+    `count` images of `size` pixels in `channels` channels, of `classes` classes (0: unlabelled);
+    `flip` lets the loader mirror them.
     """
 
     size: int = attrs.field(default=32, validator=validators.gt(0))

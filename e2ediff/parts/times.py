@@ -20,7 +20,7 @@ class Uniform(TimeSampler):
 
 @attrs.frozen(kw_only=True)
 class LogitNormal(TimeSampler):
-    """logit(t) is normal with this mean and standard deviation.
+    """logit(t) is normal, with `mean` and standard deviation `std`.
 
     A negative mean moves weight to the noise end.
 
@@ -37,9 +37,9 @@ class LogitNormal(TimeSampler):
 
 @attrs.frozen(kw_only=True)
 class Shifted(TimeSampler):
-    """Another law, warped by t' = a t / (1 + (a - 1) t).
+    """Another law, `inner`, warped by t' = a t / (1 + (a - 1) t).
 
-    `shift` below 1 moves times towards the noise.
+    The factor a is `shift`; below 1 it moves times towards the noise.
 
     Source: the time shift of SD3 (arXiv 2403.03206), eq. 23, in our direction of time; UNITE
     (arXiv 2603.22283) uses 0.5.

@@ -60,6 +60,9 @@ class ViTConfig(BackboneConfig):
     `latent_norm` is described at `e2ediff.latent.LatentNorm`.
     `trunks` says which modes share weights: `one` for all (DSD), `decoder_apart` (UNITE's
     split), `denoiser_apart` (needed by `two_stage`), or `three`.
+    `mlp` is the perceptron's kind (`gelu`, `relu2` or `swiglu`) and `mlp_ratio` its hidden width
+    over `width`.
+    `qk_norm` normalises queries and keys; `position` is how tokens know their place.
     `modulation` places the adaLN weights in each block, in one layer for all, or in one layer
     plus a layer of rank `modulation_rank` in each block.
     `refine` is the number of channels of two 3x3 convolutions after the patches are put

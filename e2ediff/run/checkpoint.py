@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 import safetensors
 import torch
 from safetensors.torch import save as encode
-from torch import Tensor
+from torch import Tensor, nn
 
 from e2ediff.errors import CheckpointError, DivergedError, E2EDiffError
 from e2ediff.run.environment import versions
@@ -148,6 +148,21 @@ def open_checkpoint(
     raise CheckpointError(
         "\n  ".join([f"{store.where(FOLDER)}: no checkpoint verifies.", *problems])
     )
+
+
+def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
+    """Fill a module from one file of a checkpoint.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    try:
+        module.load_state_dict(checkpoint.tensors(name))
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise CheckpointError(
+            f"{checkpoint.path}: weights '{name}' do not fit the network of the recipe: {first}"
+        ) from error
 
 
 def _way_out(store: Store, name: str) -> str:

@@ -8,27 +8,23 @@ Nothing in it is absolute: it may be copied, packed or deleted as a whole.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from e2ediff.errors import RunDirectoryError
-from e2ediff.run.environment import machine
+from e2ediff.run.lock import LOCK, acquire
 from e2ediff.run.storage import JSON, Store
 
 State = Literal["running", "done", "interrupted", "preempted", "failed"]
 
 RECIPE, RESOLVED, RUN, STATUS = "recipe.yaml", "resolved.yaml", "run.json", "status.json"
-METRICS, EVENTS, LOCK = "metrics.jsonl", "events.jsonl", ".lock"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -110,46 +106,11 @@ class RunDirectory:
         Raises:
             RunDirectoryError: another process is training in it.
         """
-        if self._lock is not None or not self.store.local or sys.platform == "win32":
+        if self._lock is not None:
             return
-        import fcntl  # not on Windows
-
-        path = Path(self.store.local_path() or "", LOCK)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            return  # `out` is a file: the caller says so
-        except OSError as error:
-            raise self.store.refusal(LOCK, 0, error) from error
-        while self._lock is None:
-            try:
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            except OSError as error:
-                raise self.store.refusal(LOCK, 0, error) from error
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                try:
-                    if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
-                        logging.getLogger(__name__).warning(
-                            "%s: cannot be locked (%s); see that only one process trains in it.",
-                            self.path,
-                            error.strerror,
-                        )
-                        return
-                    self._refuse_or_take_over(path, file)
-                finally:
-                    os.close(file)
-                continue
-            # Another process may have taken over, and with it replaced, the file just locked.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), path.stat()):
-                    self._lock = file
-                    break
-            os.close(file)
-        with contextlib.suppress(OSError):  # the text only serves the message of the other one
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"{os.getpid()} {machine()}\n".encode(), 0)
+        self._lock = acquire(self.store, self.path)
+        if self._lock is None:
+            return
         for log in (METRICS, EVENTS):
             self.store.truncate_lines(log, keep=lambda line: True)
 
@@ -178,19 +139,6 @@ class RunDirectory:
                 f"{self.path}: exists and is not empty. "
                 "Choose another --out, or continue the run in it with --resume."
             )
-
-    def _refuse_or_take_over(self, path: Path, file: int) -> None:
-        holder = os.pread(file, 1000, 0).decode(errors="replace").strip()
-        pid, _, machine = holder.partition(" ")
-        here = machine == machine()
-        # The kernel frees a dead process's lock, unless its orphaned children still hold it.
-        if here and pid.isdigit() and not _is_alive(int(pid)) and _unlink_same(path, file):
-            return
-        who = f"process {pid}" if pid else "another process"
-        raise RunDirectoryError(
-            f"{self.path}: {who}{'' if here or not pid else ' on another machine'} is training "
-            "in it. Wait for it to end or stop it, or choose another --out."
-        )
 
     # What it says about the run
 
@@ -331,33 +279,6 @@ def latest_run(name: str) -> str | None:
 
 def _runs() -> str:
     return os.environ.get("E2EDIFF_RUNS") or "runs"
-
-
-def _unlink_same(path: Path, file: int) -> bool:
-    """Remove a stale lock, one process at a time, lest one removes the next one's new lock."""
-    import fcntl
-
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), path.stat()):
-                path.unlink()
-    except OSError:
-        return False
-    finally:
-        os.close(folder)
-    return True
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def _without_specials(value: Any) -> Any:

@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from e2ediff.data import Batch, DataSource
-from e2ediff.diagnostic import Diagnostic
-from e2ediff.errors import CheckpointError, DivergedError
+from e2ediff.errors import DivergedError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
-from e2ediff.parts.collapse import verdict
 from e2ediff.run.assembly import Assembly, assemble
-from e2ediff.run.checkpoint import save
+from e2ediff.run.checkpoint import load_weights, save
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.ema import calibrate
 from e2ediff.run.loader import batches
 from e2ediff.run.manifest import Checkpoint
 from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
 from e2ediff.run.pictures import curves_png, grid_png
-from e2ediff.run.probing import Observer, figures_line
+from e2ediff.run.probing import Observer, chosen_diagnostics, figures_line
 from e2ediff.run.progress import Progress, training_line
 from e2ediff.run.seeds import generator
 from e2ediff.run.signals import Stop
@@ -67,7 +65,7 @@ class Engine:
         self.training, held_out = sources
         self.parts: Assembly = assemble(recipe, device)
         self.observer = Observer.open(
-            recipe, _diagnostics(host, recipe), self.training, held_out, device
+            recipe, chosen_diagnostics(host, recipe), self.training, held_out, device
         )
         self.sinks = Sinks(recipe.trackers, directory, progress)
         self.step = 0
@@ -200,12 +198,8 @@ class Engine:
         rate = (self.step - self._clock[1]) * self.recipe.batch / max(seconds, 1e-9)
         self._record({**values, "wall_images_per_second": round(rate, 1)})
         if bad:
-            kept = self.last_checkpoint or "none yet"
-            raise DivergedError(
-                f"step {self.step}: {', '.join(bad)} {'is' if len(bad) == 1 else 'are'} not "
-                f"finite. The last good checkpoint is {kept}. Lower the learning rate "
-                "(optimizer.lr), or give optimizer.clip a smaller norm."
-            )
+            are = "is" if len(bad) == 1 else "are"
+            raise self._diverged(f"{', '.join(bad)} {are} not finite.")
         losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         self._notify("losses_logged", step=self.step, losses=losses)
         self.progress.update(
@@ -219,6 +213,13 @@ class Engine:
             )
         )
 
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"step {self.step}: {what} The last good checkpoint is "
+            f"{self.last_checkpoint or 'none yet'}. Lower the learning rate (optimizer.lr), or "
+            "give optimizer.clip a smaller norm."
+        )
+
     def _record(self, values: Mapping[str, float]) -> None:
         self.directory.log_metrics({"step": self.step, "images": self.images, **values})
         self.sinks.log(self.images, values)
@@ -226,10 +227,13 @@ class Engine:
     def look(self) -> None:
         """Measure the diagnostics, and say so in words if the latents have collapsed."""
         pause = time.perf_counter()
-        self.health = self.observer.measure(self.parts.nets)
+        try:
+            self.health = self.observer.measure(self.parts.nets)
+        except DivergedError as error:
+            raise self._diverged(str(error)) from error
         self._record(self.health)
         self._notify("diagnosed", step=self.step, values=self.health)
-        signs = verdict(self.health) if self.step > 0 else []
+        signs = self.observer.verdict(self.health) if self.step > 0 else []
         if signs and not self._collapsed:
             self.directory.event("collapse", step=self.step, images=self.images, signs=[*signs])
             self.progress.say(f"step {self.step}: LATENT COLLAPSE: {'; '.join(signs)}")
@@ -299,15 +303,18 @@ class Engine:
             "choices": dict(self.parts.choices),
             "collapsed": self._collapsed,
         }
-        self.last_checkpoint = save(
-            self.directory.store,
-            self.images,
-            self.step,
-            files,
-            state,
-            keep=self.recipe.checkpoint.keep,
-            warn=self.progress.say,
-        )
+        try:
+            self.last_checkpoint = save(
+                self.directory.store,
+                self.images,
+                self.step,
+                files,
+                state,
+                keep=self.recipe.checkpoint.keep,
+                warn=self.progress.say,
+            )
+        except DivergedError as error:
+            raise self._diverged(str(error)) from error
         self._saved_at = self.images
         self.directory.event(
             "saved", step=self.step, images=self.images, name=self.last_checkpoint
@@ -344,33 +351,3 @@ class Engine:
         self.last_checkpoint, self._saved_at = checkpoint.name, checkpoint.images
         self._collapsed = checkpoint.state["collapsed"]
         self.directory.rewind(self.images)
-
-
-def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
-    """Fill a module from one file of a checkpoint.
-
-    Raises:
-        CheckpointError: Names or shapes differ.
-    """
-    try:
-        module.load_state_dict(checkpoint.tensors(name))
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise CheckpointError(
-            f"{checkpoint.path}: weights '{name}' do not fit the network of the recipe: {first}"
-        ) from error
-
-
-def _diagnostics(host: Host, recipe: Recipe) -> Sequence[Diagnostic]:
-    """The recipe's diagnostics; without any, all that are registered, with their defaults."""
-    if recipe.diagnostics is not None:
-        return recipe.diagnostics
-    found: list[Diagnostic] = []
-    for part in host.registries["diagnostics"]:
-        try:
-            made = part.cls()
-        except TypeError:
-            continue  # it has options without defaults: a recipe must name it
-        assert isinstance(made, Diagnostic)
-        found.append(made)
-    return found

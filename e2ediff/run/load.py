@@ -9,9 +9,8 @@ from e2ediff.errors import CheckpointError
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.run.assembly import DTYPES, build_nets, choose_device
-from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.run.checkpoint import load_weights, open_checkpoint
 from e2ediff.run.directory import RunDirectory
-from e2ediff.run.engine import load_weights
 from e2ediff.run.generate import Model
 
 _NO_WEIGHTS = ("heads",)

@@ -77,6 +77,19 @@ def to_batch(x: Tensor, label: Tensor, device: torch.device) -> Batch:
     return Batch(x=x.float() / 127.5 - 1, label=label.to(device, non_blocking=True))
 
 
+def check_enough(source: DataSource, batch: int) -> None:
+    """Refuse a source smaller than one batch.
+
+    Raises:
+        DataError: It is.
+    """
+    if len(source) < batch:
+        raise DataError(
+            f"data: {len(source)} images are fewer than one batch of {batch}; lower `batch` or "
+            "give more images"
+        )
+
+
 def batches(
     source: DataSource,
     *,
@@ -93,11 +106,7 @@ def batches(
     Raises:
         DataError: The source is smaller than one batch, or an image cannot be read.
     """
-    if len(source) < batch:
-        raise DataError(
-            f"data: {len(source)} images are fewer than one batch of {batch}; lower `batch` or "
-            "give more images"
-        )
+    check_enough(source, batch)
     steps = _Steps(source, Order(len(source), seed), batch, flip=flip)
     items: Iterable[tuple[Tensor, Tensor] | str] = DataLoader(
         steps,

@@ -61,7 +61,7 @@ class Checkpoint:
             for alias, name in self._manifest.aliases.get(file, {}).items():
                 tensors[alias] = tensors[name]
         except (safetensors.SafetensorError, ValueError, TypeError, LookupError) as error:
-            raise damaged_error(self._store, self.name, f"{file}.safetensors: {error}") from error
+            raise _damaged(self._store, self.name, f"{file}.safetensors: {error}") from error
         return tensors
 
 
@@ -76,6 +76,11 @@ class Manifest:
 
 
 def open_one(store: Store, name: str, verify: bool) -> Checkpoint:
+    """Open a checkpoint; `verify` hashes every file of it now.
+
+    Raises:
+        CheckpointError: It is missing, damaged or of a newer format.
+    """
     manifest = _read_manifest(store, name)
     for file in manifest.files:
         if verify and file != STATE:
@@ -83,15 +88,16 @@ def open_one(store: Store, name: str, verify: bool) -> Checkpoint:
     try:
         state = json.loads(_content(store, name, manifest, STATE))
     except (ValueError, RecursionError) as error:
-        raise damaged_error(store, name, f"{STATE}: {error}") from error
+        raise _damaged(store, name, f"{STATE}: {error}") from error
     if not isinstance(state, dict):
-        raise damaged_error(store, name, f"{STATE} holds no object")
+        raise _damaged(store, name, f"{STATE} holds no object")
     files = tuple(f.removesuffix(".safetensors") for f in manifest.files if f != STATE)
     where = store.where(f"{FOLDER}/{name}")
     return Checkpoint(name, where, manifest.images, manifest.step, state, files, store, manifest)
 
 
 def is_sound(store: Store, name: str, verify: bool) -> bool:
+    """Whether `open_one` would open it."""
     try:
         open_one(store, name, verify)
     except CheckpointError:
@@ -120,6 +126,11 @@ def plain(value: object, where: str) -> JSON:
 
 
 def json_bytes(value: JSON) -> bytes:
+    """The text of `state.json`.
+
+    Raises:
+        CheckpointError: It would be too long to be read.
+    """
     data = json.dumps(value, indent=1).encode() + b"\n"
     if len(data) > LIMIT:
         raise CheckpointError(f"{STATE}: {len(data):,} bytes is over the limit of {LIMIT:,}.")
@@ -134,23 +145,23 @@ def _read_manifest(store: Store, name: str) -> Manifest:
         if not present:
             raise CheckpointError(f"{store.where(f'{FOLDER}/{name}')}: no such checkpoint.")
         if MANIFEST not in present:
-            raise damaged_error(store, name, f"{MANIFEST} is missing, so its save never finished")
+            raise _damaged(store, name, f"{MANIFEST} is missing, so its save never finished")
         raw = store.read(f"{FOLDER}/{name}/{MANIFEST}", LIMIT)
         manifest = _parse_manifest(store, name, raw)
         listed = {MANIFEST, *manifest.files}
         if missing := sorted(listed - present):
-            raise damaged_error(store, name, f"missing: {', '.join(missing)}")
+            raise _damaged(store, name, f"missing: {', '.join(missing)}")
         if extra := sorted(present - listed):
-            raise damaged_error(store, name, f"files that do not belong to it: {', '.join(extra)}")
+            raise _damaged(store, name, f"files that do not belong to it: {', '.join(extra)}")
         for file, (expected, _) in manifest.files.items():
             if file == STATE and expected > LIMIT:
-                raise damaged_error(store, name, f"{file} is over the limit of {LIMIT:,} bytes")
+                raise _damaged(store, name, f"{file} is over the limit of {LIMIT:,} bytes")
             if (size := store.size(f"{FOLDER}/{name}/{file}")) != expected:
-                raise damaged_error(
+                raise _damaged(
                     store, name, f"{file} has {size:,} bytes, it was written with {expected:,}"
                 )
     except OSError as error:
-        raise damaged_error(store, name, f"cannot be read: {error}") from error
+        raise _damaged(store, name, f"cannot be read: {error}") from error
     return manifest
 
 
@@ -166,7 +177,7 @@ def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
         del body["sha256"]
         # Equal text is more than an equal hash: nothing in the file is left unchecked.
         if sealed(body) != raw:
-            raise damaged_error(store, name, f"{MANIFEST} does not match its own hash")
+            raise _damaged(store, name, f"{MANIFEST} does not match its own hash")
         files = {str(f): (int(e["bytes"]), str(e["sha256"])) for f, e in body["files"].items()}
         aliases = {str(file): dict(names) for file, names in body["aliases"].items()}
         manifest = Manifest(int(body["images"]), int(body["step"]), files, aliases)
@@ -178,17 +189,17 @@ def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
         ArithmeticError,
         RecursionError,
     ) as error:
-        raise damaged_error(store, name, f"{MANIFEST} is unreadable ({error})") from error
+        raise _damaged(store, name, f"{MANIFEST} is unreadable ({error})") from error
     match = NAME.fullmatch(name)
     if match and int(match[1]) != manifest.images:
-        raise damaged_error(store, name, f"its {MANIFEST} is of {manifest.images} images")
+        raise _damaged(store, name, f"its {MANIFEST} is of {manifest.images} images")
     return manifest
 
 
 def _content(store: Store, name: str, manifest: Manifest, file: str, keep: bool = True) -> bytes:
     """The bytes of a file (if `keep`), hashed as read: what is parsed is what was checked."""
     if file not in manifest.files:
-        raise damaged_error(store, name, f"missing: {file}")
+        raise _damaged(store, name, f"missing: {file}")
     digest, pieces = hashlib.sha256(), []
     try:
         for piece in store.chunks(f"{FOLDER}/{name}/{file}"):
@@ -196,13 +207,13 @@ def _content(store: Store, name: str, manifest: Manifest, file: str, keep: bool 
             if keep:
                 pieces.append(piece)
     except OSError as error:
-        raise damaged_error(store, name, f"{file} cannot be read: {error}") from error
+        raise _damaged(store, name, f"{file} cannot be read: {error}") from error
     if digest.hexdigest() != manifest.files[file][1]:
-        raise damaged_error(store, name, f"{file} does not match its hash in {MANIFEST}")
+        raise _damaged(store, name, f"{file} does not match its hash in {MANIFEST}")
     return b"".join(pieces)
 
 
-def damaged_error(store: Store, name: str, what: str) -> CheckpointError:
+def _damaged(store: Store, name: str, what: str) -> CheckpointError:
     return CheckpointError(
         f"{store.where(f'{FOLDER}/{name}')}: the checkpoint is damaged: {what}."
     )

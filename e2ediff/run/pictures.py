@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -33,6 +32,8 @@ def grid_png(x: Tensor, columns: int, enlarge: int = 0) -> bytes:
 
     `enlarge` repeats pixels; 0 chooses so that an image is about 64 pixels wide or larger.
     """
+    from torchvision.utils import make_grid  # imports in a second, and is not needed by `check`
+
     times = enlarge or max(1, round(64 / x.shape[-1]))
     x = x.cpu().clamp(-1, 1)
     x = x.repeat_interleave(times, dim=-1).repeat_interleave(times, dim=-2)

@@ -11,6 +11,8 @@ from torch import Tensor
 from e2ediff.backbone import Backbone, Encode
 from e2ediff.data import Batch, DataSource
 from e2ediff.diagnostic import Diagnostic, Probe
+from e2ediff.errors import DivergedError
+from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Nets
 from e2ediff.run.ema import in_use
@@ -48,7 +50,11 @@ class Observer:
 
     @torch.no_grad()
     def measure(self, nets: Nets) -> dict[str, float]:
-        """All diagnostics, on the target network's weights."""
+        """All diagnostics, on the target network's weights.
+
+        Raises:
+            DivergedError: What the networks make of the probe is not finite.
+        """
         x, label = self.probe.x, self.probe.label
         with in_use(nets.online, self.calibration) as online:
             z_online = online.encode(x)
@@ -65,10 +71,19 @@ class Observer:
                 denoised={t: self._denoise(net, z, label, t) for t in self.recipe.probe.times},
                 predicts=self.recipe.predicts,
             )
+        seen = {"x_hat": probe.x_hat, "z": probe.z, "raw": probe.raw, "z_online": probe.z_online}
+        seen |= {f"denoised at t={time:g}": z for time, z in probe.denoised.items()}
+        bad = [name for name, value in seen.items() if not torch.isfinite(value).all()]
+        if bad:
+            raise DivergedError(f"{', '.join(bad)} of the probe images: not finite.")
         figures: dict[str, float] = {}
         for diagnostic in self.diagnostics:
             figures.update(diagnostic.measure(probe))
         return figures
+
+    def verdict(self, figures: Mapping[str, float]) -> list[str]:
+        """What the diagnostics make of their figures; empty for healthy latents."""
+        return [sign for d in self.diagnostics for sign in d.verdict(figures)]
 
     def _denoise(self, net: Backbone, z: Tensor, label: Tensor, t: float) -> Tensor:
         """The clean estimate (P, N, D) of the probe's latents, noised to time t."""
@@ -95,6 +110,21 @@ class Observer:
         with in_use(net, self.calibration) as ready:
             x_hat = ready.decode(ready.encode(x))
         return torch.stack([x, x_hat], dim=1).flatten(0, 1)
+
+
+def chosen_diagnostics(host: Host, recipe: Recipe) -> Sequence[Diagnostic]:
+    """The recipe's diagnostics; without any, all that are registered, with their defaults."""
+    if recipe.diagnostics is not None:
+        return recipe.diagnostics
+    found: list[Diagnostic] = []
+    for part in host.registries["diagnostics"]:
+        try:
+            made = part.cls()
+        except TypeError:
+            continue  # it has options without defaults: a recipe must name it
+        assert isinstance(made, Diagnostic)
+        found.append(made)
+    return found
 
 
 def figures_line(figures: Mapping[str, float]) -> str:

@@ -32,7 +32,7 @@ class Progress:
             from rich.console import Console
             from rich.live import Live
 
-            console = Console(file=self.stream, highlight=False, soft_wrap=True)
+            console = Console(file=self.stream, highlight=False)
             self._live = Live("", console=console, refresh_per_second=4, transient=True)
             self._live.start()
         return self
@@ -54,7 +54,7 @@ class Progress:
         if self._live is not None:
             from rich.text import Text
 
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+            self._live.update(Text(line))  # wrapped: a narrow terminal loses nothing
             self._pending = line
         elif now - self._last >= self.plain_seconds:
             print(line, file=self.stream, flush=True)
@@ -65,7 +65,7 @@ class Progress:
     def say(self, line: str) -> None:
         """Write a line that stays."""
         if self._live is not None:
-            self._live.console.print(line, markup=False)
+            self._live.console.print(line, markup=False, soft_wrap=True)
         else:
             print(line, file=self.stream, flush=True)
 
@@ -81,7 +81,7 @@ def duration(seconds: float) -> str:
 def training_line(
     step: int, steps: int, rate: float, batch: int, losses: Mapping[str, float], health: str
 ) -> str:
-    """One line on a run's progress: step, images/s, losses, health of the latents, time left."""
+    """One line on a run's progress: step, images/s, time left, health of the latents, losses."""
     left = duration((steps - step) * batch / rate) if rate > 0 else "?"
     shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
-    return f"step {step}/{steps}  {rate:.0f} img/s  {shown}  {health}  left {left}"
+    return f"step {step}/{steps}  {rate:.0f} img/s  left {left}  {health}  {shown}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Sequence
 
@@ -11,11 +12,13 @@ import fsspec
 from e2ediff.errors import E2EDiffError, Problem, RecipeError, RunDirectoryError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from e2ediff.host.structure import unstructure
 from e2ediff.run.assembly import check_fits, choose_device
 from e2ediff.run.checkpoint import open_checkpoint
 from e2ediff.run.directory import RunDirectory, State, latest_run
 from e2ediff.run.engine import Engine
 from e2ediff.run.environment import describe_environment
+from e2ediff.run.loader import check_enough
 from e2ediff.run.progress import Progress
 from e2ediff.run.signals import Stop
 
@@ -71,6 +74,7 @@ def train(
     device = choose_device(recipe.device)
     # Data first: nothing is created for a run that cannot start.
     training = recipe.data.open()
+    check_enough(training, recipe.batch)
     # Without a held-out set both are the same images; listing a large folder twice takes minutes.
     held_out = recipe.data.open(held_out=True) if recipe.data.has_held_out else training
     sources = (training, held_out)
@@ -156,22 +160,34 @@ def _find(recipe: Recipe, out: str | None) -> RunDirectory:
 def _refuse_other_recipe(host: Host, recipe: Recipe, directory: RunDirectory, source: str) -> None:
     """A continuation must compute what the run computed so far."""
     place = directory.store.where("resolved.yaml")
-    before = parse_recipe(host, directory.resolved(), place)
+    before = _leaves(unstructure(host, parse_recipe(host, directory.resolved(), place), Recipe))
+    now = _leaves(unstructure(host, recipe, Recipe))
     changed = [
+        path
+        for path in {**before, **now}
+        if path.partition(".")[0] not in _MAY_CHANGE and before.get(path) != now.get(path)
+    ]
+    # Another part has other options: its name says it all.
+    other = tuple(path.removesuffix("name") for path in changed if path.endswith(".name"))
+    problems = [
         Problem(
-            field.name,
-            f"the run in {directory.path} has {_short(getattr(before, field.name))}, "
-            f"this recipe has {_short(getattr(recipe, field.name))}",
+            path,
+            f"was {before.get(path, 'not given')} in {directory.path}, "
+            f"is {now.get(path, 'not given')} here.",
             hint="Give the same recipe and --set as before, or start another run.",
         )
-        for field in attrs.fields(Recipe)
-        if field.name not in _MAY_CHANGE
-        and getattr(before, field.name) != getattr(recipe, field.name)
+        for path in changed
+        if path.endswith(".name") or not path.startswith(other)
     ]
-    if changed:
-        raise RecipeError(f"{source} (--resume)", changed)
+    if problems:
+        raise RecipeError(f"{source} (--resume)", problems)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
+def _leaves(tree: object, path: str = "") -> dict[str, str]:
+    """Path and text of every value that is no block."""
+    if not isinstance(tree, dict) or not tree:
+        return {path: json.dumps(tree)}
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{path}.{key}" if path else str(key))
+    return found

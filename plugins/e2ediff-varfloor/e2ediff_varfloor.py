@@ -20,6 +20,7 @@ class VarianceFloor(Objective):
     floor_weight: float = 0.1
 
     def terms(self, nets, batch, draw, phase):
+        """Three losses; only reconstruction and the hinge reach the encoder."""
         z = nets.online.encode(batch.x)  # (B, N, D)
         levels = noise_levels(sg(z), draw, nets.path, 1)
         x_hat, *outs = nets.online.run(Decode(z=z), *(n.denoise() for n in levels))
@@ -33,4 +34,5 @@ class VarianceFloor(Objective):
 
 @hookimpl
 def register_objectives(add):
+    """Make `objective: variance_floor` known."""
     add("variance_floor", VarianceFloor)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import attrs
 import pytest
 import torch
+from tiny_parts import plugin
 
 from e2ediff import hookimpl
 from e2ediff.errors import DuplicateNameError, PluginError
@@ -48,16 +49,8 @@ class Unresolved(Uniform):
     weights: Nowhere = None  # noqa: F821
 
 
-def registers(name, cls):
-    @hookimpl
-    def register_time_samplers(add):
-        add(name, cls)
-
-    return register_time_samplers
-
-
-def plugin(hook, name="mine"):
-    return SimpleNamespace(__name__=name, register_time_samplers=hook)
+def times_plugin(name, cls, plugin_name="mine"):
+    return plugin(plugin_name, time_samplers=[(name, cls)])
 
 
 def refusal(*modules):
@@ -85,7 +78,7 @@ def refusal(*modules):
     ],
 )
 def test_a_class_that_is_no_part_is_refused_with_what_was_expected(name, cls, message):
-    found = refusal(plugin(registers(name, cls)))
+    found = refusal(times_plugin(name, cls))
     assert found == f"plugin 'mine': time sampler {name!r} of plugin 'mine': {message}"
 
 
@@ -102,7 +95,7 @@ def test_a_misspelt_hook_is_named_with_the_right_one():
 
 
 def test_a_hook_without_its_mark_is_not_passed_over():
-    found = refusal(plugin(lambda add: None))
+    found = refusal(SimpleNamespace(__name__="mine", register_time_samplers=lambda add: None))
     assert found == "plugin 'mine': register_time_samplers is not marked with @e2ediff.hookimpl"
 
 
@@ -135,7 +128,7 @@ def test_a_hook_may_leave_arguments_out():
 
 
 def test_hosts_share_nothing():
-    full = load(plugin(registers("x", Uniform)), entry_points=False, builtins=False)
+    full = load(times_plugin("x", Uniform), entry_points=False, builtins=False)
     empty = load(entry_points=False, builtins=False)
     assert full.registries["time_samplers"].get("x") is Uniform
     assert empty.registries["time_samplers"].names() == []
@@ -143,7 +136,7 @@ def test_hosts_share_nothing():
 
 
 def test_an_unknown_name_suggests_the_known_ones():
-    host = load(plugin(registers("uniform", Uniform)), entry_points=False, builtins=False)
+    host = load(times_plugin("uniform", Uniform), entry_points=False, builtins=False)
     with pytest.raises(PluginError) as caught:
         host.registries["time_samplers"].get("unifrom")
     assert str(caught.value) == (
@@ -152,7 +145,7 @@ def test_an_unknown_name_suggests_the_known_ones():
 
 
 def test_a_name_registered_twice_is_an_error_only_when_it_is_used():
-    one, two = plugin(registers("x", Uniform), "one"), plugin(registers("x", Uniform), "two")
+    one, two = times_plugin("x", Uniform, "one"), times_plugin("x", Uniform, "two")
     times = load(one, two, entry_points=False, builtins=False).registries["time_samplers"]
     assert times.names() == ["one:x", "two:x"]
     with pytest.raises(DuplicateNameError) as caught:
@@ -165,8 +158,8 @@ def test_a_name_registered_twice_is_an_error_only_when_it_is_used():
 
 def test_the_name_of_a_built_in_part_cannot_be_taken():
     found = refusal(
-        plugin(registers("uniform", Uniform), "e2ediff"),
-        plugin(registers("uniform", Uniform), "copycat"),
+        times_plugin("uniform", Uniform, "e2ediff"),
+        times_plugin("uniform", Uniform, "copycat"),
     )
     assert "time sampler 'uniform' is registered by both 'e2ediff' and 'copycat'" in found
 

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Literal
 
 import attrs
 import pytest
+from tiny_parts import part, plugin
 
-from e2ediff import hookimpl
 from e2ediff.errors import RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe, parse_recipe
-from e2ediff.host.registry import KINDS
-
-CONTRACTS = {plural: contract for plural, _, contract in KINDS}
-
-
-def entry(plural, name, **fields):
-    """A hook that registers a real part with these options, whose methods do nothing."""
-    contract = CONTRACTS[plural]
-    body = {method: lambda self, *args: None for method in contract.__abstractmethods__}
-    body["__annotations__"] = {key: hint for key, (hint, _) in fields.items()}
-    body |= {key: default for key, (_, default) in fields.items()}
-    cls = attrs.frozen(kw_only=True)(type("Tiny", (contract,), body))
-
-    @hookimpl
-    def register(add):
-        add(name, cls)
-
-    return register
 
 
 def must_be_kind(instance, field, value):
@@ -37,25 +18,35 @@ def must_be_kind(instance, field, value):
 
 
 HOST = load(
-    SimpleNamespace(
-        __name__="tiny",
-        register_backbones=entry("backbones", "net", width=(int, 8)),
-        register_interpolants=entry("interpolants", "linear"),
-        register_time_samplers=entry("time_samplers", "uniform"),
-        register_objectives=entry(
-            "objectives",
-            "variance_floor",
-            floor=(float, attrs.field(default=1.0, validator=attrs.validators.gt(0))),
-            roof=(float, attrs.field(default=2.0, validator=attrs.validators.lt(9))),
-            shape=(str, attrs.field(default="a", validator=attrs.validators.in_(("a", "b")))),
-            kind=(Literal["hinge", "square"], "hinge"),
-        ),
-        register_sources=entry("sources", "shapes"),
-        register_optimizers=entry("optimizers", "sgd", lr=(float, attrs.field())),
-        register_samplers=entry("samplers", "euler", steps=(int, 10)),
-        register_trackers=entry(
-            "trackers", "odd", x=(int, attrs.field(default=1, validator=must_be_kind))
-        ),
+    plugin(
+        "tiny",
+        backbones=[("net", part("backbones", width=(int, 8)))],
+        interpolants=[("linear", part("interpolants"))],
+        time_samplers=[("uniform", part("time_samplers"))],
+        objectives=[
+            (
+                "variance_floor",
+                part(
+                    "objectives",
+                    floor=(float, attrs.field(default=1.0, validator=attrs.validators.gt(0))),
+                    roof=(float, attrs.field(default=2.0, validator=attrs.validators.lt(9))),
+                    shape=(
+                        str,
+                        attrs.field(default="a", validator=attrs.validators.in_(("a", "b"))),
+                    ),
+                    kind=(Literal["hinge", "square"], "hinge"),
+                ),
+            )
+        ],
+        sources=[("shapes", part("sources"))],
+        optimizers=[("sgd", part("optimizers", lr=(float, attrs.field())))],
+        samplers=[("euler", part("samplers", steps=(int, 10)))],
+        trackers=[
+            (
+                "odd",
+                part("trackers", x=(int, attrs.field(default=1, validator=must_be_kind))),
+            )
+        ],
     ),
     entry_points=False,
     builtins=False,

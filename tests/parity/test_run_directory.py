@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import select
 import signal
 import socket
 import time
@@ -163,17 +164,19 @@ def test_only_one_of_many_takes_over_a_stale_lock(run: RunDirectory) -> None:
             os._exit(0)
         orphan = int.from_bytes(os.read(reader, 4), "big")
         os.waitpid(trainer, 0)
-        pids = []
+        released, release = os.pipe()
         for _ in range(4):
-            pid = os.fork()
-            if pid == 0:
+            if os.fork() == 0:
                 with contextlib.suppress(RunDirectoryError):
                     RunDirectory.open(run.path).lock()
-                    time.sleep(0.1)
+                    select.select([released], [], [], 5)  # until the others have tried
                     os._exit(0)
                 os._exit(6)
-            pids.append(pid)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(3)]
+        os.write(release, b"x")
+        codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+        os.close(released)
+        os.close(release)
         os.kill(orphan, signal.SIGKILL)
         assert sorted(codes) == [0, 6, 6, 6]
 

@@ -4,49 +4,19 @@ from __future__ import annotations
 
 import random
 import time
-from types import SimpleNamespace
 from typing import Literal
 
 import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_parts import part, plugin
 
-from e2ediff import hookimpl
 from e2ediff.errors import DuplicateNameError, RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, load_recipe, parse_recipe
-from e2ediff.host.registry import KINDS
 from e2ediff.host.yaml import dump_yaml, parse_yaml, resolve
 from e2ediff.times import TimeSampler
-
-CONTRACTS = {plural: contract for plural, _, contract in KINDS}
-
-
-def part(plural, **fields):
-    """A real part with these options whose methods do nothing."""
-    contract = CONTRACTS[plural]
-    body = {name: lambda self, *args: None for name in contract.__abstractmethods__}
-    body["__annotations__"] = {name: hint for name, (hint, _) in fields.items()}
-    body |= {name: attrs.field(default=default) for name, (_, default) in fields.items()}
-    return attrs.frozen(kw_only=True)(type("Tiny", (contract,), body))
-
-
-def plugin(name, **parts):
-    """A plugin that registers `plural=[(name, class), ...]`."""
-
-    def hook(entries):
-        def register(add):
-            for entry in entries:
-                add(*entry)
-
-        return hookimpl(register)
-
-    hooks = {f"register_{plural}": hook(entries) for plural, entries in parts.items()}
-    return SimpleNamespace(__name__=name, **hooks)
-
-
-NONE = attrs.NOTHING
 
 
 @attrs.frozen(kw_only=True)
@@ -58,11 +28,11 @@ class Betas:
 def tiny_parts():
     return plugin(
         "tiny",
-        backbones=[("net", part("backbones", width=(int, NONE), norm=(str, "none")))],
+        backbones=[("net", part("backbones", width=(int, attrs.field()), norm=(str, "none")))],
         interpolants=[("linear", part("interpolants")), ("cosine", part("interpolants"))],
         time_samplers=[
             ("uniform", part("time_samplers")),
-            ("warped", part("time_samplers", by=(float, 1.0), inner=(TimeSampler, NONE))),
+            ("warped", part("time_samplers", by=(float, 1.0), inner=(TimeSampler, attrs.field()))),
         ],
         objectives=[
             ("plain", part("objectives")),
@@ -80,7 +50,9 @@ def tiny_parts():
             ),
         ],
         sources=[("shapes", part("sources", size=(int, 8), root=(str, "")))],
-        optimizers=[("sgd", part("optimizers", lr=(float, NONE), betas=(Betas, Betas())))],
+        optimizers=[
+            ("sgd", part("optimizers", lr=(float, attrs.field()), betas=(Betas, Betas())))
+        ],
         samplers=[("euler", part("samplers", steps=(int, 10)))],
         guidance=[("scaled", part("guidance", scale=(float, 2.0)))],
         diagnostics=[("rank", part("diagnostics", every=(int, 1)))],

@@ -1,0 +1,114 @@
+"""One process trains in a run directory: a lock that dies with its process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+from pathlib import Path
+
+from e2ediff.errors import RunDirectoryError
+from e2ediff.run.environment import machine
+from e2ediff.run.storage import Store
+
+LOCK = ".lock"
+
+
+def acquire(store: Store, shown: str) -> int | None:
+    """Lock a store for this process; closing the file that is returned unlocks it.
+
+    Args:
+        store: What to lock.
+        shown: Its address for messages.
+
+    Returns:
+        An open file, or None where there are no locks: stores that are not local, some network
+        file systems, Windows.
+
+    Raises:
+        RunDirectoryError: Another process holds it.
+        ResourceError: The lock cannot be written.
+    """
+    if not store.local or sys.platform == "win32":
+        return None
+    import fcntl  # not on Windows
+
+    path = Path(store.local_path() or "", LOCK)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        return None  # the place is a file: the caller says so
+    except OSError as error:
+        raise store.refusal(LOCK, 0, error) from error
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise store.refusal(LOCK, 0, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            try:
+                if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+                    logging.getLogger(__name__).warning(
+                        "%s: cannot be locked (%s); see that only one process trains in it.",
+                        shown,
+                        error.strerror,
+                    )
+                    return None
+                _refuse_or_take_over(shown, path, file)
+            finally:
+                os.close(file)
+            continue
+        # Another process may have taken over, and with it replaced, the file just locked.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                break
+        os.close(file)
+    with contextlib.suppress(OSError):  # the text only serves the message of the other one
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()} {machine()}\n".encode(), 0)
+    return file
+
+
+def _refuse_or_take_over(shown: str, path: Path, file: int) -> None:
+    holder = os.pread(file, 1000, 0).decode(errors="replace").strip()
+    pid, _, where = holder.partition(" ")
+    here = where == machine()
+    # The kernel frees a dead process's lock, unless its orphaned children still hold it.
+    if here and pid.isdigit() and not _is_alive(int(pid)) and _unlink_same(path, file):
+        return
+    who = f"process {pid}" if pid else "another process"
+    raise RunDirectoryError(
+        f"{shown}: {who}{'' if here or not pid else ' on another machine'} is training "
+        "in it. Wait for it to end or stop it, or choose another --out."
+    )
+
+
+def _unlink_same(path: Path, file: int) -> bool:
+    """Remove a stale lock, one process at a time, lest one removes the next one's new lock."""
+    import fcntl
+
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                path.unlink()
+    except OSError:
+        return False
+    finally:
+        os.close(folder)
+    return True
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,194 @@
+"""The quality benchmark: its distances against closed forms, its script on tiny runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+TINY = (
+    "steps=20",
+    "batch=16",
+    "backbone.width=32",
+    "backbone.depth=2",
+    "backbone.heads=2",
+    "sampler.steps=3",
+    "probe.images=32",
+    "probe.calibration=64",
+    "preview.rows=1",
+)
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import judge
+
+    return judge
+
+
+@pytest.fixture
+def quality(judge: ModuleType) -> ModuleType:
+    import quickstart_quality
+
+    return quickstart_quality
+
+
+def with_moments(mean: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """Rows whose sample mean is `mean` and whose sample covariance is `root root^T`, exactly."""
+    g = torch.Generator().manual_seed(0)
+    white = torch.randn(50, len(mean), generator=g, dtype=torch.float64)
+    white = white - white.mean(dim=0)
+    white = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(white.T.cov()), white.T, upper=False
+    ).T
+    return white @ root.T + mean
+
+
+def test_frechet_distance_has_the_closed_form_of_commuting_gaussians(judge: ModuleType) -> None:
+    turn = torch.linalg.qr(torch.tensor([[1.0, 2, 0], [0, 1, 3], [2, 0, 1]], dtype=torch.float64))
+    a, b = torch.tensor([1.0, 2, 0.5]).double(), torch.tensor([2.0, 0.5, 0.0]).double()
+    mean = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    first = with_moments(torch.zeros(3).double(), turn.Q * a)
+    second = with_moments(mean, turn.Q * b)
+    expected = mean.square().sum() + (a - b).square().sum()
+    assert judge.frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_frechet_distance_agrees_with_scipy_where_covariances_do_not_commute(
+    judge: ModuleType,
+) -> None:
+    linalg = pytest.importorskip("scipy.linalg")
+    g = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(4, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    zero = torch.zeros(4).double()
+    cross = linalg.sqrtm((a @ a.T @ b @ b.T).numpy()).real.trace()
+    expected = float((a @ a.T + b @ b.T).trace()) - 2 * cross
+    found = judge.frechet_distance(with_moments(zero, a), with_moments(zero, b))
+    assert found == pytest.approx(expected, rel=1e-7)
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero_even_if_its_covariance_is_singular(
+    judge: ModuleType,
+) -> None:
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(2))
+    assert judge.frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
+    assert judge.frechet_distance(x.flip(0), x) == pytest.approx(0, abs=1e-5)
+
+
+def test_nearest_distance_is_zero_for_copies_and_grows_with_the_difference(
+    judge: ModuleType,
+) -> None:
+    train = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    assert judge.nearest_distance(train[:5], train) == pytest.approx(0, abs=1e-3)
+    assert judge.nearest_distance(train[:5] + 0.1, train) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_a_judge_has_64_features_and_is_decided_by_its_seed(
+    judge: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    everything = judge.load_images
+    monkeypatch.setattr(judge, "load_images", lambda *a, **k: everything(*a, **k).first(128))
+    x = everything(judge.FashionMNIST(size=32), held_out=True).x[:7]
+    state = torch.random.get_rng_state()
+    first = judge.train_judge(0, tmp_path / "a", epochs=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    again = judge.train_judge(0, tmp_path / "b", epochs=1)
+    cached = judge.train_judge(0, tmp_path / "a", epochs=1)
+    other = judge.train_judge(1, tmp_path / "a", epochs=1)
+    f = judge.features(first, x)
+    assert f.shape == (7, 64)
+    assert torch.equal(judge.features(again, x), f)
+    assert torch.equal(judge.features(cached, x), f)
+    assert not torch.equal(judge.features(other, x), f)
+    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".safetensors"] * 2
+
+
+def test_objectives_share_the_options_that_they_have_in_common(quality: ModuleType) -> None:
+    host, recipe = quality.load(), str(BENCHMARKS.parent / "recipes" / "quickstart.yaml")
+    sets = ["objective.draws=2", "objective.reconstruction.kind=l2", "steps=100"]
+    jobs = quality.plan(host, recipe, ["dsd", "coupled", "two_stage"], [3], sets)
+    dsd, coupled, stages = (quality.load_recipe(host, recipe, j.overrides) for j in jobs)
+    assert dsd == quality.load_recipe(host, recipe, [*sets, "seed=3"])
+    assert coupled.objective.reconstruction == dsd.objective.reconstruction
+    assert stages.objective.draws == 2
+    assert stages.backbone.trunks == "denoiser_apart"
+    assert coupled.backbone == dsd.backbone
+    assert {r.total_steps for r in (dsd, coupled, stages)} == {100}
+    matched = quality.plan(host, recipe, ["dsd", "two_stage"], [3], sets, match_compute=True)
+    costs = [quality.cost(quality.load_recipe(host, recipe, j.overrides)) for j in matched]
+    assert costs[0]["steps"] == 100
+    assert costs[1]["flops_total"] == pytest.approx(costs[0]["flops_total"], rel=0.02)
+
+
+def test_a_summary_has_mean_deviation_and_range(quality: ModuleType) -> None:
+    assert quality.summary([1.0, 2.0, 3.0], ".1f") == "2.0 ± 1.0 (1.0..3.0)"
+    assert quality.summary([1.0, 2.0, 3.0], ".1f", spread=False) == "2.0 ± 1.0"
+    assert quality.summary([1.0], ".1f") == "1.0"
+
+
+def test_the_script_ends_in_a_table_of_figures_from_the_runs(
+    quality: ModuleType, tmp_path: Path
+) -> None:
+    """Trains two tiny runs; done ones are not trained again, and figures are what files say."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(BENCHMARKS / "quickstart_quality.py"), "--out", str(out)]
+    command += ["--objectives", "dsd,coupled", "--seeds", "0", "--count", "40"]
+    command += ["--judge-epochs", "1"]
+    for change in TINY:
+        command += ["--set", change]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    rows = {r["objective"]: r["figures"] for r in results["runs"]}
+    assert set(rows) == {"dsd", "coupled"}
+    text = (out / "table.md").read_text()
+    assert text in done.stdout
+    for name, figures in rows.items():
+        assert 0 <= figures["agreement"] <= 1
+        assert figures["train_seconds"] > 0
+        assert f"| {name} | {figures['agreement']:.3f} |" in text
+        assert f"| {name} | {figures['rank']:.2f} |" in text
+    assert rows["dsd"]["flops_per_image"] > rows["coupled"]["flops_per_image"]
+    assert results["real"]["0"]["frechet_images"] == 40
+    assert (out / "grids.png").read_bytes().startswith(b"\x89PNG")
+
+    run = out / "runs" / "coupled-seed0"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "rank" in line][-1]
+    assert rows["coupled"]["rank"] == last["rank"]
+    last["rank"] = 12.34
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert quality.final_health(run)["rank"] == 12.34
+
+    host, recipe = quality.load(), str(BENCHMARKS.parent / "recipes" / "quickstart.yaml")
+    before = (run / "run.json").stat().st_mtime_ns, (run / "status.json").stat().st_mtime_ns
+    (same,) = quality.plan(host, recipe, ["coupled"], [0], TINY)
+    assert quality.train_job(host, recipe, same, out, 1) == ""
+    (other,) = quality.plan(host, recipe, ["coupled"], [0], [*TINY, "optimizer.lr=0.5"])
+    assert "holds a run of another recipe" in quality.train_job(host, recipe, other, out, 1)
+    after = (run / "run.json").stat().st_mtime_ns, (run / "status.json").stat().st_mtime_ns
+    assert before == after
+
+
+def test_training_time_is_that_of_all_sessions_up_to_their_last_save(
+    quality: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    times = [("kernels", 0), ("saved", 10), ("saved", 20), ("kernels", 100), ("saved", 105)]
+    (tmp_path / "events.jsonl").write_text(
+        "".join(
+            json.dumps({"time": f"2026-01-01T00:{s // 60:02}:{s % 60:02}.000+00:00", "kind": k})
+            + "\n"
+            for k, s in times
+        )
+    )
+    assert quality.training_seconds(tmp_path) == 25

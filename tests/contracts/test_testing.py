@@ -1,0 +1,261 @@
+"""A check for part authors fails on a part that breaks its contract, and says what to change."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+
+from e2ediff import testing
+from e2ediff.data import DataSource
+from e2ediff.denoiser import Denoiser
+from e2ediff.objective import Terms
+from e2ediff.parts.collapse import LatentHealth
+from e2ediff.parts.guidance import ClassifierFree
+from e2ediff.parts.interpolants import Linear
+from e2ediff.parts.objectives import Coupled, TwoStage
+from e2ediff.parts.optim import SGD
+from e2ediff.parts.samplers import Euler
+from e2ediff.parts.sources import Synthetic
+from e2ediff.parts.times import Uniform
+from e2ediff.parts.vit import ViTConfig
+
+WRONG = []
+
+
+def wrong(check, message):
+    def keep(cls):
+        WRONG.append(pytest.param(check, cls, message, id=cls.__name__))
+        return cls
+
+    return keep
+
+
+@wrong(testing.check_interpolant, "alpha_dot is off autograd's derivative")
+class WrongSlope(Linear):
+    def alpha_dot(self, t):
+        return 2 * torch.ones_like(t)
+
+
+@wrong(testing.check_interpolant, r"alpha, sigma at t = 1 are")
+class NeverClean(Linear):
+    def sigma(self, t):
+        return 1.1 - t
+
+
+@wrong(testing.check_interpolant, "return what t is")
+class Single(Linear):
+    def sigma_dot(self, t):
+        return -torch.ones(t.shape)
+
+
+@wrong(testing.check_times, "global generator")
+class GlobalTimes(Uniform):
+    def draw(self, n, generator, device):
+        return torch.rand(n).clamp(1e-3, 1 - 1e-3)
+
+
+@wrong(testing.check_times, "must not fall")
+class Falling(Uniform):
+    def quantile(self, u):
+        return 1 - u
+
+
+@wrong(testing.check_times, "keep MARGIN")
+class ToTheEnds(Uniform):
+    def draw(self, n, generator, device):
+        return torch.rand(n, generator=generator).round()
+
+
+@wrong(testing.check_objective, "global generator")
+class GlobalNoise(Coupled):
+    def terms(self, nets, batch, draw, phase):
+        torch.rand(1)
+        return super().terms(nets, batch, draw, phase)
+
+
+@wrong(testing.check_objective, "not repeatable")
+class Remembers(Coupled):
+    seen = [0]  # noqa: RUF012 - the mistake under test
+
+    def terms(self, nets, batch, draw, phase):
+        self.seen[0] += 1
+        terms = super().terms(nets, batch, draw, phase)
+        losses = {k: v + self.seen[0] for k, v in terms.losses.items()}
+        return attrs.evolve(terms, losses=losses)
+
+
+@wrong(testing.check_objective, r"loss 'a' is \(6, 4, 6\)")
+class NoMean(Coupled):
+    def terms(self, nets, batch, draw, phase):
+        z = nets.online.encode(batch.x)
+        return Terms({"a": z}, {"a": 1.0}, z)
+
+
+@wrong(testing.check_objective, "give every loss a weight")
+class NoWeight(Coupled):
+    def terms(self, nets, batch, draw, phase):
+        return attrs.evolve(super().terms(nets, batch, draw, phase), weights={})
+
+
+@wrong(testing.check_objective, "no gradient in phase 'joint'")
+class AllStopped(Coupled):
+    def terms(self, nets, batch, draw, phase):
+        terms = super().terms(nets, batch, draw, phase)
+        return attrs.evolve(terms, losses={k: v.detach() for k, v in terms.losses.items()})
+
+
+@wrong(testing.check_objective, "changed x")
+class WritesImages(Coupled):
+    def terms(self, nets, batch, draw, phase):
+        batch.x.zero_()
+        return super().terms(nets, batch, draw, phase)
+
+
+@wrong(testing.check_objective, "is no part of")
+class Beyond(Coupled):
+    def span(self, phase):
+        return (0.5, 1.5)
+
+
+@wrong(testing.check_sampler, "off by > 0.001")
+class StopsEarly(Euler):
+    def sample(self, f, start, label, noise):
+        return self.integrate(f, start, self.grid()[:-2], label, noise)
+
+
+@wrong(testing.check_sampler, "is sampled as")
+class HalfSteps(Euler):
+    def step(self, f, z, t, s, label, noise):
+        return z + (s - t) / 2 * f(z, t, label).v
+
+
+@wrong(testing.check_sampler, "global generator")
+class GlobalKicks(Euler):
+    def step(self, f, z, t, s, label, noise):
+        return z + (s - t) * f(z, t, label).v + 1e-3 * torch.randn_like(z)
+
+
+@wrong(testing.check_optimizer, "leaves")
+class Growing(SGD):
+    def factor(self, images, total):
+        return 1 + images / total
+
+
+@wrong(testing.check_optimizer, "exactly once")
+class Forgets(SGD):
+    def groups(self, named):
+        return super().groups(named)[:1]
+
+
+@wrong(testing.check_optimizer, "downhill|did not lower")
+class Uphill(SGD):
+    def build(self, named):
+        return torch.optim.SGD([p for _, p in named], lr=0.01, maximize=True)
+
+
+class _Inconsistent(Denoiser):
+    def __init__(self, inner):
+        self.inner = inner
+
+    @property
+    def path(self):
+        return self.inner.path
+
+    def __call__(self, z_t, t, label):
+        return attrs.evolve(self.inner(z_t, t, label), x0=torch.zeros_like(z_t))
+
+
+@wrong(testing.check_guidance, "use path.estimate")
+class OnlyX0(ClassifierFree):
+    def wrap(self, inner, null_label):
+        return _Inconsistent(inner)
+
+
+class _Fickle(DataSource):
+    def __len__(self):
+        return 8
+
+    def read(self, indices):
+        n = len(indices)
+        x = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 32, 32)
+        return x, torch.zeros(n, dtype=torch.long)
+
+
+@wrong(testing.check_source, "read by index alone")
+class Positional(Synthetic):
+    def open(self, *, held_out=False):
+        return _Fickle()
+
+
+@wrong(testing.check_source, r"`image` says \(4, 1, 32, 32\)")
+class Colourful(Synthetic):
+    @property
+    def image(self):
+        return attrs.evolve(super().image, channels=1)
+
+
+@wrong(testing.check_diagnostic, "finite floats")
+class LogVariance(LatentHealth):
+    def measure(self, probe):
+        return {"log_variance": float(probe.z.var().log())}
+
+
+@wrong(testing.check_diagnostic, "written to")
+class Centres(LatentHealth):
+    def measure(self, probe):
+        probe.z.sub_(probe.z.mean() - 1)
+        return {}
+
+
+@wrong(testing.check_backbone, "does not fit")
+class Indivisible(ViTConfig):
+    def __init__(self):
+        super().__init__(width=16, depth=1, heads=3, patch=7, latent_dim=4)
+
+
+class _Dropping(testing._Tiny):
+    def denoise(self, z_t, t, label):
+        return super().denoise(z_t, t, label)
+
+    def outputs(self, *passes):
+        found = super().outputs(*passes)
+        return [attrs.evolve(o, value=torch.dropout(o.value, 0.5, train=True)) for o in found]
+
+
+@wrong(testing.check_backbone, "global generator")
+class Dropping(testing.TinyBackbone):
+    def build(self, image):
+        return _Dropping(self, image)
+
+
+class _NoRaw(testing._Tiny):
+    def outputs(self, *passes):
+        return [attrs.evolve(o, raw=None) for o in super().outputs(*passes)]
+
+
+@wrong(testing.check_backbone, r"fill Output\.raw")
+class NoRaw(testing.TinyBackbone):
+    def __init__(self):
+        super().__init__(latent_norm="batch")
+
+    def build(self, image):
+        return _NoRaw(self, image)
+
+
+@pytest.mark.parametrize(("check", "part", "message"), WRONG)
+def test_a_check_refuses_a_broken_part_and_says_why(check, part, message) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check(part())
+
+
+def test_an_objective_that_needs_another_backbone_says_so() -> None:
+    @attrs.frozen(kw_only=True)
+    class Shared(testing.TinyBackbone):
+        def build(self, image):
+            net = super().build(image)
+            net.denoiser_apart = False
+            return net
+
+    with pytest.raises(AssertionError, match=r"does not fit .*Shared.*denoiser_apart"):
+        testing.check_objective(TwoStage(), Shared())

@@ -1,0 +1,180 @@
+"""The recipes that ship are alive: they resolve, count what they claim, and say whose numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import e2ediff, needs_dsd
+
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from e2ediff.host.yaml import Node, parse_yaml
+from e2ediff.run.assembly import check_fits
+from e2ediff.run.directory import RunDirectory
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+# Parameters in millions; the 205 are the paper's, the others ours.
+MILLIONS = {"dsd_in256_s": 42, "dsd_in256_m": 118, "dsd_in256": 205}
+IMAGENET = [FOLDER / f"{name}.yaml" for name in MILLIONS]
+# Keys that name things, or say where, how often and on what a run is looked at.
+STRUCTURAL = {
+    "name", "root", "size", "classes", "attention", "cadence", "probe", "preview", "checkpoint",
+    "device",
+}  # fmt: skip
+
+pytestmark = needs_dsd
+
+
+def ids(path: Path) -> str:
+    return path.stem
+
+
+def tree(path: Path) -> Node:
+    root, problems = parse_yaml(path.read_text(), path.name)
+    assert root is not None
+    assert not problems
+    return root
+
+
+def keys(node: Node) -> list[object]:
+    """A tree's keys in their order, without the values."""
+    if isinstance(node.value, dict):
+        return [(key, keys(child)) for key, child in node.value.items()]
+    return [keys(item) for item in node.value] if isinstance(node.value, list) else []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_a_recipe_fits_together_and_survives_being_written_back(host: Host, path: Path) -> None:
+    """Its networks are built, without memory for weights."""
+    recipe = load_recipe(host, path)
+    check_fits(recipe, path.name)
+    assert recipe.name == path.stem
+    text = dump_recipe(host, recipe)
+    again = parse_recipe(host, text, "again")
+    assert again == recipe
+    assert isinstance(again, Recipe)
+    assert dump_recipe(host, again) == text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_check_counts_a_recipe_in_seconds(path: Path) -> None:
+    """In processor time, which a busy machine does not stretch."""
+    began = time.process_time()
+    done = e2ediff("check", path)
+    assert time.process_time() - began < 15
+    assert done.code == 0, done.err
+    assert done.out.endswith("\nok\n")
+    shown, exact = re.search(r"parameters  (\S+)  \(([\d,]+);", done.out).groups()
+    if path.stem in MILLIONS:
+        wanted = MILLIONS[path.stem]
+        assert shown == f"{wanted}M"
+        assert int(exact.replace(",", "")) == pytest.approx(wanted * 1e6, rel=0.02)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_check_prints_a_resolved_recipe_that_is_a_recipe(tmp_path: Path, path: Path) -> None:
+    """And resolving it again changes nothing."""
+    once = e2ediff("check", path, "--resolved").out
+    (tmp_path / "resolved.yaml").write_text(once)
+    assert e2ediff("check", tmp_path / "resolved.yaml", "--resolved").out == once
+
+
+def test_the_imagenet_recipes_train_for_the_paper_s_50_epochs(host: Host) -> None:
+    for path in IMAGENET:
+        recipe = load_recipe(host, path)
+        assert recipe.images == 50 * 1_281_147 == 64_057_350
+        assert recipe.total_images - recipe.images < recipe.batch
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=ids)
+def test_every_number_says_whose_it_is(path: Path) -> None:
+    """The paper's in a comment that says so; ours as `# ours: reason`."""
+    lines = path.read_text().splitlines()
+    silent = []
+    for line in lines[lines.index("data:") :]:
+        text, _, comment = line.partition("#")
+        key, _, value = text.strip().partition(":")
+        if not value.strip():
+            continue  # the heading of a block
+        if not (re.match(r" ours: \w", comment) or "the paper" in comment or key in STRUCTURAL):
+            silent.append(line)
+    assert silent == []
+
+
+def test_siblings_have_the_same_keys_in_the_same_order() -> None:
+    """So that `diff` of two recipes shows what differs, and nothing else."""
+    first, *others = (tree(path) for path in IMAGENET)
+    assert all(keys(other) == keys(first) for other in others)
+
+
+def test_all_recipes_begin_with_the_same_keys_in_the_same_order() -> None:
+    """The keys of the top that two recipes share stand in the same order in both."""
+    tops = [list(tree(path).value) for path in RECIPES]
+    for one in tops:
+        for other in tops:
+            shared = set(one) & set(other)
+            assert [k for k in one if k in shared] == [k for k in other if k in shared]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five steps of the quickstart, logged one by one and looked at through fewer images."""
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    less = ("steps=5", "cadence={log: 1, diagnose: 100}", "probe={images: 32, calibration: 64}",
+            "preview.rows=1", "sampler.steps=2")  # fmt: skip
+    words = [word for one in less for word in ("--set", one)]
+    done = e2ediff("run", FOLDER / "quickstart.yaml", "--out", out, *words)
+    assert done.code == 0, done.err
+    assert done.out == f"{out}\n"
+    return out
+
+
+def test_the_quickstart_trains(quickstart: Path) -> None:
+    """Five steps, whose losses are finite; the directory holds what it promises."""
+    run = RunDirectory.open(str(quickstart))
+    losses = [m["loss/reconstruction"] for m in run.read_metrics() if "loss/reconstruction" in m]
+    assert len(losses) == 5
+    assert all(math.isfinite(loss) for loss in losses)
+    assert run.status()["state"] == "done"
+    found = {str(p.relative_to(quickstart)) for p in quickstart.rglob("*")}
+    assert {"recipe.yaml", "resolved.yaml", "curves.png", "samples/step-00000005.png"} <= found
+    assert (quickstart / "recipe.yaml").read_text() == (FOLDER / "quickstart.yaml").read_text()
+
+
+def test_the_quickstart_samples_what_it_is_asked_for(quickstart: Path, tmp_path: Path) -> None:
+    """Twice the same images; another seed makes others."""
+    words = ("sample", quickstart, "--label", "sneaker", "--label", "ankle-boot", "--count", 2)
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        done = e2ediff(*words, "--seed", seed, "--out", tmp_path / out)
+        assert done.code == 0, done.err
+    a, b, c = (
+        [(tmp_path / out / f"00000{i}.png").read_bytes() for i in range(4)] for out in "abc"
+    )
+    assert a == b
+    assert all(x != y for x, y in zip(a, c, strict=True))
+    assert len(set(a)) == 4
+
+
+def test_the_quickstart_reconstructs(quickstart: Path, tmp_path: Path) -> None:
+    done = e2ediff("reconstruct", quickstart, "--count", 8, "--out", tmp_path)
+    assert done.code == 0, done.err
+    psnr, path = done.out.splitlines()
+    assert 0 < float(psnr.split()[1]) < 60
+    assert Path(path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_quickstart_opens_from_python(quickstart: Path) -> None:
+    """As the README has it."""
+    import e2ediff as package
+
+    model = package.load(str(quickstart))
+    x = model.sample([7, 9])
+    assert x.shape == (2, 1, 32, 32)
+    assert bool(torch.isfinite(x).all())
+    assert float(x.abs().max()) <= 1
