@@ -95,6 +95,7 @@ class Backbone(nn.Module, ABC):
     `depth` and `width` say what can be tapped: blocks 1 to depth, tokens (B, N, width).
     `denoiser_apart` is True where `denoise` shares no weight with `encode` and `decode`, so that
     training one leaves the other as it is.
+    `masks` is True where encode passes can hide patches.
     """
 
     image: ImageSpec
@@ -103,6 +104,7 @@ class Backbone(nn.Module, ABC):
     depth: int = 0
     width: int = 0
     denoiser_apart: bool = False
+    masks: bool = False
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ class Sampler(ABC):
         """Warps the grid: below 1 more steps near the noise, above 1 nearer the data."""
         return 1.0
 
+    @property
+    def t_start(self) -> float:
+        """Where sampling begins; above 0 for predictions that say nothing about x0 at t = 0."""
+        return 0.0
+
     @abstractmethod
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
@@ -42,13 +47,14 @@ class Sampler(ABC):
         """Move z (B, N, D) from time t to the later time s, with t < s < 1."""
 
     def grid(self) -> list[float]:
-        """Times of the intervals' ends, from 0 to 1; steps + 1 numbers.
+        """Times of the intervals' ends, from `t_start` to 1; steps + 1 numbers.
 
-        Source: t' = a t / (1 + (a - 1) t), the time shift of UNITE and SD3.
+        Source: t' = a t / (1 + (a - 1) t), the time shift of UNITE and SD3, written so that 1
+        stays 1 exactly.
         """
-        a = self.shift
+        first, a = self.t_start, self.shift
         uniform = [i / self.steps for i in range(self.steps + 1)]
-        return [a * t / (1 + (a - 1) * t) for t in uniform]
+        return [first + (1 - first) * (t / (t + (1 - t) / a)) for t in uniform]
 
     def integrate(
         self, f: Denoiser, z: Tensor, times: Sequence[float], label: Tensor, noise: Noise
@@ -64,7 +70,7 @@ class Sampler(ABC):
 
         Args:
             f: The denoiser, guided or plain.
-            start: Unit normal noise, (B, N, D); scaled here to the path's noise at t = 0.
+            start: Unit normal noise, (B, N, D); scaled here to the path's noise at the start.
             label: (B,).
             noise: Further noise, for stochastic samplers.
 
@@ -72,6 +78,6 @@ class Sampler(ABC):
             (B, N, D), the denoiser's clean estimate at the last time before 1.
         """
         times = self.grid()
-        z = start * float(f.path.sigma(torch.zeros(1)))
+        z = start * float(f.path.sigma(torch.tensor([self.t_start])))
         z = self.integrate(f, z, times[:-1], label, noise)
         return f(z, times[-2], label).x0

@@ -53,6 +53,7 @@ class _Tiny(Backbone):
         super().__init__()
         p, dim, width = config.patch, config.latent_dim, 12
         self.image, self.depth, self.width, self.denoiser_apart = image, 1, width, True
+        self.masks = True
         grid = (image.height // p, image.width // p)
         tokens = grid[0] * grid[1]
         self.latent = LatentSpec(tokens=tokens, dim=dim, norm=config.latent_norm, grid=grid)

@@ -25,21 +25,26 @@ def effective_rank(rows: Tensor) -> float:
 
     Source: Roy & Vetterli 2007, "The effective rank", definition 1, after centring.
     """
-    rows = rows.double()
-    centred = rows - rows.mean(dim=0)
-    s = torch.linalg.svdvals(centred)
-    total = s.sum()
-    if total <= 1e-12 * max(1.0, float(rows.abs().max())) * len(rows):
+    s = _spectrum(rows)
+    if s.sum() == 0:
         return 0.0
-    p = s / total
-    return float(torch.exp(torch.special.entr(p).sum()))
+    return float(torch.exp(torch.special.entr(s / s.sum()).sum()))
 
 
 def participation_ratio(rows: Tensor) -> float:
     """(sum l)^2 / sum l^2 of the covariance eigenvalues l of rows (n, d); 0 for constant rows."""
-    eigenvalues = torch.linalg.svdvals((rows - rows.mean(dim=0)).double()).square()
-    total = eigenvalues.sum()
-    return float(total.square() / eigenvalues.square().sum()) if total > 0 else 0.0
+    eigenvalues = _spectrum(rows).square()
+    if eigenvalues.sum() == 0:
+        return 0.0
+    return float(eigenvalues.sum().square() / eigenvalues.square().sum())
+
+
+def _spectrum(rows: Tensor) -> Tensor:
+    """Singular values of centred rows (n, d), exactly 0 where only rounding differs."""
+    rows = rows.double()
+    s = torch.linalg.svdvals(rows - rows.mean(dim=0))
+    rounding = 1e-12 * max(1.0, float(rows.abs().max())) * len(rows)
+    return s if s.sum() > rounding else torch.zeros_like(s)
 
 
 def content_std(z: Tensor) -> float:

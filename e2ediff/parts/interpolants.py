@@ -65,6 +65,8 @@ class VarianceExploding(Interpolant):
     """alpha = 1, sigma = sigma_max (1 - t): noise is added to data of full scale.
 
     `sigma_max` is the standard deviation at t = 0, in units of the latents' scale.
+    Steps even in time are even in sigma, too coarse near the data: give the sampler a `shift`
+    of about sigma_max / 3.
 
     Source: Karras et al. 2022 (EDM, arXiv 2206.00364), table 1, with sigma linear in time.
     """

@@ -17,6 +17,7 @@ from e2ediff.sampler import Noise, Sampler
 class _Grid(Sampler):
     steps: int = attrs.field(default=50, validator=validators.ge(1))
     shift: float = attrs.field(default=1.0, validator=validators.gt(0))
+    t_start: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
 
 
 @attrs.frozen(kw_only=True)
@@ -24,6 +25,7 @@ class Euler(_Grid):
     """First order, one network call a step.
 
     `steps` counts intervals; `shift` below 1 puts more of them near the noise.
+    `t_start` is where sampling begins; `eps` and `score` predictions need 0.01 or more.
     """
 
     def step(
@@ -38,6 +40,7 @@ class Heun(_Grid):
     """Second order, two network calls a step and one for the last.
 
     `steps` counts intervals; `shift` below 1 puts more of them near the noise.
+    `t_start` is where sampling begins; `eps` and `score` predictions need 0.01 or more.
 
     Source: Karras et al. 2022 (EDM, arXiv 2206.00364), algorithm 1, on the ODE of v.
     """

@@ -135,6 +135,7 @@ class ViT(Backbone):
         self.config = config
         self.image = image
         self.depth, self.width = config.depth, config.width
+        self.masks = True
         self.denoiser_apart = config.trunks in ("denoiser_apart", "three")
         self.grid = (image.height // config.patch, image.width // config.patch)
         tokens, width, dim = self.grid[0] * self.grid[1], config.width, config.latent_dim
@@ -146,22 +147,25 @@ class ViT(Backbone):
         self.embed_decode = nn.Linear(dim, width)
         self.embed_denoise = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
+        # Time and class are the denoiser's: a trunk of its own shares nothing with the others.
         self.embed_time = TimeEmbedding(width)
         self.embed_label = nn.Embedding(image.classes + 1, width)
         self.embed_mode = nn.ParameterDict(
             {m: nn.Parameter(torch.zeros(width)) for m in ("encode", "decode", "denoise")}
         )
-        place = sincos_positions(self.grid, width)
+        names = dict.fromkeys(_TRUNK_OF[config.trunks].values())
+        self.embed_position = nn.ParameterDict()
         if config.position == "learned":
-            self.positions = nn.Parameter(torch.randn(tokens, width) * 0.02)
-        else:
+            for name in names:
+                self.embed_position[name] = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        elif config.position == "sincos":
+            place = sincos_positions(self.grid, width)
             self.register_buffer("positions", place, persistent=False)
         if config.position == "rope":
             angles = rotary_angles(self.grid, width // config.heads)[:, None]  # (N, 1, K/2)
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
 
-        names = dict.fromkeys(_TRUNK_OF[config.trunks].values())
         self.trunks = nn.ModuleDict({name: self._trunk() for name in names})
         self.head_latent = nn.Linear(width, dim)
         self.head_denoise = nn.Linear(width, dim)
@@ -221,24 +225,28 @@ class ViT(Backbone):
     def _conditioning(self, p: Pass) -> tuple[Mode, Tensor, Tensor]:
         """Mode, input tokens (B, N, W) and conditioning (B, W) of one pass."""
         mode: Mode
+        trunk_of = _TRUNK_OF[self.config.trunks]
         if isinstance(p, Denoise):
             mode, tokens = "denoise", self.embed_denoise(p.z_t)
-            t, label = p.t, p.label
+        elif isinstance(p, Decode):
+            mode, tokens = "decode", self.embed_decode(p.z)
         else:
-            if isinstance(p, Decode):
-                mode, tokens = "decode", self.embed_decode(p.z)
-            else:
-                mode, tokens = "encode", self.embed_pixels(patchify(p.x, self.config.patch))
-                if p.mask is not None:
-                    tokens = torch.where(p.mask[..., None], self.mask_token, tokens)
-            # Encoding and decoding are the clean end of time, without a class.
-            t = torch.ones(len(tokens), device=tokens.device)
-            label = torch.full(
-                (len(tokens),), self.image.null_label, dtype=torch.long, device=tokens.device
-            )
-        if self.config.position != "rope":
+            mode, tokens = "encode", self.embed_pixels(patchify(p.x, self.config.patch))
+            if p.mask is not None:
+                tokens = torch.where(p.mask[..., None], self.mask_token, tokens)
+        trunk = trunk_of[mode]
+        if self.config.position == "learned":
+            tokens = tokens + self.embed_position[trunk]
+        elif self.config.position == "sincos":
             tokens = tokens + self.positions
-        c = self.embed_time(t) + self.embed_label(label) + self.embed_mode[mode]
+        c = self.embed_mode[mode].expand(len(tokens), -1)
+        if trunk == trunk_of["denoise"]:
+            if isinstance(p, Denoise):
+                t, label = p.t, p.label
+            else:  # the clean end of time, without a class
+                t = torch.ones(len(tokens), device=tokens.device)
+                label = torch.full_like(t, self.image.null_label, dtype=torch.long)
+            c = c + self.embed_time(t) + self.embed_label(label)
         return mode, tokens, c
 
     def outputs(self, *passes: Pass) -> list[Output]:

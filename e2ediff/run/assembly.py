@@ -82,6 +82,15 @@ def problems(recipe: Recipe) -> list[Problem]:
         for name in recipe.optimizers
         if name not in phases
     ]
+    if recipe.predicts in ("eps", "score"):
+        alpha = float(recipe.interpolant.alpha(torch.tensor([recipe.sampler.t_start])))
+        if alpha < 0.005:
+            what = (
+                f"sampling begins at t = {recipe.sampler.t_start:g}, where z_t holds next to "
+                f"nothing of the latent and predicts: {recipe.predicts} cannot tell it; set "
+                "sampler.t_start: 0.01, or predicts: x0 or v"
+            )
+            found.append(Problem("sampler.t_start", what))
     if not found:
         nets, _ = build_nets(recipe, torch.device("meta"))
         found += [Problem(where, what) for where, what in recipe.objective.problems(nets)]

@@ -92,6 +92,7 @@ class Engine:
         self.directory.set_status(
             "running", images=self.images, step=self.step, last_checkpoint=self.last_checkpoint
         )
+        already_done = self.step >= r.total_steps
         try:
             if self.step == 0:
                 self.look()
@@ -106,7 +107,7 @@ class Engine:
                     self.save()
                 if stop.asked:
                     break
-            if self.step >= r.total_steps:
+            if self.step >= r.total_steps and not already_done:
                 self.look()
                 self.preview()
             if self._saved_at != self.images:

@@ -14,7 +14,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.host.structure import unstructure
 from e2ediff.run.assembly import check_fits, choose_device
-from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.run.directory import RunDirectory, State, latest_run
 from e2ediff.run.engine import Engine
 from e2ediff.run.environment import describe_environment
@@ -97,8 +97,7 @@ def train(
         try:
             engine = Engine(host, recipe, directory, device, sources, shown)
             if resume:
-                engine.restore(open_checkpoint(directory.store, warn=shown.say))
-                shown.say(f"resumed {directory.path} at step {engine.step}")
+                _restore(engine, directory, shown)
             _greet(shown, engine)
             engine.run(stop)
         except BaseException as error:
@@ -107,6 +106,16 @@ def train(
             _set_status(directory, engine, "failed", code, f"{type(error).__name__}: {error}")
             raise
         return _end(directory, engine, stop)
+
+
+def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> None:
+    """Continue from the newest whole checkpoint; a run that has none begins again."""
+    if list_checkpoints(directory.store):
+        engine.restore(open_checkpoint(directory.store, warn=progress.say))
+        progress.say(f"resumed {directory.path} at step {engine.step}")
+    else:
+        directory.rewind(-1)
+        progress.say(f"{directory.path} has no checkpoint yet: it begins again")
 
 
 def _greet(progress: Progress, engine: Engine) -> None:

@@ -102,11 +102,6 @@ def test_a_weight_of_zero_keeps_the_loss_and_drops_its_gradient(objective) -> No
     assert reached(nets, terms.total) == AUTOENCODER
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="ViT's embed_time and embed_label condition encode and decode too",
-)
 @pytest.mark.parametrize("trunks", ["three", "denoiser_apart"])
 def test_the_second_stage_leaves_every_weight_of_the_autoencoder_alone(trunks) -> None:
     import attrs

@@ -34,12 +34,6 @@ CHECKS = {
 KEYS = {"time_samplers": "times", "sources": "data", "features": "objective"}
 VIT = {"width": 16, "depth": 2, "heads": 2, "patch": 8, "latent_dim": 4}
 
-needs_a_fix = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="ViT shares embed_time and embed_label with encode, although it says denoiser_apart",
-)
-
 
 def ids(parts):
     return [f"{plural}-{part.name}" for plural, part in parts]
@@ -108,8 +102,8 @@ VARIANTS = {
     "changes",
     [
         *(pytest.param(v, id=k) for k, v in {"plain": {}, **VARIANTS}.items()),
-        pytest.param({"trunks": "denoiser_apart"}, id="denoiser apart", marks=needs_a_fix),
-        pytest.param({"trunks": "three"}, id="three trunks", marks=needs_a_fix),
+        pytest.param({"trunks": "denoiser_apart"}, id="denoiser apart"),
+        pytest.param({"trunks": "three"}, id="three trunks"),
     ],
 )
 def test_the_vit_keeps_its_contract_in_every_variant(changes) -> None:

@@ -32,7 +32,9 @@ def _generator():
 
 def test_generated_pages_are_those_of_the_code():
     for path, text in _generator().pages().items():
-        assert path.read_text(encoding="utf-8") == text, f"run python docs/generate.py: {path.name}"
+        assert path.read_text(encoding="utf-8") == text, (
+            f"run python docs/generate.py: {path.name}"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -54,8 +56,12 @@ def test_every_command_in_the_readme_exists():
     from e2ediff.cli import group
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = set(re.findall(r"e2ediff (run|sample|parts|check|\w+) ", " ".join(
-        line for line in text.splitlines() if line.startswith("$"))))
+    commands = set(
+        re.findall(
+            r"e2ediff (run|sample|parts|check|\w+) ",
+            " ".join(line for line in text.splitlines() if line.startswith("$")),
+        )
+    )
     known = set(group.list_commands(None))
     assert commands - {"plugins"} <= known
     for recipe in re.findall(r"recipes/\w+\.yaml", text):
@@ -67,11 +73,9 @@ def test_the_objective_in_the_readme_works_as_printed():
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names = dict(
-        attrs=attrs, torch=torch, nn=nn, hookimpl=hookimpl, Decode=Decode, PixelLoss=PixelLoss,
-        mean_clean_loss=mean_clean_loss, noise_levels=noise_levels, Objective=Objective,
-        Terms=Terms, sg=sg,
-    )  # fmt: skip
+    given = (attrs, torch, nn, hookimpl, Decode, PixelLoss, mean_clean_loss, noise_levels)
+    names = {getattr(v, "__name__", "hookimpl"): v for v in (*given, Objective, Terms, sg)}
+    names["hookimpl"] = hookimpl
     exec(compile(code, "README.md", "exec"), names)
     check_objective(names["VarianceFloor"]())
 

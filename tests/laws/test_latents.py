@@ -166,3 +166,11 @@ def test_the_verdict_names_each_sign_of_collapse_and_is_silent_for_health() -> N
     for name, value in sick.items():
         assert len(verdict({**healthy, name: value})) == 1
     assert len(verdict({**healthy, **sick})) == 3
+
+
+def test_constant_rows_have_no_rank_and_no_participation():
+    for value in (-3.3, 0.1, 7e5):
+        for dtype in (torch.float32, torch.float64):
+            rows = torch.full((40, 6), value, dtype=dtype)
+            assert effective_rank(rows) == 0.0
+            assert participation_ratio(rows) == 0.0

@@ -174,3 +174,28 @@ def test_guidance_where_the_class_says_nothing_changes_nothing() -> None:
     inner = GaussianDenoiser(Cosine(), MEAN, STD)
     guided = ClassifierFree(scale=4.0).wrap(inner, 3)(Z_T, 0.5, LABELS)
     torch.testing.assert_close(guided.x0, inner(Z_T, 0.5, LABELS).x0)
+
+
+@pytest.mark.parametrize("shift", [0.05, 0.5, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("t_start", [0.0, 0.01])
+def test_a_grid_ends_at_one_exactly_and_rises(shift, t_start):
+    grid = Heun(steps=13, shift=shift, t_start=t_start).grid()
+    assert (grid[0], grid[-1]) == (t_start, 1.0)
+    assert all(a < b for a, b in pairwise(grid))
+
+
+@pytest.mark.parametrize("kind", ["eps", "score"])
+def test_noise_predictions_with_small_errors_sample_the_right_scale_from_t_start(kind):
+    class Erring(GaussianDenoiser):
+        def __call__(self, z_t, t, label):
+            exact = getattr(super().__call__(z_t, t, label), kind)
+            times = torch.full((len(z_t),), t, dtype=z_t.dtype)
+            return self.path.estimate(exact + 0.01, z_t, times, kind)
+
+    f = Erring(Linear(), mean=0.3, std=0.7)
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(4096, 1, 1, generator=g, dtype=torch.float64)
+    label = torch.zeros(4096, dtype=torch.long)
+    z = Heun(steps=25, t_start=0.01).sample(f, start, label, torch.randn_like)
+    # An error of 0.01 in eps is one of 1 in x0 at t = 0.01, weighed by one step of 1 / 25.
+    assert abs(float(z.std()) - 0.7) < 0.1

@@ -38,11 +38,16 @@ class Augmentation:
     @property
     def changes(self) -> bool:
         """Whether the view can differ from the image at all."""
-        return self.jitter > 0 or (self.mask_probability > 0 and self.mask_most > 0)
+        return self.jitter > 0 or self.hides
+
+    @property
+    def hides(self) -> bool:
+        """Whether patches are ever hidden."""
+        return self.mask_probability > 0 and self.mask_most > 0
 
     def mask(self, tokens: int, draw: Draw) -> Tensor | None:
         """(B, N), bool, True where a patch is hidden; None where nothing ever is."""
-        if self.mask_probability == 0 or self.mask_most == 0:
+        if not self.hides:
             return None
         b = len(draw.t)
         share, chosen = draw.uniform(2, b)

