@@ -58,7 +58,7 @@ class PixelLoss:
             a, b = functional.avg_pool2d(a, 2), functional.avg_pool2d(b, 2)
             terms.append(compare(a, b))
         loss = torch.stack(terms).mean()
-        if self.perceptual is not None:
+        if self.perceptual is not None and not x.is_meta:  # `check` reads no weights
             network = frozen["perceptual"]
             with torch.no_grad():
                 real = network(x)
@@ -158,6 +158,25 @@ def direct_loss(
     return (spread(bound, error) * error.square()).mean()
 
 
+def unfit_prediction(nets: Nets, weight: Space) -> list[tuple[str, str]]:
+    """A clean error in the recipe whose weight on the network's own error has no bound.
+
+    The clean estimate of an eps-network is off by sigma / alpha times its error, and that of a
+    score-network by sigma^2 / alpha: next to noise the loss is nothing but these times, unless
+    alpha stays clear of 0 or `weight` is `eps`.
+    """
+    if nets.predicts not in ("eps", "score") or weight == "eps":
+        return []
+    if float(nets.path.alpha(torch.zeros(1))) > 1e-3:
+        return []
+    what = (
+        f"{nets.predicts} and objective.weight {weight} multiply the network's error by "
+        "1 / alpha(t)^2, which has no bound next to noise; set objective.weight: eps, or "
+        "predicts: x0 or v"
+    )
+    return [("predicts", what)]
+
+
 @attrs.frozen(eq=False)
 class Noised:
     """A latent at one noise level: z_t and its noise eps, both (B, N, D), and the draw."""
@@ -212,6 +231,17 @@ class DecodeNoise:
 
     probability: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.le(1)])
     t_min: float = attrs.field(default=0.7, validator=[validators.gt(0), validators.lt(1)])
+
+    def problems(self, nets: Nets) -> list[tuple[str, str]]:
+        """Latents of free scale, for an objective that calls this field `decode_noise`."""
+        if self.probability == 0 or nets.online.latent.norm != "none":
+            return []
+        what = (
+            "none lets the encoder outgrow the noise before decoding, which is there to make "
+            "latents robust; choose layer, batch or position, or set "
+            "objective.decode_noise.probability: 0"
+        )
+        return [("backbone.latent_norm", what)]
 
     def __call__(self, z: Tensor, draw: Draw, path: Interpolant) -> Tensor:
         """Z (B, N, D), some rows noised; differentiable in z."""

@@ -20,6 +20,7 @@ from e2ediff.losses import (
     Space,
     mean_clean_loss,
     noise_levels,
+    unfit_prediction,
 )
 from e2ediff.objective import Draw, Nets, Objective, Terms, sg
 
@@ -88,6 +89,10 @@ class Detached(Objective):
         """The perceptual network, where one is named."""
         return self.reconstruction.frozen()
 
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """Latents that outgrow the noise before decoding, and an unbounded weight."""
+        return [*self.decode_noise.problems(nets), *unfit_prediction(nets, self.weight)]
+
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction, and the clean error of a stopped latent averaged over the draws."""
         z = nets.online.encode(batch.x)  # (B, N, D)
@@ -136,16 +141,15 @@ class TwoStage(Objective):
         return self.reconstruction.frozen()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """A denoiser that shares the autoencoder's weights."""
-        if nets.online.denoiser_apart:
-            return ()
-        return [
-            (
-                "objective",
+        """A denoiser that shares the autoencoder's weights, and what `detached` refuses."""
+        found = [*self.decode_noise.problems(nets), *unfit_prediction(nets, self.weight)]
+        if not nets.online.denoiser_apart:
+            what = (
                 "two_stage needs a denoiser with weights of its own: add "
-                "`--set backbone.trunks=denoiser_apart`, or choose a backbone that has one",
+                "`--set backbone.trunks=denoiser_apart`, or choose a backbone that has one"
             )
-        ]
+            found.insert(0, ("objective", what))
+        return found
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction in the first stage, the clean error of fixed latents in the second."""

@@ -45,7 +45,7 @@ def count(recipe: Recipe) -> Count:
     """
     nets, _ = build_nets(recipe, _META)
     objective = recipe.objective
-    step = Step(objective, nets, torch.float32)
+    step = Step(objective, nets, torch.float32, recipe.regularizers)
     sizes = {
         name: sum(p.numel() for p in module.parameters())
         for root in (nets.online, nets.heads)

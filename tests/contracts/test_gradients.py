@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from e2ediff.losses import DecodeNoise
+from e2ediff.parts.kl import KL
 from e2ediff.parts.objectives import Coupled, Detached, TwoStage
 from e2ediff.parts.vit import ViTConfig
 from e2ediff.testing import make_batch, make_draw, make_nets
@@ -51,6 +52,7 @@ CASES = [
     ),
     (TwoStage(decode_noise=NOISY), "autoencoder", {"reconstruction": AUTOENCODER}),
     (TwoStage(draws=2), "denoiser", {"denoising": {"denoise"}}),
+    (KL(), "joint", {"reconstruction": AUTOENCODER, "denoising": {"denoise"}, "kl": {"encode"}}),
 ]
 
 
@@ -58,7 +60,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("objective", "phase", "expected"),
     CASES,
-    ids=["coupled", "detached", "detached, more options", "first stage", "second stage"],
+    ids=["coupled", "detached", "detached, more options", "first stage", "second stage", "kl"],
 )
 def test_each_loss_reaches_exactly_its_modules(objective, phase, expected, predicts) -> None:
     nets, batch = shaken_nets(objective, predicts=predicts), make_batch()

@@ -24,6 +24,7 @@ CHECKS = {
     "interpolants": testing.check_interpolant,
     "time_samplers": testing.check_times,
     "objectives": testing.check_objective,
+    "regularizers": testing.check_regularizer,
     "guidance": testing.check_guidance,
     "samplers": testing.check_sampler,
     "sources": testing.check_source,
@@ -121,7 +122,7 @@ def test_the_backbone_for_plugin_authors_keeps_the_contract_itself(norm) -> None
     testing.check_backbone(testing.TinyBackbone(latent_norm=norm))
 
 
-@pytest.mark.parametrize("objective", ["coupled", "detached", "two_stage"])
+@pytest.mark.parametrize("objective", ["coupled", "detached", "two_stage", "kl"])
 def test_an_objective_keeps_its_contract_on_the_vit(objective) -> None:
     vit = HOST.registries["backbones"].get("vit")(**VIT, trunks="three", latent_norm="batch")
     testing.check_objective(HOST.registries["objectives"].get(objective)(), vit)
@@ -194,7 +195,7 @@ def test_a_recipe_that_names_a_part_is_dumped_and_read_back_equal(
     recipe = parse_recipe(HOST, tiny_text, "tiny")
     value = part.cls(**required.get(part.name, FEATURES.get(part.name, {})))
     key = KEYS.get(plural, plural.removesuffix("s"))
-    if plural in ("diagnostics", "trackers"):
+    if plural in ("regularizers", "diagnostics", "trackers"):
         key, value = plural, (value,)
     elif plural == "features":
         loss = attrs.evolve(recipe.objective.reconstruction, perceptual=value)

@@ -15,6 +15,7 @@ from e2ediff.parts.guidance import ClassifierFree
 from e2ediff.parts.interpolants import Linear
 from e2ediff.parts.objectives import Coupled, TwoStage
 from e2ediff.parts.optim import SGD
+from e2ediff.parts.regularizers import VarianceExpansion
 from e2ediff.parts.samplers import Euler
 from e2ediff.parts.sources import Synthetic
 from e2ediff.parts.times import Uniform
@@ -116,6 +117,26 @@ class WritesImages(Coupled):
 class Beyond(Coupled):
     def span(self, phase):
         return (0.5, 1.5)
+
+
+@wrong(testing.check_regularizer, "std 0.0 is not finite")
+class Logarithm(VarianceExpansion):
+    def loss(self, z, draw):
+        return -z.var(dim=0).log().mean()
+
+
+@wrong(testing.check_regularizer, "not repeatable")
+class OwnDirections(VarianceExpansion):
+    def loss(self, z, draw):
+        g = torch.Generator()
+        g.seed()
+        return (z @ torch.randn(z.shape[-1], generator=g)).square().mean()
+
+
+@wrong(testing.check_regularizer, "no gradient reaches the latents")
+class Stopped(VarianceExpansion):
+    def loss(self, z, draw):
+        return super().loss(z.detach(), draw)
 
 
 @wrong(testing.check_sampler, "off by > 0.001")

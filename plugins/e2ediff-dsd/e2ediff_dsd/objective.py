@@ -24,6 +24,7 @@ from e2ediff.losses import (
     clean_loss,
     direct_loss,
     noise_levels,
+    unfit_prediction,
 )
 from e2ediff.objective import Draw, Nets, Objective, Terms, sg
 from e2ediff_dsd.augment import Augmentation
@@ -115,6 +116,10 @@ class DSD(Objective):
                     f"applies to regress x0 only; regress {self.regress} has its own weight",
                 )
             )
+        if not any(where == "backbone.latent_norm" for where, _ in found):
+            found += self.decode_noise.problems(nets)
+        if self.regress == "x0":
+            found += unfit_prediction(nets, self.weight)
         if self.augmentation.hides and not net.masks:
             found.append(
                 (

@@ -14,6 +14,7 @@ from e2ediff.data import Batch, ImageSpec
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.latent import LatentNorm
+from e2ediff.losses import DecodeNoise
 from e2ediff.objective import Draw
 from e2ediff.parts.objectives import Coupled, Detached
 from e2ediff.parts.times import Uniform
@@ -293,6 +294,14 @@ def test_without_a_weight_dsd_lets_every_mode_grow_a_little() -> None:
 def test_a_contradiction_is_found_before_training(changes, norm, where) -> None:
     found = rung(**changes).problems(make_nets(TinyBackbone(latent_norm=norm), device="meta"))
     assert [place for place, _ in found] == [where]
+
+
+def test_noise_that_latents_outgrow_and_unbounded_weights_are_found_before_training() -> None:
+    free = make_nets(TinyBackbone(latent_norm="none"), device="meta")
+    noisy = rung(input_gradient=0.0, decode_noise=DecodeNoise(probability=0.5))
+    assert [where for where, _ in noisy.problems(free)] == ["backbone.latent_norm"]
+    by_noise = make_nets(predicts="eps", device="meta")
+    assert [where for where, _ in rung().problems(by_noise)] == ["predicts"]
 
 
 def test_losses_that_need_labels_or_features_say_so() -> None:

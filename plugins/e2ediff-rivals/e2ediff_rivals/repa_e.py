@@ -1,0 +1,158 @@
+"""REPA-E: the autoencoder learns from an alignment that it sees through the denoiser.
+
+Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width, K features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor, nn
+from torch.nn import functional
+
+from e2ediff.backbone import Backbone, Decode
+from e2ediff.data import Batch
+from e2ediff.errors import ShapeError
+from e2ediff.features import FeatureConfig
+from e2ediff.losses import (
+    Noised,
+    PixelLoss,
+    Space,
+    mean_clean_loss,
+    noise_levels,
+    unfit_prediction,
+)
+from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+
+
+@attrs.frozen(kw_only=True)
+class RepaE(Objective):
+    """The denoiser's early tokens are aligned with a fixed network's, and so is the encoder.
+
+        denoising   |v(sg(z_t), t) - v|^2, which the encoder does not hear of
+        align       1 - cos(P h(z_t), phi(x)), h the tokens of block `align_block`
+
+    The second reaches the encoder through z_t, with `encoder_weight`, and the denoiser and the
+    projector P with `align_weight`; both use the same times and noise.
+
+    Options:
+        features: The fixed network phi, whose last map is resized to the latent grid.
+        feature_dim: K, the channels of that map.
+        align_block: The block (1 is the first) whose tokens are aligned; 0 picks a third of the
+            depth.
+        align_weight, encoder_weight: Weights of the alignment for the denoiser, and for the
+            encoder.
+        denoising_weight: Weight of the denoising loss.
+        weight: The space whose weight multiplies the clean error; `v` is the velocity loss.
+        clamp: Largest such weight.
+        reconstruction: Compares decoded images with the originals.
+
+    Source: REPA-E (Leng et al. 2025, arXiv 2504.10483), section 3: the stopped diffusion loss,
+    alignment through the denoiser with 1.5 for the encoder and 0.5 for the denoiser, block 8 of
+    28, and batch-normalised latents; REPA (arXiv 2410.06940) for the cosine and a three-layer
+    projector. Ours: 1 - cos, a third of the depth, no KL and no adversary, and training from
+    scratch. Theirs freezes the denoiser in the encoder's update; here one pass serves both,
+    with the gradient into z_t scaled by the ratio of the two weights, which is the same.
+    """
+
+    features: FeatureConfig | None = None
+    feature_dim: int = attrs.field(default=512, validator=validators.ge(1))
+    align_block: int = attrs.field(default=0, validator=validators.ge(0))
+    align_weight: float = attrs.field(default=0.5, validator=validators.gt(0))
+    encoder_weight: float = attrs.field(default=1.5, validator=validators.ge(0))
+    denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
+    weight: Space = "v"
+    clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
+    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """No features to align with, or to align; latents without a norm or a place."""
+        net, found = nets.online, unfit_prediction(nets, self.weight)
+        if self.features is None:
+            what = "repa_e aligns with a fixed network: name one, such as `features: torchvision`"
+            found.append(("objective.features", what))
+        if net.depth == 0:
+            what = "repa_e needs a backbone that offers features; choose another, such as vit"
+            found.append(("backbone", what))
+        elif self.align_block > net.depth:
+            what = f"{self.align_block} is past the last block, {net.depth}"
+            found.append(("objective.align_block", what))
+        if net.latent.grid is None:
+            what = "repa_e needs latent tokens that lie on the image plane; choose another"
+            found.append(("backbone", what))
+        if net.latent.norm == "none":
+            what = (
+                "none lets the encoder outgrow the noise in z_t, which eases alignment; set "
+                "backbone.latent_norm: batch, or layer or position"
+            )
+            found.append(("backbone.latent_norm", what))
+        return found
+
+    def heads(self, backbone: Backbone) -> nn.ModuleDict:
+        """The projector P, of three layers."""
+        w = backbone.width
+        hidden = [nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w), nn.SiLU()]
+        return nn.ModuleDict({"align": nn.Sequential(*hidden, nn.Linear(w, self.feature_dim))})
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The feature network, and the perceptual one where it is named.
+
+        Raises:
+            ShapeError: The feature network's last map has not `feature_dim` channels.
+        """
+        found = self.reconstruction.frozen()
+        if self.features is not None:
+            network, image = self.features.build(), backbone.image
+            with torch.no_grad():
+                maps = network(torch.zeros(1, image.channels, image.height, image.width))
+            if maps[-1].shape[1] != self.feature_dim:
+                raise ShapeError(
+                    f"objective.feature_dim: the last map of `features` has {maps[-1].shape[1]} "
+                    f"channels; set objective.feature_dim: {maps[-1].shape[1]}"
+                )
+            found["features"] = network
+        return found
+
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Reconstruction, the stopped denoising loss, and the alignment."""
+        net = nets.online
+        block = self.align_block or max(1, round(net.depth / 3))
+        z = net.encode(batch.x)  # (B, N, D)
+        (level,) = noise_levels(sg(z), draw, nets.path, 1)
+        ratio = self.encoder_weight / self.align_weight
+        heard = sg(z) + ratio * (z - sg(z))  # z, whose gradient is multiplied
+        z_t = nets.path.mix(heard, level.eps, level.draw.t)
+        aligned = attrs.evolve(level, z_t=z_t)
+        decoded, answer, early = net.outputs(
+            Decode(z=z), level.denoise(), aligned.denoise((block,))
+        )
+        guess = nets.heads["align"](early.features[block]).float()  # (B, N, K)
+        losses = {
+            "reconstruction": self.reconstruction(decoded.value, batch.x, nets.frozen),
+            "denoising": self._denoising(answer.value, level, sg(z), nets),
+            "align": _cosine_distance(guess, self._goal(nets, batch.x)),
+        }
+        weights = {"denoising": self.denoising_weight, "align": self.align_weight}
+        return Terms(losses, {"reconstruction": 1.0, **weights}, z)
+
+    def _denoising(self, answer: Tensor, level: Noised, target: Tensor, nets: Nets) -> Tensor:
+        return mean_clean_loss([answer], [level], target, nets, self.weight, self.clamp)
+
+    def _goal(self, nets: Nets, x: Tensor) -> Tensor:
+        """Features (B, N, K) of images at the latent grid; zeros where only shapes count."""
+        grid = nets.online.latent.grid
+        assert grid is not None
+        if x.is_meta:
+            return x.new_zeros(len(x), grid[0] * grid[1], self.feature_dim)
+        with torch.no_grad():
+            last: Tensor = nets.frozen["features"](x)[-1].float()  # (B, K, h, w)
+        placed = functional.interpolate(last, grid, mode="bilinear", align_corners=False)
+        return placed.flatten(2).mT
+
+
+def _cosine_distance(guess: Tensor, goal: Tensor) -> Tensor:
+    """Mean of 1 - cosine over tokens (B, N, K)."""
+    return 1 - functional.cosine_similarity(guess, goal, dim=-1).mean()

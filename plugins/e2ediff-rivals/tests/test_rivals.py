@@ -1,0 +1,267 @@
+"""The rivals: what each of their losses reaches, closed forms, and what they refuse."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+from e2ediff_rivals.repa_e import RepaE
+from e2ediff_rivals.tweedie import Tweedie
+from e2ediff_rivals.unified_latents import UnifiedLatents
+from torch import nn
+
+from e2ediff.errors import ShapeError
+from e2ediff.features import FeatureConfig, FeatureNetwork
+from e2ediff.host.plugins import load
+from e2ediff.host.recipe import dump_recipe, parse_recipe
+from e2ediff.losses import noise_levels
+from e2ediff.parts.objectives import Coupled
+from e2ediff.parts.vit import ViTConfig
+from e2ediff.run.assembly import problems
+from e2ediff.run.count import count
+from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
+
+BATCH = make_batch()
+VIT = ViTConfig(
+    width=16, depth=3, heads=2, patch=8, latent_dim=4, latent_norm="batch", trunks="three"
+)
+GROUPS = {
+    "encode": ("embed_pixels", "trunks.encode", "head_latent"),
+    "decode": ("embed_decode", "trunks.decode", "head_pixels"),
+    "denoise": ("embed_denoise", "trunks.denoise", "head_denoise"),
+    "heads": ("heads.",),
+}
+
+
+@attrs.frozen(kw_only=True)
+class Pooled(FeatureConfig):
+    """Averages of colours and of their squares: six channels at a quarter of the size."""
+
+    def build(self) -> FeatureNetwork:
+        return _Pooled()
+
+
+class _Pooled(FeatureNetwork):
+    def forward(self, x):
+        small = nn.functional.avg_pool2d(x, 4)
+        return [x, torch.cat([small, small.square()], dim=1)]
+
+
+REPA_E = RepaE(features=Pooled(), feature_dim=6)
+
+
+def shaken(objective, vit=VIT, **options):
+    """Without the zeros of a fresh start, which stop gradients by themselves."""
+    nets, g = make_nets(vit, objective, **options), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in nets.online.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=g)
+    return nets
+
+
+def losses(objective, nets, seed: int = 2):
+    return objective.terms(nets, BATCH, make_draw(BATCH, seed=seed), "joint").losses
+
+
+def gradient(nets, loss) -> dict[str, torch.Tensor]:
+    named = dict(nets.online.named_parameters())
+    named |= {f"heads.{k}": p for k, p in nets.heads.named_parameters()}
+    grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    pairs = zip(named.items(), grads, strict=True)
+    return {k: torch.zeros_like(p) if g is None else g for (k, p), g in pairs}
+
+
+CASES = [
+    (
+        UnifiedLatents(),
+        attrs.evolve(VIT, latent_norm="none"),
+        {"reconstruction": {"encode", "decode"}, "kl": {"encode", "denoise"}},
+    ),
+    (
+        Tweedie(),
+        VIT,
+        {
+            "reconstruction": {"encode", "decode"},
+            "denoising": {"encode", "denoise"},
+            "tweedie": {"encode", "denoise", "decode"},
+        },
+    ),
+    (
+        REPA_E,
+        VIT,
+        {
+            "reconstruction": {"encode", "decode"},
+            "denoising": {"denoise"},
+            "align": {"encode", "denoise", "heads"},
+        },
+    ),
+]
+each = pytest.mark.parametrize(
+    ("objective", "vit", "expected"), CASES, ids=["unified_latents", "tweedie", "repa_e"]
+)
+
+
+@each
+@pytest.mark.parametrize("predicts", ["x0", "v"])
+def test_each_loss_reaches_exactly_its_modules(objective, vit, expected, predicts) -> None:
+    nets, reached = shaken(objective, vit, predicts=predicts), {}
+    for name, loss in losses(objective, nets).items():
+        moved = [k for k, g in gradient(nets, loss).items() if g.abs().sum() > 0]
+        reached[name] = {
+            group for group, own in GROUPS.items() if any(k.startswith(own) for k in moved)
+        }
+    assert reached == expected
+
+
+@each
+@pytest.mark.parametrize("trunks", ["one", "three"])
+def test_a_rival_keeps_the_contract_of_objectives(objective, vit, expected, trunks) -> None:
+    check_objective(objective, attrs.evolve(vit, trunks=trunks))
+    check_objective(objective, TinyBackbone(latent_norm=vit.latent_norm))
+
+
+def test_the_plugin_registers_its_objectives_and_a_recipe_reads_back_equal() -> None:
+    host = load()
+    assert "rivals" not in host.broken
+    text = """\
+e2ediff: 1
+name: tiny
+requires: ["e2ediff-rivals"]
+steps: 2
+batch: 4
+data: {name: synthetic, size: 16}
+backbone: {name: vit, width: 16, depth: 2, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}
+interpolant: linear
+times: uniform
+objective: {name: repa_e, features: {name: torchvision, model: vgg11, nodes: [features.2]}}
+optimizer: adamw
+sampler: euler
+"""
+    recipe = parse_recipe(host, text, "tiny")
+    assert isinstance(recipe.objective, RepaE)
+    assert parse_recipe(host, dump_recipe(host, recipe), "dumped") == recipe
+    assert problems(recipe) == []
+    assert count(recipe).parameters > 0, "counted without the weights of the features"
+    for name in ("tweedie", "unified_latents"):
+        parse_recipe(host, text, "tiny", [f"objective={name}"])
+
+
+# Tweedie
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_the_tweedie_term_is_the_weighted_pixel_error_of_the_decoded_estimate(kind) -> None:
+    objective = Tweedie(tweedie_kind=kind)
+    nets, draw = shaken(objective), make_draw(BATCH)
+    with torch.no_grad():
+        z = nets.online.encode(BATCH.x)
+        (level,) = noise_levels(z, make_draw(BATCH), nets.path, 1)
+        f = nets.online.denoise(level.z_t, draw.t, draw.label)
+        gap = nets.online.decode(f) - BATCH.x
+        error = gap.abs() if kind == "l1" else gap.square()
+        expected = sum(t * e.mean() for t, e in zip(draw.t, error, strict=True)) / len(draw.t)
+    found = losses(objective, nets)["tweedie"].detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    plain = losses(attrs.evolve(objective, times_weight="one"), nets)["tweedie"].detach()
+    torch.testing.assert_close(plain, error.mean(), rtol=1e-4, atol=0)
+
+
+def test_without_the_anchor_tweedie_is_coupled() -> None:
+    nets = shaken(Tweedie())
+    mine, theirs = losses(Tweedie(), nets), losses(Coupled(), nets)
+    for name, loss in theirs.items():
+        torch.testing.assert_close(mine[name], loss)
+        a, b = gradient(nets, mine[name]), gradient(nets, loss)
+        assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in a)
+
+
+def test_the_anchor_pushes_latents_above_the_noise() -> None:
+    """Larger latents lose less to the same noise: -d/d(ln scale) of the anchor is positive.
+
+    For a Gaussian latent of std s, decoded by 1/s: the error is (1 - t)^2 / (t^2 s^2 + (1-t)^2).
+    """
+    s = torch.tensor(0.5, requires_grad=True)
+    t = torch.linspace(0.05, 0.95, 50)
+    error = (t * (1 - t) ** 2 / (t**2 * s**2 + (1 - t) ** 2)).mean()
+    assert torch.autograd.grad(error, s)[0] < 0
+    # and that is the posterior mean's error, which the term measures
+    g = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(2, 200000, generator=g)
+    z_t = 0.3 * 0.5 * x + 0.7 * eps
+    mean = 0.3 * 0.25 / (0.09 * 0.25 + 0.49) * z_t
+    exact = 0.49 / (0.09 * 0.25 + 0.49)
+    assert (mean / 0.5 - x).square().mean().item() == pytest.approx(exact, rel=0.01)
+
+
+# REPA-E
+
+
+def test_the_alignment_is_one_minus_the_cosine_with_the_features_at_the_grid() -> None:
+    nets = shaken(REPA_E)
+    with torch.no_grad():
+        z = nets.online.encode(BATCH.x)
+        (level,) = noise_levels(z, make_draw(BATCH), nets.path, 1)
+        (early,) = nets.online.outputs(level.denoise((1,)))
+        guess = nets.heads["align"](early.features[1])
+        maps = nets.frozen["features"](BATCH.x)[-1]  # (6, 6, 4, 4), to a grid of 2 x 2
+        goal = nn.functional.avg_pool2d(maps, 2).flatten(2).mT  # bilinear halving is a mean
+        cosine = (guess * goal).sum(-1) / guess.norm(dim=-1) / goal.norm(dim=-1)
+    found = losses(REPA_E, nets)["align"].detach()
+    torch.testing.assert_close(found, 1 - cosine.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_encoder_and_the_denoiser_hear_the_alignment_with_their_own_weights() -> None:
+    """weight 0.5 for the denoiser, 1.5 for the encoder, as two separate updates would."""
+    nets = shaken(REPA_E)
+    equal = attrs.evolve(REPA_E, align_weight=1.0, encoder_weight=1.0)
+    once = gradient(nets, losses(equal, nets)["align"])
+    both = losses(REPA_E, nets)["align"] * REPA_E.align_weight
+    found = gradient(nets, both)
+    for name, grad in found.items():
+        factor = 1.5 if name.startswith(GROUPS["encode"]) else 0.5
+        if name.startswith("embed_mode.encode"):
+            factor = 1.5
+        torch.testing.assert_close(grad, factor * once[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_without_encoder_weight_the_alignment_leaves_the_encoder_alone() -> None:
+    nets = shaken(REPA_E)
+    alone = attrs.evolve(REPA_E, encoder_weight=0.0)
+    grads = gradient(nets, losses(alone, nets)["align"])
+    assert all(g.abs().sum() == 0 for k, g in grads.items() if k.startswith(GROUPS["encode"]))
+
+
+def test_a_map_of_another_width_is_refused_with_the_width_to_set() -> None:
+    with pytest.raises(ShapeError, match=r"has 6 channels; set objective.feature_dim: 6"):
+        make_nets(VIT, attrs.evolve(REPA_E, feature_dim=7))
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("objective", "norm", "options", "where", "way_out"),
+    [
+        (UnifiedLatents(), "batch", {}, "backbone.latent_norm", "set backbone.latent_norm: none"),
+        (UnifiedLatents(), "none", {"predicts": "eps"}, "predicts", "set predicts: x0 or v"),
+        (Tweedie(), "batch", {"predicts": "score"}, "predicts", "set predicts: x0 or v"),
+        (REPA_E, "none", {}, "backbone.latent_norm", "set backbone.latent_norm: batch"),
+        (REPA_E, "batch", {"predicts": "eps"}, "predicts", "objective.weight: eps"),
+        (RepaE(), "batch", {}, "objective.features", "`features: torchvision`"),
+        (attrs.evolve(REPA_E, align_block=4), "batch", {}, "objective.align_block", "block, 3"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_says_which_setting_to_change(
+    objective, norm, options, where, way_out
+) -> None:
+    nets = make_nets(attrs.evolve(VIT, latent_norm=norm), device="meta", **options)
+    ((found, what),) = objective.problems(nets)
+    assert found == where
+    assert way_out in what
+
+
+def test_a_backbone_without_features_or_places_cannot_be_aligned() -> None:
+    nets = make_nets(device="meta")
+    nets.online.depth = 0
+    nets.online.latent = attrs.evolve(nets.online.latent, grid=None)
+    assert [where for where, _ in REPA_E.problems(nets)] == ["backbone", "backbone"]
