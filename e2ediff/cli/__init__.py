@@ -21,6 +21,9 @@ _COMMANDS = {
     "sample": ("sample", "Make images with a trained run."),
     "reconstruct": ("reconstruct", "Pass images through a trained encoder and decoder."),
     "check": ("check", "Resolve a recipe, build it without memory, count it."),
+    "ablate": ("ablate", "Train a grid of variations with several seeds, and report on it."),
+    "report": ("report", "Write one HTML page on a run or an ablation."),
+    "compare": ("compare", "Print final figures of runs, and what differs in their recipes."),
     "parts": ("parts", "List the parts that a recipe can name, with their options."),
     "plugins": ("plugins", "List plugins, and what is wrong with those that are broken."),
 }

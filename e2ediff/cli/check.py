@@ -17,6 +17,7 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     """
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import dump_recipe, load_recipe
+    from e2ediff.regularizer import names_of
     from e2ediff.run.assembly import check_fits
     from e2ediff.run.count import count
 
@@ -35,6 +36,8 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     click.echo(f"images      {image.channels} x {image.height} x {image.width}, {_classes(read)}")
     click.echo(f"latent      {latent.tokens} tokens x {latent.dim}, norm {latent.norm}{grid}")
     click.echo(f"objective   {host.registries['objectives'].name_of(type(read.objective))}")
+    if read.regularizers:
+        click.echo(f"            with {', '.join(names_of(read.regularizers))}")
     click.echo(f"parameters  {_millions(found.parameters)}  ({found.parameters:,}; trained once,")
     click.echo("            the averaged copies excluded)")
     for name, size in found.modules.items():

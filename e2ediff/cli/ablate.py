@@ -1,0 +1,105 @@
+"""`e2ediff ablate`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("ablate")
+@click.argument("recipe")
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="PATH=A,B",
+    help="An axis of the grid: --vary objective=coupled,detached. Values are YAML; a value may "
+    "bring settings: objective=two_stage+backbone.trunks=denoiser_apart.",
+)
+@click.option(
+    "--seeds", default="0,1,2", show_default=True, help="Each cell is trained with each."
+)
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads a run. Default: cores/jobs.")
+@click.option("--out", metavar="DIR", help="Where it lies. Default: groups/<recipe's name>.")
+@click.option(
+    "--baseline", metavar="CELL", help="What cells are compared with. Default: the first."
+)
+@click.option(
+    "--match",
+    type=click.Choice(["steps", "compute"]),
+    default="steps",
+    show_default=True,
+    help="compute: each cell has the steps that the baseline's FLOPs pay for.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Check and count all cells; train and write nothing."
+)
+@click.option("--resume", is_flag=True, help="Continue the ablation in --out, or the newest one.")
+def command(
+    recipe: str,
+    vary: tuple[str, ...],
+    seeds: str,
+    overrides: tuple[str, ...],
+    jobs: int,
+    threads: int | None,
+    out: str | None,
+    baseline: str | None,
+    match: str,
+    dry_run: bool,
+    resume: bool,
+) -> int:
+    """Train RECIPE with every combination of values and every seed, and report on it.
+
+    All cells are checked before the first run starts.
+    Cells share the order of images, noise and labels of a seed, so that they are compared by
+    pairs.
+    The group's directory is printed at the end, on stdout; `report.html` is in it.
+    A run that fails is reported and does not stop the others; the exit code is then its own.
+    """
+    import os
+    from typing import cast
+
+    from e2ediff.host.plugins import load
+    from e2ediff.report.gather import gather
+    from e2ediff.report.group import Group
+    from e2ediff.report.plan import Match, make_plan, plan_lines
+    from e2ediff.report.train import STOPPED, exit_code, train_all
+    from e2ediff.report.write import write_report
+    from e2ediff.run.environment import describe_environment
+    from e2ediff.run.progress import Progress
+    from e2ediff.run.signals import Stop
+
+    host = load()
+    plan = make_plan(host, recipe, vary, seeds, overrides, baseline, cast(Match, match))
+    if dry_run:
+        for line in plan_lines(plan):
+            click.echo(line)
+        return 0
+    if resume:
+        group = Group.open(out) if out else Group.latest(plan.name)
+        group.refuse_other(plan)
+    else:
+        environment = describe_environment(
+            plugins={p.distribution or p.name: p.version for p in host.plugins},
+            argv=plan.command(),
+        )
+        group = Group.create(out, plan, environment)
+    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    with group, Progress() as progress, Stop() as stop:
+        progress.say(f"ablation {group.path}: {len(plan.cells)} cells, {len(plan.jobs)} runs")
+        ended = train_all(
+            group, plan.jobs, at_once=jobs, threads=threads, progress=progress, stop=stop
+        )
+        code = exit_code(ended, stop)
+        progress.say("writing the report")
+        written, sentences = write_report(gather(host, group.path))
+    for sentence in sentences:
+        click.echo(sentence, err=True)
+    for one in ended:
+        if one.exit_code not in (0, *STOPPED):
+            click.echo(f"failed: {one.job.place}: {one.error}", err=True)
+    if code in STOPPED:
+        click.echo(f"{group.path}: interrupted; saved, continue with --resume", err=True)
+    click.echo(f"report: {written.html}", err=True)
+    click.echo(group.path)
+    return code

@@ -1,0 +1,24 @@
+"""`e2ediff report`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("report")
+@click.argument("place", metavar="RUN|GROUP")
+@click.option("--out", metavar="FILE", help="An HTML file. Default: report.html in RUN or GROUP.")
+def command(place: str, out: str | None) -> None:
+    """Write one HTML page on RUN or on the ablation GROUP, which opens without a network.
+
+    Beside it its table as CSV and LaTeX, and all figures as JSON.
+    The verdict goes to stderr, the page's path to stdout.
+    """
+    from e2ediff.host.plugins import load
+    from e2ediff.report.gather import gather
+    from e2ediff.report.write import write_report
+
+    written, sentences = write_report(gather(load(), place), out)
+    for sentence in sentences:
+        click.echo(sentence, err=True)
+    click.echo(written.html)

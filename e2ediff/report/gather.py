@@ -1,0 +1,274 @@
+"""Runs as a report sees them: their state, final figures, curves, events and costs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from e2ediff.errors import E2EDiffError, RunDirectoryError
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import parse_recipe
+from e2ediff.report.cost import Cost, cost_of
+from e2ediff.report.group import SPEC, Group, leaves_of, places
+from e2ediff.report.train import STOPPED
+from e2ediff.run.directory import RESOLVED, RunDirectory
+from e2ediff.run.storage import Store
+
+_NO_FIGURE = ("step", "images", "lr", "grad_norm")
+_PICTURE = re.compile(r"(reconstructions-)?step-(\d{1,12})\.png")
+
+
+@attrs.frozen(eq=False)
+class Run:
+    """One run; `state` is that of its `status.json`, or `missing`, or `damaged`.
+
+    `figures` are final ones, `leaves` the resolved recipe by path, `error` why it failed.
+    `previews` maps `samples` and `reconstructions` to files by step.
+    """
+
+    cell: str
+    seed: int
+    path: str
+    state: str
+    error: str = ""
+    step: int = 0
+    images: int = 0
+    name: str = ""
+    metrics: Sequence[Mapping[str, float]] = ()
+    events: Sequence[Mapping[str, Any]] = ()
+    figures: Mapping[str, float] = attrs.field(factory=dict)
+    leaves: Mapping[str, str] = attrs.field(factory=dict)
+    environment: Mapping[str, Any] = attrs.field(factory=dict)
+    previews: Mapping[str, Mapping[int, str]] = attrs.field(factory=dict)
+    cost: Cost | None = None
+    uncounted: str = ""
+    store: Store | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has all of its steps."""
+        return self.state == "done"
+
+    @property
+    def collapse(self) -> str:
+        """When its latents collapsed and how that shows; "" if they did not, or recovered."""
+        signs = ""
+        for event in self.events:
+            if event.get("kind") == "collapse":
+                found = event.get("signs")
+                signs = "; ".join(map(str, found if isinstance(found, list) else []))
+                signs = f"since step {event.get('step', '?')}: {signs or 'no sign given'}"
+            elif event.get("kind") in ("recovered", "rewound"):
+                signs = ""
+        return signs
+
+
+@attrs.frozen(eq=False)
+class Gathered:
+    """What a report is about: cells of runs, in order, and how they came about.
+
+    `kind` is `group`, `run` or `compare`; `baseline` is the cell that others are compared with.
+    `recipes` has the values of each cell's resolved recipe by path.
+    """
+
+    kind: str
+    name: str
+    place: str
+    cells: Mapping[str, Sequence[Run]]
+    recipes: Mapping[str, Mapping[str, str]]
+    baseline: str
+    command: Sequence[str]
+    created: str
+    match: str = ""
+    overrides: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All of them."""
+        return [run for runs in self.cells.values() for run in runs]
+
+
+def gather(host: Host, path: str) -> Gathered:
+    """Read a run's or an ablation's directory.
+
+    Raises:
+        RunDirectoryError: It is neither, or damaged.
+    """
+    store = Store(path)
+    if not store.exists(SPEC):
+        if not store.exists("run.json"):
+            found = store.list()
+            what = "it has neither run.json nor spec.json" if found else "no such directory"
+            raise RunDirectoryError(
+                f"{path}: neither a run nor an ablation: {what}. Give a directory that "
+                "e2ediff run or e2ediff ablate printed."
+            )
+        return gather_runs(host, [path])
+    group, costs = Group.open(path), dict[str, Cost]()
+    outcomes = group.outcomes()
+    cells: dict[str, list[Run]] = {cell: [] for cell in group.spec["cells"]}
+    for job in places(group.spec):
+        place = group.run(job.place)
+        outcome = outcomes.get(job.place, {})
+        cells[job.cell].append(_read_of_group(host, place, job.cell, job.seed, outcome, costs))
+    spec = group.spec
+    return Gathered(
+        kind="group",
+        name=str(spec["name"]),
+        place=path,
+        cells=cells,
+        recipes={n: leaves_of(c["resolved"], n) for n, c in spec["cells"].items()},
+        baseline=spec["baseline"],
+        command=[str(word) for word in spec["command"]],
+        created=str(spec["created"]),
+        match=str(spec["match"]),
+        overrides={n: [str(o) for o in c["overrides"]] for n, c in spec["cells"].items()},
+    )
+
+
+def gather_runs(host: Host, paths: Sequence[str]) -> Gathered:
+    """Read runs; those whose recipes differ in nothing but the seed are seeds of one cell.
+
+    Raises:
+        RunDirectoryError: One of them is no run, or damaged.
+        RecipeError: A resolved recipe is no YAML.
+    """
+    costs: dict[str, Cost] = {}
+    runs = [read_run(host, path, "", costs) for path in paths]
+    cells: dict[str, list[Run]] = {}
+    keys: dict[str, object] = {}
+    for run in runs:
+        key = {p: v for p, v in run.leaves.items() if p not in ("seed", "name")}
+        for name, known in keys.items():
+            if known == key and run.seed not in [other.seed for other in cells[name]]:
+                break
+        else:
+            name = run.path.rstrip("/").rpartition("/")[2] or run.path
+            if (short := name.removesuffix(f"-seed{run.seed}")) not in cells:
+                name = short or name
+            base = name
+            number = 1
+            while name in cells:
+                number += 1
+                name = f"{base} ({number})"
+            cells[name], keys[name] = [], key
+        cells[name].append(attrs.evolve(run, cell=name))
+    argv = [str(word) for word in runs[0].environment.get("argv", [])]
+    return Gathered(
+        kind="run" if len(runs) == 1 else "compare",
+        name=runs[0].name if len(runs) == 1 else "comparison of runs",
+        place=paths[0],
+        cells=cells,
+        recipes={name: found[0].leaves for name, found in cells.items()},
+        baseline=next(iter(cells)),
+        command=["e2ediff", *(argv[1:] if len(runs) == 1 else ["compare", *paths])],
+        created=str(runs[0].environment.get("created", "")) if len(runs) == 1 else "",
+    )
+
+
+def _read_of_group(
+    host: Host,
+    path: str,
+    cell: str,
+    seed: int,
+    outcome: Mapping[str, Any],
+    costs: dict[str, Cost],
+) -> Run:
+    """A run of an ablation, whose trouble is its own."""
+    code, said = outcome.get("exit_code", 0), str(outcome.get("error", ""))
+    failed = code not in (0, *STOPPED)
+    if not Store(path).exists("run.json"):
+        return Run(cell, seed, path, "failed" if failed else "missing", error=said)
+    try:
+        run = read_run(host, path, cell, costs)
+    except E2EDiffError as error:
+        return Run(cell, seed, path, "damaged", error=str(error))
+    if failed and not run.is_done:
+        return attrs.evolve(run, state="failed", error=said or run.error)
+    return run
+
+
+def read_run(host: Host, path: str, cell: str, costs: dict[str, Cost]) -> Run:
+    """Read a run's directory.
+
+    Args:
+        host: What knows the parts, to count costs; a recipe that it does not know is not counted.
+        path: The run's directory or URL.
+        cell: What it belongs to.
+        costs: Counted before, by recipe; added to.
+
+    Raises:
+        RunDirectoryError: It is no run, or damaged.
+        RecipeError: Its resolved recipe is no YAML.
+    """
+    directory = RunDirectory.open(path)
+    resolved = directory.resolved()
+    leaves = leaves_of(resolved, directory.store.where(RESOLVED))
+    status, environment = directory.status(), directory.environment()
+    metrics = [_numbers(line) for line in directory.read_metrics()]
+    key = re.sub(r"(?m)^seed: .*$", "", resolved)
+    uncounted = ""
+    if key not in costs:
+        try:
+            costs[key] = cost_of(parse_recipe(host, resolved, directory.store.where(RESOLVED)))
+        except E2EDiffError as error:  # a plugin that is not here
+            uncounted = str(error)
+    last = metrics[-1] if metrics else {}
+    seed = leaves.get("seed", "0")
+    state = str(status.get("state", "running"))
+    return Run(
+        cell=cell,
+        seed=int(seed) if seed.isdecimal() else 0,
+        path=path,
+        state=state,
+        error=str(status.get("reason", "")) if state == "failed" else "",
+        step=int(last.get("step", 0)),
+        images=int(last.get("images", 0)),
+        name=str(environment.get("name", "")),
+        metrics=metrics,
+        events=directory.read_events(),
+        figures=final_figures(metrics),
+        leaves=leaves,
+        environment=environment,
+        previews=_previews(directory.store),
+        cost=costs.get(key),
+        uncounted=uncounted,
+        store=directory.store,
+    )
+
+
+def final_figures(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Last value of each diagnostic and of the speed; of a loss the mean of its last tenth.
+
+    One step's loss is that of one batch at its own times; the mean is less a matter of luck.
+    Figures that are not finite are left out.
+    """
+    series: dict[str, list[float]] = {}
+    for line in metrics:
+        for name, value in line.items():
+            if name not in _NO_FIGURE:
+                series.setdefault(name, []).append(value)
+    found = {}
+    for name, values in series.items():
+        count = max(1, len(values) // 10) if name.startswith("loss/") else 1
+        final = sum(values[-count:]) / count
+        if math.isfinite(final):
+            found[name] = final
+    return found
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in line.items() if isinstance(v, int | float) and type(v) is not bool}
+
+
+def _previews(store: Store) -> dict[str, dict[int, str]]:
+    found: dict[str, dict[int, str]] = {"samples": {}, "reconstructions": {}}
+    for name in store.list("samples"):
+        if match := _PICTURE.fullmatch(name):
+            kind = "reconstructions" if match[1] else "samples"
+            found[kind][int(match[2])] = f"samples/{name}"
+    return found

@@ -1,0 +1,245 @@
+"""The directory of an ablation: `spec.json`, `recipe.yaml`, `runs/`, `logs/`, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from e2ediff.errors import Problem, RecipeError, RunDirectoryError
+from e2ediff.host.yaml import Node, parse_yaml
+from e2ediff.report.plan import Job, Plan
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.lock import LOCK, acquire
+from e2ediff.run.storage import Store
+
+SPEC, OUTCOMES, RECIPE = "spec.json", "outcomes.json", "recipe.yaml"
+
+
+class Group:
+    """An ablation's files, all below `path`; nothing in them is absolute.
+
+    Make one with `create` or `open`; train in it inside of `with`.
+    """
+
+    def __init__(self, path: str, spec: Mapping[str, Any]) -> None:
+        self.path = path
+        self.store = Store(path)
+        self.spec = spec
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, out: str | None, plan: Plan, environment: Mapping[str, Any]) -> Group:
+        """Make the directory of a new ablation.
+
+        Args:
+            out: Where; None is `groups/NAME`, `groups/NAME-2`, ...
+            plan: The ablation.
+            environment: What `describe_environment` returned.
+
+        Raises:
+            RunDirectoryError: `out` exists and is not empty, or is no local path.
+            ResourceError: It cannot be written.
+        """
+        if out is None:
+            groups = Store("groups")
+            out = groups.where(groups.create_unique_dir(plan.name))
+        store = _local(out)
+        local = store.local_path() or out
+        taken = os.path.lexists(local) and not os.path.isdir(local)
+        if taken or set(store.list()) - {LOCK}:
+            raise RunDirectoryError(
+                f"{out}: exists and is not empty. Choose another --out, or continue the "
+                "ablation in it with --resume."
+            )
+        spec = {
+            "version": 1,
+            "name": plan.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": plan.command(),
+            **plan.spec(),
+            "environment": dict(environment),
+        }
+        store.write(RECIPE, plan.text.encode())
+        # Last: it makes this a group.
+        store.write(SPEC, json.dumps(spec, indent=1).encode() + b"\n")
+        return cls(out, spec)
+
+    @classmethod
+    def open(cls, path: str) -> Group:
+        """Open the directory of an ablation.
+
+        Raises:
+            RunDirectoryError: There is none, or its `spec.json` is damaged.
+        """
+        try:
+            spec = json.loads(_local(path).read(SPEC))
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{path}: not the directory of an ablation: it has no {SPEC}. Give the one that "
+                "e2ediff ablate printed."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise RunDirectoryError(f"{path}/{SPEC}: is damaged: {error}.") from error
+        if not isinstance(spec, dict) or not _whole(spec):
+            raise RunDirectoryError(f"{path}/{SPEC}: is damaged: it describes no ablation.")
+        return cls(path, spec)
+
+    @classmethod
+    def latest(cls, name: str) -> Group:
+        """The newest group of this name in `groups/`.
+
+        Raises:
+            RunDirectoryError: There is none.
+        """
+        pattern = re.compile(re.escape(name) + r"(?:-(\d{1,9}))?")
+        matches = [(pattern.fullmatch(found), found) for found in Store("groups").list()]
+        for _, found in sorted(((int(m[1] or 1), f) for m, f in matches if m), reverse=True):
+            if Store("groups").exists(f"{found}/{SPEC}"):
+                return cls.open(f"groups/{found}")
+        raise RunDirectoryError(
+            f"--resume: no ablation of '{name}' in groups/ to continue; start one without "
+            "--resume, or name its directory with --out"
+        )
+
+    def __enter__(self) -> Group:
+        self._lock = acquire(self.store, self.path)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def run(self, place: str) -> str:
+        """Path of a run's directory."""
+        return f"{self.path}/runs/{place}"
+
+    def log(self, place: str) -> Path:
+        """Path of what a run printed; beside the run, whose directory must begin empty."""
+        return Path(self.store.local_path("logs") or "logs", f"{place}.log")
+
+    def outcomes(self) -> dict[str, dict[str, Any]]:
+        """How each run's process ended the last time, by the run's name."""
+        try:
+            found = json.loads(self.store.read(OUTCOMES))
+        except (OSError, ValueError):
+            return {}
+        entries = found.items() if isinstance(found, dict) else ()
+        return {name: entry for name, entry in entries if isinstance(entry, dict)}
+
+    def record(self, place: str, exit_code: int, error: str) -> None:
+        """Note how a run's process ended."""
+        entry = {"exit_code": exit_code, "error": error}
+        outcomes = {**self.outcomes(), place: entry}
+        self.store.write(OUTCOMES, json.dumps(outcomes, indent=1).encode() + b"\n")
+
+    def is_done(self, job: Job) -> bool:
+        """Whether a run has all of its steps."""
+        try:
+            return RunDirectory.open(self.run(job.place)).status().get("state") == "done"
+        except RunDirectoryError:
+            return False  # none yet, or damaged: then the run itself says so
+
+    def refuse_other(self, plan: Plan) -> None:
+        """Let only the ablation continue here that was begun here.
+
+        Raises:
+            RecipeError: What differs, as it was and as it is.
+        """
+        before, now = _flat(self.spec), _flat(plan.spec())
+        found = [
+            Problem(
+                path,
+                f"was {before.get(path, 'not given')} in {self.path}, "
+                f"is {now.get(path, 'not given')} here.",
+                hint="Give the same as before, or start another ablation.",
+            )
+            for path in {**before, **now}
+            if before.get(path) != now.get(path)
+        ]
+        options = [p for p in found if not p.where.startswith("cells.")]
+        if found:  # other options make other cells: they say it all
+            raise RecipeError(f"{plan.recipe} (--resume)", options or found)
+
+
+def leaves(node: Node, path: str = "") -> dict[str, str]:
+    """Path and text of every value of a tree that is no block."""
+    if isinstance(node.value, dict) and node.value:
+        found: dict[str, str] = {}
+        for key, child in node.value.items():
+            found |= leaves(child, f"{path}.{key}" if path else key)
+        return found
+    return {path: _text(node)}
+
+
+def leaves_of(text: str, source: str) -> dict[str, str]:
+    """`leaves` of a YAML text.
+
+    Raises:
+        RecipeError: It is no YAML.
+    """
+    root, _ = parse_yaml(text, source)
+    return leaves(root) if root else {}
+
+
+def _text(node: Node) -> str:
+    if isinstance(node.value, list):
+        return f"[{', '.join(_text(item) for item in node.value)}]"
+    if isinstance(node.value, dict):
+        return f"{{{', '.join(f'{k}: {_text(v)}' for k, v in node.value.items())}}}"
+    if isinstance(node.value, bool) or node.value is None:
+        return json.dumps(node.value)
+    return str(node.value)
+
+
+def _flat(spec: Mapping[str, Any]) -> dict[str, str]:
+    """What counts of a specification: its options, and each cell's recipe."""
+    options = {"vary": "--vary", "seeds": "--seeds", "set": "--set"}
+    options |= {"baseline": "--baseline", "match": "--match"}
+    found = {option: json.dumps(spec[key]) for key, option in options.items()}
+    for name, cell in spec["cells"].items():
+        for path, text in leaves_of(cell["resolved"], name).items():
+            found[f"cells.{name}.{path}"] = text
+    return found
+
+
+def _whole(spec: Mapping[str, Any]) -> bool:
+    cells = spec.get("cells")
+    return (
+        isinstance(cells, dict)
+        and all(isinstance(c, dict) and isinstance(c.get("resolved"), str) for c in cells.values())
+        and all(isinstance(c.get("overrides"), list) for c in cells.values())
+        and all(re.fullmatch(r"[A-Za-z0-9._=-]+", name) for name in cells)
+        and isinstance(spec.get("seeds"), list)
+        and all(isinstance(seed, int) for seed in spec["seeds"])
+        and spec.get("baseline") in cells
+        and {"vary", "set", "match", "command", "name", "created"} <= {*spec}
+        and isinstance(spec.get("environment"), dict)
+    )
+
+
+def places(spec: Mapping[str, Any]) -> Iterator[Job]:
+    """The runs of a specification, cell by cell; their overrides are left out."""
+    for cell in spec["cells"]:
+        for seed in spec["seeds"]:
+            yield Job(cell, seed, ())
+
+
+def _local(path: str) -> Store:
+    store = Store(path)
+    if not store.local:
+        raise RunDirectoryError(
+            f"{path}: an ablation trains in a local directory. Copy it away when it is done."
+        )
+    return store

@@ -1,0 +1,276 @@
+"""What an ablation will do, checked as a whole before the first run starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+import fsspec
+
+from e2ediff.errors import Problem, RecipeError
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
+from e2ediff.report.cost import Cost, cost_of, matched_steps
+from e2ediff.report.grid import (
+    Assignment,
+    Axis,
+    Cell,
+    GridError,
+    cells,
+    find_cell,
+    parse_axis,
+    parse_seeds,
+)
+from e2ediff.run.assembly import problems
+
+Match = Literal["steps", "compute"]
+
+
+@attrs.frozen
+class Job:
+    """One run of a grid: what to change in the recipe, and the name of its directory."""
+
+    cell: str
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def place(self) -> str:
+        """Name below `runs/`."""
+        return f"{self.cell}-seed{self.seed}"
+
+
+@attrs.frozen
+class Plan:
+    """An ablation: `jobs` are all cells of the first seed, then of the next.
+
+    `costs` and `resolved` (YAML with seed 0) are by cell.
+    """
+
+    recipe: str
+    text: str
+    name: str
+    sets: tuple[str, ...]
+    vary: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baseline: str
+    match: Match
+    jobs: tuple[Job, ...]
+    costs: Mapping[str, Cost]
+    resolved: Mapping[str, str]
+
+    @property
+    def cells(self) -> list[str]:
+        """Their names, in the order of the grid."""
+        return list(self.costs)
+
+    def command(self) -> list[str]:
+        """The command that makes this group again."""
+        words = ["e2ediff", "ablate", self.recipe]
+        for text in self.vary:
+            words += ["--vary", text]
+        words += ["--seeds", ",".join(map(str, self.seeds))]
+        for text in self.sets:
+            words += ["--set", text]
+        return [*words, "--baseline", self.baseline, "--match", self.match]
+
+    def spec(self) -> dict[str, Any]:
+        """What must be the same when the ablation is resumed, and what each cell is."""
+        overrides = {j.cell: j.overrides for j in self.jobs if j.seed == self.seeds[0]}
+        return {
+            "vary": list(self.vary),
+            "seeds": list(self.seeds),
+            "set": list(self.sets),
+            "baseline": self.baseline,
+            "match": self.match,
+            "cells": {
+                name: {
+                    "overrides": [o for o in overrides[name] if not o.startswith("seed=")],
+                    "parameters": cost.parameters,
+                    "steps": cost.total_steps,
+                    "flops": cost.total,
+                    "resolved": self.resolved[name],
+                }
+                for name, cost in self.costs.items()
+            },
+        }
+
+
+def make_plan(
+    host: Host,
+    recipe: str,
+    vary: Sequence[str],
+    seeds: str,
+    sets: Sequence[str] = (),
+    baseline: str | None = None,
+    match: Match = "steps",
+) -> Plan:
+    """Read the grid and check every cell with every seed.
+
+    Args:
+        host: What knows the parts.
+        recipe: Path or URL of a recipe.
+        vary: Axes, as given to `--vary`.
+        seeds: As given to `--seeds`.
+        sets: Assignments for all cells.
+        baseline: Name of the cell that the others are compared with; by default the first.
+        match: `steps` leaves each cell the recipe's length; `compute` gives it as many steps as
+            the baseline's FLOPs pay for.
+
+    Raises:
+        GridError: The grid itself is wrong, or two of its cells are the same.
+        RecipeError: Cells are no recipes; has the problems of all of them.
+    """
+    axes, numbers = [parse_axis(text) for text in vary], parse_seeds(seeds)
+    grid = cells(axes)
+    base = find_cell(baseline, grid)
+    _refuse_lengths(axes, sets, match)
+    found = _check(host, recipe, grid, numbers, sets)
+    _refuse_same(found)
+    costs = {cell.name: cost_of(found[cell.name]) for cell in grid}
+    lengths: dict[str, str] = {}
+    if match == "compute":
+        steps = {name: matched_steps(cost, costs[base.name]) for name, cost in costs.items()}
+        lengths = {name: f"steps={number}" for name, number in steps.items()}
+        costs = {n: attrs.evolve(cost, total_steps=steps[n]) for n, cost in costs.items()}
+    jobs = [
+        Job(cell.name, seed, tuple(map(str, _assignments(cell, sets, seed, lengths))))
+        for seed in numbers
+        for cell in grid
+    ]
+    resolved = {}
+    for job in jobs[: len(grid)]:
+        one = attrs.evolve(load_recipe(host, recipe, job.overrides), seed=0)
+        resolved[job.cell] = dump_recipe(host, one)
+    with fsspec.open(recipe, "rb") as file:
+        text = file.read().decode("utf-8-sig")
+    name = found[base.name].name
+    given = tuple(sets), tuple(vary)
+    return Plan(
+        recipe, text, name, *given, numbers, base.name, match, tuple(jobs), costs, resolved
+    )
+
+
+def _assignments(
+    cell: Cell, sets: Sequence[str], seed: int, lengths: Mapping[str, str]
+) -> list[Assignment]:
+    """All changes of a cell, in the order in which they are made."""
+    every = [*((text, f"--set {i}") for i, text in enumerate(sets, 1))]
+    common = [Assignment(*_parts(text), origin) for text, origin in every]
+    last = [Assignment("seed", str(seed), "--seeds")]
+    if cell.name in lengths:
+        last.append(Assignment(*_parts(lengths[cell.name]), "--match compute"))
+    return [*common, *cell.assignments, *last]
+
+
+def _parts(text: str) -> tuple[str, str]:
+    path, sign, value = text.partition("=")
+    if not sign:
+        raise GridError(
+            f"--set {text!r} is not path=value. Write for example objective.floor=0.5."
+        )
+    return path, value
+
+
+def _refuse_lengths(axes: Sequence[Axis], sets: Sequence[str], match: Match) -> None:
+    if match == "compute":
+        for axis in axes:
+            for value in axis.values:
+                if any(a.path in ("steps", "images") for a in value.assignments):
+                    raise GridError(
+                        f"--vary {axis.path} sets the length of training, and so does --match "
+                        "compute. Leave one of them out."
+                    )
+
+
+def _check(
+    host: Host, recipe: str, grid: Sequence[Cell], seeds: Sequence[int], sets: Sequence[str]
+) -> dict[str, Recipe]:
+    """The recipe of each cell, with the first seed.
+
+    Raises:
+        RecipeError: With each problem once, and the cells that have it.
+    """
+    found: dict[str, Recipe] = {}
+    wrong: dict[Problem, list[str]] = {}
+    for cell in grid:
+        for seed in seeds:
+            changes = _assignments(cell, sets, seed, {})
+            own: Sequence[Problem]
+            try:
+                read = load_recipe(host, recipe, [str(change) for change in changes])
+                found.setdefault(cell.name, read)
+                own = problems(read)
+            except RecipeError as error:
+                own = error.problems
+            for problem in own:
+                named = attrs.evolve(problem, line=_origin(problem.line, changes))
+                names = wrong.setdefault(named, [])
+                if cell.name not in names:
+                    names.append(cell.name)
+    if wrong:
+        raise RecipeError(
+            recipe,
+            [
+                attrs.evolve(p, line=f"{_who(names, grid)}{', ' if p.line else ''}{p.line}")
+                for p, names in wrong.items()
+            ],
+        )
+    return found
+
+
+def _who(names: Sequence[str], grid: Sequence[Cell]) -> str:
+    if len(names) == len(grid) > 1:
+        return "every cell"
+    return f"cell{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _origin(line: str, changes: Sequence[Assignment]) -> str:
+    """The option that a problem comes from; to the recipe all changes are `--set`."""
+    number = re.fullmatch(r"--set (\d+)", line)
+    return changes[int(number[1]) - 1].origin if number else line
+
+
+def _refuse_same(found: Mapping[str, Recipe]) -> None:
+    seen: list[tuple[str, Recipe]] = []
+    for name, recipe in found.items():
+        for other, before in seen:
+            if before == recipe:
+                raise GridError(f"cells {other} and {name} are the same recipe. Remove one.")
+        seen.append((name, recipe))
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The table of `--dry-run`: cells with parameters, FLOPs, length and changes."""
+    rows = [("cell", "parameters", "MFLOP/image", "steps", "TFLOP in all", "changes")]
+    for name, cell in plan.spec()["cells"].items():
+        cost = plan.costs[name]
+        changes = [o for o in cell["overrides"] if o not in plan.sets]
+        rows.append(
+            (
+                f"{name} (baseline)" if name == plan.baseline else name,
+                f"{cost.parameters:,}",
+                f"{cost.per_image / 1e6:,.4g}",
+                f"{cost.total_steps:,}",
+                f"{cost.total / 1e12:,.4g}",
+                " ".join(changes),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = []
+    for row in rows:
+        first, *numbers = (cell for cell in row[:5])
+        cells_ = [
+            first.ljust(widths[0]),
+            *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True)),
+        ]
+        lines.append("  ".join([*cells_, row[5]]).rstrip())
+    seeds = ", ".join(map(str, plan.seeds))
+    total = sum(plan.costs[job.cell].total for job in plan.jobs)
+    lines.append(
+        f"{len(plan.jobs)} runs: {len(plan.costs)} cells, seeds {seeds}; {total / 1e12:,.4g} "
+        f"TFLOP in all, matched by {plan.match}"
+    )
+    return lines

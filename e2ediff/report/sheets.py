@@ -1,0 +1,151 @@
+"""Sheets of samples and reconstructions, chosen at equal steps or compute, as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+
+import attrs
+from PIL import Image
+
+from e2ediff.report.gather import Run
+from e2ediff.report.summary import number
+
+_ALL_BYTES = 6_000_000
+_ONE_MOST = 400_000
+_WIDTHS = (2000, 1400, 1000, 700, 480, 320)
+
+
+@attrs.frozen
+class Sheet:
+    """A picture of one run with its caption; `uri` is "" where `problem` says why."""
+
+    cell: str
+    caption: str
+    alt: str
+    uri: str
+    problem: str = ""
+
+
+@attrs.frozen
+class Choice:
+    """Which picture of a run is shown."""
+
+    run: Run
+    step: int
+    file: str
+
+
+@attrs.frozen
+class Row:
+    """Pictures that belong side by side."""
+
+    title: str
+    sheets: Sequence[Sheet]
+
+
+def rows(cells: Mapping[str, Sequence[Run]]) -> list[Row]:
+    """Samples and reconstructions of each cell's first seed, at equal steps, at equal compute.
+
+    The step is the last that all cells have reached, and so is the compute; each cell shows its
+    nearest preview. Where both choose the same pictures they are shown once.
+    """
+    shown = [run for runs in cells.values() if (run := _first(runs))]
+    chosen: list[tuple[str, str, list[Choice]]] = []
+    for kind in ("samples", "reconstructions"):
+        runs = [run for run in shown if run.previews.get(kind)]
+        by_step = _nearest(runs, kind, "step")
+        by_flops = _nearest(runs, kind, "flops")
+        if len(runs) == 1:
+            chosen.append((kind, kind, by_step))
+        elif [c.file for c in by_step] == [c.file for c in by_flops]:
+            chosen.append((f"{kind} at equal steps and equal compute", kind, by_step))
+        else:
+            chosen.append((f"{kind} at equal steps", kind, by_step))
+            chosen.append((f"{kind} at equal compute", kind, by_flops))
+    pictures = sum(len(choices) for _, _, choices in chosen)
+    most = min(_ONE_MOST, _ALL_BYTES // max(1, pictures))
+    return [
+        Row(title, [_sheet(choice, kind, most) for choice in choices])
+        for title, kind, choices in chosen
+        if choices
+    ]
+
+
+def _first(runs: Sequence[Run]) -> Run | None:
+    with_pictures = [run for run in runs if any(run.previews.values())]
+    ordered = sorted(with_pictures, key=lambda run: (not run.is_done, run.seed))
+    return ordered[0] if ordered else None
+
+
+def _nearest(runs: Sequence[Run], kind: str, by: str) -> list[Choice]:
+    """Each run's preview that is nearest to the last step, or FLOPs, that all runs have."""
+    places = [
+        {
+            step: place
+            for step in run.previews[kind]
+            if (place := _place(run, step, by)) is not None
+        }
+        for run in runs
+    ]
+    if not places or not all(places):
+        return []
+    goal = min(max(steps.values()) for steps in places)
+    found = []
+    for run, steps in zip(runs, places, strict=True):
+        step = min(steps, key=lambda s, steps=steps: (abs(steps[s] - goal), -s))  # type: ignore[misc]
+        found.append(Choice(run, step, run.previews[kind][step]))
+    return found
+
+
+def _place(run: Run, step: int, by: str) -> float | None:
+    if by == "step":
+        return step
+    return run.cost.at(step * run.cost.batch) if run.cost else None
+
+
+def _sheet(choice: Choice, kind: str, most: int) -> Sheet:
+    run, step = choice.run, choice.step
+    words = [f"seed {run.seed}", f"step {step:,}"]
+    if run.cost:
+        images = step * run.cost.batch
+        words += [f"{images:,} images", f"{number(run.cost.at(images), 'si')}FLOPs"]
+    caption = ", ".join(words)
+    what = "held-out images, each followed by its reconstruction" if kind != "samples" else kind
+    alt = f"{what}: {run.cell}, {caption}"
+    assert run.store is not None
+    try:
+        uri = data_uri(run.store.read(choice.file), most)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return Sheet(run.cell, caption, alt, "", f"{choice.file} cannot be shown: {error}")
+    return Sheet(run.cell, caption, alt, uri)
+
+
+def data_uri(data: bytes, most: int) -> str:
+    """A PNG as it is, or, where it is longer than `most` bytes, smaller as WebP.
+
+    Raises:
+        OSError: It is no picture.
+    """
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        image.load()
+        if len(data) <= most:
+            return _uri("png", data)
+        plain = image.convert("RGB")
+    best = b""
+    for width in _WIDTHS:
+        small = plain
+        if width < plain.width:
+            height = max(1, round(plain.height * width / plain.width))
+            small = plain.resize((width, height), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        small.save(buffer, "WEBP", quality=88)
+        best = buffer.getvalue()
+        if len(best) <= most:
+            break
+    return _uri("webp", best)
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,204 @@
+"""From runs to a table: figures by cell, over seeds, and against the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from e2ediff.report.gather import Gathered, Run
+from e2ediff.report.statistics import Difference, paired, spread
+
+MINUS = "\N{MINUS SIGN}"
+
+
+@attrs.frozen
+class Column:
+    """A figure of the table: `form` is `.2f`-like, or `si`; `better` is high, low or neither."""
+
+    key: str
+    title: str
+    form: str = ".4g"
+    better: str = ""
+    fixed: bool = False
+
+
+LATENTS = (
+    Column("psnr", "PSNR (dB)", ".2f", "high"),
+    Column("rank", "effective rank", ".2f", "high"),
+    Column("rank_fraction", "rank fraction", ".3f", "high"),
+    Column("latent_std", "latent std", ".3f"),
+    Column("positional", "positional share", ".3f", "low"),
+)
+"""Columns on the latents and the images, which come before losses and costs."""
+
+_COST = (
+    Column("wall_images_per_second", "images/s", ".0f", "high"),
+    Column("parameters", "parameters", "si", fixed=True),
+    Column("flops_per_image", "FLOPs / image", "si", fixed=True),
+    Column("flops_total", "FLOPs", "si", fixed=True),
+)
+
+
+@attrs.frozen
+class Figure:
+    """One figure of one cell: over its seeds, and its paired difference to the baseline.
+
+    `values` are by seed; `difference` is None for the baseline itself, for figures that no seed
+    changes, and where no seed is shared.
+    """
+
+    values: Mapping[int, float]
+    n: int
+    mean: float
+    std: float | None
+    difference: Difference | None
+
+
+@attrs.frozen
+class CellSummary:
+    """A cell's figures, from the `counted` of its `runs`; `collapsed` is out of all of them."""
+
+    name: str
+    runs: int
+    counted: int
+    collapsed: int
+    figures: Mapping[str, Figure]
+
+
+@attrs.frozen
+class Summary:
+    """The table: `columns` come first, `further` after; `judged` is what the verdict is about."""
+
+    columns: Sequence[Column]
+    further: Sequence[Column]
+    cells: Mapping[str, CellSummary]
+    baseline: str
+    judged: Column
+
+
+def counted_runs(gathered: Gathered, cell: str) -> list[Run]:
+    """The runs of a cell that figures are taken from: in an ablation, those that are done."""
+    runs = gathered.cells[cell]
+    if gathered.kind == "group":
+        return [run for run in runs if run.is_done]
+    return [run for run in runs if run.figures]
+
+
+def summarize(gathered: Gathered, judged: str = "psnr") -> Summary:
+    """Figures of every cell, with differences to the baseline.
+
+    Args:
+        gathered: The runs.
+        judged: The figure that the verdict is about.
+    """
+    used = {cell: counted_runs(gathered, cell) for cell in gathered.cells}
+    by_cell = {cell: _values(runs) for cell, runs in used.items()}
+    seen = {key for values in by_cell.values() for key in values}
+    columns = columns_of(seen)
+    base = by_cell[gathered.baseline]
+    every = [*columns, *_further(seen, columns)]
+    cells = {}
+    for cell, values in by_cell.items():
+        figures = {}
+        for column in every:
+            if found := values.get(column.key):
+                other = base.get(column.key) if cell != gathered.baseline else None
+                figures[column.key] = _figure(found, other, fixed=column.fixed)
+        cells[cell] = CellSummary(
+            name=cell,
+            runs=len(gathered.cells[cell]),
+            counted=len(used[cell]),
+            collapsed=sum(bool(run.collapse) for run in gathered.cells[cell]),
+            figures=figures,
+        )
+    about = next((c for c in every if c.key == judged), Column(judged, judged))
+    return Summary(columns, every[len(columns) :], cells, gathered.baseline, about)
+
+
+def columns_of(seen: set[str]) -> list[Column]:
+    """The columns that come first, of the figures that there are."""
+    losses = [
+        Column(key, f"loss: {key.removeprefix('loss/')}", ".4g", "low")
+        for key in sorted(seen)
+        if key.startswith("loss/")
+    ]
+    return [column for column in (*LATENTS, *losses, *_COST) if column.key in seen]
+
+
+def _further(seen: set[str], columns: Sequence[Column]) -> list[Column]:
+    known = {column.key for column in columns}
+    titles = {"wall_": "", "_": " "}
+    found = []
+    for key in sorted(seen - known):
+        title = key
+        for old, new in titles.items():
+            title = title.replace(old, new)
+        low = key.startswith("unexplained@")
+        found.append(Column(key, title, ".4g", "low" if low else ""))
+    return found
+
+
+def _values(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for run in runs:
+        figures = dict(run.figures)
+        if run.cost is not None:
+            figures["parameters"] = run.cost.parameters
+            figures["flops_per_image"] = run.cost.per_image
+            figures["flops_total"] = run.cost.at(run.images)
+        for key, value in figures.items():
+            found.setdefault(key, {})[run.seed] = value
+    return found
+
+
+def _figure(
+    values: Mapping[int, float], baseline: Mapping[int, float] | None, *, fixed: bool
+) -> Figure:
+    own = spread(list(values.values()))
+    difference = paired(values, baseline) if baseline else None
+    if fixed and difference:  # chance has no part in it
+        difference = attrs.evolve(difference, low=None, high=None)
+    return Figure(values, own.n, own.mean, None if fixed else own.std, difference)
+
+
+def differing(gathered: Gathered) -> dict[str, dict[str, str]]:
+    """Values of the recipe that differ between cells, by path and cell.
+
+    An option that only one part has is not a difference: the part's name says it all.
+    """
+    recipes = list(gathered.recipes.values())
+    found: dict[str, dict[str, str]] = {}
+    for path in {p: None for leaves in recipes for p in leaves}:
+        values = {
+            cell: leaves[path] for cell, leaves in gathered.recipes.items() if path in leaves
+        }
+        lost = any(path not in leaves for leaves in recipes)
+        other_part = any(p.endswith(".name") and path.startswith(p[:-4]) for p in found)
+        differs = len(set(values.values())) > 1 or (lost and not other_part)
+        if differs and path not in ("seed", "name"):
+            found[path] = values
+    return found
+
+
+def number(value: float, form: str) -> str:
+    """A figure as text: by a format such as `.2f`, or with an SI prefix."""
+    if form != "si":
+        return f"{value:,{form}}" if form.endswith("f") else f"{value:{form}}"
+    for scale, prefix in (
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def signed(value: float, form: str) -> str:
+    """As `number`, with its sign in front, and a true minus."""
+    text = number(abs(value), form)
+    return f"{MINUS if value < 0 else '+'}{text}"

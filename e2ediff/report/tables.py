@@ -1,0 +1,202 @@
+"""The table of a report as JSON, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from e2ediff.report.gather import Gathered
+from e2ediff.report.statistics import CONFIDENCE
+from e2ediff.report.summary import MINUS, Column, Figure, Summary, differing, number, signed
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    MINUS: r"$-$",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}
+
+
+def as_json(
+    gathered: Gathered, summary: Summary, sentences: Sequence[str], written: str
+) -> dict[str, Any]:
+    """Everything that the page shows, but for curves and pictures.
+
+    Args:
+        gathered: The runs.
+        summary: Their table.
+        sentences: The verdict.
+        written: When, in ISO 8601.
+    """
+    return {
+        "version": 1,
+        "kind": gathered.kind,
+        "name": gathered.name,
+        "created": gathered.created,
+        "written": written,
+        "command": list(gathered.command),
+        "verdict": list(sentences),
+        "judged": summary.judged.key,
+        "baseline": summary.baseline,
+        "match": gathered.match,
+        "confidence": CONFIDENCE,
+        "columns": [attrs.asdict(c) for c in (*summary.columns, *summary.further)],
+        "cells": [
+            {
+                "name": cell.name,
+                "overrides": list(gathered.overrides.get(cell.name, ())),
+                "runs": cell.runs,
+                "counted": cell.counted,
+                "collapsed": cell.collapsed,
+                "figures": {key: _figure(figure) for key, figure in cell.figures.items()},
+            }
+            for cell in summary.cells.values()
+        ],
+        "runs": [
+            {
+                "cell": run.cell,
+                "seed": run.seed,
+                "path": run.path.removeprefix(f"{gathered.place.rstrip('/')}/"),
+                "state": run.state,
+                "error": run.error,
+                "step": run.step,
+                "images": run.images,
+                "collapse": run.collapse,
+                "figures": dict(run.figures),
+            }
+            for run in gathered.runs
+        ],
+        "differences": differing(gathered),
+    }
+
+
+def _figure(figure: Figure) -> dict[str, Any]:
+    return {
+        "n": figure.n,
+        "mean": figure.mean,
+        "std": figure.std,
+        "values": {str(seed): value for seed, value in figure.values.items()},
+        "difference": attrs.asdict(figure.difference) if figure.difference else None,
+    }
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """JSON text of a document."""
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def csv_text(summary: Summary) -> str:
+    """A line for each cell, with mean, standard deviation and difference of each figure."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    every = [*summary.columns, *summary.further]
+    parts = ("mean", "std", "n", "difference", "difference_low", "difference_high")
+    head = [f"{column.key} {part}" for column in every for part in parts]
+    writer.writerow(["cell", "baseline", "runs", "counted", "collapsed", *head])
+    for cell in summary.cells.values():
+        row: list[object] = [cell.name, int(cell.name == summary.baseline)]
+        row += [cell.runs, cell.counted, cell.collapsed]
+        for column in every:
+            row += _numbers(cell.figures.get(column.key))
+        writer.writerow(row)
+    return buffer.getvalue()
+
+
+def _numbers(figure: Figure | None) -> list[object]:
+    if figure is None:
+        return [""] * 6
+    difference = figure.difference
+    bounds = [difference.mean, difference.low, difference.high] if difference else [None] * 3
+    found = [figure.mean, figure.std, figure.n, *bounds]
+    return ["" if value is None else value for value in found]
+
+
+def tex_text(summary: Summary) -> str:
+    """A `tabular` of the main figures; the document needs the package booktabs."""
+    columns = summary.columns
+    head = ["cell", "runs", "collapsed", *(column.title for column in columns)]
+    lines = [
+        "% Mean ± standard deviation over seeds; below, the paired difference to the baseline",
+        f"% {_comment(summary.baseline)} with its {CONFIDENCE * 100:g} % interval.",
+        "% Needs the package booktabs.",
+        f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+        "\\toprule",
+        _row(head),
+        "\\midrule",
+    ]
+    for cell in summary.cells.values():
+        cells, below = [cell.name, str(cell.counted)], ["", "", ""]
+        cells.append(f"{cell.collapsed} of {cell.runs}")
+        for column in columns:
+            value, difference = texts(cell.figures.get(column.key), column)
+            cells.append(value)
+            below.append(difference)
+        lines.append(_row(cells))
+        if any(below):
+            lines.append(_row(below))
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def texts(figure: Figure | None, column: Column) -> tuple[str, str]:
+    """A figure as `mean ± std`, and its difference as `+mean [low, high]`; "" without any."""
+    if figure is None:
+        return "", ""
+    form = column.form
+    value = number(figure.mean, form)
+    if figure.std is not None:
+        value += f" ± {number(figure.std, form)}"
+    difference = figure.difference
+    if difference is None:
+        return value, ""
+    below = signed(difference.mean, form)
+    if difference.low is not None and difference.high is not None:
+        below += f" [{signed(difference.low, form)}, {signed(difference.high, form)}]"
+    return value, below
+
+
+def plain_lines(summary: Summary, differences: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The table for a terminal, a figure a line, and then what differs in the recipes.
+
+    Args:
+        summary: The table.
+        differences: Values by path and cell.
+    """
+    names = list(summary.cells)
+    rows: list[list[str]] = [["", *names]]
+    counts = [f"{c.counted} of {c.runs}" for c in summary.cells.values()]
+    rows.append(["runs", *counts])
+    rows.append(["collapsed", *(f"{c.collapsed} of {c.runs}" for c in summary.cells.values())])
+    for column in summary.columns:
+        pairs = [texts(c.figures.get(column.key), column) for c in summary.cells.values()]
+        rows.append([column.title, *(value or "-" for value, _ in pairs)])
+        if any(below for _, below in pairs):
+            rows.append(["  minus baseline", *(below for _, below in pairs)])
+    rows += [
+        [path, *(values.get(name, "-") for name in names)] for path, values in differences.items()
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names) + 1)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def tex(text: str) -> str:
+    """Text with what LaTeX takes for commands escaped."""
+    return "".join(_TEX.get(sign, sign) for sign in " ".join(text.split()))
+
+
+def _comment(text: str) -> str:
+    return re.sub(r"[\r\n%]+", " ", text)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return " & ".join(tex(cell) for cell in cells) + r" \\"

@@ -1,0 +1,148 @@
+"""Ablations from end to end: what is trained, what fails, what resuming leaves alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from command_line import e2ediff
+
+from e2ediff.report.group import Group
+from e2ediff.report.plan import make_plan
+from e2ediff.report.train import exit_code, train_all
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.progress import Progress
+from e2ediff.run.signals import Stop
+
+
+def runs(group: Path) -> dict[str, str]:
+    """State of every run of a group."""
+    found = {}
+    for path in sorted((group / "runs").iterdir()):
+        found[path.name] = RunDirectory.open(str(path)).status()["state"]
+    return found
+
+
+def test_every_cell_is_trained_with_every_seed_and_a_failing_one_stops_nobody(made):
+    assert runs(made.path) == {
+        f"{cell}-seed{seed}": "done" for cell in ("coupled", "detached") for seed in (0, 1)
+    }
+    report = json.loads((made.path / "report.json").read_text())
+    cells = {cell["name"]: cell for cell in report["cells"]}
+    assert [(c["runs"], c["counted"]) for c in cells.values()] == [(2, 2), (2, 2), (2, 0)]
+    failed = [run for run in report["runs"] if run["state"] == "failed"]
+    assert [run["seed"] for run in failed] == [0, 1]
+    assert all(run["error"].startswith("data.root: no folder <script>") for run in failed)
+    assert report["command"][:3] == ["e2ediff", "ablate", "tiny.yaml"]
+
+
+def test_failures_are_printed_and_the_exit_code_is_theirs(made):
+    assert made.done.code == 5
+    assert made.done.out == "groups/tiny\n"
+    lines = [line for line in made.done.err.splitlines() if line.startswith("failed: ")]
+    assert len(lines) == 2
+    assert lines[0].endswith("`--set data.root=/path/to/train`.")
+
+
+def test_cells_start_from_equal_weights_and_see_equal_data(made):
+    """The first look, before any step, and the first batch's reconstruction loss."""
+    for seed in (0, 1):
+        first = [
+            RunDirectory.open(str(made.path / "runs" / f"{cell}-seed{seed}")).read_metrics()[:2]
+            for cell in ("coupled", "detached")
+        ]
+        for figure in ("psnr", "rank", "latent_std", "unexplained@0.5"):
+            assert first[0][0][figure] == first[1][0][figure]
+        loss = "loss/reconstruction"
+        assert first[0][1][loss] == pytest.approx(first[1][1][loss], rel=1e-6)
+
+
+def test_resume_skips_runs_that_are_done_and_continues_the_others(group, made):
+    spec = json.loads((group / "spec.json").read_text())
+    spec["vary"] = ["objective=coupled,detached"]  # without the cell that would fail again
+    (broken,) = [cell for cell in spec["cells"] if "image_folder" in cell]
+    del spec["cells"][broken]
+    (group / "spec.json").write_text(json.dumps(spec))
+    words = [spec["vary"][0] if w.startswith("objective=") else w for w in made.words]
+    status = group / "runs" / "coupled-seed1" / "status.json"
+    text = json.loads(status.read_text())
+    status.write_text(json.dumps({**text, "state": "preempted"}))
+    before = {
+        p: p.stat().st_mtime_ns
+        for run in ("coupled-seed0", "detached-seed0", "detached-seed1")
+        for p in (group / "runs" / run).rglob("*")
+    }
+    done = e2ediff(*words, "--resume")
+    assert done.code == 0, done.err
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert done.err.count("done before") == 3
+    assert "coupled-seed1: done after" in done.err
+    assert set(runs(group).values()) == {"done"}
+    kinds = [e["kind"] for e in RunDirectory.open(str(status.parent)).read_events()]
+    assert kinds.count("kernels") == 2  # started, and started again
+
+
+def test_resuming_another_ablation_is_refused_with_both(group, made):
+    words = list(made.words)
+    words[words.index("0,1")] = "0,2"
+    done = e2ediff(*words, "--resume")
+    assert done.code == 3
+    assert "--seeds: was [0, 1] in groups/tiny, is [0, 2] here." in done.err
+    recipe = Path("tiny.yaml")
+    recipe.write_text(recipe.read_text().replace("batch: 8", "batch: 4"))
+    done = e2ediff(*made.words, "--resume")
+    assert done.code == 3
+    assert "cells.coupled.batch: was 8 in groups/tiny, is 4 here." in done.err
+
+
+def test_an_ablation_begun_twice_is_refused(group, made):
+    done = e2ediff(*made.words, "--out", "groups/tiny")
+    assert done.code == 6
+    assert "groups/tiny: exists and is not empty" in done.err
+    with Group.open("groups/tiny"):
+        done = e2ediff(*made.words, "--resume")
+    assert done.code == 6
+    assert "is training in it" in done.err
+
+
+def test_a_damaged_specification_is_refused(group):
+    spec = group / "spec.json"
+    for text in ("", "[]", "{}", '{"cells": {"../x": {}}}'):
+        spec.write_text(text)
+        done = e2ediff("report", "groups/tiny")
+        assert done.code == 6
+        assert "spec.json: is damaged" in done.err
+
+
+class _StopsOnce(Stop):
+    """Asked to stop as soon as a run has logged something."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__()
+        self.log = log
+
+    @property
+    def asked(self) -> bool:
+        """Whether the file is there."""
+        if self.log.exists() and self.log.read_text().count("\n") > 3:
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+
+def test_a_stopped_ablation_saves_what_is_training_and_starts_nothing_more(
+    tmp_path, monkeypatch, host, tiny_text, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny_text)
+    plan = make_plan(host, "tiny.yaml", ["objective=coupled,detached"], "0", ["steps=100000"])
+    group = Group.create(None, plan, {})
+    with Progress() as progress, _StopsOnce(tmp_path / group.run("coupled-seed0") /
+                                            "metrics.jsonl") as stop:  # fmt: skip
+        ended = train_all(group, plan.jobs, at_once=1, threads=1, progress=progress, stop=stop)
+        assert exit_code(ended, stop) == 75
+    assert [(e.job.place, e.exit_code) for e in ended] == [("coupled-seed0", 75)]
+    assert runs(Path(group.path)) == {"coupled-seed0": "preempted"}
+    assert RunDirectory.open(group.run("coupled-seed0")).status()["last_checkpoint"]
+    assert "coupled-seed0: saved after" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""An ablation is checked as a whole: before anything is made, with every problem at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_line import e2ediff
+
+from e2ediff.report.plan import make_plan
+
+NOWHERE = "{name: image_folder, root: /nowhere, size: 16, classes: 4}"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch, tiny_text) -> Path:
+    """An empty working directory but for tiny.yaml."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny_text)
+    return tmp_path
+
+
+def refused(code: int, *words: object) -> str:
+    done = e2ediff("ablate", "tiny.yaml", *words)
+    assert (done.code, done.out) == (code, ""), done
+    assert sorted(p.name for p in Path().iterdir()) == ["tiny.yaml"]
+    return done.err
+
+
+def test_the_problems_of_all_cells_are_told_at_once_and_nothing_is_made():
+    axis = "objective=coupled,coupld,{name: detached, flor: 1}"
+    told = refused(3, "--vary", axis, "--vary", "backbone.patch=8,7", "--seeds", "0,1")
+    assert "cells coupld-patch=8, coupld-patch=7, --vary objective=coupld: objective" in told
+    assert "Did you mean 'coupled'?" in told
+    assert "cells detached-flor=1-patch=8, detached-flor=1-patch=7, --vary objective=" in told
+    assert "cell coupled-patch=7: backbone.patch: " in told
+    assert told.startswith("error: tiny.yaml: 3 problems\n")
+
+
+def test_a_problem_of_every_cell_is_told_once():
+    told = refused(3, "--vary", "objective=coupled,detached", "--set", "batch=zero")
+    assert told.count("batch") == 1
+    assert "every cell, --set 1: batch: expected int" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "what"),
+    [
+        ((), 2, "Nothing varies"),
+        (("--vary", "objective="), 2, "there is no value"),
+        (("--vary", "no.such.path=1,2"), 3, "unknown"),
+        (("--vary", "objective=coupled,detached", "--baseline", "x"), 2, "--baseline 'x'"),
+        (("--vary", "optimizer.lr=1e-3,0.001"), 2, "are the same recipe"),
+        (("--vary", "objective=coupled", "--seeds", "x"), 2, "is no seed"),
+        (("--vary", "objective=coupled", "--set", "batch"), 2, "is not path=value"),
+        (("--vary", "steps=4,8", "--match", "compute"), 2, "Leave one of them out"),
+        (("--vary", "objective=a", "--jobs", "0"), 2, "--jobs"),
+        (("--vary", "objective=coupled", "--resume"), 6, "no ablation of 'tiny'"),
+        (("--vary", "objective=coupled", "--resume", "--out", "x"), 6, "spec.json"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_made(words, code, what):
+    assert what in refused(code, *words)
+
+
+def test_an_out_that_is_taken_is_refused():
+    Path("taken").mkdir()
+    Path("taken/file").write_text("mine")
+    done = e2ediff("ablate", "tiny.yaml", "--vary", "objective=coupled", "--out", "taken")
+    assert done.code == 6
+    assert "taken: exists and is not empty" in done.err
+    assert [p.name for p in Path("taken").iterdir()] == ["file"]
+
+
+def test_a_dry_run_prints_cells_and_writes_nothing():
+    done = e2ediff(
+        "ablate", "tiny.yaml", "--vary", "objective=coupled,detached", "--vary",
+        "backbone.latent_dim=6,4", "--seeds", "0,1", "--baseline", "detached-latent_dim=4",
+        "--dry-run",
+    )  # fmt: skip
+    assert done.code == 0
+    head, *rows, last = done.out.splitlines()
+    assert head.split()[:2] == ["cell", "parameters"]
+    assert len(rows) == 4
+    assert rows[3].startswith("detached-latent_dim=4 (baseline)")
+    assert rows[3].endswith("objective=detached backbone.latent_dim=4")
+    assert last.startswith("8 runs: 4 cells, seeds 0, 1; ")
+    assert sorted(p.name for p in Path().iterdir()) == ["tiny.yaml"]
+
+
+def test_data_that_are_missing_are_no_reason_to_refuse(host):
+    """They may be there on another machine, or when the run starts: the run itself says so."""
+    plan = make_plan(host, "tiny.yaml", [f"data={NOWHERE}"], "0")
+    assert len(plan.jobs) == 1
+
+
+def test_cells_share_their_seed_and_everything_that_is_not_varied(host):
+    plan = make_plan(host, "tiny.yaml", ["objective=coupled,detached"], "3,5", ["batch=4"])
+    assert [(job.cell, job.seed) for job in plan.jobs] == [
+        ("coupled", 3), ("detached", 3), ("coupled", 5), ("detached", 5)
+    ]  # fmt: skip
+    assert plan.jobs[2].overrides == ("batch=4", "objective=coupled", "seed=5")
+    assert plan.jobs[2].place == "coupled-seed5"
+    one, other = (plan.resolved[cell].splitlines() for cell in plan.cells)
+    assert len(set(one) - set(other)) <= 2
+
+
+def test_matched_compute_gives_steps_that_the_baseline_pays_for(host):
+    axes = ["backbone.width=32,64", "batch=8,16"]
+    plan = make_plan(host, "tiny.yaml", axes, "0", ["steps=1000"], None, "compute")
+    totals = {name: cost.total for name, cost in plan.costs.items()}
+    base = totals["width=32-batch=8"]
+    assert plan.costs["width=32-batch=8"].total_steps == 1000
+    assert plan.costs["width=32-batch=16"].total_steps == 500
+    assert plan.costs["width=64-batch=8"].total_steps < 500
+    # Steps are whole: half a step of the dearest cell is the most that can be missing.
+    assert all(abs(total / base - 1) < 0.005 for total in totals.values())
+    for job in plan.jobs:
+        assert f"steps={plan.costs[job.cell].total_steps}" in job.overrides
+
+
+def test_the_command_of_a_plan_makes_the_same_plan(host):
+    axes = ["objective=coupled,{name: detached}", "backbone.latent_dim=[6, 4]"]
+    plan = make_plan(host, "tiny.yaml", axes, "0,1", ["batch=4"], None, "compute")
+    words = plan.command()[3:]
+    options = list(zip(words[::2], words[1::2], strict=True))
+    given = {key: [v for k, v in options if k == key] for key, _ in options}
+    again = make_plan(
+        host,
+        "tiny.yaml",
+        given["--vary"],
+        given["--seeds"][0],
+        given["--set"],
+        given["--baseline"][0],
+        given["--match"][0],
+    )
+    assert again == plan
