@@ -89,6 +89,12 @@ class DivergedError(E2EDiffError):
     exit_code = 7
 
 
+class CollapseError(E2EDiffError):
+    """Training was stopped by the alarm: the latents have collapsed, or nothing is learned."""
+
+    exit_code = 7
+
+
 class ResourceError(E2EDiffError):
     """The machine refused: no such device, no space on the disk, not enough memory."""
 

@@ -77,7 +77,9 @@ class Draw:
 class Terms:
     """A step's losses, each a scalar in float32, with their weights.
 
-    `z` is the online latent (B, N, D), for monitoring; `info` holds further scalars to log.
+    `z` is the online latent (B, N, D), for monitoring and for regularisers: with its graph
+    wherever this phase trains the encoder.
+    `info` holds further scalars to log.
     A weight of 0 keeps a loss in the log and out of the gradient.
     """
 

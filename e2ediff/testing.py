@@ -29,6 +29,7 @@ from e2ediff.objective import Draw, Nets, Objective
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.parts.interpolants import Linear
 from e2ediff.parts.times import Uniform
+from e2ediff.regularizer import Regularizer
 from e2ediff.sampler import Sampler
 from e2ediff.times import MARGIN, TimeSampler
 
@@ -234,6 +235,29 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
             assert grad is None or grad.isfinite().all(), f"{name}: gradient of {key} not finite"
 
 
+def check_regularizer(r: Regularizer) -> None:
+    """A repeatable scalar, finite with its gradient for healthy and for constant latents."""
+    name, batch = type(r).__name__, make_batch()
+    assert getattr(r, "weight", -1) >= 0, f"{name}: give it a field `weight`, at least 0"
+    g = torch.Generator().manual_seed(8)
+    for std in (1.0, 1e-4, 0.0):
+        z = (torch.randn(6, 4, 6, generator=g) * std).requires_grad_()
+        kept = z.detach().clone()
+        with own_randomness(r):
+            loss, again = r.loss(z, make_draw(batch)), r.loss(z, make_draw(batch))
+        _shape(loss, (), f"{name}: the loss of latents of std {std}")
+        assert torch.equal(loss, again), f"{name}: the loss is not repeatable"
+        assert torch.equal(z, kept), f"{name}: z was written to; return a new tensor"
+        assert loss.requires_grad, f"{name}: no gradient reaches the latents; detach less"
+        (grad,) = torch.autograd.grad(loss, z)
+        assert grad.isfinite().all(), f"{name}: the gradient at latents of std {std} is not finite"
+    meta = make_nets(device="meta")
+    unfit = [] if len(batch.x) < r.fewest else r.problems(meta, len(batch.x))
+    assert not unfit, f"{name} does not fit TinyBackbone: {list(unfit)}; give options that do"
+    z, t = torch.zeros(6, 4, 6, device="meta"), torch.zeros(6, device="meta")
+    r.loss(z, Draw(t=t, label=t.long(), generator=None, times=Uniform()))  # `check` counts there
+
+
 def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> None:
     """Shapes, repeatable and independent passes, fused as single, finite gradients."""
     image = image or IMAGE
@@ -392,7 +416,10 @@ def check_diagnostic(d: Diagnostic) -> None:
     for scale in (1.0, 0.0):
         z = torch.randn(8, 4, 6, generator=g) * scale
         guess = {0.5: z / 2, 0.9: z * 0.9}
-        probe = Probe(batch.x, batch.label, batch.x * 0.9, z, z * 2, z + 0, guess, "x0")
+        pulls = {"reconstruction": z * 0.1, "denoising": torch.zeros_like(z)}
+        probe = Probe(
+            batch.x, batch.label, batch.x * 0.9, z, z * 2, z + 0, guess, "x0", Linear(), pulls
+        )
         kept = copy.deepcopy(probe)
         with own_randomness(d):
             figures, again = d.measure(probe), d.measure(probe)

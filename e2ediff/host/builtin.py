@@ -10,8 +10,11 @@ from e2ediff.parts import (
     features,
     guidance,
     interpolants,
+    kl,
     objectives,
+    observatory,
     optim,
+    regularizers,
     samplers,
     sources,
     times,
@@ -50,6 +53,17 @@ def register_objectives(add: Add) -> None:
     add("coupled", objectives.Coupled)
     add("detached", objectives.Detached)
     add("two_stage", objectives.TwoStage)
+    add("kl", kl.KL)
+
+
+@hookimpl
+def register_regularizers(add: Add) -> None:
+    """Losses of the latents alone."""
+    add("vicreg", regularizers.VICReg)
+    add("sigreg", regularizers.SIGReg)
+    add("variance_expansion", regularizers.VarianceExpansion)
+    add("rank_filter", regularizers.RankFilter)
+    add("dispersive", regularizers.Dispersive)
 
 
 @hookimpl
@@ -83,10 +97,15 @@ def register_optimizers(add: Add) -> None:
 
 @hookimpl
 def register_diagnostics(add: Add) -> None:
-    """Health of the latents."""
+    """Health of the latents, and what trains them."""
     add("latent_health", collapse.LatentHealth)
     add("rank_gap", collapse.RankGap)
     add("reconstruction", collapse.Reconstruction)
+    add("spectrum", observatory.Spectrum)
+    add("spread", observatory.Spread)
+    add("wiener", observatory.Wiener)
+    add("encoder_gradients", observatory.EncoderGradients)
+    add("neighbours", observatory.Neighbours)
 
 
 @hookimpl

@@ -54,6 +54,11 @@ def register_objectives(add: Add) -> None:
 
 
 @hookspec
+def register_regularizers(add: Add) -> None:
+    """Add subclasses of `e2ediff.regularizer.Regularizer`."""
+
+
+@hookspec
 def register_guidance(add: Add) -> None:
     """Add subclasses of `e2ediff.denoiser.Guidance`."""
 

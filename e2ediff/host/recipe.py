@@ -22,6 +22,7 @@ from e2ediff.host.yaml import MAX_BYTES, Node, dump_yaml, parse_yaml, path_join,
 from e2ediff.interpolant import Interpolant, Kind
 from e2ediff.objective import Objective
 from e2ediff.optimizer import OptimizerConfig
+from e2ediff.regularizer import Regularizer
 from e2ediff.sampler import Sampler
 from e2ediff.times import TimeSampler
 from e2ediff.tracker import TrackerConfig
@@ -124,6 +125,28 @@ class Retention:
 
 
 @attrs.frozen(kw_only=True)
+class Alarm:
+    """What a run does when its latents collapse, or when its training dies in silence.
+
+    `policy`: `warn` says so and goes on; `stop` saves a checkpoint and ends the run with exit
+    code 7; `rollback` goes back to the last regular checkpoint from before the first sign and
+    draws other times and noise from there, at most `attempts` times in a run, and then stops.
+    `window` is the number of diagnoses in a row that must show a sign of collapse; a complete
+    collapse needs one.
+    Signs are what the diagnostics say of their figures, a rank below the share `fall` of the
+    largest that the run has had, a `latent_std` below the share `shrink` of its largest, and
+    losses that are all below `silence`.
+    """
+
+    policy: Literal["warn", "stop", "rollback"] = "warn"
+    window: int = attrs.field(default=2, validator=gt(0))
+    fall: float = attrs.field(default=0.5, validator=_FRACTION)
+    shrink: float = attrs.field(default=0.1, validator=_FRACTION)
+    silence: float = attrs.field(default=1e-6, validator=ge(0.0))
+    attempts: int = attrs.field(default=3, validator=ge(0))
+
+
+@attrs.frozen(kw_only=True)
 class Recipe:
     """Everything that decides what a run computes, and what it records.
 
@@ -138,10 +161,12 @@ class Recipe:
     `data`, `backbone`, `interpolant`, `objective`, `optimizer`, `sampler` and `guidance` are
     parts; `times` is the law of training times.
     `predicts` is what the denoiser's output stands for.
+    `regularizers` are losses of the latents, added to those of the objective.
     `label_drop` is the probability, in [0, 1), of training the denoiser without the class.
     `target` and `ema` are averages of the weights.
     `optimizers` replaces `optimizer` in the phases it names.
     `diagnostics` are measured on `probe`; without the key, all that are registered are.
+    `alarm` is what follows from signs of collapse.
     `trackers` receive figures and pictures besides the run's directory.
     `cadence`, `preview` and `checkpoint` say how often and how much is recorded.
     `precision` is the network's; losses, averages and conversions are always float32.
@@ -162,6 +187,7 @@ class Recipe:
     times: TimeSampler
     predicts: Kind = "x0"
     objective: Objective
+    regularizers: tuple[Regularizer, ...] = ()
     label_drop: float = attrs.field(default=0.1, validator=_FRACTION)
     target: Target = Target()
     ema: tuple[Average, ...] = attrs.field(default=())
@@ -170,6 +196,7 @@ class Recipe:
     sampler: Sampler
     guidance: Guidance | None = None
     diagnostics: tuple[Diagnostic, ...] | None = None
+    alarm: Alarm = Alarm()
     trackers: tuple[TrackerConfig, ...] = ()
     cadence: Cadence = Cadence()
     probe: ProbeSettings = ProbeSettings()

@@ -21,6 +21,7 @@ from e2ediff.features import FeatureConfig
 from e2ediff.interpolant import Interpolant
 from e2ediff.objective import Objective
 from e2ediff.optimizer import OptimizerConfig
+from e2ediff.regularizer import Regularizer
 from e2ediff.sampler import Sampler
 from e2ediff.times import TimeSampler
 from e2ediff.tracker import TrackerConfig
@@ -33,6 +34,7 @@ KINDS: tuple[tuple[str, str, type[object]], ...] = (
     ("interpolants", "interpolant", Interpolant),
     ("time_samplers", "time sampler", TimeSampler),
     ("objectives", "objective", Objective),
+    ("regularizers", "regularizer", Regularizer),
     ("guidance", "guidance", Guidance),
     ("samplers", "sampler", Sampler),
     ("sources", "data source", SourceConfig),

@@ -13,9 +13,12 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
+from attrs import validators
 from torch import Tensor
 
 from e2ediff.diagnostic import Diagnostic, Probe
+
+_SHARE = [validators.ge(0.0), validators.le(1.0)]
 
 
 def effective_rank(rows: Tensor) -> float:
@@ -25,7 +28,7 @@ def effective_rank(rows: Tensor) -> float:
 
     Source: Roy & Vetterli 2007, "The effective rank", definition 1, after centring.
     """
-    s = _spectrum(rows)
+    s = singular_values(rows)
     if s.sum() == 0:
         return 0.0
     return float(torch.exp(torch.special.entr(s / s.sum()).sum()))
@@ -33,13 +36,13 @@ def effective_rank(rows: Tensor) -> float:
 
 def participation_ratio(rows: Tensor) -> float:
     """(sum l)^2 / sum l^2 of the covariance eigenvalues l of rows (n, d); 0 for constant rows."""
-    eigenvalues = _spectrum(rows).square()
+    eigenvalues = singular_values(rows).square()
     if eigenvalues.sum() == 0:
         return 0.0
     return float(eigenvalues.sum().square() / eigenvalues.square().sum())
 
 
-def _spectrum(rows: Tensor) -> Tensor:
+def singular_values(rows: Tensor) -> Tensor:
     """Singular values of centred rows (n, d), exactly 0 where only rounding differs."""
     rows = rows.double()
     s = torch.linalg.svdvals(rows - rows.mean(dim=0))
@@ -77,8 +80,16 @@ class LatentHealth(Diagnostic):
     `latent_std` is the content's standard deviation after the latent norm, `raw_std` before.
     `positional` is the share of variance that only says where a token lies.
 
-    Source: Roy & Vetterli 2007 for the rank; the other definitions are ours.
+    Signs of collapse are a `rank_fraction` or `latent_std` below, or a `positional` above, the
+    option of that name; what follows from them is the recipe's `alarm`.
+
+    Source: Roy & Vetterli 2007 for the rank; the other definitions and the bounds are ours, and
+    lie between the healthy and the collapsed runs of `benchmarks/alarm.py`.
     """
+
+    rank_fraction: float = attrs.field(default=0.4, validator=_SHARE)
+    positional: float = attrs.field(default=0.6, validator=_SHARE)
+    latent_std: float = attrs.field(default=0.1, validator=validators.ge(0.0))
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """rank, rank_fraction, rank_sample, participation, latent_std, raw_std, positional."""
@@ -96,19 +107,18 @@ class LatentHealth(Diagnostic):
         }
 
     def verdict(self, values: Mapping[str, float]) -> Sequence[str]:
-        """Which of rank, share of position and content are out of bounds.
-
-        The bounds are ours, between the healthy and the collapsed runs of `docs/results/`.
-        """
+        """Which of rank, share of position and content are out of bounds."""
         found = []
-        if (fraction := values.get("rank_fraction")) is not None and fraction < 0.4:
+        fraction, share = values.get("rank_fraction"), values.get("positional")
+        if fraction is not None and fraction < self.rank_fraction:
             found.append(
                 f"effective rank {values['rank']:.2f} is {fraction:.0%} of what the latents could "
                 "hold"
             )
-        if (share := values.get("positional")) is not None and share > 0.6:
+        if share is not None and share > self.positional:
             found.append(f"{share:.0%} of the latents' variance only says where a token lies")
-        if (std := values.get("latent_std")) is not None and std < 0.1:
+        std = values.get("latent_std")
+        if std is not None and std < self.latent_std:
             found.append(f"the latents of different images differ by a std of only {std:.3f}")
         return found
 

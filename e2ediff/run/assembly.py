@@ -11,6 +11,7 @@ from torch import nn
 from e2ediff.errors import Problem, RecipeError, ResourceError
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Nets
+from e2ediff.regularizer import names_of
 from e2ediff.run.ema import Average
 from e2ediff.run.seeds import derive
 from e2ediff.run.step import Step
@@ -94,6 +95,27 @@ def problems(recipe: Recipe) -> list[Problem]:
     if not found:
         nets, _ = build_nets(recipe, torch.device("meta"))
         found += [Problem(where, what) for where, what in recipe.objective.problems(nets)]
+        found += _regularizer_problems(recipe, nets)
+    return found
+
+
+def _regularizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:
+    """What keeps regularisers from being computed."""
+    found, images = [], recipe.batch // recipe.microshards
+    for i, (name, part) in enumerate(
+        zip(names_of(recipe.regularizers), recipe.regularizers, strict=True)
+    ):
+        if images < part.fewest:
+            what = (
+                f"{name} compares images and needs at least {part.fewest} at once; batch over "
+                f"microshards is {images}: raise batch, or lower microshards"
+            )
+            found.append(Problem(f"regularizers.{i}", what))
+            continue
+        found += [
+            Problem(f"regularizers.{i}.{field}", what)
+            for field, what in part.problems(nets, images)
+        ]
     return found
 
 
@@ -117,7 +139,7 @@ def assemble(recipe: Recipe, device: torch.device) -> Assembly:
     for extra in recipe.ema:
         averages[extra.name] = Average(nets.online, extra.decay, warmup=extra.warmup)
         averages[extra.name].net.prepare(device, precision)
-    step = Step(recipe.objective, nets, precision)
+    step = Step(recipe.objective, nets, precision, recipe.regularizers)
     optimizers = {}
     for phase in recipe.objective.phases:
         config = recipe.optimizers.get(phase, recipe.optimizer)

@@ -51,13 +51,15 @@ def save(
     state: Mapping[str, JSON],
     keep: int,
     warn: Callable[[str], None] = _warn,
+    spare: int | None = None,
 ) -> str:
     """Write a checkpoint, make it durable, then retire old ones; returns its name.
 
     One of the same images count is replaced; some checkpoint is valid at every moment.
     Checkpoints of *more* images belong to a future that was rewound: they are renamed to
-    `abandoned-...` and left alone. `keep` newest ones stay (0: all). Trouble with old
-    checkpoints is told to `warn` and never stops training.
+    `abandoned-...` and left alone. `keep` newest ones stay (0: all), and
+    that of `spare` images. Trouble with old checkpoints is told to `warn` and never stops
+    training.
 
     Raises:
         CheckpointError: something is neither a tensor nor JSON. Nothing was written.
@@ -96,7 +98,7 @@ def save(
         raise store.refusal(f"{FOLDER}/{name}", needed, error) from error
     try:
         final = _supersede(store, final, name, warn)
-        _retire(store, final, keep, warn)
+        _retire(store, final, keep, warn, spare)
     except (OSError, E2EDiffError) as error:
         warn(f"old checkpoints could not be retired: {error}")
     return final
@@ -114,6 +116,13 @@ def list_checkpoints(store: Store) -> list[str]:
         raise CheckpointError(f"{store.where(FOLDER)}: cannot be read: {error}") from error
     known = [(int(m[1]), int(m[2] or 0), n) for m, n in found if m and n.startswith("images-")]
     return [name for _, _, name in sorted(known)]
+
+
+def checkpoint_at(store: Store, images: int) -> str:
+    """Name of the checkpoint after this many training images, be it there or not."""
+    name = f"images-{images:012d}"
+    saved = [found for found in list_checkpoints(store) if found.partition("-r")[0] == name]
+    return saved[-1] if saved else name
 
 
 def open_checkpoint(
@@ -280,7 +289,9 @@ def _supersede(store: Store, saved: str, name: str, warn: Callable[[str], None])
     return name
 
 
-def _retire(store: Store, saved: str, keep: int, warn: Callable[[str], None]) -> None:
+def _retire(
+    store: Store, saved: str, keep: int, warn: Callable[[str], None], spare: int | None
+) -> None:
     names = list_checkpoints(store)
     for later in names[names.index(saved) + 1 :]:
         taken = store.list(FOLDER)
@@ -296,8 +307,10 @@ def _retire(store: Store, saved: str, keep: int, warn: Callable[[str], None]) ->
     if not any(is_sound(store, name, verify=True) for name in reversed(kept)):
         warn(f"{store.where(FOLDER)}: none of {', '.join(kept)} verifies; old ones are kept.")
         return
+    spared = None if spare is None else checkpoint_at(store, spare)
     for name in names[: names.index(kept[0])]:
-        _discard(store, name, warn)
+        if name != spared:
+            _discard(store, name, warn)
 
 
 def _abandoned(name: str, number: int) -> str:

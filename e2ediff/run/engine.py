@@ -10,39 +10,28 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 
-import attrs
 import torch
 from torch import Tensor, nn
 
 from e2ediff.data import Batch, DataSource
-from e2ediff.errors import DivergedError
+from e2ediff.errors import CollapseError, DivergedError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
+from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import Assembly, assemble
-from e2ediff.run.checkpoint import load_weights, save
+from e2ediff.run.checkpoint import checkpoint_at, open_checkpoint, save
 from e2ediff.run.directory import RunDirectory
-from e2ediff.run.ema import calibrate
+from e2ediff.run.draws import draw_for
 from e2ediff.run.loader import batches
 from e2ediff.run.manifest import Checkpoint
-from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
+from e2ediff.run.notify import RunView, notify
 from e2ediff.run.pictures import curves_png, grid_png
 from e2ediff.run.probing import Observer, chosen_diagnostics, figures_line
 from e2ediff.run.progress import Progress, training_line
-from e2ediff.run.seeds import generator
 from e2ediff.run.signals import Stop
 from e2ediff.run.sinks import Sinks
-from e2ediff.run.storage import JSON
-
-
-@attrs.frozen(eq=False)
-class RunView:
-    """What observers see of a run: nothing they could change it by."""
-
-    recipe: Recipe
-    directory: str
-    device: str
-    images_seen: int
+from e2ediff.run.snapshot import put_back, take
 
 
 class Engine:
@@ -68,13 +57,11 @@ class Engine:
             recipe, chosen_diagnostics(host, recipe), self.training, held_out, device
         )
         self.sinks = Sinks(recipe.trackers, directory, progress)
-        self.step = 0
-        self.images = 0
+        self.step = self.images = 0
         self.last_checkpoint: str | None = None
         self._saved_at = -1
         self.health: dict[str, float] = {}
-        self._collapsed = False
-        self._names = {p: name for name, p in self.parts.step.named_parameters()}
+        self.watch = Watch(recipe.alarm)
         self._clock = (time.perf_counter(), 0)
 
     # Running
@@ -84,6 +71,7 @@ class Engine:
 
         Raises:
             DivergedError: A loss or gradient is not finite.
+            CollapseError: The alarm ended the run.
             DataError, ResourceError: As the data and the disk have it.
         """
         r, error = self.recipe, None
@@ -96,20 +84,10 @@ class Engine:
         try:
             if self.step == 0:
                 self.look()
-            self._clock = (time.perf_counter(), self.step)
-            for batch in self._batches():
-                self.advance(batch)
-                if self.step % r.cadence.diagnose == 0 and self.step < r.total_steps:
-                    self.look()
-                if self.step % r.cadence.preview == 0 and self.step < r.total_steps:
-                    self.preview()
-                if self.step % r.cadence.checkpoint == 0 and self.step < r.total_steps:
-                    self.save()
-                if stop.asked:
-                    break
-            if self.step >= r.total_steps and not already_done:
-                self.look()
-                self.preview()
+            if r.alarm.policy == "rollback" and self.watch.anchor is None:
+                self.save()
+            while not (already_done or self._train(stop) or stop.asked):
+                pass
             if self._saved_at != self.images:
                 self.save()
             self.finish()
@@ -119,6 +97,30 @@ class Engine:
         finally:
             self.sinks.close()
             self._notify("run_ended", error=error)
+
+    def _train(self, stop: Stop) -> bool:
+        """Steps to the end; False if the alarm sent the run back instead."""
+        cadence, total = self.recipe.cadence, self.recipe.total_steps
+        self._clock = (time.perf_counter(), self.step)
+        try:
+            for batch in self._batches():
+                self.advance(batch)
+                if self.step % cadence.diagnose == 0 or self.step == total:
+                    self.look()
+                if self.step % cadence.preview == 0 or self.step == total:
+                    self.preview()
+                if self.step % cadence.checkpoint == 0 and self.step < total:
+                    self.save()
+                if stop.asked:
+                    break
+        except CollapseError:
+            if self.watch.may_return:
+                self.go_back()
+                return False
+            self.save()
+            self.finish()
+            raise
+        return True
 
     def _batches(self) -> Iterator[Batch]:
         r = self.recipe
@@ -181,13 +183,10 @@ class Engine:
 
     def _draw(self, part: Batch, phase: str, shard: int) -> Draw:
         """A micro-shard's randomness, from the seed and the number of images seen."""
-        r, n = self.recipe, len(part.label)
-        purpose = "draw" if phase == r.objective.phases[0] else f"draw-{phase}"
-        g = generator(self.device, r.seed, purpose, self.images, shard)
-        t = r.times.draw(n, g, self.device)
-        dropped = torch.rand(n, generator=g, device=self.device) < r.label_drop
-        label = torch.where(dropped, r.data.image.null_label, part.label)
-        return Draw(t=t, label=label, generator=g, times=r.times)
+        purpose = "draw" if phase == self.recipe.objective.phases[0] else f"draw-{phase}"
+        if self.watch.attempt:
+            purpose = f"{purpose}@{self.watch.attempt}"
+        return draw_for(self.recipe, part.label, purpose, self.images, shard)
 
     # Looking
 
@@ -201,6 +200,7 @@ class Engine:
         if bad:
             are = "is" if len(bad) == 1 else "are"
             raise self._diverged(f"{', '.join(bad)} {are} not finite.")
+        self.watch.hear(values)
         losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         self._notify("losses_logged", step=self.step, losses=losses)
         self.progress.update(
@@ -226,23 +226,33 @@ class Engine:
         self.sinks.log(self.images, values)
 
     def look(self) -> None:
-        """Measure the diagnostics, and say so in words if the latents have collapsed."""
+        """Measure the diagnostics, and sound the alarm if the latents have collapsed.
+
+        Raises:
+            CollapseError: They have, and the recipe's alarm does more than warn.
+        """
         pause = time.perf_counter()
+        phases = self._active() or self.recipe.objective.phases[-1:]
         try:
-            self.health = self.observer.measure(self.parts.nets)
+            self.health = self.observer.measure(self.parts.step, phases)
         except DivergedError as error:
             raise self._diverged(str(error)) from error
-        self._record(self.health)
+        seconds = time.perf_counter() - pause
+        self._record({**self.health, "wall_look_seconds": round(seconds, 4)})
         self._notify("diagnosed", step=self.step, values=self.health)
-        signs = self.observer.verdict(self.health) if self.step > 0 else []
-        if signs and not self._collapsed:
-            self.directory.event("collapse", step=self.step, images=self.images, signs=[*signs])
-            self.progress.say(f"step {self.step}: LATENT COLLAPSE: {'; '.join(signs)}")
-        elif self._collapsed and not signs:
-            self.directory.event("recovered", step=self.step, images=self.images)
-            self.progress.say(f"step {self.step}: the latents have recovered")
-        self._collapsed = bool(signs)
+        if self.step > 0:
+            self._judge()
         self._pause(pause)
+
+    def _judge(self) -> None:
+        found = self.watch.look(self.health, self.observer.verdict(self.health))
+        said, signs = "; ".join(found.signs), [*found.signs]
+        if found.change:
+            self.directory.event(found.change, step=self.step, images=self.images, signs=signs)
+            words = f"LATENT COLLAPSE: {said}" if self.watch.on else "the latents have recovered"
+            self.progress.say(f"step {self.step}: {words}")
+        if self.watch.on and self.recipe.alarm.policy != "warn":
+            raise CollapseError(f"step {self.step}: {said}. {self.watch.advice()}")
 
     def preview(self) -> None:
         """Sample a sheet with fixed noise, and reconstruct probe images."""
@@ -272,47 +282,28 @@ class Engine:
         self.directory.store.write("curves.png", curves_png(metrics, self.recipe.name))
 
     def _notify(self, hook: str, **values: object) -> None:
-        """Tell observers; what they raise is theirs, and does not stop the run."""
-        view = RunView(self.recipe, self.directory.path, str(self.device), self.images)
-        try:
-            getattr(self.host.hook, hook)(run=view, **values)
-        except Exception as error:
-            self.progress.say(f"a plugin's {hook} failed: {type(error).__name__}: {error}")
+        run = RunView(self.recipe, self.directory.path, str(self.device), self.images)
+        notify(self.host, run, self.progress, hook, values)
 
     # Saving
 
     def save(self) -> None:
         """Write a checkpoint; the statistics of every set of weights are those weights' own."""
-        pause = time.perf_counter()
-        nets, images = self.parts.nets, self.observer.calibration
-        files: dict[str, Mapping[str, Tensor]] = {}
-        calibrate(nets.online, images)
-        files["online"] = nets.online.state_dict()
-        if len(nets.heads):
-            files["heads"] = nets.heads.state_dict()
-        for name, average in self.parts.averages.items():
-            calibrate(average.net, images)
-            files[name] = average.net.state_dict()
-        optimizers: dict[str, JSON] = {}
-        for phase, optimizer in self.parts.optimizers.items():
-            tensors, rest = flatten_optimizer(optimizer, self._names)
-            files[f"optimizer-{phase}"] = tensors
-            optimizers[phase] = rest
-        state: dict[str, JSON] = {
-            "averages": {n: a.updates for n, a in self.parts.averages.items()},
-            "optimizers": optimizers,
-            "choices": dict(self.parts.choices),
-            "collapsed": self._collapsed,
-        }
+        pause, watch = time.perf_counter(), self.watch
+        regular = self.step % self.recipe.cadence.checkpoint == 0 or watch.anchor is None
+        if self.recipe.alarm.policy == "rollback" and regular and watch.clean:
+            watch.anchor = self.images
+        held = take(self.parts, self.observer.calibration)
         try:
             self.last_checkpoint = save(
                 self.directory.store,
                 self.images,
                 self.step,
-                files,
-                state,
+                held.files,
+                {**held.state, "alarm": watch.state()},
                 keep=self.recipe.checkpoint.keep,
                 warn=self.progress.say,
+                spare=watch.anchor,
             )
         except DivergedError as error:
             raise self._diverged(str(error)) from error
@@ -332,23 +323,27 @@ class Engine:
         Raises:
             CheckpointError: Its tensors do not fit the recipe.
         """
-        nets = self.parts.nets
-        modules: dict[str, nn.Module] = {"online": nets.online}
-        modules |= {name: average.net for name, average in self.parts.averages.items()}
-        if len(nets.heads):
-            modules["heads"] = nets.heads
-        for name, module in modules.items():
-            load_weights(module, checkpoint, name)
-        for name, average in self.parts.averages.items():
-            average.updates = checkpoint.state["averages"][name]
-        for phase, optimizer in self.parts.optimizers.items():
-            restore_optimizer(
-                optimizer,
-                self._names,
-                checkpoint.tensors(f"optimizer-{phase}", self.device),
-                checkpoint.state["optimizers"][phase],
-            )
+        put_back(self.parts, checkpoint, self.device)
         self.step, self.images = checkpoint.step, checkpoint.images
         self.last_checkpoint, self._saved_at = checkpoint.name, checkpoint.images
-        self._collapsed = checkpoint.state["collapsed"]
+        self.watch.restore(checkpoint.state.get("alarm", {}))
         self.directory.rewind(self.images)
+
+    def go_back(self) -> None:
+        """Return to the checkpoint from before the first sign, and draw otherwise from there.
+
+        Raises:
+            CheckpointError: It is damaged or was removed.
+        """
+        step, images, attempt = self.step, self.images, self.watch.attempt + 1
+        store, anchor = self.directory.store, self.watch.anchor or 0
+        self.restore(open_checkpoint(store, checkpoint_at(store, anchor)))
+        self.watch.attempt = attempt
+        place = self.last_checkpoint
+        self.directory.event("rewound", step=step, images=images, to=place, attempt=attempt)
+        self.progress.say(
+            f"step {step}: went back to step {self.step} ({place}), to draw other noise; return "
+            f"{attempt} of at most {self.recipe.alarm.attempts}"
+        )
+        # At once, so that a crash does not undo it; later checkpoints are set aside.
+        self.save()

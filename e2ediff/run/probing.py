@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import attrs
 import torch
@@ -14,13 +15,15 @@ from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.errors import DivergedError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
-from e2ediff.objective import Nets
+from e2ediff.run.draws import draw_for
 from e2ediff.run.ema import in_use
 from e2ediff.run.generate import Model
 from e2ediff.run.loader import fixed_images
 from e2ediff.run.seeds import generator
+from e2ediff.run.step import Step
 
 _CPU = torch.device("cpu")
+_GRADIENT_IMAGES = 16  # a forward and a backward pass for each term: more would cost percents
 
 
 @attrs.frozen(eq=False)
@@ -49,15 +52,22 @@ class Observer:
         return cls(recipe, diagnostics, probe, calibration.x)
 
     @torch.no_grad()
-    def measure(self, nets: Nets) -> dict[str, float]:
-        """All diagnostics, on the target network's weights.
+    def measure(self, step: Step, phases: Sequence[str]) -> dict[str, float]:
+        """All diagnostics, on the target network's weights; no weight or gradient is touched.
+
+        Args:
+            step: The networks and how a training step computes with them.
+            phases: Phases of the objective whose losses' gradients are looked at.
 
         Raises:
             DivergedError: What the networks make of the probe is not finite.
         """
-        x, label = self.probe.x, self.probe.label
-        with in_use(nets.online, self.calibration) as online:
-            z_online = online.encode(x)
+        x, label, nets = self.probe.x, self.probe.label, step.nets
+        asked = set(chain.from_iterable(d.asks for d in self.diagnostics))
+        z_online = None
+        if "z_online" in asked:
+            with in_use(nets.online, self.calibration) as online:
+                z_online = online.encode(x)
         with in_use(nets.target, self.calibration) as net:
             (out,) = net.outputs(Encode(x=x))
             z = out.value
@@ -70,9 +80,13 @@ class Observer:
                 z_online=z_online,
                 denoised={t: self._denoise(net, z, label, t) for t in self.recipe.probe.times},
                 predicts=self.recipe.predicts,
+                path=self.recipe.interpolant,
+                gradients=self.gradients(step, phases) if "gradients" in asked else {},
             )
-        seen = {"x_hat": probe.x_hat, "z": probe.z, "raw": probe.raw, "z_online": probe.z_online}
+        seen = {"x_hat": probe.x_hat, "z": probe.z, "raw": probe.raw}
+        seen |= {} if z_online is None else {"z_online": z_online}
         seen |= {f"denoised at t={time:g}": z for time, z in probe.denoised.items()}
+        seen |= {f"gradient of {name}": g for name, g in probe.gradients.items()}
         bad = [name for name, value in seen.items() if not torch.isfinite(value).all()]
         if bad:
             raise DivergedError(f"{', '.join(bad)} of the probe images: not finite.")
@@ -80,6 +94,26 @@ class Observer:
         for diagnostic in self.diagnostics:
             figures.update(diagnostic.measure(probe))
         return figures
+
+    def gradients(self, step: Step, phases: Sequence[str]) -> dict[str, Tensor]:
+        """Gradient (G, N, D) of every weighted loss with respect to the online latents.
+
+        As in a training step, on the first probe images, with a draw that never changes.
+        """
+        part = Batch(x=self.probe.x[:_GRADIENT_IMAGES], label=self.probe.label[:_GRADIENT_IMAGES])
+        found: dict[str, Tensor] = {}
+        for phase in phases:
+            with torch.enable_grad():
+                terms = step(part, draw_for(self.recipe, part.label, "probe-draw"), phase)
+                for name, loss in terms.losses.items():
+                    weighted = terms.weights[name] * loss
+                    grad = None
+                    if terms.z.requires_grad and weighted.requires_grad and terms.weights[name]:
+                        (grad,) = torch.autograd.grad(
+                            weighted, terms.z, retain_graph=True, allow_unused=True
+                        )
+                    found[name] = torch.zeros_like(terms.z) if grad is None else grad.detach()
+        return found
 
     def verdict(self, figures: Mapping[str, float]) -> list[str]:
         """What the diagnostics make of their figures; empty for healthy latents."""

@@ -23,13 +23,15 @@ from e2ediff.run.progress import Progress
 from e2ediff.run.signals import Stop
 
 # What may differ between a run and its continuation: none of it moves a trained number, but
-# for the length, whose schedule then ends elsewhere.
+# for the length, whose schedule then ends elsewhere, and under `alarm.policy: rollback` for what
+# is looked at and saved, which decides when a run goes back, and where to.
 _MAY_CHANGE = (
     "images",
     "steps",
     "cadence",
     "preview",
     "checkpoint",
+    "alarm",
     "trackers",
     "device",
     "diagnostics",

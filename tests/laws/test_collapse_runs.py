@@ -35,7 +35,7 @@ def run(host, out: Path, *changes: str):
     return next(line for line in reversed(lines) if "rank_fraction" in line), events
 
 
-# Bounds are those of the verdict. Seeds 0 and 1 gave, after 160 steps, a rank fraction of
+# Bounds are those of the alarm. Seeds 0 and 1 gave, after 160 steps, a rank fraction of
 # 0.09 and 0.10 (coupled), 0.68 and 0.67 (detached), 0.61 and 0.58 (dsd).
 
 

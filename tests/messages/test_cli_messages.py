@@ -113,7 +113,18 @@ def test_help_answers_at_once_without_torch() -> None:
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     seconds = []
-    for words in ([], ["run"], ["sample"], ["reconstruct"], ["check"], ["parts"], ["plugins"]):
+    for words in (
+        [],
+        ["run"],
+        ["sample"],
+        ["reconstruct"],
+        ["check"],
+        ["parts"],
+        ["plugins"],
+        ["ablate"],
+        ["report"],
+        ["compare"],
+    ):
         began = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", program, *words, "--help"], capture_output=True, text=True
@@ -139,7 +150,7 @@ def test_an_unknown_command_suggests_the_one_that_was_meant() -> None:
     assert done.code == 2
     assert done.err.splitlines()[-1] == (
         "Error: unknown command 'sampel'. Did you mean 'sample'? "
-        "Known: check, parts, plugins, reconstruct, run, sample."
+        "Known: ablate, check, compare, parts, plugins, reconstruct, report, run, sample."
     )
 
 

@@ -1,0 +1,167 @@
+"""Does the collapse alarm hear collapses, and keep still on healthy runs?
+
+    python benchmarks/alarm.py --out alarms
+
+Trains reduced quickstarts, healthy ones and ones that must collapse, with the alarm's policy
+`warn`, and counts. What counts as collapsed is decided from the figures, not by the alarm: a
+rank below a quarter of the latents' channels, or below a quarter of the run's largest, or an std
+across images below a tenth.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+import torch
+
+from e2ediff.host.plugins import Host, load
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.progress import Progress
+from e2ediff.run.session import train
+
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+WINDOW = 25
+REDUCED = (
+    "batch=16",
+    "backbone.width=48",
+    "backbone.depth=3",
+    "optimizer.warmup_images=640",
+    "sampler.steps=2",
+    f"cadence={{log: {WINDOW}, diagnose: {WINDOW}, preview: 1000000, checkpoint: 1000000}}",
+    "probe={images: 128, calibration: 256, times: [0.3, 0.7]}",
+    "preview.rows=1",
+    "alarm.policy=warn",
+)
+_FULL = "objective.denoising_weight=1"
+COLLAPSING = {
+    "coupled": ("objective=coupled",),
+    "stop-gradient alone": ("objective.regress=v", "objective.target=online", _FULL),
+    "clean prediction alone": ("objective.target_gradient=1", "objective.target=online", _FULL),
+    "wrong form (v regressed, EMA target)": ("objective.regress=v", _FULL),
+}
+HEALTHY = {
+    "dsd": (),
+    "detached": ("objective=detached",),
+    "two_stage": ("objective=two_stage", "backbone.trunks=denoiser_apart"),
+}
+
+
+@attrs.frozen
+class Heard:
+    """One run: the steps at which it collapsed and at which the alarm went on, if they did.
+
+    `rank_fraction`, `latent_std` and `relative` (the rank over the run's largest so far) are the
+    smallest of the run, `positional` the largest.
+    """
+
+    variant: str
+    seed: int
+    collapsed: int | None
+    alarmed: int | None
+    rank_fraction: float
+    latent_std: float
+    relative: float
+    positional: float
+    seconds: float
+
+
+def judge(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> dict:
+    """What a run's figures and events say, as fields of `Heard`."""
+    looks = [m for m in metrics if "rank_fraction" in m and m["step"] > 0]
+    best, relative = 0.0, []
+    collapsed = None
+    for look in looks:
+        best = max(best, look["rank"])
+        relative.append(look["rank"] / best)
+        gone = look["rank_fraction"] < 0.25 or relative[-1] < 0.25 or look["latent_std"] < 0.1
+        if gone and collapsed is None:
+            collapsed = look["step"]
+    alarms = [e["step"] for e in events if e["kind"] == "collapse"]
+    return {
+        "collapsed": collapsed,
+        "alarmed": alarms[0] if alarms else None,
+        "rank_fraction": min(m["rank_fraction"] for m in looks),
+        "latent_std": min(m["latent_std"] for m in looks),
+        "relative": min(relative),
+        "positional": max(m["positional"] for m in looks),
+    }
+
+
+def hear(
+    host: Host, out: Path, variant: str, changes: Sequence[str], seed: int, steps: int
+) -> Heard:
+    """Train one run, unless it lies there finished, and judge it."""
+    place = out / f"{variant.partition(' (')[0].replace(' ', '-')}-seed{seed}"
+    began = time.perf_counter()
+    done = place.exists() and RunDirectory.open(str(place)).status().get("state") == "done"
+    if not done:
+        wanted = [*REDUCED, *changes, f"steps={steps}", f"seed={seed}"]
+        quiet = Progress(io.StringIO())
+        train(host, str(QUICKSTART), wanted, str(place), resume=place.exists(), progress=quiet)
+    run = RunDirectory.open(str(place))
+    found = judge(run.read_metrics(), run.read_events())
+    return Heard(variant, seed, seconds=round(time.perf_counter() - began, 1), **found)
+
+
+def table(heard: Sequence[Heard]) -> str:
+    """One row for each variant, in Markdown."""
+    lines = [
+        "| variant | runs | collapsed | alarms | windows from collapse to alarm, at most "
+        "| smallest rank fraction | smallest rank over own largest | largest positional |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in dict.fromkeys(h.variant for h in heard):
+        runs = [h for h in heard if h.variant == variant]
+        both = [
+            h.alarmed - h.collapsed
+            for h in runs
+            if h.alarmed is not None and h.collapsed is not None
+        ]
+        cells = (
+            variant,
+            len(runs),
+            sum(h.collapsed is not None for h in runs),
+            sum(h.alarmed is not None for h in runs),
+            f"{max(both) / WINDOW:g}" if both else "-",
+            f"{min(h.rank_fraction for h in runs):.2f}",
+            f"{min(h.relative for h in runs):.2f}",
+            f"{max(h.positional for h in runs):.2f}",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where runs go.")
+@click.option("--steps", default=250, show_default=True)
+@click.option("--seeds", default=5, show_default=True, help="Of each variant that collapses.")
+@click.option("--healthy-seeds", default=20, show_default=True, help="Of each healthy variant.")
+@click.option("--threads", default=1, show_default=True)
+def main(out: Path, steps: int, seeds: int, healthy_seeds: int, threads: int) -> None:
+    """Count the alarms of runs that collapse and of runs that do not."""
+    torch.set_num_threads(threads)
+    host, heard = load(), []
+    out.mkdir(parents=True, exist_ok=True)
+    counts = {**dict.fromkeys(COLLAPSING, seeds), **dict.fromkeys(HEALTHY, healthy_seeds)}
+    for variant, changes in {**COLLAPSING, **HEALTHY}.items():
+        for seed in range(counts[variant]):
+            one = hear(host, out, variant, changes, seed, steps)
+            heard.append(one)
+            click.echo(f"{variant} seed {seed}: {attrs.asdict(one)}", err=True)
+    (out / "results.json").write_text(json.dumps([attrs.asdict(h) for h in heard], indent=1))
+    (out / "table.md").write_text(table(heard) + "\n")
+    false = [h for h in heard if h.alarmed is not None and h.variant in HEALTHY]
+    missed = [h for h in heard if h.alarmed is None and h.collapsed is not None]
+    click.echo(table(heard))
+    click.echo(f"\nfalse alarms: {len(false)}; collapses without an alarm: {len(missed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What looking at a run costs, as a share of training.
+
+    python benchmarks/observatory_cost.py recipes/quickstart.yaml
+
+CPU seconds of this process on the CPU, seconds of the clock on a GPU. The share is one look over
+the steps between two looks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import click
+import torch
+
+from e2ediff.data import Batch
+from e2ediff.diagnostic import Probe
+from e2ediff.host.plugins import load
+from e2ediff.host.recipe import load_recipe
+from e2ediff.run.assembly import assemble, choose_device
+from e2ediff.run.draws import draw_for
+from e2ediff.run.ema import calibrate, in_use
+from e2ediff.run.probing import Observer, chosen_diagnostics
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The least of several timings, after a first one that is thrown away."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    taken = []
+    for _ in range(repeats + 1):
+        began = clock()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(clock() - began)
+    return min(taken[1:])
+
+
+@click.command()
+@click.argument("recipe_path", default="recipes/quickstart.yaml")
+@click.option("--set", "overrides", multiple=True, help="As of `e2ediff run`.")
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+def main(recipe_path: str, overrides: tuple[str, ...], repeats: int, threads: int) -> None:
+    """Time a step and a look of a recipe, and every diagnostic of the look."""
+    torch.set_num_threads(threads)
+    host = load()
+    recipe = load_recipe(host, recipe_path, overrides)
+    device = choose_device(recipe.device)
+    training, held_out = recipe.data.open(), recipe.data.open(held_out=True)
+    parts = assemble(recipe, device)
+    chosen = chosen_diagnostics(host, recipe)
+    observer = Observer.open(recipe, chosen, training, held_out, device)
+    phase = recipe.objective.phases[0]
+    size = recipe.batch // recipe.microshards
+    enough = observer.calibration.repeat(-(-size // len(observer.calibration)), 1, 1, 1)
+    batch = Batch(x=enough[:size], label=torch.zeros(size, dtype=torch.long, device=device))
+
+    def step() -> None:
+        parts.step.zero_grad(set_to_none=True)
+        for shard in range(recipe.microshards):
+            draw = draw_for(recipe, batch.label, "cost", shard)
+            parts.step(batch, draw, phase).total.backward()
+        parts.optimizers[phase].step()
+        for average in parts.averages.values():
+            average.update()
+
+    one_step = seconds(step, device, 3 * repeats)
+    look = seconds(lambda: observer.measure(parts.step, [phase]), device, repeats)
+    every = recipe.cadence.diagnose
+    click.echo(f"step {one_step * 1e3:.1f} ms, look {look * 1e3:.1f} ms every {every} steps")
+    click.echo(f"a look costs {look / (every * one_step):.2%} of the steps between two looks")
+    calibration = seconds(lambda: calibrate(parts.nets.target, observer.calibration), device, 1)
+    click.echo(f"  {calibration * 1e3:8.1f} ms  calibrating the latent norm")
+    pulls = observer.gradients(parts.step, [phase])
+    taken = seconds(lambda: observer.gradients(parts.step, [phase]), device, repeats)
+    click.echo(f"  {taken * 1e3:8.1f} ms  gradients of the terms")
+    with torch.no_grad(), in_use(parts.nets.target, observer.calibration) as net:
+        x, label = observer.probe.x, observer.probe.label
+        z = net.encode(x)
+        guesses = {t: z * t for t in recipe.probe.times}
+        probe = Probe(x, label, x, z, z, z, guesses, recipe.predicts, recipe.interpolant, pulls)
+    total = 0.0
+    for diagnostic in chosen:
+        taken = seconds(lambda one=diagnostic: one.measure(probe), device, repeats)  # type: ignore[misc]
+        total += taken
+        click.echo(f"  {taken * 1e3:8.1f} ms  {type(diagnostic).__name__}")
+    click.echo(f"  {total * 1e3:8.1f} ms  all diagnostics, {total / (every * one_step):.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The alarm: when signs of collapse count, and what follows.
+
+A pure state machine over figures: it touches neither networks nor files, so that a run's
+alarms can be replayed from its `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+
+from e2ediff.host.recipe import Alarm
+from e2ediff.run.storage import JSON
+
+# Beyond these nothing is left to wait for; healthy latents are far from them from step 1 on.
+_DEAD_RANK, _DEAD_STD, _ALL_POSITIONAL = 1.05, 0.01, 0.99
+
+
+@attrs.frozen
+class Finding:
+    """What one diagnosis means: signs in words, and whether the alarm went on or off by it."""
+
+    signs: Sequence[str]
+    change: Literal["", "collapse", "recovered"]
+
+
+@attrs.define
+class Watch:
+    """What the alarm remembers of a run.
+
+    `streak` counts diagnoses in a row with signs, `on` is whether the latents count as
+    collapsed, `best` has the largest figures so far, `mute` and `still` say of the newest logged
+    step that every loss or the gradient was next to nothing, `attempt` counts returns to a
+    checkpoint, and `anchor` is the images count of the checkpoint to return to.
+    """
+
+    alarm: Alarm
+    streak: int = 0
+    on: bool = False
+    best: dict[str, float] = attrs.field(factory=dict)
+    mute: bool = False
+    still: bool = False
+    attempt: int = 0
+    anchor: int | None = None
+
+    def hear(self, record: Mapping[str, float]) -> None:
+        """Take in the losses and gradient norm of a logged step."""
+        losses = [abs(v) for k, v in record.items() if k.startswith("loss/")]
+        self.mute = bool(losses) and max(losses) < self.alarm.silence
+        self.still = record.get("grad_norm", 1.0) < self.alarm.silence
+
+    def look(self, figures: Mapping[str, float], verdict: Sequence[str]) -> Finding:
+        """Judge the figures of a diagnosis.
+
+        Args:
+            figures: Those of all diagnostics.
+            verdict: What the diagnostics themselves say of them.
+        """
+        signs = [*verdict, *self._falls(figures)]
+        complete = self.mute or (bool(signs) and (self.still or _is_dead(figures)))
+        if self.mute:
+            signs.append(f"every loss is below {self.alarm.silence:g}: nothing is left to learn")
+        elif self.still and signs:
+            signs.append(f"the gradient's norm is below {self.alarm.silence:g}")
+        self.streak = self.streak + 1 if signs else 0
+        if not self.on and signs and (complete or self.streak >= self.alarm.window):
+            self.on = True
+            return Finding(signs, "collapse")
+        if self.on and not signs:
+            self.on = False
+            return Finding(signs, "recovered")
+        return Finding(signs, "")
+
+    def _falls(self, figures: Mapping[str, float]) -> list[str]:
+        """Signs against the run's own past; raises the marks that figures are held against."""
+        found = []
+        for name, share, title in (
+            ("rank", self.alarm.fall, "the effective rank"),
+            ("latent_std", self.alarm.shrink, "the std across images"),
+        ):
+            if name in figures:
+                value = figures[name]
+                best = self.best[name] = max(self.best.get(name, value), value)
+                if value < share * best:
+                    found.append(f"{title} fell from {best:.3g} to {value:.3g}")
+        return found
+
+    @property
+    def clean(self) -> bool:
+        """Whether a checkpoint of this moment is worth returning to."""
+        return self.streak == 0
+
+    @property
+    def may_return(self) -> bool:
+        """Whether the run may go back to its anchor once more."""
+        within = self.attempt < self.alarm.attempts
+        return self.alarm.policy == "rollback" and within and self.anchor is not None
+
+    def advice(self) -> str:
+        """What to do about an alarm that ends the run."""
+        tried = ""
+        if self.attempt:
+            times = {1: "once", 2: "twice"}.get(self.attempt, f"{self.attempt} times")
+            tried = f"The run went back {times} and collapsed again. "
+        return (
+            f"{tried}A saved checkpoint has this state; change the objective, the latent norm or "
+            "the learning rate, or go on regardless with --resume --set alarm.policy=warn."
+        )
+
+    def state(self) -> dict[str, JSON]:
+        """All but the options, for a checkpoint."""
+        return {k: v for k, v in attrs.asdict(self).items() if k != "alarm"}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave."""
+        for name, value in state.items():
+            setattr(self, name, dict(value) if isinstance(value, dict) else value)
+
+
+def _is_dead(figures: Mapping[str, float]) -> bool:
+    return (
+        figures.get("rank", _DEAD_RANK) < _DEAD_RANK
+        or figures.get("latent_std", _DEAD_STD) < _DEAD_STD
+        or figures.get("positional", 0.0) > _ALL_POSITIONAL
+    )

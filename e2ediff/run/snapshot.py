@@ -1,0 +1,80 @@
+"""All that a checkpoint holds of an assembly, taken from it and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from e2ediff.run.assembly import Assembly
+from e2ediff.run.checkpoint import load_weights
+from e2ediff.run.ema import calibrate
+from e2ediff.run.manifest import Checkpoint
+from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
+from e2ediff.run.storage import JSON
+
+
+@attrs.frozen(eq=False)
+class Snapshot:
+    """Tensors by file, and the rest as JSON."""
+
+    files: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, JSON]
+
+
+def take(parts: Assembly, calibration: Tensor) -> Snapshot:
+    """The weights, averages and optimizers as they are.
+
+    The statistics of every set of weights are made those weights' own, from training images
+    `calibration` (M, C, H, W).
+    """
+    nets, names = parts.nets, _names(parts)
+    files: dict[str, Mapping[str, Tensor]] = {}
+    calibrate(nets.online, calibration)
+    files["online"] = nets.online.state_dict()
+    if len(nets.heads):
+        files["heads"] = nets.heads.state_dict()
+    for name, average in parts.averages.items():
+        calibrate(average.net, calibration)
+        files[name] = average.net.state_dict()
+    optimizers: dict[str, JSON] = {}
+    for phase, optimizer in parts.optimizers.items():
+        tensors, rest = flatten_optimizer(optimizer, names)
+        files[f"optimizer-{phase}"] = tensors
+        optimizers[phase] = rest
+    state: dict[str, JSON] = {
+        "averages": {n: a.updates for n, a in parts.averages.items()},
+        "optimizers": optimizers,
+        "choices": dict(parts.choices),
+    }
+    return Snapshot(files, state)
+
+
+def put_back(parts: Assembly, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Give an assembly the weights, averages and optimizers of a checkpoint.
+
+    Raises:
+        CheckpointError: Its tensors do not fit the recipe.
+    """
+    nets = parts.nets
+    modules: dict[str, nn.Module] = {"online": nets.online}
+    modules |= {name: average.net for name, average in parts.averages.items()}
+    if len(nets.heads):
+        modules["heads"] = nets.heads
+    for name, module in modules.items():
+        load_weights(module, checkpoint, name)
+    for name, average in parts.averages.items():
+        average.updates = checkpoint.state["averages"][name]
+    for phase, optimizer in parts.optimizers.items():
+        restore_optimizer(
+            optimizer,
+            _names(parts),
+            checkpoint.tensors(f"optimizer-{phase}", device),
+            checkpoint.state["optimizers"][phase],
+        )
+
+
+def _names(parts: Assembly) -> dict[nn.Parameter, str]:
+    return {p: name for name, p in parts.step.named_parameters()}

@@ -1,0 +1,259 @@
+"""The alarm's policies in runs, and that looking leaves training alone.
+
+A diagnostic that shows a sign at chosen looks stands in for a collapse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import attrs
+import pytest
+import torch
+from command_line import e2ediff
+
+from e2ediff import hookimpl
+from e2ediff.data import Batch
+from e2ediff.diagnostic import Diagnostic
+from e2ediff.errors import CheckpointError, CollapseError
+from e2ediff.host.plugins import load
+from e2ediff.host.recipe import load_recipe
+from e2ediff.run.assembly import assemble
+from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
+from e2ediff.run.draws import draw_for
+from e2ediff.run.probing import Observer
+from e2ediff.run.progress import Progress
+from e2ediff.run.session import train
+from e2ediff.run.storage import Store
+
+CADENCE = "cadence={log: 1, diagnose: 2, preview: 1000, checkpoint: 2}"
+TRAPPED = ["objective=detached", "diagnostics=[trap, latent_health]", CADENCE]
+
+
+class Run:
+    """Runs of the tiny recipe that share a count of looks, as one run and its continuations."""
+
+    def __init__(self, recipe: str, out: Path, signs: set[int]) -> None:
+        self.recipe, self.out, self.steps, self.said = recipe, out, 0, io.StringIO()
+        looks = iter(range(10**6))
+
+        @attrs.frozen(kw_only=True)
+        class Trap(Diagnostic):
+            def measure(self, probe):
+                return {"trap": float(next(looks) in signs)}
+
+            def verdict(self, values):
+                return ["it snapped shut"] if values.get("trap") else []
+
+        self.trap = Trap
+
+    def train(self, *changes: str, resume: bool = False, stop_after: int = 0):
+        @hookimpl
+        def register_diagnostics(add):
+            add("trap", self.trap)
+
+        @hookimpl
+        def step_ended(run, step):
+            self.steps += 1
+            if self.steps == stop_after:
+                signal.raise_signal(signal.SIGINT)
+
+        hooks = SimpleNamespace(
+            __name__="trap", register_diagnostics=register_diagnostics, step_ended=step_ended
+        )
+        changes = (*TRAPPED, *changes)
+        shown = Progress(self.said)
+        return train(
+            load(hooks), self.recipe, changes, str(self.out), resume=resume, progress=shown
+        )
+
+    def events(self, kind: str):
+        lines = (self.out / "events.jsonl").read_text().splitlines()
+        return [e for e in map(json.loads, lines) if e["kind"] == kind]
+
+    def status(self):
+        return json.loads((self.out / "status.json").read_text())
+
+    def figures(self):
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()
+        return [
+            {k: v for k, v in line.items() if not k.startswith("wall_")}
+            for line in map(json.loads, lines)
+        ]
+
+    def losses(self):
+        return {f["step"]: f["loss/denoising"] for f in self.figures() if "loss/denoising" in f}
+
+
+def fingerprint(out: Path) -> dict[str, object]:
+    found = open_checkpoint(Store(str(out)))
+    tensors = {
+        f"{file}:{name}": hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()
+        for file in found.files
+        for name, t in found.tensors(file).items()
+    }
+    return {"step": found.step, "state": found.state, **tensors}
+
+
+@pytest.fixture
+def trapped(tiny_recipe, tmp_path):
+    def of(*signs: int, name: str = "run") -> Run:
+        return Run(tiny_recipe, tmp_path / name, set(signs))
+
+    return of
+
+
+# Looks are taken at steps 0, 2, 4, ...: look 3 is step 6.
+
+
+def test_warn_says_so_once_goes_on_and_tells_of_the_recovery(trapped) -> None:
+    run = trapped(2, 3, 4)
+    assert run.train().exit_code == 0
+    assert [e["step"] for e in run.events("collapse")] == [6]
+    assert [e["step"] for e in run.events("recovered")] == [10]
+    assert run.said.getvalue().count("LATENT COLLAPSE: it snapped shut") == 1
+
+
+def test_stop_saves_says_why_and_exits_with_seven(trapped) -> None:
+    run = trapped(2, 3, 4, 5)
+    with pytest.raises(CollapseError, match="step 6: it snapped shut") as caught:
+        run.train("alarm.policy=stop")
+    assert caught.value.exit_code == 7
+    status = run.status()
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 7, 6)
+    assert "it snapped shut" in status["reason"]
+    assert "alarm.policy=warn" in status["reason"]
+    assert fingerprint(run.out)["step"] == 6
+    assert (run.out / "curves.png").exists()
+    # It stands where it stood: another look stops it again, and a warning lets it go on.
+    with pytest.raises(CollapseError, match="step 8"):
+        run.train("alarm.policy=stop", resume=True)
+    assert run.train("alarm.policy=warn", resume=True).exit_code == 0
+    assert fingerprint(run.out)["step"] == 12
+
+
+def test_the_command_says_it_in_a_sentence_and_exits_with_seven(tiny_recipe, tmp_path) -> None:
+    strict = "diagnostics=[{name: latent_health, rank_fraction: 1.0}]"
+    words = ("run", tiny_recipe, "--out", tmp_path / "run", "--set", strict)
+    done = e2ediff(*words, "--set", "alarm.policy=stop")
+    assert (done.code, done.out) == (7, "")
+    assert "error: step 8: effective rank" in done.err
+    assert done.err.rstrip().endswith("--resume --set alarm.policy=warn.")
+
+
+def test_rollback_returns_to_before_the_first_sign_and_draws_otherwise(trapped) -> None:
+    plain, run = trapped(name="plain"), trapped(3, 4)
+    plain.train("alarm.policy=rollback")
+    assert run.train("alarm.policy=rollback").exit_code == 0
+    (event,) = run.events("rewound")
+    assert (event["step"], event["images"]) == (8, 64)
+    assert (event["to"], event["attempt"]) == ("images-000000000032", 1)
+    assert fingerprint(run.out)["state"]["alarm"]["attempt"] == 1
+    assert run.status()["state"] == "done"
+    before, after = plain.losses(), run.losses()
+    assert list(after) == list(range(1, 13))
+    assert {k: after[k] for k in range(1, 5)} == {k: before[k] for k in range(1, 5)}
+    assert all(after[k] != before[k] for k in range(5, 13))
+
+
+def test_returns_are_counted_and_then_the_run_stops(trapped) -> None:
+    run = trapped(*range(2, 1000))
+    with pytest.raises(CollapseError, match="went back twice and collapsed again"):
+        run.train("alarm={policy: rollback, attempts: 2}")
+    assert [e["attempt"] for e in run.events("rewound")] == [1, 2]
+    assert run.status()["exit_code"] == 7
+    assert len({e["to"] for e in run.events("rewound")}) == 1
+
+
+def test_a_collapse_at_the_first_looks_goes_back_to_the_very_beginning(trapped) -> None:
+    run = trapped(1, 2)
+    assert run.train("alarm.policy=rollback").exit_code == 0
+    (event,) = run.events("rewound")
+    assert event["to"] == "images-000000000000"
+
+
+def test_the_checkpoint_to_return_to_outlives_retention(trapped) -> None:
+    """A window of four looks with a save at each, of which two stay."""
+    run = trapped(3, 4, 5, 6)
+    assert run.train("alarm={policy: rollback, window: 4}", "steps=16").exit_code == 0
+    (event,) = run.events("rewound")
+    assert (event["step"], event["to"]) == (12, "images-000000000032")
+    kept = list_checkpoints(Store(str(run.out)))
+    assert kept == ["images-000000000112", "images-000000000128"]
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [(3,), (7,), (8,), (9,), (10,), (5, 7, 8, 9, 13)],
+    ids=["before", "pending", "at the return", "after it", "at a save", "again and again"],
+)
+def test_a_run_that_goes_back_resumes_bit_for_bit(cuts, trapped) -> None:
+    """Cuts count steps taken: the eighth ends in the return from step 8 to step 4."""
+    rollback = ("alarm.policy=rollback", "checkpoint.keep=1")
+    whole, run = trapped(3, 4, name="whole"), trapped(3, 4)
+    whole.train(*rollback)
+    for i, cut in enumerate(cuts):
+        assert run.train(*rollback, resume=i > 0, stop_after=cut).exit_code == 130
+    assert run.train(*rollback, resume=True).exit_code == 0
+    a, b = fingerprint(whole.out), fingerprint(run.out)
+    assert [k for k in a if a[k] != b[k]] == []
+    assert whole.figures() == run.figures()
+    assert len(run.events("rewound")) == 1
+
+
+def test_a_return_to_a_checkpoint_that_is_gone_is_an_error_that_names_it(trapped) -> None:
+    run = trapped(3, 4)
+
+    def verdict(self, values):
+        if not values.get("trap"):
+            return []
+        for name in list_checkpoints(Store(str(run.out))):
+            (run.out / "checkpoints" / name / "MANIFEST.json").unlink(missing_ok=True)
+        return ["it snapped shut"]
+
+    run.trap.verdict = verdict
+    with pytest.raises(CheckpointError, match="images-000000000032"):
+        run.train("alarm.policy=rollback", "checkpoint.keep=9")
+
+
+def test_looking_at_every_step_moves_no_weight(tiny_recipe, tmp_path) -> None:
+    """All diagnostics, with gradients of every term, against none."""
+    host, prints = load(), []
+    often = ["cadence={log: 1, diagnose: 1, preview: 1000, checkpoint: 1000}"]
+    never = ["cadence={log: 1, diagnose: 1000, preview: 1000, checkpoint: 1000}", "diagnostics=[]"]
+    for name, changes in (("often", often), ("never", never)):
+        shared = ["microshards=2", "backbone.latent_norm=batch"]
+        out = tmp_path / name
+        quiet = Progress(io.StringIO())
+        train(host, tiny_recipe, [*shared, *changes], str(out), progress=quiet)
+        prints.append(fingerprint(out))
+        prints[-1].pop("state")
+    assert len(prints[0]) > 50
+    assert prints[0] == prints[1]
+
+
+def test_gradients_of_the_probe_are_those_of_a_step_and_leave_no_trace(host, tiny_recipe) -> None:
+    recipe = load_recipe(host, tiny_recipe)
+    parts = assemble(recipe, torch.device("cpu"))
+    data = recipe.data.open()
+    observer = Observer.open(recipe, [], data, data, torch.device("cpu"))
+    before = {k: v.clone() for k, v in parts.step.state_dict().items()}
+    state = torch.get_rng_state()
+    found = observer.gradients(parts.step, recipe.objective.phases)
+    again = observer.gradients(parts.step, recipe.objective.phases)
+    assert set(found) == {"reconstruction", "denoising"}
+    assert found["denoising"].abs().sum() > 0
+    assert all(torch.equal(found[k], again[k]) for k in found)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in parts.step.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in parts.step.state_dict().items())
+    # The naive objective's gradient through z alone, by hand.
+    x, label = observer.probe.x[:16], observer.probe.label[:16]
+    terms = parts.step(Batch(x=x, label=label), draw_for(recipe, label, "probe-draw"), "joint")
+    (expected,) = torch.autograd.grad(terms.losses["denoising"], terms.z)
+    assert torch.equal(found["denoising"], expected)
