@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import attrs
-import torch
 from attrs import validators
 from torch import nn
 
@@ -19,7 +18,7 @@ from e2ediff.losses import (
     DecodeNoise,
     PixelLoss,
     Space,
-    clean_loss,
+    mean_clean_loss,
     noise_levels,
     unfit_prediction,
 )
@@ -81,16 +80,9 @@ class Unite(Objective):
         x_hat, *outs = nets.online.run(
             Decode(z=self.decode_noise(z, draw, nets.path)), *(n.denoise() for n in levels)
         )
-        errors = torch.stack(
-            [
-                clean_loss(
-                    n.estimate(out, nets), sg(z), nets.path, n.draw.t, self.weight, self.clamp
-                )
-                for out, n in zip(outs, levels, strict=True)
-            ]
-        )
+        mean = mean_clean_loss(outs, levels, sg(z), nets, self.weight, self.clamp)
         losses = {
             "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
-            "denoising": errors.sum() if self.reduce == "sum" else errors.mean(),
+            "denoising": mean * self.draws if self.reduce == "sum" else mean,
         }
         return Terms(losses, {"reconstruction": 1.0, "denoising": self.denoising_weight}, z)
