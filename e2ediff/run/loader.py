@@ -21,6 +21,7 @@ from e2ediff.errors import DataError
 from e2ediff.run.seeds import generator
 
 _CPU = torch.device("cpu")
+_ALL = slice(None)
 
 
 class Order:
@@ -52,21 +53,24 @@ class _Steps(Dataset[tuple[Tensor, Tensor] | str]):
     process arrives as a page of traceback.
     """
 
-    def __init__(self, source: DataSource, order: Order, batch: int, *, flip: bool) -> None:
+    def __init__(
+        self, source: DataSource, order: Order, batch: int, *, flip: bool, rows: slice
+    ) -> None:
         self.source = source
         self.order = order
         self.batch = batch
+        self.rows = rows
         self.flip = flip
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | str:
         start = step * self.batch
         try:
-            x, label = self.source.read(self.order.indices(start, self.batch))
+            x, label = self.source.read(self.order.indices(start, self.batch)[self.rows])
         except DataError as error:
             return str(error)
         if self.flip:
             g = generator(_CPU, self.order.seed, "flip", start)
-            mirrored = torch.rand(self.batch, generator=g) < 0.5
+            mirrored = torch.rand(self.batch, generator=g)[self.rows] < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         return x, label
 
@@ -100,14 +104,15 @@ def batches(
     flip: bool,
     workers: int,
     device: torch.device,
+    rows: slice = _ALL,
 ) -> Iterator[Batch]:
-    """Batches of the optimizer steps `first` to `last`.
+    """Batches of the optimizer steps `first` to `last`, or these rows of each of them.
 
     Raises:
         DataError: The source is smaller than one batch, or an image cannot be read.
     """
     check_enough(source, batch)
-    steps = _Steps(source, Order(len(source), seed), batch, flip=flip)
+    steps = _Steps(source, Order(len(source), seed), batch, flip=flip, rows=rows)
     items: Iterable[tuple[Tensor, Tensor] | str] = DataLoader(
         steps,
         sampler=range(first, last),
