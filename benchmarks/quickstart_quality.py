@@ -42,6 +42,7 @@ from judge import (
 )
 from torch import Tensor
 
+from e2ediff.data import SourceConfig
 from e2ediff.errors import E2EDiffError
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
@@ -192,7 +193,7 @@ class Data:
     held_out: Images
 
     @classmethod
-    def open(cls, source: FashionMNIST) -> Data:
+    def open(cls, source: SourceConfig) -> Data:
         """Read both."""
         return cls(load_images(source), load_images(source, held_out=True))
 
