@@ -9,7 +9,7 @@ from typing import Literal
 
 import attrs
 import fsspec
-from attrs.validators import deep_iterable, ge, gt, lt
+from attrs.validators import deep_iterable, ge, gt, lt, optional
 
 from e2ediff.backbone import BackboneConfig
 from e2ediff.data import SourceConfig
@@ -83,12 +83,14 @@ class Average:
 class Cadence:
     """How often things happen, each in optimizer steps.
 
-    `log` reads the losses, `diagnose` measures the diagnostics, `preview` samples images,
-    `checkpoint` saves.
+    `log` reads the losses, `diagnose` measures the diagnostics that look at latents alone,
+    `survey` measures all of them (by default every tenth diagnosis, and always at the first and
+    last step), `preview` samples images, `checkpoint` saves.
     """
 
     log: int = attrs.field(default=25, validator=gt(0))
     diagnose: int = attrs.field(default=250, validator=gt(0))
+    survey: int | None = attrs.field(default=None, validator=optional(gt(0)))
     preview: int = attrs.field(default=500, validator=gt(0))
     checkpoint: int = attrs.field(default=1000, validator=gt(0))
 
@@ -97,14 +99,16 @@ class Cadence:
 class ProbeSettings:
     """What diagnostics are measured on.
 
-    `images` is the number of held-out images, `times` the times at which they are denoised (0 is
-    noise, 1 is data), `calibration` the number of training images from which batch
-    normalisation takes its statistics.
+    `images` is the number of held-out images that diagnostics may ask for, `glance` the number
+    of those that every diagnosis encodes and a survey decodes and denoises, `times` the times at
+    which they are denoised (0 is noise, 1 is data), `calibration` the number of training images
+    from which batch normalisation takes its statistics before weights are saved or sampled from.
     """
 
     images: int = attrs.field(default=256, validator=gt(0))
+    glance: int = attrs.field(default=64, validator=gt(1))
     times: tuple[float, ...] = attrs.field(
-        default=(0.1, 0.3, 0.5, 0.7, 0.9), validator=deep_iterable((gt(0.0), lt(1.0)))
+        default=(0.1, 0.5, 0.9), validator=deep_iterable((gt(0.0), lt(1.0)))
     )
     calibration: int = attrs.field(default=1024, validator=gt(0))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch_ema import ExponentialMovingAverage
 
-from e2ediff.backbone import Backbone
+from e2ediff.backbone import Backbone, Encode
 
 _CHUNK = 256  # images in one calibration pass
 
@@ -67,9 +67,29 @@ def calibrate(net: Backbone, images: Tensor) -> None:
         net.latent_norm.train(norm_training)
 
 
-def _raw(net: Backbone, x: Tensor) -> Tensor:
-    from e2ediff.backbone import Encode
+@torch.no_grad()
+def own_latents(net: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents of images (M, C, H, W) and those before the norm, (M, N, D), in one pass.
 
+    The norm takes its statistics from these images and keeps them, so that `decode` and
+    `denoise` agree with the latents; the network is in eval mode.
+    """
+    if not net.latent_norm.has_statistics:
+        (out,) = net.outputs(Encode(x=x))
+        return out.value, out.value if out.raw is None else out.raw
+    net.latent_norm.train()
+    raw = torch.cat([_raw(net, chunk) for chunk in torch.split(x, _CHUNK)])
+    return normalised(net, raw), raw
+
+
+def normalised(net: Backbone, raw: Tensor) -> Tensor:
+    """Latents (M, N, D) from those before the norm, whose statistics the norm takes and keeps."""
+    net.latent_norm.calibrate(raw)
+    z: Tensor = net.latent_norm.eval()(raw)
+    return z
+
+
+def _raw(net: Backbone, x: Tensor) -> Tensor:
     (out,) = net.outputs(Encode(x=x))
     if out.raw is None:
         raise ValueError(
@@ -77,6 +97,18 @@ def _raw(net: Backbone, x: Tensor) -> Tensor:
             f"latent norm '{net.latent.norm}' needs statistics"
         )
     return out.raw
+
+
+@contextlib.contextmanager
+def at_rest(net: Backbone) -> Iterator[Backbone]:
+    """The network in eval mode; its modes are put back on leaving."""
+    modes = [(m, m.training) for m in net.modules()]
+    net.eval()
+    try:
+        yield net
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager
@@ -89,11 +121,6 @@ def in_use(net: Backbone, images: Tensor) -> Iterator[Backbone]:
 
     Its modes are put back on leaving.
     """
-    modes = [(m, m.training) for m in net.modules()]
     calibrate(net, images)
-    net.eval()
-    try:
+    with at_rest(net):
         yield net
-    finally:
-        for module, training in modes:
-            module.training = training

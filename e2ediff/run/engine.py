@@ -105,7 +105,7 @@ class Engine:
         try:
             for batch in self._batches():
                 self.advance(batch)
-                if self.step % cadence.diagnose == 0 or self.step == total:
+                if self.step % cadence.diagnose == 0 or self._survey_due():
                     self.look()
                 if self.step % cadence.preview == 0 or self.step == total:
                     self.preview()
@@ -225,6 +225,12 @@ class Engine:
         self.directory.log_metrics({"step": self.step, "images": self.images, **values})
         self.sinks.log(self.images, values)
 
+    def _survey_due(self) -> bool:
+        """Whether all diagnostics are due: at the first and last step, and by the cadence."""
+        cadence = self.recipe.cadence
+        every = cadence.survey or 10 * cadence.diagnose
+        return self.step % every == 0 or self.step == self.recipe.total_steps
+
     def look(self) -> None:
         """Measure the diagnostics, and sound the alarm if the latents have collapsed.
 
@@ -234,18 +240,19 @@ class Engine:
         pause = time.perf_counter()
         phases = self._active() or self.recipe.objective.phases[-1:]
         try:
-            self.health = self.observer.measure(self.parts.step, phases)
+            found = self.observer.measure(self.parts.step, phases, survey=self._survey_due())
         except DivergedError as error:
             raise self._diverged(str(error)) from error
         seconds = time.perf_counter() - pause
-        self._record({**self.health, "wall_look_seconds": round(seconds, 4)})
-        self._notify("diagnosed", step=self.step, values=self.health)
+        self.health |= found
+        self._record({**found, "wall_look_seconds": round(seconds, 4)})
+        self._notify("diagnosed", step=self.step, values=found)
         if self.step > 0:
-            self._judge()
+            self._judge(found)
         self._pause(pause)
 
-    def _judge(self) -> None:
-        found = self.watch.look(self.health, self.observer.verdict(self.health))
+    def _judge(self, figures: Mapping[str, float]) -> None:
+        found = self.watch.look(figures, self.observer.verdict(figures))
         said, signs = "; ".join(found.signs), [*found.signs]
         if found.change:
             self.directory.event(found.change, step=self.step, images=self.images, signs=signs)

@@ -130,7 +130,7 @@ def test_an_objective_keeps_its_contract_on_the_vit(objective) -> None:
 
 def test_a_diagnostic_lives_with_two_images_of_one_token() -> None:
     x, z = torch.zeros(2, 1, 8, 8), torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]])
-    probe = Probe(x, torch.zeros(2).long(), x, z, z, z, {0.5: z}, "x0")
+    probe = Probe(x, torch.zeros(2).long(), z, z, "x0", None, x, {0.5: z}, z)
     for part in HOST.registries["diagnostics"]:
         assert all(type(v) is float for v in part.cls().measure(probe).values())
 
