@@ -22,12 +22,15 @@ class LatentSpec:
 
     `grid` is (rows, columns) where tokens lie on the image plane, token i being at row
     i // columns; `None` for tokens without a place (registers).
+    `learned` is False where the latent is a fixed function of the image, such as its pixels:
+    nothing of it can be trained, or collapse.
     """
 
     tokens: int
     dim: int
     norm: str
     grid: tuple[int, int] | None = None
+    learned: bool = True
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -37,11 +40,16 @@ class Encode:
     Args:
         x: Images, (B, C, H, W), in [-1, 1].
         mask: (B, N), bool; True hides that patch behind the learned mask token.
+        z_t: (B, N, D), what latents begin from, for a backbone that `encodes_from_noise`; without
+            it they begin from a fixed one, so that a latent is a function of the image.
+        t: (B,), the time of z_t, given with it.
         taps: Blocks (1 is the first) whose output tokens are wanted as features.
     """
 
     x: Tensor
     mask: Tensor | None = None
+    z_t: Tensor | None = None
+    t: Tensor | None = None
     taps: tuple[int, ...] = ()
 
 
@@ -92,10 +100,13 @@ class Backbone(nn.Module, ABC):
 
     A subclass sets `image`, `latent` and `latent_norm` in its constructor and implements the
     three modes; `outputs` is overridden to fuse passes or to offer features.
-    `depth` and `width` say what can be tapped: blocks 1 to depth, tokens (B, N, width).
+    `depth` and `width` say what can be tapped in encode and denoise passes: blocks 1 to depth,
+    tokens (B, N, width); decode passes may offer fewer features, or none.
     `denoiser_apart` is True where `denoise` shares no weight with `encode` and `decode`, so that
     training one leaves the other as it is.
     `masks` is True where encode passes can hide patches.
+    `encodes_from_noise` is True where the encoder is the denoiser, given the image: encode passes
+    then take `z_t` and `t`.
     """
 
     image: ImageSpec
@@ -105,6 +116,7 @@ class Backbone(nn.Module, ABC):
     width: int = 0
     denoiser_apart: bool = False
     masks: bool = False
+    encodes_from_noise: bool = False
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -125,12 +137,13 @@ class Backbone(nn.Module, ABC):
         that do not need each other into one batch.
 
         Raises:
-            ValueError: A pass asks for a mask or for features that this backbone lacks.
+            ValueError: A pass asks for a mask, a start or features that this backbone lacks.
         """
         results = []
         for p in passes:
-            if p.taps or (isinstance(p, Encode) and p.mask is not None):
-                raise ValueError(f"{type(self).__name__} offers neither features nor masks")
+            if p.taps or (isinstance(p, Encode) and (p.mask is not None or p.z_t is not None)):
+                what = "neither features, nor masks, nor encoding from noise"
+                raise ValueError(f"{type(self).__name__} offers {what}")
             if isinstance(p, Encode):
                 results.append(Output(self.encode(p.x)))
             elif isinstance(p, Decode):

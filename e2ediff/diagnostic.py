@@ -28,6 +28,7 @@ class Probe:
     `probe.images` for a diagnostic that asks for `many`.
     `z` and `raw` (P, N, D) are the averaged encoder's latents after and before the latent norm,
     whose statistics are those of the probe itself.
+    `learned` is that of the latent contract: where it is False there is nothing to collapse.
 
     What follows is there only for diagnostics that ask for it:
     `x_hat` (G, C, H, W) is the reconstruction of the first G images, G being `probe.glance`.
@@ -49,6 +50,7 @@ class Probe:
     denoised: Mapping[float, Tensor] = attrs.field(factory=dict)
     z_online: Tensor | None = None
     gradients: Mapping[str, Tensor] = attrs.field(factory=dict)
+    learned: bool = True
 
 
 class Diagnostic(ABC):

@@ -10,17 +10,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-NormKind = Literal["none", "layer", "batch", "position"]
+NormKind = Literal["none", "layer", "affine", "batch", "position"]
 NORM_KINDS: tuple[NormKind, ...] = get_args(NormKind)
 
 
 class LatentNorm(nn.Module):
-    """Give latents unit scale, without learned parameters.
+    """Give latents unit scale; only `affine` learns a scale of its own.
 
     | kind | what has mean 0 and variance 1 |
     |---|---|
     | `none` | nothing: DSD's loss then inflates the scale without bound |
     | `layer` | each token over its D channels; costs two degrees of freedom a token |
+    | `affine` | as `layer`, then each channel has a learned scale and shift |
     | `batch` | each channel over batch and tokens; a constant per position counts as variance |
     | `position` | each channel of each token over the batch; closes that loophole |
 
@@ -30,8 +31,12 @@ class LatentNorm(nn.Module):
     use, and they travel with those weights as buffers.
     A training step never writes them, so a step is a pure function of weights and batch.
 
+    `affine` leaves the scale free as `none` does, more slowly: it is for objectives whose
+    denoising loss has no gradient to the latents.
+
     Source: without affine parameters as REPA-E (arXiv 2504.10483), section 3, which normalises
-    by batch so that the loss cannot be lowered by a scale.
+    by batch so that the loss cannot be lowered by a scale; `affine` is UNITE's (arXiv
+    2603.22283).
     """
 
     mean: Tensor
@@ -41,6 +46,8 @@ class LatentNorm(nn.Module):
         super().__init__()
         self.kind: NormKind = kind
         self.eps = eps
+        if kind == "affine":
+            self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
         shape = (tokens, dim) if kind == "position" else (dim,)
         self.register_buffer("mean", torch.zeros(shape), persistent=self.has_statistics)
         self.register_buffer("var", torch.ones(shape), persistent=self.has_statistics)
@@ -60,6 +67,9 @@ class LatentNorm(nn.Module):
             return z
         if self.kind == "layer":
             return torch.nn.functional.layer_norm(z, z.shape[-1:], eps=self.eps)
+        if self.kind == "affine":
+            own = self.weight, self.bias
+            return torch.nn.functional.layer_norm(z, z.shape[-1:], *own, eps=self.eps)
         if self.training:
             var, mean = torch.var_mean(z, dim=self._over(), correction=0)
         else:

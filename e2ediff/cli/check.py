@@ -34,7 +34,9 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
         f"recipe      {read.name}: {read.total_images:,} images, {read.total_steps:,} steps"
     )
     click.echo(f"images      {image.channels} x {image.height} x {image.width}, {_classes(read)}")
-    click.echo(f"latent      {latent.tokens} tokens x {latent.dim}, norm {latent.norm}{grid}")
+    fixed = "" if latent.learned else ", not learned"
+    shape = f"{latent.tokens} tokens x {latent.dim}"
+    click.echo(f"latent      {shape}, norm {latent.norm}{grid}{fixed}")
     click.echo(f"objective   {host.registries['objectives'].name_of(type(read.objective))}")
     if read.regularizers:
         click.echo(f"            with {', '.join(names_of(read.regularizers))}")

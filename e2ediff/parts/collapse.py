@@ -72,7 +72,7 @@ def positional_fraction(z: Tensor) -> float:
 
 @attrs.frozen(kw_only=True)
 class LatentHealth(Diagnostic):
-    """Rank and variance of the averaged encoder's latents.
+    """Rank and variance of the averaged encoder's latents, where they are learned.
 
     `rank` is the effective rank of tokens (P N rows, D columns), after the mean of each
     position is taken out, at most D; `rank_fraction` divides it by that.
@@ -94,6 +94,8 @@ class LatentHealth(Diagnostic):
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """rank, rank_fraction, rank_sample, participation, latent_std, raw_std, positional."""
+        if not probe.learned:  # what a data set's pixels are says nothing about training
+            return {}
         content = probe.z - probe.z.mean(dim=0)  # (P, N, D)
         tokens = content.flatten(0, 1)
         rank = effective_rank(tokens)

@@ -143,6 +143,9 @@ class TwoStage(Objective):
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """A denoiser that shares the autoencoder's weights, and what `detached` refuses."""
         found = [*self.decode_noise.problems(nets), *unfit_prediction(nets, self.weight)]
+        if not nets.online.latent.learned:
+            what = "two_stage has no first stage with latents that are not learned; try `detached`"
+            found.insert(0, ("objective", what))
         if not nets.online.denoiser_apart:
             what = (
                 "two_stage needs a denoiser with weights of its own: add "

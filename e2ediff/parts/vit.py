@@ -13,6 +13,7 @@ import torch
 from attrs import validators
 from torch import Tensor, nn
 
+from e2ediff.attention import Backend, use_attention
 from e2ediff.backbone import (
     Backbone,
     BackboneConfig,
@@ -25,13 +26,11 @@ from e2ediff.backbone import (
 )
 from e2ediff.data import ImageSpec
 from e2ediff.latent import LatentNorm, NormKind
-from e2ediff.parts.attention import Backend, choose_attention
-from e2ediff.parts.layers import (
+from e2ediff.layers import (
     MLP,
     Block,
     MLPKind,
     Modulation,
-    SelfAttention,
     TimeEmbedding,
     Trunk,
     patchify,
@@ -110,7 +109,7 @@ class ViTConfig(BackboneConfig):
             found.append(
                 ("position", "rope needs a head width (width / heads) that is a multiple of 4")
             )
-        if self.latent_norm == "layer" and self.latent_dim < 3:
+        if self.latent_norm in ("layer", "affine") and self.latent_dim < 3:
             found.append(
                 (
                     "latent_dim",
@@ -231,6 +230,8 @@ class ViT(Backbone):
         elif isinstance(p, Decode):
             mode, tokens = "decode", self.embed_decode(p.z)
         else:
+            if p.z_t is not None:
+                raise ValueError("this encoder does not begin from noise; leave out z_t")
             mode, tokens = "encode", self.embed_pixels(patchify(p.x, self.config.patch))
             if p.mask is not None:
                 tokens = torch.where(p.mask[..., None], self.mask_token, tokens)
@@ -301,9 +302,4 @@ class ViT(Backbone):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
         """Choose the attention kernel and give it to every block."""
-        head_dim = self.config.width // self.config.heads
-        chosen = choose_attention(self.config.attention, device, dtype, head_dim)
-        for module in self.modules():
-            if isinstance(module, SelfAttention):
-                module.attend = chosen.attend
-        return {"attention": f"{chosen.name} ({chosen.reason})"}
+        return use_attention(self, self.config.attention, device, dtype)

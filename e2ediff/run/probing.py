@@ -89,7 +89,8 @@ class Observer:
         """The first `count` images and their latents."""
         x, label = self.probe.x[:count], self.probe.label[:count]
         z, raw = own_latents(net, x)
-        return Probe(x, label, z, raw, self.recipe.predicts, self.recipe.interpolant)
+        r = self.recipe
+        return Probe(x, label, z, raw, r.predicts, r.interpolant, learned=net.latent.learned)
 
     def _costly(
         self,

@@ -90,6 +90,7 @@ VARIANTS = {
     "position norm": {"latent_norm": "position"},
     "batch norm": {"latent_norm": "batch"},
     "no norm": {"latent_norm": "none"},
+    "affine norm": {"latent_norm": "affine"},
     "decoder apart": {"trunks": "decoder_apart"},
     "rope": {"position": "rope", "mlp": "gelu"},
     "learned, shared": {"position": "learned", "modulation": "shared"},

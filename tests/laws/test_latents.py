@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from e2ediff.diagnostic import Probe
 from e2ediff.latent import NORM_KINDS, LatentNorm
 from e2ediff.parts.collapse import (
     LatentHealth,
@@ -45,6 +47,17 @@ def test_a_norm_undoes_scale_and_shift(kind, scale, shift) -> None:
     raw = RAW.double()
     # the norms compute in float32: a shift of 10 against a scale of 0.5 costs two digits
     torch.testing.assert_close(norm(scale * raw + shift), norm(raw), rtol=1e-3, atol=1e-3)
+
+
+def test_the_affine_norm_is_the_layer_norm_with_a_learned_scale_and_shift() -> None:
+    norm = LatentNorm("affine", 4, 6)
+    assert torch.equal(norm(RAW), LatentNorm("layer", 4, 6)(RAW))
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(6.0))
+        norm.bias.fill_(-1.0)
+    expected = LatentNorm("layer", 4, 6)(RAW) * torch.arange(6.0) - 1
+    torch.testing.assert_close(norm(RAW), expected)
+    assert [name for name, _ in norm.named_parameters()] == ["weight", "bias"]
 
 
 def test_no_norm_is_the_identity() -> None:
@@ -85,12 +98,21 @@ def test_a_training_pass_writes_no_statistics(kind) -> None:
 def test_statistics_travel_in_the_state_dict_where_there_are_any(kind) -> None:
     norm, other = LatentNorm(kind, 4, 6), LatentNorm(kind, 4, 6).eval()
     norm.calibrate(RAW)
-    assert bool(norm.state_dict()) == (kind in ("batch", "position"))
+    stored = {"batch": {"mean", "var"}, "position": {"mean", "var"}, "affine": {"weight", "bias"}}
+    assert set(norm.state_dict()) == stored.get(kind, set())
     other.load_state_dict(norm.state_dict())
     assert torch.equal(other(RAW), norm.eval()(RAW))
 
 
 # Figures of collapse
+
+
+def test_a_latent_that_is_not_learned_has_no_figures_of_collapse() -> None:
+    """A constant one would be collapsed by every figure."""
+    z = torch.zeros(8, 4, 6)
+    probe = Probe(z, torch.zeros(8).long(), z, z, "x0")
+    assert LatentHealth().verdict(LatentHealth().measure(probe))
+    assert LatentHealth().measure(attrs.evolve(probe, learned=False)) == {}
 
 
 @given(k=st.integers(1, 8))

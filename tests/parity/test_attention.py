@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from e2ediff.parts.attention import choose_attention, sdpa
+from e2ediff.attention import choose_attention, sdpa
 from e2ediff.parts.vit import ViTConfig
 from e2ediff.testing import make_nets
 

@@ -101,12 +101,12 @@ class DSD(Objective):
                 )
             )
         inflates = self.input_gradient > 0 and self.target_gradient == 0 and self.regress == "x0"
-        if inflates and net.latent.norm == "none":
+        if inflates and net.latent.norm in ("none", "affine"):
             found.append(
                 (
                     "backbone.latent_norm",
-                    "none lets DSD inflate the scale of the latents without bound; choose "
-                    "layer, batch or position, or set objective.input_gradient: 0",
+                    f"{net.latent.norm} lets DSD inflate the scale of the latents without bound; "
+                    "choose layer, batch or position, or set objective.input_gradient: 0",
                 )
             )
         if self.weight != "x0" and self.regress != "x0":

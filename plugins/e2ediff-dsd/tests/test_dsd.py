@@ -287,6 +287,7 @@ def test_without_a_weight_dsd_lets_every_mode_grow_a_little() -> None:
     [
         ({"target_gradient": 0.5}, "batch", "objective.target_gradient"),
         ({}, "none", "backbone.latent_norm"),
+        ({}, "affine", "backbone.latent_norm"),
         ({"regress": "v", "weight": "v"}, "batch", "objective.weight"),
         ({"align_weight": 1.0, "align_student": 9}, "batch", "objective.align_student"),
     ],

@@ -83,10 +83,10 @@ class RepaE(Objective):
         if net.latent.grid is None:
             what = "repa_e needs latent tokens that lie on the image plane; choose another"
             found.append(("backbone", what))
-        if net.latent.norm == "none":
+        if net.latent.norm in ("none", "affine"):
             what = (
-                "none lets the encoder outgrow the noise in z_t, which eases alignment; set "
-                "backbone.latent_norm: batch, or layer or position"
+                f"{net.latent.norm} lets the encoder outgrow the noise in z_t, which eases "
+                "alignment; set backbone.latent_norm: batch, or layer or position"
             )
             found.append(("backbone.latent_norm", what))
         return found

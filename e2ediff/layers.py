@@ -1,4 +1,4 @@
-"""Layers of the ViT: patches, positions, conditioning, blocks.
+"""Layers that transformers share: patches, positions, conditioning, blocks, a trunk.
 
 Shapes: B batch, C H W image, N tokens, W trunk width (image width is spelled out), P patch.
 """
@@ -9,14 +9,16 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from e2ediff.parts.attention import Attend, sdpa
+from e2ediff.attention import Attend, sdpa
 
 Modulation = Literal["block", "shared", "lowrank"]
 MLPKind = Literal["gelu", "relu2", "swiglu"]
+TokenNorm = Literal["layer", "rms"]
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -44,15 +46,19 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
-def rotary_angles(grid: tuple[int, int], head_dim: int) -> Tensor:
-    """Angles of 2-D rotary positions, (N, K/2); half of them turn with the row.
+def rotary_angles(grid: tuple[int, ...], head_dim: int, base: float = 100.0) -> Tensor:
+    """Angles of rotary positions on a line, a plane or more, (N, K/2).
+
+    Each axis of `grid` turns an equal share of them; K must be a multiple of twice the number of
+    axes.
+    The slowest angle turns about `base` times as slowly as the fastest, one radian a token.
 
     Source: Su et al. 2021 (arXiv 2104.09864), axial form.
     """
-    quarter = head_dim // 4
-    frequencies = 100.0 ** (-torch.arange(quarter) / quarter)
-    rows, columns = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    return torch.cat([p.reshape(-1, 1) * frequencies for p in (rows, columns)], dim=1)
+    share = head_dim // (2 * len(grid))
+    frequencies = base ** (-torch.arange(share) / share)
+    places = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    return torch.cat([p.reshape(-1, 1) * frequencies for p in places], dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -62,15 +68,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Time (B,) in [0, 1] to conditioning (B, W): sines and cosines, then two linear layers."""
+    """Time (B,) in [0, 1] to conditioning (B, W): sines and cosines, then two linear layers.
+
+    `frequencies` (F,), in radians over [0, 1], gives 2 F of them; by default 64 from 1000 down
+    to 0.1, as DiT's of t in [0, 1000].
+    """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, size: int = 128) -> None:
+    def __init__(self, width: int, frequencies: Tensor | None = None) -> None:
         super().__init__()
-        half = size // 2
-        # Periods from 2 pi / 1000 to about 20 pi of t in [0, 1], as DiT's of t in [0, 1000].
-        frequencies = 1000.0 * torch.exp(-math.log(10000) * torch.arange(half) / half)
+        if frequencies is None:
+            frequencies = 1000.0 * torch.exp(-math.log(10000) * torch.arange(64) / 64)
+        size = 2 * len(frequencies)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.layers = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -116,12 +126,12 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, *, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.head_dim = width // heads
         self.attend: Attend = sdpa
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        head_dim = width // heads
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """(B, N, W) -> (B, N, W); `turn` holds the cos and sin of rotary positions."""
@@ -142,11 +152,19 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
+def token_norm(kind: TokenNorm, width: int) -> nn.Module:
+    """The norm of tokens (B, N, W) before a modulation: `layer` has no weights, `rms` a scale."""
+    if kind == "rms":
+        return nn.RMSNorm(width, eps=1e-6)
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block with adaLN-zero conditioning.
 
     `modulation` says where the six vectors of a block come from: its own linear layer, one
     shared by all blocks plus a learned offset, or the shared one plus a low-rank layer.
+    `norm` is that of tokens before attention and perceptron.
 
     Source: DiT (Peebles & Xie 2022, arXiv 2212.09748), section 3.2; the shared form as PixArt's
     adaLN-single (arXiv 2310.00426), section 2.3.
@@ -158,14 +176,15 @@ class Block(nn.Module):
         heads: int,
         mlp: MLP,
         modulation: Modulation,
-        rank: int,
+        rank: int = 128,
         *,
-        qk_norm: bool,
+        qk_norm: bool = True,
+        norm: TokenNorm = "layer",
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1 = token_norm(norm, width)
         self.attention = SelfAttention(width, heads, qk_norm=qk_norm)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = token_norm(norm, width)
         self.mlp = mlp
         self.modulation: nn.Module | None = None
         if modulation == "block":
@@ -192,14 +211,29 @@ class Block(nn.Module):
         return out
 
 
+@attrs.frozen(eq=False)
+class Context:
+    """Tokens (B, K, W) that a trunk puts before the others after its first `start` blocks.
+
+    They have no place, so rotary positions leave them as they are.
+
+    Source: in-context class tokens of JiT (Li & He 2025, arXiv 2511.13720), section 4.
+    """
+
+    tokens: Tensor
+    start: int
+
+
 class Trunk(nn.Module):
     """A stack of blocks, ended by a modulated norm; takes any number of tokens."""
 
-    def __init__(self, blocks: Sequence[Block], width: int, *, shared: bool) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], width: int, *, shared: bool, norm: TokenNorm = "layer"
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.common = nn.Linear(width, 6 * width) if shared else None
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm = token_norm(norm, width)
         self.final = nn.Linear(width, 2 * width)
 
     def forward(
@@ -208,14 +242,32 @@ class Trunk(nn.Module):
         c: Tensor,
         taps: frozenset[int],
         turn: tuple[Tensor, Tensor] | None,
+        context: Context | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Normalised tokens (B, N, W), and the tokens after the tapped blocks (1 is the first)."""
+        """Normalised tokens (B, N, W), and the tokens after the tapped blocks (1 is the first).
+
+        Context tokens take part in attention and are in neither.
+        """
         c = functional.silu(c)
         common = self.common(c) if self.common is not None else None
-        features = {}
+        features, extra = {}, 0
         for i, block in enumerate(self.blocks, start=1):
+            if context is not None and i == context.start + 1:
+                x = torch.cat([context.tokens.to(x.dtype), x], dim=1)
+                extra = context.tokens.shape[1]
+                turn = _unturned(turn, extra)
             x = block(x, c, common, turn)
             if i in taps:
-                features[i] = x
+                features[i] = x[:, extra:]
+        x = x[:, extra:]
         shift, scale = self.final(c).chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale), features
+
+
+def _unturned(turn: tuple[Tensor, Tensor] | None, count: int) -> tuple[Tensor, Tensor] | None:
+    """The cos and sin of rotary positions with `count` tokens before them that do not turn."""
+    if turn is None:
+        return None
+    cos, sin = turn
+    one, zero = cos.new_ones(count, *cos.shape[1:]), sin.new_zeros(count, *sin.shape[1:])
+    return torch.cat([one, cos]), torch.cat([zero, sin])

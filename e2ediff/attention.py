@@ -6,12 +6,12 @@ Shapes: B batch, N tokens, H heads, K head width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 Backend = Literal["auto", "sdpa", "xformers"]
@@ -91,6 +91,34 @@ def choose_attention(
         return Attention("sdpa", f"xformers does not run here: {cause}", sdpa)
     reason = "asked for" if backend == "xformers" else "its probe ran and agreed with sdpa"
     return Attention("xformers", reason, attend)
+
+
+def use_attention(
+    net: nn.Module, backend: Backend, device: torch.device, dtype: torch.dtype
+) -> Mapping[str, str]:
+    """Give every module of `net` that attends the kernel chosen for its head width.
+
+    Such a module has attributes `attend`, which is replaced, and `head_dim`; `SelfAttention` of
+    `e2ediff.layers` is one.
+
+    Returns:
+        What was chosen and why, as `Backbone.prepare` returns it.
+
+    Raises:
+        RuntimeError: `xformers` was asked for by name and cannot run here.
+    """
+    said: dict[str, str] = {}
+    chosen: dict[int, Attention] = {}
+    for module in net.modules():
+        head_dim = getattr(module, "head_dim", None)
+        if not isinstance(head_dim, int) or not hasattr(module, "attend"):
+            continue
+        if head_dim not in chosen:
+            kernel = chosen[head_dim] = choose_attention(backend, device, dtype, head_dim)
+            topic = "attention" if len(chosen) == 1 else f"attention at head width {head_dim}"
+            said[topic] = f"{kernel.name} ({kernel.reason})"
+        module.attend = chosen[head_dim].attend  # type: ignore[assignment]
+    return said
 
 
 def _probe(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
