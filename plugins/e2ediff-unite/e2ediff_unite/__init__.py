@@ -1,4 +1,4 @@
-"""UNITE as an objective for e2ediff: one encoder that also denoises, both gradients stopped.
+"""UNITE for e2ediff: one encoder that also denoises, registers as latents, stopped gradients.
 
 Source: arXiv 2603.22283, and the code released with it.
 """
@@ -8,6 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from e2ediff import hookimpl
+
+
+@hookimpl
+def register_backbones(add: Callable[[str, type], None]) -> None:
+    """Register `unite`."""
+    from e2ediff_unite.backbone import UniteConfig
+
+    add("unite", UniteConfig)
 
 
 @hookimpl

@@ -12,7 +12,7 @@ import attrs
 from attrs import validators
 from torch import nn
 
-from e2ediff.backbone import Backbone, Decode
+from e2ediff.backbone import Backbone, Decode, Encode
 from e2ediff.data import Batch
 from e2ediff.losses import (
     DecodeNoise,
@@ -36,8 +36,8 @@ class Unite(Objective):
         loss = reconstruction + denoising_weight sum_k min(w_t, clamp) |f(z_t, t) - sg(z)|^2,
         z_t = alpha sg(z) + sigma eps
 
-    Encoder and denoiser meet in shared weights alone: use a backbone whose encoder and denoiser
-    share their trunk (`backbone.trunks: decoder_apart`), as UNITE does.
+    Encoder and denoiser meet in shared weights alone: use a backbone in which they share their
+    trunk, `backbone: unite` or, with a token for each patch, `vit` with `trunks: decoder_apart`.
 
     Options:
         draws: k, the noise levels trained on for each reconstruction, at `draws` times the
@@ -48,13 +48,16 @@ class Unite(Objective):
         clamp: Largest such weight; 400 is 1 - t held above 0.05.
         reconstruction: Compares decoded images with the originals.
         decode_noise: Noise on latents before decoding.
+        encode_time: Where the backbone encodes from noise, each image's registers begin from
+            fresh unit noise at a time from U[0, encode_time].
 
     Source: UNITE (arXiv 2603.22283), section 3, and its released code, from which come the sum,
-    w_t of velocities with its clamp, k = 3 (the reported models have 14), and the noise with
-    probability 0.5 from t = 0.7 on. The paper writes the unweighted error (`weight: x0`). Its
-    latent norm has learned scales, ours none; its prediction passes that norm too
-    (`backbone.norm_prediction`); times are logit-normal with a shift of 0.5 (`times: shifted`);
-    its reconstruction adds LPIPS (`reconstruction.perceptual`).
+    w_t of velocities with its clamp, k = 3 (the reported models have 14), the noise with
+    probability 0.5 from t = 0.7 on, and encode times up to 0.01. The paper writes the unweighted
+    error (`weight: x0`). Its latent norm has learned scales (`backbone.latent_norm: affine`);
+    its prediction passes that norm too (`backbone.norm_prediction`); times are logit-normal with
+    a shift of 0.5 (`times: shifted`); its reconstruction adds LPIPS
+    (`reconstruction.perceptual`).
     """
 
     draws: int = attrs.field(default=3, validator=validators.ge(1))
@@ -64,6 +67,7 @@ class Unite(Objective):
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
     reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
     decode_noise: DecodeNoise = attrs.field(factory=_noise)
+    encode_time: float = attrs.field(default=0.01, validator=[validators.ge(0), validators.lt(1)])
 
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The perceptual network, where one is named."""
@@ -75,7 +79,7 @@ class Unite(Objective):
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction of noised latents, and the clean errors of stopped ones."""
-        z = nets.online.encode(batch.x)  # (B, N, D)
+        (z,) = nets.online.run(self._encode(nets, batch, draw))  # (B, N, D)
         levels = noise_levels(sg(z), draw, nets.path, self.draws)
         x_hat, *outs = nets.online.run(
             Decode(z=self.decode_noise(z, draw, nets.path)), *(n.denoise() for n in levels)
@@ -86,3 +90,12 @@ class Unite(Objective):
             "denoising": mean * self.draws if self.reduce == "sum" else mean,
         }
         return Terms(losses, {"reconstruction": 1.0, "denoising": self.denoising_weight}, z)
+
+    def _encode(self, nets: Nets, batch: Batch, draw: Draw) -> Encode:
+        """The encode pass, with a start of its own where the backbone takes one."""
+        net = nets.online
+        if not net.encodes_from_noise:
+            return Encode(x=batch.x)
+        eps = draw.noise(batch.x.new_empty(len(batch.x), net.latent.tokens, net.latent.dim))
+        t = self.encode_time * draw.uniform(len(batch.x))
+        return Encode(x=batch.x, z_t=eps, t=t)

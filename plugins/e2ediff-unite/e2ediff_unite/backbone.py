@@ -1,0 +1,263 @@
+"""The UNITE network: registers are the latent, and the encoder is the denoiser, given the image.
+
+Shapes: B batch, C H W image, N registers, D latent channels, P patches, W width, K context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor, nn
+
+from e2ediff.attention import Backend, use_attention
+from e2ediff.backbone import (
+    Backbone,
+    BackboneConfig,
+    Decode,
+    Denoise,
+    Encode,
+    LatentSpec,
+    Output,
+    Pass,
+)
+from e2ediff.data import ImageSpec
+from e2ediff.latent import LatentNorm, NormKind
+from e2ediff.layers import Block, Context, TimeEmbedding, Trunk, patchify, rotary_angles
+from e2ediff_unite.decoder import Decoder, DecoderConfig
+from e2ediff_unite.encoder import NormedBlock
+
+
+@attrs.frozen(kw_only=True)
+class UniteConfig(BackboneConfig):
+    """A generative encoder, whose registers are the latent, and a decoder of its own.
+
+    `width`, `depth` and `heads` shape the trunk that both encodes and denoises; `patch` is the
+    side of a patch in pixels; the latent is `registers` tokens of `latent_dim` channels, which
+    have no place on the image.
+    To denoise, the trunk sees the registers alone; to encode, the patches too, with registers
+    that begin from noise, next to t = 0 and without a class.
+    `context` class tokens join after the first `context_start` blocks; 0 leaves them out.
+    `latent_norm` is described at `e2ediff.latent.LatentNorm`; `norm_prediction` sends the
+    denoiser's answer through it too.
+    `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
+    `decoder` has the shape of the decoder, by default the trunk's.
+    `attention` is `auto`, `sdpa` or `xformers`.
+
+    Source: UNITE (arXiv 2603.22283), and its released code for the shapes: adaLN-zero with RMSNorm
+    before and after each block, SwiGLU, qk-norm, rotary positions on a line, sine-cosine
+    positions of registers, learned from there, random Fourier features of time, class tokens as
+    JiT's. Ours: normal quantiles for the random frequencies, and a final layer that does not
+    begin at zero, where every latent would be the same.
+    """
+
+    width: int = attrs.field(validator=validators.gt(0))
+    depth: int = attrs.field(validator=validators.gt(0))
+    heads: int = attrs.field(validator=validators.gt(0))
+    patch: int = attrs.field(validator=validators.gt(0))
+    registers: int = attrs.field(validator=validators.gt(0))
+    latent_dim: int = attrs.field(validator=validators.gt(0))
+    latent_norm: NormKind = "affine"
+    norm_prediction: bool = True
+    context: int = attrs.field(default=32, validator=validators.ge(0))
+    context_start: int = attrs.field(default=4, validator=validators.ge(0))
+    mlp_ratio: float = attrs.field(default=4.0, validator=validators.gt(0))
+    decoder: DecoderConfig = attrs.field(factory=DecoderConfig)
+    attention: Backend = "auto"
+
+    def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
+        """Sizes that do not divide one another, and context that would never join."""
+        found = []
+        if image.height % self.patch or image.width % self.patch:
+            size = f"{image.height} x {image.width}"
+            found.append(("patch", f"{self.patch} does not divide the image, {size}"))
+        if self.width % (2 * self.heads):
+            what = f"{self.heads} do not cut the width, {self.width}, into even parts"
+            found.append(("heads", what))
+        if self.context and self.context_start >= self.depth:
+            what = f"{self.context_start} is past the last block; there are {self.depth}"
+            found.append(("context_start", what))
+        if self.latent_norm in ("layer", "affine") and self.latent_dim < 3:
+            what = (
+                "a layer norm takes two degrees of freedom of each token: give it at least 3 "
+                "channels, or choose latent_norm batch or position"
+            )
+            found.append(("latent_dim", what))
+        inner = self.decoder.filled(self.width, self.depth, self.heads).problems()
+        return [*found, *((f"decoder.{field}", what) for field, what in inner)]
+
+    def build(self, image: ImageSpec) -> UniteNet:
+        """A freshly initialised network."""
+        return UniteNet(self, image)
+
+
+class UniteNet(Backbone):
+    """The network of `UniteConfig`; fuses passes of one kind into one batch."""
+
+    start: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: UniteConfig, image: ImageSpec) -> None:
+        super().__init__()
+        c = self.config = config
+        self.image = image
+        self.depth, self.width = c.depth, c.width
+        self.encodes_from_noise = True
+        grid = (image.height // c.patch, image.width // c.patch)
+        self.latent = LatentSpec(c.registers, c.latent_dim, norm=c.latent_norm)
+        self.latent_norm = LatentNorm(c.latent_norm, c.registers, c.latent_dim)
+
+        self.embed_pixels = nn.Linear(image.channels * c.patch**2, c.width)
+        self.embed_latent = nn.Linear(c.latent_dim, c.width)
+        self.embed_register = nn.Parameter(line_positions(c.registers, c.width))
+        self.embed_time = TimeEmbedding(c.width, 2 * math.pi * normal_quantiles(256))
+        self.embed_label = nn.Embedding(image.classes + 1, c.width)
+        self.embed_context = nn.Parameter(torch.empty(c.context, c.width))
+        self.register_buffer("start", even_noise(c.registers, c.latent_dim), persistent=False)
+        line = (c.registers + grid[0] * grid[1],)
+        angles = rotary_angles(line, c.width // c.heads, base=10000.0)[:, None]  # (N + P, 1, ·)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+        blocks = [NormedBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.depth)]
+        self.trunk = Trunk(blocks, c.width, shared=False, norm="rms")
+        self.head_latent = nn.Linear(c.width, c.latent_dim)
+        own = c.decoder.filled(c.width, c.depth, c.heads)
+        self.decoder = Decoder(own, c.registers, c.latent_dim, c.patch, grid, image.channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for linears, 0.02 for embeddings, zero for modulation."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        times = [m.weight for m in self.embed_time.layers if isinstance(m, nn.Linear)]
+        for weight in (self.embed_label.weight, self.embed_context, *times):
+            nn.init.normal_(weight, std=0.02)
+        zero = [m.modulation for m in self.modules() if isinstance(m, Block)]
+        for linear in (*zero, self.trunk.final):
+            assert isinstance(linear, nn.Linear)
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def outputs(self, *passes: Pass) -> list[Output]:
+        """Run passes; those of one kind go through the network as one batch.
+
+        Decode passes offer no features.
+        Fused and single passes give the same values to rounding.
+
+        Raises:
+            ValueError: A pass asks for a mask, or gives one of `z_t` and `t` without the other.
+        """
+        results: list[Output | None] = [None] * len(passes)
+        encodes = [(i, p) for i, p in enumerate(passes) if isinstance(p, Encode)]
+        denoises = [(i, p) for i, p in enumerate(passes) if isinstance(p, Denoise)]
+        decodes = [(i, p) for i, p in enumerate(passes) if isinstance(p, Decode)]
+        # Encoding has the patches beside the registers, so its sequences are of another length.
+        if encodes:
+            whole = torch.cat([p.x for _, p in encodes])
+            starts = [self._start(p) for _, p in encodes]
+            for i, out in self._registers(starts, [(i, p.taps) for i, p in encodes], whole):
+                raw = out.value
+                results[i] = Output(self.latent_norm(raw), out.features, raw)
+        if denoises:
+            given = [(p.z_t, p.t, p.label) for _, p in denoises]
+            for i, out in self._registers(given, [(i, p.taps) for i, p in denoises]):
+                value = self.latent_norm(out.value) if self.config.norm_prediction else out.value
+                results[i] = Output(value, out.features)
+        if decodes:
+            x = self.decoder(torch.cat([p.z for _, p in decodes])).float()
+            for (i, _), part in zip(decodes, x.split([len(p.z) for _, p in decodes]), strict=True):
+                results[i] = Output(part)
+        return [r for r in results if r is not None]
+
+    def _start(self, p: Encode) -> tuple[Tensor, Tensor, Tensor]:
+        """What an encode pass denoises: z_t, t and the null label."""
+        if p.mask is not None:
+            raise ValueError("this backbone cannot hide patches; leave out the mask")
+        if (p.z_t is None) != (p.t is None):
+            raise ValueError("an encode pass takes z_t and t together, or neither")
+        t = p.x.new_zeros(len(p.x)) if p.t is None else p.t
+        z_t = self.start.expand(len(p.x), -1, -1) if p.z_t is None else p.z_t
+        return z_t, t, torch.full_like(t, self.image.null_label, dtype=torch.long)
+
+    def _registers(
+        self,
+        given: Sequence[tuple[Tensor, Tensor, Tensor]],
+        wanted: Sequence[tuple[int, tuple[int, ...]]],
+        x: Tensor | None = None,
+    ) -> list[tuple[int, Output]]:
+        """The trunk's answer (B, N, D), before any norm, to each pass of one kind.
+
+        Args:
+            given: z_t, t and label of each pass.
+            wanted: Number and taps of each pass.
+            x: Images of all passes, to encode; none to denoise.
+        """
+        n, sizes = self.latent.tokens, [len(t) for _, t, _ in given]
+        z_t, t, label = (torch.cat(column) for column in zip(*given, strict=True))
+        tokens = self.embed_latent(z_t) + self.embed_register  # (B, N, W)
+        if x is not None:
+            tokens = torch.cat([tokens, self.embed_pixels(patchify(x, self.config.patch))], dim=1)
+        turn = (self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]])
+        named = self.embed_label(label)  # (B, W)
+        context = None
+        if self.config.context:
+            context = Context(named[:, None] + self.embed_context, self.config.context_start)
+        taps = frozenset(tap for _, own in wanted for tap in own)
+        h, features = self.trunk(tokens, self.embed_time(t) + named, taps, turn, context)
+        values = self.head_latent(h[:, :n]).float().split(sizes)
+        split = {tap: f[:, :n].split(sizes) for tap, f in features.items()}
+        return [
+            (i, Output(values[k], {tap: split[tap][k] for tap in own}))
+            for k, (i, own) in enumerate(wanted)
+        ]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent (B, N, D) of images (B, C, H, W)."""
+        return self.run(Encode(x=x))[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (B, C, H, W) of latents (B, N, D)."""
+        return self.run(Decode(z=z))[0]
+
+    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
+        return self.run(Denoise(z_t=z_t, t=t, label=label))[0]
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
+        """Choose the attention kernel and give it to every block."""
+        return use_attention(self, self.config.attention, device, dtype)
+
+
+def normal_quantiles(count: int) -> Tensor:
+    """`count` numbers (count,) spread as those of a unit normal, without randomness."""
+    spread: Tensor = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    return spread.float()
+
+
+def even_noise(tokens: int, dim: int) -> Tensor:
+    """Numbers (tokens, dim) spread as those of a unit normal, without randomness or a pattern.
+
+    Source: quantiles of the golden ratio's multiples, a sequence of low discrepancy.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    u = (torch.arange(tokens * dim, dtype=torch.float64) + 0.5) * golden % 1
+    noise: Tensor = torch.special.ndtri(u)
+    return noise.float().reshape(tokens, dim)
+
+
+def line_positions(tokens: int, width: int) -> Tensor:
+    """Sine and cosine positions on a line, (tokens, width); width is even.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.5.
+    """
+    half = width // 2
+    angles = torch.arange(tokens)[:, None] * 10000.0 ** (-torch.arange(half) / half)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

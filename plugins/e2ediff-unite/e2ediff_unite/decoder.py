@@ -1,0 +1,106 @@
+"""The decoder: a plain vision transformer from latents to pixels.
+
+Shapes: B batch, C H W image, N latent tokens, D latent channels, P patches, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor, nn
+from torch.nn import functional
+
+from e2ediff.layers import MLP, SelfAttention, sincos_positions, unpatchify
+
+_SIZE = validators.optional(validators.gt(0))
+
+
+@attrs.frozen(kw_only=True)
+class DecoderConfig:
+    """Shape of the decoder: `width`, `depth` and `heads`, each by default the trunk's."""
+
+    width: int | None = attrs.field(default=None, validator=_SIZE)
+    depth: int | None = attrs.field(default=None, validator=_SIZE)
+    heads: int | None = attrs.field(default=None, validator=_SIZE)
+
+    def filled(self, width: int, depth: int, heads: int) -> DecoderConfig:
+        """With the trunk's sizes for those that are not given."""
+        return DecoderConfig(
+            width=self.width or width, depth=self.depth or depth, heads=self.heads or heads
+        )
+
+    def problems(self) -> Sequence[tuple[str, str]]:
+        """Sizes, all of them given, that do not divide one another."""
+        width, heads = self.width or 0, self.heads or 1
+        found = []
+        if width % heads:
+            found.append(("heads", f"{heads} does not divide the width, {width}"))
+        if width % 4:
+            found.append(("width", f"{width} is not a multiple of 4"))
+        return found
+
+
+class PlainBlock(nn.Module):
+    """Pre-norm attention and GELU perceptron, without conditioning."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attention = SelfAttention(width, heads, qk_norm=False)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, 4.0, "gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, P, W) -> (B, P, W)."""
+        x = x + self.attention(self.norm1(x), None)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """One token for each patch of the image, at fixed sine-cosine positions.
+
+    Latent tokens become patches in their order; where their number is another they are
+    interpolated along their line.
+
+    Source: UNITE (arXiv 2603.22283), released code, after MAE's decoder (arXiv 2111.06377): two
+    linear layers before, a learned token beside the patches. The code interpolates on a square,
+    ours on a line, because registers have no place; GELU is by tanh.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tokens: int,
+        dim: int,
+        patch: int,
+        grid: tuple[int, int],
+        channels: int,
+    ) -> None:
+        super().__init__()
+        assert config.width is not None
+        assert config.depth is not None
+        assert config.heads is not None
+        width = config.width
+        self.tokens, self.patch, self.grid = tokens, patch, grid
+        self.embed = nn.Sequential(nn.Linear(dim, width), nn.Linear(width, width))
+        self.embed_extra = nn.Parameter(torch.zeros(width))
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self.blocks = nn.ModuleList(PlainBlock(width, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, channels * patch**2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents (B, N, D) -> images (B, C, H, W)."""
+        h = self.embed(z)
+        if self.tokens != len(self.positions):
+            h = functional.interpolate(h.mT, len(self.positions), mode="linear").mT
+        x = torch.cat([self.embed_extra.expand(len(h), 1, -1).to(h.dtype), h + self.positions], 1)
+        for block in self.blocks:
+            x = block(x)
+        return unpatchify(self.head(self.norm(x[:, 1:])), self.patch, self.grid)

@@ -1,0 +1,203 @@
+"""The UNITE network: registers as latents, an encoder that is the denoiser, a decoder apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+from command_line import e2ediff
+from e2ediff_unite.backbone import UniteConfig
+from e2ediff_unite.decoder import DecoderConfig
+from e2ediff_unite.objective import Unite
+
+from e2ediff.backbone import Decode, Denoise, Encode
+from e2ediff.data import ImageSpec
+from e2ediff.host.plugins import load
+from e2ediff.testing import (
+    check_backbone,
+    check_objective,
+    make_batch,
+    make_draw,
+    make_nets,
+    own_randomness,
+)
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+TINY = UniteConfig(
+    width=16, depth=3, heads=2, patch=8, registers=4, latent_dim=4, context=2, context_start=1
+)
+BATCH = make_batch()
+VARIANTS = {
+    "plain": {},
+    "fewer registers than patches": {"registers": 3},
+    "more registers than patches": {"registers": 7},
+    "no context": {"context": 0},
+    "context from the start": {"context_start": 0},
+    "batch norm": {"latent_norm": "batch"},
+    "raw prediction": {"norm_prediction": False},
+    "small decoder": {"decoder": DecoderConfig(width=8, depth=1, heads=1)},
+}
+
+
+def shaken(**changes):
+    """Networks without the zeros of a fresh start, behind which passes would agree."""
+    nets, g = make_nets(attrs.evolve(TINY, **changes)), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in nets.online.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=g)
+    return nets
+
+
+def latents(tokens=4, seed=1):
+    return torch.randn(6, tokens, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_the_network_keeps_the_contract_of_backbones(changes) -> None:
+    check_backbone(attrs.evolve(TINY, **changes))
+
+
+@pytest.mark.parametrize("image", [ImageSpec(1, 16, 24, 0), ImageSpec(3, 8, 32, 1)], ids=str)
+def test_it_takes_grey_oblong_and_unlabelled_images(image) -> None:
+    check_backbone(TINY, image)
+
+
+@pytest.mark.parametrize("changes", [{}, {"reduce": "mean", "draws": 1}, {"weight": "x0"}])
+def test_the_objective_keeps_its_contract_on_it(changes) -> None:
+    check_objective(Unite(**changes), TINY)
+
+
+def test_fused_passes_equal_single_ones() -> None:
+    net, z, draw = shaken().online, latents(), make_draw(BATCH)
+    passes = [
+        Denoise(z_t=z, t=draw.t, label=draw.label, taps=(2,)),
+        Encode(x=BATCH.x, taps=(1, 3)),
+        Decode(z=z),
+        Denoise(z_t=z[:3], t=1 - draw.t[:3], label=draw.label[:3], taps=(1, 2)),
+        Encode(x=BATCH.x[:2], z_t=z[:2], t=draw.t[:2]),
+        Decode(z=z[:1]),
+    ]
+    for fused, p in zip(net.outputs(*passes), passes, strict=True):
+        (alone,) = net.outputs(p)
+        # float32 matrix products of other sizes sum in another order
+        near = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(fused.value, alone.value, **near)
+        assert list(fused.features) == list(alone.features)
+        for tap in fused.features:
+            torch.testing.assert_close(fused.features[tap], alone.features[tap], **near)
+
+
+def test_registers_have_no_place_and_as_many_as_asked_for() -> None:
+    latent = make_nets(attrs.evolve(TINY, registers=7)).online.latent
+    assert (latent.tokens, latent.dim, latent.grid, latent.norm) == (7, 4, None, "affine")
+    assert latent.learned
+
+
+def test_a_latent_is_a_function_of_the_image_unless_it_is_given_noise() -> None:
+    net = shaken().online
+    t = torch.full((6,), 0.005)
+    with own_randomness(net):
+        assert torch.equal(net.encode(BATCH.x), net.encode(BATCH.x))
+    a, b = (net.run(Encode(x=BATCH.x, z_t=latents(seed=s), t=t))[0] for s in (1, 2))
+    assert not torch.allclose(a, b, atol=1e-3)
+    assert not torch.allclose(net.encode(BATCH.x), net.encode(BATCH.x.flip(0)), atol=1e-3)
+
+
+def test_the_fixed_start_is_spread_like_the_noise_it_stands_for() -> None:
+    start = make_nets(attrs.evolve(TINY, registers=64, latent_dim=32)).online.start
+    assert abs(float(start.mean())) < 0.01
+    assert abs(float(start.std()) - 1) < 0.01
+
+
+def test_to_encode_is_to_denoise_with_the_image_in_sight() -> None:
+    """At the same start, time and null label, patches alone make the difference."""
+    net, t = shaken(latent_norm="none").online, torch.full((6,), 0.005)
+    null = torch.full((6,), net.image.null_label)
+    blind = net.denoise(latents(), t, null)
+    seen = net.run(Encode(x=BATCH.x, z_t=latents(), t=t))[0]
+    assert not torch.allclose(blind, seen, atol=1e-3)
+    with torch.no_grad():  # closed gates: no token hears of another
+        for block in net.trunk.blocks:
+            block.modulation.weight.zero_()
+            block.modulation.bias.zero_()
+    blind = net.denoise(latents(), t, null)
+    torch.testing.assert_close(net.run(Encode(x=BATCH.x, z_t=latents(), t=t))[0], blind)
+
+
+@pytest.mark.parametrize("option", ["label", "t"])
+def test_the_denoiser_hears_of_class_and_time(option) -> None:
+    net, z = shaken().online, latents()
+    t, label = torch.full((6,), 0.5), torch.zeros(6, dtype=torch.long)
+    other = (t, label + 1) if option == "label" else (t + 0.3, label)
+    assert not torch.allclose(net.denoise(z, t, label), net.denoise(z, *other), atol=1e-3)
+
+
+def test_each_loss_reaches_exactly_its_modules() -> None:
+    """They meet in the trunk alone; no gradient of the denoiser reaches patches or decoder."""
+    nets, objective = shaken(), Unite()
+    named = dict(nets.online.named_parameters())
+    terms = objective.terms(nets, BATCH, make_draw(BATCH), "joint")
+    reached = {}
+    for name, loss in terms.losses.items():
+        grads = torch.autograd.grad(loss, named.values(), retain_graph=True, allow_unused=True)
+        pairs = zip(named, grads, strict=True)
+        reached[name] = {k.split(".")[0] for k, g in pairs if g is not None and g.abs().sum() > 0}
+    shared = {"embed_latent", "embed_register", "embed_time", "embed_label", "embed_context"}
+    shared |= {"trunk", "head_latent", "latent_norm"}
+    assert reached["denoising"] == shared
+    assert reached["reconstruction"] == shared | {"embed_pixels", "decoder"}
+
+
+def test_the_objective_draws_the_noise_that_encoding_begins_from() -> None:
+    nets, objective = shaken(), Unite()
+    z = [objective.terms(nets, BATCH, make_draw(BATCH, seed=s), "joint").z for s in (1, 1, 2)]
+    assert torch.equal(z[0], z[1])
+    assert not torch.allclose(z[0], z[2], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mask": torch.zeros(6, 4, dtype=torch.bool)}, "cannot hide patches"),
+        ({"z_t": latents()}, "together, or neither"),
+        ({"t": torch.zeros(6)}, "together, or neither"),
+    ],
+)
+def test_an_encode_pass_that_it_cannot_run_is_refused(wrong, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_nets(TINY).online.run(Encode(x=BATCH.x, **wrong))
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"patch": 5}, "patch"),
+        ({"heads": 3, "decoder": DecoderConfig(heads=2)}, "heads"),
+        ({"context_start": 3}, "context_start"),
+        ({"latent_dim": 2}, "latent_dim"),
+        ({"decoder": DecoderConfig(heads=3)}, "decoder.heads"),
+        ({"decoder": DecoderConfig(width=6, heads=2)}, "decoder.width"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(changes, where) -> None:
+    found = attrs.evolve(TINY, **changes).problems(ImageSpec(3, 16, 16, 4))
+    assert [name for name, _ in found] == [where]
+
+
+def test_the_plugin_registers_both_parts() -> None:
+    host = load()
+    assert host.registries["backbones"].get("unite") is UniteConfig
+    assert host.registries["objectives"].get("unite") is Unite
+
+
+def test_its_small_recipe_trains_samples_and_reconstructs(tmp_path: Path) -> None:
+    less = ("steps=4", "probe={images: 16, glance: 8, calibration: 16}", "preview={rows: 1, classes: 2}",
+            "sampler.steps=2", "backbone.depth=3", "backbone.width=24")  # fmt: skip
+    words = [word for one in less for word in ("--set", one)]
+    done = e2ediff("run", RECIPES / "unite_quickstart.yaml", "--out", tmp_path / "run", *words)
+    assert done.code == 0, done.err
+    assert e2ediff("sample", tmp_path / "run", "--count", 1, "--label", 3).code == 0
+    psnr = e2ediff("reconstruct", tmp_path / "run", "--count", 4, "--out", tmp_path)
+    assert psnr.code == 0, psnr.err
