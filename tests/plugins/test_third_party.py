@@ -15,7 +15,7 @@ from e2ediff.run.directory import RunDirectory
 ROOT = Path(__file__).parents[2]
 VARFLOOR = ROOT / "plugins" / "e2ediff-varfloor"
 # Every plugin of this repository by its entry point, and the broken one of these tests.
-OTHERS = "dsd,unite,rivals,varfloor,brokenplug"
+OTHERS = "dsd,unite,jit,rivals,varfloor,brokenplug"
 
 
 @pytest.fixture(scope="module")

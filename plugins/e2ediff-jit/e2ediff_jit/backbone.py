@@ -1,0 +1,154 @@
+"""The JiT network: a plain transformer that denoises patches of pixels.
+
+Shapes: B batch, C H W image, N patches, D = C patch^2 pixels of a patch, W width, K context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor, nn
+
+from e2ediff.attention import Backend, use_attention
+from e2ediff.backbone import Backbone, BackboneConfig, LatentSpec
+from e2ediff.data import ImageSpec
+from e2ediff.latent import LatentNorm
+from e2ediff.layers import (
+    MLP,
+    Block,
+    Context,
+    TimeEmbedding,
+    Trunk,
+    patchify,
+    rotary_angles,
+    sincos_positions,
+    unpatchify,
+)
+
+
+@attrs.frozen(kw_only=True)
+class JiTConfig(BackboneConfig):
+    """A denoiser of pixels: the latent is the image, cut into patches.
+
+    `width`, `depth` and `heads` shape the transformer; `patch` is the side of a patch in pixels.
+    `bottleneck` is the width between the two linear layers that embed a patch.
+    `context` class tokens join the patches after the first `context_start` blocks; 0 leaves them
+    out.
+    `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
+    `attention` is `auto`, `sdpa` or `xformers`.
+
+    Encoding and decoding have no weights and lose nothing, so every trained weight is the
+    denoiser's, and the latent is not normalised: pixels lie in [-1, 1].
+
+    Source: JiT (Li & He 2025, arXiv 2511.13720). From a copy of its code: RMSNorm, SwiGLU, qk-norm
+    and rotary positions beside sincos ones, adaLN-zero, the bottleneck, 32 in-context class
+    tokens, times embedded at frequencies from 1 down. Ours: no dropout, which JiT-B does without.
+    """
+
+    width: int = attrs.field(validator=validators.gt(0))
+    depth: int = attrs.field(validator=validators.gt(0))
+    heads: int = attrs.field(validator=validators.gt(0))
+    patch: int = attrs.field(validator=validators.gt(0))
+    bottleneck: int = attrs.field(default=128, validator=validators.gt(0))
+    context: int = attrs.field(default=32, validator=validators.ge(0))
+    context_start: int = attrs.field(default=4, validator=validators.ge(0))
+    mlp_ratio: float = attrs.field(default=4.0, validator=validators.gt(0))
+    attention: Backend = "auto"
+
+    def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
+        """Sizes that do not divide one another, and context that would never join."""
+        found = []
+        if image.height % self.patch or image.width % self.patch:
+            size = f"{image.height} x {image.width}"
+            found.append(("patch", f"{self.patch} does not divide the image, {size}"))
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            what = f"{self.heads} do not cut the width, {self.width}, into multiples of 4"
+            found.append(("heads", what))
+        if self.context and self.context_start >= self.depth:
+            what = f"{self.context_start} is past the last block; there are {self.depth}"
+            found.append(("context_start", what))
+        return found
+
+    def build(self, image: ImageSpec) -> JiT:
+        """A freshly initialised network."""
+        return JiT(self, image)
+
+
+class JiT(Backbone):
+    """The network of `JiTConfig`."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: JiTConfig, image: ImageSpec) -> None:
+        super().__init__()
+        c = self.config = config
+        self.image = image
+        self.denoiser_apart = True
+        self.grid = (image.height // c.patch, image.width // c.patch)
+        tokens, dim = self.grid[0] * self.grid[1], image.channels * c.patch**2
+        self.latent = LatentSpec(tokens, dim, norm="none", grid=self.grid, learned=False)
+        self.latent_norm = LatentNorm("none", tokens, dim)
+
+        self.embed_pixels = nn.Sequential(
+            nn.Linear(dim, c.bottleneck, bias=False), nn.Linear(c.bottleneck, c.width)
+        )
+        self.embed_time = TimeEmbedding(c.width, 10000.0 ** (-torch.arange(128) / 128))
+        self.embed_label = nn.Embedding(image.classes + 1, c.width)
+        self.embed_context = nn.Parameter(torch.empty(c.context, c.width))
+        self.register_buffer("positions", sincos_positions(self.grid, c.width), persistent=False)
+        angles = rotary_angles(self.grid, c.width // c.heads, base=10000.0)[:, None]  # (N, 1, ·)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+        blocks = [
+            Block(c.width, c.heads, MLP(c.width, c.mlp_ratio, "swiglu"), "block", norm="rms")
+            for _ in range(c.depth)
+        ]
+        self.trunk = Trunk(blocks, c.width, shared=False, norm="rms")
+        self.head_pixels = nn.Linear(c.width, dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for linears, 0.02 for embeddings, zero for modulation and head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        times = [m.weight for m in self.embed_time.layers if isinstance(m, nn.Linear)]
+        for weight in (self.embed_label.weight, self.embed_context, *times):
+            nn.init.normal_(weight, std=0.02)
+        zero = [m.modulation for m in self.modules() if isinstance(m, Block)]
+        for linear in (*zero, self.trunk.final, self.head_pixels):
+            assert isinstance(linear, nn.Linear)
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The image's patches, (B, C, H, W) -> (B, N, D)."""
+        return patchify(x.float(), self.config.patch)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Patches put together, (B, N, D) -> (B, C, H, W)."""
+        return unpatchify(z.float(), self.config.patch, self.grid)
+
+    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
+        tokens = self.embed_pixels(z_t) + self.positions
+        named = self.embed_label(label)  # (B, W)
+        context = None
+        if self.config.context:
+            context = Context(named[:, None] + self.embed_context, self.config.context_start)
+        c = self.embed_time(t) + named
+        h, _ = self.trunk(tokens, c, frozenset(), (self.cos, self.sin), context)
+        out: Tensor = self.head_pixels(h).float()
+        return out
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
+        """Choose the attention kernel and give it to every block."""
+        return use_attention(self, self.config.attention, device, dtype)

@@ -1,0 +1,173 @@
+"""JiT: pixels as latents, the loss of velocities, louder noise, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+from command_line import e2ediff
+from e2ediff_jit.backbone import JiTConfig
+from e2ediff_jit.interpolant import LinearScaled
+from e2ediff_jit.objective import Pixel
+
+from e2ediff.data import ImageSpec
+from e2ediff.host.plugins import load
+from e2ediff.host.recipe import load_recipe
+from e2ediff.run.assembly import problems
+from e2ediff.testing import (
+    GaussianDenoiser,
+    TinyBackbone,
+    check_backbone,
+    check_interpolant,
+    check_objective,
+    make_batch,
+    make_draw,
+    make_nets,
+)
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+TINY = JiTConfig(width=16, depth=3, heads=2, patch=8, bottleneck=4, context=2, context_start=1)
+BATCH = make_batch()
+
+
+def shaken(**changes):
+    """Networks without the zeros of a fresh start, whose answer is zero."""
+    nets, g = make_nets(attrs.evolve(TINY, **changes)), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in nets.online.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=g)
+    return nets
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"context": 0}, {"context_start": 0}, {"patch": 4, "bottleneck": 32}]
+)
+def test_the_network_keeps_the_contract_of_backbones(changes) -> None:
+    check_backbone(attrs.evolve(TINY, **changes))
+
+
+@pytest.mark.parametrize("image", [ImageSpec(1, 16, 24, 0), ImageSpec(3, 8, 32, 1)], ids=str)
+def test_it_takes_grey_oblong_and_unlabelled_images(image) -> None:
+    check_backbone(TINY, image)
+
+
+@pytest.mark.parametrize("objective", [Pixel(), Pixel(weight="x0"), Pixel(weight="eps")])
+def test_the_objective_keeps_its_contract(objective) -> None:
+    check_objective(objective, TINY)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_the_scaled_path_keeps_the_contract_of_interpolants(scale) -> None:
+    check_interpolant(LinearScaled(noise_scale=scale))
+
+
+def test_the_latent_is_the_image_and_nothing_of_it_is_lost() -> None:
+    net = make_nets(TINY).online
+    z = net.encode(BATCH.x)
+    assert z.shape == (6, net.latent.tokens, net.latent.dim) == (6, 4, 192)
+    assert torch.equal(net.decode(z), BATCH.x)
+    assert not net.latent.learned
+    assert not z.requires_grad
+
+
+def test_its_loss_is_the_released_one_of_velocities() -> None:
+    """|(f - z_t) / max(1 - t, 0.05) - (x - z_t) / max(1 - t, 0.05)|^2."""
+    nets = shaken()
+    draw = make_draw(BATCH)
+    with torch.no_grad():
+        x, t = nets.online.encode(BATCH.x), draw.t[:, None, None]
+        z_t = t * x + (1 - t) * make_draw(BATCH).noise(x)
+        f, span = nets.online.denoise(z_t, draw.t, draw.label), (1 - t).clamp_min(0.05)
+        expected = ((f - z_t) / span - (x - z_t) / span).square().mean()
+    (loss,) = Pixel().terms(nets, BATCH, make_draw(BATCH), "joint").losses.values()
+    # differences of numbers up to 20 in float32
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=0)
+
+
+def test_every_weight_is_the_denoiser_s() -> None:
+    nets = shaken()
+    terms = Pixel().terms(nets, BATCH, make_draw(BATCH), "joint")
+    grads = torch.autograd.grad(terms.total, list(nets.online.parameters()))
+    assert all(g.abs().sum() > 0 for g in grads)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_louder_noise_is_what_sampling_begins_from(scale) -> None:
+    """Samples of a Gaussian come out right only from noise of the path's own scale."""
+    path, label = LinearScaled(noise_scale=scale), torch.zeros(4096, dtype=torch.long)
+    heun = load(entry_points=False).registries["samplers"].get("heun")(steps=30)
+    start = torch.randn(4096, 1, 2, generator=torch.Generator().manual_seed(0))
+    z = heun.sample(GaussianDenoiser(path, 1.0, 0.5), start, label, torch.randn_like)
+    # 0.03 is the error of 4096 samples and 30 steps
+    assert float(z.mean()) == pytest.approx(1.0, abs=0.03)
+    assert float(z.std()) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("option", ["label", "t"])
+def test_the_denoiser_hears_of_class_and_time(option) -> None:
+    net, z = shaken().online, shaken().online.encode(BATCH.x)
+    t, label = torch.full((6,), 0.5), torch.zeros(6, dtype=torch.long)
+    other = (t, label + 1) if option == "label" else (t + 0.3, label)
+    assert not torch.allclose(net.denoise(z, t, label), net.denoise(z, *other), atol=1e-3)
+
+
+def test_the_class_reaches_the_patches_through_the_context_too() -> None:
+    """Without adaLN, context tokens are the only way; before their block there is none."""
+    t, label = torch.full((6,), 0.5), torch.zeros(6, dtype=torch.long)
+    for start, reaches in ((1, True), (None, False)):
+        net = shaken(context=2 if reaches else 0, context_start=start or 0).online
+        with torch.no_grad():
+            for block in net.trunk.blocks:  # gates open, whatever time and class are
+                block.modulation.weight.zero_()
+            net.trunk.final.weight.zero_()
+        z = net.encode(BATCH.x)
+        same = torch.allclose(net.denoise(z, t, label), net.denoise(z, t, label + 1), atol=1e-6)
+        assert same != reaches
+
+
+def test_an_encoder_that_nothing_would_train_is_refused() -> None:
+    ((where, what),) = Pixel().problems(make_nets(TinyBackbone(), device="meta"))
+    assert where == "objective"
+    assert "backbone: jit" in what
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [({"patch": 5}, "patch"), ({"heads": 3}, "heads"), ({"context_start": 3}, "context_start")],
+)
+def test_sizes_that_do_not_fit_are_named(changes, where) -> None:
+    found = attrs.evolve(TINY, **changes).problems(ImageSpec(3, 16, 16, 4))
+    assert [name for name, _ in found] == [where]
+
+
+@pytest.mark.parametrize(
+    ("objective", "refused"), [("pixel", False), ("detached", False), ("two_stage", True)]
+)
+def test_what_trains_nothing_of_pixels_is_refused(objective, refused) -> None:
+    recipe = load_recipe(
+        load(), RECIPES / "jit_quickstart.yaml", [f"objective={objective}", "backbone.width=12"]
+    )
+    said = [str(p) for p in problems(recipe)]
+    assert any("not learned" in one for one in said) == bool(said) == refused
+
+
+def test_the_plugin_registers_its_three_parts() -> None:
+    registries = load().registries
+    assert registries["backbones"].get("jit") is JiTConfig
+    assert registries["objectives"].get("pixel") is Pixel
+    assert registries["interpolants"].get("linear_scaled") is LinearScaled
+
+
+def test_its_small_recipe_trains_and_samples_without_a_word_of_collapse(tmp_path: Path) -> None:
+    less = ("steps=4", "probe={images: 16, glance: 8, calibration: 16}", "preview={rows: 1, classes: 2}",
+            "sampler.steps=2", "backbone.depth=3", "backbone.width=24",
+            "cadence={log: 1, diagnose: 1, preview: 100, checkpoint: 100}")  # fmt: skip
+    words = [word for one in less for word in ("--set", one)]
+    done = e2ediff("run", RECIPES / "jit_quickstart.yaml", "--out", tmp_path / "run", *words)
+    assert done.code == 0, done.err
+    assert "collaps" not in (done.err + done.out).lower()
+    assert e2ediff("sample", tmp_path / "run", "--count", 1, "--label", 3).code == 0
+    psnr = e2ediff("reconstruct", tmp_path / "run", "--count", 4, "--out", tmp_path)
+    assert psnr.out.startswith("psnr 100.00 dB"), "its bound, for images that are equal"
