@@ -161,7 +161,8 @@ def test_the_plugin_registers_its_three_parts() -> None:
 
 
 def test_its_small_recipe_trains_and_samples_without_a_word_of_collapse(tmp_path: Path) -> None:
-    less = ("steps=4", "probe={images: 16, glance: 8, calibration: 16}", "preview={rows: 1, classes: 2}",
+    less = ("steps=4", "probe={images: 16, glance: 8, calibration: 16}",
+            "preview={rows: 1, classes: 2}",
             "sampler.steps=2", "backbone.depth=3", "backbone.width=24",
             "cadence={log: 1, diagnose: 1, preview: 100, checkpoint: 100}")  # fmt: skip
     words = [word for one in less for word in ("--set", one)]

@@ -193,7 +193,8 @@ def test_the_plugin_registers_both_parts() -> None:
 
 
 def test_its_small_recipe_trains_samples_and_reconstructs(tmp_path: Path) -> None:
-    less = ("steps=4", "probe={images: 16, glance: 8, calibration: 16}", "preview={rows: 1, classes: 2}",
+    less = ("steps=4", "probe={images: 16, glance: 8, calibration: 16}",
+            "preview={rows: 1, classes: 2}",
             "sampler.steps=2", "backbone.depth=3", "backbone.width=24")  # fmt: skip
     words = [word for one in less for word in ("--set", one)]
     done = e2ediff("run", RECIPES / "unite_quickstart.yaml", "--out", tmp_path / "run", *words)
