@@ -53,7 +53,9 @@ def curves_png(metrics: Sequence[Mapping[str, float]], title: str) -> bytes:
     losses.set(title="losses", yscale="log")
     _curve(rank, metrics, "rank", "tokens")
     _curve(rank, metrics, "rank_sample", "whole images")
-    rank.set(title="effective rank of the latents", yscale="log")
+    rank.set(title="effective rank of the latents")
+    if any(m.get("rank", 0) > 0 for m in metrics):  # latents may be no one's work, or all alike
+        rank.set_yscale("log")
     for name, label in (
         ("latent_std", "std across images"),
         ("positional", "share constant per position"),

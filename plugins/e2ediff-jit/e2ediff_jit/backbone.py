@@ -149,6 +149,10 @@ class JiT(Backbone):
         out: Tensor = self.head_pixels(h).float()
         return out
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks."""
+        return list(self.trunk.blocks)
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
         """Choose the attention kernel and give it to every block."""
         return use_attention(self, self.config.attention, device, dtype)

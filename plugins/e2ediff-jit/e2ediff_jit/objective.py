@@ -21,10 +21,9 @@ class Pixel(Objective):
 
         loss = mean min(w_t, clamp) |f(z_t, t) - x|^2
 
-    Options:
-        weight: The space whose weight w_t multiplies the clean error: `v` gives the loss of
-            velocities, 1 / (1 - t)^2 on a straight path; `x0` is unweighted.
-        clamp: Largest such weight; 400 is 1 - t held above 0.05.
+    `weight` is the space whose weight w_t multiplies the clean error: `v` gives the loss of
+    velocities, 1 / (1 - t)^2 on a straight path; `x0` is unweighted.
+    `clamp` is the largest such weight; 400 is 1 - t held above 0.05.
 
     Source: JiT (Li & He 2025, arXiv 2511.13720), the loss of velocities by a network that
     predicts x; the clamp is its released code's.

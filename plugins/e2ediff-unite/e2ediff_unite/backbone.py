@@ -231,6 +231,10 @@ class UniteNet(Backbone):
         """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
         return self.run(Denoise(z_t=z_t, t=t, label=label))[0]
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks of trunk and decoder."""
+        return [*self.trunk.blocks, *self.decoder.blocks]
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
         """Choose the attention kernel and give it to every block."""
         return use_attention(self, self.config.attention, device, dtype)

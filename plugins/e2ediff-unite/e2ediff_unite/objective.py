@@ -39,17 +39,15 @@ class Unite(Objective):
     Encoder and denoiser meet in shared weights alone: use a backbone in which they share their
     trunk, `backbone: unite` or, with a token for each patch, `vit` with `trunks: decoder_apart`.
 
-    Options:
-        draws: k, the noise levels trained on for each reconstruction, at `draws` times the
-            denoiser's cost.
-        reduce: Whether the draws' losses are added up (`sum`) or averaged (`mean`).
-        denoising_weight: Weight of that sum or mean.
-        weight: The space whose weight w_t multiplies the clean error, `x0` being unweighted.
-        clamp: Largest such weight; 400 is 1 - t held above 0.05.
-        reconstruction: Compares decoded images with the originals.
-        decode_noise: Noise on latents before decoding.
-        encode_time: Where the backbone encodes from noise, each image's registers begin from
-            fresh unit noise at a time from U[0, encode_time].
+    `draws` is k, the noise levels trained on for each reconstruction, at that many times the
+    denoiser's cost; `reduce` says whether their losses are added up (`sum`) or averaged
+    (`mean`), and `denoising_weight` is the weight of that sum or mean.
+    `weight` is the space whose weight w_t multiplies the clean error, `x0` being unweighted, and
+    `clamp` the largest such weight; 400 is 1 - t held above 0.05.
+    `reconstruction` compares decoded images with the originals, after `decode_noise` on the
+    latents.
+    Where the backbone encodes from noise, each image's registers begin from fresh unit noise at
+    a time from U[0, `encode_time`].
 
     Source: UNITE (arXiv 2603.22283), section 3, and its released code, from which come the sum,
     w_t of velocities with its clamp, k = 3 (the reported models have 14), the noise with
