@@ -71,6 +71,19 @@ class DataError(E2EDiffError):
     exit_code = 5
 
 
+class BadImageError(DataError):
+    """One image is damaged or too large; a recipe may have such images skipped.
+
+    `place` is its path, `what` the complaint; the text is both, and the way out.
+    """
+
+    def __init__(self, place: str, what: str) -> None:
+        self.place = place
+        self.what = what
+        way_out = "remove or replace it, or set `data.on_bad_image: skip`"
+        super().__init__(f"{place}: {what}; {way_out}")
+
+
 class CheckpointError(E2EDiffError):
     """A checkpoint is damaged, incomplete, or does not fit the recipe."""
 

@@ -24,6 +24,7 @@ _COMMANDS = {
     "ablate": ("ablate", "Train a grid of variations with several seeds, and report on it."),
     "report": ("report", "Write one HTML page on a run or an ablation."),
     "compare": ("compare", "Print final figures of runs, and what differs in their recipes."),
+    "data": ("data", "Prepare, check and describe images."),
     "parts": ("parts", "List the parts that a recipe can name, with their options."),
     "plugins": ("plugins", "List plugins, and what is wrong with those that are broken."),
 }

@@ -29,6 +29,7 @@ def command(
     """
     import torch
 
+    from e2ediff.run.bad_images import open_source
     from e2ediff.run.load import load_model
     from e2ediff.run.loader import fixed_images
     from e2ediff.run.pictures import grid_png
@@ -39,7 +40,7 @@ def command(
         model = load_model(
             run, weights=weights, checkpoint=checkpoint, device=device, warn=progress.say
         )
-        source = model.recipe.data.open(held_out=True)
+        source = open_source(model.recipe.data, held_out=True)
         cpu = torch.device("cpu")
         x = fixed_images(source, count, model.recipe.seed, "reconstruct", cpu).x
         x_hat = model.reconstruct(x)

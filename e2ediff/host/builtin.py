@@ -85,6 +85,11 @@ def register_sources(add: Add) -> None:
     add("fashion_mnist", sources.FashionMNIST)
     add("image_folder", sources.ImageFolder)
     add("archive", sources.Archive)
+    add("class_tars", sources.ClassTars)
+    add("tar_shards", sources.TarShards)
+    add("parquet", sources.Parquet)
+    add("arrays", sources.Arrays)
+    add("shards", sources.Shards)
     add("synthetic", sources.Synthetic)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
 from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import Assembly, assemble
+from e2ediff.run.bad_images import BAD_IMAGES, BadImages, Skipped, taken
 from e2ediff.run.checkpoint import checkpoint_at, open_checkpoint, save
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
@@ -56,6 +57,8 @@ class Engine:
         self.observer = Observer.open(
             recipe, chosen_diagnostics(host, recipe), self.training, held_out, device
         )
+        self.bad_images = BadImages(directory.store)
+        self.skip([*taken(self.training), *taken(held_out)])
         self.sinks = Sinks(recipe.trackers, directory, progress)
         self.step = self.images = 0
         self.last_checkpoint: str | None = None
@@ -131,9 +134,19 @@ class Engine:
             first=self.step,
             last=r.total_steps,
             flip=r.data.flip,
-            workers=getattr(r.data, "workers", 0),
+            workers=r.data.workers,
             device=self.device,
+            sampling=r.data.sampling,
+            report=self.skip,
         )
+
+    def skip(self, found: Sequence[Skipped]) -> None:
+        """List damaged images that were not used; the first one is also said."""
+        if self.bad_images.add(found):
+            place = self.directory.store.where(BAD_IMAGES)
+            self.progress.say(
+                f"skipped {found[0].place}: {found[0].what}. All such images are listed in {place}"
+            )
 
     def advance(self, batch: Batch) -> None:
         """One optimizer step in each active phase, then the averages."""

@@ -14,6 +14,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.host.structure import unstructure
 from e2ediff.run.assembly import check_fits, choose_device
+from e2ediff.run.bad_images import BAD_IMAGES, open_source
 from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.run.directory import RunDirectory, State, latest_run
 from e2ediff.run.engine import Engine
@@ -75,10 +76,12 @@ def train(
     check_fits(recipe, recipe_path)
     device = choose_device(recipe.device)
     # Data first: nothing is created for a run that cannot start.
-    training = recipe.data.open()
+    training = open_source(recipe.data)
     check_enough(training, recipe.batch)
     # Without a held-out set both are the same images; listing a large folder twice takes minutes.
-    held_out = recipe.data.open(held_out=True) if recipe.data.has_held_out else training
+    held_out = training
+    if recipe.data.has_held_out:
+        held_out = open_source(recipe.data, held_out=True)
     sources = (training, held_out)
     resolved = dump_recipe(host, recipe)
     if resume:
@@ -142,6 +145,9 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
     else:
         state, code, reason = "preempted", 75, "terminated; saved, continue with --resume"
     _set_status(directory, engine, state, code, reason)
+    if count := len(engine.bad_images):
+        place = directory.store.where(BAD_IMAGES)
+        engine.progress.say(f"skipped {count} damaged or too large images; see {place}")
     return Outcome(directory.path, code, reason)
 
 

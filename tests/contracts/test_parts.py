@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import zipfile
+from importlib.util import find_spec
 from itertools import pairwise
 
 import attrs
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import (
+    as_class_tars,
+    as_npz,
+    as_parquet,
+    as_shards,
+    as_zip,
+    write_tree,
+)
 
 from e2ediff import testing
 from e2ediff.data import ImageSpec
@@ -17,6 +25,7 @@ from e2ediff.errors import DataError, ResourceError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.host.registry import options
+from e2ediff.prepare.write import Settings, prepare
 
 HOST = load(entry_points=False)
 PARTS = [(plural, part) for plural, registry in HOST.registries.items() for part in registry]
@@ -41,28 +50,38 @@ def ids(parts):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Two class folders of PNGs of different sizes, and a zip of them."""
-    root = tmp_path_factory.mktemp("pictures")
-    g = torch.Generator().manual_seed(0)
-    with zipfile.ZipFile(root / "pictures.zip", "w") as archive:
-        for name, size in (("cat", (20, 17)), ("dog", (40, 16))):
-            (root / "folder" / name).mkdir(parents=True)
-            for i in range(3):
-                pixels = torch.randint(256, (*size, 3), generator=g, dtype=torch.uint8)
-                path = root / "folder" / name / f"{i}.png"
-                Image.fromarray(pixels.numpy()).save(path)
-                archive.write(path, f"{name}/{i}.png")
-    return root
-
-
-@pytest.fixture
-def required(pictures):
+def required(tmp_path_factory):
     """Values of the options that have no default, by the part's name."""
+    place = tmp_path_factory.mktemp("pictures")
+    tree = write_tree(place / "tree", [3, 3], size=(40, 17))
+    image = {"size": 16, "classes": 2}
+    x = np.random.default_rng(0).integers(256, size=(6, 20, 17, 3), dtype=np.uint8)
+    prepared = place / "prepared"
+    folder = HOST.registries["sources"].get("image_folder")(root=str(tree), **image)
+    settings = Settings(
+        source="",
+        images=6,
+        channels=3,
+        format="png",
+        quality=95,
+        each=4,
+        skip=False,
+        **image,
+    )
+    prepare(folder.open(), settings, str(prepared), workers=0, progress=lambda line: None)
+    paths = {
+        "archive": as_zip(tree, place / "pictures.zip"),
+        "class_tars": as_class_tars(tree, place / "train.tar"),
+        "tar_shards": as_shards(tree, place / "shards", each=4),
+        "shards": prepared,
+    }
+    if find_spec("pyarrow"):
+        paths["parquet"] = as_parquet(tree, place / "parquet")
     return {
         "vit": VIT,
-        "image_folder": {"root": str(pictures / "folder"), "size": 16, "classes": 2},
-        "archive": {"path": str(pictures / "pictures.zip"), "size": 16, "classes": 2},
+        "image_folder": {"root": str(tree), **image},
+        "arrays": {"images": str(as_npz(x, np.arange(6) % 2, place / "x.npz")), **image},
+        **{name: {"path": str(path), **image} for name, path in paths.items()},
     }
 
 

