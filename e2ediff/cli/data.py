@@ -8,7 +8,7 @@ _SET = click.option(
     "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`."
 )
 _WORKERS = click.option(
-    "--workers", type=click.IntRange(0), help="Processes. Default: one a core."
+    "--workers", type=click.IntRange(0), default=1024, help="Processes. Default: one a core."
 )
 
 
@@ -46,7 +46,7 @@ def prepare_command(
     quality: int,
     each: int,
     held_out: bool,
-    workers: int | None,
+    workers: int,
     overrides: tuple[str, ...],
 ) -> None:
     """Crop all images of SRC once, into indexed shards with hashes in DST.
@@ -83,7 +83,7 @@ def prepare_command(
         skip=config.on_bad_image == "skip",
     )
     with Progress() as progress:
-        done = prepare(source, settings, dst, workers=_cores(workers), progress=progress.update)
+        done = prepare(source, settings, dst, workers=workers, progress=progress.update)
         for place, what in done.left_out:
             progress.say(f"left out {place}: {what}")
     kept = f", {done.kept} of them made before" if done.kept else ""
@@ -101,9 +101,7 @@ def prepare_command(
 @click.option("--quick", is_flag=True, help="Read headers, decode no pixels.")
 @_WORKERS
 @_SET
-def check_command(
-    address: str, quick: bool, workers: int | None, overrides: tuple[str, ...]
-) -> None:
+def check_command(address: str, quick: bool, workers: int, overrides: tuple[str, ...]) -> None:
     """Read every image, held-out ones too, and print those that cannot be used.
 
     Prints one line `path: fault` for each; exits with 5 if there are any.
@@ -125,7 +123,7 @@ def check_command(
                 source,
                 range(len(source)),
                 quick=quick,
-                workers=_cores(workers),
+                workers=workers,
                 progress=progress.update,
             )
             bad += seen.bad
@@ -148,9 +146,7 @@ def check_command(
 )
 @_WORKERS
 @_SET
-def stats_command(
-    address: str, images: int, workers: int | None, overrides: tuple[str, ...]
-) -> None:
+def stats_command(address: str, images: int, workers: int, overrides: tuple[str, ...]) -> None:
     """Count classes, measure sizes and channels, and propose a data block.
 
     Classes are counted over all images; sizes, means and standard deviations are those of a
@@ -173,7 +169,7 @@ def stats_command(
             source,
             sorted(order[:images].tolist()),
             quick=False,
-            workers=_cores(workers),
+            workers=workers,
             progress=progress.update,
         )
     for line in lines(source, config, seen):
@@ -181,9 +177,3 @@ def stats_command(
     for place, what in seen.bad:
         click.echo(f"            {place}: {what}")
     click.echo("\n# proposed\n" + proposal(host, source, config, seen), nl=False)
-
-
-def _cores(workers: int | None) -> int:
-    import os
-
-    return workers if workers is not None else len(os.sched_getaffinity(0))

@@ -44,7 +44,8 @@ def opened(data: bytes, place: str, max_pixels: int) -> Iterator[Image.Image]:
                 )
             yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImageError(place, f"more pixels than data.max_pixels: {max_pixels}") from error
+        what = f"more pixels than data.max_pixels: {max_pixels}, or than Pillow ever decodes"
+        raise BadImageError(place, what) from error
     except UnidentifiedImageError as error:
         # Its own text has an address in memory.
         what = "no JPEG, PNG, WebP or BMP" if data else "empty file"

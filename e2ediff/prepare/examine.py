@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from e2ediff.data import DataSource
 from e2ediff.errors import BadImageError, DataError
-from e2ediff.run.loader import quiet_worker
+from e2ediff.run.loader import processes, quiet_worker
 
 _EACH = 64
 
 
 class _Seen(NamedTuple):
-    count: int
+    looked_at: int
     decoded: int
     bad: tuple[tuple[str, str], ...]
     sizes: Tensor
@@ -95,7 +95,7 @@ def examine(
         _Chunks(source, indices, quick=quick),
         sampler=range(chunks),
         batch_size=None,
-        num_workers=min(workers, chunks),
+        num_workers=min(processes(workers), chunks),
         worker_init_fn=quiet_worker,
         generator=torch.Generator(),
     )
@@ -105,7 +105,7 @@ def examine(
         if isinstance(item, str):
             raise DataError(item)
         seen.append(item)
-        count, broken = count + item.count, broken + len(item.bad)
+        count, broken = count + item.looked_at, broken + len(item.bad)
         progress(f"{count:,} of {len(indices):,} images, {broken:,} broken")
     mean, std = _moments([s for s in seen if s.decoded])
     return Examined(

@@ -36,7 +36,7 @@ from e2ediff.parts.sources.shards import (
     sha256,
     verified_key,
 )
-from e2ediff.run.loader import quiet_worker
+from e2ediff.run.loader import processes, quiet_worker
 from e2ediff.run.storage import Store
 
 Format = Literal["png", "jpeg", "raw"]
@@ -112,7 +112,7 @@ def prepare(
         _Shards(source, settings, folder),
         sampler=todo,
         batch_size=None,
-        num_workers=min(workers, len(todo)),
+        num_workers=min(processes(workers), len(todo)),
         worker_init_fn=quiet_worker,
         generator=torch.Generator(),
     )

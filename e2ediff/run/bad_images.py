@@ -19,7 +19,7 @@ BAD_IMAGES = "bad_images.jsonl"
 class Skipped(NamedTuple):
     """An image that was not used; `what` is wrong with it, and `instead` was shown."""
 
-    index: int
+    number: int
     place: str
     what: str
     instead: int
@@ -128,7 +128,7 @@ class BadImages:
         new = [s for s in found if s.place not in self._known()]
         first = bool(new) and not self._known()
         for skipped in {s.place: s for s in new}.values():
-            entry = {"image": skipped.place, "index": skipped.index, "what": skipped.what}
+            entry = {"image": skipped.place, "index": skipped.number, "what": skipped.what}
             self.store.append(BAD_IMAGES, json.dumps({**entry, "instead": skipped.instead}))
             self._known().add(skipped.place)
         return first

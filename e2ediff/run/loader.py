@@ -9,6 +9,7 @@ Shapes: B batch, C H W image.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -130,7 +131,7 @@ def batches(
         _Steps(source, order, batch, flip=flip, rows=rows),
         sampler=range(first, last),
         batch_size=None,
-        num_workers=workers,
+        num_workers=processes(workers),
         pin_memory=device.type == "cuda",
         worker_init_fn=quiet_worker,
         # Its own: drawing the workers' seed would move the global generator.
@@ -156,7 +157,7 @@ def _ahead(items: Iterator[_Item], device: torch.device) -> Iterator[Batch]:
         for item in items:
             yield to_batch(item.x, item.label, device, item.mirrored)
         return
-    copies = torch.cuda.Stream(device)
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def start(item: _Item) -> Batch:
         with torch.cuda.stream(copies):
@@ -172,6 +173,11 @@ def _ahead(items: Iterator[_Item], device: torch.device) -> Iterator[Batch]:
         given, ready = batch, next(items, None)
         batch = start(ready) if ready else None
         yield given
+
+
+def processes(wanted: int) -> int:
+    """As many as wanted, but no more than there are cores: nothing but speed depends on it."""
+    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
 
 
 def quiet_worker(worker: int) -> None:

@@ -63,7 +63,7 @@ class Order:
 
 def _balanced(labels: Tensor, g: torch.Generator) -> Tensor:
     """Indices (M,) in which classes take turns."""
-    present = labels.unique()
+    present: Tensor = torch.unique(labels)
     turns = -(-len(labels) // len(present))
     classes = torch.cat([torch.randperm(len(present), generator=g) for _ in range(turns)])
     classes = classes[: len(labels)]

@@ -134,7 +134,8 @@ def test_the_engine_imports_contracts_and_the_host_but_no_part() -> None:
 
 def test_preparing_data_needs_no_training() -> None:
     ours = CONTRACTS | {"e2ediff.host.", "e2ediff.parts.images.", "e2ediff.parts.sources.",
-                        "e2ediff.run.loader.", "e2ediff.run.storage.", "e2ediff.prepare."}  # fmt: skip
+                        "e2ediff.prepare.", "e2ediff.run.loader.",
+                        "e2ediff.run.storage."}  # fmt: skip
     others = {"torch", "attrs", "numpy", "PIL", "fsspec"}
     assert broken_by(sources(CORE / "prepare"), ours, others) == {}
 

@@ -62,7 +62,7 @@ def walk(location: Location) -> tuple[list[str], list[str]]:
     with a dot are left out.
     """
     if not location.local:
-        start = len(location.path.rstrip("/")) + 1
+        start = len(location.below(""))
         paths = [str(path)[start:] for path in location.fs.find(location.path)]
         entries = location.fs.ls(location.path, detail=True)
         folders = [e["name"].rstrip("/")[start:] for e in entries if e["type"] == "directory"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from e2ediff.parts.sources.listing import Names
 from e2ediff.parts.sources.location import Aside, Location
 
-_VERSION = "1"
+VERSION = 1
 
 
 @attrs.frozen(eq=False)
@@ -38,8 +38,13 @@ class Index:
 
     def dumps(self, key: str) -> bytes:
         """As a safetensors file; `key` says of what data it is the index."""
-        told = {"version": _VERSION, "key": key, "classes": str(self.classes)}
-        told |= {"files": json.dumps(self.files), "class_names": json.dumps(self.class_names)}
+        told = {
+            "version": VERSION,
+            "key": key,
+            "classes": self.classes,
+            "files": self.files,
+            "class_names": self.class_names,
+        }
         tensors = {
             "file": self.file,
             "start": self.start,
@@ -48,29 +53,29 @@ class Index:
             "letters": self.names.letters,
             "ends": self.names.ends,
         }
-        return save(tensors, told)
+        # One entry: with several, their order would differ from time to time.
+        return save(tensors, {"index": json.dumps(told)})
 
     @classmethod
     def loads(cls, data: bytes, key: str | None = None) -> Index | None:
         """What `dumps` wrote; None if it is damaged, or of other data than `key`'s."""
         try:
             t, told = load(data), _metadata(data)
-            if told["version"] != _VERSION or key not in (None, told["key"]):
+            if told["version"] != VERSION or key not in (None, told["key"]):
                 return None
-            files, class_names = json.loads(told["files"]), json.loads(told["class_names"])
             names = Names.of(t["letters"], t["ends"])
             sizes = {len(t[k]) for k in ("file", "start", "size", "labels", "ends")}
             if len(sizes) != 1:
                 return None
             return cls(
-                tuple(files),
+                tuple(told["files"]),
                 names,
                 t["file"],
                 t["start"],
                 t["size"],
                 t["labels"],
                 int(told["classes"]),
-                tuple(class_names),
+                tuple(told["class_names"]),
             )
         except (SafetensorError, ValueError, KeyError, TypeError, struct.error):
             return None
@@ -78,7 +83,8 @@ class Index:
 
 def _metadata(data: bytes) -> dict[str, Any]:
     (length,) = struct.unpack("<Q", data[:8])
-    found: dict[str, Any] = json.loads(data[8 : 8 + length])["__metadata__"]
+    header = json.loads(data[8 : 8 + length])
+    found: dict[str, Any] = json.loads(header["__metadata__"]["index"])
     return found
 
 

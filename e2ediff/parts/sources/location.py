@@ -63,7 +63,8 @@ class Location:
 
     def below(self, name: str) -> str:
         """The file system's path of a file below this folder."""
-        return f"{self.path.rstrip('/')}/{name}"
+        folder = self.path.rstrip("/")
+        return f"{folder}/{name}" if folder or self.path else name
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """Bytes of a file, or this range of them."""

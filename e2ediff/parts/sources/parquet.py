@@ -115,7 +115,9 @@ class Parquet(EncodedConfig):
     def _index(self, arrow: Any, location: Location, files: Sequence[File], option: str) -> Index:
         """For each row: its file, its row group (as `start`), its place there (as `size`)."""
         names: list[str] = []
-        rows: tuple[list[int], list[int], list[int]] = ([], [], [])
+        numbers: list[int] = []
+        groups: list[int] = []
+        rows: list[int] = []
         values: list[str] = []
         class_names: tuple[str, ...] = ()
         for number, found in enumerate(files):
@@ -135,25 +137,41 @@ class Parquet(EncodedConfig):
                 raise DataError(
                     f"{option}: {found.path} cannot be read as Parquet ({error}); fetch it again"
                 ) from error
+            names += [f"{found.name}#{row}" for row in range(sum(counts))]
+            numbers += [number] * sum(counts)
             for group, count in enumerate(counts):
-                for row in range(count):
-                    names.append(f"{found.name}#{sum(counts[:group]) + row}")
-                    for list_, value in zip(rows, (number, group, row), strict=True):
-                        list_.append(value)
-        labels, classes, seen = column([0] * len(names)), 0, ()
-        if {*values} - {"None", "-1"}:
-            if len(values) != len(names) or "None" in values or "-1" in values:
-                raise DataError(
-                    f"{option}: column '{self.label_column}' has no label for some of the "
-                    f"{len(names)} rows; expected a class number or name in each, or "
-                    "`--set data.classes=0` with another `label_column`"
-                )
-            labels, classes, seen = numbered(values)
+                groups += [group] * count
+                rows += range(count)
+        if not names:
+            raise DataError(f"{option}: {files[0].path} has no rows; expected one for each image")
+        labels, classes, seen = self._labels(values, len(names), option)
         if class_names and not seen:
             classes, seen = max(classes, len(class_names)), class_names
-        files_ = tuple(f.name for f in files)
-        columns = (torch.tensor(row, dtype=torch.int64) for row in rows)
-        return Index(files_, Names(names), *columns, labels, classes, seen)
+        return Index(
+            tuple(f.name for f in files),
+            Names(names),
+            column(numbers),
+            column(groups),
+            column(rows),
+            labels,
+            classes,
+            seen,
+        )
+
+    def _labels(
+        self, values: Sequence[str], count: int, option: str
+    ) -> tuple[torch.Tensor, int, tuple[str, ...]]:
+        """Labels, number of classes and their names; none if no row has one."""
+        # Hugging Face writes -1 where a test set's label is kept back.
+        if not {*values} - {"None", "-1"}:
+            return column([0] * count), 0, ()
+        if len(values) != count or "None" in values or "-1" in values:
+            raise DataError(
+                f"{option}: column '{self.label_column}' has no label for some of the {count} "
+                "rows; expected a class number or name in each, or `--set data.classes=0` with "
+                "another `label_column`"
+            )
+        return numbered(values)
 
     def _check(self, columns: Sequence[str], path: str, option: str) -> None:
         if self.image_column not in columns:

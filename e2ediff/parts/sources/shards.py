@@ -135,7 +135,7 @@ def verify_hashes(location: Location, told: dict[str, Any]) -> None:
 
     def differs(name: str) -> bool:
         try:
-            return sha256(location, location.below(name)) != told["files"][name]["sha256"]
+            return bool(sha256(location, location.below(name)) != told["files"][name]["sha256"])
         except OSError as error:
             raise DataError(f"{location.url}/{name}: cannot be read: {error}") from error
 

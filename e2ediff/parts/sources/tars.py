@@ -92,19 +92,22 @@ class _Columns:
 
     def index(self, files: Sequence[str], values: Sequence[str] | None) -> Index:
         """The whole, sorted by name where the labels are still to come from the names."""
-        if values is None:
-            labels, classes, class_names = column([0] * len(self.names)), 0, ()
-        else:
-            labels, classes, class_names = numbered(values)
         columns = (column(self.file), column(self.start), column(self.size))
+        labels, classes, class_names = numbered(values or ["0"] * len(self.names))
+        if values is None:
+            classes = 0
         names = Names(self.names)
         return Index(tuple(files), names, *columns, labels, classes, class_names)
 
     def sorted(self) -> _Columns:
         """By name, as class folders are."""
         order = sorted(range(len(self.names)), key=self.names.__getitem__)
-        rows = (self.names, self.file, self.start, self.size)
-        return _Columns(*([row[i] for i in order] for row in rows))
+        return _Columns(
+            [self.names[i] for i in order],
+            [self.file[i] for i in order],
+            [self.start[i] for i in order],
+            [self.size[i] for i in order],
+        )
 
 
 @attrs.frozen(kw_only=True)
