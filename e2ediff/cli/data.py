@@ -105,15 +105,18 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
     """Read every image, held-out ones too, and print those that cannot be used.
 
     Prints one line `path: fault` for each; exits with 5 if there are any.
+    The hashes of prepared shards are compared too.
     """
     from e2ediff.errors import DataError
     from e2ediff.host.plugins import load
     from e2ediff.prepare.address import source_config
-    from e2ediff.prepare.examine import examine
+    from e2ediff.prepare.examine import compare_hashes, examine
     from e2ediff.run.progress import Progress
 
     config = source_config(load(), address, overrides)
     sources = [config.open()]
+    if not quick:
+        compare_hashes(config)
     if config.has_held_out:
         sources.append(config.open(held_out=True))
     bad: list[tuple[str, str]] = []

@@ -18,7 +18,7 @@ from e2ediff.parts.sources import Arrays
 from e2ediff.parts.sources.listing import EncodedConfig
 from e2ediff.parts.sources.location import Location, expand
 from e2ediff.parts.sources.shards import PREPARED, read_prepared
-from e2ediff.parts.sources.tars import members
+from e2ediff.parts.sources.tar_members import members
 
 _ARRAYS = (".npz", ".npy", "-ubyte", ".idx")
 _KINDS = (

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from e2ediff.data import DataSource
+from e2ediff.data import DataSource, SourceConfig
 from e2ediff.errors import BadImageError, DataError
+from e2ediff.parts.sources import Shards
+from e2ediff.parts.sources.location import Location
+from e2ediff.parts.sources.shards import read_prepared, verify_hashes
 from e2ediff.run.loader import processes, quiet_worker
 
 _EACH = 64
@@ -75,6 +78,19 @@ class _Chunks(Dataset[_Seen | str]):
             colour += int(len(x) > 1 and not bool((x == x[:1]).all()))
         rows = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
         return _Seen(len(chunk), decoded, tuple(bad), rows, total, square, colour)
+
+
+def compare_hashes(config: SourceConfig) -> None:
+    """Compare the hashes of prepared shards, also where they agreed before; else nothing.
+
+    Raises:
+        DataError: Some differ.
+    """
+    if isinstance(config, Shards):
+        for path in (config.path, config.held_out):
+            if path:
+                location = Location(path, "data.path")
+                verify_hashes(location, read_prepared(location))
 
 
 def examine(

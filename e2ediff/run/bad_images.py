@@ -117,39 +117,46 @@ def taken(source: DataSource) -> tuple[Skipped, ...]:
 
 
 class BadImages:
-    """The list of a run's damaged images in its directory, one line for each."""
+    """The list of a run's damaged images in its directory, one line for each.
+
+    Several processes of a run may add to it, each what it met itself.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._places: set[str] | None = None
+        self._met: set[str] = set()
 
     def add(self, found: Iterable[Skipped]) -> bool:
         """List those that are not listed yet; whether the first of the run is among them."""
-        new = [s for s in found if s.place not in self._known()]
-        first = bool(new) and not self._known()
-        for skipped in {s.place: s for s in new}.values():
+        new = {s.place: s for s in found if s.place not in self._met}
+        if not new:
+            return False
+        listed = self.listed()
+        for skipped in (s for place, s in new.items() if place not in listed):
             entry = {"image": skipped.place, "index": skipped.number, "what": skipped.what}
-            self.store.append(BAD_IMAGES, json.dumps({**entry, "instead": skipped.instead}))
-            self._known().add(skipped.place)
-        return first
+            # A line of its own, also behind one that a crash tore.
+            apart = "\n" if self._torn() else ""
+            line = json.dumps({**entry, "instead": skipped.instead})
+            self.store.append(BAD_IMAGES, apart + line)
+        self._met |= set(new)
+        return not listed
 
-    def __len__(self) -> int:
-        return len(self._known())
+    def _torn(self) -> bool:
+        there = self.store.exists(BAD_IMAGES)
+        return there and not self.store.read(BAD_IMAGES).endswith(b"\n")
 
-    def _known(self) -> set[str]:
-        """Paths that are listed; also those of before a resume."""
-        if self._places is None:
-            self._places = set()
-            if self.store.exists(BAD_IMAGES):
-                # A crash may have torn the last line: it is listed again when it is met.
-                self.store.truncate_lines(BAD_IMAGES, keep=_whole)
-                lines = self.store.read(BAD_IMAGES).splitlines()
-                self._places = {str(json.loads(line)["image"]) for line in lines}
-        return self._places
+    def listed(self) -> set[str]:
+        """Paths in the list, from before a resume and of other processes too."""
+        if not self.store.exists(BAD_IMAGES):
+            return set()
+        return {
+            place for line in self.store.read(BAD_IMAGES).split(b"\n") for place in _image(line)
+        }
 
 
-def _whole(line: str) -> bool:
+def _image(line: bytes) -> tuple[str, ...]:
+    """The path in a line; none in one that a crash tore."""
     try:
-        return "image" in json.loads(line)
-    except (ValueError, TypeError):
-        return False
+        return (str(json.loads(line)["image"]),)
+    except (ValueError, TypeError, KeyError):
+        return ()

@@ -145,7 +145,7 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
     else:
         state, code, reason = "preempted", 75, "terminated; saved, continue with --resume"
     _set_status(directory, engine, state, code, reason)
-    if count := len(engine.bad_images):
+    if count := len(engine.bad_images.listed()):
         place = directory.store.where(BAD_IMAGES)
         engine.progress.say(f"skipped {count} damaged or too large images; see {place}")
     return Outcome(directory.path, code, reason)

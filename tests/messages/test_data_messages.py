@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -372,3 +373,15 @@ def test_prepare_prints_how_to_read_what_it_wrote() -> None:
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
     assert e2ediff("data", "check", "shards").code == 0
+    # A flipped bit that neither size nor time shows, in the padding behind the last image.
+    shard = Path("shards/shard-00000.tar")
+    data, stat = bytearray(shard.read_bytes()), shard.stat()
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert e2ediff("data", "check", "shards", "--quick").code == 0
+    done = e2ediff("data", "check", "shards")
+    assert done.code == 5
+    assert (
+        "1 of 5 files have another SHA-256 than prepared.json says (shard-00000.tar)" in done.err
+    )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import BinaryIO, ClassVar, cast
+from typing import ClassVar
 
 import attrs
 
@@ -17,62 +16,7 @@ from e2ediff.parts.sources.index import Index, RangeBytes, column, stored_index
 from e2ediff.parts.sources.labels import labelled, read_labels
 from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
 from e2ediff.parts.sources.location import File, Location, find_files, fingerprint
-
-
-class _Part:
-    """A range of an open file as a file of its own: a tar inside a tar."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        self.file, self.start, self.size, self.at = file, start, size, 0
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, place: int, whence: int = 0) -> int:
-        self.at = place + (0, self.at, self.size)[whence]
-        return self.at
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self.size - self.at)
-        count = left if count < 0 else min(count, left)
-        self.file.seek(self.start + self.at)
-        data = self.file.read(count)
-        self.at += len(data)
-        return data
-
-
-def members(file: BinaryIO, place: str, option: str) -> Iterator[tarfile.TarInfo]:
-    """Plain files of an uncompressed tar; `offset_data` and `size` say where they lie.
-
-    Raises:
-        DataError: No tar, a damaged one, or one with a member that is a link or a device, or
-            whose name leads out of the archive.
-    """
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                what = ""
-                if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
-                    what = "lies outside of the archive"
-                elif member.issym() or member.islnk():
-                    what = "is a link"
-                elif member.sparse is not None or not (member.isreg() or member.isdir()):
-                    what = "is no plain file"
-                if what:
-                    raise DataError(
-                        f"{option}: {place}: member {member.name!r} {what}; expected plain "
-                        "files below the top. Pack the images again without it"
-                    )
-                if member.isreg():
-                    yield member
-    except tarfile.TarError as error:
-        file.seek(0)
-        head = file.read(6)
-        squeezed = head[:2] == b"\x1f\x8b" or head[:3] == b"BZh" or head == b"\xfd7zXZ\0"
-        advice = "it is compressed: decompress it" if squeezed else "fetch it again"
-        raise DataError(
-            f"{option}: {place} cannot be read as a plain tar ({error}); {advice}"
-        ) from error
+from e2ediff.parts.sources.tar_members import inside, members, read_member
 
 
 @attrs.define
@@ -159,9 +103,8 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
                     found.add(name, number, member.offset_data, member.size)
                 if not member.name.endswith(".tar"):
                     continue
-                part = cast(BinaryIO, _Part(file, member.offset_data, member.size))
                 place, label = f"{outer.path}/{member.name}", PurePosixPath(member.name).stem
-                for inner in members(part, place, option):
+                for inner in members(inside(file, member), place, option):
                     if is_image(inner.name):
                         name = f"{label}/{PurePosixPath(inner.name).name}"
                         start = member.offset_data + inner.offset_data
@@ -244,7 +187,7 @@ class TarShards(EncodedConfig):
                     sample.name = member.name
                     sample.start, sample.size = member.offset_data, member.size
                 elif suffix in ((self.label,) if self.label else ("cls", "json")):
-                    data = _read(file, member, place, location.option)
+                    data = read_member(file, member, place, location.option)
                     sample.label[suffix] = self._label(data, suffix, place, location.option)
         return {key: sample for key, sample in found.items() if sample.name}
 
@@ -298,14 +241,3 @@ class _Sample:
     start: int = 0
     size: int = 0
     label: dict[str, str | None] = attrs.field(factory=dict)
-
-
-def _read(file: BinaryIO, member: tarfile.TarInfo, place: str, option: str) -> bytes:
-    """A small member's content, and the file back where the tar reader left it."""
-    if member.size > 1_000_000:
-        raise DataError(f"{option}: {place}: a label of {member.size} bytes; expected a number")
-    at = file.tell()
-    file.seek(member.offset_data)
-    data = file.read(member.size)
-    file.seek(at)
-    return data
