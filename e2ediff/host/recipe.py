@@ -285,9 +285,9 @@ def parse_recipe(host: Host, text: str, source: str, overrides: Sequence[str] = 
         raise RecipeError(source, [Problem("recipe", found, place, hint)])
     for number, assignment in enumerate(overrides, start=1):
         problems += set_value(root, assignment, f"--set {number}")
-        key = assignment.partition("=")[0].strip()
-        other = {"steps": "images", "images": "steps"}.get(key)
-        if other and root.value.get(key, root).value is not None:
+        key, sign, _ = assignment.partition("=")
+        other = {"steps": "images", "images": "steps"}.get(key.strip())
+        if sign and other and root.value.get(key, root).value is not None:
             root.value.pop(other, None)
     version = root.value.get("e2ediff")
     if version and type(version.value) is int and (what := _version_problem(version.value)):
