@@ -174,6 +174,11 @@ class Recipe:
     `trackers` receive figures and pictures besides the run's directory.
     `cadence`, `preview` and `checkpoint` say how often and how much is recorded.
     `precision` is the network's; losses, averages and conversions are always float32.
+    `compile` has torch.compile work on the backbone's blocks, or on the whole step.
+    `checkpoint_activations` computes the blocks' activations again in the backward pass instead
+    of keeping them: less memory, about a third more time, the same gradients.
+    `parallel` is how several processes share the work: `ddp` keeps all weights in each, `fsdp2`
+    splits weights, averages and optimizer state over them; one process needs neither.
     `device` is where the run takes place; `auto` takes a GPU if there is one.
     """
 
@@ -207,6 +212,9 @@ class Recipe:
     preview: Preview = Preview()
     checkpoint: Retention = Retention()
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: Literal["off", "blocks", "step"] = "off"
+    checkpoint_activations: bool = False
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @images.validator

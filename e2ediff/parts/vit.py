@@ -299,6 +299,10 @@ class ViT(Backbone):
         """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
         return self.run(Denoise(z_t=z_t, t=t, label=label))[0]
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks of all trunks."""
+        return [m for m in self.modules() if isinstance(m, Block)]
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
         """Choose the attention kernel and give it to every block."""
         head_dim = self.config.width // self.config.heads
