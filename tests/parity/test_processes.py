@@ -86,9 +86,7 @@ def fingerprint(out):
     figures = [
         {k: v for k, v in json.loads(line).items() if not k.startswith("wall_")} for line in lines
     ]
-    weights = {
-        k: hashlib.sha256(t.numpy().tobytes()).hexdigest() for k, t in tensors(out).items()
-    }
+    weights = {k: hashlib.sha256(t.numpy().tobytes()).hexdigest() for k, t in tensors(out).items()}
     return weights, figures
 
 
@@ -141,9 +139,7 @@ def test_fsdp2_equals_one_process_and_saves_whole_tensors(
 
 
 @pytest.mark.parametrize("order", [(2, 1), (1, 2)], ids=str)
-def test_a_run_goes_on_in_another_number_of_processes(
-    order, alone, tiny_recipe, tmp_path
-) -> None:
+def test_a_run_goes_on_in_another_number_of_processes(order, alone, tiny_recipe, tmp_path) -> None:
     """Saved after half of the steps and in the middle of an epoch."""
     out, changes = tmp_path / "run", RUNS["coupled"]
     for processes, length in zip(order, ("steps=2", f"steps={STEPS}"), strict=True):
@@ -209,15 +205,17 @@ def test_an_error_in_one_process_ends_all_and_is_said_once(tiny_recipe, tmp_path
         from e2ediff.errors import DataError
         from e2ediff.parts.sources import Synthetic
 
-        def read(self, indices, _read=type(Synthetic(size=16, count=60).open()).read):
+        source = type(Synthetic(size=16, count=60).open())
+        plain, reads = source.read, 0
+
+        def read(self, indices):
             nonlocal reads
             reads += 1
             if rank == 1 and reads > 4:
                 raise DataError("b/broken.png: cannot be read")
-            return _read(self, indices)
+            return plain(self, indices)
 
-        reads = 0
-        type(Synthetic(size=16, count=60).open()).read = read
+        source.read = read  # in this process, which ends with the test
         world = World.join()
         said = []
         try:
