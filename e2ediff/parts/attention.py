@@ -165,9 +165,9 @@ def choose_attention(
         (name,) = known
         return Attention(name, f"xformers has no kernels for {device.type}", attends[name])
     timer = timer or seconds_of
-    inputs = _inputs(max(1, 16384 // tokens), tokens, heads, head_dim, device, dtype)
+    inputs = random_inputs(max(1, 16384 // tokens), tokens, heads, head_dim, device, dtype)
     times = {
-        name: 1e3 * timer(lambda attend=attend: _both_ways(attend, *inputs), device)  # type: ignore[misc]
+        name: 1e3 * timer(lambda attend=attend: both_ways(attend, *inputs), device)  # type: ignore[misc]
         for name, attend in attends.items()
     }
     best = min(times, key=times.__getitem__)
@@ -180,12 +180,12 @@ def seconds_of(work: Callable[[], object], device: torch.device, rounds: int = 7
     taken = []
     for i in range(3 + rounds):
         if device.type == "cuda":
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()  # type: ignore[no-untyped-call]
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            began.record()
             work()
-            ended.record()  # type: ignore[no-untyped-call]
+            ended.record()
             torch.cuda.synchronize(device)
-            seconds = began.elapsed_time(ended) / 1e3  # type: ignore[no-untyped-call]
+            seconds = float(began.elapsed_time(ended)) / 1e3
         else:
             start = time.perf_counter()
             work()
@@ -204,7 +204,7 @@ def check_agreement(
     Raises:
         ValueError: They differ by more than rounding; other errors are the kernel's.
     """
-    inputs = _inputs(2, min(tokens, 256), 2, head_dim, device, dtype)
+    inputs = random_inputs(2, min(tokens, 256), 2, head_dim, device, dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     q, k, v = exact
     scores = torch.einsum("bnhk,bmhk->bhnm", q, k) / math.sqrt(head_dim)
@@ -224,7 +224,7 @@ def check_agreement(
             raise ValueError(f"its {what} differs from the formula by {gap:.3g}, over {limit:.3g}")
 
 
-def _inputs(
+def random_inputs(
     batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
     """Random q, k and v, each (B, N, H, K)."""
@@ -233,6 +233,7 @@ def _inputs(
 
 
 @torch.enable_grad()
-def _both_ways(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> None:
+def both_ways(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """A forward and a backward pass."""
     out = attend(q, k, v)
     torch.autograd.grad(out, (q, k, v), torch.ones_like(out))

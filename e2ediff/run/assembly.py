@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -197,6 +198,9 @@ def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -
         for block in [*online.blocks(), *target.blocks()]:
             block.compile()
     elif recipe.compile == "step":
+        # Values and generators cannot be traced: they run as they are, between compiled pieces.
+        torch._dynamo.config.suppress_errors = True
+        logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
         step.compile()
     unit = Unit(step, {name: average.net for name, average in averages.items()})
     parallel = Parallel(unit, recipe.parallel if world.size > 1 else "one", world, device)

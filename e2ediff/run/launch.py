@@ -14,6 +14,7 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from e2ediff.errors import ResourceError
 
@@ -91,7 +92,7 @@ def note_end(code: int) -> None:
             Path(file).write_text(str(code))
 
 
-def _patience(config: type) -> dict[str, int]:
+def _patience(config: type) -> dict[str, Any]:
     """The time to save, where this torch's launcher can be told of it."""
     known = config.__dataclass_fields__  # type: ignore[attr-defined]
     return {"shutdown_timeout": PATIENCE} if "shutdown_timeout" in known else {}

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -70,13 +71,14 @@ class Parallel:
             # to one set of weights and are calibrated, not averaged.
             known = inspect.signature(DistributedDataParallel).parameters
             buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in known)
+            options: dict[str, Any] = {buffers: False}  # torch renamed it in 2.14
             self._ddp = DistributedDataParallel(
                 unit,
                 find_unused_parameters=True,
                 gradient_as_bucket_view=True,
-                **{buffers: False},  # torch renamed it in 2.14
+                **options,
             )
-            self._ddp.register_comm_hook(None, _sum)  # type: ignore[no-untyped-call]
+            self._ddp.register_comm_hook(None, _sum)
 
     def backward(
         self, part: Batch, draw: Draw, phase: str, *, divisor: float, last: bool
@@ -139,7 +141,7 @@ def _sum(state, bucket):  # type: ignore[no-untyped-def]
 
 def _shard(unit: Unit, world: World, device: torch.device) -> None:
     """Split every parameter over the processes, block by block; the rest is one more group."""
-    mesh = dist.init_device_mesh(device.type, (world.size,))
+    mesh = init_device_mesh(device.type, (world.size,))
     nets = [unit.step.online, *unit.averages.values()]
     for net in nets:
         assert isinstance(net, Backbone)

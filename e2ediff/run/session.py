@@ -11,7 +11,7 @@ import attrs
 import fsspec
 import torch
 
-from e2ediff.errors import E2EDiffError, Problem, RecipeError, RunDirectoryError
+from e2ediff.errors import E2EDiffError, Problem, RecipeError, ResourceError, RunDirectoryError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.host.structure import unstructure
@@ -24,7 +24,6 @@ from e2ediff.run.environment import describe_environment
 from e2ediff.run.loader import check_enough
 from e2ediff.run.progress import Progress
 from e2ediff.run.signals import Stop
-from e2ediff.run.storage import Store
 from e2ediff.run.update import check_shares
 from e2ediff.run.world import ElsewhereError, World
 
@@ -47,6 +46,8 @@ _MAY_CHANGE = (
     "diagnostics",
     "requires",
 )
+
+_GRACE = 5.0  # seconds in which one request to stop may reach a process twice
 
 
 @attrs.frozen
@@ -100,17 +101,16 @@ def train(
     sources = (training, held_out)
     world.highest(0)  # nor for one in which another process cannot
 
-    def begin() -> str:
-        nonlocal directory
-        directory = _directory(host, recipe, recipe_path, out, device, world, resume=resume)
-        return directory.path
+    locked: list[RunDirectory] = []
 
-    directory = RunDirectory(Store("."), ".", silent=True)
+    def begin() -> str:
+        locked.append(_directory(host, recipe, recipe_path, out, device, world, resume=resume))
+        return locked[0].path
+
     path = world.lead(begin)
-    if not world.leads:
-        directory = RunDirectory.open(path, silent=True)
+    directory = locked[0] if locked else RunDirectory.open(path, silent=True)
     progress = progress or Progress(None if world.leads else _Nowhere())
-    with directory, progress as shown, Stop() as stop:
+    with directory, progress as shown, Stop(_GRACE if world.size > 1 else 0.0) as stop:
         engine = None
         try:
             engine = Engine(host, recipe, directory, device, sources, shown, world)
@@ -119,7 +119,7 @@ def train(
             _greet(shown, engine)
             engine.run(stop)
         except BaseException as caught:
-            error = world.judge(caught)
+            error = world.judge(_in_words(caught))
             code = error.exit_code if isinstance(error, E2EDiffError) else 1
             code = 130 if isinstance(error, KeyboardInterrupt) else code
             name = "" if isinstance(error, ElsewhereError) else f"{type(error).__name__}: "
@@ -130,7 +130,18 @@ def train(
         return _end(directory, engine, stop)
 
 
-class _Nowhere(io.TextIOBase):
+def _in_words(error: BaseException) -> BaseException:
+    """What the machine refuses outside of a training step, as the user's error that it is."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return error
+    return ResourceError(
+        f"out of memory: {str(error).partition('. ')[0]}. A look takes probe.images and "
+        "preview.rows x preview.classes images at once; lower these, or use parallel: fsdp2 on "
+        "several GPUs. What was saved is intact"
+    )
+
+
+class _Nowhere(io.StringIO):
     """Where the progress of all processes but the first goes."""
 
     def write(self, text: str) -> int:

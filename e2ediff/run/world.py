@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from e2ediff.errors import E2EDiffError, ResourceError
 from e2ediff.run.storage import JSON
@@ -46,7 +48,7 @@ class World:
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, local: int = 0, store: dist.Store | None = None
+        self, rank: int = 0, size: int = 1, local: int = 0, store: Store | None = None
     ) -> None:
         self.rank = rank
         self.size = size
@@ -68,7 +70,7 @@ class World:
         if cuda:
             torch.cuda.set_device(local)
         try:
-            store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+            store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=timeout
@@ -80,7 +82,7 @@ class World:
                 f"others at {where}: {_first_line(error)}; check that address, or run without a "
                 "launcher"
             ) from error
-        return cls(rank, size, local, dist.PrefixStore("e2ediff", store))
+        return cls(rank, size, local, PrefixStore("e2ediff", store))
 
     @property
     def leads(self) -> bool:

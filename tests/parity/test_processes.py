@@ -29,6 +29,7 @@ from e2ediff.run.checkpoint import open_checkpoint
 from e2ediff.run.load import load_model
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
+from e2ediff.run.signals import Stop
 from e2ediff.run.storage import Store
 from e2ediff.run.update import check_shares
 from e2ediff.run.world import World
@@ -195,6 +196,17 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     assert status["step"] in (2, 3)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     assert open_checkpoint(Store(str(out))).step == status["step"]
+
+
+def test_a_request_to_stop_that_arrives_twice_is_one_request() -> None:
+    """From a batch system and from the launcher; later a second one leaves at once."""
+    with Stop(grace=60.0) as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGUSR1
+    with pytest.raises(KeyboardInterrupt), Stop(grace=0.0):
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_an_error_in_one_process_ends_all_and_is_said_once(tiny_recipe, tmp_path) -> None:
