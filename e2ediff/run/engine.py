@@ -292,8 +292,16 @@ class Engine:
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:
         """Whole weights, and nothing compiled anew for the sizes of a look."""
-        with self.parts.parallel.whole(), torch.compiler.set_stance("force_eager"):
+        with self.parts.parallel.whole(), self._uncompiled():
             yield
+
+    def _uncompiled(self) -> contextlib.AbstractContextManager[object]:
+        if self.recipe.compile == "off":
+            return contextlib.nullcontext()  # the other imports the compiler
+        stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance(
+            "force_eager"
+        )
+        return stance
 
     def _shown(self) -> str:
         """The weights that previews and `sample` use: the first extra average, or the target."""
@@ -331,7 +339,7 @@ class Engine:
         regular = self.step % self.recipe.cadence.checkpoint == 0 or watch.anchor is None
         if self.recipe.alarm.policy == "rollback" and regular and watch.clean:
             watch.anchor = self.images
-        with torch.compiler.set_stance("force_eager"):
+        with self._uncompiled():
             held = take(self.parts, self.observer.calibration, keep=self.world.leads)
         write = partial(
             save,

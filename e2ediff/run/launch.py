@@ -71,6 +71,8 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
         except (RuntimeError, OSError, ValueError, TimeoutError) as error:
             what = str(error).partition("\n")[0]
             raise ResourceError(f"the processes could not be started: {what}") from error
+        finally:
+            del os.environ[ENDED]
         with contextlib.suppress(OSError, ValueError):
             return int(ended.read_text())
     if failed is None:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from e2ediff.errors import CheckpointError
 from e2ediff.run.manifest import plain
-from e2ediff.run.parallel import split_as
+from e2ediff.run.parallel import is_split, split_as
 from e2ediff.run.storage import JSON
 
 # Which kernels step the optimizer is a matter of the machine at hand, not of the state.
@@ -118,7 +117,7 @@ def _state_of(
         device = torch.device("cpu") if host else p.device
         # Fused kernels walk memory in order, so the strides must be the parameter's.
         like = p.detach() if value.shape == p.shape else value
-        if isinstance(like, DTensor):
+        if is_split(like):
             state[key] = split_as(value, like)
         else:
             state[key] = torch.empty_like(like, dtype=value.dtype, device=device).copy_(value)

@@ -13,14 +13,11 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from e2ediff.backbone import Backbone
@@ -28,6 +25,10 @@ from e2ediff.data import Batch
 from e2ediff.objective import Draw
 from e2ediff.run.step import Step
 from e2ediff.run.world import World
+
+if TYPE_CHECKING:  # half a second to import, for FSDP2 alone
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 Kind = Literal["one", "ddp", "fsdp2"]
 
@@ -141,6 +142,9 @@ def _sum(state, bucket):  # type: ignore[no-untyped-def]
 
 def _shard(unit: Unit, world: World, device: torch.device) -> None:
     """Split every parameter over the processes, block by block; the rest is one more group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.type, (world.size,))
     nets = [unit.step.online, *unit.averages.values()]
     for net in nets:
@@ -152,19 +156,28 @@ def _shard(unit: Unit, world: World, device: torch.device) -> None:
 
 
 def _sharded(unit: nn.Module) -> FSDPModule:
+    from torch.distributed.fsdp import FSDPModule
+
     assert isinstance(unit, FSDPModule)
     return unit
 
 
+def is_split(value: Tensor) -> TypeGuard[DTensor]:
+    """Whether each process holds a part of this tensor."""
+    return hasattr(value, "full_tensor")  # what no other tensor has
+
+
 def whole(value: Tensor) -> Tensor:
     """The full tensor of one that may be split; all processes call it together."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_split(value) else value
 
 
 def split_as(value: Tensor, like: Tensor) -> Tensor:
     """A full tensor that every process has, split as `like` is; itself if that is not split."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
+    if not is_split(like) or value.shape != like.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     value = value.to(like.device)
     # Every process has read the value: nothing needs to be sent.
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
@@ -172,7 +185,7 @@ def split_as(value: Tensor, like: Tensor) -> Tensor:
 
 def mine(values: Sequence[Tensor]) -> list[Tensor]:
     """The part of each tensor that this process holds; shares its memory."""
-    return [v.to_local() if isinstance(v, DTensor) else v for v in values]
+    return [v.to_local() if is_split(v) else v for v in values]
 
 
 @torch.no_grad()
@@ -192,7 +205,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: Wo
     # pieces of a split gradient may be empty
     norms = torch._foreach_norm([g for g in grads if g.numel()] or grads, 2, dtype=torch.float64)
     squares = torch.stack(list(norms)).square().sum()
-    if any(isinstance(g, DTensor) for g in with_gradient):
+    if any(is_split(g) for g in with_gradient):
         squares = world.total(squares)
     norm = squares.sqrt()
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)

@@ -204,9 +204,10 @@ def test_a_request_to_stop_that_arrives_twice_is_one_request() -> None:
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGUSR1
-    with pytest.raises(KeyboardInterrupt), Stop(grace=0.0):
+    with Stop(grace=0.0):
         signal.raise_signal(signal.SIGUSR1)
-        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_an_error_in_one_process_ends_all_and_is_said_once(tiny_recipe, tmp_path) -> None:
