@@ -6,16 +6,20 @@ from collections.abc import Callable
 
 from e2ediff import hookimpl
 from e2ediff.parts import (
+    adaptive,
     collapse,
+    combined,
     features,
     guidance,
     interpolants,
     kl,
+    multistep,
     objectives,
     observatory,
     optim,
     regularizers,
     samplers,
+    sde,
     sources,
     times,
     trackers,
@@ -70,13 +74,25 @@ def register_regularizers(add: Add) -> None:
 def register_guidance(add: Add) -> None:
     """Guidance at sampling."""
     add("classifier_free", guidance.ClassifierFree)
+    add("cfg_plus_plus", guidance.CFGPlusPlus)
+    add("cfg_zero_star", guidance.CFGZeroStar)
+    add("apg", guidance.APG)
+    add("autoguidance", combined.Autoguidance)
+    add("interval", combined.Interval)
+    add("chain", combined.Chain)
 
 
 @hookimpl
 def register_samplers(add: Add) -> None:
-    """Solvers of the probability-flow ODE."""
+    """Solvers of the probability-flow ODE, and of the SDE with the same marginals."""
     add("euler", samplers.Euler)
     add("heun", samplers.Heun)
+    add("midpoint", samplers.Midpoint)
+    add("rk4", samplers.RK4)
+    add("dopri5", adaptive.Dopri5)
+    add("dpmpp_2m", multistep.DPMSolverPP2M)
+    add("unipc", multistep.UniPC)
+    add("sde", sde.SDE)
 
 
 @hookimpl
