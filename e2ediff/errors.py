@@ -48,6 +48,9 @@ class RecipeError(E2EDiffError):
         count = f"{len(self.problems)} problem" + ("" if len(self.problems) == 1 else "s")
         super().__init__("\n".join([f"{source}: {count}", *(f"  {p}" for p in self.problems)]))
 
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[str, tuple[Problem, ...]]]:
+        return RecipeError, (self.source, self.problems)  # else it could not cross processes
+
 
 class PluginError(E2EDiffError):
     """A plugin is missing, broken, or of another version than a recipe asks for."""

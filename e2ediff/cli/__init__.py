@@ -19,6 +19,7 @@ from e2ediff.errors import E2EDiffError
 _COMMANDS = {
     "run": ("run", "Train by a recipe."),
     "sample": ("sample", "Make images with a trained run."),
+    "interpolate": ("interpolate", "Make a strip of images between two seeds or two images."),
     "reconstruct": ("reconstruct", "Pass images through a trained encoder and decoder."),
     "check": ("check", "Resolve a recipe, build it without memory, count it."),
     "ablate": ("ablate", "Train a grid of variations with several seeds, and report on it."),

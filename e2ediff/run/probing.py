@@ -152,8 +152,10 @@ class Observer:
         r = self.recipe
         classes = max(1, min(r.preview.classes, r.data.image.classes))
         label = torch.arange(classes).repeat(r.preview.rows)
+        # Networks from elsewhere are for finished models, and may not exist yet.
+        guidance = None if r.guidance is None or r.guidance.references else r.guidance
         with in_use(net, self.calibration) as ready:
-            return Model(r, ready).sample(label, seed=r.seed), label
+            return Model(r, ready, guidance, rows=len(label)).sample(label, seed=r.seed), label
 
     @torch.no_grad()
     def reconstructions(self, net: Backbone, count: int) -> Tensor:
