@@ -118,6 +118,7 @@ def test_help_answers_at_once_without_torch() -> None:
         ["run"],
         ["sample"],
         ["reconstruct"],
+        ["interpolate"],
         ["check"],
         ["data"],
         ["data", "prepare"],
@@ -152,7 +153,8 @@ def test_an_unknown_command_suggests_the_one_that_was_meant() -> None:
     assert done.code == 2
     assert done.err.splitlines()[-1] == (
         "Error: unknown command 'sampel'. Did you mean 'sample'? "
-        "Known: ablate, check, compare, data, parts, plugins, reconstruct, report, run, sample."
+        "Known: ablate, check, compare, data, interpolate, parts, plugins, reconstruct, report, "
+        "run, sample."
     )
 
 
@@ -401,7 +403,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(run: s
     done = e2ediff("sample", run, "--count", 1, "--label", 0)
     assert (done.code, done.out) == (0, "runs/tiny/samples/seed-0\n")
     assert done.err.splitlines()[0] == f"skipped {DAMAGED}"
-    assert Path("runs/tiny/samples/seed-0/000000.png").exists()
+    assert Path("runs/tiny/samples/seed-0/images/000000.png").exists()
 
 
 def test_a_damaged_checkpoint_asked_for_by_name_is_refused_with_one_that_serves(run: str) -> None:
