@@ -52,16 +52,17 @@ class Karras:
         share = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
         high, low = top ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         ratios = (high + share * (low - high)) ** self.rho
-        found = 1 / (1 + ratios) if path is None else _time_of(path, ratios)
-        return [t_start, *found[1:].tolist(), 1.0]
+        return [t_start, *times_of_levels(path, ratios)[1:].tolist(), 1.0]
 
 
-def _time_of(path: Interpolant, ratios: Tensor) -> Tensor:
-    """Times at which sigma / alpha has these values, (n,), by bisection: it falls with t."""
-    low, high = torch.zeros_like(ratios), torch.ones_like(ratios)
+def times_of_levels(path: Interpolant | None, levels: Tensor) -> Tensor:
+    """Times at which sigma / alpha has these values, (n,), float64; by bisection, as it falls."""
+    if path is None:
+        return 1 / (1 + levels)
+    low, high = torch.zeros_like(levels), torch.ones_like(levels)
     for _ in range(60):
         middle = (low + high) / 2
-        noisier = path.sigma(middle) > ratios * path.alpha(middle)
+        noisier = path.sigma(middle) > levels * path.alpha(middle)
         low, high = torch.where(noisier, middle, low), torch.where(noisier, high, middle)
     return (low + high) / 2
 

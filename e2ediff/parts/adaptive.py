@@ -6,13 +6,14 @@ Shapes: B batch, N latent tokens, D latent channels.
 from __future__ import annotations
 
 import attrs
+import torch
 from attrs import validators
 from torch import Tensor
 
 from e2ediff.denoiser import Denoiser
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.interpolant import Interpolant
-from e2ediff.sampler import Noise, Sampler
+from e2ediff.sampler import Noise, Sampler, times_of_levels
 
 # Dormand & Prince 1980, table 2: where the stages lie, what leads to each, and the difference
 # between the solutions of order 5 (the last row of _STAGES) and 4.
@@ -52,8 +53,9 @@ class Dopri5(Sampler):
     Six network calls a step, and as many for each that is refused.
     `rtol` and `atol` bound a step's root mean square error for every image of a batch, relative
     to the latent and absolutely.
-    `t_start` is where sampling begins, `t_stop` where the clean estimate is taken, and
-    `max_calls` the number of network calls after which it gives up.
+    `t_start` is where sampling begins, `sigma_min` the noise level, in units of the signal, at
+    which the clean estimate is taken, and `max_calls` the number of network calls after which it
+    gives up.
     Images that are computed together share their steps.
 
     Source: Dormand & Prince 1980; step control as Hairer, Norsett & Wanner 1993, eq. II.4.13.
@@ -62,13 +64,8 @@ class Dopri5(Sampler):
     rtol: float = attrs.field(default=1e-3, validator=validators.gt(0))
     atol: float = attrs.field(default=1e-4, validator=validators.gt(0))
     t_start: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
-    t_stop: float = attrs.field(default=0.999, validator=[validators.gt(0), validators.lt(1)])
+    sigma_min: float = attrs.field(default=0.01, validator=validators.gt(0))
     max_calls: int = attrs.field(default=1000, validator=validators.ge(7))
-
-    @t_stop.validator
-    def _after_the_start(self, field: attrs.Attribute[float], value: float) -> None:
-        if value <= self.t_start:
-            raise ValueError(f"'t_stop' must be > t_start, {self.t_start}: {value}")
 
     @property
     def steps(self) -> int:
@@ -82,7 +79,11 @@ class Dopri5(Sampler):
 
     def grid(self, path: Interpolant | None = None) -> list[float]:
         """The ends of the adaptive interval, and 1."""
-        return [self.t_start, self.t_stop, 1.0]
+        level = torch.tensor([self.sigma_min], dtype=torch.float64)
+        stop = float(times_of_levels(path, level))
+        if stop <= self.t_start:
+            raise ValueError(f"sigma_min {self.sigma_min:g} is reached before t_start")
+        return [self.t_start, stop, 1.0]
 
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
