@@ -10,9 +10,11 @@ from e2ediff.parts import (
     collapse,
     combined,
     features,
+    foundation,
     guidance,
     interpolants,
     kl,
+    metrics,
     multistep,
     objectives,
     observatory,
@@ -138,6 +140,22 @@ def register_trackers(add: Add) -> None:
 
 @hookimpl
 def register_features(add: Add) -> None:
-    """Feature networks of perceptual losses."""
+    """Feature networks of losses and scores."""
     add("torchvision", features.TorchvisionFeatures)
     add("efficientnet_lite0", features.EfficientNetLite0)
+    add("inception2015", features.Inception)
+    add("dinov2", foundation.DINOv2)
+    add("clip", foundation.CLIP)
+    add("random_projection", features.RandomProjection)
+
+
+@hookimpl
+def register_metrics(add: Add) -> None:
+    """Scores of sets of images."""
+    add("fid", metrics.FID)
+    add("sfid", metrics.SpatialFID)
+    add("kid", metrics.KID)
+    add("inception_score", metrics.InceptionScore)
+    add("precision_recall", metrics.PrecisionRecall)
+    add("density_coverage", metrics.DensityCoverage)
+    add("cmmd", metrics.CMMD)

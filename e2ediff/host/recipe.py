@@ -16,10 +16,12 @@ from e2ediff.data import SourceConfig
 from e2ediff.denoiser import Guidance
 from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import Problem, RecipeError
+from e2ediff.features import FeatureConfig
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import Structurer, show, unstructure
 from e2ediff.host.yaml import MAX_BYTES, Node, dump_yaml, parse_yaml, path_join, set_value
 from e2ediff.interpolant import Interpolant, Kind
+from e2ediff.metric import Metric
 from e2ediff.objective import Objective
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.regularizer import Regularizer
@@ -122,6 +124,23 @@ class Preview:
 
 
 @attrs.frozen(kw_only=True)
+class Scores:
+    """Cheap scores of reconstructions and of samples, side by side, while a run goes.
+
+    Every `every` training images, and at the end, `images` held-out images are reconstructed and
+    as many are sampled, of classes in turn and with noise that never changes; both are compared
+    with the held-out images in the features of the network `features` by `metrics`.
+    With few images a Fréchet distance is far too large, and comparable only at equal `images`;
+    a kernel distance is not biased.
+    """
+
+    every: int = attrs.field(validator=gt(0))
+    features: FeatureConfig
+    metrics: tuple[Metric, ...]
+    images: int = attrs.field(default=512, validator=gt(1))
+
+
+@attrs.frozen(kw_only=True)
 class Retention:
     """Which checkpoints stay: the last `keep`."""
 
@@ -172,6 +191,7 @@ class Recipe:
     `diagnostics` are measured on `probe`; without the key, all that are registered are.
     `alarm` is what follows from signs of collapse.
     `trackers` receive figures and pictures besides the run's directory.
+    `scores` measures distances of reconstructions and samples while training; off by default.
     `cadence`, `preview` and `checkpoint` say how often and how much is recorded.
     `precision` is the network's; losses, averages and conversions are always float32.
     `compile` has torch.compile work on the backbone's blocks, or on the whole step.
@@ -207,6 +227,7 @@ class Recipe:
     diagnostics: tuple[Diagnostic, ...] | None = None
     alarm: Alarm = Alarm()
     trackers: tuple[TrackerConfig, ...] = ()
+    scores: Scores | None = None
     cadence: Cadence = Cadence()
     probe: ProbeSettings = ProbeSettings()
     preview: Preview = Preview()

@@ -26,12 +26,14 @@ from e2ediff.run.bad_images import BAD_IMAGES, BadImages, Skipped, taken
 from e2ediff.run.checkpoint import checkpoint_at, open_checkpoint, save
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
+from e2ediff.run.ema import in_use
 from e2ediff.run.loader import batches
 from e2ediff.run.manifest import Checkpoint
 from e2ediff.run.notify import RunView, notify
 from e2ediff.run.pictures import curves_png, grid_png
 from e2ediff.run.probing import Observer, chosen_diagnostics, figures_line
 from e2ediff.run.progress import Progress, training_line
+from e2ediff.run.scores import Scorer
 from e2ediff.run.signals import Stop
 from e2ediff.run.sinks import Sinks
 from e2ediff.run.snapshot import put_back, take
@@ -67,6 +69,7 @@ class Engine:
         )
         self.bad_images = BadImages(directory.store)
         self.skip([*taken(self.training), *taken(held_out)])
+        self.scorer = Scorer.open(recipe, held_out, device)
         trackers = recipe.trackers if self.world.leads else ()
         self.sinks = Sinks(trackers, directory, progress)
         self.step = self.images = 0
@@ -121,6 +124,8 @@ class Engine:
                     self.look()
                 if self.step % cadence.preview == 0 or self.step == total:
                     self.preview()
+                if self.scorer is not None and self.scorer.due(self.step):
+                    self.score(self.scorer)
                 if self.step % cadence.checkpoint == 0 and self.step < total:
                     self.save()
                 if self._asked(stop):
@@ -302,6 +307,17 @@ class Engine:
             "force_eager"
         )
         return stance
+
+    def score(self, scorer: Scorer) -> None:
+        """Measure the recipe's `scores` on the weights that previews show."""
+        pause, net = time.perf_counter(), self.parts.averages[self._shown()].net
+        with self._looking(), in_use(net, self.observer.calibration) as ready:
+            found = scorer.measure(ready)
+        found = self.world.share(found)
+        seconds = time.perf_counter() - pause
+        self._record({**found, "wall_score_seconds": round(seconds, 4)})
+        self._notify("diagnosed", step=self.step, values=found)
+        self._pause(pause)
 
     def _shown(self) -> str:
         """The weights that previews and `sample` use: the first extra average, or the target."""

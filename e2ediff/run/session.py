@@ -36,6 +36,7 @@ _MAY_CHANGE = (
     "steps",
     "cadence",
     "preview",
+    "scores",
     "checkpoint",
     "alarm",
     "trackers",

@@ -23,7 +23,7 @@ from e2ediff.data import ImageSpec
 from e2ediff.diagnostic import Probe
 from e2ediff.errors import DataError, ResourceError
 from e2ediff.host.plugins import load
-from e2ediff.host.recipe import dump_recipe, parse_recipe
+from e2ediff.host.recipe import Scores, dump_recipe, parse_recipe
 from e2ediff.host.registry import options
 from e2ediff.prepare.write import Settings, prepare
 
@@ -41,7 +41,12 @@ CHECKS = {
     "diagnostics": testing.check_diagnostic,
 }
 # Keys of a recipe that hold a part of this kind, where it is not the kind's own name.
-KEYS = {"time_samplers": "times", "sources": "data", "features": "objective"}
+KEYS = {
+    "time_samplers": "times",
+    "sources": "data",
+    "features": "objective",
+    "metrics": "scores",
+}
 VIT = {"width": 16, "depth": 2, "heads": 2, "patch": 8, "latent_dim": 4}
 
 
@@ -82,6 +87,7 @@ def required(tmp_path_factory):
         "image_folder": {"root": str(tree), **image},
         "arrays": {"images": str(as_npz(x, np.arange(6) % 2, place / "x.npz")), **image},
         **{name: {"path": str(path), **image} for name, path in paths.items()},
+        **{name: {"weights": "w.pth"} for name in ("inception2015", "dinov2", "clip")},
     }
 
 
@@ -177,6 +183,7 @@ def test_a_tracker_takes_figures_and_pictures_and_can_be_opened_again(name, tmp_
 FEATURES = {
     "torchvision": {"model": "squeezenet1_1", "nodes": ("features.2", "features.5")},
     "efficientnet_lite0": {},
+    "random_projection": {"width": 12},
 }
 
 
@@ -194,6 +201,9 @@ def test_a_feature_network_is_fixed_and_passes_gradients_to_images(name) -> None
         assert all(m.shape[0] == 2 and m.isfinite().all() for m in maps)
         sides = [m.shape[-1] for m in maps]
         assert all(a >= b for a, b in pairwise(sides)), "from shallow to deep"
+        vectors = net.vectors((x.detach() + 1) * 127.5, net.taps)
+        assert set(vectors) == set(net.taps)
+        assert all(v.shape[0] == 2 and v.ndim == 2 for v in vectors.values())
         (grad,) = torch.autograd.grad(sum(m.square().mean() for m in maps), x)
         assert grad.isfinite().all()
         assert grad.abs().sum() > 0
@@ -219,6 +229,9 @@ def test_a_recipe_that_names_a_part_is_dumped_and_read_back_equal(
     elif plural == "features":
         loss = attrs.evolve(recipe.objective.reconstruction, perceptual=value)
         value = attrs.evolve(recipe.objective, reconstruction=loss)
+    elif plural == "metrics":
+        features = HOST.registries["features"].get("random_projection")()
+        value = Scores(every=8, features=features, metrics=(value,))
     recipe = attrs.evolve(recipe, **{key: value})
     text = dump_recipe(HOST, recipe)
     assert parse_recipe(HOST, text, "dumped") == recipe
