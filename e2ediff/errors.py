@@ -111,6 +111,12 @@ class CollapseError(E2EDiffError):
     exit_code = 7
 
 
+class UnlikeScoresError(E2EDiffError):
+    """Scores were to be ranked that were not measured in the same way."""
+
+    exit_code = 9
+
+
 class ResourceError(E2EDiffError):
     """The machine refused: no such device, no space on the disk, not enough memory."""
 

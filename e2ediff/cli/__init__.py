@@ -21,6 +21,7 @@ _COMMANDS = {
     "sample": ("sample", "Make images with a trained run."),
     "interpolate": ("interpolate", "Make a strip of images between two seeds or two images."),
     "reconstruct": ("reconstruct", "Pass images through a trained encoder and decoder."),
+    "eval": ("eval", "Score a run's samples, or a folder or npz of images."),
     "check": ("check", "Resolve a recipe, build it without memory, count it."),
     "ablate": ("ablate", "Train a grid of variations with several seeds, and report on it."),
     "report": ("report", "Write one HTML page on a run or an ablation."),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureNetwork
@@ -35,7 +35,7 @@ def network_title(network: FeatureNetwork) -> str:
     return network.title or type(network).__name__
 
 
-def network_sha256(network: FeatureNetwork) -> str:
+def weights_sha256(network: nn.Module) -> str:
     """Hash of all weights and buffers with their names; the file format does not count."""
     content = hashlib.sha256(type(network).__qualname__.encode())
     for name, value in sorted(network.state_dict().items()):
@@ -57,7 +57,7 @@ class Collector:
                 f"{', '.join(map(repr, lacking))}; it has {', '.join(network.taps)}. Leave out "
                 "the metrics that need them, or choose another network."
             )
-        self.network = network
+        self.network: FeatureNetwork | None = network
         self.taps = tuple(sorted({*moments, *rows}))
         self.count = 0
         self.moments = {tap: Accumulator() for tap in moments}
@@ -66,12 +66,16 @@ class Collector:
     @torch.no_grad()
     def add(self, pixels: Tensor) -> None:
         """Take images (B, C, H, W) with values from 0 to 255 in, on the network's device."""
+        assert self.network is not None
         found = self.network.vectors(pixels.float(), self.taps) if self.taps else {}
         self.count += len(pixels)
         for tap, accumulator in self.moments.items():
             accumulator.add(found[tap])
         for tap, kept in self.rows.items():
             kept.append(found[tap].float().cpu())
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "network": None}  # what a process sends back is figures alone
 
     def merge(self, other: Collector) -> None:
         """Take in what another collector has seen of later images."""
