@@ -5,7 +5,8 @@ Shapes: n images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
 
 import attrs
 
@@ -189,8 +190,8 @@ def _references(
     return found
 
 
-def _check_sizes(subject: Subject, references: object) -> None:
-    for reference in references:  # type: ignore[attr-defined]
+def _check_sizes(subject: Subject, references: Iterable[Reference]) -> None:
+    for reference in references:
         images = reference.images
         if images is not None and images.shape[1:] != subject.images.shape[1:]:
             ours, theirs = (f"{s[2]} x {s[1]}" for s in (subject.images.shape, images.shape))
@@ -333,5 +334,7 @@ def _passport(
     }
     where = describe_environment(device=str(choose_device(request.device)))
     machine: dict[str, JSON] = {k: where[k] for k in ("versions", "git", "hardware")}
+    machine["libraries"] = {n: metadata.version(n) for n in ("numpy", "pillow", "torchvision")}
     machine["batch"], machine["processes"] = request.batch, request.processes
-    return Passport(protocol, {"target": request.target, **subject.identity}, machine)
+    machine["target"] = request.target
+    return Passport(protocol, subject.identity, machine)

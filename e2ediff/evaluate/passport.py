@@ -21,6 +21,16 @@ _SECTIONS = ("protocol", "subject", "machine")
 
 
 @attrs.frozen
+class Score:
+    """One figure of a score file: its value, its standard error, and the metric's options."""
+
+    value: float
+    error: float | None
+    metric: Mapping[str, JSON]
+    warnings: tuple[str, ...] = ()
+
+
+@attrs.frozen
 class Passport:
     """The three sections, each a flat mapping of JSON values."""
 
@@ -34,15 +44,14 @@ class Passport:
         text = json.dumps([self.protocol, self.subject], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def measurement(self, score: Score) -> dict[str, JSON]:
+        """All fields that must agree before a score is ranked with another."""
+        return {**self.protocol, **{f"metric.{k}": v for k, v in score.metric.items()}}
 
-@attrs.frozen
-class Score:
-    """One figure of a score file: its value, its standard error, and the metric's options."""
-
-    value: float
-    error: float | None
-    metric: Mapping[str, JSON]
-    warnings: tuple[str, ...] = ()
+    def protocol_digest(self, score: Score) -> str:
+        """Hash of these fields."""
+        text = json.dumps(self.measurement(score), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @attrs.frozen
@@ -95,10 +104,7 @@ def parse_card(data: bytes, place: str) -> Card:
 
 def unlike(a: Card, b: Card, score: str) -> dict[str, tuple[JSON, JSON]]:
     """Fields in which the measurements of a score differ, with both values; empty if none do."""
-    ours, theirs = (
-        {**c.passport.protocol, **{f"metric.{k}": v for k, v in c.scores[score].metric.items()}}
-        for c in (a, b)
-    )
+    ours, theirs = (c.passport.measurement(c.scores[score]) for c in (a, b))
     return {
         field: (ours.get(field), theirs.get(field))
         for field in sorted({*ours, *theirs})

@@ -67,7 +67,9 @@ class Collector:
     def add(self, pixels: Tensor) -> None:
         """Take images (B, C, H, W) with values from 0 to 255 in, on the network's device."""
         assert self.network is not None
-        found = self.network.vectors(pixels.float(), self.taps) if self.taps else {}
+        # TensorFloat-32, cuDNN's default, would move scores in the third digit.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            found = self.network.vectors(pixels.float(), self.taps) if self.taps else {}
         self.count += len(pixels)
         for tap, accumulator in self.moments.items():
             accumulator.add(found[tap])

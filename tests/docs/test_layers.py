@@ -140,6 +140,14 @@ def test_preparing_data_needs_no_training() -> None:
     assert broken_by(sources(CORE / "prepare"), ours, others) == {}
 
 
+def test_scoring_imports_contracts_the_host_and_the_engine_but_no_part() -> None:
+    others = {"torch", "attrs", "numpy", "PIL", "fsspec", "safetensors"}
+    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.run.", "e2ediff.evaluate."}
+    found = broken_by(sources(CORE / "evaluate"), ours, others)
+    # For its version alone.
+    assert found == {"e2ediff/evaluate/subject.py": ["e2ediff"]}
+
+
 def test_the_command_line_imports_nothing_heavy_until_a_command_runs() -> None:
     light = ["e2ediff.errors", "e2ediff.__version__"]
     assert broken_by(sources(CORE / "cli"), light, {"click"}, top=True) == {}
