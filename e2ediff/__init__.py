@@ -2,7 +2,7 @@
 
 The vocabulary lies at the top of this package, one contract a file: `data`, `interpolant`,
 `times`, `latent`, `backbone`, `objective`, `regularizer`, `denoiser`, `sampler`, `features`,
-`diagnostic`, `optimizer`, `tracker`, `errors`.
+`metric`, `distances`, `diagnostic`, `optimizer`, `tracker`, `errors`.
 This module itself imports nothing heavy, so that the command line answers at once.
 """
 

@@ -137,7 +137,8 @@ class InceptionScore(Metric):
     """How sure the classifier is of each image, and how varied its answers are.
 
     The mean over `splits` parts; `shuffle` brings the images into a random order first, which
-    torch-fidelity does and ADM does not (samples in order of class give other figures).
+    torch-fidelity does and ADM does not (samples in order of class give other figures); `seed`
+    decides that order.
     `classes` keeps the first so many logits; 0 keeps all.
 
     Source: Salimans et al. 2016 (arXiv 1606.03498).
