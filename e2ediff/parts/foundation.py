@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, D width, F features.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Collection
 
 import attrs
@@ -49,8 +50,9 @@ class _Vision(FeatureNetwork):
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         return (x - self.mean) / self.std
 
+    @abstractmethod
     def _tokens(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Tokens (B, N, D) of prepared images, the class token first and patches last."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The last block's patch tokens as one map."""
