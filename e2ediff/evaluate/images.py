@@ -222,7 +222,7 @@ class Samples(ImageSet):
         """Samples, float in [-1, 1], not rounded."""
         for first in range(start, stop, size):
             labels = self.labels[first : min(first + size, stop)]
-            yield self.model.sample(labels, seed=self.seed, batch=size, first=first)
+            yield self.model.sample(labels, seed=self.seed, first=first)
 
     def sha256(self) -> str:
         """They are made, not stored."""

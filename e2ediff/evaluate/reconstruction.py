@@ -125,7 +125,7 @@ def reconstruct(
     for first in range(0, count, work.batch):
         pixels = source.read(range(first, min(first + work.batch, count)))[0]
         x = pixels.float() / 127.5 - 1
-        x_hat = model.reconstruct(x, batch=work.batch)
+        x_hat = model.reconstruct(x)
         shown = work.shown(x_hat, attrs.evolve(view, resize="network")).cpu()
         sides[0].add(work.shown(x_hat, view))
         sides[1].add(work.shown(pixels, view))

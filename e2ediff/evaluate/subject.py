@@ -5,17 +5,14 @@ Shapes: n images.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import attrs
 import torch
-from torch import Tensor
 
 import e2ediff
-from e2ediff.backbone import Backbone
 from e2ediff.denoiser import Guidance
 from e2ediff.errors import DataError
 from e2ediff.evaluate.conventions import Labels
@@ -129,23 +126,5 @@ def draw_labels(law: Labels, classes: int, count: int, seed: int) -> list[int]:
 
 def network_calls(model: Model) -> float:
     """Denoiser evaluations an image, those of guidance counted, over a sample of one image."""
-    with _counted(model.net) as seen:
-        model.sample([0], seed=0)
-    return float(sum(seen))
-
-
-@contextlib.contextmanager
-def _counted(net: Backbone) -> Iterator[list[int]]:
-    """Notes the number of rows of each denoise pass, of samplers and guidance of any kind."""
-    rows: list[int] = []
-    inner = net.denoise
-
-    def denoise(z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        rows.append(len(z_t))
-        return inner(z_t, t, label)
-
-    object.__setattr__(net, "denoise", denoise)
-    try:
-        yield rows
-    finally:
-        object.__delattr__(net, "denoise")
+    (tile,) = model.tiles([0], seed=0)
+    return tile.passes

@@ -79,11 +79,13 @@ class Scorer:
             net: Weights in use: eval mode, with the norm's statistics of their own.
         """
         r = self.recipe
-        model = Model(r, net)
+        # As in previews: networks from elsewhere may not exist yet.
+        guidance = None if r.guidance is None or r.guidance.references else r.guidance
+        model = Model(r, net, guidance)
         label = torch.arange(len(self.x)) % max(1, r.data.image.classes)
         found: dict[str, float] = {}
-        found |= self._figures("r", model.reconstruct(self.x, batch=_BATCH))
-        found |= self._figures("g", model.sample(label, seed=r.seed, batch=_BATCH))
+        found |= self._figures("r", model.reconstruct(self.x))
+        found |= self._figures("g", model.sample(label, seed=r.seed))
         return found
 
     def _figures(self, kind: str, x: Tensor) -> Mapping[str, float]:
