@@ -79,8 +79,8 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
         watched_images = blank_batch(recipe, watched, _CPU)  # the engine keeps them on its device
         peaks: dict[int, int] = {}
         passages: dict[int, Passage] = {}
-        # The first step makes the optimizers' state; what counts is a later one.
-        for size in (other, other, rows):
+        optimizer_step(recipe, parts, batch, other, 1)  # makes the optimizers' state
+        for size in (other, rows):
             live.peak = live.now
             passages[size] = optimizer_step(recipe, parts, batch, size, shards)
             peaks[size] = live.peak

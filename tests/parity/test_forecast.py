@@ -28,7 +28,7 @@ from e2ediff.run.progress import Progress
 
 CPU = torch.device("cpu")
 SIZES = (
-    "backbone={name: vit, width: 64, depth: 3, heads: 2, patch: 4, latent_dim: 8, "
+    "backbone={name: vit, width: 64, depth: 2, heads: 2, patch: 4, latent_dim: 8, "
     "latent_norm: layer}",
     "data={name: synthetic, size: 32, classes: 4, count: 60}",
     "microshards=2",
@@ -106,6 +106,8 @@ def test_a_perceptual_network_is_counted_without_its_weights(recipe_of) -> None:
     assert passes["perceptual"].backward == pytest.approx(passes["perceptual"].forward / 2)
 
 
+# On a CPU a norm of bfloat16 says that it has no fused kernel.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_forecast_peak_is_the_allocator_s_within_two_percent(
@@ -152,34 +154,22 @@ def test_memory_that_is_saved_counts_a_storage_once_and_weights_never() -> None:
     assert kept.bytes == 4 * 15, "x lives on; what was dropped is no longer kept"
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "numbers"),
-    [("adamw", 2), ("{name: sgd, momentum: 0.5}", 1), ("muon", None)],
-)
-def test_an_optimizer_s_state_is_what_that_optimizer_keeps(
-    recipe_of, optimizer: str, numbers: int | None
-) -> None:
+# Hidden matrices of the network above: two blocks and the trunk's last modulation.
+HIDDEN = [(192, 64), (64, 64), (336, 64), (64, 168), (384, 64)] * 2 + [(128, 64)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "{name: sgd, momentum: 0.5}", "muon"])
+def test_an_optimizer_s_state_is_what_that_optimizer_keeps(recipe_of, optimizer: str) -> None:
     """AdamW two numbers a parameter, SGD one; Muon one for a hidden matrix and two for others."""
-    recipe = recipe_of("detached", f"optimizer={optimizer}")
-    memory = follow(recipe)
-    found = memory.state["optimizer joint"]
+    memory = follow(recipe_of("detached", f"optimizer={optimizer}"))
     gradients = memory.state["gradients"]
-    w, hidden = 64, 0
-    for rows, columns in ((3 * w, w), (w, w), (2 * 168, w), (w, 168), (6 * w, w)):
-        hidden += 3 * rows * columns  # in three blocks
-    hidden += 2 * w * w  # the trunk's last modulation
-    expected = gradients * numbers if numbers else 2 * gradients - 4 * hidden
-    assert found == pytest.approx(expected, abs=1000)  # AdamW counts its steps, parameter by one
-    if optimizer == "muon":
-        assert memory.optimizer_flops["joint"] > 0
-
-
-def test_muon_s_products_are_counted_by_its_iterations(recipe_of) -> None:
-    """Five times X X^T, its square, and their product with X, for each hidden matrix."""
-    shapes = [(192, 64), (64, 64), (336, 64), (64, 168), (384, 64)] * 3 + [(128, 64)]
-    flops = sum(5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes)
-    memory = follow(recipe_of("detached", "optimizer=muon"))
-    assert memory.optimizer_flops["joint"] == flops
+    hidden = 4 * sum(rows * columns for rows, columns in HIDDEN)
+    kept = {"adamw": 2 * gradients, "muon": 2 * gradients - hidden}.get(optimizer, gradients)
+    # AdamW also counts its steps, for each tensor.
+    assert memory.state["optimizer joint"] == pytest.approx(kept, abs=1000)
+    # Five times X X^T, its square, and their product with X.
+    flops = sum(5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in HIDDEN)
+    assert memory.optimizer_flops["joint"] == (flops if optimizer == "muon" else 0)
 
 
 def test_a_forecast_checkpoint_is_as_large_as_one(host: Host, recipe_of, tmp_path: Path) -> None:
@@ -216,31 +206,33 @@ def test_network_calls_of_a_sample_are_the_sampler_s_and_the_guidance_s(
     assert count_calls(recipe_of("detached", *overrides)) == Calls(denoise=calls, decode=1)
 
 
-@pytest.fixture
-def plan_of(host: Host, recipe_of):
-    def of(*overrides: str, **options: object) -> Plan:
-        return make_plan(host, recipe_of("two_stage", *overrides), "tiny", **options)
+@pytest.fixture(scope="module")
+def plan(host: Host, tiny_text: str) -> Plan:
+    """Two stages on one H200 at half of its ceiling."""
+    changes = [*SIZES, *OBJECTIVES["two_stage"], "batch=24", "microshards=12"]
+    recipe = parse_recipe(host, tiny_text, "tiny", changes)
+    return make_plan(host, recipe, "tiny", device="h200", fraction=0.5)
 
-    return of
 
-
-def test_time_is_work_over_the_pace_of_all_devices(plan_of) -> None:
-    one, two = plan_of(fraction=0.5), plan_of(gpus=2, fraction=0.5)
-    stages = [cost.per_image.total for cost in one.phases.values()]
-    assert one.flops == pytest.approx(sum(stages) / 2)
-    assert one.pace == 0.5 * 67e12
-    assert one.images_per_second == pytest.approx(one.pace / one.flops)
-    assert two.training_seconds == pytest.approx(one.training_seconds / 2)
-    assert two.looking_seconds == one.looking_seconds, "one device looks, the other waits"
-    look = one.looks["diagnose"]
+def test_time_is_work_over_the_pace_of_all_devices(plan: Plan) -> None:
+    stages = [cost.per_image.total for cost in plan.phases.values()]
+    assert plan.flops == pytest.approx(sum(stages) / 2)
+    assert plan.pace == 0.5 * 67e12
+    assert plan.images_per_second == pytest.approx(plan.pace / plan.flops)
+    assert plan.training_seconds == pytest.approx(12 * 24 * plan.flops / plan.pace)
+    two = attrs.evolve(plan, gpus=2)
+    assert two.training_seconds == pytest.approx(plan.training_seconds / 2)
+    assert two.looking_seconds == plan.looking_seconds, "one device looks, the other waits"
+    look = plan.looks["diagnose"]
     assert look.times == 4  # before the first step, and at steps 4, 8 and 12
-    assert look.flops >= 16 * sum(one.inference.values())
-    sample = 3 * one.inference["denoise"] + one.inference["decode"]  # heun, two steps
-    assert one.evaluation_seconds == pytest.approx(50_000 * sample / one.pace)
+    assert look.flops >= 16 * sum(plan.inference.values())
+    sample = 3 * plan.inference["denoise"] + plan.inference["decode"]  # heun, two steps
+    assert plan.evaluation_seconds == pytest.approx(50_000 * sample / plan.pace)
 
 
-def test_micro_shards_that_fit_are_the_fewest_that_do(plan_of) -> None:
-    plan = plan_of("batch=24", "microshards=12", gpus=2)
+def test_micro_shards_that_fit_are_the_fewest_that_do(plan: Plan) -> None:
+    """Of 24 images on two devices: multiples of two that divide the batch."""
+    plan = attrs.evolve(plan, gpus=2)
     for rows, shards in ((1, 24), (2, 12), (3, 8), (5, 6), (11, 4), (12, 2), (13, 2)):
         memory = plan.memory.peak_at(rows) + 1
         roomy = attrs.evolve(plan, device=Device("cpu", {}, memory, ""))
@@ -249,9 +241,10 @@ def test_micro_shards_that_fit_are_the_fewest_that_do(plan_of) -> None:
     assert none.microshards_that_fit is None
 
 
-def test_a_measured_plan_times_a_real_step(plan_of) -> None:
+def test_a_measured_plan_times_a_real_step(host: Host, recipe_of) -> None:
     """No faster than the products of matrices that its ceiling was taken from."""
-    plan = plan_of("objective=detached", "backbone.trunks=one", device="measured")
+    recipe = recipe_of("detached", "backbone.depth=1")
+    plan = make_plan(host, recipe, "tiny", device="measured")
     assert plan.measured is not None
     assert 0 < plan.fraction < 1
     assert plan.measured.rows == 4
