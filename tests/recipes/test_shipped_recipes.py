@@ -27,6 +27,7 @@ RECIPES = [path for path in ALL if path not in EIGHT]
 MILLIONS = {"dsd_in256_s": 42, "dsd_in256_m": 118, "dsd_in256": 205, "dsd_in64": 63}
 IMAGENET = [path for path in ALL if "_in256" in path.stem or "_in64" in path.stem]
 SMALL = [FOLDER / "dsd_cifar10.yaml", FOLDER / "dsd_clothing64.yaml"]
+BUDGETS = (FOLDER.parent / "docs" / "how-to" / "budgets.md").read_text()
 # Keys that name things, or say where, how often and on what a run is looked at.
 STRUCTURAL = {
     "name", "root", "held_out", "size", "classes", "attention", "cadence", "probe", "preview",
@@ -75,7 +76,12 @@ def test_check_counts_a_recipe_in_seconds(path: Path) -> None:
     assert time.process_time() - began < 15
     assert done.code == 0, done.err
     assert done.out.endswith("\nok\n")
+    flops = float(re.search(r"([\d.,]+) GFLOP", done.out)[1])
+    row = re.search(rf"^\| `{path.name}` \| .*? \| ([\d.]+)M \| ([\d.]+) ", BUDGETS, re.MULTILINE)
+    assert row is not None, "docs/how-to/budgets.md has a row for every recipe"
+    assert float(row[2]) == pytest.approx(flops, rel=0.005, abs=0.005)
     shown, exact = re.search(r"parameters  (\S+)  \(([\d,]+);", done.out).groups()
+    assert float(row[1]) == pytest.approx(int(exact.replace(",", "")) / 1e6, rel=0.005)
     if path.stem in MILLIONS:
         wanted = MILLIONS[path.stem]
         assert shown == f"{wanted}M"
