@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from e2ediff.forecast.devices import Device
 from e2ediff.forecast.flops import count_passes
-from e2ediff.forecast.memory import follow
+from e2ediff.forecast.memory import _fake, follow
 from e2ediff.forecast.plan import Plan, make_plan
 from e2ediff.forecast.rehearsal import _Kept
 from e2ediff.forecast.sampling import Calls, count_calls
@@ -152,6 +152,19 @@ def test_memory_that_is_saved_counts_a_storage_once_and_weights_never() -> None:
     assert kept.bytes == 4 * (15 + 15 + 1 + 15)
     del y, loss
     assert kept.bytes == 4 * 15, "x lives on; what was dropped is no longer kept"
+
+
+def test_an_rms_norm_on_cuda_keeps_its_input_in_float32_and_one_number_a_row() -> None:
+    """As aten::_fused_rms_norm's derivative has it, under autocast; and gradients come through."""
+    with _fake(like_cuda=True):
+        norm, x = torch.nn.RMSNorm(8), torch.zeros(5, 8, dtype=torch.bfloat16, requires_grad=True)
+        kept = _Kept([norm.weight])
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+            y = norm(x)
+        assert kept.bytes == 4 * (5 * 8 + 5)
+        y.sum().backward()
+        assert (x.grad.shape, x.grad.dtype) == (x.shape, torch.bfloat16)
+        assert norm.weight.grad.shape == (8,)
 
 
 # Hidden matrices of the network above: two blocks and the trunk's last modulation.
