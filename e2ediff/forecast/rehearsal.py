@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +15,8 @@ from e2ediff.data import Batch
 from e2ediff.host.recipe import Recipe
 from e2ediff.run.assembly import Assembly
 from e2ediff.run.draws import draw_for
+from e2ediff.run.parallel import clip_gradients
+from e2ediff.run.world import World
 
 
 @attrs.frozen
@@ -66,7 +68,7 @@ def optimizer_step(
         del held
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if config.clip > 0:
-            nn.utils.clip_grad_norm_(trained, config.clip)
+            clip_gradients(trained, config.clip, World())
         counter = FlopCounterMode(display=False)
         with counter:
             optimizer.step()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from e2ediff.backbone import Backbone
+from e2ediff.denoiser import Plain
 from e2ediff.host.recipe import Recipe
 from e2ediff.run.assembly import build_nets
 from e2ediff.run.generate import Model
@@ -24,9 +25,14 @@ def count_calls(recipe: Recipe) -> Calls:
     """Sample one image with the recipe's sampler and guidance; a guided call counts its rows.
 
     A solver that chooses its own steps is counted on a denoiser that always answers zero.
+    Another network that guidance asks counts as one of this recipe's size.
     """
     counting = _Counting(build_nets(recipe, torch.device("meta"))[0].online)
-    Model(recipe, counting).sample([0])
+    guidance = recipe.guidance
+    if guidance is not None and guidance.references:
+        other = Plain(counting, recipe.interpolant, recipe.predicts)
+        guidance = guidance.given(dict.fromkeys(guidance.references, other))
+    Model(recipe, counting, guidance, rows=1).sample([0])
     return Calls(counting.denoised, counting.decoded)
 
 
