@@ -32,8 +32,10 @@ class Memory:
 
     `state` is what stays between steps: `weights`, `gradients`, each optimizer's moments, the
     averages, feature networks, and the images of the probe and of calibration.
-    `peak` is the most that is alive at once, state and batch included, when micro-shards have
-    `rows` images; `per_image` is its growth with each further image of a micro-shard.
+    `passing` is the most that is alive at once in forward and backward passes, state and batch
+    included, when micro-shards have `rows` images; `per_image` is its growth with each further
+    image of a micro-shard; `updating` is the most that is alive while weights and averages are
+    updated, which images do not change.
     `saved` is what a micro-shard's forward pass keeps for its backward pass, by phase and image.
     `checkpoint` is the size of a checkpoint's tensors.
     `optimizer_flops` is by phase and step.
@@ -41,19 +43,27 @@ class Memory:
 
     state: Mapping[str, int]
     rows: int
-    peak: int
+    passing: int
+    updating: int
     per_image: float
     saved: Mapping[str, float]
     checkpoint: int
     optimizer_flops: Mapping[str, float]
 
+    @property
+    def peak(self) -> int:
+        """The most that is alive at once in a step, with micro-shards of `rows` images."""
+        return max(self.passing, self.updating)
+
     def peak_at(self, rows: int) -> float:
         """The peak with micro-shards of this many images, on the line through two of them."""
-        return self.peak + (rows - self.rows) * self.per_image
+        return max(self.passing + (rows - self.rows) * self.per_image, self.updating)
 
     def rows_that_fit(self, usable: float) -> int:
         """Largest micro-shard whose peak is within these bytes; 0 if none is."""
-        return max(0, self.rows + int((usable - self.peak) // self.per_image))
+        if usable < self.updating:
+            return 0
+        return max(0, self.rows + int((usable - self.passing) // self.per_image))
 
 
 def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
@@ -81,10 +91,12 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
         peaks: dict[int, int] = {}
         passages: dict[int, Passage] = {}
         optimizer_step(recipe, parts, batch, other, 1)  # makes the optimizers' state
+        updating = 0
         for size in (other, rows):
             live.peak = live.now
-            passages[size] = optimizer_step(recipe, parts, batch, size, shards)
-            peaks[size] = live.peak
+            turns = _Turns(live)
+            passages[size] = optimizer_step(recipe, parts, batch, size, shards, turns)
+            peaks[size], updating = turns.passing, turns.end()
         state = _state(parts, max(passages[rows].gradients.values()))
         state["images of the probe"] = _bytes([watched_images.x])
         files = take(parts, batch.x[:2]).files.values()
@@ -93,7 +105,8 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
     return Memory(
         state=state,
         rows=rows,
-        peak=peaks[rows],
+        passing=peaks[rows],
+        updating=updating,
         per_image=(peaks[rows] - peaks[other]) / apart,
         saved={
             phase: (kept - passages[other].saved[phase]) / apart
@@ -102,6 +115,26 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
         checkpoint=checkpoint,
         optimizer_flops=passages[rows].optimizer_flops,
     )
+
+
+class _Turns:
+    """The peaks of passes and of updates, each over all phases."""
+
+    def __init__(self, live: _Live) -> None:
+        self.live = live
+        self.passing = self.updating = 0
+
+    def __call__(self, passing: bool) -> None:
+        """Passes begin (True) or end."""
+        if passing:
+            self.updating = max(self.updating, self.live.peak)
+        else:
+            self.passing = max(self.passing, self.live.peak)
+        self.live.peak = self.live.now
+
+    def end(self) -> int:
+        """The updates' peak, after the last one."""
+        return max(self.updating, self.live.peak)
 
 
 def _state(parts: Assembly, gradients: int) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import torch
@@ -42,11 +42,17 @@ def blank_batch(recipe: Recipe, images: int, device: torch.device) -> Batch:
 
 
 def optimizer_step(
-    recipe: Recipe, parts: Assembly, batch: Batch, rows: int, shards: int
+    recipe: Recipe,
+    parts: Assembly,
+    batch: Batch,
+    rows: int,
+    shards: int,
+    turn: Callable[[bool], None] = lambda passing: None,
 ) -> Passage:
     """A step of every phase on the first `shards` micro-shards of `rows` images of the batch.
 
     And of the averages, as the engine's.
+    `turn` is called with True before forward and backward passes, and with False after them.
     """
     saved: dict[str, int] = {}
     gradients: dict[str, int] = {}
@@ -54,6 +60,7 @@ def optimizer_step(
     for phase, optimizer in parts.optimizers.items():
         config = recipe.optimizers.get(phase, recipe.optimizer)
         parts.step.zero_grad(set_to_none=True)
+        turn(True)
         for shard in range(shards):
             mine = slice(shard * rows, (shard + 1) * rows)
             part = Batch(x=batch.x[mine], label=batch.label[mine])
@@ -63,6 +70,7 @@ def optimizer_step(
             saved[phase] = kept.bytes
             (terms.total / shards).backward()
             del terms
+        turn(False)
         held = [p.grad for p in parts.step.parameters() if p.grad is not None]
         gradients[phase] = sum(g.untyped_storage().nbytes() for g in held)
         del held
