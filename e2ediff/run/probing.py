@@ -24,7 +24,8 @@ from e2ediff.run.seeds import generator
 from e2ediff.run.step import Step
 
 _CPU = torch.device("cpu")
-_GRADIENT_IMAGES = 16  # a forward and a backward pass for each term: more would cost percents
+GRADIENT_IMAGES = 16
+"""Of the probe; a forward pass and a backward pass for each term: more would cost percents."""
 
 
 @attrs.frozen(eq=False)
@@ -119,7 +120,7 @@ class Observer:
 
         As in a training step, on the first probe images, with a draw that never changes.
         """
-        part = Batch(x=self.probe.x[:_GRADIENT_IMAGES], label=self.probe.label[:_GRADIENT_IMAGES])
+        part = Batch(x=self.probe.x[:GRADIENT_IMAGES], label=self.probe.label[:GRADIENT_IMAGES])
         found: dict[str, Tensor] = {}
         for phase in phases:
             with torch.enable_grad():
@@ -153,8 +154,10 @@ class Observer:
         r = self.recipe
         classes = max(1, min(r.preview.classes, r.data.image.classes))
         label = torch.arange(classes).repeat(r.preview.rows)
+        # Networks from elsewhere are for finished models, and may not exist yet.
+        guidance = None if r.guidance is None or r.guidance.references else r.guidance
         with in_use(net, self.calibration) as ready:
-            return Model(r, ready).sample(label, seed=r.seed), label
+            return Model(r, ready, guidance, rows=len(label)).sample(label, seed=r.seed), label
 
     @torch.no_grad()
     def reconstructions(self, net: Backbone, count: int) -> Tensor:

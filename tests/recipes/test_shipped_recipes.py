@@ -8,6 +8,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from command_line import e2ediff, needs_dsd
@@ -19,15 +20,21 @@ from e2ediff.run.assembly import check_fits
 from e2ediff.run.directory import RunDirectory
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-RECIPES = sorted(FOLDER.glob("*.yaml"))
-# Parameters in millions as their papers have them; of DSD's sizes 42 and 118 the shape is ours.
-DSD = {"dsd_in256_s": 42, "dsd_in256_m": 118, "dsd_in256": 205}
+ALL = sorted(FOLDER.glob("*.yaml"))
+# Those for eight GPUs are shown below to be others but for where they run.
+EIGHT = [path for path in ALL if path.stem.endswith("_8gpu")]
+RECIPES = [path for path in ALL if path not in EIGHT]
+# Parameters in millions as their papers have them; of DSD's sizes the shape is ours, and the 63.
+DSD = {"dsd_in256_s": 42, "dsd_in256_m": 118, "dsd_in256": 205, "dsd_in64": 63}
 MILLIONS = {**DSD, "unite_in256": 217, "jit_in256": 131}
-IMAGENET = [FOLDER / f"{name}.yaml" for name in DSD]
+IMAGENET = [path for path in ALL if path.stem.startswith("dsd_in")]
+OTHERS = {"unite_in256": r"UNITE|paper|code", "jit_in256": r"JiT|README|the paper"}
+SMALL = [FOLDER / "dsd_cifar10.yaml", FOLDER / "dsd_clothing64.yaml"]
+BUDGETS = (FOLDER.parent / "docs" / "how-to" / "budgets.md").read_text()
 # Keys that name things, or say where, how often and on what a run is looked at.
 STRUCTURAL = {
-    "name", "root", "size", "classes", "attention", "cadence", "probe", "preview", "checkpoint",
-    "device",
+    "name", "root", "held_out", "size", "classes", "attention", "cadence", "probe", "preview",
+    "checkpoint", "device",
 }  # fmt: skip
 
 pytestmark = needs_dsd
@@ -81,14 +88,22 @@ def test_check_counts_a_recipe_in_seconds(path: Path) -> None:
     assert time.process_time() - began < 15
     assert done.code == 0, done.err
     assert done.out.endswith("\nok\n")
+    flops = float(re.search(r"([\d.,]+) GFLOP", done.out)[1])
+    row = re.search(rf"^\| `{path.name}` \| .*? \| ([\d.]+)M \| ([\d.]+) ", BUDGETS, re.MULTILINE)
+    assert row is not None, "docs/how-to/budgets.md has a row for every recipe"
+    assert float(row[2]) == pytest.approx(flops, rel=0.005, abs=0.005)
     shown, exact = re.search(r"parameters  (\S+)  \(([\d,]+);", done.out).groups()
+    assert float(row[1]) == pytest.approx(int(exact.replace(",", "")) / 1e6, rel=0.005)
     if path.stem in MILLIONS:
         wanted, counted = MILLIONS[path.stem], int(exact.replace(",", ""))
         assert counted == pytest.approx(wanted * 1e6, rel=0.02)
         assert shown == f"{counted / 1e6:.0f}M"
 
 
-@pytest.mark.parametrize("path", USABLE)
+@pytest.mark.parametrize(
+    "path",
+    [p for p in USABLE if p.id in ("dsd_in256_s", "quickstart", "unite_in256", "jit_in256")],
+)
 def test_check_prints_a_resolved_recipe_that_is_a_recipe(tmp_path: Path, path: Path) -> None:
     """And resolving it again changes nothing."""
     once = e2ediff("check", path, "--resolved").out
@@ -99,16 +114,16 @@ def test_check_prints_a_resolved_recipe_that_is_a_recipe(tmp_path: Path, path: P
 def test_dsd_trains_for_its_paper_s_50_epochs(host: Host) -> None:
     for path in IMAGENET:
         recipe = load_recipe(host, path)
-        assert recipe.images == 50 * 1_281_147 == 64_057_350
+        assert recipe.images == 50 * 1_281_167 == 64_058_350
         assert recipe.total_images - recipe.images < recipe.batch
 
 
-@pytest.mark.parametrize("name", MILLIONS)
-def test_every_number_says_whose_it_is(name: str) -> None:
+@pytest.mark.parametrize(
+    "path", [*IMAGENET, *SMALL, *(FOLDER / f"{name}.yaml" for name in OTHERS)], ids=ids
+)
+def test_every_number_says_whose_it_is(path: Path) -> None:
     """The paper's or its code's in a comment that says so; ours as `# ours: reason`."""
-    path = FOLDER / f"{name}.yaml"
-    known = {"unite_in256": r"UNITE|paper|code", "jit_in256": r"JiT|README|the paper"}
-    origin = re.compile(rf" ours: \w| ({known.get(name, r'(?=.*the paper)')})")
+    origin = re.compile(rf" ours: \w| ({OTHERS.get(path.stem, '(?=.*the paper)')})")
     lines = path.read_text().splitlines()
     silent = []
     for line in lines[lines.index("data:") :]:
@@ -121,10 +136,31 @@ def test_every_number_says_whose_it_is(name: str) -> None:
     assert silent == []
 
 
-def test_siblings_have_the_same_keys_in_the_same_order() -> None:
+@pytest.mark.parametrize("siblings", [IMAGENET, SMALL], ids=["imagenet", "small"])
+def test_siblings_have_the_same_keys_in_the_same_order(siblings: list[Path]) -> None:
     """So that `diff` of two recipes shows what differs, and nothing else."""
-    first, *others = (tree(path) for path in IMAGENET)
+    first, *others = (tree(path) for path in siblings)
     assert all(keys(other) == keys(first) for other in others)
+
+
+def test_s_m_and_b_have_a_recipe_for_one_gpu_and_one_for_eight() -> None:
+    names = {path.stem for path in ALL}
+    sizes = {"dsd_in256_s", "dsd_in256_m", "dsd_in256"}
+    assert sizes | {f"{size}_8gpu" for size in sizes} <= names
+    assert {path.stem.removesuffix("_8gpu") for path in EIGHT} == sizes
+
+
+@pytest.mark.parametrize("path", EIGHT, ids=ids)
+def test_a_recipe_for_eight_gpus_computes_what_that_for_one_does(host: Host, path: Path) -> None:
+    """Its draws as well, because the micro-shards are the same; each GPU has equally many."""
+    eight = load_recipe(host, path)
+    one = load_recipe(host, FOLDER / f"{path.stem.removesuffix('_8gpu')}.yaml")
+    assert eight.name == path.stem
+    workers = one.data.workers
+    assert (
+        attrs.evolve(eight, name=one.name, data=attrs.evolve(eight.data, workers=workers)) == one
+    )
+    assert eight.microshards % 8 == 0
 
 
 def test_all_recipes_begin_with_the_same_keys_in_the_same_order() -> None:
@@ -168,7 +204,7 @@ def test_the_quickstart_samples_what_it_is_asked_for(quickstart: Path, tmp_path:
         done = e2ediff(*words, "--seed", seed, "--out", tmp_path / out)
         assert done.code == 0, done.err
     a, b, c = (
-        [(tmp_path / out / f"00000{i}.png").read_bytes() for i in range(4)] for out in "abc"
+        [(tmp_path / out / f"images/00000{i}.png").read_bytes() for i in range(4)] for out in "abc"
     )
     assert a == b
     assert all(x != y for x, y in zip(a, c, strict=True))

@@ -38,7 +38,8 @@ class JiTConfig(BackboneConfig):
     `context` class tokens join the patches after the first `context_start` blocks; 0 leaves them
     out.
     `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
-    `attention` is `auto`, `sdpa` or `xformers`.
+    `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
+    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere.
 
     Encoding and decoding have no weights and lose nothing, so every trained weight is the
     denoiser's, and the latent is not normalised: pixels lie in [-1, 1].
@@ -155,4 +156,5 @@ class JiT(Backbone):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
         """Choose the attention kernel and give it to every block."""
-        return use_attention(self, self.config.attention, device, dtype)
+        tokens = self.latent.tokens + self.config.context
+        return use_attention(self, self.config.attention, device, dtype, tokens)

@@ -45,7 +45,8 @@ class UniteConfig(BackboneConfig):
     denoiser's answer through it too.
     `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
     `decoder` has the shape of the decoder, by default the trunk's.
-    `attention` is `auto`, `sdpa` or `xformers`.
+    `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
+    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere.
 
     Source: UNITE (arXiv 2603.22283), and its released code for the shapes: adaLN-zero with RMSNorm
     before and after each block, SwiGLU, qk-norm, rotary positions on a line, sine-cosine
@@ -237,7 +238,8 @@ class UniteNet(Backbone):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
         """Choose the attention kernel and give it to every block."""
-        return use_attention(self, self.config.attention, device, dtype)
+        tokens = self.latent.tokens + self.config.context
+        return use_attention(self, self.config.attention, device, dtype, tokens)
 
 
 def normal_quantiles(count: int) -> Tensor:
