@@ -53,6 +53,10 @@ USABLE = [
 ]
 
 
+def ids(path: Path) -> str:
+    return path.stem
+
+
 def tree(path: Path) -> Node:
     root, problems = parse_yaml(path.read_text(), path.name)
     assert root is not None
