@@ -25,7 +25,7 @@ _COMMANDS = {
     "report": ("report", "Write one HTML page on a run or an ablation."),
     "compare": ("compare", "Print final figures of runs, and what differs in their recipes."),
     "parts": ("parts", "List the parts that a recipe can name, with their options."),
-    "plugins": ("plugins", "List plugins, and what is wrong with those that are broken."),
+    "plugins": ("plugins", "List, look at, begin and check plugins."),
 }
 
 

@@ -15,10 +15,12 @@ Hooks register or observe; none alters a run: what changes training stands in th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pluggy
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 hookspec = pluggy.HookspecMarker("e2ediff")
 

@@ -119,8 +119,12 @@ def test_the_host_imports_contracts_and_builtin_alone_imports_parts() -> None:
     found = broken_by(sources(CORE / "host"), ours, others)
     builtin = found.pop("e2ediff/host/builtin.py")
     assert all(name.startswith("e2ediff.parts.") for name in builtin)
-    # For its version alone.
-    assert found == {"e2ediff/host/plugins.py": ["e2ediff"]}
+    # For its version and its folder alone.
+    assert found == {
+        "e2ediff/host/discovery.py": ["e2ediff.__version__"],
+        "e2ediff/host/plugins.py": ["e2ediff"],
+        "e2ediff/host/survey.py": ["e2ediff"],
+    }
 
 
 def test_the_engine_imports_contracts_and_the_host_but_no_part() -> None:
