@@ -16,6 +16,7 @@ from e2ediff.backbone import Backbone
 from e2ediff.denoiser import Denoiser, Plain
 from e2ediff.errors import DataError, Problem, RecipeError
 from e2ediff.host.recipe import Recipe
+from e2ediff.latent import LatentContract, Latents
 from e2ediff.run.seeds import generator
 
 _CPU = torch.device("cpu")
@@ -23,10 +24,14 @@ _CPU = torch.device("cpu")
 
 @attrs.frozen(eq=False)
 class Model:
-    """One set of weights, in eval mode, with the recipe it was trained by."""
+    """One set of weights, in eval mode, with the recipe it was trained by.
+
+    `latent` is the latent contract as its checkpoint has it.
+    """
 
     recipe: Recipe
     net: Backbone
+    latent: LatentContract | None = None
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +85,52 @@ class Model:
             if progress is not None:
                 progress(start + len(own))
         return torch.cat(finished)
+
+    @property
+    def contract(self) -> LatentContract:
+        """What this model's latents mean."""
+        return self.net.contract() if self.latent is None else self.latent
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, batch: int = 256) -> Latents:
+        """Latents of images (M, C, H, W) in [-1, 1], with their contract, on the CPU."""
+        made = [self.net.encode(part.to(self.device)).cpu() for part in torch.split(x, batch)]
+        return Latents(torch.cat(made), self.contract)
+
+    @torch.no_grad()
+    def decode(self, latents: Latents, *, batch: int = 256) -> Tensor:
+        """Images (M, C, H, W) in [-1, 1] of latents, clipped, on the CPU.
+
+        Raises:
+            LatentError: Weights encoded them whose latents mean something else.
+        """
+        parts = torch.split(self.accept(latents), batch)
+        return torch.cat([self.net.decode(z.to(self.device)).clamp(-1, 1).cpu() for z in parts])
+
+    @torch.no_grad()
+    def denoise(self, latents: Latents, t: float, labels: Tensor | Sequence[int]) -> Latents:
+        """Clean estimates of latents (M, N, D) that are noised to time t, by the denoiser.
+
+        Args:
+            latents: z_t on the recipe's interpolant, with the contract of the clean latents.
+            t: Time in (0, 1); 1 is data.
+            labels: (M,), class indices.
+
+        Raises:
+            LatentError: Weights encoded them whose latents mean something else.
+        """
+        z_t, label = self.accept(latents).to(self.device), torch.as_tensor(labels)
+        x0 = self.denoiser()(z_t, t, label.to(self.device)).x0
+        return Latents(x0.cpu(), self.contract)
+
+    def accept(self, latents: Latents) -> Tensor:
+        """The tensor of latents that this model may decode and denoise.
+
+        Raises:
+            LatentError: Weights encoded them whose latents mean something else.
+        """
+        self.contract.accept(latents.contract, "another model")
+        return latents.z
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, *, batch: int = 256) -> Tensor:

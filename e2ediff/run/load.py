@@ -39,6 +39,7 @@ def load_model(
     Raises:
         RunDirectoryError: There is no run there.
         CheckpointError: It has no such checkpoint or weights, or they are damaged.
+        LatentError: The recipe's backbone has other latents than those weights.
     """
     directory = RunDirectory.open(run)
     place = directory.store.where("resolved.yaml")
@@ -55,4 +56,4 @@ def load_model(
     load_weights(nets.online, opened, name)
     net = nets.online.eval().requires_grad_(requires_grad=False)
     net.prepare(target, DTYPES["float32"])
-    return Model(recipe, net)
+    return Model(recipe, net, opened.latent(name))

@@ -6,12 +6,13 @@ Shapes: B batch, N latent tokens, D latent channels, W width.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 
-from e2ediff.backbone import BackboneConfig, Decode, Denoise, Encode
+from e2ediff.backbone import Backbone, BackboneConfig, Decode, Denoise, Encode
 from e2ediff.data import ImageSpec
-from e2ediff.objective import Draw, Objective
+from e2ediff.objective import Draw, Nets, Objective, Terms
 from e2ediff.parts.times import Uniform
 from e2ediff.regularizer import Regularizer
 from e2ediff.testing.claims import is_float32, near, own_randomness
@@ -43,10 +44,41 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
             assert torch.equal(loss, again.losses[key]), f"{name}: loss {key!r} is not repeatable"
         size = (len(batch.x), nets.online.latent.tokens, nets.online.latent.dim)
         is_float32(terms.z, size, f"{name}: Terms.z")
+        _stopped(name, objective.stops(phase), terms, nets)
         assert terms.total.requires_grad, f"{name}: no gradient in phase {phase!r}; detach less"
         found = torch.autograd.grad(terms.total, list(learned.values()), allow_unused=True)
         for key, grad in zip(learned, found, strict=True):
             assert grad is None or grad.isfinite().all(), f"{name}: gradient of {key} not finite"
+
+
+def _stopped(name: str, stops: Collection[str], terms: Terms, nets: Nets) -> None:
+    """Losses that are declared to stop before the encoder do."""
+    foreign = sorted(set(stops) - set(terms.losses))
+    assert not foreign, f"{name}: stops() names {foreign}, the losses are {sorted(terms.losses)}"
+    watched = {"the latents": terms.z} if terms.z.requires_grad else {}
+    if nets.online.denoiser_apart:
+        x = make_batch(nets.online.image).x
+        encoded = nets.online.encode(x).square().sum()
+        own = {k: p for k, p in nets.online.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(encoded, list(own.values()), allow_unused=True)
+        others = torch.autograd.grad(
+            nets.online.decode(torch.zeros_like(terms.z)).square().sum(),
+            list(own.values()),
+            allow_unused=True,
+        )
+        watched |= {k: own[k] for k, g, o in zip(own, found, others, strict=True)
+                    if g is not None and o is None}  # fmt: skip
+    for key in stops:
+        if not (terms.losses[key].requires_grad and watched):
+            continue
+        grads = torch.autograd.grad(
+            terms.losses[key], list(watched.values()), retain_graph=True, allow_unused=True
+        )
+        reached = [k for k, g in zip(watched, grads, strict=True) if g is not None and g.any()]
+        assert not reached, (
+            f"{name}: loss {key!r} reaches {reached[0]}, yet stops() declares that it does not; "
+            "wrap its latent in sg(...), or take it out of stops()"
+        )
 
 
 def check_regularizer(r: Regularizer) -> None:
@@ -72,6 +104,25 @@ def check_regularizer(r: Regularizer) -> None:
     r.loss(z, Draw(t=t, label=t.long(), generator=None, times=Uniform()))  # `check` counts there
 
 
+def _same_latents(name: str, net: Backbone) -> None:
+    """The spec and the norm say the same of the latents."""
+    spec, norm = net.latent, net.latent_norm
+    assert spec.norm == norm.kind, (
+        f"{name}: latent.norm is {spec.norm!r}, yet latent_norm is of kind {norm.kind!r}"
+    )
+    if norm.has_statistics:
+        shape = (spec.tokens, spec.dim) if norm.kind == "position" else (spec.dim,)
+        assert norm.mean.shape == shape, (
+            f"{name}: latent_norm has statistics {tuple(norm.mean.shape)}, make them {shape} as "
+            "`latent` says"
+        )
+    if spec.grid:
+        assert spec.grid[0] * spec.grid[1] == spec.tokens, (
+            f"{name}: a grid of {spec.grid} has not {spec.tokens} tokens; give None to tokens "
+            "without a place"
+        )
+
+
 def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> None:
     """Shapes, repeatable and independent passes, fused as single, finite gradients."""
     image = image or IMAGE
@@ -84,6 +135,7 @@ def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> No
     assert same, f"{name}: build() gave other weights for the same torch.manual_seed"
     online.prepare(torch.device("cpu"), torch.float32)
     before = copy.deepcopy(online.state_dict())
+    _same_latents(name, online)
     z = torch.randn(b, n, d, generator=torch.Generator().manual_seed(4)).requires_grad_()
     x = batch.x.clone().requires_grad_()
     taps = tuple(range(1, online.depth + 1))

@@ -55,11 +55,11 @@ def call(site: Path, tmp_path: Path, tiny_recipe: str):
     return e2ediff
 
 
-def test_the_whole_plugin_is_one_file_of_under_40_lines() -> None:
+def test_the_whole_plugin_is_one_file_of_under_50_lines() -> None:
     """Found by its entry point, and depending on nothing but e2ediff."""
     (module,) = [p for p in VARFLOOR.rglob("*.py") if "build" not in p.parts]
     assert module.name == "e2ediff_varfloor.py"
-    assert len(module.read_text().splitlines()) < 40
+    assert len(module.read_text().splitlines()) < 50
     project = tomllib.loads((VARFLOOR / "pyproject.toml").read_text())["project"]
     assert project["entry-points"] == {"e2ediff": {"varfloor": "e2ediff_varfloor"}}
     assert [d.partition(">")[0] for d in project["dependencies"]] == ["e2ediff"]
