@@ -177,15 +177,19 @@ def _surroundings() -> str:
 
 
 def _stamp(path: str | Path) -> str:
+    """Size and time of a file; of a folder the names in it, without what an import adds."""
     try:
         found = os.stat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            return f"{found.st_size} {found.st_mtime_ns}"
+        names = sorted(name for name in os.listdir(path) if name != "__pycache__")
     except OSError:
         return ""
-    return f"{found.st_size} {found.st_mtime_ns}"
+    return hashlib.sha256("\n".join(names).encode(errors="replace")).hexdigest()
 
 
 def _changed_since(moment: int, path: str) -> bool:
-    """Whether a file may have been written after it was read; folders get their __pycache__."""
+    """Whether a file may have been written after it was read."""
     try:
         found = os.stat(path)
     except OSError:

@@ -3,7 +3,8 @@
     from e2ediff.testing import check_interpolant
     def test_it_keeps_the_contract(): check_interpolant(MyPath())
 
-`check_plugin` runs all that apply, and trains with every part, as `e2ediff plugins check` does.
+`e2ediff.testing.kit.check_plugin` runs all that apply, and trains with every part, as
+`e2ediff plugins check` does.
 """
 
 from e2ediff.testing.claims import own_randomness
