@@ -169,15 +169,12 @@ def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
     Each failure says what to change; the exit code is then 4.
     """
     import os
-    import warnings
 
     from e2ediff.errors import PluginError
     from e2ediff.host.plugins import load
     from e2ediff.testing.kit import Verdict, check_plugin
     from e2ediff.testing.source import Source, unbounded
 
-    # What torch warns of (kernels that are slow on this machine) is not the plugin's doing.
-    warnings.filterwarnings("ignore", module="torch")
     source, verdicts = None, []
     if os.path.isdir(plugin):
         source = Source.read(plugin)

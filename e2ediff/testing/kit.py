@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -113,7 +114,10 @@ def _part(
 def _problem(check: Callable[[], None], advice: str) -> str:
     """What a check complains of, in one line."""
     try:
-        check()
+        with warnings.catch_warnings():
+            # torch's, of kernels that are slow on this machine, are not the plugin's doing.
+            warnings.simplefilter("ignore")
+            check()
     except KeyboardInterrupt:
         raise
     except AssertionError as error:

@@ -33,9 +33,8 @@ def _module(name: str) -> Iterator[str]:
     chosen = getattr(module, "__all__", None)
     for key, value in sorted(vars(module).items()):
         own = getattr(value, "__module__", name) == name
-        simple = not inspect.ismodule(value) and (
-            inspect.isclass(value) or inspect.isfunction(value) or (key.isupper() and key != "TYPE_CHECKING")
-        )
+        constant = key.isupper() and key != "TYPE_CHECKING"
+        simple = inspect.isclass(value) or inspect.isfunction(value) or constant
         if (key in chosen) if chosen else (own and simple and not key.startswith("_")):
             yield from _thing(f"{name}.{key}", value)
     if name == "e2ediff":

@@ -234,3 +234,28 @@ def test_a_name_that_a_kept_finding_lacks_is_looked_for_anew(
     host = load()
     recipe = parse_recipe(host, tiny_text, "tiny", ["objective=two"])
     assert "name: two" in dump_recipe(host, recipe)
+
+
+def test_help_and_a_list_of_thirty_known_plugins_import_nothing_slow(site) -> None:
+    """Which is what keeps them under a quarter of a second and under one: torch takes longer."""
+    for i in range(30):
+        site.install(f"plug-{i}", GOOD.format(name=f"part_{i}"))
+    for path in site.path.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    first = site.python("-P", "-m", "e2ediff", "plugins", "list", E2EDIFF_BLOCK=OURS)
+    assert first.stdout.count("  ok  ") == 31, first.stdout
+    program = (
+        "import sys, time, resource\n"
+        "from e2ediff.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as ended: assert ended.code == 0\n"
+        "assert not {'torch', 'numpy', 'matplotlib', 'plug_1'} & {*sys.modules}\n"
+        "children = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "seconds = time.process_time() + children.ru_utime + children.ru_stime\n"
+        "sys.stderr.write(str(seconds))\n"
+    )
+    for words, limit in ((["--help"], 0.25), (["plugins", "list"], 1.0)):
+        done = site.python("-P", "-c", program, *words, E2EDIFF_BLOCK=OURS)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stderr) < limit, "CPU seconds; another program's load does not count"
+    assert done.stdout == first.stdout
