@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,9 +121,15 @@ def documentation(trial: Trial) -> None:
     assert first.endswith((".", ":")), (
         f"{cls.__name__} has no docstring whose first line is a sentence; say what it is for"
     )
-    text = " ".join(c.__doc__ or "" for c in cls.__mro__ if c is not object)
-    missing = [f"`{o.name}`" for o in options(cls).values() if f"`{o.name}`" not in text]
+    text = "\n".join(c.__doc__ or "" for c in cls.__mro__ if c is not object)
+    missing = [f"`{o.name}`" for o in options(cls).values() if not _describes(text, o.name)]
     assert not missing, f"the docstring of {cls.__name__} does not describe {', '.join(missing)}"
+
+
+def _describes(text: str, option: str) -> bool:
+    """Whether a docstring has the option in backticks, or in a list as `option: What it is.`."""
+    listed = rf"^\s*(?:\w+, )*{option}(?:, \w+)*:"
+    return f"`{option}`" in text or re.search(listed, text, re.MULTILINE) is not None
 
 
 def round_trip(trial: Trial) -> None:
