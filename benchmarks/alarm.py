@@ -50,6 +50,7 @@ HEALTHY = {
     "dsd": (),
     "detached": ("objective=detached",),
     "two_stage": ("objective=two_stage", "backbone.trunks=denoiser_apart"),
+    "unite": ("objective={name: unite, reconstruction: {kind: l2}}",),
 }
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e2ediff.data import SourceConfig
+from e2ediff.distances import frechet
+from e2ediff.metric import moments_of
 from e2ediff.parts.sources import FashionMNIST
 
 FEATURES = 64
@@ -153,23 +155,8 @@ def accuracy(judge: Judge, x: Tensor, label: Tensor) -> float:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared Fréchet distance of the Gaussians fitted to rows a (M, F) and b (K, F).
-
-    |mean a - mean b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2 for covariances A and B.
-    In float64; both roots by eigenvalues of symmetric matrices, which exist and are real where
-    a covariance is singular.
-
-    Source: Dowson & Landau 1982; the form of Heusel et al. 2017 (arXiv 1706.08500).
-    """
-    a, b = a.double(), b.double()
-    shift = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    product = root @ cov_b @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
-    # Rounding may leave two equal sets a hair below 0.
-    return max(0.0, float(shift + cov_a.trace() + cov_b.trace() - 2 * cross))
+    """Squared Fréchet distance of the Gaussians fitted to rows a (M, F) and b (K, F)."""
+    return frechet(moments_of(a), moments_of(b))
 
 
 def nearest_distance(x: Tensor, train: Tensor) -> float:

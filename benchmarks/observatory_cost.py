@@ -2,8 +2,8 @@
 
     python benchmarks/observatory_cost.py recipes/quickstart.yaml
 
-CPU seconds of this process on the CPU, seconds of the clock on a GPU. The share is one look over
-the steps between two looks.
+CPU seconds of this process on the CPU, seconds of the clock on a GPU. The share is that of all
+looks and surveys of the recipe over all its steps.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import attrs
 import click
 import torch
 
@@ -20,7 +21,7 @@ from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.run.assembly import assemble, choose_device
 from e2ediff.run.draws import draw_for
-from e2ediff.run.ema import calibrate, in_use
+from e2ediff.run.ema import at_rest, own_latents
 from e2ediff.run.probing import Observer, chosen_diagnostics
 
 
@@ -67,26 +68,37 @@ def main(recipe_path: str, overrides: tuple[str, ...], repeats: int, threads: in
             average.update()
 
     one_step = seconds(step, device, 3 * repeats)
-    look = seconds(lambda: observer.measure(parts.step, [phase]), device, repeats)
-    every = recipe.cadence.diagnose
-    click.echo(f"step {one_step * 1e3:.1f} ms, look {look * 1e3:.1f} ms every {every} steps")
-    click.echo(f"a look costs {look / (every * one_step):.2%} of the steps between two looks")
-    calibration = seconds(lambda: calibrate(parts.nets.target, observer.calibration), device, 1)
-    click.echo(f"  {calibration * 1e3:8.1f} ms  calibrating the latent norm")
+    glance, survey = (
+        seconds(lambda s=s: observer.measure(parts.step, [phase], survey=s), device, repeats)  # type: ignore[misc]
+        for s in (False, True)
+    )
+    cadence, total = recipe.cadence, recipe.total_steps
+    every, rarely = cadence.diagnose, cadence.survey or 10 * cadence.diagnose
+    surveys = len({*range(0, total + 1, rarely), total})
+    looks = len({*range(0, total + 1, every), total})
+    spent = glance * (looks - surveys) + survey * surveys
+    click.echo(f"step {one_step * 1e3:.1f} ms, {total} of them")
+    click.echo(f"look {glance * 1e3:.1f} ms, {looks - surveys} of them, every {every} steps")
+    click.echo(f"survey {survey * 1e3:.1f} ms, {surveys} of them, every {rarely} steps")
+    click.echo(f"looking costs {spent / (total * one_step):.2%} of the steps of the run")
     pulls = observer.gradients(parts.step, [phase])
     taken = seconds(lambda: observer.gradients(parts.step, [phase]), device, repeats)
     click.echo(f"  {taken * 1e3:8.1f} ms  gradients of the terms")
-    with torch.no_grad(), in_use(parts.nets.target, observer.calibration) as net:
-        x, label = observer.probe.x, observer.probe.label
-        z = net.encode(x)
-        guesses = {t: z * t for t in recipe.probe.times}
-        probe = Probe(x, label, x, z, z, z, guesses, recipe.predicts, recipe.interpolant, pulls)
+    with torch.no_grad(), at_rest(parts.nets.target) as net:
+        x, label, few = observer.probe.x, observer.probe.label, recipe.probe.glance
+        z, raw = own_latents(net, x)
+        guesses = {t: z[:few] * t for t in recipe.probe.times}
+        more = Probe(
+            x, label, z, raw, recipe.predicts, recipe.interpolant, x[:few], guesses, z[:few], pulls
+        )
+        less = attrs.evolve(more, x=x[:few], label=label[:few], z=z[:few], raw=raw[:few])
     total = 0.0
     for diagnostic in chosen:
-        taken = seconds(lambda one=diagnostic: one.measure(probe), device, repeats)  # type: ignore[misc]
+        probe = more if "many" in diagnostic.asks else less
+        taken = seconds(lambda d=diagnostic, p=probe: d.measure(p), device, repeats)  # type: ignore[misc]
         total += taken
         click.echo(f"  {taken * 1e3:8.1f} ms  {type(diagnostic).__name__}")
-    click.echo(f"  {total * 1e3:8.1f} ms  all diagnostics, {total / (every * one_step):.2%}")
+    click.echo(f"  {total * 1e3:8.1f} ms  all diagnostics")
 
 
 if __name__ == "__main__":

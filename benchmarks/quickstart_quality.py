@@ -128,6 +128,11 @@ def plan(
     return jobs
 
 
+def log_file(place: Path) -> Path:
+    """Where a run's output goes: beside it, whatever points its name has."""
+    return place.with_name(f"{place.name}.log")
+
+
 def train_job(host: Host, recipe_path: str, job: Job, out: Path, threads: int) -> str:
     """Bring one run to its end in a process of its own; returns "" or what went wrong."""
     place = out / job.place
@@ -151,13 +156,13 @@ def train_job(host: Host, recipe_path: str, job: Job, out: Path, threads: int) -
                 shutil.rmtree(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with place.with_suffix(".log").open("a") as log:
+    with log_file(place).open("a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     seconds = time.perf_counter() - started
     click.echo(f"{job.place}: exit {code} after {seconds:.0f} s", err=True)
     if code:
-        lines = place.with_suffix(".log").read_text().strip().splitlines()
+        lines = log_file(place).read_text().strip().splitlines()
         return f"exit {code}: {lines[-1] if lines else 'no output'}"
     return ""
 

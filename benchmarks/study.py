@@ -204,7 +204,7 @@ def main(
             if job in failed:
                 entry["problem"] = failed[job]
             else:
-                place, cache = out / job.place, (out / job.place).with_suffix(".scores.json")
+                place, cache = out / job.place, out / f"{job.place}.scores.json"
                 if not cache.exists():
                     figures = score_run(place, judge, data, count=count, seed=seed)
                     cache.write_text(json.dumps(figures))

@@ -24,13 +24,16 @@ from e2ediff.host.plugins import Host, load
 from e2ediff.host.registry import KINDS
 from e2ediff.interpolant import Estimate
 from e2ediff.latent import LatentContract, LatentNorm, Latents
+from e2ediff.metric import Estimate as Figure
+from e2ediff.metric import FeatureSet, Moments
 from e2ediff.objective import Draw, Nets, Terms
 from e2ediff.tracker import Tracker
 
 # What the parts build, and the values that pass between them.
 BUILT = (Backbone, Denoiser, DataSource, Tracker, FeatureNetwork)
 VALUES = (ImageSpec, Batch, LatentSpec, LatentNorm, LatentContract, Latents, Encode, Decode,
-          Denoise, Output, Nets, Draw, Terms, Estimate, Probe)  # fmt: skip
+          Denoise, Output, Nets, Draw, Terms, Estimate, Probe, FeatureSet, Moments,
+          Figure)  # fmt: skip
 
 REFERENCE = Path(__file__).parent / "reference"
 

@@ -2,7 +2,7 @@
 
 The vocabulary lies at the top of this package, one contract a file: `data`, `interpolant`,
 `times`, `latent`, `backbone`, `objective`, `regularizer`, `denoiser`, `sampler`, `features`,
-`diagnostic`, `optimizer`, `tracker`, `errors`.
+`metric`, `distances`, `diagnostic`, `optimizer`, `tracker`, `errors`.
 This module itself imports nothing heavy, so that the command line answers at once.
 """
 
@@ -14,6 +14,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from e2ediff.run.generate import Model
+    from e2ediff.run.pipeline import Pipeline
 
 __version__ = "0.1.0"
 
@@ -29,3 +30,13 @@ def load(run: str, **options: Any) -> Model:
     from e2ediff.run.load import load_model
 
     return load_model(run, **options)
+
+
+def pipeline(run: str, **options: Any) -> Pipeline:
+    """A trained model as a diffusers pipeline: `e2ediff.pipeline(run)(["cat", 3]).images`.
+
+    Options are those of `e2ediff.run.load.load_model`.
+    """
+    from e2ediff.run.pipeline import Pipeline
+
+    return Pipeline.from_run(run, **options)

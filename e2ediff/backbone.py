@@ -159,6 +159,14 @@ class Backbone(nn.Module, ABC):
             scale=scale if spec.norm == "none" else 1.0,
         )
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """The repeated parts of the network, in which nearly all of its weights and work lie.
+
+        They are what is compiled, recomputed in the backward pass, and split over processes one
+        by one; each is called as a module and returns a tensor.
+        """
+        return ()
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
         """Choose kernels for this device and compute type; called once, after the move.
 

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import attrs
+import torch
 from torch import Tensor
+
+Sampling = Literal["natural", "class_balanced"]
+"""How often each class is shown: as often as it occurs, or all equally often."""
 
 
 @attrs.frozen
@@ -37,6 +42,14 @@ class Batch:
     label: Tensor
 
 
+@attrs.frozen
+class Stored:
+    """Size of an image as it lies in its source, before any crop."""
+
+    width: int
+    height: int
+
+
 class DataSource(ABC):
     """Images that can be read by index, in any order and from any process."""
 
@@ -51,8 +64,37 @@ class DataSource(ABC):
         Deterministic: the same indices give the same values in every process.
 
         Raises:
-            DataError: An image cannot be read; the message has its path.
+            BadImageError: An image is damaged or too large; the message has its path.
+            DataError: The place where it lies cannot be read.
         """
+
+    def labels(self) -> Tensor:
+        """Labels of all images, (M,), int64; 0 for unlabelled ones.
+
+        A source that knows them without reading the images overrides this.
+        """
+        rows = range(len(self))
+        parts = [self.read(rows[i : i + 64])[1] for i in range(0, len(self), 64)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes as the data have them, by label; empty if they have none."""
+        return ()
+
+    def place(self, index: int) -> str:
+        """Path of an image, for messages and lists; nothing is read."""
+        return f"image {index}"
+
+    def stored(self, index: int) -> Stored:
+        """Size of an image before any crop, from its header alone where there is one.
+
+        Raises:
+            BadImageError: The header is damaged, or promises too many pixels.
+            DataError: The place where it lies cannot be read.
+        """
+        x, _ = self.read([index])
+        return Stored(x.shape[-1], x.shape[-2])
 
 
 class SourceConfig(ABC):
@@ -67,6 +109,21 @@ class SourceConfig(ABC):
     def flip(self) -> bool:
         """Whether the loader may mirror images left to right."""
         return False
+
+    @property
+    def sampling(self) -> Sampling:
+        """How often the loader shows each class."""
+        return "natural"
+
+    @property
+    def on_bad_image(self) -> Literal["stop", "skip"]:
+        """What follows from a damaged image: the end, or another image of its class instead."""
+        return "stop"
+
+    @property
+    def workers(self) -> int:
+        """Processes that read images; 0 reads in the training process."""
+        return 0
 
     @property
     def has_held_out(self) -> bool:

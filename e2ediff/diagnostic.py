@@ -1,6 +1,6 @@
 """Diagnostics: figures about the health of the latents, on a fixed probe.
 
-Shapes: P probe images, G of them for gradients, C H W image, N latent tokens, D latent channels.
+Shapes: P probe images, G the first of them, C H W image, N latent tokens, D latent channels.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from e2ediff.interpolant import Interpolant, Kind
 
-Costly = Literal["z_online", "gradients"]
-"""Fields of a probe that are filled only for diagnostics that ask for them."""
+Costly = Literal["x_hat", "denoised", "many", "z_online", "gradients"]
+"""What of a probe is there only for diagnostics that ask for it, and only at surveys."""
 
 
 @attrs.frozen(eq=False)
@@ -24,32 +24,39 @@ class Probe:
 
     The images, their noise and the times never change during a run.
 
-    `x` (P, C, H, W) and `label` (P,) are the images; `x_hat` is their reconstruction.
-    `z` and `raw` (P, N, D) are the averaged encoder's latents after and before the latent norm;
-    `z_online` those of the trained encoder, `None` unless a diagnostic asks for them.
-    `denoised` maps times to the averaged denoiser's clean estimates (P, N, D) of `z`, and `path`
-    is the interpolant by which `z` was noised.
-    `gradients` maps each loss of the objective to the gradient (G, N, D) of its weighted value
-    with respect to the trained encoder's latents, as in a training step on the first G images,
-    with times and noise that never change; empty unless a diagnostic asks for it.
+    `x` (P, C, H, W) and `label` (P,) are the images; P is the recipe's `probe.glance`, or
+    `probe.images` for a diagnostic that asks for `many`.
+    `z` and `raw` (P, N, D) are the averaged encoder's latents after and before the latent norm,
+    whose statistics are those of the probe itself.
+
+    What follows is there only for diagnostics that ask for it:
+    `x_hat` (G, C, H, W) is the reconstruction of the first G images, G being `probe.glance`.
+    `denoised` maps times to the averaged denoiser's clean estimates (G, N, D) of `z[:G]`, and
+    `path` is the interpolant by which it was noised.
+    `z_online` (G, N, D) are the trained encoder's latents of these images.
+    `gradients` maps each loss of the objective to the gradient (K, N, D) of its weighted value
+    with respect to the trained encoder's latents, as in a training step on the first K images,
+    with times and noise that never change.
     """
 
     x: Tensor
     label: Tensor
-    x_hat: Tensor
     z: Tensor
     raw: Tensor
-    z_online: Tensor | None
-    denoised: Mapping[float, Tensor]
     predicts: Kind
     path: Interpolant | None = None
+    x_hat: Tensor | None = None
+    denoised: Mapping[float, Tensor] = attrs.field(factory=dict)
+    z_online: Tensor | None = None
     gradients: Mapping[str, Tensor] = attrs.field(factory=dict)
 
 
 class Diagnostic(ABC):
-    """Figures measured on the probe, every so many images.
+    """Figures measured on the probe.
 
-    `asks` names fields of the probe that cost extra passes and that this diagnostic reads.
+    Without `asks` at every diagnosis (`cadence.diagnose`), on latents alone.
+    `asks` names what costs more and what this diagnostic reads; it is then measured at surveys
+    (`cadence.survey`) only.
     """
 
     asks: ClassVar[frozenset[Costly]] = frozenset()

@@ -48,6 +48,9 @@ class RecipeError(E2EDiffError):
         count = f"{len(self.problems)} problem" + ("" if len(self.problems) == 1 else "s")
         super().__init__("\n".join([f"{source}: {count}", *(f"  {p}" for p in self.problems)]))
 
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[str, tuple[Problem, ...]]]:
+        return RecipeError, (self.source, self.problems)  # else it could not cross processes
+
 
 class PluginError(E2EDiffError):
     """A plugin is missing, broken, or of another version than a recipe asks for."""
@@ -69,6 +72,19 @@ class DataError(E2EDiffError):
     """A data set is missing, empty, damaged, or not what the recipe describes."""
 
     exit_code = 5
+
+
+class BadImageError(DataError):
+    """One image is damaged or too large; a recipe may have such images skipped.
+
+    `place` is its path, `what` the complaint; the text is both, and the way out.
+    """
+
+    def __init__(self, place: str, what: str) -> None:
+        self.place = place
+        self.what = what
+        way_out = "remove or replace it, or set `data.on_bad_image: skip`"
+        super().__init__(f"{place}: {what}; {way_out}")
 
 
 class CheckpointError(E2EDiffError):
@@ -97,6 +113,12 @@ class CollapseError(E2EDiffError):
     """Training was stopped by the alarm: the latents have collapsed, or nothing is learned."""
 
     exit_code = 7
+
+
+class UnlikeScoresError(E2EDiffError):
+    """Scores were to be ranked that were not measured in the same way."""
+
+    exit_code = 9
 
 
 class ResourceError(E2EDiffError):

@@ -8,14 +8,75 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal, Protocol
 
+import attrs
 import torch
 from torch import Tensor
 
 from e2ediff.denoiser import Denoiser
+from e2ediff.interpolant import Interpolant
 
 # Fresh unit noise of the shape of its argument; row i belongs to image i alone.
 Noise = Callable[[Tensor], Tensor]
+
+
+@attrs.frozen(kw_only=True)
+class Karras:
+    """Times at which (sigma / alpha)^(1 / rho) falls evenly from `sigma_max` to `sigma_min`.
+
+    `rho` 1 is even in the noise level, 7 is Karras's, and a large one is even in logSNR.
+    The first time is the sampler's `t_start` and the last is 1, whatever the levels.
+
+    Source: Karras et al. 2022 (EDM, arXiv 2206.00364), eq. 5, with the noise level counted in
+    units of the signal so that it means the same on every interpolant.
+    """
+
+    rho: float = attrs.field(default=7.0, validator=attrs.validators.gt(0))
+    sigma_min: float = attrs.field(default=0.002, validator=attrs.validators.gt(0))
+    sigma_max: float = attrs.field(default=80.0, validator=attrs.validators.gt(0))
+
+    @sigma_max.validator
+    def _falls(self, field: attrs.Attribute[float], value: float) -> None:
+        if value <= self.sigma_min:
+            raise ValueError(f"'sigma_max' must be > sigma_min, {self.sigma_min}: {value}")
+
+    def times(self, steps: int, t_start: float, path: Interpolant | None) -> list[float]:
+        """Times from `t_start` to 1, one more than `steps`; without a path on the straight one."""
+        at = torch.tensor([t_start], dtype=torch.float64)
+        alpha, sigma = (at, 1 - at) if path is None else (path.alpha(at), path.sigma(at))
+        # A path that begins below sigma_max, as any with t_start > 0 does, begins where it can.
+        top = min(self.sigma_max, float(sigma / alpha))
+        if top <= self.sigma_min:
+            raise ValueError(f"sampling begins at noise level {top:g}, below sigma_min")
+        share = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+        high, low = top ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        ratios = (high + share * (low - high)) ** self.rho
+        return [t_start, *times_of_levels(path, ratios)[1:].tolist(), 1.0]
+
+
+def times_of_levels(path: Interpolant | None, levels: Tensor) -> Tensor:
+    """Times at which sigma / alpha has these values, (n,), float64; by bisection, as it falls."""
+    if path is None:
+        return 1 / (1 + levels)
+    low, high = torch.zeros_like(levels), torch.ones_like(levels)
+    for _ in range(60):
+        middle = (low + high) / 2
+        noisier = path.sigma(middle) > levels * path.alpha(middle)
+        low, high = torch.where(noisier, middle, low), torch.where(noisier, high, middle)
+    return (low + high) / 2
+
+
+Spacing = Literal["uniform", "karras"] | Karras
+
+
+class Stepper(Protocol):
+    """What takes the steps of one trajectory; may remember earlier ones."""
+
+    def step(
+        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+    ) -> Tensor:
+        """Move z (B, N, D) from time t to the later time s, with t < s < 1."""
 
 
 class Sampler(ABC):
@@ -31,8 +92,13 @@ class Sampler(ABC):
         """Number of intervals, at least 1."""
 
     @property
+    def spacing(self) -> Spacing:
+        """How the times lie: evenly, or by noise level."""
+        return "uniform"
+
+    @property
     def shift(self) -> float:
-        """Warps the grid: below 1 more steps near the noise, above 1 nearer the data."""
+        """Warps the even grid: below 1 more steps near the noise, above 1 nearer the data."""
         return 1.0
 
     @property
@@ -40,19 +106,33 @@ class Sampler(ABC):
         """Where sampling begins; above 0 for predictions that say nothing about x0 at t = 0."""
         return 0.0
 
+    @property
+    def couples(self) -> bool:
+        """Whether an image depends on the others in its batch, as by a common step size."""
+        return False
+
     @abstractmethod
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:
         """Move z (B, N, D) from time t to the later time s, with t < s < 1."""
 
-    def grid(self) -> list[float]:
+    def stepper(self) -> Stepper:
+        """What takes the steps of one trajectory: the sampler itself, unless it needs memory."""
+        return self
+
+    def grid(self, path: Interpolant | None = None) -> list[float]:
         """Times of the intervals' ends, from `t_start` to 1; steps + 1 numbers.
+
+        `path` is where noise levels are looked up; without one, on the straight path.
 
         Source: t' = a t / (1 + (a - 1) t), the time shift of UNITE and SD3, written so that 1
         stays 1 exactly.
         """
-        first, a = self.t_start, self.shift
+        first, a, spacing = self.t_start, self.shift, self.spacing
+        if spacing != "uniform":
+            karras = Karras() if spacing == "karras" else spacing
+            return karras.times(self.steps, first, path)
         uniform = [i / self.steps for i in range(self.steps + 1)]
         return [first + (1 - first) * (t / (t + (1 - t) / a)) for t in uniform]
 
@@ -60,9 +140,17 @@ class Sampler(ABC):
         self, f: Denoiser, z: Tensor, times: Sequence[float], label: Tensor, noise: Noise
     ) -> Tensor:
         """Follow the path through `times`, all below 1, and return the noised latent there."""
+        return self._follow(f, z, times, label, noise)[1]
+
+    def _follow(
+        self, f: Denoiser, z: Tensor, times: Sequence[float], label: Tensor, noise: Noise
+    ) -> tuple[Denoiser, Tensor]:
+        """The denoiser of the last step, which may remember, and the latent after it."""
+        stepper = self.stepper()
         for t, s in pairwise(times):
-            z = self.step(f, z, t, s, label, noise)
-        return z
+            f = f.between(t, s)
+            z = stepper.step(f, z, t, s, label, noise)
+        return f, z
 
     @torch.no_grad()
     def sample(self, f: Denoiser, start: Tensor, label: Tensor, noise: Noise) -> Tensor:
@@ -77,7 +165,7 @@ class Sampler(ABC):
         Returns:
             (B, N, D), the denoiser's clean estimate at the last time before 1.
         """
-        times = self.grid()
+        times = self.grid(f.path)
         z = start * float(f.path.sigma(torch.tensor([self.t_start])))
-        z = self.integrate(f, z, times[:-1], label, noise)
-        return f(z, times[-2], label).x0
+        f, z = self._follow(f, z, times[:-1], label, noise)
+        return f.between(times[-2], 1.0)(z, times[-2], label).x0

@@ -19,11 +19,14 @@ from e2ediff.errors import E2EDiffError
 _COMMANDS = {
     "run": ("run", "Train by a recipe."),
     "sample": ("sample", "Make images with a trained run."),
+    "interpolate": ("interpolate", "Make a strip of images between two seeds or two images."),
     "reconstruct": ("reconstruct", "Pass images through a trained encoder and decoder."),
+    "eval": ("eval", "Score a run's samples, or a folder or npz of images."),
     "check": ("check", "Resolve a recipe, build it without memory, count it."),
     "ablate": ("ablate", "Train a grid of variations with several seeds, and report on it."),
     "report": ("report", "Write one HTML page on a run or an ablation."),
     "compare": ("compare", "Print final figures of runs, and what differs in their recipes."),
+    "data": ("data", "Prepare, check and describe images."),
     "parts": ("parts", "List the parts that a recipe can name, with their options."),
     "plugins": ("plugins", "List, look at, begin and check plugins."),
 }

@@ -6,14 +6,26 @@ import click
 
 
 @click.command("compare")
-@click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True)
+@click.argument("runs", metavar="RUN|SCORES RUN|SCORES...", nargs=-1, required=True)
 @click.option("--out", metavar="FILE", help="Write an HTML page as `report` does, too.")
-def command(runs: tuple[str, ...], out: str | None) -> None:
-    """Print final figures of RUNs, and what differs in their recipes.
+@click.option(
+    "--regardless", is_flag=True, help="Rank scores that were not measured in the same way."
+)
+def command(runs: tuple[str, ...], out: str | None, *, regardless: bool) -> None:
+    """Print final figures of RUNs, and what differs in their recipes; or rank SCORES.
 
     Runs whose recipes differ in nothing but the seed are seeds of one cell.
     The first RUN is what the others are compared with.
+    SCORES are JSON files of `e2ediff eval`; they are ranked only if they were measured in the
+    same way, else the fields that differ are named.
     """
+    if len(runs) < 2:
+        raise click.UsageError("give two runs or more; `e2ediff report` is for one")
+    if all(place.endswith(".json") for place in runs):
+        if out:
+            raise click.UsageError("--out writes a page on runs, not on score files")
+        _rank(runs, regardless=regardless)
+        return
     from e2ediff.host.plugins import load
     from e2ediff.report.gather import gather_runs
     from e2ediff.report.summary import differing, summarize
@@ -21,8 +33,6 @@ def command(runs: tuple[str, ...], out: str | None) -> None:
     from e2ediff.report.verdict import verdict
     from e2ediff.report.write import write_report
 
-    if len(runs) < 2:
-        raise click.UsageError("give two runs or more; `e2ediff report` is for one")
     gathered = gather_runs(load(), runs)
     summary = summarize(gathered)
     for line in plain_lines(summary, differing(gathered)):
@@ -32,3 +42,19 @@ def command(runs: tuple[str, ...], out: str | None) -> None:
     if out:
         written, _ = write_report(gathered, out)
         click.echo(written.html)
+
+
+def _rank(places: tuple[str, ...], *, regardless: bool) -> None:
+    """Rank every score that all files have; exit code 9 if one was measured in unlike ways."""
+    from e2ediff.errors import DataError
+    from e2ediff.evaluate.passport import read_card
+    from e2ediff.evaluate.ranking import rank, shared_scores
+
+    cards = [read_card(place) for place in places]
+    names = shared_scores(cards)
+    if not names:
+        has = "; ".join(f"{card.place}: {', '.join(card.scores)}" for card in cards)
+        raise DataError(f"these files have no score in common. {has}")
+    for name in names:
+        for line in rank(cards, name, regardless=regardless):
+            click.echo(line)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
+
 import click
 
 
@@ -18,30 +22,116 @@ import click
     "--out", metavar="DIR", help="The run's directory or URL. Default: runs/<recipe's name>."
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest one.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads of each process. Default: all cores, shared.",
+)
+@click.option(
+    "--nproc",
+    metavar="N|auto",
+    default="1",
+    help="Processes on this machine that share the work; auto: one a GPU. Default: 1.",
+)
+@click.option(
+    "--nnodes", type=click.IntRange(1), default=1, help="Machines, each of which runs this."
+)
+@click.option(
+    "--rdzv", metavar="HOST:PORT", default="", help="Where the processes of several machines meet."
+)
 def command(
-    recipe: str, overrides: tuple[str, ...], out: str | None, resume: bool, threads: int | None
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: str | None,
+    resume: bool,
+    threads: int | None,
+    nproc: str,
+    nnodes: int,
+    rdzv: str,
 ) -> int:
     """Train by RECIPE, a YAML file or URL.
 
     The run's directory is printed at the end, on stdout.
     Ctrl-C saves and ends; --resume continues.
+    Under `torchrun -m e2ediff run RECIPE` each process joins the others by itself.
     """
     import torch
 
-    from e2ediff.host.plugins import load
-    from e2ediff.run.session import train
+    count = _count(nproc)
+    if nnodes > 1 and not rdzv:
+        raise click.UsageError("--nnodes needs --rdzv HOST:PORT, the same on every machine")
+    if count * nnodes > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise click.UsageError("--nproc is for starting processes, and a launcher has done so")
+    if count * nnodes > 1:
+        from e2ediff.run.launch import launch
 
+        share = threads or max(1, (os.cpu_count() or 1) // count)
+        words = ["run", recipe, "--threads", str(share)]
+        words += [word for change in overrides for word in ("--set", change)]
+        words += ["--out", out] if out else []
+        words += ["--resume"] if resume else []
+        return launch(words, count, nnodes, rdzv)
     if threads:
         torch.set_num_threads(threads)
-    outcome = train(load(), recipe, overrides, out, resume=resume)
-    if outcome.exit_code:
-        click.echo(f"{outcome.path}: {outcome.reason}", err=True)
-    else:
-        click.echo(
-            f"done. Curves: {outcome.path}/curves.png, samples: {outcome.path}/samples/\n"
-            f"next: e2ediff sample {outcome.path}",
-            err=True,
-        )
-    click.echo(outcome.path)
+    return _train(recipe, overrides, out, resume=resume)
+
+
+def _count(nproc: str) -> int:
+    """The number of processes that `--nproc` means.
+
+    Raises:
+        click.UsageError: It is no number.
+    """
+    import torch
+
+    if nproc == "auto":
+        return max(1, torch.cuda.device_count())
+    if not nproc.isdigit() or int(nproc) < 1:
+        raise click.UsageError(f"--nproc {nproc}: expected a number of processes, or auto")
+    return int(nproc)
+
+
+def _train(recipe: str, overrides: tuple[str, ...], out: str | None, *, resume: bool) -> int:
+    """Train in this process, which may be one of several; one of them says how it ended."""
+    from e2ediff.errors import E2EDiffError
+    from e2ediff.host.plugins import load
+    from e2ediff.run.launch import note_end
+    from e2ediff.run.session import train
+    from e2ediff.run.world import World
+
+    world = World.join()
+    try:
+        outcome = train(load(), recipe, overrides, out, resume=resume, world=world)
+        if world.leads:
+            if outcome.exit_code:
+                click.echo(f"{outcome.path}: {outcome.reason}", err=True)
+            else:
+                click.echo(
+                    f"done. Curves: {outcome.path}/curves.png, samples: {outcome.path}/samples/\n"
+                    f"next: e2ediff sample {outcome.path}",
+                    err=True,
+                )
+            click.echo(outcome.path)
+            sys.stdout.flush()
+        note_end(outcome.exit_code)
+        world.leave()
+    except (Exception, KeyboardInterrupt) as caught:
+        if world.size == 1:
+            raise
+        error = world.judge(caught)
+        code = error.exit_code if isinstance(error, E2EDiffError) else 1
+        code = 130 if isinstance(error, KeyboardInterrupt) else code
+        note_end(code)
+
+        def say() -> None:
+            if isinstance(error, E2EDiffError):
+                click.echo(f"error: {error}", err=True)
+            elif code == 1:
+                traceback.print_exception(error)
+            sys.stderr.flush()
+
+        world.speak(say)
+        # Not by sys.exit: the group's threads may wait for processes that are gone.
+        sys.stdout.flush()
+        os._exit(code)
     return outcome.exit_code

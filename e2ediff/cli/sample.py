@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 
@@ -11,66 +9,141 @@ import click
 @click.argument("run")
 @click.option(
     "--label",
-    "labels",
+    "names",
     multiple=True,
-    help="Class by index or name, or 'none'; may be repeated. Default: every class.",
+    metavar="CLASS",
+    help="One class by index or name, or 'none'; may be repeated. Default: every class.",
 )
 @click.option(
-    "--count", type=click.IntRange(1), default=8, show_default=True, help="Images a class."
+    "--labels",
+    "lists",
+    multiple=True,
+    metavar="LIST",
+    help="Classes by index, range or name: --labels 0-9,cat,none; 'all' is every class.",
+)
+@click.option("--count", type=click.IntRange(1), help="Images a class. Default: 8.")
+@click.option(
+    "--balanced", type=click.IntRange(1), metavar="N", help="N images, the classes in turn."
+)
+@click.option(
+    "--random", "drawn", type=click.IntRange(1), metavar="N", help="N images of random classes."
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Another sampler or guidance: --set sampler=heun --set guidance.scale=2.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps. Default: the recipe's.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--weights", help="online, target, or an average's name. Default: for sampling.")
 @click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
-@click.option("--batch", type=click.IntRange(1), default=256, show_default=True)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["png", "npz", "zip", "tar"]),
+    default="png",
+    show_default=True,
+    help="A folder of PNGs, ADM's npz, a zip of class folders, or webdataset shards.",
+)
+@click.option("--out", metavar="DIR", help="Directory or URL. Default: RUN/samples/seed-SEED.")
+@click.option("--overwrite", is_flag=True, help="Replace another set of images in --out.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Images stored together; a shard of --format tar.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Images computed at once. Only this may move an image's last bits.",
+)
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--out", metavar="DIR", help="Where to write. Default: RUN/samples/seed-SEED.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that compute, on all GPUs in turn.",
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each. Default: shared.")
 def command(
     run: str,
-    labels: tuple[str, ...],
-    count: int,
+    names: tuple[str, ...],
+    lists: tuple[str, ...],
+    count: int | None,
+    balanced: int | None,
+    drawn: int | None,
+    overrides: tuple[str, ...],
     steps: int | None,
     seed: int,
     weights: str | None,
     checkpoint: str | None,
-    batch: int,
-    device: str,
+    kind: str,
     out: str | None,
+    overwrite: bool,
+    batch: int,
+    rows: int,
+    precision: str,
+    device: str,
+    processes: int,
+    threads: int | None,
 ) -> None:
     """Make images with RUN, the directory that `e2ediff run` printed.
 
-    Writes one PNG an image, `grid.png` (a column a class) and `samples.json` with the label,
-    number and seed of each; prints the directory.
+    Writes the images, `grid.png`, and `set.json` with everything that decides them, and prints
+    where the images lie.
+    Image i of a seed is the same in every set that gives it the same class.
+    A command that was interrupted goes on where it stopped when it is given again.
     """
-    import torch
-
-    from e2ediff.run.load import load_model
-    from e2ediff.run.pictures import grid_png, png
+    from e2ediff.host.plugins import load
+    from e2ediff.run.directory import RunDirectory
+    from e2ediff.run.labels import label_of, labels_of, lay_out
+    from e2ediff.run.load import recipe_of
     from e2ediff.run.progress import Progress
-    from e2ediff.run.storage import Store
+    from e2ediff.run.sample_set import make_set
+    from e2ediff.run.wish import Wish
 
+    if sum(n is not None for n in (count, balanced, drawn)) > 1:
+        raise click.UsageError("give one of --count, --balanced and --random")
+    host = load()
+    if steps is not None:
+        overrides = (*overrides, f"sampler.steps={steps}")
+    image = recipe_of(host, RunDirectory.open(run), overrides).data.image
+    classes = [label_of(image, text) for text in names]
+    classes += [k for text in lists for k in labels_of(image, text)]
+    classes = classes or list(range(max(1, image.classes)))
+    images = balanced or drawn or len(classes) * (count or 8)
+    law = "random" if drawn else "balanced" if balanced else "repeated"
+    wish = Wish(
+        run=run,
+        weights=weights,
+        checkpoint=checkpoint,
+        device=device,
+        overrides=overrides,
+        rows=rows,
+        precision=precision,  # type: ignore[arg-type]
+        seed=seed,
+        law=law,  # type: ignore[arg-type]
+        labels=tuple(lay_out(classes, images, law, seed)),  # type: ignore[arg-type]
+        format=kind,  # type: ignore[arg-type]
+        out=out or "",
+        batch=batch,
+    )
     with Progress() as progress:
-        model = load_model(
-            run, weights=weights, checkpoint=checkpoint, device=device, warn=progress.say
+        place = make_set(
+            wish,
+            host,
+            processes=processes,
+            threads=threads,
+            overwrite=overwrite,
+            say=progress.say,
+            update=progress.update,
         )
-        if steps is not None:
-            model = model.with_steps(steps)
-        image = model.recipe.data.image
-        chosen = [model.label_of(text) for text in labels] or list(range(max(1, image.classes)))
-        numbers = torch.tensor(chosen).repeat(count)
-        x = model.sample(
-            numbers,
-            seed=seed,
-            batch=batch,
-            progress=lambda done: progress.update(f"{done}/{len(numbers)} images"),
-        )
-        store = Store(out or f"{run}/samples/seed-{seed}")
-        for i, one in enumerate(x):
-            store.write(f"{i:06d}.png", png(one))
-        store.write("grid.png", grid_png(x, len(chosen)))
-        entries = [
-            {"file": f"{i:06d}.png", "label": label, "number": i, "seed": seed}
-            for i, label in enumerate(numbers.tolist())
-        ]
-        store.write("samples.json", json.dumps(entries, indent=1).encode())
-    click.echo(store.where())
+    click.echo(place)

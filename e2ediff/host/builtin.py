@@ -6,16 +6,22 @@ from collections.abc import Callable
 
 from e2ediff import hookimpl
 from e2ediff.parts import (
+    adaptive,
     collapse,
+    combined,
     features,
+    foundation,
     guidance,
     interpolants,
     kl,
+    metrics,
+    multistep,
     objectives,
     observatory,
     optim,
     regularizers,
     samplers,
+    sde,
     sources,
     times,
     trackers,
@@ -70,13 +76,25 @@ def register_regularizers(add: Add) -> None:
 def register_guidance(add: Add) -> None:
     """Guidance at sampling."""
     add("classifier_free", guidance.ClassifierFree)
+    add("cfg_plus_plus", guidance.CFGPlusPlus)
+    add("cfg_zero_star", guidance.CFGZeroStar)
+    add("apg", guidance.APG)
+    add("autoguidance", combined.Autoguidance)
+    add("interval", combined.Interval)
+    add("chain", combined.Chain)
 
 
 @hookimpl
 def register_samplers(add: Add) -> None:
-    """Solvers of the probability-flow ODE."""
+    """Solvers of the probability-flow ODE, and of the SDE with the same marginals."""
     add("euler", samplers.Euler)
     add("heun", samplers.Heun)
+    add("midpoint", samplers.Midpoint)
+    add("rk4", samplers.RK4)
+    add("dopri5", adaptive.Dopri5)
+    add("dpmpp_2m", multistep.DPMSolverPP2M)
+    add("unipc", multistep.UniPC)
+    add("sde", sde.SDE)
 
 
 @hookimpl
@@ -85,6 +103,11 @@ def register_sources(add: Add) -> None:
     add("fashion_mnist", sources.FashionMNIST)
     add("image_folder", sources.ImageFolder)
     add("archive", sources.Archive)
+    add("class_tars", sources.ClassTars)
+    add("tar_shards", sources.TarShards)
+    add("parquet", sources.Parquet)
+    add("arrays", sources.Arrays)
+    add("shards", sources.Shards)
     add("synthetic", sources.Synthetic)
 
 
@@ -117,6 +140,22 @@ def register_trackers(add: Add) -> None:
 
 @hookimpl
 def register_features(add: Add) -> None:
-    """Feature networks of perceptual losses."""
+    """Feature networks of losses and scores."""
     add("torchvision", features.TorchvisionFeatures)
     add("efficientnet_lite0", features.EfficientNetLite0)
+    add("inception2015", features.Inception)
+    add("dinov2", foundation.DINOv2)
+    add("clip", foundation.CLIP)
+    add("random_projection", features.RandomProjection)
+
+
+@hookimpl
+def register_metrics(add: Add) -> None:
+    """Scores of sets of images."""
+    add("fid", metrics.FID)
+    add("sfid", metrics.SpatialFID)
+    add("kid", metrics.KID)
+    add("inception_score", metrics.InceptionScore)
+    add("precision_recall", metrics.PrecisionRecall)
+    add("density_coverage", metrics.DensityCoverage)
+    add("cmmd", metrics.CMMD)

@@ -98,6 +98,11 @@ def register_features(add: Add) -> None:
 
 
 @hookspec
+def register_metrics(add: Add) -> None:
+    """Add subclasses of `e2ediff.metric.Metric`."""
+
+
+@hookspec
 def register_commands(group: object) -> None:
     """Add commands to `group`, the click group of the command line; called when it starts."""
 

@@ -9,17 +9,19 @@ from typing import Literal
 
 import attrs
 import fsspec
-from attrs.validators import deep_iterable, ge, gt, lt
+from attrs.validators import deep_iterable, ge, gt, lt, optional
 
 from e2ediff.backbone import BackboneConfig
 from e2ediff.data import SourceConfig
 from e2ediff.denoiser import Guidance
 from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import Problem, RecipeError
+from e2ediff.features import FeatureConfig
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import Structurer, show, unstructure
 from e2ediff.host.yaml import MAX_BYTES, Node, dump_yaml, parse_yaml, path_join, set_value
 from e2ediff.interpolant import Interpolant, Kind
+from e2ediff.metric import Metric
 from e2ediff.objective import Objective
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.regularizer import Regularizer
@@ -83,12 +85,14 @@ class Average:
 class Cadence:
     """How often things happen, each in optimizer steps.
 
-    `log` reads the losses, `diagnose` measures the diagnostics, `preview` samples images,
-    `checkpoint` saves.
+    `log` reads the losses, `diagnose` measures the diagnostics that look at latents alone,
+    `survey` measures all of them (by default every tenth diagnosis, and always at the first and
+    last step), `preview` samples images, `checkpoint` saves.
     """
 
     log: int = attrs.field(default=25, validator=gt(0))
     diagnose: int = attrs.field(default=250, validator=gt(0))
+    survey: int | None = attrs.field(default=None, validator=optional(gt(0)))
     preview: int = attrs.field(default=500, validator=gt(0))
     checkpoint: int = attrs.field(default=1000, validator=gt(0))
 
@@ -97,14 +101,16 @@ class Cadence:
 class ProbeSettings:
     """What diagnostics are measured on.
 
-    `images` is the number of held-out images, `times` the times at which they are denoised (0 is
-    noise, 1 is data), `calibration` the number of training images from which batch
-    normalisation takes its statistics.
+    `images` is the number of held-out images that diagnostics may ask for, `glance` the number
+    of those that every diagnosis encodes and a survey decodes and denoises, `times` the times at
+    which they are denoised (0 is noise, 1 is data), `calibration` the number of training images
+    from which batch normalisation takes its statistics before weights are saved or sampled from.
     """
 
     images: int = attrs.field(default=256, validator=gt(0))
+    glance: int = attrs.field(default=64, validator=gt(1))
     times: tuple[float, ...] = attrs.field(
-        default=(0.1, 0.3, 0.5, 0.7, 0.9), validator=deep_iterable((gt(0.0), lt(1.0)))
+        default=(0.1, 0.5, 0.9), validator=deep_iterable((gt(0.0), lt(1.0)))
     )
     calibration: int = attrs.field(default=1024, validator=gt(0))
 
@@ -115,6 +121,23 @@ class Preview:
 
     rows: int = attrs.field(default=4, validator=gt(0))
     classes: int = attrs.field(default=10, validator=gt(0))
+
+
+@attrs.frozen(kw_only=True)
+class Scores:
+    """Cheap scores of reconstructions and of samples, side by side, while a run goes.
+
+    Every `every` training images, and at the end, `images` held-out images are reconstructed and
+    as many are sampled, of classes in turn and with noise that never changes; both are compared
+    with the held-out images in the features of the network `features` by `metrics`.
+    With few images a Fréchet distance is far too large, and comparable only at equal `images`;
+    a kernel distance is not biased.
+    """
+
+    every: int = attrs.field(validator=gt(0))
+    features: FeatureConfig
+    metrics: tuple[Metric, ...]
+    images: int = attrs.field(default=512, validator=gt(1))
 
 
 @attrs.frozen(kw_only=True)
@@ -170,8 +193,14 @@ class Recipe:
     by the plugins that the recipe needs.
     `alarm` is what follows from signs of collapse.
     `trackers` receive figures and pictures besides the run's directory.
+    `scores` measures distances of reconstructions and samples while training; off by default.
     `cadence`, `preview` and `checkpoint` say how often and how much is recorded.
     `precision` is the network's; losses, averages and conversions are always float32.
+    `compile` has torch.compile work on the backbone's blocks, or on the whole step.
+    `checkpoint_activations` computes the blocks' activations again in the backward pass instead
+    of keeping them: less memory, about a third more time, the same gradients.
+    `parallel` is how several processes share the work: `ddp` keeps all weights in each, `fsdp2`
+    splits weights, averages and optimizer state over them; one process needs neither.
     `device` is where the run takes place; `auto` takes a GPU if there is one.
     """
 
@@ -200,11 +229,15 @@ class Recipe:
     diagnostics: tuple[Diagnostic, ...] | None = None
     alarm: Alarm = Alarm()
     trackers: tuple[TrackerConfig, ...] = ()
+    scores: Scores | None = None
     cadence: Cadence = Cadence()
     probe: ProbeSettings = ProbeSettings()
     preview: Preview = Preview()
     checkpoint: Retention = Retention()
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: Literal["off", "blocks", "step"] = "off"
+    checkpoint_activations: bool = False
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @images.validator
@@ -283,9 +316,9 @@ def parse_recipe(host: Host, text: str, source: str, overrides: Sequence[str] = 
         raise RecipeError(source, [Problem("recipe", found, place, hint)])
     for number, assignment in enumerate(overrides, start=1):
         problems += set_value(root, assignment, f"--set {number}")
-        key = assignment.partition("=")[0].strip()
-        other = {"steps": "images", "images": "steps"}.get(key)
-        if other and root.value.get(key, root).value is not None:
+        key, sign, _ = assignment.partition("=")
+        other = {"steps": "images", "images": "steps"}.get(key.strip())
+        if sign and other and root.value.get(key, root).value is not None:
             root.value.pop(other, None)
     version = root.value.get("e2ediff")
     if version and type(version.value) is int and (what := _version_problem(version.value)):

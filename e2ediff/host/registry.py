@@ -20,6 +20,7 @@ from e2ediff.errors import DuplicateNameError, PluginError
 from e2ediff.features import FeatureConfig
 from e2ediff.host.discovery import BUILTIN
 from e2ediff.interpolant import Interpolant
+from e2ediff.metric import Metric
 from e2ediff.objective import Objective
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.regularizer import Regularizer
@@ -40,6 +41,7 @@ KINDS: tuple[tuple[str, str, type[object]], ...] = (
     ("diagnostics", "diagnostic", Diagnostic),
     ("trackers", "tracker", TrackerConfig),
     ("features", "feature network", FeatureConfig),
+    ("metrics", "metric", Metric),
 )
 """Plural, as in `register_<plural>`; the word for one; the contract that its classes keep."""
 

@@ -19,6 +19,7 @@ _KEYS = {
     "diagnostic": "diagnostics=[{}]",
     "tracker": "trackers=[{}]",
     "feature": "objective.reconstruction.perceptual={}",
+    "metric": "scores={{every: 8000, images: 256, features: random_projection, metrics: [{}]}}",
 }
 
 

@@ -1,4 +1,4 @@
-"""Attention by xformers or by torch, chosen by running a small one.
+"""Attention by xformers or by torch, chosen by running and timing a small one.
 
 Shapes: B batch, N tokens, H heads, K head width.
 """
@@ -6,18 +6,27 @@ Shapes: B batch, N tokens, H heads, K head width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import attrs
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Backend = Literal["auto", "sdpa", "xformers"]
+from e2ediff.errors import ResourceError
+
+Backend = Literal["auto", "sdpa", "xformers", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+Timer = Callable[[Callable[[], object], torch.device], float]
+"""Seconds that a call takes on a device."""
 
 
 @attrs.frozen
@@ -25,11 +34,26 @@ class Attention:
     """The chosen kernel: its name, why it was chosen, and the function.
 
     `attend` maps q, k, v, each (B, N, H, K), to (B, N, H, K), with softmax scale 1/sqrt(K).
+    `milliseconds` has the time of every candidate that was measured, forward and backward, and
+    `refused` the reason against every other.
     """
 
     name: str
     reason: str
     attend: Attend
+    milliseconds: Mapping[str, float] = attrs.field(factory=dict)
+    refused: Mapping[str, str] = attrs.field(factory=dict)
+
+    def record(self) -> dict[str, str]:
+        """The choice in words, by topic, as a run records it."""
+        found = {"attention": f"{self.name} ({self.reason})"}
+        if self.milliseconds:
+            times = sorted(self.milliseconds.items(), key=lambda pair: pair[1])
+            found["attention times"] = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times)
+        if self.refused:
+            said = [f"{name}: {why}" for name, why in self.refused.items()]
+            found["attention refused"] = "; ".join(said)
+        return found
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -38,6 +62,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     )
     return out.transpose(1, 2)
+
+
+def _pinned(kernel: SDPBackend) -> Attend:
+    """`sdpa` held to one of torch's kernels; it raises where that one does not run."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return sdpa(q, k, v)
+
+    return attend
 
 
 def _load_xformers() -> Attend:
@@ -62,51 +96,144 @@ def _load_xformers() -> Attend:
     return attend
 
 
-def choose_attention(
-    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> Attention:
-    """The attention kernel for this device, compute type and head width.
+def candidates() -> dict[str, Callable[[], Attend]]:
+    """What `auto` chooses from: a loader of each kernel, by name."""
+    return {
+        "xformers": _load_xformers,
+        "sdpa": lambda: sdpa,
+        "sdpa_flash": lambda: _pinned(SDPBackend.FLASH_ATTENTION),
+        "sdpa_cudnn": lambda: _pinned(SDPBackend.CUDNN_ATTENTION),
+        "sdpa_efficient": lambda: _pinned(SDPBackend.EFFICIENT_ATTENTION),
+    }
 
-    `auto` takes xformers on CUDA where a small forward and backward pass through it runs and
-    agrees with torch's, and torch's everywhere else.
-    An import that succeeds proves nothing: the kernels may be missing.
+
+def choose_attention(
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    tokens: int = 256,
+    heads: int = 4,
+    known: Mapping[str, Callable[[], Attend]] | None = None,
+    timer: Timer | None = None,
+) -> Attention:
+    """The attention kernel for this device, compute type and shape.
+
+    A kernel must run, forward and backward, and agree with the formula computed in float64; an
+    import that succeeds proves nothing.
+    On CUDA `auto` takes the fastest of those that do, and on a CPU torch's.
+
+    Args:
+        backend: A kernel's name, or `auto`.
+        device: Where.
+        dtype: What q, k and v will be.
+        head_dim: K.
+        tokens: N.
+        heads: H.
+        known: Loaders by name; by default `candidates()`.
+        timer: What measures; by default events on CUDA and the clock elsewhere.
 
     Raises:
-        RuntimeError: `xformers` was asked for by name and cannot run here.
+        ResourceError: The kernel that was asked for by name, or every one, does not run here or
+            disagrees.
     """
-    if backend == "sdpa":
-        return Attention("sdpa", "asked for", sdpa)
-    if device.type != "cuda" and backend == "auto":
-        return Attention("sdpa", f"xformers has no kernels for {device.type}", sdpa)
-    try:
-        attend = _load_xformers()
-        _probe(attend, device, dtype, head_dim)
-    except (ImportError, OSError, NotImplementedError, ValueError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if backend == "xformers":
-            raise RuntimeError(
-                f"attention 'xformers' does not run on {device.type} in {dtype} with head width "
-                f"{head_dim}: {cause}"
-            ) from error
-        return Attention("sdpa", f"xformers does not run here: {cause}", sdpa)
-    reason = "asked for" if backend == "xformers" else "its probe ran and agreed with sdpa"
-    return Attention("xformers", reason, attend)
+    asked = backend != "auto"
+    if known is None:
+        known = candidates()
+        if not asked and device.type != "cuda":
+            known = {"sdpa": known["sdpa"]}
+    names = [backend] if asked else list(known)
+    attends: dict[str, Attend] = {}
+    refused: dict[str, str] = {}
+    for name in names:
+        try:
+            attends[name] = known[name]()
+            check_agreement(attends[name], device, dtype, head_dim, tokens)
+        except (ImportError, OSError, NotImplementedError, ValueError, RuntimeError) as error:
+            attends.pop(name, None)
+            refused[name] = str(error).strip().partition("\n")[0] or repr(error)
+    if not attends:
+        said = "; ".join(f"'{name}' does not run: {why}" for name, why in refused.items())
+        raise ResourceError(
+            f"attention on {device.type} in {str(dtype).removeprefix('torch.')} with head width "
+            f"{head_dim}: {said}. Set backbone.attention: auto"
+        )
+    if asked:
+        return Attention(backend, "asked for", attends[backend])
+    if len(known) == 1:
+        (name,) = known
+        return Attention(name, f"xformers has no kernels for {device.type}", attends[name])
+    timer = timer or seconds_of
+    inputs = random_inputs(max(1, 16384 // tokens), tokens, heads, head_dim, device, dtype)
+    times = {
+        name: 1e3 * timer(lambda attend=attend: both_ways(attend, *inputs), device)  # type: ignore[misc]
+        for name, attend in attends.items()
+    }
+    best = min(times, key=times.__getitem__)
+    reason = f"the fastest of {len(times)} that agree with the formula"
+    return Attention(best, reason, attends[best], times, refused)
 
 
-def _probe(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Run a small attention forward and backward; raise if it fails or disagrees with sdpa."""
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(2, 16, 2, head_dim, generator=generator, device=device)
-        .to(dtype)
-        .requires_grad_()
-        for _ in range(3)
-    )
-    out = attend(q, k, v)
-    torch.autograd.backward(out.sum())
-    expected = sdpa(q.detach(), k.detach(), v.detach())
-    # Outputs are averages of unit normals; two kernels in bf16 differ by rounding, 2^-8.
+def seconds_of(work: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
+    """The median time of some calls, after three that are thrown away."""
+    taken = []
+    for i in range(3 + rounds):
+        if device.type == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            began.record()
+            work()
+            ended.record()
+            torch.cuda.synchronize(device)
+            seconds = float(began.elapsed_time(ended)) / 1e3
+        else:
+            start = time.perf_counter()
+            work()
+            seconds = time.perf_counter() - start
+        if i >= 3:
+            taken.append(seconds)
+    return statistics.median(taken)
+
+
+@torch.enable_grad()
+def check_agreement(
+    attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int = 64
+) -> None:
+    """Hold a kernel's result and gradients against the formula, softmax(q k' / sqrt(K)) v.
+
+    Raises:
+        ValueError: They differ by more than rounding; other errors are the kernel's.
+    """
+    inputs = random_inputs(2, min(tokens, 256), 2, head_dim, device, dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    q, k, v = exact
+    scores = torch.einsum("bnhk,bmhk->bhnm", q, k) / math.sqrt(head_dim)
+    expected = torch.einsum("bhnm,bmhk->bnhk", scores.softmax(-1), v)
+    found = attend(*inputs)
+    if found.shape != expected.shape:
+        raise ValueError(f"its answer has shape {tuple(found.shape)}")
+    pull = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    wanted = [expected, *torch.autograd.grad(expected, exact, pull.double())]
+    got = [found, *torch.autograd.grad(found, inputs, pull.to(dtype))]
+    # Averages of unit normals, rounded to 2^-8 in bfloat16; TF32 products in float32.
     bound = 0.03 if dtype in (torch.bfloat16, torch.float16) else 1e-3
-    gap = (out.detach() - expected).abs().max().item()
-    if gap > bound:
-        raise RuntimeError(f"its answer differs from sdpa's by {gap:.3g}, more than {bound:g}")
+    for what, a, b in zip(("answer", *3 * ("gradient",)), got, wanted, strict=True):
+        a, b = a.detach().double(), b.detach()
+        gap, limit = float((a - b).abs().max()), bound * max(1.0, float(b.abs().max()))
+        if not gap <= limit:
+            raise ValueError(f"its {what} differs from the formula by {gap:.3g}, over {limit:.3g}")
+
+
+def random_inputs(
+    batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """Random q, k and v, each (B, N, H, K)."""
+    g, shape = torch.Generator().manual_seed(0), (batch, tokens, heads, head_dim)
+    return [torch.randn(shape, generator=g).to(device, dtype).requires_grad_() for _ in range(3)]
+
+
+@torch.enable_grad()
+def both_ways(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """A forward and a backward pass."""
+    out = attend(q, k, v)
+    torch.autograd.grad(out, (q, k, v), torch.ones_like(out))

@@ -10,13 +10,14 @@ Shapes: P probe images, N latent tokens, D latent channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
 from attrs import validators
 from torch import Tensor
 
-from e2ediff.diagnostic import Diagnostic, Probe
+from e2ediff.diagnostic import Costly, Diagnostic, Probe
 
 _SHARE = [validators.ge(0.0), validators.le(1.0)]
 
@@ -134,13 +135,18 @@ class RankGap(Diagnostic):
     Source: DSD (arXiv 2511.14716) for the mechanism; Zhuo et al. 2023 (arXiv 2303.02387).
     """
 
+    asks: ClassVar[frozenset[Costly]] = frozenset({"denoised"})
+
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """rank_gap@t and unexplained@t for each probed time t."""
-        figures = {}
-        target = effective_rank(probe.z.flatten(0, 1))
-        variance = probe.z.double().var(dim=(0, 1), correction=0).sum().clamp_min(1e-12)
+        figures: dict[str, float] = {}
+        if not probe.denoised:
+            return figures
+        z = probe.z[: len(next(iter(probe.denoised.values())))]  # (G, N, D)
+        target = effective_rank(z.flatten(0, 1))
+        variance = z.double().var(dim=(0, 1), correction=0).sum().clamp_min(1e-12)
         for t, guess in probe.denoised.items():
-            error = (guess - probe.z).double().square().mean(dim=(0, 1)).sum()
+            error = (guess - z).double().square().mean(dim=(0, 1)).sum()
             figures[f"rank_gap@{t:g}"] = effective_rank(guess.flatten(0, 1)) - target
             figures[f"unexplained@{t:g}"] = float(error / variance)
         return figures
@@ -153,7 +159,12 @@ class Reconstruction(Diagnostic):
     In decibels, for images in [0, 1], from the mean over images of each image's own value.
     """
 
+    asks: ClassVar[frozenset[Costly]] = frozenset({"x_hat"})
+
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Psnr."""
-        error = ((probe.x_hat.clamp(-1, 1) - probe.x) / 2).square().mean(dim=(1, 2, 3))
+        if probe.x_hat is None:
+            return {}
+        x = probe.x[: len(probe.x_hat)]
+        error = ((probe.x_hat.clamp(-1, 1) - x) / 2).square().mean(dim=(1, 2, 3))
         return {"psnr": float((-10 * error.clamp_min(1e-10).log10()).mean())}

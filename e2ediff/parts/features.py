@@ -1,23 +1,23 @@
-"""Feature networks for perceptual losses; weights come from where the recipe says.
+"""Feature networks for losses and scores; weights come from where the recipe says.
 
 Shapes: B batch, H W image, K channels of a feature map.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import pickle
+from collections.abc import Collection
 from typing import Any
 
 import attrs
-import fsspec
 import torch
 from attrs import validators
 from torch import Tensor, nn
+from torch.nn import functional
 
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork
+from e2ediff.parts.inception import SHA256, Inception2015
+from e2ediff.parts.weights import fill, read_weights
 
 # ImageNet statistics of images in [0, 1], which torchvision's networks expect.
 _MEAN = (0.485, 0.456, 0.406)
@@ -62,26 +62,22 @@ class TorchvisionFeatures(FeatureConfig):
             torch.manual_seed(0)  # without weights, the same random network in every process
             network = models.get_model(self.model, weights=None)
         if self.weights is not None:
-            state = _state_dict(self.weights, self.sha256)
-            try:
-                network.load_state_dict(state)
-            except RuntimeError as error:
-                raise DataError(
-                    f"feature network: {self.weights} does not fit {self.model}: {error}"
-                ) from error
+            state, _ = read_weights(self.weights, self.sha256)
+            fill(network, state, self.weights, self.model)
         try:
             maps = create_feature_extractor(network.eval(), list(self.nodes))
         except ValueError as error:
             raise DataError(f"feature network: {error}") from error
-        return _Maps(maps, list(self.nodes))
+        return _Maps(maps, list(self.nodes), f"torchvision-{self.model}")
 
 
 class _Maps(FeatureNetwork):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, maps: nn.Module, nodes: list[str]) -> None:
+    def __init__(self, maps: nn.Module, nodes: list[str], title: str) -> None:
         super().__init__()
+        self.title = title
         self.maps = maps
         self.nodes = nodes
         self.register_buffer("mean", torch.tensor(_MEAN).reshape(3, 1, 1))
@@ -128,6 +124,10 @@ class EfficientNetLite0(FeatureConfig):
 
 
 class _Lite(FeatureNetwork):
+    title = "EfficientNetLite0"
+    taps = ("pool", "logits")
+    size = 224
+
     def __init__(self, network: nn.Module, blocks: tuple[int, ...]) -> None:
         super().__init__()
         self.network = network
@@ -140,34 +140,89 @@ class _Lite(FeatureNetwork):
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         net: Any = self.network  # its parts are private attributes, which modules do not declare
         maps: list[Tensor] = []
-        x = ((x + 1) * 127.5 - 127) / 128  # the network's own scaling of bytes
-        x = torch.nn.functional.relu6(net._bn0(net._conv_stem(x)))
+        x = self._stem((x + 1) * 127.5)
         for i, block in enumerate(net._blocks[: max(self.blocks) + 1]):
             x = block(x)
             if i in self.blocks:
                 maps.append(x)
         return maps
 
+    def _stem(self, pixels: Tensor) -> Tensor:
+        net: Any = self.network
+        scaled = (pixels - 127) / 128  # the network's own scaling of bytes
+        return functional.relu6(net._bn0(net._conv_stem(scaled)))
 
-def _state_dict(place: str, sha256: str | None) -> dict[str, Tensor]:
-    """Weights from a path or URL, never unpickled beyond tensors."""
-    try:
-        with fsspec.open(place, "rb") as file:
-            data: bytes = file.read()
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"feature network: cannot read the weights at {place}: {error}") from error
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256.lower():
-        raise DataError(
-            f"feature network: {place} has sha256 {found}, the recipe expects {sha256}; these are "
-            "other weights"
-        )
-    if place.endswith(".safetensors"):
-        from safetensors.torch import load
+    def vectors(self, pixels: Tensor, taps: Collection[str] = ("pool",)) -> dict[str, Tensor]:
+        """The 1280 features before the classifier and its 1000 logits, at 224 pixels."""
+        net: Any = self.network
+        x = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
+        x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        x = self._stem(x)
+        for block in net._blocks:
+            x = block(x)
+        pool = functional.relu6(net._bn1(net._conv_head(x))).mean(dim=(2, 3))  # (B, 1280)
+        found = {"pool": pool}
+        if "logits" in taps:
+            found["logits"] = net._fc(pool)
+        return {tap: found[tap] for tap in taps}
 
-        return load(data)
-    try:
-        state: dict[str, Tensor] = torch.load(io.BytesIO(data), "cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise DataError(f"feature network: {place} is not a file of tensors: {error}") from error
-    return state
+
+@attrs.frozen(kw_only=True)
+class Inception(FeatureConfig):
+    """The Inception network of 2015, in whose features a Fréchet distance is called FID.
+
+    `weights` is the path or URL of `pt_inception-2015-12-05-6726825d.pth`, the conversion that
+    pytorch-fid and torch-fidelity use, or of a safetensors file with its names; `sha256` its
+    hash, checked before it is parsed.
+    With other weights than those (their file's sha256 begins with 6726825d) scores are named
+    after the network, `FD-Inception2015`, and never FID.
+
+    Source: `e2ediff/parts/inception.py` says what differs from torchvision's Inception v3.
+    """
+
+    weights: str
+    sha256: str | None = None
+
+    def build(self) -> FeatureNetwork:
+        """The network, fixed."""
+        state, found = read_weights(self.weights, self.sha256)
+        network = Inception2015()
+        fill(network, state, self.weights, network.title)
+        network.published = found.startswith(SHA256)
+        return network
+
+
+@attrs.frozen(kw_only=True)
+class RandomProjection(FeatureConfig):
+    """Random projections of shrunken images: features that need no weights and no package.
+
+    Images are averaged down to `side` pixels and multiplied with a Gaussian matrix of `width`
+    columns, which `seed` decides. Distances in them see colour and coarse shape and nothing else.
+    """
+
+    width: int = attrs.field(default=128, validator=validators.ge(1))
+    side: int = attrs.field(default=16, validator=validators.ge(1))
+    seed: int = 0
+
+    def build(self) -> FeatureNetwork:
+        """The projection, fixed."""
+        return _Projection(self.width, self.side, self.seed)
+
+
+class _Projection(FeatureNetwork):
+    matrix: Tensor
+
+    def __init__(self, width: int, side: int, seed: int) -> None:
+        super().__init__()
+        self.title = f"RandomProjection{width}"
+        self.side = side
+        rows = 3 * side * side
+        g = torch.Generator().manual_seed(seed)
+        self.register_buffer("matrix", torch.randn(rows, width, generator=g) / rows**0.5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """One map of one place, (B, width, 1, 1)."""
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+        small = functional.adaptive_avg_pool2d(x, self.side).flatten(1)
+        return [(small @ self.matrix)[:, :, None, None]]

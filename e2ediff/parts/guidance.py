@@ -1,4 +1,4 @@
-"""Guidance: denoisers that wrap denoisers.
+"""Guidance by the network's own answer without a class: denoisers that wrap denoisers.
 
 Shapes: B batch, N latent tokens, D latent channels.
 """
@@ -13,6 +13,9 @@ from torch import Tensor
 from e2ediff.denoiser import Denoiser, Guidance
 from e2ediff.interpolant import Estimate, Interpolant
 
+_SCALE = validators.ge(0.0)
+_TIME = [validators.ge(0.0), validators.le(1.0)]
+
 
 @attrs.frozen(kw_only=True)
 class ClassifierFree(Guidance):
@@ -25,35 +28,211 @@ class ClassifierFree(Guidance):
     Kynkäänniemi et al. 2024 (arXiv 2404.07724).
     """
 
-    scale: float = attrs.field(default=1.5, validator=validators.ge(0))
-    t_min: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.le(1)])
-    t_max: float = attrs.field(default=1.0, validator=[validators.ge(0), validators.le(1)])
+    scale: float = attrs.field(default=1.5, validator=_SCALE)
+    t_min: float = attrs.field(default=0.0, validator=_TIME)
+    t_max: float = attrs.field(default=1.0, validator=_TIME)
 
     def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
         """The guided denoiser; `inner` itself at scale 1."""
         return inner if self.scale == 1 else _Guided(inner, self, null_label)
 
 
-class _Guided(Denoiser):
-    """Classifier-free guidance over `inner`; both answers come from one batch of 2 B rows."""
+@attrs.frozen(kw_only=True)
+class CFGPlusPlus(Guidance):
+    """CFG++: x0 is guided as far as `strength`, in [0, 1], and renoised without the class.
 
-    def __init__(self, inner: Denoiser, guidance: ClassifierFree, null_label: int) -> None:
+    This is classifier-free guidance whose scale, strength / (1 - e^-h), follows from the step's
+    length h in half the logSNR, so it is exact for steps that hold x0 constant: `euler` on the
+    linear interpolant, and first-order steps of `dpmpp_2m` and `unipc` on any.
+    `strength` 0 is unconditional and costs one pass; no strength is the plain conditional answer.
+
+    Source: Chung et al. 2024 (arXiv 2406.08070), algorithm 2.
+    """
+
+    strength: float = attrs.field(default=0.6, validator=_TIME)
+
+    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+        """The guided denoiser."""
+        return _Renoised(inner, self, null_label)
+
+
+@attrs.frozen(kw_only=True)
+class CFGZeroStar(Guidance):
+    """CFG-Zero*: classifier-free guidance of the velocity, whose unconditional part is rescaled.
+
+    v = s v_u + scale (v_c - s v_u) with s the length of v_c along v_u over that of v_u, for each
+    image; before time `zero_until` the latent is left where it is.
+    `scale` 1 is no guidance and costs one pass.
+
+    Source: Fan et al. 2025 (arXiv 2503.18886), with the scale of the released code; it leaves the
+    latent alone in the first 4 % of the steps.
+    """
+
+    scale: float = attrs.field(default=1.5, validator=_SCALE)
+    zero_until: float = attrs.field(default=0.04, validator=_TIME)
+
+    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+        """The guided denoiser; `inner` itself at scale 1."""
+        return inner if self.scale == 1 else _Rescaled(inner, self, null_label)
+
+
+@attrs.frozen(kw_only=True)
+class APG(Guidance):
+    """Adaptive projected guidance: classifier-free guidance without its push to saturation.
+
+    The part of x0_c - x0_u along x0_c is weighed by `eta`, 1 being classifier-free guidance.
+    `norm` bounds the length of the difference, over all of an image's latent; 0 leaves it free.
+    `momentum` times the difference at the step before is added to it; negative values push away
+    from where guidance has gone already.
+    `scale` 1 is no guidance and costs one pass.
+
+    Source: Sadat et al. 2024 (arXiv 2410.02416): momentum, then the norm, then the projection.
+    """
+
+    scale: float = attrs.field(default=1.5, validator=_SCALE)
+    eta: float = 0.0
+    norm: float = attrs.field(default=0.0, validator=validators.ge(0))
+    momentum: float = attrs.field(default=-0.5, validator=[validators.gt(-1), validators.lt(1)])
+
+    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+        """The guided denoiser; `inner` itself at scale 1."""
+        return inner if self.scale == 1 else _Projected(inner, self, null_label)
+
+
+class Wrapped(Denoiser):
+    """A denoiser on the interpolant of the one that it asks, `inner`."""
+
+    def __init__(self, inner: Denoiser) -> None:
         self.inner = inner
-        self.guidance = guidance
-        self.null_label = null_label
 
     @property
     def path(self) -> Interpolant:
         """The inner denoiser's interpolant."""
         return self.inner.path
 
+    def clean(self, x0: Tensor, z_t: Tensor, t: float) -> Estimate:
+        """The estimate whose clean latent is x0 (B, N, D)."""
+        times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
+        return self.path.estimate(x0, z_t, times, "x0")
+
+
+def with_and_without(
+    inner: Denoiser, z_t: Tensor, t: float, label: Tensor, null_label: int
+) -> Estimate:
+    """Estimates (2 B, N, D) with the class and, after them, without; from one batch."""
+    null = torch.full_like(label, null_label)
+    return inner(torch.cat([z_t, z_t]), t, torch.cat([label, null]))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of whole latents, (B, N, D) twice -> (B, 1, 1)."""
+    return (a * b).sum(dim=(1, 2), keepdim=True)
+
+
+class _Guided(Wrapped):
+    def __init__(self, inner: Denoiser, guidance: ClassifierFree, null_label: int) -> None:
+        super().__init__(inner)
+        self.guidance = guidance
+        self.null_label = null_label
+
+    def between(self, t: float, s: float) -> Denoiser:
+        return _Guided(self.inner.between(t, s), self.guidance, self.null_label)
+
     def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
-        """The guided estimate."""
         g = self.guidance
         if not g.t_min <= t <= g.t_max:
             return self.inner(z_t, t, label)
-        null = torch.full_like(label, self.null_label)
-        both = self.inner(torch.cat([z_t, z_t]), t, torch.cat([label, null]))
+        both = with_and_without(self.inner, z_t, t, label, self.null_label)
         conditional, unconditional = both.x0.chunk(2)
-        x0 = unconditional + g.scale * (conditional - unconditional)
-        return self.path.estimate(x0, z_t, torch.full((len(z_t),), t, device=z_t.device), "x0")
+        return self.clean(unconditional + g.scale * (conditional - unconditional), z_t, t)
+
+
+class _Renoised(Wrapped):
+    def __init__(
+        self, inner: Denoiser, guidance: CFGPlusPlus, null_label: int, gain: float = 1.0
+    ) -> None:
+        super().__init__(inner)
+        self.guidance = guidance
+        self.null_label = null_label
+        self.gain = gain  # 1 / (1 - e^-h); 1 for the step that ends at the data
+
+    def between(self, t: float, s: float) -> Denoiser:
+        at = torch.tensor([t, s], dtype=torch.float64)
+        (a, a_end), (b, b_end) = self.path.alpha(at).tolist(), self.path.sigma(at).tolist()
+        gain = 1 / (1 - a * b_end / (a_end * b))
+        return _Renoised(self.inner.between(t, s), self.guidance, self.null_label, gain)
+
+    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+        if self.guidance.strength == 0:
+            return self.inner(z_t, t, torch.full_like(label, self.null_label))
+        both = with_and_without(self.inner, z_t, t, label, self.null_label)
+        conditional, unconditional = both.x0.chunk(2)
+        scale = self.guidance.strength * self.gain
+        return self.clean(unconditional + scale * (conditional - unconditional), z_t, t)
+
+
+class _Rescaled(Wrapped):
+    def __init__(self, inner: Denoiser, guidance: CFGZeroStar, null_label: int) -> None:
+        super().__init__(inner)
+        self.guidance = guidance
+        self.null_label = null_label
+
+    def between(self, t: float, s: float) -> Denoiser:
+        return _Rescaled(self.inner.between(t, s), self.guidance, self.null_label)
+
+    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+        times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
+        if t < self.guidance.zero_until:
+            return self.path.estimate(torch.zeros_like(z_t), z_t, times, "v")
+        both = with_and_without(self.inner, z_t, t, label, self.null_label)
+        conditional, unconditional = both.v.chunk(2)
+        along = _dot(conditional, unconditional) / _dot(unconditional, unconditional).clamp_min(
+            1e-8
+        )
+        base = along * unconditional
+        v = base + self.guidance.scale * (conditional - base)
+        return self.path.estimate(v, z_t, times, "v")
+
+
+class _Projected(Wrapped):
+    """Remembers the difference that a step began with, for the next step's momentum.
+
+    Each step has an object of its own, so that the same question has the same answer.
+    """
+
+    def __init__(
+        self,
+        inner: Denoiser,
+        guidance: APG,
+        null_label: int,
+        before: Tensor | None = None,
+        *,
+        stepping: bool = False,
+    ) -> None:
+        super().__init__(inner)
+        self.guidance = guidance
+        self.null_label = null_label
+        self.before = before
+        self.stepping = stepping
+        self.first: Tensor | None = None
+
+    def between(self, t: float, s: float) -> Denoiser:
+        inner = self.inner.between(t, s)
+        return _Projected(inner, self.guidance, self.null_label, self.first, stepping=True)
+
+    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+        g = self.guidance
+        both = with_and_without(self.inner, z_t, t, label, self.null_label)
+        conditional, unconditional = both.x0.chunk(2)
+        difference = conditional - unconditional
+        if self.before is not None:
+            difference = difference + g.momentum * self.before
+        if self.stepping and self.first is None:
+            self.first = difference
+        if g.norm > 0:
+            length = _dot(difference, difference).sqrt()
+            difference = difference * (g.norm / length.clamp_min(1e-8)).clamp_max(1.0)
+        share = _dot(difference, conditional) / _dot(conditional, conditional).clamp_min(1e-8)
+        along = share * conditional
+        x0 = conditional + (g.scale - 1) * (difference - along + g.eta * along)
+        return self.clean(x0, z_t, t)

@@ -127,7 +127,7 @@ class SelfAttention(nn.Module):
         """(B, N, W) -> (B, N, W); `turn` holds the cos and sin of rotary positions."""
         b, n, width = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q.float()), self.k_norm(k.float())  # under autocast, too
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
         # Kernels want one type for all three; norms and rotations may have left q, k in float32.

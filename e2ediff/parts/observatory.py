@@ -1,6 +1,6 @@
 """What the latents hold and what trains them: spectrum, channels, places, neighbours, gradients.
 
-Shapes: P probe images, G of them for gradients, N latent tokens, D latent channels.
+Shapes: P probe images, G the first of them, N latent tokens, D latent channels.
 """
 
 from __future__ import annotations
@@ -125,16 +125,19 @@ class Wiener(Diagnostic):
     Source: `wiener_error`; the filter sees one token at a time.
     """
 
+    asks: ClassVar[frozenset[Costly]] = frozenset({"denoised"})
+
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """beyond_wiener@t for each probed time t."""
         figures: dict[str, float] = {}
-        if probe.path is None:
+        if probe.path is None or not probe.denoised:
             return figures
-        variances = token_variances(probe.z)
+        z = probe.z[: len(next(iter(probe.denoised.values())))]  # (G, N, D)
+        variances = token_variances(z)
         for t, guess in probe.denoised.items():
             time = torch.tensor([t], dtype=torch.float64)
             alpha, sigma = float(probe.path.alpha(time)), float(probe.path.sigma(time))
-            error = float((guess - probe.z).double().square().sum(dim=2).mean())
+            error = float((guess - z).double().square().sum(dim=2).mean())
             # Latents without content have nothing to filter; the quotient stays finite.
             best = max(wiener_error(variances, alpha, sigma), 1e-6)
             figures[f"beyond_wiener@{t:g}"] = error / best
@@ -170,6 +173,8 @@ class Neighbours(Diagnostic):
     itself out and lets the `k` nearest others vote.
     Without labels both are 1.
     """
+
+    asks: ClassVar[frozenset[Costly]] = frozenset({"many"})
 
     k: int = attrs.field(default=10, validator=validators.ge(1))
 

@@ -1,4 +1,6 @@
-"""Samplers of the probability-flow ODE, from noise (t = 0) to data (t = 1).
+"""Samplers of the probability-flow ODE that take each step by itself.
+
+Noise is at t = 0, data at t = 1.
 
 Shapes: B batch, N latent tokens, D latent channels.
 """
@@ -10,21 +12,32 @@ from attrs import validators
 from torch import Tensor
 
 from e2ediff.denoiser import Denoiser
-from e2ediff.sampler import Noise, Sampler
+from e2ediff.sampler import Noise, Sampler, Spacing
 
 
 @attrs.frozen(kw_only=True)
-class _Grid(Sampler):
+class OnGrid(Sampler):
+    """The options of every sampler whose times are chosen beforehand."""
+
     steps: int = attrs.field(default=50, validator=validators.ge(1))
+    spacing: Spacing = "uniform"
     shift: float = attrs.field(default=1.0, validator=validators.gt(0))
     t_start: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
 
+    @shift.validator
+    def _of_the_even_grid(self, field: attrs.Attribute[float], value: float) -> None:
+        if value != 1 and self.spacing != "uniform":
+            raise ValueError(
+                f"'shift' warps the uniform spacing alone: {value}. Give `spacing` a `rho`."
+            )
+
 
 @attrs.frozen(kw_only=True)
-class Euler(_Grid):
+class Euler(OnGrid):
     """First order, one network call a step.
 
-    `steps` counts intervals; `shift` below 1 puts more of them near the noise.
+    `steps` counts intervals; `spacing` is `uniform`, `karras` or a block of its options.
+    `shift` below 1 puts more of the uniform ones near the noise.
     `t_start` is where sampling begins; `eps` and `score` predictions need 0.01 or more.
     """
 
@@ -36,11 +49,10 @@ class Euler(_Grid):
 
 
 @attrs.frozen(kw_only=True)
-class Heun(_Grid):
+class Heun(OnGrid):
     """Second order, two network calls a step and one for the last.
 
-    `steps` counts intervals; `shift` below 1 puts more of them near the noise.
-    `t_start` is where sampling begins; `eps` and `score` predictions need 0.01 or more.
+    `steps`, `spacing`, `shift` and `t_start` are those of `euler`.
 
     Source: Karras et al. 2022 (EDM, arXiv 2206.00364), algorithm 1, on the ODE of v.
     """
@@ -52,3 +64,37 @@ class Heun(_Grid):
         v = f(z, t, label).v
         end = f(z + (s - t) * v, s, label).v
         return z + (s - t) * (v + end) / 2
+
+
+@attrs.frozen(kw_only=True)
+class Midpoint(OnGrid):
+    """Second order, two network calls a step and one for the last.
+
+    `steps`, `spacing`, `shift` and `t_start` are those of `euler`.
+    """
+
+    def step(
+        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+    ) -> Tensor:
+        """Z + (s - t) v at the middle of the Euler step."""
+        middle = z + (s - t) / 2 * f(z, t, label).v
+        return z + (s - t) * f(middle, (t + s) / 2, label).v
+
+
+@attrs.frozen(kw_only=True)
+class RK4(OnGrid):
+    """The classical Runge-Kutta method: fourth order, four network calls a step, one for the last.
+
+    `steps`, `spacing`, `shift` and `t_start` are those of `euler`.
+    """
+
+    def step(
+        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+    ) -> Tensor:
+        """Z + (s - t) (k1 + 2 k2 + 2 k3 + k4) / 6."""
+        h, middle = s - t, (t + s) / 2
+        k1 = f(z, t, label).v
+        k2 = f(z + h / 2 * k1, middle, label).v
+        k3 = f(z + h / 2 * k2, middle, label).v
+        k4 = f(z + h * k3, s, label).v
+        return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)

@@ -69,7 +69,8 @@ class ViTConfig(BackboneConfig):
     together, which smooth the seams; 0 leaves them out.
     `norm_prediction` normalises the denoiser's output as the encoder's; off by default, because
     a posterior mean has less variance than the latents.
-    `attention` is `auto`, `sdpa` or `xformers`.
+    `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
+    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere.
 
     Source: DSD (arXiv 2511.14716) uses one ViT for the three roles; its inner shape is not
     public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748).
@@ -299,11 +300,22 @@ class ViT(Backbone):
         """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
         return self.run(Denoise(z_t=z_t, t=t, label=label))[0]
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks of all trunks."""
+        return [m for m in self.modules() if isinstance(m, Block)]
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
         """Choose the attention kernel and give it to every block."""
         head_dim = self.config.width // self.config.heads
-        chosen = choose_attention(self.config.attention, device, dtype, head_dim)
+        chosen = choose_attention(
+            self.config.attention,
+            device,
+            dtype,
+            head_dim,
+            tokens=self.latent.tokens,
+            heads=self.config.heads,
+        )
         for module in self.modules():
             if isinstance(module, SelfAttention):
                 module.attend = chosen.attend
-        return {"attention": f"{chosen.name} ({chosen.reason})"}
+        return chosen.record()

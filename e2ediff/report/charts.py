@@ -8,6 +8,7 @@ from html import escape
 
 import attrs
 
+from e2ediff.metric import is_distance
 from e2ediff.report.gather import Run
 from e2ediff.report.summary import number
 
@@ -51,7 +52,7 @@ def dashes(style: int) -> str:
 
 
 def panels(cells: Mapping[str, Sequence[Run]], *, over: str) -> list[str]:
-    """Charts of losses, rank, std, positional share and PSNR, over `images` or over `flops`."""
+    """Charts of losses, latents, PSNR and distances, over `images` or over `flops`."""
     shown = [
         ("rank", "effective rank of the latents"),
         ("latent_std", "standard deviation of the latents"),
@@ -61,6 +62,7 @@ def panels(cells: Mapping[str, Sequence[Run]], *, over: str) -> list[str]:
     keys = {k for runs in cells.values() for run in runs for m in run.metrics for k in m}
     losses = sorted(key for key in keys if key.startswith("loss/"))
     shown += [(key, f"loss: {key.removeprefix('loss/')}") for key in losses]
+    shown += [(key, key) for key in sorted(keys) if is_distance(key)]
     labels = {"images": "images seen", "flops": "training FLOPs"}
     found = []
     for key, title in shown:

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from e2ediff.errors import E2EDiffError, RunDirectoryError
+from e2ediff.evaluate.ranking import cards_of, figures_of
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.report.cost import Cost, cost_of
@@ -231,7 +232,7 @@ def read_run(host: Host, path: str, cell: str, costs: dict[str, Cost]) -> Run:
         name=str(environment.get("name", "")),
         metrics=metrics,
         events=directory.read_events(),
-        figures=final_figures(metrics),
+        figures=final_figures(metrics) | figures_of(cards_of(path)),
         leaves=leaves,
         environment=environment,
         previews=_previews(directory.store),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
+from e2ediff.metric import is_distance
 from e2ediff.report.gather import Gathered, Run
 from e2ediff.report.statistics import Difference, paired, spread
 
@@ -134,7 +135,7 @@ def _further(seen: set[str], columns: Sequence[Column]) -> list[Column]:
         title = key
         for old, new in titles.items():
             title = title.replace(old, new)
-        low = key.startswith("unexplained@")
+        low = key.startswith("unexplained@") or is_distance(key)
         found.append(Column(key, title, ".4g", "low" if low else ""))
     return found
 

@@ -2,37 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import attrs
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from e2ediff.backbone import Backbone
 from e2ediff.errors import Problem, RecipeError, ResourceError
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Nets
 from e2ediff.regularizer import names_of
 from e2ediff.run.ema import Average
+from e2ediff.run.parallel import Parallel, Unit
 from e2ediff.run.seeds import derive
 from e2ediff.run.step import Step
+from e2ediff.run.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device of a recipe's `device`.
+def choose_device(wanted: str, local: int | None = None) -> torch.device:
+    """The device of a recipe's `device`; of several processes on a machine, the `local`th GPU.
 
     Raises:
-        ResourceError: CUDA is asked for and not there.
+        ResourceError: CUDA is asked for and not there, or has too few GPUs.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ResourceError(
             "device: cuda is not available here; set `device: auto` or `device: cpu`, or check "
             "the driver with `nvidia-smi`"
         )
-    return torch.device(wanted)
+    if wanted == "cpu" or local is None:
+        return torch.device(wanted)
+    if local >= (count := torch.cuda.device_count()):
+        raise ResourceError(
+            f"process {local} of this machine has no GPU: it has {count}, numbered from 0; start "
+            f"at most {count} processes, or set `device: cpu`"
+        )
+    return torch.device("cuda", local)
+
+
+def check_precision(
+    precision: str, device: torch.device, *, supported: bool | None = None
+) -> None:
+    """Refuse a precision that the device has no arithmetic for.
+
+    Args:
+        precision: The recipe's.
+        device: Where the run takes place.
+        supported: Whether that device computes in bfloat16; by default, ask it.
+
+    Raises:
+        ResourceError: It emulates bfloat16, if anything.
+    """
+    if precision != "bfloat16" or device.type != "cuda":
+        return
+    if supported is None:
+        with torch.cuda.device(device):
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not supported:
+        raise ResourceError(
+            "precision: bfloat16 needs a GPU that computes in it (compute capability 8.0, Ampere, "
+            "or newer), and this one does not; set `precision: float32`"
+        )
 
 
 @attrs.frozen(eq=False)
@@ -43,6 +81,7 @@ class Assembly:
     optimizers: Mapping[str, torch.optim.Optimizer]
     averages: Mapping[str, Average]
     choices: Mapping[str, str]
+    parallel: Parallel
 
     @property
     def nets(self) -> Nets:
@@ -55,6 +94,13 @@ def build_nets(recipe: Recipe, device: torch.device) -> tuple[Nets, Average]:
 
     Weights depend on the recipe's seed alone.
     """
+    online, heads, frozen = _fresh(recipe, device)
+    target = Average(online, recipe.target.decay, warmup=recipe.target.warmup)
+    return Nets(online, target.net, recipe.interpolant, recipe.predicts, heads, frozen), target
+
+
+def _fresh(recipe: Recipe, device: torch.device) -> tuple[Backbone, nn.ModuleDict, nn.ModuleDict]:
+    """The online network, the objective's heads and its fixed networks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, "weights") % 2**63)
         with torch.device("meta") if device.type == "meta" else torch.device("cpu"):
@@ -62,10 +108,7 @@ def build_nets(recipe: Recipe, device: torch.device) -> tuple[Nets, Average]:
             heads = recipe.objective.heads(online)
             # A fixed network is loaded from a file; shapes alone do not need it.
             frozen = nn.ModuleDict() if device.type == "meta" else recipe.objective.frozen(online)
-    online, heads, frozen = online.to(device).train(), heads.to(device), frozen.to(device)
-    target = Average(online, recipe.target.decay, warmup=recipe.target.warmup)
-    nets = Nets(online, target.net, recipe.interpolant, recipe.predicts, heads, frozen)
-    return nets, target
+    return online.to(device).train(), heads.to(device), frozen.to(device)
 
 
 def problems(recipe: Recipe) -> list[Problem]:
@@ -94,6 +137,13 @@ def problems(recipe: Recipe) -> list[Problem]:
             found.append(Problem("sampler.t_start", what))
     if not found:
         nets, _ = build_nets(recipe, torch.device("meta"))
+        if not nets.online.blocks():
+            what = "needs a backbone whose `blocks` method names its blocks; this one names none"
+            asked = {
+                "compile": recipe.compile == "blocks",
+                "checkpoint_activations": recipe.checkpoint_activations,
+            }
+            found += [Problem(field, what) for field, wanted in asked.items() if wanted]
         found += [Problem(where, what) for where, what in recipe.objective.problems(nets)]
         found += _regularizer_problems(recipe, nets)
     return found
@@ -129,17 +179,33 @@ def check_fits(recipe: Recipe, source: str) -> None:
         raise RecipeError(source, found)
 
 
-def assemble(recipe: Recipe, device: torch.device) -> Assembly:
-    """Everything that a run trains, on its device."""
-    nets, target = build_nets(recipe, device)
+def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -> Assembly:
+    """Everything that a run trains, on its device, spread over the processes of `world`."""
+    world = world or World()
+    online, heads, frozen = _fresh(recipe, device)
     precision = DTYPES[recipe.precision]
-    choices = dict(nets.online.prepare(device, precision))
-    nets.target.prepare(device, precision)
-    averages = {"target": target}
+    # Before it is copied: the averages use the kernels that were chosen once.
+    choices = dict(online.prepare(device, precision))
+    averages = {"target": Average(online, recipe.target.decay, warmup=recipe.target.warmup)}
     for extra in recipe.ema:
-        averages[extra.name] = Average(nets.online, extra.decay, warmup=extra.warmup)
-        averages[extra.name].net.prepare(device, precision)
+        averages[extra.name] = Average(online, extra.decay, warmup=extra.warmup)
+    target = averages["target"].net
+    nets = Nets(online, target, recipe.interpolant, recipe.predicts, heads, frozen)
     step = Step(recipe.objective, nets, precision, recipe.regularizers)
+    if recipe.checkpoint_activations:
+        recompute(online.blocks())
+    if recipe.compile == "blocks":
+        for block in [*online.blocks(), *target.blocks()]:
+            block.compile()
+    elif recipe.compile == "step":
+        # Values and generators cannot be traced: they run as they are, between compiled pieces.
+        torch._dynamo.config.suppress_errors = True
+        logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
+        step.compile()
+    unit = Unit(step, {name: average.net for name, average in averages.items()})
+    parallel = Parallel(unit, recipe.parallel if world.size > 1 else "one", world, device)
+    for average in averages.values():
+        average.bind()
     optimizers = {}
     for phase in recipe.objective.phases:
         config = recipe.optimizers.get(phase, recipe.optimizer)
@@ -147,4 +213,10 @@ def assemble(recipe: Recipe, device: torch.device) -> Assembly:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         optimizers[phase] = optimizer
-    return Assembly(step, optimizers, averages, choices)
+    return Assembly(step, optimizers, averages, choices, parallel)
+
+
+def recompute(blocks: Sequence[nn.Module]) -> None:
+    """Have blocks compute their activations again in the backward pass; names stay."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

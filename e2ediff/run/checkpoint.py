@@ -39,6 +39,7 @@ from e2ediff.run.manifest import (
     plain,
     sealed,
 )
+from e2ediff.run.parallel import split_as
 from e2ediff.run.storage import JSON, Store
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -174,8 +175,12 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
     if isinstance(module, Backbone) and (theirs := checkpoint.latent(name)):
         expected = attrs.evolve(module.contract(theirs.scale), statistics=theirs.statistics)
         expected.accept(theirs, f"{checkpoint.path} ({name})")
+    own = module.state_dict()
+    tensors = {
+        k: split_as(v, own[k]) if k in own else v for k, v in checkpoint.tensors(name).items()
+    }
     try:
-        module.load_state_dict(checkpoint.tensors(name))
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise CheckpointError(

@@ -33,11 +33,14 @@ class RunDirectory:
     """A run's files. Make one with `create` or `open`; use it in `with`, or `unlock` at the end.
 
     Writing raises ResourceError when the disk or store refuses.
+    Of several processes of a run the first one writes; the others open it `silent`, and their
+    figures, events, pictures and status go nowhere.
     """
 
-    def __init__(self, store: Store, path: str) -> None:
+    def __init__(self, store: Store, path: str, *, silent: bool = False) -> None:
         self.store = store
         self.path = path
+        self.silent = silent
         self._lock: int | None = None
 
     @classmethod
@@ -79,13 +82,13 @@ class RunDirectory:
         return directory
 
     @classmethod
-    def open(cls, path: str) -> RunDirectory:
+    def open(cls, path: str, *, silent: bool = False) -> RunDirectory:
         """Open the directory of an existing run, for reading; `lock` it before training on.
 
         Raises:
             RunDirectoryError: there is no run in it.
         """
-        directory = cls(Store(path), path)
+        directory = cls(Store(path), path, silent=silent)
         found = directory.store.list()
         if RUN not in found:
             what = f"it has no {RUN}" if found else "no such directory, or it is empty"
@@ -186,6 +189,8 @@ class RunDirectory:
 
     def log_metrics(self, values: Mapping[str, JSON]) -> None:
         """Add one line of figures; `images` among them places it in training."""
+        if self.silent:
+            return
         self.store.append(METRICS, json.dumps(_without_specials(values), allow_nan=False))
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -198,6 +203,8 @@ class RunDirectory:
 
     def event(self, kind: str, **fields: JSON) -> None:
         """Add one line on something that happened: a save, a rewind, an alarm, a signal."""
+        if self.silent:
+            return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry = _without_specials({"time": now, "kind": kind, **fields})
         self.store.append(EVENTS, json.dumps(entry, allow_nan=False))
@@ -220,12 +227,13 @@ class RunDirectory:
                 return False
             return not isinstance(seen, int | float) or seen <= images
 
-        return self.store.truncate_lines(METRICS, keep)
+        return 0 if self.silent else self.store.truncate_lines(METRICS, keep)
 
     def write_picture(self, relative_path: str, png_bytes: bytes) -> str:
         """Save a picture below `samples/`; returns its path inside the run directory."""
         path = f"samples/{relative_path}"
-        self.store.write(path, png_bytes)
+        if not self.silent:
+            self.store.write(path, png_bytes)
         return path
 
     def _read_lines(self, file: str) -> list[dict[str, Any]]:
@@ -243,6 +251,8 @@ class RunDirectory:
         return found
 
     def _write_json(self, file: str, value: Mapping[str, JSON]) -> None:
+        if self.silent:
+            return
         self.store.write(file, json.dumps(value, indent=1).encode() + b"\n")
 
     def _read_json(self, file: str) -> dict[str, Any]:

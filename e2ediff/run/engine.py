@@ -6,12 +6,14 @@ learns a loss's name.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from e2ediff.data import Batch, DataSource
 from e2ediff.errors import CollapseError, DivergedError
@@ -20,18 +22,24 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
 from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import Assembly, assemble
+from e2ediff.run.bad_images import BAD_IMAGES, BadImages, Skipped, taken
 from e2ediff.run.checkpoint import checkpoint_at, open_checkpoint, save
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
+from e2ediff.run.ema import in_use
 from e2ediff.run.loader import batches
 from e2ediff.run.manifest import Checkpoint
 from e2ediff.run.notify import RunView, notify
 from e2ediff.run.pictures import curves_png, grid_png
 from e2ediff.run.probing import Observer, chosen_diagnostics, figures_line
 from e2ediff.run.progress import Progress, training_line
+from e2ediff.run.scores import Scorer
 from e2ediff.run.signals import Stop
 from e2ediff.run.sinks import Sinks
 from e2ediff.run.snapshot import put_back, take
+from e2ediff.run.storage import JSON
+from e2ediff.run.update import Update
+from e2ediff.run.world import World
 
 
 class Engine:
@@ -45,18 +53,25 @@ class Engine:
         device: torch.device,
         sources: tuple[DataSource, DataSource],
         progress: Progress,
+        world: World | None = None,
     ) -> None:
         self.host = host
         self.recipe = recipe
         self.directory = directory
         self.device = device
         self.progress = progress
+        self.world = world or World()
         self.training, held_out = sources
-        self.parts: Assembly = assemble(recipe, device)
+        self.parts: Assembly = assemble(recipe, device, self.world)
+        self.update = Update(recipe, self.parts, self.world, self._tell)
         self.observer = Observer.open(
             recipe, chosen_diagnostics(host, recipe), self.training, held_out, device
         )
-        self.sinks = Sinks(recipe.trackers, directory, progress)
+        self.bad_images = BadImages(directory.store)
+        self.skip([*taken(self.training), *taken(held_out)])
+        self.scorer = Scorer.open(recipe, held_out, device)
+        trackers = recipe.trackers if self.world.leads else ()
+        self.sinks = Sinks(trackers, directory, progress)
         self.step = self.images = 0
         self.last_checkpoint: str | None = None
         self._saved_at = -1
@@ -86,7 +101,7 @@ class Engine:
                 self.look()
             if r.alarm.policy == "rollback" and self.watch.anchor is None:
                 self.save()
-            while not (already_done or self._train(stop) or stop.asked):
+            while not (already_done or self._train(stop) or self._asked(stop)):
                 pass
             if self._saved_at != self.images:
                 self.save()
@@ -105,13 +120,15 @@ class Engine:
         try:
             for batch in self._batches():
                 self.advance(batch)
-                if self.step % cadence.diagnose == 0 or self.step == total:
+                if self.step % cadence.diagnose == 0 or self._survey_due():
                     self.look()
                 if self.step % cadence.preview == 0 or self.step == total:
                     self.preview()
+                if self.scorer is not None and self.scorer.due(self.step):
+                    self.score(self.scorer)
                 if self.step % cadence.checkpoint == 0 and self.step < total:
                     self.save()
-                if stop.asked:
+                if self._asked(stop):
                     break
         except CollapseError:
             if self.watch.may_return:
@@ -122,6 +139,11 @@ class Engine:
             raise
         return True
 
+    def _asked(self, stop: Stop) -> bool:
+        """Whether any process was asked to stop: all of them then stop after the same step."""
+        stop.signal = self.world.highest(stop.signal or 0) or None
+        return stop.asked
+
     def _batches(self) -> Iterator[Batch]:
         r = self.recipe
         return batches(
@@ -131,9 +153,20 @@ class Engine:
             first=self.step,
             last=r.total_steps,
             flip=r.data.flip,
-            workers=getattr(r.data, "workers", 0),
+            workers=r.data.workers,
             device=self.device,
+            sampling=r.data.sampling,
+            report=self.skip,
+            rows=self.update.rows,
         )
+
+    def skip(self, found: Sequence[Skipped]) -> None:
+        """List damaged images that were not used; the first one is also said."""
+        if self.bad_images.add(found):
+            place = self.directory.store.where(BAD_IMAGES)
+            self.progress.say(
+                f"skipped {found[0].place}: {found[0].what}. All such images are listed in {place}"
+            )
 
     def advance(self, batch: Batch) -> None:
         """One optimizer step in each active phase, then the averages."""
@@ -141,7 +174,7 @@ class Engine:
         logging = (self.step + 1) % r.cadence.log == 0 or self.step + 1 == r.total_steps
         record: dict[str, Tensor | float] = {}
         for phase in self._active():
-            record.update(self._optimize(batch, phase))
+            record.update(self.update(batch, phase, partial(self._draw, phase), self.images))
         for average in self.parts.averages.values():
             average.update()
         self.step += 1
@@ -155,44 +188,18 @@ class Engine:
         spans = {p: self.recipe.objective.span(p) for p in self.recipe.objective.phases}
         return [p for p, (start, end) in spans.items() if start <= done < end]
 
-    def _optimize(self, batch: Batch, phase: str) -> dict[str, Tensor | float]:
-        """One optimizer step of one phase; figures stay on the device."""
-        r, optimizer = self.recipe, self.parts.optimizers[phase]
-        config = r.optimizers.get(phase, r.optimizer)
-        start, end = (share * r.total_images for share in r.objective.span(phase))
-        factor = config.factor(round(self.images - start), round(end - start))
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        # Of all parameters, not only this phase's: another phase's gradients must not linger.
-        self.parts.step.zero_grad(set_to_none=True)
-        record: dict[str, Tensor | float] = {"lr": optimizer.param_groups[0]["lr"]}
-        size = r.batch // r.microshards
-        for shard in range(r.microshards):
-            rows = slice(shard * size, (shard + 1) * size)
-            part = Batch(x=batch.x[rows], label=batch.label[rows])
-            terms = self.parts.step(part, self._draw(part, phase, shard), phase)
-            (terms.total / r.microshards).backward()
-            for name, value in [*terms.losses.items(), *terms.info.items()]:
-                key = f"loss/{name}" if name in terms.losses else name
-                record[key] = record.get(key, 0.0) + value.detach() / r.microshards
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        if config.clip > 0:
-            record["grad_norm"] = nn.utils.clip_grad_norm_(trained, config.clip)
-        optimizer.step()
-        return record
-
-    def _draw(self, part: Batch, phase: str, shard: int) -> Draw:
+    def _draw(self, phase: str, label: Tensor, shard: int) -> Draw:
         """A micro-shard's randomness, from the seed and the number of images seen."""
         purpose = "draw" if phase == self.recipe.objective.phases[0] else f"draw-{phase}"
         if self.watch.attempt:
             purpose = f"{purpose}@{self.watch.attempt}"
-        return draw_for(self.recipe, part.label, purpose, self.images, shard)
+        return draw_for(self.recipe, label, purpose, self.images, shard)
 
     # Looking
 
     def _log(self, record: Mapping[str, Tensor | float]) -> None:
         """Read figures from the device, record them, and stop if one is not finite."""
-        values = {name: float(value) for name, value in record.items()}
+        values = self._averaged(record)
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         seconds = time.perf_counter() - self._clock[0]
         rate = (self.step - self._clock[1]) * self.recipe.batch / max(seconds, 1e-9)
@@ -214,6 +221,15 @@ class Engine:
             )
         )
 
+    def _averaged(self, record: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Figures as numbers: losses summed over the processes' shares of them."""
+        own = {"lr", "grad_norm"}  # the same in every process
+        shared = [name for name in record if name not in own]
+        sums = [torch.as_tensor(record[name], device=self.device).float() for name in shared]
+        added = self.world.total(torch.stack(sums)).tolist() if sums else []
+        values = dict(zip(shared, added, strict=True))
+        return {name: values.get(name, float(record[name])) for name in record}
+
     def _diverged(self, what: str) -> DivergedError:
         return DivergedError(
             f"step {self.step}: {what} The last good checkpoint is "
@@ -225,6 +241,12 @@ class Engine:
         self.directory.log_metrics({"step": self.step, "images": self.images, **values})
         self.sinks.log(self.images, values)
 
+    def _survey_due(self) -> bool:
+        """Whether all diagnostics are due: at the first and last step, and by the cadence."""
+        cadence = self.recipe.cadence
+        every = cadence.survey or 10 * cadence.diagnose
+        return self.step % every == 0 or self.step == self.recipe.total_steps
+
     def look(self) -> None:
         """Measure the diagnostics, and sound the alarm if the latents have collapsed.
 
@@ -234,18 +256,22 @@ class Engine:
         pause = time.perf_counter()
         phases = self._active() or self.recipe.objective.phases[-1:]
         try:
-            self.health = self.observer.measure(self.parts.step, phases)
+            with self._looking():
+                found = self.observer.measure(self.parts.step, phases, survey=self._survey_due())
         except DivergedError as error:
             raise self._diverged(str(error)) from error
+        # All measure, lest one waits for the others' share of the weights; one decides.
+        found = self.world.share(found)
         seconds = time.perf_counter() - pause
-        self._record({**self.health, "wall_look_seconds": round(seconds, 4)})
-        self._notify("diagnosed", step=self.step, values=self.health)
+        self.health |= found
+        self._record({**found, "wall_look_seconds": round(seconds, 4)})
+        self._notify("diagnosed", step=self.step, values=found)
         if self.step > 0:
-            self._judge()
+            self._judge(found)
         self._pause(pause)
 
-    def _judge(self) -> None:
-        found = self.watch.look(self.health, self.observer.verdict(self.health))
+    def _judge(self, figures: Mapping[str, float]) -> None:
+        found = self.watch.look(figures, self.observer.verdict(figures))
         said, signs = "; ".join(found.signs), [*found.signs]
         if found.change:
             self.directory.event(found.change, step=self.step, images=self.images, signs=signs)
@@ -258,13 +284,39 @@ class Engine:
         """Sample a sheet with fixed noise, and reconstruct probe images."""
         pause = time.perf_counter()
         net, name = self.parts.averages[self._shown()].net, f"step-{self.step:08d}.png"
-        x, label = self.observer.samples(net)
+        with self._looking():
+            x, label = self.observer.samples(net)
+            pairs = self.observer.reconstructions(net, 20)
         columns = len(label) // self.recipe.preview.rows
         self.directory.write_picture(name, grid_png(x, columns))
-        pairs = self.observer.reconstructions(net, 20)
         self.directory.write_picture(f"reconstructions-{name}", grid_png(pairs, 10))
         self.sinks.picture(self.images, "samples", x)
         self._notify("sampled", images=x, labels=label)
+        self._pause(pause)
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Whole weights, and nothing compiled anew for the sizes of a look."""
+        with self.parts.parallel.whole(), self._uncompiled():
+            yield
+
+    def _uncompiled(self) -> contextlib.AbstractContextManager[object]:
+        if self.recipe.compile == "off":
+            return contextlib.nullcontext()  # the other imports the compiler
+        stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance(
+            "force_eager"
+        )
+        return stance
+
+    def score(self, scorer: Scorer) -> None:
+        """Measure the recipe's `scores` on the weights that previews show."""
+        pause, net = time.perf_counter(), self.parts.averages[self._shown()].net
+        with self._looking(), in_use(net, self.observer.calibration) as ready:
+            found = scorer.measure(ready)
+        found = self.world.share(found)
+        seconds = time.perf_counter() - pause
+        self._record({**found, "wall_score_seconds": round(seconds, 4)})
+        self._notify("diagnosed", step=self.step, values=found)
         self._pause(pause)
 
     def _shown(self) -> str:
@@ -278,10 +330,20 @@ class Engine:
 
     def finish(self) -> None:
         """Draw the curves."""
+        if not self.world.leads:
+            return
         metrics = self.directory.read_metrics()
         self.directory.store.write("curves.png", curves_png(metrics, self.recipe.name))
 
+    def _tell(self, kind: str, text: str, **fields: JSON) -> None:
+        """Record an event, and say it."""
+        self.directory.event(kind, step=self.step, images=self.images, text=text, **fields)
+        self.progress.say(f"step {self.step}: {text}")
+
     def _notify(self, hook: str, **values: object) -> None:
+        """Tell plugins; those of the first process only, so that nothing is done twice."""
+        if not self.world.leads:
+            return
         run = RunView(self.recipe, self.directory.path, str(self.device), self.images)
         notify(self.host, run, self.progress, hook, values)
 
@@ -293,18 +355,21 @@ class Engine:
         regular = self.step % self.recipe.cadence.checkpoint == 0 or watch.anchor is None
         if self.recipe.alarm.policy == "rollback" and regular and watch.clean:
             watch.anchor = self.images
-        held = take(self.parts, self.observer.calibration)
+        with self._uncompiled():
+            held = take(self.parts, self.observer.calibration, keep=self.world.leads)
+        write = partial(
+            save,
+            self.directory.store,
+            self.images,
+            self.step,
+            held.files,
+            {**held.state, "alarm": watch.state()},
+            keep=self.recipe.checkpoint.keep,
+            warn=self.progress.say,
+            spare=watch.anchor,
+        )
         try:
-            self.last_checkpoint = save(
-                self.directory.store,
-                self.images,
-                self.step,
-                held.files,
-                {**held.state, "alarm": watch.state()},
-                keep=self.recipe.checkpoint.keep,
-                warn=self.progress.say,
-                spare=watch.anchor,
-            )
+            self.last_checkpoint = self.world.lead(write)
         except DivergedError as error:
             raise self._diverged(str(error)) from error
         self._saved_at = self.images

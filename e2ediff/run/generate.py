@@ -1,36 +1,94 @@
 """A trained model: sampling, encoding, decoding, with nothing of the training left.
 
-Shapes: B batch, C H W image, N latent tokens, D latent channels.
+Shapes: B batch, C H W image, M images, N latent tokens, D latent channels, R rows of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import attrs
 import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
-from e2ediff.denoiser import Denoiser, Plain
-from e2ediff.errors import DataError, Problem, RecipeError
+from e2ediff.denoiser import Denoiser, Guidance, Plain
+from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.recipe import Recipe
 from e2ediff.latent import LatentContract, Latents
+from e2ediff.run.labels import label_of
 from e2ediff.run.seeds import generator
+from e2ediff.sampler import Noise
+
+Precision = Literal["float32", "bfloat16"]
+
+ROWS = 32
+"""Images that are computed at once, unless one asks for another number."""
 
 _CPU = torch.device("cpu")
+
+
+@attrs.frozen(kw_only=True)
+class Origin:
+    """Where weights came from: a run, its checkpoint, the set of weights, and their SHA-256.
+
+    `recipe_sha256` is the hash of the run's `resolved.yaml`.
+    """
+
+    run: str
+    checkpoint: str
+    weights: str
+    sha256: str
+    recipe_sha256: str
+
+
+@attrs.frozen(eq=False)
+class Other:
+    """A further network that guidance asks."""
+
+    denoiser: Plain
+    origin: Origin
+
+
+@attrs.frozen(eq=False)
+class Tile:
+    """Some images of a set: their numbers, x (M, C, H, W) in [-1, 1] on the CPU, and their cost.
+
+    `calls` counts network calls one after another; `passes` the latents that went through a
+    network for each image, so that a call for two answers counts twice.
+    """
+
+    numbers: range
+    x: Tensor
+    calls: int
+    passes: float
 
 
 @attrs.frozen(eq=False)
 class Model:
     """One set of weights, in eval mode, with the recipe it was trained by.
 
+    Images are computed in tiles of `rows`: image i of a set is always row i mod `rows` of a batch
+    of that size, whatever else is asked for, because a matrix product may round differently for
+    another number of rows. So an image depends on weights, seed, number and label alone, to the
+    bit. With a sampler that `couples` images it also depends on those asked for in its tile.
+
+    `guidance` is the recipe's with the networks it asks, which are `others`.
+    `precision` is the networks'; samplers and guidance compute in float32.
     `latent` is the latent contract as its checkpoint has it.
     """
 
     recipe: Recipe
     net: Backbone
+    guidance: Guidance | None = attrs.field(
+        default=attrs.Factory(lambda self: self.recipe.guidance, takes_self=True)
+    )
+    others: tuple[Other, ...] = ()
+    origin: Origin | None = None
+    rows: int = attrs.field(default=ROWS, validator=attrs.validators.ge(1))
+    precision: Precision = "float32"
     latent: LatentContract | None = None
 
     @property
@@ -38,74 +96,77 @@ class Model:
         """Where the weights lie."""
         return next(self.net.parameters()).device
 
+    def to(self, device: str | torch.device) -> Model:
+        """The same model on another device; the weights themselves are moved."""
+        for net in (self.net, *(other.denoiser.net for other in self.others)):
+            net.to(device)
+            net.prepare(self.device, getattr(torch, self.precision))
+        return self
+
     def denoiser(self) -> Denoiser:
-        """The denoiser, with the recipe's guidance."""
-        plain = Plain(self.net, self.recipe.interpolant, self.recipe.predicts)
-        if self.recipe.guidance is None:
+        """The denoiser, with the model's guidance."""
+        return self._guided(Plain(self.net, self.recipe.interpolant, self.recipe.predicts))
+
+    def _guided(self, plain: Plain) -> Denoiser:
+        if self.guidance is None:
             return plain
-        return self.recipe.guidance.wrap(plain, self.recipe.data.image.null_label)
+        return self.guidance.wrap(plain, self.recipe.data.image.null_label)
 
     @torch.no_grad()
     def sample(
         self,
-        labels: Tensor | Sequence[int],
+        labels: Tensor | Sequence[int | str],
         *,
         seed: int = 0,
-        batch: int = 256,
         first: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Images of these classes.
 
         Args:
-            labels: (M,), class indices; the null label for images of any class.
-            seed: With the image's number it decides the image's noise, so that an image does
-                not depend on the batch size or on its neighbours (beyond rounding).
-            batch: Images made at once.
+            labels: (M,), class indices or names; the null label for images of any class.
+            seed: With the image's number it decides the image's noise.
             first: Number of the first image, to continue a set.
             progress: Called with the number of images finished so far.
 
         Returns:
             (M, C, H, W) in [-1, 1], clipped, on the CPU.
+
+        Raises:
+            DataError: There is no such class.
         """
-        labels = torch.as_tensor(labels)
-        f, spec, finished = self.denoiser(), self.net.latent, []
-        for start in range(0, len(labels), batch):
-            own = labels[start : start + batch].to(self.device)
-            numbers = range(first + start, first + start + len(own))
-            generators = [generator(_CPU, seed, "image", i) for i in numbers]
-
-            def noise(like: Tensor, generators: list[torch.Generator] = generators) -> Tensor:
-                rows = [torch.randn(like.shape[1:], generator=g) for g in generators]
-                return torch.stack(rows).to(like.device)
-
-            z = noise(torch.empty(len(own), spec.tokens, spec.dim, device=self.device))
-            z = self.recipe.sampler.sample(f, z, own, noise)
-            finished.append(self.net.decode(z).clamp(-1, 1).cpu())
+        finished, done = [], 0
+        for tile in self.tiles(labels, seed=seed, first=first):
+            finished.append(tile.x)
+            done += len(tile.x)
             if progress is not None:
-                progress(start + len(own))
-        return torch.cat(finished)
+                progress(done)
+        image = self.recipe.data.image
+        return torch.cat([torch.empty(0, image.channels, image.height, image.width), *finished])
+
+    def tiles(
+        self, labels: Tensor | Sequence[int | str], *, seed: int = 0, first: int = 0
+    ) -> Iterator[Tile]:
+        """As `sample`, tile by tile."""
+        image, r = self.recipe.data.image, self.rows
+        chosen = [label_of(image, k, "label") if isinstance(k, str) else int(k) for k in labels]
+        last = first + len(chosen)
+        for start in range(first - first % r, last, r):
+            numbers = range(max(start, first), min(start + r, last))
+            # Rows that nobody asked for repeat one that somebody did, and are thrown away.
+            rows = [i if i in numbers else numbers[0] for i in range(start, start + r)]
+            noise = _own_noise(seed, rows)
+            x, calls, passes = self._make(torch.tensor([chosen[i - first] for i in rows]), noise)
+            yield Tile(numbers, x[numbers.start - start : numbers.stop - start], calls, passes)
 
     @property
     def contract(self) -> LatentContract:
         """What this model's latents mean."""
         return self.net.contract() if self.latent is None else self.latent
 
-    @torch.no_grad()
-    def encode(self, x: Tensor, *, batch: int = 256) -> Latents:
-        """Latents of images (M, C, H, W) in [-1, 1], with their contract, on the CPU."""
-        made = [self.net.encode(part.to(self.device)).cpu() for part in torch.split(x, batch)]
-        return Latents(torch.cat(made), self.contract)
-
-    @torch.no_grad()
-    def decode(self, latents: Latents, *, batch: int = 256) -> Tensor:
-        """Images (M, C, H, W) in [-1, 1] of latents, clipped, on the CPU.
-
-        Raises:
-            LatentError: Weights encoded them whose latents mean something else.
-        """
-        parts = torch.split(self.accept(latents), batch)
-        return torch.cat([self.net.decode(z.to(self.device)).clamp(-1, 1).cpu() for z in parts])
+    def latents(self, x: Tensor) -> Latents:
+        """As `encode`, with the contract that says what the latents mean."""
+        return Latents(self.encode(x), self.contract)
 
     @torch.no_grad()
     def denoise(self, latents: Latents, t: float, labels: Tensor | Sequence[int]) -> Latents:
@@ -133,13 +194,95 @@ class Model:
         return latents.z
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, *, batch: int = 256) -> Tensor:
+    def interpolate(
+        self, seeds: tuple[int, int], label: int | str = "none", *, frames: int = 8
+    ) -> Tensor:
+        """Images between two seeds, (frames, C, H, W) in [-1, 1], on the CPU.
+
+        All noise is turned from that of image 0 of one seed to that of the other, on the sphere,
+        where it keeps its variance.
+        The ends are the images that `sample` makes with these seeds.
+        """
+        made: list[Tensor] = []
+        kind = label_of(self.recipe.data.image, label) if isinstance(label, str) else label
+        for start in range(0, frames, self.rows):
+            shares = [i / max(1, frames - 1) for i in range(start, start + self.rows)]
+            pair = [_own_noise(seed, [0]) for seed in seeds]
+
+            def noise(
+                like: Tensor, pair: list[Noise] = pair, shares: list[float] = shares
+            ) -> Tensor:
+                a, b = (one(like[:1])[0] for one in pair)
+                return torch.stack([spherical(a, b, min(1.0, share)) for share in shares])
+
+            made.append(self._make(torch.full((self.rows,), kind), noise)[0])
+        return torch.cat(made)[:frames]
+
+    def _make(self, labels: Tensor, noise: Noise) -> tuple[Tensor, int, float]:
+        """Images of one whole tile, (R, C, H, W), its network calls, and passes an image."""
+        plain = Plain(self.net, self.recipe.interpolant, self.recipe.predicts)
+        asked, spec = [plain, *(other.denoiser for other in self.others)], self.net.latent
+        calls, rows = sum(p.calls for p in asked), sum(p.rows for p in asked)
+        with torch.no_grad(), self._autocast():
+            start = noise(torch.empty(len(labels), spec.tokens, spec.dim, device=self.device))
+            label = labels.to(self.device)
+            z = self.recipe.sampler.sample(self._guided(plain), start, label, noise)
+            x = self.net.decode(z).clamp(-1, 1).cpu()
+        calls, rows = sum(p.calls for p in asked) - calls, sum(p.rows for p in asked) - rows
+        return x, calls, rows / len(labels)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.precision))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents (M, N, D) of images (M, C, H, W) in [-1, 1], on the CPU."""
+        return self._in_tiles(self.net.encode, x)
+
+    def decode(self, z: Tensor | Latents) -> Tensor:
+        """Images (M, C, H, W) in [-1, 1], clipped, of latents (M, N, D), on the CPU.
+
+        Raises:
+            LatentError: Weights encoded them whose latents mean something else; a bare tensor
+                does not say what it means, and is believed.
+        """
+        found = self.accept(z) if isinstance(z, Latents) else z
+        return self._in_tiles(self.net.decode, found).clamp(-1, 1)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
         """Images (M, C, H, W) in [-1, 1] through encoder and decoder, clipped, on the CPU."""
-        made = [
-            self.net.decode(self.net.encode(part.to(self.device))).clamp(-1, 1).cpu()
-            for part in torch.split(x, batch)
-        ]
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def _in_tiles(self, mode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        made = []
+        for part in torch.split(x, self.rows):
+            missing = self.rows - len(part)
+            whole = torch.cat([part, part[:1].expand(missing, *part.shape[1:])])
+            with self._autocast():
+                made.append(mode(whole.to(self.device))[: len(part)].cpu())
         return torch.cat(made)
+
+    def with_options(self, part: Literal["sampler", "guidance"], **options: Any) -> Model:
+        """The same model with other options of its sampler or its guidance.
+
+        Raises:
+            RecipeError: The part has no such option, or refuses the value.
+        """
+        value: Any = self.recipe.sampler if part == "sampler" else self.guidance
+        if value is None:
+            hint = "Load it with one: overrides=['guidance={name: classifier_free}']."
+            raise RecipeError("sampling", [Problem(part, "this model has none.", hint=hint)])
+        try:
+            changed = attrs.evolve(value, **options)
+        except (TypeError, ValueError) as error:
+            known = ", ".join(field.alias for field in attrs.fields(type(value)))
+            what = f"{error.args[0]}; its options are {known}."
+            raise RecipeError("sampling", [Problem(part, what)]) from error
+        if part == "guidance":
+            return attrs.evolve(self, guidance=changed)
+        return attrs.evolve(self, recipe=attrs.evolve(self.recipe, sampler=changed))
 
     def with_steps(self, steps: int) -> Model:
         """The same model with another number of sampler steps.
@@ -147,12 +290,7 @@ class Model:
         Raises:
             RecipeError: The sampler has no option `steps`, or refuses the number.
         """
-        sampler: Any = self.recipe.sampler
-        try:
-            changed = attrs.evolve(sampler, steps=steps)
-        except (TypeError, ValueError) as error:
-            raise RecipeError("--steps", [Problem("sampler.steps", str(error))]) from error
-        return attrs.evolve(self, recipe=attrs.evolve(self.recipe, sampler=changed))
+        return self.with_options("sampler", steps=steps)
 
     def label_of(self, text: str) -> int:
         """The class index that a user's text means: an index, a name, or `none`.
@@ -160,19 +298,29 @@ class Model:
         Raises:
             DataError: There is no such class.
         """
-        image = self.recipe.data.image
-        if text.isdigit() and int(text) < max(1, image.classes):
-            return int(text)
-        if text == "none":
-            return image.null_label
-        if text in image.class_names:
-            return image.class_names.index(text)
-        import difflib
+        return label_of(self.recipe.data.image, text)
 
-        close = difflib.get_close_matches(text, image.class_names, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        names = f" or one of {', '.join(image.class_names)}" if image.class_names else ""
-        raise DataError(
-            f"--label {text}: no such class.{hint} Expected an index from 0 to "
-            f"{max(0, image.classes - 1)}{names}, or 'none'."
-        )
+
+def _own_noise(seed: int, numbers: Sequence[int]) -> Noise:
+    """Noise whose row i belongs to image `numbers[i]` of this seed, drawn on the CPU."""
+    generators = [generator(_CPU, seed, "image", i) for i in numbers]
+
+    def noise(like: Tensor) -> Tensor:
+        rows = [torch.randn(like.shape[1:], generator=g) for g in generators]
+        return torch.stack(rows).to(like.device)
+
+    return noise
+
+
+def spherical(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From a (share 0) to b (share 1) on the arc between them, any shape.
+
+    Source: Shoemake 1985; for noise White 2016 (arXiv 1609.04468), section 2.1.
+    """
+    if share in (0.0, 1.0):
+        return a if share == 0 else b
+    cosine = (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)
+    angle = torch.acos(cosine.clamp(-1, 1))
+    if float(angle.sin()) < 1e-6:
+        return a + share * (b - a)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / angle.sin()

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-from e2ediff.errors import CheckpointError
+import attrs
+import torch
+
+from e2ediff.backbone import Backbone
+from e2ediff.denoiser import Denoiser, Plain, Reference
+from e2ediff.errors import CheckpointError, Problem, RecipeError
 from e2ediff.host.plugins import Host, load
-from e2ediff.host.recipe import parse_recipe
+from e2ediff.host.recipe import Recipe, parse_recipe
+from e2ediff.latent import LatentContract
 from e2ediff.run.assembly import DTYPES, build_nets, choose_device
 from e2ediff.run.checkpoint import load_weights, open_checkpoint
 from e2ediff.run.directory import RunDirectory
-from e2ediff.run.generate import Model
+from e2ediff.run.generate import ROWS, Model, Origin, Other, Precision
+
+Opened = tuple[Recipe, Backbone, Origin, LatentContract | None]
 
 _NO_WEIGHTS = ("heads",)
+_MAY_CHANGE = ("sampler", "guidance")
 
 
 def load_model(
@@ -22,6 +32,9 @@ def load_model(
     weights: str | None = None,
     checkpoint: str | None = None,
     device: str = "auto",
+    overrides: Sequence[str] = (),
+    rows: int = ROWS,
+    precision: Precision = "float32",
     host: Host | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Model:
@@ -32,7 +45,10 @@ def load_model(
         weights: `online`, `target`, or the name of an average in the recipe's `ema`; by default
             the first of `ema`, or the target.
         checkpoint: Name of a checkpoint; by default the newest that is whole.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda`, or one of several as `cuda:1`.
+        overrides: Assignments as given to `--set`, to `sampler` and `guidance` alone.
+        rows: Images that are computed at once; it may move their last bits.
+        precision: Type that the networks compute in.
         host: What knows the parts; by default everything installed.
         warn: Told of damaged checkpoints that were passed over.
 
@@ -40,20 +56,92 @@ def load_model(
         RunDirectoryError: There is no run there.
         CheckpointError: It has no such checkpoint or weights, or they are damaged.
         LatentError: The recipe's backbone has other latents than those weights.
+        RecipeError: An override is wrong, or guidance asks a network of other latents.
     """
-    directory = RunDirectory.open(run)
+    host, warn = host or load(), warn or logging.warning
+    target = choose_device(device)
+
+    def open_one(
+        place: str, checkpoint: str | None, weights: str | None, given: Sequence[str] = ()
+    ) -> Opened:
+        return _open(host, place, checkpoint, weights, given, target, precision, warn)
+
+    recipe, net, origin, latent = open_one(run, checkpoint, weights, overrides)
+    guidance, others = recipe.guidance, dict[Reference, Other]()
+    if guidance is not None:
+        for reference in guidance.references:
+            place = reference.run or run
+            found = open_one(place, reference.checkpoint or None, reference.weights or None)
+            others[reference] = _other(recipe, net, place, found)
+        given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
+        guidance = guidance.given(given)
+    return Model(recipe, net, guidance, tuple(others.values()), origin, rows, precision, latent)
+
+
+def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run was trained by, with another sampler or guidance.
+
+    Raises:
+        RecipeError: An override is wrong.
+    """
+    _refuse_others(overrides)
     place = directory.store.where("resolved.yaml")
-    recipe = parse_recipe(host or load(), directory.resolved(), place)
-    opened = open_checkpoint(directory.store, checkpoint, warn=warn or logging.warning)
+    return parse_recipe(host, directory.resolved(), place, overrides)
+
+
+def _open(
+    host: Host,
+    run: str,
+    checkpoint: str | None,
+    weights: str | None,
+    overrides: Sequence[str],
+    device: torch.device,
+    precision: Precision,
+    warn: Callable[[str], None],
+) -> Opened:
+    directory = RunDirectory.open(run)
+    recipe = recipe_of(host, directory, overrides)
+    opened = open_checkpoint(directory.store, checkpoint, warn=warn)
     known = [f for f in opened.files if f not in _NO_WEIGHTS and not f.startswith("optimizer-")]
     name = weights or (recipe.ema[0].name if recipe.ema else "target")
     if name not in known:
         raise CheckpointError(
             f"{opened.path}: no weights '{name}'; it has {', '.join(sorted(known))}"
         )
-    target = choose_device(device)
-    nets, _ = build_nets(recipe, target)
+    nets, _ = build_nets(recipe, device)
     load_weights(nets.online, opened, name)
     net = nets.online.eval().requires_grad_(requires_grad=False)
-    net.prepare(target, DTYPES["float32"])
-    return Model(recipe, net, opened.latent(name))
+    net.prepare(device, DTYPES[precision])
+    origin = Origin(
+        run=run,
+        checkpoint=opened.name,
+        weights=name,
+        sha256=opened.sha256(name),
+        recipe_sha256=hashlib.sha256(directory.resolved().encode()).hexdigest(),
+    )
+    return recipe, net, origin, opened.latent(name)
+
+
+def _refuse_others(overrides: Sequence[str]) -> None:
+    """Only what concerns sampling may differ from the recipe that the weights were trained by."""
+    wrong = [
+        Problem(key, "belongs to training and cannot be changed now.", f"--set {i}")
+        for i, assignment in enumerate(overrides, start=1)
+        if (key := assignment.partition("=")[0].strip()).partition(".")[0] not in _MAY_CHANGE
+    ]
+    if wrong:
+        hint = f"Only {' and '.join(_MAY_CHANGE)} can."
+        raise RecipeError("sampling", [attrs.evolve(p, hint=hint) for p in wrong])
+
+
+def _other(recipe: Recipe, net: Backbone, run: str, found: Opened) -> Other:
+    """A network that guidance asks, once its latents are known to be of the same kind."""
+    theirs, weak, origin, _ = found
+    here = (net.latent, recipe.interpolant, recipe.data.image.classes)
+    there = (weak.latent, theirs.interpolant, theirs.data.image.classes)
+    for what, a, b in zip(("latents", "interpolant", "classes"), here, there, strict=True):
+        if a != b:
+            text = f"{run} has other {what}: {b} there, {a} here."
+            hint = "Give a run that was trained on the same latents."
+            raise RecipeError("sampling", [Problem("guidance", text, hint=hint)])
+    return Other(Plain(weak, theirs.interpolant, theirs.predicts), origin)

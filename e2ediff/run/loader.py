@@ -1,52 +1,44 @@
 """Batches as a function of the number of images seen.
 
-The k-th image of a run is image order(epoch)[k mod n], where order(epoch) is a permutation
-that depends on (seed, epoch) alone.
+The k-th image of a run, and whether it is mirrored, depend on the seed and k alone (`order`).
 A run therefore resumes in the middle of an epoch with the image it would have seen next, for
-any number of worker processes.
+any number of worker processes and of devices.
 
 Shapes: B batch, C H W image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from e2ediff.data import Batch, DataSource
+from e2ediff.data import Batch, DataSource, Sampling
 from e2ediff.errors import DataError
+from e2ediff.run.bad_images import Skipped, taken
+from e2ediff.run.order import Order
 from e2ediff.run.seeds import generator
+
+__all__ = ["Order", "batches", "check_enough", "fixed_images", "to_batch"]
 
 _CPU = torch.device("cpu")
 _ALL = slice(None)
 
 
-class Order:
-    """Which images a run sees, in order."""
+class _Item(NamedTuple):
+    """A batch as bytes; `mirrored` (B,), bool, is applied on the device."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = torch.empty(0, dtype=torch.long)
-
-    def indices(self, start: int, count: int) -> list[int]:
-        """Indices of images `start` to `start + count` of the run."""
-        found: list[int] = []
-        while len(found) < count:
-            epoch, place = divmod(start + len(found), self.size)
-            if epoch != self._epoch:
-                g = generator(_CPU, self.seed, "order", epoch)
-                self._permutation = torch.randperm(self.size, generator=g)
-                self._epoch = epoch
-            found += self._permutation[place : place + count - len(found)].tolist()
-        return found
+    x: Tensor
+    label: Tensor
+    mirrored: Tensor | None
+    skipped: tuple[Skipped, ...]
 
 
-class _Steps(Dataset[tuple[Tensor, Tensor] | str]):
+class _Steps(Dataset[_Item | str]):
     """Item s is the batch of optimizer step s, as bytes; what worker processes hold.
 
     An item that cannot be read is the message that says so: an exception that crosses a
@@ -62,22 +54,27 @@ class _Steps(Dataset[tuple[Tensor, Tensor] | str]):
         self.rows = rows
         self.flip = flip
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | str:
-        start = step * self.batch
+    def __getitem__(self, step: int) -> _Item | str:
+        indices, mirrored = self.order.seen(step * self.batch, self.batch)
         try:
-            x, label = self.source.read(self.order.indices(start, self.batch)[self.rows])
+            x, label = self.source.read(indices[self.rows])
         except DataError as error:
             return str(error)
-        if self.flip:
-            g = generator(_CPU, self.order.seed, "flip", start)
-            mirrored = torch.rand(self.batch, generator=g)[self.rows] < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        return x, label
+        flips = mirrored[self.rows] if self.flip else None
+        return _Item(x, label, flips, taken(self.source))
 
 
-def to_batch(x: Tensor, label: Tensor, device: torch.device) -> Batch:
-    """Bytes (B, C, H, W) to a batch in [-1, 1] on the device; the bytes travel, not the floats."""
+def to_batch(
+    x: Tensor, label: Tensor, device: torch.device, mirrored: Tensor | None = None
+) -> Batch:
+    """Bytes (B, C, H, W) to a batch in [-1, 1] on the device; the bytes travel, not the floats.
+
+    `mirrored` (B,), bool, says which images are turned left to right.
+    """
     x = x.to(device, non_blocking=True)
+    if mirrored is not None:
+        mirrored = mirrored.to(device, non_blocking=True)
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
     return Batch(x=x.float() / 127.5 - 1, label=label.to(device, non_blocking=True))
 
 
@@ -105,34 +102,90 @@ def batches(
     workers: int,
     device: torch.device,
     rows: slice = _ALL,
+    sampling: Sampling = "natural",
+    report: Callable[[Sequence[Skipped]], None] | None = None,
 ) -> Iterator[Batch]:
     """Batches of the optimizer steps `first` to `last`, or these rows of each of them.
+
+    Args:
+        source: The images.
+        batch: Images in a whole batch.
+        seed: The run's.
+        first: First step.
+        last: One past the last step.
+        flip: Whether half of the images are mirrored.
+        workers: Processes that read; 0 reads in this one.
+        device: Where batches go; on CUDA one is copied while the one before is worked on.
+        rows: Only these rows of each batch are read.
+        sampling: How often each class is shown.
+        report: Told of images that the source skipped and that no batch skipped before, as
+            each worker process sees it.
 
     Raises:
         DataError: The source is smaller than one batch, or an image cannot be read.
     """
     check_enough(source, batch)
-    steps = _Steps(source, Order(len(source), seed), batch, flip=flip, rows=rows)
-    items: Iterable[tuple[Tensor, Tensor] | str] = DataLoader(
-        steps,
+    labels = source.labels() if sampling == "class_balanced" else None
+    order = Order(len(source), seed, labels)
+    items: Iterable[_Item | str] = DataLoader(
+        _Steps(source, order, batch, flip=flip, rows=rows),
         sampler=range(first, last),
         batch_size=None,
-        num_workers=workers,
+        num_workers=processes(workers),
         pin_memory=device.type == "cuda",
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=quiet_worker,
+        # Its own: drawing the workers' seed would move the global generator.
+        generator=torch.Generator(),
     )
+    yield from _ahead(_whole(items, report), device)
+
+
+def _whole(
+    items: Iterable[_Item | str], report: Callable[[Sequence[Skipped]], None] | None
+) -> Iterator[_Item]:
     for item in items:
         if isinstance(item, str):
             raise DataError(item)
-        yield to_batch(*item, device)
+        if item.skipped and report:
+            report(item.skipped)
+        yield item
 
 
-def _quiet_worker(worker: int) -> None:
+def _ahead(items: Iterator[_Item], device: torch.device) -> Iterator[Batch]:
+    """Batches on the device; on CUDA the next one's copy runs beside the work on this one."""
+    if device.type != "cuda":
+        for item in items:
+            yield to_batch(item.x, item.label, device, item.mirrored)
+        return
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def start(item: _Item) -> Batch:
+        with torch.cuda.stream(copies):
+            return to_batch(item.x, item.label, device, item.mirrored)
+
+    ready = next(items, None)
+    batch = start(ready) if ready else None
+    while batch is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(copies)
+        for tensor in (batch.x, batch.label):
+            tensor.record_stream(current)
+        given, ready = batch, next(items, None)
+        batch = start(ready) if ready else None
+        yield given
+
+
+def processes(wanted: int) -> int:
+    """As many as wanted, but no more than there are cores: nothing but speed depends on it."""
+    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+
+
+def quiet_worker(worker: int) -> None:
     """One thread a worker; signals are the main process's business."""
     import signal
 
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -80,6 +80,10 @@ class Checkpoint:
             raise _damaged(self._store, self.name, f"{file}.safetensors: {error}") from error
         return tensors
 
+    def sha256(self, file: str) -> str:
+        """The hash of one file's content, which `tensors` verifies."""
+        return self._manifest.files[f"{file}.safetensors"][1]
+
 
 @attrs.frozen
 class Manifest:

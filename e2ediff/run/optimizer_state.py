@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from e2ediff.errors import CheckpointError
 from e2ediff.run.manifest import plain
+from e2ediff.run.parallel import is_split, split_as
 from e2ediff.run.storage import JSON
 
 # Which kernels step the optimizer is a matter of the machine at hand, not of the state.
@@ -116,7 +117,10 @@ def _state_of(
         device = torch.device("cpu") if host else p.device
         # Fused kernels walk memory in order, so the strides must be the parameter's.
         like = p.detach() if value.shape == p.shape else value
-        state[key] = torch.empty_like(like, dtype=value.dtype, device=device).copy_(value)
+        if is_split(like):
+            state[key] = split_as(value, like)
+        else:
+            state[key] = torch.empty_like(like, dtype=value.dtype, device=device).copy_(value)
     return state
 
 

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from e2ediff.metric import is_distance
+
 
 def to_bytes(x: Tensor) -> Tensor:
     """Images in [-1, 1], (..., C, H, W), to uint8, rounded to the nearest of 256 values."""
@@ -41,12 +43,15 @@ def grid_png(x: Tensor, columns: int, enlarge: int = 0) -> bytes:
 
 
 def curves_png(metrics: Sequence[Mapping[str, float]], title: str) -> bytes:
-    """PNG of a run's losses, effective rank, latent std and PSNR over images seen."""
+    """PNG of a run's losses, effective rank, latent std, PSNR and distances over images seen."""
     # Imported here: it takes half a second and is needed at the end of a run only.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    losses, rank, std, psnr = figure.subplots(2, 2).flat
+    distances = sorted({k for m in metrics for k in m if is_distance(k)})
+    columns = 3 if distances else 2
+    figure = Figure(figsize=(5.5 * columns, 6.5), layout="constrained")
+    panels = figure.subplots(2, columns)
+    losses, rank, std, psnr = panels[:, :2].flat
     names = sorted({k for m in metrics for k in m if k.startswith("loss/")})
     for name in names:
         _curve(losses, metrics, name, name.removeprefix("loss/"))
@@ -62,7 +67,12 @@ def curves_png(metrics: Sequence[Mapping[str, float]], title: str) -> bytes:
     std.set(title="variance of the latents", ylim=(0, None))
     _curve(psnr, metrics, "psnr", "held-out images")
     psnr.set(title="reconstruction PSNR (dB)")
-    for axes in (losses, rank, std, psnr):
+    for axes, kernel in zip(panels[:, 2:].flat, (False, True), strict=False):
+        for name in distances:
+            if ("K" in name.partition("-")[0]) is kernel:
+                _curve(axes, metrics, name, name)
+        axes.set(title="kernel distances" if kernel else "Fréchet distances", ylim=(0, None))
+    for axes in panels.flat:
         axes.set_xlabel("images seen")
         axes.grid(visible=True, alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

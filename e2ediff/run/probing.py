@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from e2ediff.backbone import Backbone, Encode
+from e2ediff.backbone import Backbone
 from e2ediff.data import Batch, DataSource
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.errors import DivergedError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.run.draws import draw_for
-from e2ediff.run.ema import in_use
+from e2ediff.run.ema import at_rest, in_use, normalised, own_latents
 from e2ediff.run.generate import Model
 from e2ediff.run.loader import fixed_images
 from e2ediff.run.seeds import generator
@@ -52,51 +53,68 @@ class Observer:
         return cls(recipe, diagnostics, probe, calibration.x)
 
     @torch.no_grad()
-    def measure(self, step: Step, phases: Sequence[str]) -> dict[str, float]:
-        """All diagnostics, on the target network's weights; no weight or gradient is touched.
+    def measure(self, step: Step, phases: Sequence[str], *, survey: bool) -> dict[str, float]:
+        """The diagnostics, on the target network's weights; no weight or gradient is touched.
 
         Args:
             step: The networks and how a training step computes with them.
             phases: Phases of the objective whose losses' gradients are looked at.
+            survey: Measure the costly diagnostics too.
 
         Raises:
             DivergedError: What the networks make of the probe is not finite.
         """
-        x, label, nets = self.probe.x, self.probe.label, step.nets
-        asked = set(chain.from_iterable(d.asks for d in self.diagnostics))
-        z_online = None
-        if "z_online" in asked:
-            with in_use(nets.online, self.calibration) as online:
-                z_online = online.encode(x)
-        with in_use(nets.target, self.calibration) as net:
-            (out,) = net.outputs(Encode(x=x))
-            z = out.value
-            probe = Probe(
-                x=x,
-                label=label,
-                x_hat=net.decode(z),
-                z=z,
-                raw=z if out.raw is None else out.raw,
-                z_online=z_online,
-                denoised={t: self._denoise(net, z, label, t) for t in self.recipe.probe.times},
-                predicts=self.recipe.predicts,
-                path=self.recipe.interpolant,
-                gradients=self.gradients(step, phases) if "gradients" in asked else {},
-            )
-        seen = {"x_hat": probe.x_hat, "z": probe.z, "raw": probe.raw}
-        seen |= {} if z_online is None else {"z_online": z_online}
-        seen |= {f"denoised at t={time:g}": z for time, z in probe.denoised.items()}
-        seen |= {f"gradient of {name}": g for name, g in probe.gradients.items()}
+        chosen = [d for d in self.diagnostics if survey or not d.asks]
+        asked = set(chain.from_iterable(d.asks for d in chosen))
+        first = self.recipe.probe.glance
+        with at_rest(step.nets.target) as net:
+            many = self._encoded(net, len(self.probe.label) if "many" in asked else first)
+            few = _first(net, many, first)
+            costly = self._costly(net, asked, few, step, phases)
+        seen = {"z": many.z, "raw": many.raw}
+        seen |= {k: costly[k] for k in ("x_hat", "z_online") if k in costly}
+        for title, key in (("denoised at t=", "denoised"), ("gradient of ", "gradients")):
+            seen |= {f"{title}{name}": value for name, value in costly.get(key, {}).items()}
         bad = [name for name, value in seen.items() if not torch.isfinite(value).all()]
         if bad:
             raise DivergedError(f"{', '.join(bad)} of the probe images: not finite.")
         figures: dict[str, float] = {}
-        for diagnostic in self.diagnostics:
-            figures.update(diagnostic.measure(probe))
+        for diagnostic in chosen:
+            own = {k: v for k, v in costly.items() if k in diagnostic.asks}
+            probe = many if "many" in diagnostic.asks else few
+            figures.update(diagnostic.measure(attrs.evolve(probe, **own)))
         return figures
 
+    def _encoded(self, net: Backbone, count: int) -> Probe:
+        """The first `count` images and their latents."""
+        x, label = self.probe.x[:count], self.probe.label[:count]
+        z, raw = own_latents(net, x)
+        return Probe(x, label, z, raw, self.recipe.predicts, self.recipe.interpolant)
+
+    def _costly(
+        self,
+        net: Backbone,
+        asked: Collection[str],
+        few: Probe,
+        step: Step,
+        phases: Sequence[str],
+    ) -> dict[str, Any]:
+        """The fields of a probe that are asked for, of the images of `few`."""
+        found: dict[str, Any] = {}
+        if "x_hat" in asked:
+            found["x_hat"] = net.decode(few.z)
+        if "denoised" in asked:
+            times = self.recipe.probe.times
+            found["denoised"] = {t: self._denoise(net, few.z, few.label, t) for t in times}
+        if "z_online" in asked:
+            with at_rest(step.nets.online) as online:
+                found["z_online"] = own_latents(online, few.x)[0]
+        if "gradients" in asked:
+            found["gradients"] = self.gradients(step, phases)
+        return found
+
     def gradients(self, step: Step, phases: Sequence[str]) -> dict[str, Tensor]:
-        """Gradient (G, N, D) of every weighted loss with respect to the online latents.
+        """Gradient (K, N, D) of every weighted loss with respect to the online latents.
 
         As in a training step, on the first probe images, with a draw that never changes.
         """
@@ -134,8 +152,10 @@ class Observer:
         r = self.recipe
         classes = max(1, min(r.preview.classes, r.data.image.classes))
         label = torch.arange(classes).repeat(r.preview.rows)
+        # Networks from elsewhere are for finished models, and may not exist yet.
+        guidance = None if r.guidance is None or r.guidance.references else r.guidance
         with in_use(net, self.calibration) as ready:
-            return Model(r, ready).sample(label, seed=r.seed), label
+            return Model(r, ready, guidance, rows=len(label)).sample(label, seed=r.seed), label
 
     @torch.no_grad()
     def reconstructions(self, net: Backbone, count: int) -> Tensor:
@@ -144,6 +164,13 @@ class Observer:
         with in_use(net, self.calibration) as ready:
             x_hat = ready.decode(ready.encode(x))
         return torch.stack([x, x_hat], dim=1).flatten(0, 1)
+
+
+def _first(net: Backbone, many: Probe, count: int) -> Probe:
+    """The first images of a probe, normalised as if they were all; the norm is left like that."""
+    raw = many.raw[:count]
+    z = normalised(net, raw) if net.latent_norm.has_statistics else many.z[:count]
+    return attrs.evolve(many, x=many.x[:count], label=many.label[:count], z=z, raw=raw)
 
 
 def chosen_diagnostics(host: Host, recipe: Recipe) -> Sequence[Diagnostic]:

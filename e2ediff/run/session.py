@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 from collections.abc import Sequence
 
 import attrs
 import fsspec
+import torch
 
-from e2ediff.errors import E2EDiffError, Problem, RecipeError, RunDirectoryError
+from e2ediff.errors import E2EDiffError, Problem, RecipeError, ResourceError, RunDirectoryError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.host.structure import unstructure
-from e2ediff.run.assembly import check_fits, choose_device
+from e2ediff.run.assembly import check_fits, check_precision, choose_device
+from e2ediff.run.bad_images import BAD_IMAGES, open_source
 from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.run.directory import RunDirectory, State, latest_run
 from e2ediff.run.engine import Engine
@@ -21,22 +24,31 @@ from e2ediff.run.environment import describe_environment
 from e2ediff.run.loader import check_enough
 from e2ediff.run.progress import Progress
 from e2ediff.run.signals import Stop
+from e2ediff.run.update import check_shares
+from e2ediff.run.world import ElsewhereError, World
 
-# What may differ between a run and its continuation: none of it moves a trained number, but
-# for the length, whose schedule then ends elsewhere, and under `alarm.policy: rollback` for what
-# is looked at and saved, which decides when a run goes back, and where to.
+# What may differ between a run and its continuation: none of it moves a trained number by more
+# than rounding, but for the length, whose schedule then ends elsewhere, and under
+# `alarm.policy: rollback` for what is looked at and saved, which decides when a run goes back,
+# and where to.
 _MAY_CHANGE = (
     "images",
     "steps",
     "cadence",
     "preview",
+    "scores",
     "checkpoint",
     "alarm",
     "trackers",
     "device",
+    "compile",
+    "checkpoint_activations",
+    "parallel",
     "diagnostics",
     "requires",
 )
+
+_GRACE = 5.0  # seconds in which one request to stop may reach a process twice
 
 
 @attrs.frozen
@@ -56,6 +68,7 @@ def train(
     *,
     resume: bool = False,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> Outcome:
     """Train by a recipe, from the start or from a run's last checkpoint.
 
@@ -66,54 +79,117 @@ def train(
         out: The run's directory; by default `runs/<name>`, or with `resume` the newest such.
         resume: Continue the run in that directory.
         progress: Where to show progress; by default stderr.
+        world: The processes that train together; by default this one alone. All of them call
+            this with the same arguments; the first one writes.
 
     Raises:
         E2EDiffError: Whatever is wrong with the recipe, the data, the directory or the machine;
             once a directory exists its `status.json` has it too.
     """
+    world = world or World()
     recipe = load_recipe(host, recipe_path, overrides)
     check_fits(recipe, recipe_path)
-    device = choose_device(recipe.device)
+    check_shares(recipe, world, recipe_path)
+    device = choose_device(recipe.device, world.local if world.size > 1 else None)
+    check_precision(recipe.precision, device)
     # Data first: nothing is created for a run that cannot start.
-    training = recipe.data.open()
+    training = open_source(recipe.data)
     check_enough(training, recipe.batch)
     # Without a held-out set both are the same images; listing a large folder twice takes minutes.
-    held_out = recipe.data.open(held_out=True) if recipe.data.has_held_out else training
+    held_out = training
+    if recipe.data.has_held_out:
+        held_out = open_source(recipe.data, held_out=True)
     sources = (training, held_out)
-    resolved = dump_recipe(host, recipe)
-    if resume:
-        directory = _find(recipe, out)
-        _refuse_other_recipe(host, recipe, directory, recipe_path)
-        directory.lock()
-    else:
-        with fsspec.open(recipe_path, "r") as file:
-            text = file.read()
-        environment = describe_environment(
-            seeds={"seed": recipe.seed},
-            plugins={p.distribution or p.name: p.version for p in host.plugins},
-            device=str(device),
-        )
-        directory = RunDirectory.create(out, recipe.name, text, resolved, environment)
-    with directory, progress or Progress() as shown, Stop() as stop:
+    world.highest(0)  # nor for one in which another process cannot
+
+    locked: list[RunDirectory] = []
+
+    def begin() -> str:
+        locked.append(_directory(host, recipe, recipe_path, out, device, world, resume=resume))
+        return locked[0].path
+
+    path = world.lead(begin)
+    directory = locked[0] if locked else RunDirectory.open(path, silent=True)
+    progress = progress or Progress(None if world.leads else _Nowhere())
+    with directory, progress as shown, Stop(_GRACE if world.size > 1 else 0.0) as stop:
         engine = None
         try:
-            engine = Engine(host, recipe, directory, device, sources, shown)
+            engine = Engine(host, recipe, directory, device, sources, shown, world)
             if resume:
                 _restore(engine, directory, shown)
             _greet(shown, engine)
             engine.run(stop)
-        except BaseException as error:
+        except BaseException as caught:
+            error = world.judge(_in_words(caught))
             code = error.exit_code if isinstance(error, E2EDiffError) else 1
             code = 130 if isinstance(error, KeyboardInterrupt) else code
-            _set_status(directory, engine, "failed", code, f"{type(error).__name__}: {error}")
-            raise
+            name = "" if isinstance(error, ElsewhereError) else f"{type(error).__name__}: "
+            _set_status(directory, engine, "failed", code, f"{name}{error}")
+            if error is caught:
+                raise
+            raise error from caught
         return _end(directory, engine, stop)
+
+
+def _in_words(error: BaseException) -> BaseException:
+    """What the machine refuses outside of a training step, as the user's error that it is."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return error
+    return ResourceError(
+        f"out of memory: {str(error).partition('. ')[0]}. A look takes probe.images and "
+        "preview.rows x preview.classes images at once; lower these, or use parallel: fsdp2 on "
+        "several GPUs. What was saved is intact"
+    )
+
+
+class _Nowhere(io.StringIO):
+    """Where the progress of all processes but the first goes."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def _directory(
+    host: Host,
+    recipe: Recipe,
+    recipe_path: str,
+    out: str | None,
+    device: torch.device,
+    world: World,
+    *,
+    resume: bool,
+) -> RunDirectory:
+    """The run's directory, locked: an existing one to go on in, or a new one."""
+    if resume:
+        directory = _find(recipe, out)
+        _refuse_other_recipe(host, recipe, directory, recipe_path)
+        directory.lock()
+        return directory
+    with fsspec.open(recipe_path, "r") as file:
+        text = file.read()
+    environment = describe_environment(
+        seeds={"seed": recipe.seed},
+        plugins={p.distribution or p.name: p.version for p in host.plugins},
+        device=str(device),
+    )
+    resolved = dump_recipe(host, recipe)
+    return RunDirectory.create(
+        out, recipe.name, text, resolved, {**environment, "processes": world.size}
+    )
 
 
 def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> None:
     """Continue from the newest whole checkpoint; a run that has none begins again."""
-    if list_checkpoints(directory.store):
-        engine.restore(open_checkpoint(directory.store, warn=progress.say))
+
+    def newest() -> str:
+        if not list_checkpoints(directory.store):
+            return ""
+        return open_checkpoint(directory.store, warn=progress.say).name
+
+    name = engine.world.lead(newest)
+    if name:
+        # `newest` verified it; its files are hashed again as they are read.
+        engine.restore(open_checkpoint(directory.store, name, verify=False))
         progress.say(f"resumed {directory.path} at step {engine.step}")
     else:
         directory.rewind(-1)
@@ -125,11 +201,19 @@ def _greet(progress: Progress, engine: Engine) -> None:
     parameters = sum(p.numel() for p in engine.parts.step.parameters())
     progress.say(
         f"run {engine.directory.path}: {parameters:,} parameters, "
-        f"{engine.recipe.total_steps} steps of {engine.recipe.batch} images on {engine.device}"
+        f"{engine.recipe.total_steps} steps of {engine.recipe.batch} images on {_place(engine)}"
     )
     for topic, choice in engine.parts.choices.items():
         progress.say(f"{topic}: {choice}")
     engine.directory.event("kernels", **engine.parts.choices)
+
+
+def _place(engine: Engine) -> str:
+    """The device, and of several processes their number and how they share the work."""
+    size = engine.world.size
+    if size == 1:
+        return str(engine.device)
+    return f"{size} processes ({engine.recipe.parallel}) on {engine.device.type}"
 
 
 def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
@@ -142,6 +226,9 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
     else:
         state, code, reason = "preempted", 75, "terminated; saved, continue with --resume"
     _set_status(directory, engine, state, code, reason)
+    if count := len(engine.bad_images.listed()):
+        place = directory.store.where(BAD_IMAGES)
+        engine.progress.say(f"skipped {count} damaged or too large images; see {place}")
     return Outcome(directory.path, code, reason)
 
 

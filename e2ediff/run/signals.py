@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 
 class Stop:
-    """Whether the run was asked to stop, and by which signal."""
+    """Whether the run was asked to stop, and by which signal.
 
-    def __init__(self) -> None:
+    Signals within `grace` seconds of the first one are the same request: a launcher hands on to
+    its processes what a batch system has sent them as well.
+    """
+
+    def __init__(self, grace: float = 0.0) -> None:
         self.signal: int | None = None
+        self.grace = grace
+        self._since = 0.0
         self._old: dict[int, object] = {}
 
     @property
@@ -27,10 +34,12 @@ class Stop:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and time.monotonic() - self._since < self.grace:
+            return
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal, self._since = number, time.monotonic()
 
     def __exit__(
         self,

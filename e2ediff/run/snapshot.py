@@ -14,6 +14,7 @@ from e2ediff.run.checkpoint import load_weights
 from e2ediff.run.ema import calibrate
 from e2ediff.run.manifest import Checkpoint, plain
 from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
+from e2ediff.run.parallel import whole
 from e2ediff.run.storage import JSON
 
 
@@ -25,26 +26,26 @@ class Snapshot:
     state: Mapping[str, JSON]
 
 
-def take(parts: Assembly, calibration: Tensor) -> Snapshot:
-    """The weights, averages and optimizers as they are.
+def take(parts: Assembly, calibration: Tensor, *, keep: bool = True) -> Snapshot:
+    """The weights, averages and optimizers as they are, whole where they are split.
 
     The statistics of every set of weights are made those weights' own, from training images
     `calibration` (M, C, H, W).
+    All processes of a run take it together; those that do not `keep` it get no tensors.
     """
     nets, names = parts.nets, _names(parts)
-    files: dict[str, Mapping[str, Tensor]] = {}
-    calibrate(nets.online, calibration)
-    files["online"] = nets.online.state_dict()
+    with parts.parallel.whole():
+        calibrate(nets.online, calibration)
+        for average in parts.averages.values():
+            calibrate(average.net, calibration)
+    held: dict[str, Mapping[str, Tensor]] = {"online": nets.online.state_dict()}
     if len(nets.heads):
-        files["heads"] = nets.heads.state_dict()
-    for name, average in parts.averages.items():
-        calibrate(average.net, calibration)
-        files[name] = average.net.state_dict()
+        held["heads"] = nets.heads.state_dict()
+    held |= {name: average.net.state_dict() for name, average in parts.averages.items()}
     optimizers: dict[str, JSON] = {}
     for phase, optimizer in parts.optimizers.items():
-        tensors, rest = flatten_optimizer(optimizer, names)
-        files[f"optimizer-{phase}"] = tensors
-        optimizers[phase] = rest
+        held[f"optimizer-{phase}"], optimizers[phase] = flatten_optimizer(optimizer, names)
+    files = {file: _gathered(tensors, keep=keep) for file, tensors in held.items()}
     state: dict[str, JSON] = {
         "averages": {n: a.updates for n, a in parts.averages.items()},
         "optimizers": optimizers,
@@ -61,6 +62,16 @@ def _contract(net: Backbone, images: Tensor) -> dict[str, JSON]:
     free = net.latent.norm == "none"  # nothing but a measurement knows the scale then
     scale = float(net.encode(images[:256]).std()) if free else 1.0
     return {key: plain(value, key) for key, value in net.contract(scale).as_json().items()}
+
+
+def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors; what had to be gathered waits in the CPU's memory, one after another."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if keep:
+            found[name] = full if full is tensor else full.cpu()
+    return found
 
 
 def put_back(parts: Assembly, checkpoint: Checkpoint, device: torch.device) -> None:

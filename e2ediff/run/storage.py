@@ -13,9 +13,10 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -121,6 +122,41 @@ class Store:
                 full = self._full(path)
                 self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
                 self._fs.pipe_file(full, data)
+
+    @contextlib.contextmanager
+    def writing(self, path: str, needed: int = 0) -> Iterator[IO[bytes]]:
+        """A file to fill piece by piece; it replaces `path` when the block ends without error.
+
+        For other stores it is collected in the local directory for temporary files.
+        `needed` is how many bytes it will have, for the message of a full disk.
+
+        Raises:
+            ResourceError: no space, no permission, or the remote store refused.
+        """
+        full = self._full(path)
+        with self._refusals(path, needed):
+            if not self.local:
+                with tempfile.NamedTemporaryFile(prefix="e2ediff-") as scratch:
+                    yield scratch
+                    scratch.flush()
+                    with _as_oserror():
+                        self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+                        self._fs.put_file(scratch.name, full)
+                return
+            folder, name = os.path.split(full)
+            _make_dirs(folder)
+            temporary = os.path.join(folder, f".tmp-{name}-{secrets.token_hex(4)}")
+            try:
+                with open(temporary, "xb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, full)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            _sync_dir(folder)
 
     def append(self, path: str, line: str) -> None:
         """Add one line (its newline is added here); not fsynced, but handed to the system.

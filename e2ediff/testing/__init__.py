@@ -14,6 +14,7 @@ from e2ediff.testing.sampling import check_guidance, check_sampler
 from e2ediff.testing.surroundings import (
     check_diagnostic,
     check_features,
+    check_metric,
     check_optimizer,
     check_source,
     check_tracker,
@@ -36,6 +37,7 @@ __all__ = [
     "check_features",
     "check_guidance",
     "check_interpolant",
+    "check_metric",
     "check_objective",
     "check_optimizer",
     "check_regularizer",

@@ -14,6 +14,7 @@ from e2ediff.testing.sampling import check_guidance, check_sampler
 from e2ediff.testing.surroundings import (
     check_diagnostic,
     check_features,
+    check_metric,
     check_optimizer,
     check_source,
     check_tracker,
@@ -25,7 +26,7 @@ class Kind:
     """A kind of part.
 
     `plural` is its registry, `key` the recipe's key that holds it, as one part or, if `many`, in
-    a list.
+    a list; `block` is the assignment, where it takes more than that key.
     `check` tries the contract on a part and the recipe around it.
     `trained` says that it takes part in a training step, whose gradients it can spoil.
     """
@@ -35,9 +36,12 @@ class Kind:
     check: Callable[[Any, Recipe], None]
     many: bool = False
     trained: bool = False
+    block: str = ""
 
     def assignment(self, name: str) -> str:
         """What `--set` would take to put this part into a recipe."""
+        if self.block:
+            return self.block.replace("NAME", name)
         return f"{self.key}=[{name}]" if self.many else f"{self.key}={name}"
 
     def value(self, recipe: Recipe) -> Any:
@@ -79,6 +83,13 @@ KINDS: tuple[Kind, ...] = (
         "objective.reconstruction.perceptual",
         _alone(check_features),
         trained=True,
+    ),
+    Kind(
+        "metrics",
+        "scores.metrics",
+        _alone(check_metric),
+        many=True,
+        block="scores={every: 16, images: 16, features: random_projection, metrics: [NAME]}",
     ),
 )
 """To add a kind, add its registry to `e2ediff.host.registry.KINDS`, a row here, and a template."""

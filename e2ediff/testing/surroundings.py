@@ -1,4 +1,4 @@
-"""Checks of what surrounds the networks: data, optimizers, diagnostics."""
+"""Checks of what surrounds the networks: data, optimizers, diagnostics, scores."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from e2ediff.data import SourceConfig
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.features import FeatureConfig
+from e2ediff.metric import Estimate, FeatureSet, Metric, moments_of
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.parts.interpolants import Linear
 from e2ediff.testing.claims import own_randomness
@@ -73,10 +74,21 @@ def check_diagnostic(d: Diagnostic) -> None:
     batch, names = make_batch(size=8), []
     for scale in (1.0, 0.0):
         z = torch.randn(8, 4, 6, generator=g) * scale
-        guess = {0.5: z / 2, 0.9: z * 0.9}
-        pulls = {"reconstruction": z * 0.1, "denoising": torch.zeros_like(z)}
+        # As in a run, only what it asks for is there, and that of the first images.
+        there = {
+            "x_hat": batch.x[:6] * 0.9,
+            "denoised": {0.5: z[:6] / 2, 0.9: z[:6] * 0.9},
+            "z_online": z[:6] + 0,
+            "gradients": {"reconstruction": z[:4] * 0.1, "denoising": torch.zeros_like(z[:4])},
+        }
         probe = Probe(
-            batch.x, batch.label, batch.x * 0.9, z, z * 2, z + 0, guess, "x0", Linear(), pulls
+            batch.x,
+            batch.label,
+            z,
+            z * 2,
+            "x0",
+            Linear(),
+            **{k: v for k, v in there.items() if k in d.asks},  # type: ignore[arg-type]
         )
         kept = copy.deepcopy(probe)
         with own_randomness(d):
@@ -90,7 +102,8 @@ def check_diagnostic(d: Diagnostic) -> None:
             fine = type(value) is float and math.isfinite(value)
             assert fine, f"{name}: {key!r} is {value!r} for latents of std {scale}; finite floats"
         pairs = [(getattr(probe, k), getattr(kept, k)) for k in ("x", "x_hat", "z", "raw")]
-        assert all(torch.equal(a, b) for a, b in pairs), f"{name}: the probe was written to"
+        same = all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
+        assert same, f"{name}: the probe was written to"
         names.append(set(figures))
     assert names[0] == names[1], f"{name}: names of figures depend on the latents"
 
@@ -131,3 +144,33 @@ def check_features(config: FeatureConfig) -> None:
         (grad,) = torch.autograd.grad(loss, x)
         assert grad.isfinite().all(), f"{name}: the gradient at the images is not finite"
         assert grad.any(), f"{name}: no gradient reaches the images; detach less"
+
+
+def check_metric(m: Metric) -> None:
+    """Finite, repeatable figures, those of a set against itself and against another."""
+    name, g = type(m).__name__, torch.Generator().manual_seed(10)
+    count = max(64, m.least())
+    taps = {*m.moments, *m.rows}
+    assert taps, f"{name}: say in `moments` or `rows` which taps it reads"
+
+    def features(shift: float) -> FeatureSet:
+        rows = {tap: torch.randn(count, 8, generator=g) + shift for tap in sorted(taps)}
+        return FeatureSet(
+            count,
+            {tap: moments_of(rows[tap]) for tap in m.moments},
+            {tap: rows[tap] for tap in m.rows},
+        )
+
+    made, real = features(0.5), features(0.0)
+    kept = copy.deepcopy(made)
+    for against in (made, real):
+        with own_randomness(m):
+            found, again = m.measure(made, against), m.measure(made, against)
+        assert found, f"{name}: measure() gave no figure"
+        for key, figure in found.items():
+            fine = isinstance(figure, Estimate) and math.isfinite(figure.value)
+            assert fine, f"{name}: {key!r} is {figure!r}; give an Estimate with a finite value"
+            same = figure.value == again[key].value
+            assert same, f"{name}: {key!r} is not repeatable; seed what is drawn"
+    wrote = [tap for tap in m.rows if not torch.equal(made.rows[tap], kept.rows[tap])]
+    assert not wrote, f"{name}: the features of {wrote[0]} were written to"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import re
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from e2ediff import hookimpl
-from e2ediff.backbone import Backbone
 from e2ediff.data import Batch
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, parse_recipe
@@ -173,7 +171,7 @@ def latent_contract(trial: Trial) -> None:
         "statistics in `latent_norm`, as buffers"
     )
     images = fixed_images(trial.recipe.data.open(), 4, 0, "trial", torch.device("cpu"))
-    latents = model.encode(images.x)
+    latents = model.latents(images.x)
     size = (4, fresh.tokens, fresh.dim)
     assert latents.z.shape == size, f"latents are {tuple(latents.z.shape)}, the contract {size}"
     assert model.decode(latents).isfinite().all(), "decoded latents are not finite"
@@ -191,19 +189,11 @@ def compiled(trial: Trial) -> None:
     plain = gradients(trial.recipe, assemble(trial.recipe, torch.device("cpu")))
     parts = assemble(trial.recipe, torch.device("cpu"))
     try:
-        for module in [*blocks_of(parts.nets.online), *parts.nets.heads.values()]:
+        for module in [*parts.nets.online.blocks(), *parts.nets.heads.values()]:
             module.compile(backend="aot_eager")  # traces as on a GPU, without a C++ compiler
         compare(plain, gradients(trial.recipe, parts), "torch.compile")
     finally:
         torch._dynamo.reset()
-
-
-def blocks_of(net: Backbone) -> list[nn.Module]:
-    """The repeated parts of a network, by its `blocks` method or else in its module lists."""
-    named = getattr(net, "blocks", None)
-    if inspect.ismethod(named):
-        return list(named())
-    return [m for held in net.modules() if isinstance(held, nn.ModuleList) for m in held]
 
 
 def gradients(recipe: Recipe, parts: Assembly, shards: int = 2) -> dict[str, Tensor]:

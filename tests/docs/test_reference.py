@@ -80,6 +80,23 @@ def test_the_objective_in_the_readme_works_as_printed():
     check_objective(names["VarianceFloor"]())
 
 
+def test_every_convention_is_documented_with_its_rules():
+    from e2ediff.evaluate.conventions import CONVENTIONS
+
+    text = (ROOT / "docs/explanation/scores.md").read_text(encoding="utf-8")
+    row = r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \| (\w+)[^|]* \| ([\d,]+) \|"
+    rows = {name: cells for name, *cells in re.findall(row, text, re.MULTILINE)}
+    words = {"nearest": "nearest", "half_up": "floor", "down": "down"}
+    resizes = {"network": "network's", "pil_bicubic": "Pillow"}
+    assert set(rows) == set(CONVENTIONS)
+    for name, one in CONVENTIONS.items():
+        rounding, resize, labels, count = rows[name]
+        assert rounding.startswith(words[one.rounding]), name
+        assert resize.startswith(resizes[one.resize]), name
+        assert (labels, int(count.replace(",", ""))) == (one.labels, one.count), name
+        assert one.sources, name
+
+
 def test_every_part_says_in_its_first_line_what_it_is():
     for registry in load(entry_points=False).registries.values():
         for part in registry:

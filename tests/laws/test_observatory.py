@@ -33,7 +33,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def probe_of(z: torch.Tensor, **changes: object) -> Probe:
     x = torch.zeros(len(z), 1, 4, 4)
     label = torch.zeros(len(z), dtype=torch.long)
-    return attrs.evolve(Probe(x, label, x, z, z, None, {}, "x0", Linear()), **changes)
+    return attrs.evolve(Probe(x, label, z, z, "x0", Linear()), **changes)
 
 
 # Spectrum

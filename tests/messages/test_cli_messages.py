@@ -118,7 +118,10 @@ def test_help_answers_at_once_without_torch() -> None:
         ["run"],
         ["sample"],
         ["reconstruct"],
+        ["interpolate"],
         ["check"],
+        ["data"],
+        ["data", "prepare"],
         ["parts"],
         ["plugins"],
         ["ablate"],
@@ -150,7 +153,8 @@ def test_an_unknown_command_suggests_the_one_that_was_meant() -> None:
     assert done.code == 2
     assert done.err.splitlines()[-1] == (
         "Error: unknown command 'sampel'. Did you mean 'sample'? "
-        "Known: ablate, check, compare, parts, plugins, reconstruct, report, run, sample."
+        "Known: ablate, check, compare, data, interpolate, parts, plugins, reconstruct, report, "
+        "run, sample."
     )
 
 
@@ -300,7 +304,8 @@ def test_a_damaged_image_is_named(folder: Path, workers: int) -> None:
     given = ("data.held_out=good", "probe.calibration=1", "steps=10", f"data.workers={workers}")
     words = [word for one in given for word in ("--set", one)]
     assert refused(5, "run", "folder.yaml", *words, "--out", "x") == [
-        "images/cat/3.jpg: damaged image (Truncated File Read); remove or replace it"
+        "images/cat/3.jpg: damaged image (Truncated File Read); remove or replace it, or set "
+        "`data.on_bad_image: skip`"
     ]
     assert status("x")["exit_code"] == 5
     assert status("x")["state"] == "failed"
@@ -312,7 +317,8 @@ def test_a_zip_that_does_not_serve_is_said(folder: Path) -> None:
     given = ("run", "folder.yaml", "--set", zipped(folder), "--set")
     (line,) = refused(5, *given, "probe={images: 20, calibration: 20}")
     assert line == (
-        "images.zip!images/dog/7.jpg: damaged image (Truncated File Read); remove or replace it"
+        "images.zip!images/dog/7.jpg: damaged image (Truncated File Read); remove or replace it, "
+        "or set `data.on_bad_image: skip`"
     )
     assert refused(5, *given, "data.path=none.zip") == ["data.path: no file none.zip"]
     assert refused(5, *given, "data.path=tiny.yaml") == [
@@ -397,7 +403,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_it(run: s
     done = e2ediff("sample", run, "--count", 1, "--label", 0)
     assert (done.code, done.out) == (0, "runs/tiny/samples/seed-0\n")
     assert done.err.splitlines()[0] == f"skipped {DAMAGED}"
-    assert Path("runs/tiny/samples/seed-0/000000.png").exists()
+    assert Path("runs/tiny/samples/seed-0/images/000000.png").exists()
 
 
 def test_a_damaged_checkpoint_asked_for_by_name_is_refused_with_one_that_serves(run: str) -> None:

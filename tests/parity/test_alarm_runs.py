@@ -18,15 +18,17 @@ import torch
 from command_line import e2ediff
 
 from e2ediff import hookimpl
-from e2ediff.data import Batch
+from e2ediff.data import Batch, ImageSpec
 from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import CheckpointError, CollapseError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.run.assembly import assemble
 from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
+from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
-from e2ediff.run.probing import Observer
+from e2ediff.run.ema import at_rest, own_latents
+from e2ediff.run.probing import Observer, chosen_diagnostics
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
 from e2ediff.run.storage import Store
@@ -224,7 +226,7 @@ def test_a_return_to_a_checkpoint_that_is_gone_is_an_error_that_names_it(trapped
 def test_looking_at_every_step_moves_no_weight(tiny_recipe, tmp_path) -> None:
     """All diagnostics, with gradients of every term, against none."""
     host, prints = load(), []
-    often = ["cadence={log: 1, diagnose: 1, preview: 1000, checkpoint: 1000}"]
+    often = ["cadence={log: 1, diagnose: 1, survey: 1, preview: 1000, checkpoint: 1000}"]
     never = ["cadence={log: 1, diagnose: 1000, preview: 1000, checkpoint: 1000}", "diagnostics=[]"]
     for name, changes in (("often", often), ("never", never)):
         shared = ["microshards=2", "backbone.latent_norm=batch"]
@@ -235,6 +237,51 @@ def test_looking_at_every_step_moves_no_weight(tiny_recipe, tmp_path) -> None:
         prints[-1].pop("state")
     assert len(prints[0]) > 50
     assert prints[0] == prints[1]
+
+
+def test_surveys_come_at_their_cadence_and_at_both_ends(tiny_recipe, tmp_path) -> None:
+    changes = ["steps=7", "cadence={log: 1, diagnose: 2, survey: 3, preview: 99, checkpoint: 99}"]
+    out = tmp_path / "run"
+    train(load(), tiny_recipe, changes, str(out), progress=Progress(io.StringIO()))
+    lines = RunDirectory.open(str(out)).read_metrics()
+    assert [m["step"] for m in lines if "rank" in m] == [0, 2, 3, 4, 6, 7]
+    for figure in ("psnr", "knn", "rank_gap@0.5", "encoder_grad/denoising"):
+        assert [m["step"] for m in lines if figure in m] == [0, 3, 6, 7]
+
+
+def test_between_surveys_one_small_encoding_is_all_that_a_diagnosis_costs(host, tiny_recipe):
+    recipe = load_recipe(host, tiny_recipe, ["probe={images: 16, glance: 6, times: [0.5]}"])
+    parts = assemble(recipe, torch.device("cpu"))
+    data = recipe.data.open()
+    chosen = chosen_diagnostics(host, recipe)
+    observer = Observer.open(recipe, chosen, data, data, torch.device("cpu"))
+    passed: list[tuple[str, int]] = []
+    for net in (parts.nets.target, parts.nets.online):
+        net.outputs = _counting(net.outputs, passed)
+    observer.measure(parts.step, recipe.objective.phases, survey=False)
+    assert passed == [("Encode", 6)]
+    passed.clear()
+    observer.measure(parts.step, recipe.objective.phases, survey=True)
+    assert passed[:3] == [("Encode", 16), ("Decode", 6), ("Denoise", 6)]
+
+
+def _counting(outputs, passed):
+    def counted(*passes):
+        passed.extend((type(p).__name__, len(attrs.astuple(p, recurse=False)[0])) for p in passes)
+        return outputs(*passes)
+
+    return counted
+
+
+def test_the_norm_of_a_probe_has_the_statistics_of_its_own_images(host, tiny_recipe) -> None:
+    net = load_recipe(host, tiny_recipe).backbone.build(ImageSpec(3, 16, 16, 4))
+    x = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with at_rest(net):
+        z, raw = own_latents(net, x)
+    assert z.mean(dim=(0, 1)).abs().max() < 1e-5
+    assert torch.allclose(z.var(dim=(0, 1), correction=0), torch.ones(6), atol=2e-2)
+    assert torch.allclose(net.latent_norm.mean, raw.mean(dim=(0, 1)), atol=1e-6)
+    assert net.training
 
 
 def test_gradients_of_the_probe_are_those_of_a_step_and_leave_no_trace(host, tiny_recipe) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from e2ediff.parts.attention import choose_attention, sdpa
+from e2ediff.errors import ResourceError
+from e2ediff.parts.attention import candidates, check_agreement, choose_attention, sdpa
 from e2ediff.parts.vit import ViTConfig
 from e2ediff.testing import make_nets
 
@@ -41,9 +44,86 @@ def test_on_a_cpu_sdpa_is_chosen_with_a_reason_of_one_line() -> None:
 
 
 def test_asking_a_cpu_for_xformers_is_refused_in_one_line() -> None:
-    with pytest.raises(RuntimeError, match="'xformers' does not run on cpu") as caught:
+    with pytest.raises(ResourceError, match=r"on cpu in float32 .* 'xformers' does") as caught:
         choose_attention("xformers", CPU, torch.float32, 32)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("Set backbone.attention: auto")
+
+
+def chosen_from(timer=None, **attends):
+    """The choice of `auto` among these functions, on the CPU."""
+    known = {name: lambda attend=attend: attend for name, attend in attends.items()}
+    return choose_attention("auto", CPU, torch.float32, 8, tokens=16, known=known, timer=timer)
+
+
+def raises(*inputs):
+    raise NotImplementedError("no kernel for this\nand a page of reasons")
+
+
+def scaled(q, k, v):
+    return 1.01 * sdpa(q, k, v)
+
+
+class Blind(torch.autograd.Function):
+    """The right answer with a wrong gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        return sdpa(q, k, v)
+
+    @staticmethod
+    def backward(ctx, pull):
+        return pull, pull, pull
+
+
+def test_auto_takes_the_fastest_of_those_that_run_and_agree() -> None:
+    """`wrong` would be the fastest; the clock is the test's, for machines that stall."""
+    seconds = iter([0.003, 0.002])
+
+    def also(q, k, v):
+        return sdpa(q, k, v)
+
+    made = chosen_from(
+        lambda work, device: (work(), next(seconds))[1],
+        slow=sdpa,
+        wrong=scaled,
+        quick=also,
+        broken=raises,
+        blind=Blind.apply,
+    )
+    assert (made.name, made.attend) == ("quick", also)
+    assert made.milliseconds == {"slow": 3.0, "quick": 2.0}
+    assert made.refused.keys() == {"wrong", "broken", "blind"}
+    assert made.record() == {
+        "attention": "quick (the fastest of 2 that agree with the formula)",
+        "attention times": "quick 2.000 ms, slow 3.000 ms",
+        "attention refused": "; ".join(f"{k}: {v}" for k, v in made.refused.items()),
+    }
+    assert made.refused["broken"] == "no kernel for this"
+    assert made.refused["wrong"].startswith("its answer differs from the formula by 0.0")
+    assert made.refused["blind"].startswith("its gradient differs from the formula by ")
+
+
+def test_auto_measures_with_a_clock_of_its_own() -> None:
+    def slow(q, k, v):
+        time.sleep(0.005)
+        return sdpa(q, k, v)
+
+    made = chosen_from(slow=slow, quick=sdpa)
+    assert made.name == "quick"
+    assert made.milliseconds["slow"] > 5
+
+
+def test_a_kernel_asked_for_by_name_is_refused_where_it_disagrees() -> None:
+    with pytest.raises(ResourceError, match="its answer differs from the formula by"):
+        choose_attention("sdpa", CPU, torch.float32, 8, known={"sdpa": lambda: scaled})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torchs_own_kernel_is_held_against_the_formula_in_every_precision(dtype) -> None:
+    check_agreement(sdpa, CPU, dtype, 32)
+    with pytest.raises(ValueError, match="differs from the formula"):
+        check_agreement(lambda q, k, v: sdpa(q, v, k), CPU, dtype, 32)
 
 
 def test_the_choice_is_made_once_and_recorded() -> None:
@@ -54,11 +134,12 @@ def test_the_choice_is_made_once_and_recorded() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("kernel", [pytest.param("xformers", marks=gpu)])
-def test_xformers_equals_sdpa(kernel, head_dim, dtype) -> None:
-    chosen = choose_attention("auto", torch.device("cuda"), dtype, head_dim)
-    if chosen.name != kernel:
-        pytest.skip(chosen.reason)
+@pytest.mark.parametrize("kernel", [pytest.param(name, marks=gpu) for name in candidates()])
+def test_a_kernel_equals_sdpa(kernel, head_dim, dtype) -> None:
+    try:
+        chosen = choose_attention(kernel, torch.device("cuda"), dtype, head_dim)
+    except ResourceError as refused:
+        pytest.skip(str(refused))
     inputs = queries(head_dim, dtype, "cuda")
     ours, theirs = chosen.attend(*inputs), sdpa(*inputs)
     # averages of unit normals, rounded to 2^-8 in bfloat16; TF32 products in float32

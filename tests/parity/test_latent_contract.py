@@ -66,14 +66,14 @@ def test_the_scale_of_latents_without_a_norm_is_measured(runs) -> None:
     loaded = model(runs["none"])
     source = loaded.recipe.data.open()
     x = source.read(range(len(source)))[0].float() / 127.5 - 1
-    std = float(loaded.encode(x).z.std())
+    std = float(loaded.encode(x).std())
     assert loaded.contract.scale == pytest.approx(std, rel=0.2)  # 16 images against 60
     assert loaded.contract.scale != 1.0
 
 
 def test_latents_pass_through_their_own_model_as_through_its_networks(runs) -> None:
     one = model(runs["batch"])
-    latents = one.encode(X)
+    latents = one.latents(X)
     assert torch.equal(one.decode(latents), one.reconstruct(X))
     labels = torch.arange(4)
     clean = one.denoise(latents, 0.9, labels)
@@ -90,7 +90,7 @@ def test_latents_of_another_run_are_refused_with_both_contracts(runs, theirs, fi
         "denoise": lambda latents: mine.denoise(latents, 0.5, torch.arange(4)),
     }[use]
     with pytest.raises(LatentError) as caught:
-        call(other.encode(X))
+        call(other.latents(X))
     said = str(caught.value)
     assert f"differ in {field}" in said
     assert str(mine.contract) in said

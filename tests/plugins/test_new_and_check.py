@@ -56,11 +56,12 @@ def only(monkeypatch, *checks):
 
 
 def test_every_kind_of_part_has_a_row_and_a_template() -> None:
-    assert [row.plural for row in KINDS] == [plural for plural, _, _ in REGISTRIES]
+    assert sorted(row.plural for row in KINDS) == sorted(plural for plural, _, _ in REGISTRIES)
     for row in KINDS:
         kind = row.plural if row.plural == "guidance" else row.plural.removesuffix("s")
         assert kind in template_kinds()
-        assert assignment(kind, "x") == row.assignment("x")
+        if not row.block:
+            assert assignment(kind, "x") == row.assignment("x")
     assert len(template_kinds()) == len(KINDS)
 
 

@@ -350,6 +350,11 @@ def test_damaged_text_is_read_or_refused_with_a_line(data):
     assert all(p.line.startswith("r.yaml:") for p in found)
 
 
+def test_a_length_without_its_value_leaves_the_other_length_alone():
+    for word in ("images", "steps"):
+        assert [p.line for p in complaints(TEXT, word)] == ["--set 1"]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=20), st.text(max_size=10))
 def test_any_override_is_applied_or_refused_with_its_number(path, value):

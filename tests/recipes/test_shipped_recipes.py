@@ -154,7 +154,7 @@ def test_the_quickstart_samples_what_it_is_asked_for(quickstart: Path, tmp_path:
         done = e2ediff(*words, "--seed", seed, "--out", tmp_path / out)
         assert done.code == 0, done.err
     a, b, c = (
-        [(tmp_path / out / f"00000{i}.png").read_bytes() for i in range(4)] for out in "abc"
+        [(tmp_path / out / f"images/00000{i}.png").read_bytes() for i in range(4)] for out in "abc"
     )
     assert a == b
     assert all(x != y for x, y in zip(a, c, strict=True))

@@ -1,0 +1,182 @@
+"""`e2ediff data prepare`, `data check` and `data stats`."""
+
+from __future__ import annotations
+
+import click
+
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`."
+)
+_WORKERS = click.option(
+    "--workers", type=click.IntRange(0), default=1024, help="Processes. Default: one a core."
+)
+
+
+@click.group("data")
+def command() -> None:
+    """Prepare, check and describe images.
+
+    The data are named by a recipe, by a YAML file of a data block, or by their path or URL: a
+    folder, a zip, tars, Parquet files, arrays, or prepared shards.
+    """
+
+
+@command.command("prepare")
+@click.argument("src")
+@click.argument("dst")
+@click.option("--size", type=click.IntRange(1), required=True, help="Pixels of the crop.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["png", "jpeg", "raw"]),
+    default="png",
+    show_default=True,
+    help="png and raw keep every pixel, jpeg is the smallest and raw the largest.",
+)
+@click.option("--quality", type=click.IntRange(1, 100), default=95, help="Of JPEG. Default: 95.")
+@click.option("--each", type=click.IntRange(1), default=1024, help="Images a shard.")
+@click.option("--held-out", is_flag=True, help="The held-out images instead of the training ones.")
+@_WORKERS
+@_SET
+def prepare_command(
+    src: str,
+    dst: str,
+    size: int,
+    format_: str,
+    quality: int,
+    each: int,
+    held_out: bool,
+    workers: int,
+    overrides: tuple[str, ...],
+) -> None:
+    """Crop all images of SRC once, into indexed shards with hashes in DST.
+
+    SRC is a recipe, a YAML file of a data block, or the data's path or URL.
+    The crop is ADM's, the one that training applies.
+    After an interruption the same command makes what is missing.
+    Prints DST; `data={name: shards, path: DST, ...}` reads it.
+    """
+    from typing import cast
+
+    from e2ediff.data import SourceConfig
+    from e2ediff.host.plugins import load
+    from e2ediff.host.structure import unstructure
+    from e2ediff.prepare.address import source_config
+    from e2ediff.prepare.write import Format, Settings, prepare
+    from e2ediff.run.progress import Progress
+
+    host = load()
+    config = source_config(host, src, overrides, size)
+    source, image = config.open(held_out=held_out), config.image
+    block = unstructure(host, config, SourceConfig)
+    assert isinstance(block, dict)
+    block = {key: value for key, value in block.items() if key != "workers"}
+    settings = Settings(
+        source=f"{block}{' held out' if held_out else ''}",
+        images=len(source),
+        size=size,
+        channels=image.channels,
+        classes=image.classes,
+        format=cast(Format, format_),
+        quality=quality,
+        each=each,
+        skip=config.on_bad_image == "skip",
+    )
+    with Progress() as progress:
+        done = prepare(source, settings, dst, workers=workers, progress=progress.update)
+        for place, what in done.left_out:
+            progress.say(f"left out {place}: {what}")
+    kept = f", {done.kept} of them made before" if done.kept else ""
+    click.echo(
+        f"{done.images:,} images in {done.shards} shards{kept}; {len(done.left_out)} left out\n"
+        f"read them with: --set 'data={{name: shards, path: {dst}, size: {size}, classes: "
+        f"{image.classes}, channels: {image.channels}}}'",
+        err=True,
+    )
+    click.echo(dst)
+
+
+@command.command("check")
+@click.argument("address", metavar="RECIPE|PATH")
+@click.option("--quick", is_flag=True, help="Read headers, decode no pixels.")
+@_WORKERS
+@_SET
+def check_command(address: str, quick: bool, workers: int, overrides: tuple[str, ...]) -> None:
+    """Read every image, held-out ones too, and print those that cannot be used.
+
+    Prints one line `path: fault` for each; exits with 5 if there are any.
+    The hashes of prepared shards are compared too.
+    """
+    from e2ediff.errors import DataError
+    from e2ediff.host.plugins import load
+    from e2ediff.prepare.address import source_config
+    from e2ediff.prepare.examine import compare_hashes, examine
+    from e2ediff.run.progress import Progress
+
+    config = source_config(load(), address, overrides)
+    sources = [config.open()]
+    if not quick:
+        compare_hashes(config)
+    if config.has_held_out:
+        sources.append(config.open(held_out=True))
+    bad: list[tuple[str, str]] = []
+    with Progress() as progress:
+        for source in sources:
+            seen = examine(
+                source,
+                range(len(source)),
+                quick=quick,
+                workers=workers,
+                progress=progress.update,
+            )
+            bad += seen.bad
+    for place, what in bad:
+        click.echo(f"{place}: {what}")
+    count = sum(map(len, sources))
+    if bad:
+        raise DataError(
+            f"{address}: {len(bad)} of {count:,} images cannot be used; remove or replace them, "
+            "or set `data.on_bad_image: skip`"
+        )
+    done = "have sound headers" if quick else "can be read"
+    click.echo(f"{address}: all {count:,} images {done}", err=True)
+
+
+@command.command("stats")
+@click.argument("address", metavar="RECIPE|PATH")
+@click.option(
+    "--images", type=click.IntRange(1), default=2000, show_default=True, help="To look at."
+)
+@_WORKERS
+@_SET
+def stats_command(address: str, images: int, workers: int, overrides: tuple[str, ...]) -> None:
+    """Count classes, measure sizes and channels, and propose a data block.
+
+    Classes are counted over all images; sizes, means and standard deviations are those of a
+    fixed random choice of them.
+    """
+    import torch
+
+    from e2ediff.host.plugins import load
+    from e2ediff.prepare.address import source_config
+    from e2ediff.prepare.examine import examine
+    from e2ediff.prepare.figures import lines, proposal
+    from e2ediff.run.progress import Progress
+
+    host = load()
+    config = source_config(host, address, overrides)
+    source = config.open()
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    with Progress() as progress:
+        seen = examine(
+            source,
+            sorted(order[:images].tolist()),
+            quick=False,
+            workers=workers,
+            progress=progress.update,
+        )
+    for line in lines(source, config, seen):
+        click.echo(line)
+    for place, what in seen.bad:
+        click.echo(f"            {place}: {what}")
+    click.echo("\n# proposed\n" + proposal(host, source, config, seen), nl=False)

@@ -1,0 +1,192 @@
+"""`e2ediff eval`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import click
+
+if TYPE_CHECKING:
+    from e2ediff.evaluate.evaluate import Request
+    from e2ediff.evaluate.passport import Card
+    from e2ediff.evaluate.reconstruction import Perceptual
+    from e2ediff.features import FeatureConfig
+    from e2ediff.host.plugins import Host
+    from e2ediff.metric import Metric
+
+
+@click.command("eval")
+@click.argument("target", metavar="RUN|FOLDER|NPZ")
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    metavar="[CONVENTION=]PLACE",
+    help="An npz, a folder of images, a data source as '{name: ...}'; for a RUN also `data` "
+    "(its training images, the default) or `held-out`.",
+)
+@click.option(
+    "--metrics",
+    metavar="LIST",
+    help="Names or blocks, as in [fid, {name: kid, subsets: 10}], and for a RUN "
+    "reconstruction, latents, memorisation. Default: every metric that the network allows.",
+)
+@click.option(
+    "--features",
+    metavar="NAME|BLOCK",
+    help="Feature network. Default: inception2015 with --weights-file, else efficientnet_lite0.",
+)
+@click.option("--weights-file", metavar="PATH|URL", help="Weights of the feature network.")
+@click.option("--sha256", metavar="HASH", help="Hash that --weights-file must have.")
+@click.option(
+    "--convention",
+    "conventions",
+    multiple=True,
+    help="A paper's or tool's rules; may be repeated. Default: e2ediff.",
+)
+@click.option("--count", type=click.IntRange(2), help="Images. Default: the convention's, or all.")
+@click.option("--labels", type=click.Choice(["balanced", "uniform"]), help="Law of the labels.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--weights", help="online, target, or an average's name. Default: for sampling.")
+@click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
+@click.option("--bootstrap", type=click.IntRange(2), help="Resampled sets for FID's error.")
+@click.option("--lpips", metavar="PATH|URL", help="VGG16 weights (torchvision) for LPIPS.")
+@click.option("--lpips-heads", metavar="PATH|URL", help="LPIPS's linear weights for VGG16.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--cache", metavar="DIR", help="Features of references. Default: $E2EDIFF_CACHE.")
+@click.option("--out", metavar="DIR", help="Default: RUN/scores, or TARGET.scores.")
+def command(target: str, out: str | None, **given: object) -> None:
+    """Score a RUN's samples, or the images of a FOLDER or NPZ, against a reference.
+
+    Prints each score with its standard error where there is one, and writes one JSON file a
+    convention, with everything that decided the scores. A Fréchet distance is called FID only in
+    the published Inception features; without their weights it is named after its network.
+    """
+    from e2ediff.evaluate.evaluate import evaluate
+    from e2ediff.evaluate.passport import write_card
+    from e2ediff.evaluate.subject import is_run
+    from e2ediff.host.plugins import load
+    from e2ediff.run.progress import Progress
+
+    host = load()
+    with Progress() as progress:
+        request = _request(host, target, given)
+        cards = evaluate(host, request, progress.update)
+    plain = target.rstrip("/")
+    folder = out or (f"{plain}/scores" if is_run(target) else f"{plain}.scores")
+    for card in cards:
+        _show(card)
+        click.echo(write_card(folder, card))
+
+
+def _show(card: Card) -> None:
+    protocol = card.passport.protocol
+    click.echo(f"{protocol['convention']}: {protocol['images']} images, {protocol['network']}")
+    width = max(map(len, card.scores), default=0)
+    for name, score in card.scores.items():
+        error = "" if score.error is None else f" +- {score.error:.2g}"
+        click.echo(f"  {name:<{width}}  {score.value:.6g}{error}")
+        for warning in score.warnings:
+            click.echo(f"warning: {name}: {warning}", err=True)
+    departs = card.notes["departs"]
+    assert isinstance(departs, list)
+    for text in departs:
+        click.echo(f"note: not the convention {protocol['convention']}: {text}", err=True)
+
+
+def _request(host: Host, target: str, given: dict[str, object]) -> Request:
+    """What the options ask for."""
+    from e2ediff.evaluate.conventions import CONVENTIONS, convention
+    from e2ediff.evaluate.evaluate import SECTIONS, Request, default_metrics
+    from e2ediff.evaluate.reference import default_cache
+    from e2ediff.parts.metrics import FID
+
+    names = given.pop("conventions") or ("e2ediff",)
+    chosen = [convention(name) for name in names]  # type: ignore[attr-defined]
+    references = {}
+    for text in given.pop("references"):  # type: ignore[attr-defined]
+        name, equals, place = text.partition("=")
+        named = bool(equals) and name in CONVENTIONS
+        references[name if named else ""] = place if named else text
+    network = _features(host, given).build()
+    text = given.pop("metrics")
+    sections, metrics = _metrics(host, str(text), SECTIONS) if text else ((), [])
+    if not metrics and set(sections) <= {"reconstruction"}:
+        # Reconstructions are compared by metrics, too.
+        metrics = default_metrics(host, network)
+    bootstrap = given.pop("bootstrap")
+    if bootstrap:
+        metrics = [FID(bootstrap=bootstrap) if isinstance(m, FID) else m for m in metrics]  # type: ignore[arg-type]
+    perceptual = _perceptual(given.pop("lpips"), given.pop("lpips_heads"))
+    given["cache"] = given["cache"] or default_cache()
+    return Request(
+        target=target,
+        network=network,
+        metrics=metrics,
+        conventions=chosen,
+        sections=sections,
+        references=references,
+        perceptual=perceptual,
+        **given,  # type: ignore[arg-type]
+    )
+
+
+def _features(host: Host, given: dict[str, object]) -> FeatureConfig:
+    from e2ediff.errors import RecipeError
+    from e2ediff.features import FeatureConfig
+    from e2ediff.host.structure import Structurer
+    from e2ediff.host.yaml import parse_yaml, set_value
+
+    text, place, sha256 = (given.pop(k) for k in ("features", "weights_file", "sha256"))
+    if sha256 and not place:
+        raise click.UsageError("--sha256 is the hash of --weights-file; give both")
+    text = str(text or ("inception2015" if place else "efficientnet_lite0")).strip()
+    block = text if text.startswith("{") else f"{{name: {text}}}"
+    root, problems = parse_yaml(block, "--features")
+    if root is not None and place:
+        problems += set_value(root, f"weights={place}", "--weights-file")
+        if sha256:
+            problems += set_value(root, f"sha256='{sha256}'", "--sha256")
+    structurer = Structurer(host)
+    found = structurer.read(root, FeatureConfig) if root is not None else None
+    if problems or structurer.problems:
+        raise RecipeError("--features", [*problems, *structurer.problems])
+    assert isinstance(found, FeatureConfig)
+    return found
+
+
+def _metrics(
+    host: Host, text: str, known: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[Metric]]:
+    from e2ediff.errors import RecipeError
+    from e2ediff.host.structure import Structurer
+    from e2ediff.host.yaml import parse_yaml
+    from e2ediff.metric import Metric
+
+    root, problems = parse_yaml(text if text.startswith("[") else f"[{text}]", "--metrics")
+    structurer, sections, metrics = Structurer(host), [], []
+    for node in root.value if root is not None and isinstance(root.value, list) else []:
+        if node.value in known:
+            sections.append(str(node.value))
+        else:
+            metrics.append(cast("Metric", structurer.read(node, Metric)))
+    if problems or structurer.problems:
+        raise RecipeError("--metrics", [*problems, *structurer.problems])
+    return tuple(dict.fromkeys(sections)), metrics
+
+
+def _perceptual(place: object, heads: object) -> Perceptual | None:
+    from e2ediff.evaluate.reconstruction import Perceptual, lpips_heads
+    from e2ediff.parts.features import TorchvisionFeatures
+    from e2ediff.parts.weights import read_weights
+
+    if not place:
+        if heads:
+            raise click.UsageError("--lpips-heads needs --lpips, the network's own weights")
+        return None
+    network = TorchvisionFeatures(weights=str(place)).build()
+    if not heads:
+        return Perceptual(network)
+    return Perceptual(network, lpips_heads(read_weights(str(heads))[0], str(heads)))

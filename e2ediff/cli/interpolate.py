@@ -1,0 +1,87 @@
+"""`e2ediff interpolate`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("interpolate")
+@click.argument("run")
+@click.argument("images", nargs=-1)
+@click.option("--seeds", nargs=2, type=click.IntRange(0), metavar="A B", help="Two seeds.")
+@click.option(
+    "--label",
+    "names",
+    multiple=True,
+    metavar="CLASS",
+    help="Class by index or name, one strip each. Default: none.",
+)
+@click.option("--frames", type=click.IntRange(2), default=9, show_default=True)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Another sampler or guidance: --set sampler.steps=100.",
+)
+@click.option("--weights", help="online, target, or an average's name. Default: for sampling.")
+@click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--out", metavar="FILE", help="Default: RUN/samples/interpolation-A-B.png.")
+def command(
+    run: str,
+    images: tuple[str, ...],
+    seeds: tuple[int, int] | None,
+    names: tuple[str, ...],
+    frames: int,
+    overrides: tuple[str, ...],
+    weights: str | None,
+    checkpoint: str | None,
+    device: str,
+    out: str | None,
+) -> None:
+    """Write a strip of images between two seeds, or between two of your own IMAGES.
+
+    Between seeds the noise is turned on the sphere, and every frame is sampled.
+    Between images the encoder's latents are mixed in equal steps, and every frame is decoded;
+    the ends are the images' reconstructions.
+    """
+    import torch
+
+    from e2ediff.parts.own_images import list_images, read_images
+    from e2ediff.run.load import load_model
+    from e2ediff.run.pictures import grid_png
+    from e2ediff.run.progress import Progress
+    from e2ediff.run.storage import Store
+
+    if bool(images) == bool(seeds) or len(images) not in (0, 2):
+        raise click.UsageError("give --seeds A B, or two images")
+    if images and (names or overrides):
+        raise click.UsageError("--label and --set concern sampling; images are only decoded")
+    with Progress() as progress:
+        model = load_model(
+            run,
+            weights=weights,
+            checkpoint=checkpoint,
+            device=device,
+            overrides=overrides,
+            warn=progress.say,
+        )
+        if images:
+            z = model.encode(read_images(list_images(images), model.recipe.data.image))
+            x = model.decode(
+                torch.stack([z[0].lerp(z[1], i / (frames - 1)) for i in range(frames)])
+            )
+            title = "images"
+        else:
+            assert seeds is not None
+            labels = [model.label_of(text) for text in names or ("none",)]
+            strips = []
+            for label in labels:
+                strips.append(model.interpolate(seeds, label, frames=frames))
+                progress.update(f"{len(strips)}/{len(labels)} strips")
+            x, title = torch.cat(strips), f"{seeds[0]}-{seeds[1]}"
+    folder, _, name = (out or f"{run}/samples/interpolation-{title}.png").rpartition("/")
+    store = Store(folder or ".")
+    store.write(name, grid_png(x, frames))
+    click.echo(out or store.where(name))

@@ -1,0 +1,1 @@
+"""Scores of images against a reference, each with a passport of everything that decides it."""

@@ -1,0 +1,340 @@
+"""`evaluate`: one feature pass, every metric, under one or several conventions.
+
+Shapes: n images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+
+import attrs
+
+from e2ediff.data import SourceConfig
+from e2ediff.distances import self_test
+from e2ediff.errors import DataError
+from e2ediff.evaluate.conventions import Convention, Labels
+from e2ediff.evaluate.images import SourceImages
+from e2ediff.evaluate.latents import latent_figures
+from e2ediff.evaluate.memorisation import closest_pairs, memorisation
+from e2ediff.evaluate.passes import Pass, View, feature_pass
+from e2ediff.evaluate.passport import Card, Passport, Score
+from e2ediff.evaluate.reconstruction import Perceptual, reconstruct
+from e2ediff.evaluate.reference import (
+    Reference,
+    default_cache,
+    open_reference,
+    reference_features,
+)
+from e2ediff.evaluate.subject import Subject, is_run, run_subject, stored_subject
+from e2ediff.features import FeatureNetwork
+from e2ediff.host.plugins import Host
+from e2ediff.host.structure import unstructure
+from e2ediff.metric import Estimate, FeatureSet, Metric, is_distance, names_of, taps_of
+from e2ediff.run.assembly import choose_device
+from e2ediff.run.environment import describe_environment
+from e2ediff.run.pixels import network_title, weights_sha256
+from e2ediff.run.storage import JSON
+
+SECTIONS = ("reconstruction", "latents", "memorisation")
+"""What is asked for beside metrics; a run alone has them."""
+
+_LATENTS = 10_000
+
+Say = Callable[[str], None]
+
+
+def _quiet(text: str) -> None:
+    """The default of `evaluate`'s progress."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Request:
+    """What is judged, by what.
+
+    `references` are places by convention's name, "" for all others; `sections` of `SECTIONS`.
+    `count` and `labels` are the first convention's where they are None.
+    """
+
+    target: str
+    network: FeatureNetwork
+    metrics: Sequence[Metric]
+    conventions: Sequence[Convention]
+    sections: Sequence[str] = ()
+    references: Mapping[str, str] = attrs.field(factory=dict)
+    count: int | None = None
+    labels: Labels | None = None
+    seed: int = 0
+    weights: str | None = None
+    checkpoint: str | None = None
+    device: str = "auto"
+    batch: int = 64
+    processes: int = 1
+    cache: str = attrs.field(factory=default_cache)
+    perceptual: Perceptual | None = None
+
+
+def default_metrics(host: Host, network: FeatureNetwork) -> list[Metric]:
+    """Every registered metric, with its defaults, for which the network has what it reads."""
+    found: list[Metric] = []
+    for part in host.registries["metrics"]:
+        try:
+            metric = part.cls()
+        except TypeError:
+            continue  # it has options without defaults: a user must name it
+        assert isinstance(metric, Metric)
+        fits = {*metric.moments, *metric.rows} <= {*network.taps}
+        if fits and metric.features in ("", network.family):
+            found.append(metric)
+    return found
+
+
+def evaluate(host: Host, request: Request, say: Say = _quiet) -> list[Card]:
+    """Score a run's samples, or stored images, under each convention; one card a convention.
+
+    Args:
+        host: What knows the parts.
+        request: What to do.
+        say: Told how far it is.
+
+    Raises:
+        DataError: Images are missing, too few, of another size, or the metrics do not fit.
+        ResourceError: The machine's linear algebra is broken.
+        E2EDiffError: As loading the run has it.
+    """
+    self_test()
+    _check_metrics(request)
+    device = str(choose_device(request.device))
+    subject = _subject(host, request)
+    data = subject.model.recipe.data if subject.model else None
+    references = _references(host, request, data)
+    least = max([m.least() for m in request.metrics], default=1)
+    if subject.count < least:
+        raise DataError(
+            f"{request.target}: {subject.count} images, and the metrics need {least}; give more "
+            "(--count), or leave metrics out"
+        )
+    _check_sizes(subject, references.values())
+    moments, rows = taps_of(request.metrics)
+    rows |= {"pool"} if "memorisation" in request.sections else frozenset()
+    work = Pass(request.network, moments, rows, request.batch, device)
+    views = {c.name: View(c.rounding, c.resize) for c in request.conventions}
+    if subject.model is None:  # bytes already
+        views = {name: View("nearest", v.resize) for name, v in views.items()}
+    made: Mapping[View, FeatureSet] = {}
+    if moments or rows:
+        made = feature_pass(
+            work, subject.images, list(dict.fromkeys(views.values())), subject.count,
+            processes=request.processes,
+            progress=lambda n: say(f"{n}/{subject.count} images"),
+        )  # fmt: skip
+    latents = _latents(request, subject)
+    return [
+        _card(
+            host, request, subject, c, work, views[c.name], made, references.get(c.name), latents
+        )
+        for c in request.conventions
+    ]
+
+
+def _check_metrics(request: Request) -> None:
+    network = request.network
+    for metric in request.metrics:
+        if metric.features not in ("", network.family):
+            raise DataError(
+                f"--metrics: {type(metric).__name__} needs a {metric.features} network, not "
+                f"{network_title(network)}; give one with --features '{{name: {metric.features}, "
+                "weights: ...}'"
+            )
+    if request.sections and not is_run(request.target):
+        raise DataError(
+            f"--metrics {','.join(request.sections)}: only a run has them; {request.target} is "
+            "none"
+        )
+
+
+def _subject(host: Host, request: Request) -> Subject:
+    first = request.conventions[0]
+    if not is_run(request.target):
+        return stored_subject(request.target, request.count)
+    return run_subject(
+        host,
+        request.target,
+        request.count or first.count,
+        request.labels or first.labels,
+        seed=request.seed,
+        weights=request.weights,
+        checkpoint=request.checkpoint,
+        device=request.device,
+    )
+
+
+def _references(
+    host: Host, request: Request, data: SourceConfig | None
+) -> Mapping[str, Reference]:
+    if not any(metric.compares for metric in request.metrics):
+        return {}
+    opened: dict[str, Reference] = {}
+    found = {}
+    for one in request.conventions:
+        default = "data" if data is not None else ""
+        place = request.references.get(one.name, request.references.get("", default))
+        if not place:
+            raise DataError(
+                f"--reference is missing: {one.name} compares with {one.reference}; give an npz, "
+                "a folder of images or a data source"
+            )
+        if place not in opened:
+            opened[place] = open_reference(place, host, data)
+        found[one.name] = opened[place]
+    return found
+
+
+def _check_sizes(subject: Subject, references: Iterable[Reference]) -> None:
+    for reference in references:
+        images = reference.images
+        if images is not None and images.shape[1:] != subject.images.shape[1:]:
+            ours, theirs = (f"{s[2]} x {s[1]}" for s in (subject.images.shape, images.shape))
+            raise DataError(
+                f"{reference.place}: its images have {theirs} pixels, those of "
+                f"{subject.images.place} {ours}; a score needs one resolution"
+            )
+
+
+def _latents(request: Request, subject: Subject) -> Mapping[str, Estimate]:
+    if "latents" not in request.sections or subject.model is None:
+        return {}
+    data = subject.model.recipe.data
+    return latent_figures(
+        subject.model, data.open(), data.open(held_out=True), min(subject.count, _LATENTS)
+    )
+
+
+def _card(
+    host: Host,
+    request: Request,
+    subject: Subject,
+    one: Convention,
+    work: Pass,
+    view: View,
+    made: Mapping[View, FeatureSet],
+    reference: Reference | None,
+    latents: Mapping[str, Estimate],
+) -> Card:
+    title, published = network_title(request.network), request.network.published
+    scores: dict[str, Score] = {}
+    compared = 0
+    real: FeatureSet | None = None
+    if reference is not None:
+        needs = taps_of([m for m in request.metrics if m.compares])
+        own = attrs.evolve(work, moments=needs[0], rows=needs[1])
+        real = reference_features(
+            reference, own, view, cache=request.cache, processes=request.processes
+        )
+        compared = real.count
+    for given in request.metrics:
+        metric = one.adapted(given)
+        ours = made[view]
+        other = real if metric.compares and real is not None else ours
+        if other.count and other.count < metric.least():
+            assert reference is not None
+            raise DataError(
+                f"{reference.place}: {other.count} images, and {type(metric).__name__} needs "
+                f"{metric.least()}"
+            )
+        for name, estimate in metric.measure(ours, other).items():
+            full = names_of(metric, name, title, published=published)
+            scores[full] = _score(host, estimate, metric)
+    notes: dict[str, JSON] = {"departs": departures(one, subject)}
+    further, more = _sections(request, subject, work, view, made.get(view))
+    notes |= more
+    scores |= {name: _score(host, e, None) for name, e in {**further, **latents}.items()}
+    passport = _passport(request, subject, one, view, reference, compared)
+    return Card("", passport, scores, notes | _described(one, reference))
+
+
+def _score(host: Host, estimate: Estimate, metric: Metric | None) -> Score:
+    options = unstructure(host, metric, Metric) if metric is not None else {}
+    return Score(estimate.value, estimate.error, options, estimate.warnings)  # type: ignore[arg-type]
+
+
+def _sections(
+    request: Request, subject: Subject, work: Pass, view: View, made: FeatureSet | None
+) -> tuple[dict[str, Estimate], dict[str, JSON]]:
+    """Figures of reconstructions and of copies, and what to note of them."""
+    found: dict[str, Estimate] = {}
+    notes: dict[str, JSON] = {}
+    model = subject.model
+    if model is None:
+        return found, notes
+    data, title = model.recipe.data, network_title(request.network)
+    if "reconstruction" in request.sections:
+        source = data.open(held_out=True)
+        count = min(subject.count, len(source))
+        done = reconstruct(model, source, count, work, view, request.perceptual)
+        notes["reconstructed_images"] = count
+        found |= done.figures
+        for metric in request.metrics:
+            if metric.compares:
+                for name, estimate in metric.measure(done.made, done.real).items():
+                    full = names_of(metric, name, title, published=request.network.published)
+                    found["r" + full if is_distance(full) else "r_" + full] = estimate
+    if "memorisation" in request.sections and made is not None:
+        rows = attrs.evolve(work, moments=(), rows=("pool",))
+        sides = []
+        for held_out in (True, False):
+            images = SourceImages(data.open(held_out=held_out), "data")
+            sides.append(feature_pass(rows, images, [view], images.count)[view].rows["pool"])
+        found |= memorisation(made.rows["pool"], *sides)
+        notes["closest_pairs"] = closest_pairs(made.rows["pool"], sides[1])
+    return found, notes
+
+
+def departures(one: Convention, subject: Subject) -> list[str]:
+    """Where a score does not follow its convention."""
+    found = []
+    if subject.count != one.count:
+        found.append(f"{subject.count} images instead of {one.count}")
+    if subject.labels is None:
+        found.append("rounding and labels are those of the stored images")
+    elif subject.labels != one.labels:
+        found.append(f"labels are {subject.labels} instead of {one.labels}")
+    return found
+
+
+def _described(one: Convention, reference: Reference | None) -> dict[str, JSON]:
+    return {
+        "reference": reference.place if reference else None,
+        "reference_of_convention": one.reference,
+        "sources": dict(one.sources),
+        "unconfirmed": list(one.unconfirmed),
+    }
+
+
+def _passport(
+    request: Request,
+    subject: Subject,
+    one: Convention,
+    view: View,
+    reference: Reference | None,
+    compared: int,
+) -> Passport:
+    channels, height, width = subject.images.shape
+    protocol: dict[str, JSON] = {
+        "convention": one.name,
+        "images": subject.count,
+        "resolution": f"{width} x {height} x {channels}",
+        "rounding": view.rounding if subject.model else "as stored",
+        "resize": view.resize,
+        "network": network_title(request.network),
+        "network_sha256": weights_sha256(request.network),
+        "reference_sha256": reference.sha256 if reference else None,
+        "reference_images": compared or None,
+        **subject.protocol,
+    }
+    where = describe_environment(device=str(choose_device(request.device)))
+    machine: dict[str, JSON] = {k: where[k] for k in ("versions", "git", "hardware")}
+    machine["libraries"] = {n: metadata.version(n) for n in ("numpy", "pillow", "torchvision")}
+    machine["batch"], machine["processes"] = request.batch, request.processes
+    machine["target"] = request.target
+    return Passport(protocol, subject.identity, machine)

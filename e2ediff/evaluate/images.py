@@ -1,0 +1,229 @@
+"""Sets of images to be judged, or to judge by: folders, npz files, data sources, a run's samples.
+
+Shapes: B batch, n images, C H W image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import attrs
+import fsspec
+import numpy as np
+import torch
+from fsspec.core import url_to_fs
+from PIL import Image
+from torch import Tensor
+
+from e2ediff.data import DataSource
+from e2ediff.errors import DataError
+from e2ediff.run.generate import Model
+from e2ediff.run.load import load_model
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_CHUNK = 1 << 22
+
+
+class ImageSet(ABC):
+    """Images that can be read in order, from any place in it and from any process."""
+
+    place: str
+    count: int
+    shape: tuple[int, int, int]
+    """(C, H, W)."""
+
+    @abstractmethod
+    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
+        """Images `start` to `stop`, (B, C, H, W), B at most `size`.
+
+        uint8 where they are stored as bytes, float in [-1, 1] where they are made.
+        """
+
+    @abstractmethod
+    def sha256(self) -> str:
+        """Hash of the content; "" for images that are made."""
+
+
+class FolderImages(ImageSet):
+    """The image files below a folder, sorted by path; all of one size."""
+
+    def __init__(self, root: str) -> None:
+        self.place = root
+        try:
+            self.fs, path = url_to_fs(root)
+            files = [str(f) for f in self.fs.find(path)] if self.fs.isdir(path) else None
+        except (ImportError, ValueError, OSError) as error:
+            raise DataError(f"{root}: cannot be opened: {error}") from error
+        if files is None:
+            raise DataError(f"{root}: no such folder; give a run, a folder of images or an npz")
+        self.files = sorted(f for f in files if f.lower().endswith(SUFFIXES))
+        if not self.files:
+            raise DataError(f"{root}: holds no images (looked for {', '.join(SUFFIXES)})")
+        self.count = len(self.files)
+        self.mode = "RGB"
+        with self._opened(self.files[0]) as first:
+            self.mode = "L" if first.mode in ("L", "1") else "RGB"
+            self.shape = (1 if self.mode == "L" else 3, first.height, first.width)
+
+    def _opened(self, file: str) -> Image.Image:
+        try:
+            return Image.open(io.BytesIO(self.fs.cat_file(file)))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{file}: damaged image ({error}); remove or replace it") from error
+
+    def _read(self, file: str) -> Tensor:
+        with self._opened(file) as image:
+            if (image.height, image.width) != self.shape[1:]:
+                raise DataError(
+                    f"{file}: {image.width} x {image.height} pixels, the first image has "
+                    f"{self.shape[2]} x {self.shape[1]}; scores need one size. Give real photos "
+                    "as a data source, which crops: --reference '{name: image_folder, root: ..., "
+                    "size: ..., classes: ...}'"
+                )
+            try:
+                pixels = torch.from_numpy(np.array(image.convert(self.mode)))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise DataError(f"{file}: damaged image ({error}); replace it") from error
+        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
+        """Decoded images, uint8."""
+        for first in range(start, stop, size):
+            chosen = self.files[first : min(first + size, stop)]
+            yield torch.stack([self._read(file) for file in chosen])
+
+    def sha256(self) -> str:
+        """Of all files' content, in order; names do not count."""
+        content = hashlib.sha256()
+        for file in self.files:
+            content.update(hashlib.sha256(self.fs.cat_file(file)).digest())
+        return content.hexdigest()
+
+
+class NpzImages(ImageSet):
+    """The array `arr_0` (n, H, W, C) of bytes in an npz, as ADM stores samples; streamed."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        with self._array() as file:
+            shape, order, dtype = _header(file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or order:
+            raise DataError(
+                f"{place}: arr_0 is {dtype} {shape}, expected uint8 (n, height, width, 1 or 3)"
+            )
+        self.count = shape[0]
+        self.shape = (shape[3], shape[1], shape[2])
+
+    def _array(self) -> io.BufferedIOBase:
+        archive = zipfile.ZipFile(fsspec.open(self.place, "rb").open())
+        return archive.open("arr_0.npy")  # type: ignore[return-value]
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
+        """Rows of the array, uint8."""
+        c, h, w = self.shape
+        with self._array() as file:
+            _header(file)
+            left = start * c * h * w
+            while left:
+                left -= len(file.read(min(left, _CHUNK)))
+            for first in range(start, stop, size):
+                n = min(size, stop - first)
+                data = bytearray(file.read(n * c * h * w))
+                if len(data) < n * c * h * w:
+                    raise DataError(f"{self.place}: arr_0 ends early; the file is damaged")
+                rows = torch.frombuffer(data, dtype=torch.uint8).reshape(n, h, w, c)
+                yield rows.permute(0, 3, 1, 2)
+
+    def sha256(self) -> str:
+        """Of the file."""
+        return file_sha256(self.place)
+
+
+def _header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def file_sha256(place: str) -> str:
+    """Hash of a file's bytes."""
+    content = hashlib.sha256()
+    with fsspec.open(place, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            content.update(chunk)
+    return content.hexdigest()
+
+
+class SourceImages(ImageSet):
+    """All images of a data source, in its own order."""
+
+    def __init__(self, source: DataSource, place: str) -> None:
+        self.place, self.source, self.count = place, source, len(source)
+        channels, height, width = source.read([0])[0].shape[1:]
+        self.shape = (channels, height, width)
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
+        """Images, uint8."""
+        for first in range(start, stop, size):
+            yield self.source.read(range(first, min(first + size, stop)))[0]
+
+    def sha256(self) -> str:
+        """Of the pixels, in order."""
+        content = hashlib.sha256(str(self.shape).encode())
+        for batch in self.batches(0, self.count, 256):
+            content.update(batch.contiguous().numpy().tobytes())
+        return content.hexdigest()
+
+
+@attrs.define(eq=False, slots=False)
+class Samples(ImageSet):
+    """Images that a run's model makes, one for each of `labels`; image i by (seed, i) alone.
+
+    The model is loaded where it is needed first, so that processes load their own.
+    """
+
+    place: str
+    labels: Sequence[int]
+    seed: int = 0
+    weights: str | None = None
+    checkpoint: str | None = None
+    device: str = "auto"
+    _model: Model | None = None
+
+    @property
+    def model(self) -> Model:
+        """The run's model, in eval mode."""
+        if self._model is None:
+            self._model = load_model(
+                self.place, weights=self.weights, checkpoint=self.checkpoint, device=self.device
+            )
+        return self._model
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_model": None}
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """One for each label."""
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        """As the model makes them."""
+        image = self.model.recipe.data.image
+        return (image.channels, image.height, image.width)
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
+        """Samples, float in [-1, 1], not rounded."""
+        for first in range(start, stop, size):
+            labels = self.labels[first : min(first + size, stop)]
+            yield self.model.sample(labels, seed=self.seed, first=first)
+
+    def sha256(self) -> str:
+        """They are made, not stored."""
+        return ""

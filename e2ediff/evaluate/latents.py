@@ -1,0 +1,103 @@
+"""What a run's latents say of the class: nearest neighbours and a linear probe.
+
+Shapes: n training images, m held-out images, N tokens, D channels, F = N D or D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from e2ediff.data import DataSource
+from e2ediff.errors import DataError
+from e2ediff.metric import Estimate
+from e2ediff.run.generate import Model
+from e2ediff.run.loader import fixed_images
+
+_BATCH = 256
+_CPU = torch.device("cpu")
+
+
+def knn_accuracy(
+    train: Tensor, label: Tensor, rows: Tensor, truth: Tensor, k: int = 20
+) -> tuple[float, int]:
+    """Share of rows (m, F) whose label is the vote of their k nearest in train (n, F); and m.
+
+    Nearness is the cosine after centring; a vote counts exp(cosine / 0.07).
+
+    Source: the weighted vote of Wu et al. 2018 (arXiv 1805.01978), section 3.4.
+    """
+    centre = train.double().mean(0)
+    known = functional.normalize(train.double() - centre, dim=1)
+    right = 0
+    for part, own in zip(torch.split(rows, _BATCH), torch.split(truth, _BATCH), strict=True):
+        cosine = functional.normalize(part.double() - centre, dim=1) @ known.T
+        near, who = cosine.topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(part), int(label.max()) + 1, dtype=near.dtype)
+        votes.scatter_add_(1, label[who], (near / 0.07).exp())
+        right += int((votes.argmax(1) == own).sum())
+    return right / len(rows), len(rows)
+
+
+def probe_accuracy(train: Tensor, label: Tensor, rows: Tensor, truth: Tensor) -> tuple[float, int]:
+    """Share of rows (m, F) that a linear classifier of train (n, F) gets right; and m.
+
+    Logistic regression on standardised features with weight decay 1/n, by L-BFGS from zero:
+    convex, so the figure has neither a seed nor a learning rate.
+    """
+    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
+    x, y = ((a - mean) / std for a in (train, rows))
+    classes = int(label.max()) + 1
+    weight = torch.zeros(x.shape[1], classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = functional.cross_entropy(x @ weight + bias, label)
+        value = value + weight.square().sum() / (2 * len(x))
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        return float(((y @ weight + bias).argmax(1) == truth).double().mean()), len(rows)
+
+
+def latent_figures(
+    model: Model, training: DataSource, held_out: DataSource, count: int
+) -> Mapping[str, Estimate]:
+    """Accuracy of `knn` and `probe` on whole latents, and `..._mean` on their means over tokens.
+
+    Args:
+        model: A run's model.
+        training: Images to learn from; at most `count`, chosen by the recipe's seed.
+        held_out: Images to judge by; likewise.
+        count: Of each.
+
+    Raises:
+        DataError: The data have no labels.
+    """
+    if model.recipe.data.image.classes < 2:
+        raise DataError("latents: the data have no classes; leave `latents` out of --metrics")
+    sides = []
+    for source, purpose in ((training, "latents"), (held_out, "latents-held-out")):
+        batch = fixed_images(source, count, model.recipe.seed, purpose, _CPU)
+        sides.append((_encoded(model, batch.x), batch.label))
+    (z, label), (other, truth) = sides
+    found = {}
+    for end, pooled in (("", False), ("_mean", True)):
+        a, b = (side.mean(1) if pooled else side.flatten(1) for side in (z, other))
+        for name, judge in (("knn", knn_accuracy), ("probe", probe_accuracy)):
+            share, m = judge(a, label, b, truth)
+            found[name + end] = Estimate(share, (share * (1 - share) / m) ** 0.5)
+    return found
+
+
+@torch.no_grad()
+def _encoded(model: Model, x: Tensor) -> Tensor:
+    return torch.cat([model.net.encode(p.to(model.device)).cpu() for p in torch.split(x, _BATCH)])

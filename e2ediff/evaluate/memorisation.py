@@ -1,0 +1,38 @@
+"""Whether samples copy training images, judged by how near held-out images come to them.
+
+Shapes: n made, m held-out, k training images, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from e2ediff.distances import nearest
+from e2ediff.metric import Estimate
+
+
+def memorisation(made: Tensor, held_out: Tensor, train: Tensor) -> Mapping[str, Estimate]:
+    """How near made images (n, F) are to training ones (k, F), beside held-out ones (m, F).
+
+    `copied` is the share of made images nearer to their nearest training image than all but 1 %
+    of held-out images are; a model that copies nothing has about 0.01.
+    `nearness` is the median distance of made images to their nearest training image over that of
+    held-out ones; about 1 without copies, 0 for copies.
+    """
+    own, usual = nearest(made, train)[0], nearest(held_out, train)[0]
+    share = float((own < usual.quantile(0.01)).double().mean())
+    error = (share * (1 - share) / len(own)) ** 0.5
+    ratio = float(own.median() / usual.median().clamp_min(torch.finfo(torch.float64).tiny))
+    return {"copied": Estimate(share, error), "nearness": Estimate(ratio)}
+
+
+def closest_pairs(made: Tensor, train: Tensor, count: int = 10) -> list[dict[str, float]]:
+    """The made images nearest to a training image: both numbers and the distance."""
+    distance, who = nearest(made, train)
+    order = distance.argsort()[:count].tolist()
+    return [
+        {"image": i, "training_image": int(who[i]), "distance": float(distance[i])} for i in order
+    ]

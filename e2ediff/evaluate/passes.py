@@ -1,0 +1,131 @@
+"""The feature pass: each image is read or made once, for all metrics and conventions.
+
+Shapes: B batch, C H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+
+import attrs
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from e2ediff.evaluate.conventions import Resize
+from e2ediff.evaluate.images import ImageSet
+from e2ediff.features import FeatureNetwork
+from e2ediff.metric import FeatureSet
+from e2ediff.run.pixels import Collector, Rounding, to_pixels
+
+
+@attrs.frozen
+class View:
+    """How images are shown to the network."""
+
+    rounding: Rounding
+    resize: Resize
+
+
+@attrs.frozen(eq=False)
+class Pass:
+    """What is collected, by which network, and where."""
+
+    network: FeatureNetwork
+    moments: Collection[str]
+    rows: Collection[str]
+    batch: int = 64
+    device: str = "cpu"
+
+    def shown(self, x: Tensor, view: View) -> Tensor:
+        """Images (B, C, H, W), uint8 or in [-1, 1], as a view has them, from 0 to 255."""
+        pixels = to_pixels(x, view.rounding) if x.is_floating_point() else x
+        if view.resize == "pil_bicubic" and self.network.size:
+            pixels = pil_bicubic(pixels, self.network.size)
+        return pixels.to(self.device)
+
+    def collect(
+        self,
+        images: ImageSet,
+        views: Sequence[View],
+        span: tuple[int, int],
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[View, Collector]:
+        """Features of images `span[0]` to `span[1]` under each view, in one process."""
+        network = self.network.to(self.device)
+        found = {view: Collector(network, self.moments, self.rows) for view in views}
+        done = 0
+        for x in images.batches(*span, self.batch):
+            for view, collector in found.items():
+                collector.add(self.shown(x, view))
+            done += len(x)
+            if progress is not None:
+                progress(done)
+        return found
+
+
+def feature_pass(
+    work: Pass,
+    images: ImageSet,
+    views: Sequence[View],
+    count: int,
+    *,
+    processes: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Mapping[View, FeatureSet]:
+    """Features of the first `count` images under each view.
+
+    With several processes each takes a share of the images, on the next GPU where there are any;
+    moments are merged, so they differ from those of one process by rounding alone.
+    """
+    if processes == 1:
+        found = work.collect(images, views, (0, count), progress)
+        return {view: collector.features() for view, collector in found.items()}
+    cuts = [i * count // processes for i in range(processes + 1)]
+    parts = [
+        (attrs.evolve(work, device=_device(work.device, i)), images, views, (a, b))
+        for i, (a, b) in enumerate(pairwise(cuts))
+    ]
+    context = torch.multiprocessing.get_context("spawn")
+    threads = (max(1, torch.get_num_threads() // processes),)
+    with ProcessPoolExecutor(
+        processes, context, initializer=torch.set_num_threads, initargs=threads
+    ) as pool:
+        shares = list(pool.map(_share, parts))
+    first = shares[0]
+    for other in shares[1:]:
+        for view, collector in first.items():
+            collector.merge(other[view])
+    if progress is not None:
+        progress(count)
+    return {view: collector.features() for view, collector in first.items()}
+
+
+def _share(
+    part: tuple[Pass, ImageSet, Sequence[View], tuple[int, int]],
+) -> dict[View, Collector]:
+    work, images, views, span = part
+    if work.device.startswith("cuda"):
+        torch.cuda.set_device(work.device)  # a model that is loaded here goes there, too
+    return work.collect(images, views, span)
+
+
+def _device(device: str, i: int) -> str:
+    return f"cuda:{i % torch.cuda.device_count()}" if device.startswith("cuda") else device
+
+
+def pil_bicubic(pixels: Tensor, size: int) -> Tensor:
+    """Bytes (B, C, H, W) to float (B, C, size, size) by Pillow, channel by channel, not rounded.
+
+    Source: clean-fid (Parmar et al. 2022, arXiv 2104.11222), `make_resizer("PIL", False,
+    "bicubic", ...)`; values may leave 0..255, as there.
+    """
+    side = (size, size)
+    planes = [
+        np.asarray(Image.fromarray(p.astype(np.float32)).resize(side, Image.Resampling.BICUBIC))
+        for p in pixels.cpu().flatten(0, 1).numpy()
+    ]
+    return torch.from_numpy(np.stack(planes)).reshape(*pixels.shape[:2], size, size)

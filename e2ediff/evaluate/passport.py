@@ -1,0 +1,125 @@
+"""Passports: what decided a score, in fields that can be compared.
+
+`protocol` is how it was measured, and must agree before two scores are ranked; `subject` is what
+was measured; `machine` is where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from e2ediff.errors import DataError
+from e2ediff.run.storage import JSON, Store
+
+VERSION = 1
+_SECTIONS = ("protocol", "subject", "machine")
+
+
+@attrs.frozen
+class Score:
+    """One figure of a score file: its value, its standard error, and the metric's options."""
+
+    value: float
+    error: float | None
+    metric: Mapping[str, JSON]
+    warnings: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class Passport:
+    """The three sections, each a flat mapping of JSON values."""
+
+    protocol: Mapping[str, JSON]
+    subject: Mapping[str, JSON]
+    machine: Mapping[str, JSON]
+
+    @property
+    def digest(self) -> str:
+        """Hash of what was measured and how; not of where."""
+        text = json.dumps([self.protocol, self.subject], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def measurement(self, score: Score) -> dict[str, JSON]:
+        """All fields that must agree before a score is ranked with another."""
+        return {**self.protocol, **{f"metric.{k}": v for k, v in score.metric.items()}}
+
+    def protocol_digest(self, score: Score) -> str:
+        """Hash of these fields."""
+        text = json.dumps(self.measurement(score), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@attrs.frozen
+class Card:
+    """A score file: figures measured under one passport."""
+
+    place: str
+    passport: Passport
+    scores: Mapping[str, Score]
+    notes: Mapping[str, JSON] = attrs.field(factory=dict)
+
+    def text(self) -> str:
+        """JSON, as it is stored."""
+        content = {"e2ediff_scores": VERSION, **attrs.asdict(self), "digest": self.passport.digest}
+        del content["place"]
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def read_card(place: str) -> Card:
+    """A score file.
+
+    Raises:
+        DataError: It is missing, or is none.
+    """
+    parent, _, name = place.rpartition("/")
+    try:
+        return parse_card(Store(parent or ".").read(name), place)
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read: {error}") from error
+
+
+def parse_card(data: bytes, place: str) -> Card:
+    """As `read_card`, of a file's content."""
+    try:
+        content: dict[str, Any] = json.loads(data)
+        version = content["e2ediff_scores"]
+        if version != VERSION:
+            raise DataError(f"{place}: scores of version {version}; this e2ediff reads {VERSION}")
+        passport = Passport(**{s: content["passport"][s] for s in _SECTIONS})
+        scores = {
+            name: Score(float(s["value"]), s["error"], s["metric"], tuple(s["warnings"]))
+            for name, s in content["scores"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{place}: not a file of scores as `e2ediff eval` writes them ({error!r})"
+        ) from error
+    return Card(place, passport, scores, content.get("notes", {}))
+
+
+def unlike(a: Card, b: Card, score: str) -> dict[str, tuple[JSON, JSON]]:
+    """Fields in which the measurements of a score differ, with both values; empty if none do."""
+    ours, theirs = (c.passport.measurement(c.scores[score]) for c in (a, b))
+    return {
+        field: (ours.get(field), theirs.get(field))
+        for field in sorted({*ours, *theirs})
+        if ours.get(field) != theirs.get(field)
+    }
+
+
+def write_card(folder: str, card: Card) -> str:
+    """Write a score file into a folder; returns where it lies.
+
+    Its name has the convention, the network and the digest, so nothing is overwritten but the
+    same measurement of the same subject.
+    """
+    protocol = card.passport.protocol
+    name = f"{protocol['convention']}-{protocol['network']}-{card.passport.digest[:8]}.json"
+    store = Store(folder)
+    store.write(name, card.text().encode())
+    return store.where(name)

@@ -1,0 +1,85 @@
+"""Scores side by side: ranked where they were measured in the same way, refused where not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from e2ediff.errors import E2EDiffError, UnlikeScoresError
+from e2ediff.evaluate.passport import Card, parse_card, unlike
+from e2ediff.metric import is_distance
+from e2ediff.run.storage import JSON, Store
+
+FOLDER = "scores"
+"""Where `e2ediff eval` leaves its files in a run's directory."""
+
+
+def cards_of(run: str) -> list[Card]:
+    """The score files of a run, by name; those that cannot be read are left out."""
+    store, found = Store(run), []
+    for name in store.list(FOLDER):
+        if name.endswith(".json"):
+            try:
+                path = f"{FOLDER}/{name}"
+                found.append(parse_card(store.read(path), store.where(path)))
+            except (OSError, E2EDiffError):
+                continue
+    return found
+
+
+def differences(cards: Sequence[Card], score: str) -> dict[str, tuple[JSON, JSON]]:
+    """Fields in which the measurement of any card differs from the first's, with both values."""
+    found: dict[str, tuple[JSON, JSON]] = {}
+    for other in cards[1:]:
+        for field, values in unlike(cards[0], other, score).items():
+            found.setdefault(field, values)
+    return found
+
+
+def best_first(score: str) -> bool:
+    """Whether less is better."""
+    return is_distance(score) or score.partition("-")[0] in ("LPIPS", "perceptual", "copied")
+
+
+def rank(cards: Sequence[Card], score: str, *, regardless: bool = False) -> list[str]:
+    """Lines of a ranking, the best first.
+
+    Args:
+        cards: Two or more that have the score.
+        score: Its name.
+        regardless: Rank also what was measured in different ways, and say so.
+
+    Raises:
+        UnlikeScoresError: It was measured in different ways; names the fields.
+    """
+    apart = differences(cards, score)
+    if apart and not regardless:
+        raise UnlikeScoresError(
+            f"{score} was not measured in the same way:\n{_listed(apart)}\n"
+            "Measure again with equal settings, or rank regardless with --regardless."
+        )
+    order = sorted(cards, key=lambda c: c.scores[score].value, reverse=not best_first(score))
+    lines = [f"{score}, {'unlike measurements ranked regardless, ' if apart else ''}best first"]
+    for card in order:
+        own = card.scores[score]
+        error = "" if own.error is None else f" +- {own.error:.2g}"
+        lines.append(f"  {own.value:.6g}{error}  {card.place}")
+    return [*lines, *(_listed(apart).splitlines() if apart else [])]
+
+
+def shared_scores(cards: Sequence[Card]) -> list[str]:
+    """Scores that all cards have, in the first one's order."""
+    return [name for name in cards[0].scores if all(name in c.scores for c in cards[1:])]
+
+
+def _listed(apart: Mapping[str, tuple[JSON, JSON]]) -> str:
+    return "\n".join(f"  {field}: {a} against {b}" for field, (a, b) in apart.items())
+
+
+def figures_of(cards: Sequence[Card]) -> dict[str, float]:
+    """Scores for a report, `FID@adm-1a2b3c4d`: those of unlike measurements have unlike names."""
+    found = {}
+    for card in cards:
+        for name, score in card.scores.items():
+            tag = card.passport.protocol_digest(score)[:8]
+            found[f"{name}@{card.passport.protocol.get('convention')}-{tag}"] = score.value
+    return found

@@ -1,0 +1,144 @@
+"""Scores of a run's reconstructions: rFID and what compares an image with its own.
+
+Shapes: B batch, C H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from e2ediff.data import DataSource
+from e2ediff.errors import DataError
+from e2ediff.evaluate.passes import Pass, View
+from e2ediff.features import FeatureNetwork
+from e2ediff.metric import Estimate, FeatureSet
+from e2ediff.run.generate import Model
+from e2ediff.run.pixels import Collector
+
+
+def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (B,) in decibels of bytes (B, C, H, W); at most 148."""
+    error = (x_hat.double() - x.double()).square().mean(dim=(1, 2, 3))
+    return 10 * (255**2 / error.clamp_min(1e-10)).log10()
+
+
+def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Structural similarity (B,) of bytes (B, C, H, W), the mean over channels and places.
+
+    Source: Wang et al. 2004, eq. 13: Gaussian window of 11 pixels and width 1.5, K1 = 0.01,
+    K2 = 0.03; windows that leave the image are left out.
+    """
+    if min(x.shape[2:]) < 11:
+        raise DataError(f"ssim: images of {x.shape[3]} x {x.shape[2]} are smaller than its window")
+    place = torch.arange(11, dtype=torch.float64, device=x.device) - 5
+    window = torch.exp(-place.square() / (2 * 1.5**2))
+    window = torch.outer(window, window) / window.sum() ** 2
+    a, b = (y.double().flatten(0, 1)[:, None] for y in (x_hat, x))  # (B C, 1, H, W)
+
+    def blur(y: Tensor) -> Tensor:
+        return functional.conv2d(y, window[None, None])
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    both = blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    light = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    shape = (2 * both + c2) / (var_a + var_b + c2)
+    return (light * shape).mean(dim=(1, 2, 3)).reshape(x.shape[:2]).mean(dim=1)
+
+
+@attrs.frozen(eq=False)
+class Perceptual:
+    """LPIPS: distances of a network's unit-length maps, weighted by channel and summed.
+
+    `heads` are the published linear weights, one (K,) for each map; without them every channel
+    counts 1/K, and the figure is not called LPIPS.
+
+    Source: Zhang et al. 2018 (arXiv 1801.03924), eq. 1.
+    """
+
+    network: FeatureNetwork
+    heads: tuple[Tensor, ...] = ()
+
+    def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Distances (B,) of images in [-1, 1]."""
+        found = torch.zeros(len(x), dtype=torch.float64)
+        for i, (f, g) in enumerate(zip(self.network(x_hat), self.network(x), strict=True)):
+            f, g = (m / (m.square().sum(1, keepdim=True).sqrt() + 1e-10) for m in (f, g))
+            weight = self.heads[i].to(f.device) if self.heads else f.new_ones(f.shape[1])
+            weight = weight if self.heads else weight / len(weight)
+            apart = (f - g).square() * weight[:, None, None]
+            found += apart.sum(1).mean(dim=(1, 2)).double().cpu()
+        return found
+
+    @property
+    def name(self) -> str:
+        """What the figure is called."""
+        return "LPIPS" if self.heads else f"perceptual-{self.network.title}"
+
+
+def lpips_heads(state: Mapping[str, Tensor], place: str) -> tuple[Tensor, ...]:
+    """The linear weights of the released LPIPS file: `lin0.model.1.weight`, ...
+
+    Raises:
+        DataError: The file has none.
+    """
+    heads: list[Tensor] = []
+    while (name := f"lin{len(heads)}.model.1.weight") in state:
+        heads.append(state[name].flatten())
+    if not heads:
+        raise DataError(f"{place}: has no lin0.model.1.weight; expected LPIPS's linear weights")
+    return tuple(heads)
+
+
+@attrs.frozen(eq=False)
+class Reconstructions:
+    """Features of images and of their reconstructions, and figures of each pair."""
+
+    made: FeatureSet
+    real: FeatureSet
+    figures: Mapping[str, Estimate]
+
+
+@torch.no_grad()
+def reconstruct(
+    model: Model,
+    source: DataSource,
+    count: int,
+    work: Pass,
+    view: View,
+    perceptual: Perceptual | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Reconstructions:
+    """Pass the first `count` images through encoder and decoder, and compare.
+
+    Both are judged as bytes, reconstructions rounded as the view has it.
+    """
+    network = work.network.to(work.device)
+    sides = [Collector(network, work.moments, work.rows) for _ in range(2)]
+    values: dict[str, list[Tensor]] = {}
+    for first in range(0, count, work.batch):
+        pixels = source.read(range(first, min(first + work.batch, count)))[0]
+        x = pixels.float() / 127.5 - 1
+        x_hat = model.reconstruct(x)
+        shown = work.shown(x_hat, attrs.evolve(view, resize="network")).cpu()
+        sides[0].add(work.shown(x_hat, view))
+        sides[1].add(work.shown(pixels, view))
+        values.setdefault("PSNR", []).append(psnr(shown, pixels))
+        values.setdefault("SSIM", []).append(ssim(shown, pixels))
+        if perceptual is not None:
+            distance = perceptual(shown.float() / 127.5 - 1, x)
+            values.setdefault(perceptual.name, []).append(distance)
+        if progress is not None:
+            progress(first + len(x))
+    figures = {}
+    for name, parts in values.items():
+        each = torch.cat(parts)
+        error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else None
+        figures[name] = Estimate(float(each.mean()), error)
+    return Reconstructions(sides[0].features(), sides[1].features(), figures)

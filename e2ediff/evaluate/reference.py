@@ -1,0 +1,213 @@
+"""What images are compared with: statistics in an npz, images, or both; features are cached.
+
+Shapes: n images, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+
+import attrs
+import fsspec
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from e2ediff.data import SourceConfig
+from e2ediff.errors import DataError, RecipeError
+from e2ediff.evaluate.images import FolderImages, ImageSet, NpzImages, SourceImages, file_sha256
+from e2ediff.evaluate.passes import Pass, View, feature_pass
+from e2ediff.features import FeatureNetwork
+from e2ediff.host.plugins import Host
+from e2ediff.host.structure import Structurer
+from e2ediff.host.yaml import parse_yaml
+from e2ediff.metric import FeatureSet, Moments
+from e2ediff.run.pixels import network_title, weights_sha256
+from e2ediff.run.storage import Store
+
+_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+@attrs.frozen(eq=False)
+class Reference:
+    """Statistics by tap, images, or both; `sha256` is that of its content."""
+
+    place: str
+    sha256: str
+    moments: Mapping[str, Moments] = attrs.field(factory=dict)
+    images: ImageSet | None = None
+
+
+def open_reference(place: str, host: Host, data: SourceConfig | None) -> Reference:
+    """A reference from what a user says.
+
+    Args:
+        place: An npz, a folder, a data source's block in YAML, or for a run `data` or `held-out`.
+        host: What knows the data sources.
+        data: The run's data source, if a run is judged.
+
+    Raises:
+        DataError: There is no such file, or it holds neither statistics nor images.
+        RecipeError: The block is wrong.
+    """
+    if place in ("data", "held-out"):
+        if data is None:
+            raise DataError(f"--reference {place}: only a run has data; give images or an npz")
+        return _of_images(SourceImages(data.open(held_out=place == "held-out"), place))
+    if place.lstrip().startswith("{"):
+        root, problems = parse_yaml(place, "--reference")
+        structurer = Structurer(host)
+        source = structurer.read(root, SourceConfig) if root is not None else None
+        if problems or structurer.problems:
+            raise RecipeError("--reference", [*problems, *structurer.problems])
+        assert isinstance(source, SourceConfig)
+        return _of_images(SourceImages(source.open(), place))
+    if place.endswith(".npz"):
+        return _of_npz(place)
+    return _of_images(FolderImages(place))
+
+
+def _of_images(images: ImageSet) -> Reference:
+    return Reference(images.place, images.sha256(), images=images)
+
+
+def npz_keys(place: str) -> list[str]:
+    """Names of the arrays in an npz.
+
+    Raises:
+        DataError: It is missing or no npz.
+    """
+    try:
+        with fsspec.open(place, "rb") as file, zipfile.ZipFile(file) as archive:
+            return [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
+    except (OSError, ValueError, ImportError, zipfile.BadZipFile) as error:
+        raise DataError(f"{place}: cannot be read as an npz: {error}") from error
+
+
+def _of_npz(place: str) -> Reference:
+    keys = npz_keys(place)
+    moments = {}
+    for tap, names in _KEYS.items():
+        if set(names) <= set(keys):
+            with fsspec.open(place, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                moments[tap] = _moments(place, *(arrays[name] for name in names))
+    images = NpzImages(place) if "arr_0" in keys else None
+    if not moments and images is None:
+        raise DataError(
+            f"{place}: holds {', '.join(keys) or 'nothing'}; expected mu and sigma (and mu_s and "
+            "sigma_s) of Inception features, or images in arr_0, or both"
+        )
+    return Reference(place, file_sha256(place), moments, images)
+
+
+def _moments(place: str, mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    mu, sigma = (np.asarray(a, dtype=np.float64) for a in (mean, covariance))
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise DataError(
+            f"{place}: mu {mu.shape} and sigma {sigma.shape}, expected (F,) and (F, F)"
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise DataError(f"{place}: mu or sigma is not finite; the file is damaged")
+    return Moments(0, torch.from_numpy(mu), torch.from_numpy(sigma))
+
+
+def reference_features(
+    reference: Reference,
+    work: Pass,
+    view: View,
+    *,
+    cache: str,
+    processes: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> FeatureSet:
+    """Features of the reference: its own statistics first, and the rest from its images.
+
+    Raises:
+        DataError: It has statistics of another network, or no images where they are needed.
+    """
+    # Statistics beside images are of the network's own resize; alone, they are what the user says.
+    usable = view.resize == "network" or reference.images is None
+    given = _given(reference, work.network) if usable else {}
+    lacking = sorted(({*work.moments} - {*given}) | {*work.rows})
+    if not lacking:
+        return FeatureSet(0, {tap: given[tap] for tap in work.moments})
+    if reference.images is None:
+        raise DataError(
+            f"{reference.place}: has statistics alone, and the metrics need its images' features "
+            f"({', '.join(lacking)}); leave those metrics out, or give images"
+        )
+    need = attrs.evolve(work, moments=sorted({*work.moments} - {*given}))
+    found = _cached(reference, need, view, cache, processes, progress)
+    own = {tap: value for tap, value in given.items() if tap in work.moments}
+    return FeatureSet(found.count, {**found.moments, **own}, found.rows)
+
+
+def _given(reference: Reference, network: FeatureNetwork) -> Mapping[str, Moments]:
+    """The npz's statistics, if they can be of this network."""
+    title = network_title(network)
+    if not reference.moments or (reference.images is not None and title != "Inception2015"):
+        return {}
+    if title != "Inception2015":
+        raise DataError(
+            f"{reference.place}: its statistics are of Inception features, and the network is "
+            f"{title}; give images as reference, or Inception weights (--weights-file)"
+        )
+    for tap, width in (("pool", 2048), ("spatial", 2023)):
+        if tap in reference.moments and len(reference.moments[tap].mean) != width:
+            raise DataError(
+                f"{reference.place}: statistics of {len(reference.moments[tap].mean)} features, "
+                f"Inception has {width} at {tap}"
+            )
+    return reference.moments
+
+
+def _cached(
+    reference: Reference,
+    work: Pass,
+    view: View,
+    cache: str,
+    processes: int,
+    progress: Callable[[int], None] | None,
+) -> FeatureSet:
+    assert reference.images is not None
+    what = [1, reference.sha256, weights_sha256(work.network), view.resize]
+    what += [sorted(work.moments), sorted(work.rows)]
+    name = f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.safetensors"
+    store = Store(cache)
+    try:
+        return _read(load(store.read(name)))
+    except (OSError, SafetensorError, KeyError):
+        pass  # not there, or cut short by a crash: it is made again
+    images = reference.images
+    found = feature_pass(
+        work, images, [view], images.count, processes=processes, progress=progress
+    )[view]
+    store.write(name, save(_flat(found)))
+    return found
+
+
+def _flat(found: FeatureSet) -> dict[str, Tensor]:
+    tensors = {"count": torch.tensor([found.count])}
+    for tap, m in found.moments.items():
+        tensors |= {f"mean/{tap}": m.mean, f"covariance/{tap}": m.covariance.contiguous()}
+    return tensors | {f"rows/{tap}": rows for tap, rows in found.rows.items()}
+
+
+def _read(tensors: Mapping[str, Tensor]) -> FeatureSet:
+    count = int(tensors["count"])
+    taps = [k.removeprefix("mean/") for k in tensors if k.startswith("mean/")]
+    moments = {t: Moments(count, tensors[f"mean/{t}"], tensors[f"covariance/{t}"]) for t in taps}
+    rows = {k.removeprefix("rows/"): v for k, v in tensors.items() if k.startswith("rows/")}
+    return FeatureSet(count, moments, rows)
+
+
+def default_cache() -> str:
+    """$E2EDIFF_CACHE, or `e2ediff` in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("E2EDIFF_CACHE") or os.path.join(home, "e2ediff")

@@ -1,0 +1,130 @@
+"""What is judged: a run's samples, a folder or an npz; and what its passport says of it.
+
+Shapes: n images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import cast
+
+import attrs
+import torch
+
+import e2ediff
+from e2ediff.denoiser import Guidance
+from e2ediff.errors import DataError
+from e2ediff.evaluate.conventions import Labels
+from e2ediff.evaluate.images import FolderImages, ImageSet, NpzImages, Samples
+from e2ediff.evaluate.reference import npz_keys
+from e2ediff.host.plugins import Host
+from e2ediff.host.structure import unstructure
+from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.generate import Model
+from e2ediff.run.pixels import weights_sha256
+from e2ediff.run.seeds import generator
+from e2ediff.run.storage import JSON, Store
+from e2ediff.sampler import Sampler
+
+
+@attrs.frozen(eq=False)
+class Subject:
+    """Images, and what decided them: `protocol` by the way they were made, `identity` by what."""
+
+    images: ImageSet
+    count: int
+    protocol: Mapping[str, JSON]
+    identity: Mapping[str, JSON]
+    labels: Labels | None = None
+    model: Model | None = None
+
+
+def is_run(place: str) -> bool:
+    """Whether a run lies there."""
+    return not place.endswith(".npz") and Store(place).exists("run.json")
+
+
+def stored_subject(place: str, count: int | None) -> Subject:
+    """A folder's or an npz's images.
+
+    Raises:
+        DataError: There are none, or fewer than `count`.
+    """
+    if place.endswith(".npz") and "arr_0" not in (keys := npz_keys(place)):
+        raise DataError(
+            f"{place}: holds {', '.join(keys) or 'nothing'}; expected images in arr_0, uint8 "
+            "(n, height, width, 3)"
+        )
+    images: ImageSet = NpzImages(place) if place.endswith(".npz") else FolderImages(place)
+    if count is not None and count > images.count:
+        raise DataError(f"{place}: holds {images.count} images, --count asks for {count}")
+    return Subject(
+        images,
+        count or images.count,
+        {"made_by": "unknown", "label_law": "unknown"},
+        {"images_sha256": images.sha256()},
+    )
+
+
+def run_subject(
+    host: Host,
+    place: str,
+    count: int,
+    law: Labels,
+    *,
+    seed: int = 0,
+    weights: str | None = None,
+    checkpoint: str | None = None,
+    device: str = "auto",
+) -> Subject:
+    """A run's samples.
+
+    Raises:
+        RunDirectoryError, CheckpointError: The run or its weights cannot be used.
+    """
+    directory = RunDirectory.open(place)
+    opened = open_checkpoint(directory.store, checkpoint)
+    samples = Samples(place, (), seed, weights, opened.name, device)
+    model = samples.model
+    recipe, classes = model.recipe, max(1, model.recipe.data.image.classes)
+    samples.labels = draw_labels(law, classes, count, seed)
+    name = weights or (recipe.ema[0].name if recipe.ema else "target")
+    decay = {a.name: a.decay for a in recipe.ema} | {"target": recipe.target.decay, "online": 0.0}
+    guidance = recipe.guidance and unstructure(host, recipe.guidance, Guidance)
+    protocol = {
+        "made_by": "e2ediff",
+        "label_law": f"{law}, {classes} classes",
+        "sampler": unstructure(host, recipe.sampler, Sampler),
+        "network_calls": network_calls(model),
+        "guidance": guidance,
+    }
+    identity = {
+        "recipe": recipe.name,
+        "recipe_sha256": hashlib.sha256(directory.resolved().encode()).hexdigest(),
+        "e2ediff": e2ediff.__version__,
+        "checkpoint": opened.name,
+        "step": opened.step,
+        "images_trained": opened.images,
+        "weights": name,
+        "ema_decay": decay.get(name),
+        "weights_sha256": weights_sha256(model.net),
+        "seed": seed,
+    }
+    own, what = cast("dict[str, JSON]", protocol), cast("dict[str, JSON]", identity)
+    return Subject(samples, count, own, what, law, model)
+
+
+def draw_labels(law: Labels, classes: int, count: int, seed: int) -> list[int]:
+    """Labels of images 0 to `count`: the classes in turn, or independent draws."""
+    if law == "balanced":
+        return [i % classes for i in range(count)]
+    g = generator(torch.device("cpu"), seed, "labels")
+    return torch.randint(classes, (count,), generator=g).tolist()
+
+
+def network_calls(model: Model) -> float:
+    """Denoiser evaluations an image, those of guidance counted, over a sample of one image."""
+    (tile,) = model.tiles([0], seed=0)
+    return tile.passes

@@ -1,0 +1,145 @@
+"""Metrics: scores of a set of images, read off features of it and of a reference.
+
+Shapes: n images, F features.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+
+@attrs.frozen(eq=False)
+class Moments:
+    """Mean (F,) and covariance (F, F), float64, of `count` rows; `count` 0 is not known."""
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+
+class Accumulator:
+    """Mean and covariance of rows that pass by; float64, and exact for any cut into batches.
+
+    Source: Chan, Golub & LeVeque 1979, the pairwise update of mean and scatter.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self.scatter = torch.zeros(0, 0, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Take rows (B, F) of any float type in."""
+        rows = rows.double()
+        mean = rows.mean(dim=0)
+        content = rows - mean
+        self._join(len(rows), mean, content.T @ content)
+
+    def merge(self, other: Accumulator) -> None:
+        """Take all rows of another accumulator in."""
+        if other.count:
+            self._join(other.count, other.mean, other.scatter)
+
+    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if self.count == 0:
+            self.count, self.mean, self.scatter = count, mean, scatter
+            return
+        total = self.count + count
+        delta = mean.to(self.mean.device) - self.mean
+        self.mean = self.mean + delta * (count / total)
+        joint = torch.outer(delta, delta) * (self.count * count / total)
+        self.scatter = self.scatter + scatter.to(self.scatter.device) + joint
+        self.count = total
+
+    def moments(self) -> Moments:
+        """Of all rows so far; the covariance divides by n - 1.
+
+        Raises:
+            ValueError: There are fewer than two rows.
+        """
+        if self.count < 2:
+            raise ValueError(f"{self.count} rows have no covariance")
+        return Moments(self.count, self.mean.cpu(), (self.scatter / (self.count - 1)).cpu())
+
+
+def moments_of(rows: Tensor) -> Moments:
+    """Mean and covariance of rows (n, F)."""
+    whole = Accumulator()
+    whole.add(rows)
+    return whole.moments()
+
+
+@attrs.frozen(eq=False)
+class FeatureSet:
+    """What a feature pass leaves of `count` images, by the network's taps.
+
+    `moments` are there for taps whose mean and covariance were asked for, `rows` (n, F), in the
+    images' order, for taps of which every image's features were.
+    """
+
+    count: int
+    moments: Mapping[str, Moments] = attrs.field(factory=dict)
+    rows: Mapping[str, Tensor] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class Estimate:
+    """A figure, its standard error where one is known, and what to beware of."""
+
+    value: float
+    error: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class Metric(ABC):
+    """Scores a set of images by its features, most of them against a reference set.
+
+    `moments` and `rows` name the taps of the feature network that it reads, by mean and
+    covariance or image by image; every network has the tap `pool`.
+    `compares` is False for a score that needs no reference.
+    `features` restricts it to networks of that family (`FeatureNetwork.family`).
+    `called` gives figures the name they go by in the published Inception features; in those of
+    any other network a figure is named after the network, `FD-EfficientNetLite0`.
+    """
+
+    moments: ClassVar[tuple[str, ...]] = ()
+    rows: ClassVar[tuple[str, ...]] = ()
+    compares: ClassVar[bool] = True
+    features: ClassVar[str] = ""
+    called: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
+        """Figures by name.
+
+        Args:
+            made: Features of the images that are judged.
+            real: Those of the reference; those of `made` itself if `compares` is False.
+        """
+
+    def least(self) -> int:
+        """Fewest images, of either set, of which the figures can be computed at all."""
+        return 2
+
+
+def names_of(metric: Metric, figure: str, title: str, *, published: bool) -> str:
+    """A figure's name in the features of a network called `title`."""
+    return metric.called.get(figure, figure) if published else f"{figure}-{title}"
+
+
+def is_distance(name: str) -> bool:
+    """Whether a figure of this name is a Fréchet or kernel distance, for which less is better."""
+    return re.match(r"[rg]?s?(F|K|CMM)I?D\b", name) is not None
+
+
+def taps_of(metrics: Sequence[Metric]) -> tuple[frozenset[str], frozenset[str]]:
+    """The taps that some metrics read by their moments, and by their rows."""
+    moments = frozenset(tap for m in metrics for tap in m.moments)
+    return moments, frozenset(tap for m in metrics for tap in m.rows)

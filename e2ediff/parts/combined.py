@@ -1,0 +1,153 @@
+"""Guidance by another network, guidance at some times alone, and several in a row.
+
+Shapes: B batch, N latent tokens, D latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+from attrs import validators
+from torch import Tensor
+
+from e2ediff.denoiser import Denoiser, Guidance, Reference
+from e2ediff.errors import Problem, RecipeError
+from e2ediff.interpolant import Estimate, Interpolant
+from e2ediff.parts.guidance import ClassifierFree, Wrapped
+
+
+@attrs.frozen(kw_only=True)
+class Autoguidance(Guidance):
+    """weak + scale (x0 - weak): away from what a weaker network of the same latents answers.
+
+    The weak network is an earlier or a smaller one: `run` is a run's directory (empty: the run
+    that is sampled), `checkpoint` and `weights` choose within it (empty: the newest, and those
+    for sampling).
+    Its latents must be those of the network that is sampled; of an end-to-end model that is an
+    earlier checkpoint or another average of the same run, or a run that shares its autoencoder.
+    `scale` 1 is no guidance and costs one pass.
+    Pictures during training are made without it.
+
+    Source: Karras et al. 2024 (arXiv 2406.02507), eq. 3.
+    """
+
+    scale: float = attrs.field(default=1.5, validator=validators.ge(0))
+    run: str = ""
+    checkpoint: str = ""
+    weights: str = ""
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """The weak network."""
+        reference = Reference(run=self.run, checkpoint=self.checkpoint, weights=self.weights)
+        return () if self.scale == 1 else (reference,)
+
+    def given(self, others: Mapping[Reference, Denoiser]) -> Guidance:
+        """The same with its weak denoiser at hand."""
+        return _Armed(self.scale, others[self.references[0]]) if self.references else self
+
+    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+        """The inner denoiser, at scale 1; otherwise `given` comes first.
+
+        Raises:
+            RecipeError: It did not.
+        """
+        if self.scale == 1:
+            return inner
+        what = "autoguidance has no weak network here"
+        hint = "Load the model with `e2ediff.load`, or call `given`."
+        raise RecipeError("sampling", [Problem("guidance", what, hint=hint)])
+
+
+@attrs.frozen
+class _Armed(Guidance):
+    scale: float
+    weak: Denoiser
+
+    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+        return _Extrapolated(inner, self.weak, self.scale)
+
+
+class _Extrapolated(Wrapped):
+    def __init__(self, inner: Denoiser, weak: Denoiser, scale: float) -> None:
+        super().__init__(inner)
+        self.weak = weak
+        self.scale = scale
+
+    def between(self, t: float, s: float) -> Denoiser:
+        return _Extrapolated(self.inner.between(t, s), self.weak.between(t, s), self.scale)
+
+    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+        strong, weak = self.inner(z_t, t, label).x0, self.weak(z_t, t, label).x0
+        return self.clean(weak + self.scale * (strong - weak), z_t, t)
+
+
+@attrs.frozen(kw_only=True)
+class Interval(Guidance):
+    """Another guidance, `guidance`, at the times from `t_min` to `t_max`; plain answers elsewhere.
+
+    Source: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+    """
+
+    guidance: Guidance = attrs.field(factory=ClassifierFree)
+    t_min: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.le(1)])
+    t_max: float = attrs.field(default=1.0, validator=[validators.ge(0), validators.le(1)])
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """Those of the inner guidance."""
+        return self.guidance.references
+
+    def given(self, others: Mapping[Reference, Denoiser]) -> Guidance:
+        """The same with its denoisers at hand."""
+        return attrs.evolve(self, guidance=self.guidance.given(others))
+
+    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+        """The guided denoiser; `inner` itself where its guidance changes nothing."""
+        guided = self.guidance.wrap(inner, null_label)
+        return inner if guided is inner else _Within(inner, guided, self.t_min, self.t_max)
+
+
+class _Within(Denoiser):
+    def __init__(self, plain: Denoiser, guided: Denoiser, t_min: float, t_max: float) -> None:
+        self.plain = plain
+        self.guided = guided
+        self.ends = (t_min, t_max)
+
+    @property
+    def path(self) -> Interpolant:
+        return self.plain.path
+
+    def between(self, t: float, s: float) -> Denoiser:
+        return _Within(self.plain.between(t, s), self.guided.between(t, s), *self.ends)
+
+    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+        first, last = self.ends
+        return (self.guided if first <= t <= last else self.plain)(z_t, t, label)
+
+
+@attrs.frozen(kw_only=True)
+class Chain(Guidance):
+    """Several guidances, `parts`, each wrapped around the one before it; none is no guidance.
+
+    `[autoguidance, classifier_free]` guides an autoguided denoiser by its class; both parts
+    multiply the passes that they cost.
+    """
+
+    parts: tuple[Guidance, ...] = ()
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """Those of all parts."""
+        return tuple(reference for part in self.parts for reference in part.references)
+
+    def given(self, others: Mapping[Reference, Denoiser]) -> Guidance:
+        """The same with its parts' denoisers at hand."""
+        return Chain(parts=tuple(part.given(others) for part in self.parts))
+
+    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+        """The first part around `inner`, the second around that, and so on."""
+        for part in self.parts:
+            inner = part.wrap(inner, null_label)
+        return inner

@@ -1,0 +1,225 @@
+"""Images as arrays of pixels: NumPy's npz and npy, and MNIST's idx.
+
+Shapes: M images of a source, B batch, C H W image.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Sequence
+
+import attrs
+import numpy as np
+import torch
+from attrs import validators
+from PIL import Image
+from torch import Tensor
+
+from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
+from e2ediff.errors import DataError
+from e2ediff.parts.images import centre_crop, to_tensor
+from e2ediff.parts.sources.location import Location
+
+
+class InMemory(DataSource):
+    """Images that fit into memory: x (M, C, H, W), uint8, and labels (M,).
+
+    With `size`, they are resized and cropped to it when they are read, as ADM does.
+    """
+
+    def __init__(self, x: Tensor, label: Tensor, size: int | None = None) -> None:
+        self.x = x
+        self.label = label
+        fits = size is None or tuple(x.shape[2:]) == (size, size)
+        self.size = None if fits else size
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def labels(self) -> Tensor:
+        """As given."""
+        return self.label
+
+    def stored(self, index: int) -> Stored:
+        """The arrays' own size."""
+        return Stored(self.x.shape[-1], self.x.shape[-2])
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Rows of the arrays."""
+        rows = torch.as_tensor(indices)
+        x = self.x[rows]
+        if self.size is not None:
+            x = torch.stack([self._cropped(one, self.size) for one in x])
+        return x, self.label[rows]
+
+    @staticmethod
+    def _cropped(x: Tensor, size: int) -> Tensor:
+        pixels = x.permute(1, 2, 0).numpy()
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        return to_tensor(np.array(centre_crop(image, size)))
+
+
+def read_idx(data: bytes, source: str) -> Tensor:
+    """The uint8 array of an IDX file (MNIST's format), gzipped or plain.
+
+    Raises:
+        DataError: Not an IDX file of bytes, or not all of it.
+    """
+    try:
+        raw = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError) as error:
+        raise DataError(f"{source}: damaged gzip file ({error}); fetch it again") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        raise DataError(f"{source}: not an IDX file of bytes (starts with {raw[:4].hex()})")
+    rank = raw[3]
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
+    start, size = 4 + 4 * rank, int(torch.tensor(shape).prod())
+    if len(raw) - start != size:
+        raise DataError(
+            f"{source}: {len(raw) - start} bytes of data, expected {size} for shape {shape}; "
+            "fetch it again"
+        )
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=start).reshape(shape)
+
+
+@attrs.frozen(kw_only=True)
+class Arrays(SourceConfig):
+    """Arrays of pixels in memory: NumPy's npz or npy, or MNIST's idx, gzipped or plain.
+
+    `images` is a path or URL; in an npz, `file.npz!key` names the array, by default `images`.
+    They are bytes of shape (M, H, W) or (M, H, W, C); other sizes than `size` are cropped as
+    `image_folder` does.
+    `labels` is another such array, (M,), of class numbers; by default the npz's `labels`.
+    `held_out_images` and `held_out_labels` are those for the probe and for scores.
+    `channels`, `flip` and `sampling` are those of `image_folder`; `classes` 0 reads no labels.
+    """
+
+    images: str
+    labels: str | None = None
+    held_out_images: str | None = None
+    held_out_labels: str | None = None
+    size: int = attrs.field(validator=validators.gt(0))
+    classes: int = attrs.field(validator=validators.ge(0))
+    channels: int = attrs.field(default=3, validator=validators.in_((1, 3)))
+    flip: bool = True
+    sampling: Sampling = "natural"
+
+    @property
+    def image(self) -> ImageSpec:
+        """`channels`, `size` and `classes`, as the recipe says."""
+        return ImageSpec(self.channels, self.size, self.size, self.classes)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether other arrays are given."""
+        return self.held_out_images is not None
+
+    def open(self, *, held_out: bool = False) -> DataSource:
+        """Read the arrays."""
+        x, label = self.arrays(held_out=held_out)
+        if label is None:
+            if self.classes:
+                raise DataError(
+                    f"data.labels: no labels are given, the recipe says data.classes: "
+                    f"{self.classes}; give them, or `--set data.classes=0`"
+                )
+            label = torch.zeros(len(x), dtype=torch.int64)
+        elif self.classes == 0:
+            label = torch.zeros_like(label)
+        elif len(label) and not 0 <= int(label.min()) <= int(label.max()) < self.classes:
+            raise DataError(
+                f"data.labels: classes {int(label.min())} to {int(label.max())}, the recipe says "
+                f"data.classes: {self.classes} (labels 0 to {self.classes - 1}); "
+                f"`--set data.classes={int(label.max()) + 1}` takes them all"
+            )
+        return InMemory(x, label, self.size)
+
+    def arrays(self, *, held_out: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Images (M, C, H, W), uint8, and labels (M,), int64, whatever `classes` says.
+
+        Raises:
+            DataError: They are missing, of other shapes, or do not match.
+        """
+        images, labels, options = self.images, self.labels, ("data.images", "data.labels")
+        if held_out and self.held_out_images:
+            images, labels = self.held_out_images, self.held_out_labels
+            options = ("data.held_out_images", "data.held_out_labels")
+        x = read_array(images, options[0], "images")
+        path = images.partition("!")[0]
+        if labels is None and path.endswith(".npz"):
+            known = _npz(path, options[1]).files
+            labels = f"{path}!labels" if "labels" in known else None
+        x = x[..., None] if x.ndim == 3 else x
+        if x.ndim != 4 or x.shape[-1] not in (1, 3) or x.dtype != torch.uint8:
+            raise DataError(
+                f"{options[0]}: {images} holds {tuple(x.shape)} of {x.dtype}; expected bytes of "
+                "shape (images, height, width) or (images, height, width, 1 or 3)"
+            )
+        x = _with_channels(x.permute(0, 3, 1, 2), self.channels)
+        if labels is None:
+            return x, None
+        y = read_array(labels, options[1], "labels")
+        if y.numel() != len(x) or y.dtype.is_floating_point:
+            raise DataError(
+                f"{options[1]}: {labels} holds {tuple(y.shape)} of {y.dtype}, {images} "
+                f"{len(x)} images; expected one whole number for each image"
+            )
+        return x, y.reshape(-1).long()
+
+
+def _with_channels(x: Tensor, channels: int) -> Tensor:
+    """Grey to colour by repetition, colour to grey with the weights of ITU-R 601, as Pillow."""
+    if x.shape[1] == channels:
+        return x
+    if channels == 3:
+        return x.expand(-1, 3, -1, -1)
+    r, g, b = x.int().unbind(1)
+    return ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
+
+
+def read_array(address: str, option: str, key: str) -> Tensor:
+    """The array at `path`, or `path.npz!key`.
+
+    Raises:
+        DataError: There is none, or it is damaged.
+    """
+    path, _, name = address.partition("!")
+    if path.endswith(".npz"):
+        arrays = _npz(path, option)
+        name = name or key
+        if name not in arrays.files:
+            raise DataError(
+                f"{option}: {path} has no array '{name}', it has {', '.join(arrays.files)}; name "
+                f"one with `--set '{option}={path}!NAME'`"
+            )
+        try:
+            return torch.from_numpy(arrays[name])
+        except (ValueError, TypeError, OSError) as error:
+            raise DataError(f"{option}: {address}: {error}; fetch it again") from error
+    data = _content(path, option)
+    if not path.endswith(".npy"):
+        return read_idx(data, path)
+    try:
+        return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+    except (ValueError, TypeError, EOFError) as error:
+        raise DataError(f"{option}: {path} cannot be read as npy: {error}") from error
+
+
+def _npz(path: str, option: str) -> np.lib.npyio.NpzFile:
+    try:
+        found = np.load(io.BytesIO(_content(path, option)), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{option}: {path} cannot be read as npz: {error}") from error
+    if not isinstance(found, np.lib.npyio.NpzFile):
+        raise DataError(f"{option}: {path} is no npz; give it the suffix .npy")
+    return found
+
+
+def _content(path: str, option: str) -> bytes:
+    location = Location(path, option)
+    try:
+        return location.read(location.path)
+    except (OSError, ValueError) as error:
+        what = f"no file {path}" if isinstance(error, FileNotFoundError) else str(error)
+        raise DataError(f"{option}: {what}. Expected an npz, npy or idx file.") from error

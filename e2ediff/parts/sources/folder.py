@@ -1,0 +1,258 @@
+"""Images in class folders: a folder through fsspec, or a zip."""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+from pathlib import PurePosixPath
+from typing import ClassVar
+
+import attrs
+import fsspec
+import torch
+
+from e2ediff.errors import DataError
+from e2ediff.parts.images import SUFFIXES, is_image
+from e2ediff.parts.sources.labels import labelled, read_labels
+from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
+from e2ediff.parts.sources.location import Location
+
+DATASET_JSON = "dataset.json"
+"""Where StyleGAN and EDM keep labels."""
+
+
+class FolderBytes:
+    """Files below a folder, by number."""
+
+    def __init__(self, location: Location, names: Names) -> None:
+        self.location = location
+        self.names = names
+
+    def __call__(self, i: int) -> bytes:
+        """Content of one file."""
+        return self.location.read(self.location.below(self.names[i]))
+
+
+class ZipBytes:
+    """Members of a zip, by number; each process opens it for itself."""
+
+    def __init__(self, path: str, prefix: str, names: Names) -> None:
+        self.path = path
+        self.prefix = prefix
+        self.names = names
+        self._zip: zipfile.ZipFile | None = None
+        self._owner = -1
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_zip": None, "_owner": -1}
+
+    def __call__(self, i: int) -> bytes:
+        """Content of one member; nothing is ever extracted to disk."""
+        if self._zip is None or self._owner != os.getpid():
+            self._zip = zipfile.ZipFile(fsspec.open(self.path, "rb").open())
+            self._owner = os.getpid()
+        return self._zip.read(self.prefix + self.names[i])
+
+
+def walk(location: Location) -> tuple[list[str], list[str]]:
+    """Paths of all files below a folder, and the names of the folders in it.
+
+    Local folders are walked directly, which is much faster, and may be links; names that begin
+    with a dot are left out.
+    """
+    if not location.local:
+        start = len(location.below(""))
+        paths = [str(path)[start:] for path in location.fs.find(location.path)]
+        entries = location.fs.ls(location.path, detail=True)
+        folders = [e["name"].rstrip("/")[start:] for e in entries if e["type"] == "directory"]
+    else:
+        paths, folders = [], []
+        with os.scandir(location.path) as found:
+            for entry in found:
+                (folders if entry.is_dir() else paths).append(entry.name)
+        for folder in folders:
+            top = os.path.join(location.path, folder)
+            for place, _, names in os.walk(top):
+                inner = place[len(location.path.rstrip("/")) + 1 :]
+                paths += [f"{inner}/{name}" for name in names]
+    seen = [p for p in paths if not p.startswith(".")]
+    return seen, sorted(f for f in folders if not f.startswith("."))
+
+
+def class_folders(
+    paths: list[str], folders: list[str], place: str, option: str, *, everything: bool
+) -> tuple[Names, torch.Tensor, tuple[str, ...]]:
+    """Names, labels and class names of images in class folders, sorted by path.
+
+    With `everything` images outside of class folders are taken too, and folders may be empty.
+
+    Raises:
+        DataError: There are none, or a class folder is empty.
+    """
+    images = sorted(p for p in paths if is_image(p) and (everything or "/" in p))
+    if not images:
+        wanted = "<name>" if everything else "<class>/<name>"
+        where = "" if everything else " in class folders"
+        raise DataError(
+            f"{option}: {place} holds no images{where} (looked for {wanted} with "
+            f"{', '.join(SUFFIXES)})"
+        )
+    classes = [p.partition("/")[0] if "/" in p else "" for p in images]
+    empty = sorted(set(folders) - set(classes))
+    if empty and not everything:
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise DataError(
+            f"{option}: {len(empty)} of {len(folders)} class folders in {place} hold no images "
+            f"({shown}); put images ({', '.join(SUFFIXES)}) there, or remove the folders and "
+            f"`--set data.classes={len(folders) - len(empty)}`"
+        )
+    if "" in classes:
+        return Names(images), torch.zeros(len(images), dtype=torch.int64), ()
+    # By name, also where the names are numbers: a folder's name is no label.
+    names = sorted(set(classes))
+    number = {name: i for i, name in enumerate(names)}
+    return Names(images), torch.tensor([number[c] for c in classes]), tuple(names)
+
+
+def with_labels(
+    paths: list[str], values: dict[str, str], place: str, option: str, source: str
+) -> tuple[Names, torch.Tensor, int, tuple[str, ...]]:
+    """Names, labels, number of classes and class names of images whose labels are in a file."""
+    images = sorted(p for p in paths if is_image(p))
+    labels, classes, names = numbered(labelled(images, values, place, option, source))
+    return Names(images), labels, classes, names
+
+
+@attrs.frozen(kw_only=True)
+class ImageFolder(EncodedConfig):
+    """A folder with one folder of images for each class, as ImageNet's own layout.
+
+    `root` is a path or fsspec URL (`s3://`, `gs://`, `hf://`, `zip://`, ...).
+    Classes are the folders' names in sorted order; their number must be `classes`.
+    `classes` 0 leaves classes out and takes images anywhere below the root.
+    `labels` is a file that has them instead: a line `<image> <class>` for each image, or a
+    `dataset.json` as StyleGAN and EDM write it, which is also found by itself in the root.
+    Images are cropped as ADM does: halved by box filters while twice `size` or larger, resized
+    with bicubic filter so that the shorter side is `size`, and cut in the centre.
+    `flip` mirrors half of the training images.
+    `sampling` `class_balanced` shows all classes equally often, `natural` as often as they occur.
+    `on_bad_image` is what follows from an image that is damaged or has more than `max_pixels`
+    pixels (width times height; it is never decoded): `stop` ends the run and names it, `skip`
+    takes the next readable image of its class instead, and lists it in the run's directory.
+    `channels` is 3 for colour, 1 for grey.
+    `held_out` is a second such folder for the probe and for scores.
+    `workers` processes read and decode.
+    """
+
+    address: ClassVar[str] = "root"
+    word: ClassVar[str] = "class folders"
+
+    root: str
+    labels: str | None = None
+
+    def listing(self, *, held_out: bool) -> Listing:
+        """Every image below the folder."""
+        option = self.option(held_out=held_out)
+        root = self.held_out if held_out and self.held_out else self.root
+        location = Location(root, option)
+        if not location.is_folder():
+            raise DataError(
+                f"{option}: no folder {root}. It must hold one folder of images for each class "
+                "(for ImageNet: train/n01440764/*.JPEG, ...). Give its path or URL with "
+                f"`--set {option}=/path/to/train`."
+            )
+        paths, folders = walk(location)
+        values, source = None, self.labels or ""
+        if self.labels and not held_out:
+            values = read_labels(self.labels)
+        elif DATASET_JSON in paths:
+            source = location.below(DATASET_JSON)
+            values = read_labels(source, location)
+        if values is not None:
+            names, labels, classes, class_names = with_labels(paths, values, root, option, source)
+        else:
+            names, labels, class_names = class_folders(
+                paths, folders, root, option, everything=self.classes == 0
+            )
+            classes = len(class_names)
+        fetch = FolderBytes(location, names)
+        return Listing(root, names, labels, classes, class_names, fetch)
+
+
+@attrs.frozen(kw_only=True)
+class Archive(EncodedConfig):
+    """A zip file with one folder of images for each class, or as StyleGAN and EDM write it.
+
+    `path` is the zip's path or fsspec URL; `inside` the folder in it that holds the class
+    folders (empty for the top), `held_out` such a folder for the probe and for scores.
+    A `dataset.json` there has the labels instead of folders; `labels` is another file of them.
+    The other options are those of `image_folder`.
+    """
+
+    word: ClassVar[str] = "class folders"
+
+    path: str
+    inside: str = ""
+    labels: str | None = None
+
+    def option(self, *, held_out: bool) -> str:
+        """Always the zip."""
+        return "data.path"
+
+    def listing(self, *, held_out: bool) -> Listing:
+        """Every image below the folder inside."""
+        inside = self.held_out if held_out and self.held_out is not None else self.inside
+        prefix = f"{PurePosixPath(inside)}/" if inside else ""
+        place = f"{self.path}!{inside}" if inside else self.path
+        members, dataset = _members(self.path, prefix)
+        paths = [m for m in members if not m.endswith("/") and not m.startswith((".", "__MAC"))]
+        folders = sorted({m.partition("/")[0] for m in members if m.endswith("/")})
+        values, source = None, self.labels or f"{place}/{DATASET_JSON}"
+        if self.labels and not held_out:
+            values = read_labels(self.labels)
+        elif dataset is not None:
+            values = read_labels(source, data=dataset)
+        if values is not None:
+            names, labels, classes, class_names = with_labels(
+                paths, values, place, "data.path", source
+            )
+        else:
+            names, labels, class_names = class_folders(
+                paths, folders, place, "data.path", everything=self.classes == 0
+            )
+            classes = len(class_names)
+        fetch = ZipBytes(self.path, prefix, names)
+        return Listing(place, names, labels, classes, class_names, fetch)
+
+
+def _members(path: str, prefix: str) -> tuple[list[str], bytes | None]:
+    """Names below a folder of a zip, folders with a slash at the end, and its dataset.json."""
+    try:
+        with fsspec.open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            found = [i for i in archive.infolist() if i.filename.startswith(prefix)]
+            for info in found:
+                _check_member(path, info)
+            names = [i.filename[len(prefix) :] for i in found if i.filename != prefix]
+            dataset = archive.read(prefix + DATASET_JSON) if DATASET_JSON in names else None
+            return names, dataset
+    except FileNotFoundError as error:
+        raise DataError(f"data.path: no file {path}") from error
+    except (zipfile.BadZipFile, OSError, ValueError, ImportError) as error:
+        raise DataError(f"data.path: {path} cannot be read as a zip: {error}") from error
+
+
+def _check_member(path: str, info: zipfile.ZipInfo) -> None:
+    name = info.filename
+    what = ""
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        what = "lies outside of the archive"
+    elif stat.S_ISLNK(info.external_attr >> 16):
+        what = "is a link"
+    elif info.flag_bits & 1:
+        what = "is encrypted"
+    if what:
+        raise DataError(
+            f"data.path: {path}: member {name!r} {what}; expected plain files below the top. "
+            "Pack the images again without it"
+        )

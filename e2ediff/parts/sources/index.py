@@ -1,0 +1,120 @@
+"""Where each image lies in its file: built once, stored beside the data or in a cache."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from e2ediff.parts.sources.listing import Names
+from e2ediff.parts.sources.location import Aside, Location
+
+VERSION = 1
+
+
+@attrs.frozen(eq=False)
+class Index:
+    """Ranges of bytes in files, one for each image, with names and labels.
+
+    `file`, `start`, `size` and `labels` are (M,), int64: number of the file in `files`, first
+    byte, number of bytes, class. `classes` is 0 if there are no labels.
+    """
+
+    files: tuple[str, ...]
+    names: Names
+    file: Tensor
+    start: Tensor
+    size: Tensor
+    labels: Tensor
+    classes: int
+    class_names: tuple[str, ...] = ()
+
+    def dumps(self, key: str) -> bytes:
+        """As a safetensors file; `key` says of what data it is the index."""
+        told = {
+            "version": VERSION,
+            "key": key,
+            "classes": self.classes,
+            "files": self.files,
+            "class_names": self.class_names,
+        }
+        tensors = {
+            "file": self.file,
+            "start": self.start,
+            "size": self.size,
+            "labels": self.labels,
+            "letters": self.names.letters,
+            "ends": self.names.ends,
+        }
+        # One entry: with several, their order would differ from time to time.
+        return save(tensors, {"index": json.dumps(told)})
+
+    @classmethod
+    def loads(cls, data: bytes, key: str | None = None) -> Index | None:
+        """What `dumps` wrote; None if it is damaged, or of other data than `key`'s."""
+        try:
+            t, told = load(data), _metadata(data)
+            if told["version"] != VERSION or key not in (None, told["key"]):
+                return None
+            names = Names.of(t["letters"], t["ends"])
+            sizes = {len(t[k]) for k in ("file", "start", "size", "labels", "ends")}
+            if len(sizes) != 1:
+                return None
+            return cls(
+                tuple(told["files"]),
+                names,
+                t["file"],
+                t["start"],
+                t["size"],
+                t["labels"],
+                int(told["classes"]),
+                tuple(told["class_names"]),
+            )
+        except (SafetensorError, ValueError, KeyError, TypeError, struct.error):
+            return None
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    found: dict[str, Any] = json.loads(header["__metadata__"]["index"])
+    return found
+
+
+def stored_index(location: Location, path: str, key: str, build: Callable[[], Index]) -> Index:
+    """The index of that key at `path` or in the cache; if neither has it, built and stored."""
+    aside = Aside(location, path)
+    for data in aside.read():
+        index = Index.loads(data, key)
+        if index is not None:
+            return index
+    index = build()
+    aside.write(index.dumps(key))
+    return index
+
+
+@attrs.frozen(eq=False)
+class RangeBytes:
+    """The bytes of images in an index, by number."""
+
+    location: Location
+    paths: Sequence[str]
+    index: Index
+
+    def __call__(self, i: int) -> bytes:
+        """One range of one file."""
+        start = int(self.index.start[i])
+        path = self.paths[int(self.index.file[i])]
+        return self.location.read(path, start, start + int(self.index.size[i]))
+
+
+def column(values: Sequence[int]) -> Tensor:
+    """A column of an index, (M,), int64."""
+    return torch.tensor(values, dtype=torch.int64)

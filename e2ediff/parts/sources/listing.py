@@ -1,0 +1,221 @@
+"""What a source holds, before any pixel is read: names, labels, and where the bytes are.
+
+Shapes: M images of a source, B batch, C H W image.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, Literal, overload
+
+import attrs
+import numpy as np
+import torch
+from attrs import validators
+from torch import Tensor
+
+from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
+from e2ediff.errors import BadImageError, DataError
+from e2ediff.parts.images import decode, opened, to_tensor
+
+
+class Names(Sequence[str]):
+    """Many texts in one array: a list of a million strings would be copied to every worker."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self.ends = torch.tensor([len(e) for e in encoded], dtype=torch.int64).cumsum(0)
+        self.letters = torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8)
+
+    @classmethod
+    def of(cls, letters: Tensor, ends: Tensor) -> Names:
+        """From the arrays of another one."""
+        names = cls([])
+        names.letters, names.ends = letters, ends
+        return names
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
+        return bytes(self.letters[start:end].numpy()).decode("utf-8", "surrogateescape")
+
+
+@attrs.frozen(eq=False)
+class Listing:
+    """Images of a source in order.
+
+    `place` and an entry of `names` together are an image's path in messages.
+    `labels` is (M,), int64; `classes` the number of classes that are seen in the data, 0 if
+    they have no labels; `class_names` their names, empty if the labels are numbers.
+    `fetch` gives the stored bytes of an image; with `raw`, its (H, W, C), they are its pixels.
+    """
+
+    place: str
+    names: Sequence[str]
+    labels: Tensor
+    classes: int
+    class_names: tuple[str, ...]
+    fetch: Callable[[int], bytes]
+    raw: tuple[int, int, int] | None = None
+
+    def path(self, i: int) -> str:
+        """An image's path, for messages."""
+        return f"{self.place.rstrip('/')}/{self.names[i]}"
+
+
+def numbered(values: Sequence[str]) -> tuple[Tensor, int, tuple[str, ...]]:
+    """Labels (M,), number of classes and their names: numbers stay, names are sorted."""
+    if all(value.isdecimal() for value in values):
+        labels = torch.tensor([int(value) for value in values], dtype=torch.int64)
+        return labels, int(labels.max()) + 1 if len(labels) else 0, ()
+    names = sorted(set(values))
+    number = {name: i for i, name in enumerate(names)}
+    return torch.tensor([number[value] for value in values]), len(names), tuple(names)
+
+
+def fitted(listing: Listing, classes: int, option: str, word: str = "classes") -> Listing:
+    """The listing with labels for so many classes; 0 leaves them out.
+
+    Raises:
+        DataError: It has others.
+    """
+    if classes == 0:
+        return attrs.evolve(listing, labels=torch.zeros_like(listing.labels), class_names=())
+    says = f"the recipe says data.classes: {classes}"
+    if listing.classes == 0:
+        raise DataError(
+            f"{option}: {listing.place} holds no labels, {says}; give the labels, or "
+            "`--set data.classes=0` to train without classes"
+        )
+    if listing.class_names and listing.classes != classes:
+        shown = ", ".join(listing.class_names[:5]) + (", ..." if listing.classes > 5 else "")
+        raise DataError(
+            f"{option}: {listing.place} holds {listing.classes} {word} ({shown}), {says}; give "
+            f"the folder that holds the classes, or `--set data.classes={listing.classes}`"
+        )
+    if listing.classes > classes:
+        worst = int(listing.labels.argmax())
+        raise DataError(
+            f"{option}: {listing.path(worst)} has label {listing.classes - 1}, {says} (labels "
+            f"0 to {classes - 1}); `--set data.classes={listing.classes}` takes them all"
+        )
+    return listing
+
+
+class EncodedImages(DataSource):
+    """Encoded or raw images, decoded and cropped when they are read."""
+
+    def __init__(self, listing: Listing, image: ImageSpec, max_pixels: int) -> None:
+        self.listing = listing
+        self.image = image
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.listing.names)
+
+    def labels(self) -> Tensor:
+        """As listed."""
+        return self.listing.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """As listed."""
+        return self.listing.class_names
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Decoded and cropped images, uint8."""
+        x = torch.stack([self._image(i) for i in indices])
+        return x, self.listing.labels[torch.as_tensor(indices)]
+
+    def place(self, index: int) -> str:
+        """Path or URL of the file, or of the archive and the member in it."""
+        return self.listing.path(index)
+
+    def stored(self, index: int) -> Stored:
+        """From the file's header."""
+        place, data = self.listing.path(index), self._bytes(index)
+        if self.listing.raw:
+            return Stored(self.listing.raw[1], self.listing.raw[0])
+        with opened(data, place, self.max_pixels) as image:
+            return Stored(image.width, image.height)
+
+    def _bytes(self, i: int) -> bytes:
+        try:
+            return self.listing.fetch(i)
+        except zipfile.BadZipFile as error:
+            raise BadImageError(self.listing.path(i), f"damaged image ({error})") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.listing.path(i)}: cannot be read: {error}") from error
+
+    def _image(self, i: int) -> Tensor:
+        data = self._bytes(i)
+        if self.listing.raw is None:
+            size = self.image.height
+            return decode(data, self.listing.path(i), self.image.channels, size, self.max_pixels)
+        pixels = np.frombuffer(data, np.uint8)
+        if pixels.size != np.prod(self.listing.raw):
+            raise BadImageError(self.listing.path(i), "damaged image (its file is cut short)")
+        return to_tensor(pixels.reshape(self.listing.raw).copy())
+
+
+@attrs.frozen(kw_only=True)
+class EncodedConfig(SourceConfig):
+    """Options of all sources of encoded images.
+
+    `size`, `classes`, `channels`, `flip`, `sampling`, `on_bad_image`, `held_out`, `workers` and
+    `max_pixels` are described by `image_folder`.
+    """
+
+    address: ClassVar[str] = "path"
+    word: ClassVar[str] = "classes"
+
+    size: int = attrs.field(validator=validators.gt(0))
+    classes: int = attrs.field(validator=validators.ge(0))
+    channels: int = attrs.field(default=3, validator=validators.in_((1, 3)))
+    flip: bool = True
+    sampling: Sampling = "natural"
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    held_out: str | None = None
+    workers: int = attrs.field(default=4, validator=validators.ge(0))
+    max_pixels: int = attrs.field(default=64_000_000, validator=validators.gt(0))
+
+    @property
+    def image(self) -> ImageSpec:
+        """`channels`, `size` and `classes`, as the recipe says."""
+        return ImageSpec(self.channels, self.size, self.size, self.classes)
+
+    @abstractmethod
+    def listing(self, *, held_out: bool) -> Listing:
+        """What the data hold, whatever `classes` says.
+
+        Raises:
+            DataError: They are missing or cannot be understood.
+        """
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether other images are given for the probe and for scores."""
+        return self.held_out is not None
+
+    def option(self, *, held_out: bool) -> str:
+        """The recipe's key that has the address, for messages."""
+        return "data.held_out" if held_out else f"data.{self.address}"
+
+    def open(self, *, held_out: bool = False) -> DataSource:
+        """List the images and check their classes; they are read on demand."""
+        other = held_out and self.has_held_out
+        listing = self.listing(held_out=other)
+        fit = fitted(listing, self.classes, self.option(held_out=other), self.word)
+        return EncodedImages(fit, self.image, self.max_pixels)

@@ -1,0 +1,222 @@
+"""Files through fsspec, from any process: a path, or `s3://`, `gs://`, `hf://`, `zip://`, ..."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from e2ediff.errors import DataError
+
+
+class Location:
+    """One address and its file system, which each process opens for itself.
+
+    `option` is the recipe's key that has the address, for messages.
+
+    Raises:
+        DataError: No file system for this address is installed.
+    """
+
+    def __init__(self, url: str, option: str) -> None:
+        self.url = url
+        self.option = option
+        self._fs: Any = None
+        self._owner = -1
+        try:
+            self._fs, self.path = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError, OSError) as error:
+            raise DataError(f"{option}: cannot open {url}: {error}") from error
+        self._owner = os.getpid()
+        self.local = isinstance(self._fs, LocalFileSystem)
+
+    @property
+    def fs(self) -> Any:
+        """The file system; a forked process must not use its parent's connections."""
+        if self._owner != os.getpid():
+            self._fs, _ = fsspec.core.url_to_fs(self.url)
+            self._owner = os.getpid()
+        return self._fs
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_fs": None, "_owner": -1}
+
+    def is_folder(self) -> bool:
+        """Whether a folder is there."""
+        return self._asks("isdir")
+
+    def is_file(self) -> bool:
+        """Whether a file is there."""
+        return self._asks("isfile")
+
+    def _asks(self, question: str) -> bool:
+        try:
+            return bool(getattr(self.fs, question)(self.path))
+        except OSError as error:
+            raise DataError(f"{self.option}: cannot open {self.url}: {error}") from error
+
+    def below(self, name: str) -> str:
+        """The file system's path of a file below this folder."""
+        folder = self.path.rstrip("/")
+        return f"{folder}/{name}" if folder or self.path else name
+
+    def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Bytes of a file, or this range of them."""
+        data: bytes = self.fs.cat_file(path, start=start, end=end)
+        return data
+
+
+@attrs.frozen
+class File:
+    """A file of a location: its path, its size and when it was written, as far as it is known."""
+
+    path: str
+    size: int
+    written: str
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    def beside(self, name: str) -> str:
+        """The path of another file in the same folder."""
+        return f"{self.path.rpartition('/')[0]}/{name}"
+
+
+def expand(pattern: str) -> list[str]:
+    """Texts that a pattern with braces stands for: `{0000..0003}` and `{a,b}`, in order."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if span:
+        width, first, last = len(span[1]), int(span[1]), int(span[2])
+        inner = [f"{i:0{width}}" for i in range(first, last + 1)]
+    else:
+        inner = found[1].split(",")
+    return [text for one in inner for text in expand(f"{head}{one}{tail}")]
+
+
+def find_files(pattern: str, option: str, suffix: str) -> tuple[Location, list[File]]:
+    """Files of a pattern with braces and `*`, in its order, or those of a folder, sorted.
+
+    Raises:
+        DataError: One of them, or any, is not there.
+    """
+    location = Location(pattern, option)
+    paths: list[str] = []
+    for text in expand(pattern):
+        one = Location(text, option)
+        if "*" in one.path:
+            paths += sorted(one.fs.glob(one.path))
+        elif text.endswith(suffix) or one.is_file():
+            paths.append(one.path)
+        else:
+            paths += sorted(one.fs.glob(one.below(f"*{suffix}")))
+    known = _listed(location, paths)
+    missing = [path for path in paths if path not in known]
+    if missing or not paths:
+        what = f"no file {missing[0]}" if missing else f"no files {pattern}"
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(
+            f"{option}: {what}{more}. Expected a path or URL of *{suffix} files: one file, a "
+            f"folder of them, or a pattern such as train-{{0000..0146}}{suffix} or "
+            f"train-*{suffix}"
+        )
+    return location, [known[path] for path in paths]
+
+
+def _listed(location: Location, paths: Sequence[str]) -> dict[str, File]:
+    """What is known of files, with one question for each folder that they are in."""
+    found: dict[str, File] = {}
+    wanted = set(paths)
+    for folder in sorted({path.rpartition("/")[0] for path in paths}):
+        try:
+            entries = location.fs.ls(folder, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise DataError(f"{location.option}: cannot open {folder}: {error}") from error
+        for entry in entries:
+            path = str(entry["name"])
+            path = path if path in wanted else f"/{path.lstrip('/')}"
+            if path in wanted and entry["type"] == "file":
+                found[path] = File(path, int(entry["size"] or 0), _written(entry))
+    return found
+
+
+def _written(entry: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created"):
+        if entry.get(key) is not None:
+            return str(entry[key])
+    return ""
+
+
+def fingerprint(files: Sequence[File], *settings: object) -> str:
+    """A digest that changes when one of the files, or a setting, does."""
+    said = repr([(f.name, f.size, f.written) for f in files]) + repr(settings)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+class Aside:
+    """A small file of ours beside the data, or in the user's cache where that is read-only.
+
+    The cache is $E2EDIFF_CACHE, else `e2ediff` in $XDG_CACHE_HOME or `~/.cache`.
+    """
+
+    def __init__(self, location: Location, path: str) -> None:
+        self.location = location
+        self.path = path
+        root = os.environ.get("E2EDIFF_CACHE") or os.path.join(
+            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "e2ediff"
+        )
+        digest = hashlib.sha256(f"{location.url} {path}".encode()).hexdigest()[:16]
+        self.cached = os.path.join(root, f"{digest}-{path.rpartition('/')[2]}")
+
+    def read(self) -> list[bytes]:
+        """What lies beside the data and what lies in the cache, as far as they exist."""
+        found = []
+        for place, path in ((self.location.fs, self.path), (LocalFileSystem(), self.cached)):
+            try:
+                found.append(place.cat_file(path))
+            except (OSError, ValueError, NotImplementedError):
+                continue
+        return found
+
+    def write(self, data: bytes) -> str:
+        """Write beside the data, else into the cache; returns where, empty if neither works."""
+        fs = self.location.fs
+        try:
+            if self.location.local:
+                _replace(self.path, data)
+            else:
+                fs.pipe_file(self.path, data)
+        except Exception:
+            try:
+                os.makedirs(os.path.dirname(self.cached), exist_ok=True)
+                _replace(self.cached, data)
+            except OSError:
+                return ""
+            return self.cached
+        return self.path
+
+
+def _replace(path: str, data: bytes) -> None:
+    """Whole or not at all, also when several processes write the same."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise

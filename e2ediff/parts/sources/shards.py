@@ -1,0 +1,159 @@
+"""Shards that `e2ediff data prepare` writes: cropped images, an index, and hashes.
+
+A folder of them holds
+
+- `shard-00000.tar`, ...: images as PNG or JPEG, named as WebDataset does (`00000000.png` beside
+  `00000000.cls`), or `shard-00000.npy`: an array (images, H, W, C) of bytes;
+- `index.safetensors`: names, labels and byte ranges of all images, as `index.Index` writes it;
+- `prepared.json`: what they are, with the size and SHA-256 of every other file; written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import attrs
+
+from e2ediff.errors import DataError
+from e2ediff.parts.sources.index import Index, RangeBytes
+from e2ediff.parts.sources.listing import EncodedConfig, Listing
+from e2ediff.parts.sources.location import Aside, File, Location, find_files, fingerprint
+
+PREPARED = "prepared.json"
+INDEX = "index.safetensors"
+VERIFIED = "verified.txt"
+VERSION = 1
+_AGAIN = "Run `e2ediff data prepare` again: it rewrites what is damaged or missing"
+
+
+@attrs.frozen(kw_only=True)
+class Shards(EncodedConfig):
+    """Shards of cropped images that `e2ediff data prepare` wrote: the fastest source.
+
+    `path` is their folder or URL, `held_out` another such folder.
+    Their size in pixels must be `size`, and their channels `channels`.
+    With `verify` their hashes are compared once, when they are first opened; that they agree is
+    kept beside them, or in the cache (`$E2EDIFF_CACHE`), until one of them changes.
+    The other options are those of `image_folder`.
+    """
+
+    path: str
+    verify: bool = True
+
+    def listing(self, *, held_out: bool) -> Listing:
+        """Every image of every shard."""
+        option = self.option(held_out=held_out)
+        path = self.held_out if held_out and self.held_out else self.path
+        location = Location(path, option)
+        told = read_prepared(location)
+        for key, wanted in (("size", self.size), ("channels", self.channels)):
+            if told[key] != wanted:
+                raise DataError(
+                    f"{option}: {path} was prepared with {key} {told[key]}, the recipe says "
+                    f"data.{key}: {wanted}; `--set data.{key}={told[key]}`, or prepare it again"
+                )
+        files = check_shards(location, told, verify=self.verify)
+        index = Index.loads(location.read(location.below(INDEX)))
+        if index is None:
+            raise DataError(f"{option}: {path}/{INDEX} is damaged. {_AGAIN}.")
+        raw = (told["size"], told["size"], told["channels"]) if told["format"] == "raw" else None
+        fetch = RangeBytes(location, [f.path for f in files], index)
+        names = index.class_names
+        return Listing(path, index.names, index.labels, index.classes, names, fetch, raw)
+
+
+def read_prepared(location: Location) -> dict[str, Any]:
+    """What `prepared.json` says.
+
+    Raises:
+        DataError: There is none, or it is not one that this version can read.
+    """
+    option, path = location.option, location.url
+    try:
+        told: dict[str, Any] = json.loads(location.read(location.below(PREPARED)))
+        version = told["e2ediff"]
+        complete = {"size", "channels", "format", "images", "files"} <= told.keys()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{option}: {path} holds no {PREPARED}. It must be a folder that `e2ediff data "
+            "prepare` finished; run it, or run it again if it was interrupted."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{option}: {path}/{PREPARED} cannot be read: {error}") from error
+    if version != VERSION or not complete:
+        raise DataError(
+            f"{option}: {path}/{PREPARED} is of version {version}; this e2ediff reads {VERSION}"
+        )
+    return told
+
+
+def check_shards(location: Location, told: dict[str, Any], *, verify: bool) -> list[File]:
+    """The shards in order, after their sizes and, once, their hashes were compared.
+
+    Raises:
+        DataError: One is missing, of another size, or of other content.
+    """
+    option, path, wanted = location.option, location.url, told["files"]
+    shards = [name for name in wanted if name != INDEX]
+    try:
+        _, found = find_files(path, option, ".npy" if told["format"] == "raw" else ".tar")
+    except DataError:
+        found = []
+    known = {file.name: file for file in found}
+    for name in shards:
+        file = known.get(name)
+        what = "is missing"
+        if file is not None:
+            what = f"has {file.size} bytes, expected {wanted[name]['bytes']}"
+        if file is None or file.size != wanted[name]["bytes"]:
+            raise DataError(f"{option}: {path}/{name} {what}. {_AGAIN}.")
+    files = [known[name] for name in shards]
+    if verify:
+        aside = Aside(location, location.below(VERIFIED))
+        key = verified_key(told, files)
+        if key not in aside.read():
+            verify_hashes(location, told)
+            aside.write(key)
+    return files
+
+
+def verified_key(told: dict[str, Any], files: Sequence[File]) -> bytes:
+    """What is kept once the hashes agreed: it changes when a shard is written again."""
+    return fingerprint(files, sorted((n, f["sha256"]) for n, f in told["files"].items())).encode()
+
+
+def verify_hashes(location: Location, told: dict[str, Any]) -> None:
+    """Compare the hashes of all files.
+
+    Raises:
+        DataError: Some differ; names them.
+    """
+
+    def differs(name: str) -> bool:
+        try:
+            return bool(sha256(location, location.below(name)) != told["files"][name]["sha256"])
+        except OSError as error:
+            raise DataError(f"{location.url}/{name}: cannot be read: {error}") from error
+
+    with ThreadPoolExecutor(8) as pool:
+        names = list(told["files"])
+        bad = [n for n, other in zip(names, pool.map(differs, names), strict=True) if other]
+    if bad:
+        shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise DataError(
+            f"{location.option}: {location.url}: {len(bad)} of {len(names)} files have another "
+            f"SHA-256 than {PREPARED} says ({shown}): they are damaged. {_AGAIN}."
+        )
+
+
+def sha256(location: Location, path: str) -> str:
+    """The hash of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with location.fs.open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

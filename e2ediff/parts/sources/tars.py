@@ -1,0 +1,243 @@
+"""Images in tars, read in place: ImageNet's tar of class tars, and shards as WebDataset's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+from typing import ClassVar
+
+import attrs
+
+from e2ediff.errors import DataError
+from e2ediff.parts.images import SUFFIXES, is_image
+from e2ediff.parts.sources.index import Index, RangeBytes, column, stored_index
+from e2ediff.parts.sources.labels import labelled, read_labels
+from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
+from e2ediff.parts.sources.location import File, Location, find_files, fingerprint
+from e2ediff.parts.sources.tar_members import inside, members, read_member
+
+
+@attrs.define
+class _Columns:
+    """An index while it is built."""
+
+    names: list[str] = attrs.field(factory=list)
+    file: list[int] = attrs.field(factory=list)
+    start: list[int] = attrs.field(factory=list)
+    size: list[int] = attrs.field(factory=list)
+
+    def add(self, name: str, file: int, start: int, size: int) -> None:
+        self.names.append(name)
+        self.file.append(file)
+        self.start.append(start)
+        self.size.append(size)
+
+    def index(self, files: Sequence[str], values: Sequence[str] | None) -> Index:
+        """The whole, sorted by name where the labels are still to come from the names."""
+        columns = (column(self.file), column(self.start), column(self.size))
+        labels, classes, class_names = numbered(values or ["0"] * len(self.names))
+        if values is None:
+            classes = 0
+        names = Names(self.names)
+        return Index(tuple(files), names, *columns, labels, classes, class_names)
+
+    def sorted(self) -> _Columns:
+        """By name, as class folders are."""
+        order = sorted(range(len(self.names)), key=self.names.__getitem__)
+        return _Columns(
+            [self.names[i] for i in order],
+            [self.file[i] for i in order],
+            [self.start[i] for i in order],
+            [self.size[i] for i in order],
+        )
+
+
+@attrs.frozen(kw_only=True)
+class ClassTars(EncodedConfig):
+    """ImageNet's original tar of one tar for each class, or a folder of such class tars.
+
+    `path` is `ILSVRC2012_img_train.tar`, its URL, or the folder; nothing is unpacked.
+    A class tar's name is its class; images are in the order of class folders.
+    `held_out` is another such tar, or a flat one such as `ILSVRC2012_img_val.tar`, whose labels
+    are then in `held_out_labels`: a line `<image> <class>` for each image, as ImageNet's
+    `LOC_val_solution.csv` has it.
+    Where each image lies is read once and kept in `<tar>.index.safetensors`, or in the cache
+    (`$E2EDIFF_CACHE`) where the data are read-only.
+    The other options are those of `image_folder`.
+    """
+
+    word: ClassVar[str] = "class tars"
+
+    path: str
+    held_out_labels: str | None = None
+
+    def listing(self, *, held_out: bool) -> Listing:
+        """Every image of every class tar."""
+        option = self.option(held_out=held_out)
+        path = self.held_out if held_out and self.held_out else self.path
+        location, files = find_files(path, option, ".tar")
+        key = fingerprint(files, "class tars")
+        name = files[0].name if len(files) == 1 else "class-tars"
+        aside = files[0].beside(f"{name}.index.safetensors")
+        index = stored_index(location, aside, key, lambda: _scan(location, files))
+        labels, classes, names = index.labels, index.classes, index.class_names
+        if classes == 0 and held_out and self.held_out_labels:
+            values = read_labels(self.held_out_labels) or {}
+            found = labelled(index.names, values, path, option, self.held_out_labels)
+            labels, classes, names = numbered(found)
+        fetch = RangeBytes(location, [f.path for f in files], index)
+        return Listing(path, index.names, labels, classes, names, fetch)
+
+
+def _scan(location: Location, files: Sequence[File]) -> Index:
+    """The index of a tar of class tars, of several class tars, or of a tar of images alone."""
+    found, option = _Columns(), location.option
+    for number, outer in enumerate(files):
+        with location.fs.open(outer.path, "rb") as file:
+            for member in members(file, outer.path, option):
+                if is_image(member.name):
+                    name = PurePosixPath(member.name).name
+                    name = f"{outer.name[:-4]}/{name}" if len(files) > 1 else name
+                    found.add(name, number, member.offset_data, member.size)
+                if not member.name.endswith(".tar"):
+                    continue
+                place, label = f"{outer.path}/{member.name}", PurePosixPath(member.name).stem
+                for inner in members(inside(file, member), place, option):
+                    if is_image(inner.name):
+                        name = f"{label}/{PurePosixPath(inner.name).name}"
+                        start = member.offset_data + inner.offset_data
+                        found.add(name, number, start, inner.size)
+    if not found.names:
+        raise DataError(
+            f"{option}: {files[0].path} holds no images (looked for class tars with "
+            f"{', '.join(SUFFIXES)}, such as n01440764.tar)"
+        )
+    found = found.sorted()
+    classed = all("/" in name for name in found.names)
+    values = [name.partition("/")[0] for name in found.names] if classed else None
+    index = found.index([f.name for f in files], values)
+    if values is None or index.class_names:
+        return index
+    # Tars named by numbers: a name is no label.
+    names = sorted(set(values))
+    labels = column([names.index(value) for value in values])
+    return attrs.evolve(index, labels=labels, classes=len(names), class_names=tuple(names))
+
+
+@attrs.frozen(kw_only=True)
+class TarShards(EncodedConfig):
+    """Tar shards as WebDataset names their members: `000000.jpg` beside `000000.cls`.
+
+    `path` is a pattern such as `train-{0000..0146}.tar` or `s3://bucket/train-*.tar`, one tar or
+    a folder of tars; images are in the order of the shards and of their members.
+    `image_suffix` is the member's suffix that holds the image, by default any of the known ones.
+    `label` is the suffix that holds the class, by default `cls` (a number, or a name) or else
+    `json`, where it is under the key `label_key`.
+    `held_out` is another pattern.
+    Where each image lies is read once and kept beside the shards, or in the cache
+    (`$E2EDIFF_CACHE`) where they are read-only.
+    The other options are those of `image_folder`.
+    """
+
+    path: str
+    image_suffix: str | None = None
+    label: str | None = None
+    label_key: str = "label"
+
+    def listing(self, *, held_out: bool) -> Listing:
+        """Every sample of every shard."""
+        option = self.option(held_out=held_out)
+        pattern = self.held_out if held_out and self.held_out else self.path
+        location, files = find_files(pattern, option, ".tar")
+        key = fingerprint(files, self.image_suffix, self.label, self.label_key)
+        aside = files[0].beside(f"shards-{fingerprint(files)[:8]}.index.safetensors")
+
+        def build() -> Index:
+            with ThreadPoolExecutor(8) as pool:
+                shards = list(pool.map(lambda file: self._samples(location, file), files))
+            return self._index(files, shards, option)
+
+        index = stored_index(location, aside, key, build)
+        fetch = RangeBytes(location, [f.path for f in files], index)
+        place = files[0].path.rpartition("/")[0]
+        labels = index.labels
+        return Listing(place, index.names, labels, index.classes, index.class_names, fetch)
+
+    def _samples(self, location: Location, shard: File) -> dict[str, _Sample]:
+        """Samples of one shard by key, in order."""
+        found: dict[str, _Sample] = {}
+        with location.fs.open(shard.path, "rb") as file:
+            for member in members(file, shard.path, location.option):
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                sample = found.setdefault(f"{folder}/{stem}", _Sample())
+                suffix = suffix.lower()
+                place = f"{shard.path}/{member.name}"
+                if suffix == self.image_suffix or (
+                    self.image_suffix is None and f".{suffix}" in SUFFIXES
+                ):
+                    if sample.name:
+                        raise DataError(
+                            f"{location.option}: {place} is the second image of sample "
+                            f"'{stem}'; expected one of each name: give `image_suffix`, or "
+                            "pack the shard again"
+                        )
+                    sample.name = member.name
+                    sample.start, sample.size = member.offset_data, member.size
+                elif suffix in ((self.label,) if self.label else ("cls", "json")):
+                    data = read_member(file, member, place, location.option)
+                    sample.label[suffix] = self._label(data, suffix, place, location.option)
+        return {key: sample for key, sample in found.items() if sample.name}
+
+    def _label(self, data: bytes, suffix: str, place: str, option: str) -> str | None:
+        """The class in a member; None if its JSON has no such key and nobody asked for it."""
+        try:
+            text = data.decode().strip()
+            if not suffix.endswith("json"):
+                return text
+            value = json.loads(text)
+            label = value.get(self.label_key) if isinstance(value, dict) else None
+            if label is None and self.label is None:
+                return None
+            if type(label) not in (int, str):
+                raise ValueError(f"key '{self.label_key}' is {label!r}")
+            return str(label)
+        except ValueError as error:
+            raise DataError(
+                f"{option}: {place}: no label ({error}); expected a class number or name"
+            ) from error
+
+    def _index(
+        self, files: Sequence[File], shards: Sequence[dict[str, _Sample]], option: str
+    ) -> Index:
+        found, values, without = _Columns(), [], ""
+        for number, (shard, samples) in enumerate(zip(files, shards, strict=True)):
+            for sample in samples.values():
+                found.add(f"{shard.name}/{sample.name}", number, sample.start, sample.size)
+                label = sample.label.get("cls") or next(iter(sample.label.values()), None)
+                if label is None:
+                    without = without or found.names[-1]
+                else:
+                    values.append(label)
+        if not found.names:
+            raise DataError(
+                f"{option}: {files[0].path} holds no images (looked for <key>.<suffix> with "
+                f"{self.image_suffix or ', '.join(SUFFIXES)})"
+            )
+        if values and without:
+            raise DataError(
+                f"{option}: {without} has no label, {len(values)} of {len(found.names)} images "
+                "have one; expected <key>.cls or <key>.json beside each image. Pack it again, or "
+                "`--set data.classes=0` with shards that have none"
+            )
+        return found.index([f.name for f in files], values or None)
+
+
+@attrs.define
+class _Sample:
+    name: str = ""
+    start: int = 0
+    size: int = 0
+    label: dict[str, str | None] = attrs.field(factory=dict)

@@ -1,0 +1,71 @@
+"""Weights of foreign networks, from a path or URL that a user gives; never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+
+import fsspec
+import torch
+from torch import Tensor, nn
+
+from e2ediff.errors import DataError
+
+
+def read_weights(place: str, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """A state dict, and the sha256 of its file.
+
+    Args:
+        place: Path or URL of a safetensors or a `.pt`/`.pth` file.
+        sha256: The hash that the file must have, in full; checked before it is parsed.
+
+    Raises:
+        DataError: The file is missing, has another hash, or holds more than tensors.
+    """
+    try:
+        with fsspec.open(place, "rb") as file:
+            data: bytes = file.read()
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"feature network: cannot read the weights at {place}: {error}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        raise DataError(
+            f"feature network: {place} has sha256 {found}, the recipe expects {sha256}; these are "
+            "other weights"
+        )
+    return _parse(data, place), found
+
+
+def _parse(data: bytes, place: str) -> dict[str, Tensor]:
+    if place.endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise DataError(f"feature network: {place} is no safetensors file: {error}") from error
+    try:
+        state: dict[str, Tensor] = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise DataError(
+            f"feature network: {place} is not a file of tensors: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(
+            f"feature network: {place} holds no state dict, a mapping of names to tensors"
+        )
+    return state
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], place: str, title: str) -> None:
+    """Load a state dict by name.
+
+    Raises:
+        DataError: A tensor is missing, is one too many, or has another shape.
+    """
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise DataError(f"feature network: {place} does not fit {title}: {error}") from error

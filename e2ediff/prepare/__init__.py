@@ -1,0 +1,1 @@
+"""Before training: cropping images once, looking for damaged ones, counting classes."""

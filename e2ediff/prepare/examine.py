@@ -1,0 +1,144 @@
+"""Reading images for `e2ediff data check` and `data stats`.
+
+Shapes: M images looked at, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import attrs
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from e2ediff.data import DataSource, SourceConfig
+from e2ediff.errors import BadImageError, DataError
+from e2ediff.parts.sources import Shards
+from e2ediff.parts.sources.location import Location
+from e2ediff.parts.sources.shards import read_prepared, verify_hashes
+from e2ediff.run.loader import processes, quiet_worker
+
+_EACH = 64
+
+
+class _Seen(NamedTuple):
+    looked_at: int
+    decoded: int
+    bad: tuple[tuple[str, str], ...]
+    sizes: Tensor
+    total: Tensor
+    square: Tensor
+    colour: int
+
+
+@attrs.frozen(eq=False)
+class Examined:
+    """What was seen: `bad` has path and fault of each image that cannot be used.
+
+    `sizes` (M, 2) are widths and heights as stored; `mean` and `std` (C,) those of the cropped
+    pixels in [-1, 1], empty after a quick pass; `colour` the number of images that are not grey.
+    """
+
+    count: int
+    bad: tuple[tuple[str, str], ...]
+    sizes: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    colour: int
+
+
+class _Chunks(Dataset[_Seen | str]):
+    def __init__(self, source: DataSource, indices: Sequence[int], *, quick: bool) -> None:
+        self.source = source
+        self.indices = indices
+        self.quick = quick
+
+    def __getitem__(self, k: int) -> _Seen | str:
+        bad, sizes, decoded, colour = [], [], 0, 0
+        total = square = torch.zeros(0, dtype=torch.float64)
+        chunk = self.indices[k * _EACH : (k + 1) * _EACH]
+        for i in chunk:
+            try:
+                stored = self.source.stored(i)
+                sizes.append((stored.width, stored.height))
+                if self.quick:
+                    continue
+                x = self.source.read([i])[0][0]
+            except BadImageError as error:
+                bad.append((error.place, error.what))
+                continue
+            except DataError as error:
+                return str(error)
+            decoded += 1
+            pixels = x.double().flatten(1) / 127.5 - 1  # (C, H W)
+            total = pixels.mean(dim=1) + (total if len(total) else 0)
+            square = pixels.square().mean(dim=1) + (square if len(square) else 0)
+            colour += int(len(x) > 1 and not bool((x == x[:1]).all()))
+        rows = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
+        return _Seen(len(chunk), decoded, tuple(bad), rows, total, square, colour)
+
+
+def compare_hashes(config: SourceConfig) -> None:
+    """Compare the hashes of prepared shards, also where they agreed before; else nothing.
+
+    Raises:
+        DataError: Some differ.
+    """
+    if isinstance(config, Shards):
+        for path in (config.path, config.held_out):
+            if path:
+                location = Location(path, "data.path")
+                verify_hashes(location, read_prepared(location))
+
+
+def examine(
+    source: DataSource,
+    indices: Sequence[int],
+    *,
+    quick: bool,
+    workers: int,
+    progress: Callable[[str], None],
+) -> Examined:
+    """Read these images; with `quick` their headers alone.
+
+    Raises:
+        DataError: The place where they lie cannot be read.
+    """
+    chunks = -(-len(indices) // _EACH)
+    items: Iterable[_Seen | str] = DataLoader(
+        _Chunks(source, indices, quick=quick),
+        sampler=range(chunks),
+        batch_size=None,
+        num_workers=min(processes(workers), chunks),
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),
+    )
+    seen: list[_Seen] = []
+    count = broken = 0
+    for item in items:
+        if isinstance(item, str):
+            raise DataError(item)
+        seen.append(item)
+        count, broken = count + item.looked_at, broken + len(item.bad)
+        progress(f"{count:,} of {len(indices):,} images, {broken:,} broken")
+    mean, std = _moments([s for s in seen if s.decoded])
+    return Examined(
+        count,
+        tuple(row for s in seen for row in s.bad),
+        torch.cat([s.sizes for s in seen]) if seen else torch.zeros(0, 2),
+        mean,
+        std,
+        sum(s.colour for s in seen),
+    )
+
+
+def _moments(seen: Sequence[_Seen]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if not seen:
+        return (), ()
+    images = sum(s.decoded for s in seen)
+    mean = torch.stack([s.total for s in seen]).sum(0) / images
+    square = torch.stack([s.square for s in seen]).sum(0) / images
+    std = (square - mean.square()).clamp_min(0).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,285 @@
+"""`e2ediff data prepare`: crop every image once, into shards with an index and hashes.
+
+The result is what the source `shards` reads (`e2ediff.parts.sources.shards` has the layout).
+While it is made, `parts/` keeps one JSON file for each finished shard: after a kill only shards
+that have none, or whose hash differs, are made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import attrs
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from e2ediff.data import DataSource
+from e2ediff.errors import BadImageError, DataError
+from e2ediff.parts.sources.index import Index, column
+from e2ediff.parts.sources.listing import Names
+from e2ediff.parts.sources.location import Location
+from e2ediff.parts.sources.shards import (
+    INDEX,
+    PREPARED,
+    VERIFIED,
+    VERSION,
+    check_shards,
+    sha256,
+    verified_key,
+)
+from e2ediff.run.loader import processes, quiet_worker
+from e2ediff.run.storage import Store
+
+Format = Literal["png", "jpeg", "raw"]
+SETTINGS = "parts/settings.json"
+_HEADER = 512  # bytes of a tar member's header
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """What decides the content of the shards.
+
+    `source` is the data block as text; `images`, `classes`, `channels` and `size` describe it;
+    `each` is the number of images of the source in a shard, `quality` that of JPEG.
+    """
+
+    source: str
+    images: int
+    size: int
+    channels: int
+    classes: int
+    format: Format
+    quality: int
+    each: int
+    skip: bool
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.images // self.each)
+
+
+@attrs.frozen
+class Done:
+    """What was made: images, those left out, shards, and how many of them were there already."""
+
+    images: int
+    left_out: tuple[tuple[str, str], ...]
+    shards: int
+    kept: int
+
+
+def prepare(
+    source: DataSource,
+    settings: Settings,
+    folder: str,
+    *,
+    workers: int,
+    progress: Callable[[str], None],
+) -> Done:
+    """Write shards of all images of a source, or what is missing of them.
+
+    Args:
+        source: Opened with the size to crop to.
+        settings: The same at every resumption.
+        folder: A folder or URL, new or of an earlier attempt.
+        workers: Processes that crop; 0 crops in this one.
+        progress: Told how far it is.
+
+    Raises:
+        DataError: An image is damaged and `skip` is off, or the folder holds something else.
+        ResourceError: The disk is full or read-only.
+    """
+    store = Store(folder)
+    _claim(store, settings)
+    location = Location(folder, "DST")
+    with ThreadPoolExecutor(8) as pool:
+        numbers = range(settings.shards)
+        before = pool.map(lambda k: _finished(store, location, k), numbers)
+        parts = {k: part for k, part in zip(numbers, before, strict=True) if part}
+    kept = len(parts)
+    todo = [k for k in range(settings.shards) if k not in parts]
+    items: Iterable[dict[str, Any] | str] = DataLoader(
+        _Shards(source, settings, folder),
+        sampler=todo,
+        batch_size=None,
+        num_workers=min(processes(workers), len(todo)),
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),
+    )
+    for k, part in zip(todo, items, strict=True):
+        if isinstance(part, str):
+            raise DataError(part)
+        parts[k] = part
+        progress(f"shard {len(parts)} of {settings.shards}")
+    location.fs.invalidate_cache()
+    names = source.class_names if len(source.class_names) == settings.classes else ()
+    return _finish(store, location, settings, names, [parts[k] for k in sorted(parts)], kept)
+
+
+def _claim(store: Store, settings: Settings) -> None:
+    """Note the settings in a new folder, or compare them with those of the attempt before."""
+    now = json.dumps(attrs.asdict(settings), indent=1)
+    if store.exists(SETTINGS):
+        before, wanted = json.loads(store.read(SETTINGS)), json.loads(now)
+        changed = [key for key in wanted if before.get(key) != wanted[key]]
+        if changed:
+            told = ", ".join(f"{k} was {before.get(k)!r}, is {wanted[k]!r}" for k in changed)
+            raise DataError(
+                f"{store.url}: holds shards that were prepared otherwise ({told}); give another "
+                "folder, or remove this one"
+            )
+    elif store.list():
+        raise DataError(f"{store.url}: is not empty; give a new folder for the shards")
+    else:
+        store.write(SETTINGS, now.encode())
+
+
+def _part_name(k: int) -> str:
+    return f"parts/shard-{k:05}.json"
+
+
+def _finished(store: Store, location: Location, k: int) -> dict[str, Any] | None:
+    """What is noted of a shard that is whole; None if it has to be made."""
+    if not store.exists(_part_name(k)):
+        return None
+    try:
+        part: dict[str, Any] = json.loads(store.read(_part_name(k)))
+        if sha256(location, location.below(part["file"])) == part["sha256"]:
+            return part
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
+class _Shards(Dataset[dict[str, Any] | str]):
+    """Item k makes shard k, and is what is noted of it; what worker processes hold."""
+
+    def __init__(self, source: DataSource, settings: Settings, folder: str) -> None:
+        self.source = source
+        self.settings = settings
+        self.folder = folder
+        self.labels = source.labels() if settings.classes else None
+
+    def __getitem__(self, k: int) -> dict[str, Any] | str:
+        s, store = self.settings, Store(self.folder)
+        kept: list[tuple[int, Tensor]] = []
+        left_out = []
+        for i in range(k * s.each, min((k + 1) * s.each, s.images)):
+            try:
+                kept.append((i, self.source.read([i])[0][0]))
+            except BadImageError as error:
+                if not s.skip:
+                    return str(error)
+                left_out.append([error.place, error.what])
+            except DataError as error:
+                return str(error)
+        write = self._array if s.format == "raw" else self._tar
+        name, data, rows = write(k, kept)
+        store.write(name, data)
+        part = {
+            "file": name,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "images": rows,
+            "left_out": left_out,
+        }
+        store.write(_part_name(k), json.dumps(part).encode())
+        return part
+
+    def _row(self, i: int, name: str, start: int, size: int) -> list[object]:
+        label = int(self.labels[i]) if self.labels is not None else 0
+        return [name, label, start, size, self.source.place(i)]
+
+    def _tar(self, k: int, kept: list[tuple[int, Tensor]]) -> tuple[str, bytes, list[Any]]:
+        s, out, rows = self.settings, io.BytesIO(), []
+        file, suffix = f"shard-{k:05}.tar", "jpg" if s.format == "jpeg" else "png"
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for i, x in kept:
+                data, name = encode(x, s.format, s.quality), f"{i:08}.{suffix}"
+                rows.append(self._row(i, f"{file}/{name}", out.tell() + _HEADER, len(data)))
+                _add(tar, name, data)
+                if self.labels is not None:
+                    _add(tar, f"{i:08}.cls", str(int(self.labels[i])).encode())
+        return file, out.getvalue(), rows
+
+    def _array(self, k: int, kept: list[tuple[int, Tensor]]) -> tuple[str, bytes, list[Any]]:
+        s, out, file = self.settings, io.BytesIO(), f"shard-{k:05}.npy"
+        pixels = [x.permute(1, 2, 0).contiguous() for _, x in kept]
+        shape = (0, s.size, s.size, s.channels)
+        array = torch.stack(pixels).numpy() if pixels else np.zeros(shape, np.uint8)
+        np.save(out, array, allow_pickle=False)
+        each = s.size * s.size * s.channels
+        first = len(out.getvalue()) - each * len(kept)
+        rows = [
+            self._row(i, f"{file}#{n}", first + n * each, each) for n, (i, _) in enumerate(kept)
+        ]
+        return file, out.getvalue(), rows
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # no time, no owner: the same images give the same bytes
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def encode(x: Tensor, format_: Format, quality: int) -> bytes:
+    """PNG (lossless) or JPEG (4:4:4) of an image (C, H, W), uint8."""
+    pixels = x.permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    out = io.BytesIO()
+    if format_ == "jpeg":
+        image.save(out, "JPEG", quality=quality, subsampling=0)
+    else:
+        image.save(out, "PNG")
+    return out.getvalue()
+
+
+def _finish(
+    store: Store,
+    location: Location,
+    s: Settings,
+    class_names: tuple[str, ...],
+    parts: list[dict[str, Any]],
+    kept: int,
+) -> Done:
+    """Write the index, then what commits the whole."""
+    rows = [(k, *row) for k, part in enumerate(parts) for row in part["images"]]
+    left_out = tuple((place, what) for part in parts for place, what in part["left_out"])
+    if not rows:
+        raise DataError(f"{store.url}: none of the {s.images} images could be read")
+    number, names, labels, start, size, _ = zip(*rows, strict=True)
+    index = Index(
+        tuple(part["file"] for part in parts),
+        Names(names),
+        column(number),
+        column(start),
+        column(size),
+        column(labels),
+        s.classes,
+        class_names,
+    ).dumps(PREPARED)
+    store.write(INDEX, index)
+    files = {p["file"]: {"bytes": p["bytes"], "sha256": p["sha256"]} for p in parts}
+    files[INDEX] = {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()}
+    told = {
+        "e2ediff": VERSION,
+        **attrs.asdict(s),
+        "images": len(rows),
+        "left_out": len(left_out),
+        "files": files,
+    }
+    store.write(PREPARED, json.dumps(told, indent=1).encode())
+    shards = check_shards(location, told, verify=False)
+    # The hashes are of what was just written: nobody has to read it all once more.
+    store.write(VERIFIED, verified_key(told, shards))
+    return Done(len(rows), left_out, s.shards, kept)

@@ -1,0 +1,162 @@
+"""Images that cannot be used: replaced by others of their class, and listed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from e2ediff.data import DataSource, SourceConfig, Stored
+from e2ediff.errors import BadImageError, DataError
+from e2ediff.run.storage import Store
+
+BAD_IMAGES = "bad_images.jsonl"
+
+
+class Skipped(NamedTuple):
+    """An image that was not used; `what` is wrong with it, and `instead` was shown."""
+
+    number: int
+    place: str
+    what: str
+    instead: int
+
+
+class Skipping(DataSource):
+    """A source whose damaged images are replaced.
+
+    Instead of a damaged image comes the next readable one of its class, counted from its index
+    and beginning again at the first: labels, and all other images, stay where they are, in
+    every process and at every resume.
+    """
+
+    def __init__(self, source: DataSource) -> None:
+        self.source = source
+        self._labels: Tensor | None = None
+        self._instead: dict[int, int] = {}
+        self._new: list[Skipped] = []
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def labels(self) -> Tensor:
+        """The source's."""
+        if self._labels is None:
+            self._labels = self.source.labels()
+        return self._labels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The source's."""
+        return self.source.class_names
+
+    def place(self, index: int) -> str:
+        """The source's."""
+        return self.source.place(index)
+
+    def stored(self, index: int) -> Stored:
+        """The source's, damaged images included."""
+        return self.source.stored(index)
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The images, or others of their classes.
+
+        Raises:
+            DataError: No image of a class can be used, or the place where they lie cannot be
+                read: that is no image's fault, and is never skipped.
+        """
+        known = [self._instead.get(i, i) for i in indices]
+        try:
+            return self.source.read(known)
+        except BadImageError:
+            parts = [self._one(i) for i in indices]
+        return torch.cat([x for x, _ in parts]), torch.cat([label for _, label in parts])
+
+    def take(self) -> tuple[Skipped, ...]:
+        """What was skipped for the first time since the last call, in this process."""
+        new, self._new = tuple(self._new), []
+        return new
+
+    def _one(self, i: int) -> tuple[Tensor, Tensor]:
+        try:
+            return self.source.read([self._instead.get(i, i)])
+        except BadImageError as error:
+            first = error
+        same = (self.labels() == self.labels()[i]).nonzero()[:, 0]
+        after = int((same <= i).sum())
+        for other in torch.cat([same[after:], same[: after - 1]]).tolist():
+            try:
+                read = self.source.read([other])
+            except BadImageError:
+                continue
+            self._instead[i] = other
+            self._new.append(Skipped(i, first.place, first.what, other))
+            return read
+        raise DataError(
+            f"{first.place}: {first.what}, and none of the {len(same)} images of its class can "
+            "be used instead"
+        )
+
+
+def open_source(config: SourceConfig, *, held_out: bool = False) -> DataSource:
+    """The images of a recipe's data block, with its policy for damaged ones.
+
+    Raises:
+        DataError: The data are missing or not what the block says.
+    """
+    source = config.open(held_out=held_out)
+    return Skipping(source) if config.on_bad_image == "skip" else source
+
+
+def taken(source: DataSource) -> tuple[Skipped, ...]:
+    """What a source skipped since the last call; nothing if it stops at damaged images."""
+    return source.take() if isinstance(source, Skipping) else ()
+
+
+class BadImages:
+    """The list of a run's damaged images in its directory, one line for each.
+
+    Several processes of a run may add to it, each what it met itself.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._met: set[str] = set()
+
+    def add(self, found: Iterable[Skipped]) -> bool:
+        """List those that are not listed yet; whether the first of the run is among them."""
+        new = {s.place: s for s in found if s.place not in self._met}
+        if not new:
+            return False
+        listed = self.listed()
+        for skipped in (s for place, s in new.items() if place not in listed):
+            entry = {"image": skipped.place, "index": skipped.number, "what": skipped.what}
+            # A line of its own, also behind one that a crash tore.
+            apart = "\n" if self._torn() else ""
+            line = json.dumps({**entry, "instead": skipped.instead})
+            self.store.append(BAD_IMAGES, apart + line)
+        self._met |= set(new)
+        return not listed
+
+    def _torn(self) -> bool:
+        there = self.store.exists(BAD_IMAGES)
+        return there and not self.store.read(BAD_IMAGES).endswith(b"\n")
+
+    def listed(self) -> set[str]:
+        """Paths in the list, from before a resume and of other processes too."""
+        if not self.store.exists(BAD_IMAGES):
+            return set()
+        return {
+            place for line in self.store.read(BAD_IMAGES).split(b"\n") for place in _image(line)
+        }
+
+
+def _image(line: bytes) -> tuple[str, ...]:
+    """The path in a line; none in one that a crash tore."""
+    try:
+        return (str(json.loads(line)["image"]),)
+    except (ValueError, TypeError, KeyError):
+        return ()

@@ -1,0 +1,107 @@
+"""Starting several processes of one run, through torch's own elastic launcher.
+
+The launcher's own command, `torchrun`, ends with code 1 whatever its processes end with. Here the
+first process of each machine leaves its exit code in a file, so that a batch system sees 75.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from e2ediff.errors import ResourceError
+
+ENDED = "E2EDIFF_ENDED"
+"""Environment variable: the file for the exit code."""
+
+PATIENCE = 600
+"""Seconds that processes have to save after a signal, before they are killed."""
+
+
+def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = "") -> int:
+    """Run `python -m e2ediff WORDS` in `nproc` processes on each of `nnodes` machines.
+
+    Args:
+        words: The command line, without what asks for several processes.
+        nproc: Processes on this machine.
+        nnodes: Machines, on each of which this is called.
+        rendezvous: `HOST:PORT` of one of them, where all meet; one machine needs none.
+
+    Returns:
+        The exit code of the run.
+
+    Raises:
+        ResourceError: The processes could not be started, or one was killed.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _quiet()
+    config = LaunchConfig(
+        min_nodes=nnodes,
+        max_nodes=nnodes,
+        nproc_per_node=nproc,
+        # Machines find one another by the address that they were all given.
+        run_id=f"e2ediff-{rendezvous or uuid.uuid4().hex}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=rendezvous or "localhost:0",
+        max_restarts=0,  # a failed run is continued with --resume
+        signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP",
+        local_addr=None if rendezvous else "localhost",
+        **_patience(LaunchConfig),
+    )
+    with tempfile.TemporaryDirectory(prefix="e2ediff-") as folder:
+        ended = Path(folder, "code")
+        os.environ[ENDED] = str(ended)
+        failed: ChildFailedError | None = None
+        try:
+            elastic_launch(config, sys.executable)("-m", "e2ediff", *words)
+        except ChildFailedError as error:
+            failed = error
+        except SignalException:
+            pass  # handed on to the processes, which saved and left
+        except (RuntimeError, OSError, ValueError, TimeoutError) as error:
+            what = str(error).partition("\n")[0]
+            raise ResourceError(f"the processes could not be started: {what}") from error
+        finally:
+            del os.environ[ENDED]
+        with contextlib.suppress(OSError, ValueError):
+            return int(ended.read_text())
+    if failed is None:
+        return 143  # stopped before it could say how it ended
+    _, first = failed.get_first_failure()
+    if first.exitcode > 0:
+        return int(first.exitcode)
+    raise ResourceError(
+        f"process {first.local_rank} was killed by signal {-first.exitcode}, perhaps by the "
+        "system for want of memory. What was saved is intact: continue with --resume"
+    )
+
+
+def note_end(code: int) -> None:
+    """Leave this process's exit code for the launcher, if there is one."""
+    file = os.environ.get(ENDED)
+    if file and os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            Path(file).write_text(str(code))
+
+
+def _patience(config: type) -> dict[str, Any]:
+    """The time to save, where this torch's launcher can be told of it."""
+    known = config.__dataclass_fields__  # type: ignore[attr-defined]
+    return {"shutdown_timeout": PATIENCE} if "shutdown_timeout" in known else {}
+
+
+def _quiet() -> None:
+    """Silence the launcher, which tells of exit codes at length; the processes have told why."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)

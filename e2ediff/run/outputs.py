@@ -1,0 +1,305 @@
+"""Where the images of a set go: a folder of PNGs, an npz, a zip or webdataset tars.
+
+Each takes finished images in any order, knows after a crash which it has, and is whole at the end.
+Images of a block are written together, and a block is there as a whole or not at all.
+
+Shapes: M images, H W C pixels, uint8.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from e2ediff.errors import ResourceError
+from e2ediff.run.storage import Store
+
+Format = Literal["png", "npz", "zip", "tar"]
+Pixels = NDArray[np.uint8]
+Shape = tuple[int, int, int]
+
+_BLOCK = re.compile(r"(\d{9,})-(\d{9,})\.\w+")
+_PART = "parts"
+
+
+class Output(ABC):
+    """A set of images in one format, below one store."""
+
+    def __init__(self, store: Store, shape: Shape, labels: Sequence[int]) -> None:
+        self.store = store
+        self.shape = shape  # H, W, C
+        self.labels = labels
+
+    @abstractmethod
+    def finished(self) -> set[int]:
+        """Numbers of the images that are there."""
+
+    @abstractmethod
+    def put(self, numbers: range, x: Pixels) -> None:
+        """Store images (M, H, W, C) of these numbers; M is their count.
+
+        Raises:
+            ResourceError: The disk or store refused; what was there before is intact.
+        """
+
+    @abstractmethod
+    def first(self, count: int) -> Pixels:
+        """The first images, (count, H, W, C), once all are there."""
+
+    def close(self) -> str:
+        """Make the set whole once all images are there, and say where it lies.
+
+        Raises:
+            ResourceError: The disk or store refused; no image is lost.
+        """
+        return self.store.where()
+
+    def file_of(self, number: int) -> str | None:
+        """The file that holds one image alone, if there is such a file."""
+        return None
+
+    def bytes_needed(self, missing: int) -> int:
+        """Bytes that so many more images and the end will take, as far as that is known."""
+        return 0
+
+
+def open_output(kind: Format, store: Store, shape: Shape, labels: Sequence[int]) -> Output:
+    """The output of a format, for as many images as there are labels."""
+    kinds: Mapping[Format, type[Output]] = {"png": PNGs, "npz": NPZ, "zip": Zip, "tar": Tars}
+    return kinds[kind](store, shape, labels)
+
+
+class PNGs(Output):
+    """`images/000000.png` and so on, one file an image and nothing else beside them."""
+
+    def finished(self) -> set[int]:
+        """By the files' names."""
+        found = (re.fullmatch(r"(\d{6,})\.png", name) for name in self.store.list("images"))
+        return {int(match[1]) for match in found if match}
+
+    def put(self, numbers: range, x: Pixels) -> None:
+        """One file after another."""
+        for i, pixels in zip(numbers, x, strict=True):
+            self.store.write(self.file_of(i), png_bytes(pixels))
+
+    def first(self, count: int) -> Pixels:
+        """Read back."""
+        return np.stack([pixels_of(self.store.read(self.file_of(i))) for i in range(count)])
+
+    def file_of(self, number: int) -> str:
+        """Its path."""
+        return f"images/{number:06d}.png"
+
+
+class _Blocks(Output):
+    """Images in files of a block each, `<first>-<after the last>` in their names."""
+
+    folder = _PART
+    suffix: str
+
+    def blocks(self) -> list[range]:
+        found = (_BLOCK.fullmatch(name) for name in self.store.list(self.folder))
+        return [range(int(match[1]), int(match[2])) for match in found if match]
+
+    def path_of(self, block: range) -> str:
+        return f"{self.folder}/{block.start:09d}-{block.stop:09d}.{self.suffix}"
+
+    def finished(self) -> set[int]:
+        """All that some block holds."""
+        return {i for block in self.blocks() for i in block}
+
+    def put(self, numbers: range, x: Pixels) -> None:
+        """One block."""
+        buffer = io.BytesIO()
+        self.encode(buffer, numbers, x)
+        self.store.write(self.path_of(numbers), buffer.getvalue())
+
+    def first(self, count: int) -> Pixels:
+        """From the blocks that hold them."""
+        found: dict[int, Pixels] = {}
+        for block in self.blocks():
+            if block.start < count:
+                found.update(zip(block, self.decode(self.read(block), block), strict=True))
+        return np.stack([found[i] for i in range(count)])
+
+    def read(self, block: range) -> IO[bytes]:
+        return io.BytesIO(self.store.read(self.path_of(block)))
+
+    def in_order(self) -> Iterable[tuple[range, range]]:
+        """Blocks, and of each the numbers that no block before it holds."""
+        done = 0
+        for block in sorted(self.blocks(), key=lambda b: (b.start, b.stop)):
+            if block.stop > done:
+                yield block, range(max(done, block.start), block.stop)
+                done = block.stop
+
+    @abstractmethod
+    def encode(self, file: IO[bytes], numbers: range, x: Pixels) -> None: ...
+
+    @abstractmethod
+    def decode(self, file: IO[bytes], numbers: range) -> Iterable[Pixels]: ...
+
+
+class Tars(_Blocks):
+    """Webdataset shards, `shards/<first>-<last>.tar`, with `<number>.png` and `<number>.cls`."""
+
+    folder = "shards"
+    suffix = "tar"
+
+    def encode(self, file: IO[bytes], numbers: range, x: Pixels) -> None:
+        """Without times and owners, so that equal images give equal files."""
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for i, pixels in zip(numbers, x, strict=True):
+                label = str(self.labels[i]).encode()
+                for suffix, data in (("png", png_bytes(pixels)), ("cls", label)):
+                    entry = tarfile.TarInfo(f"{i:09d}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+
+    def decode(self, file: IO[bytes], numbers: range) -> Iterable[Pixels]:
+        """Its PNGs."""
+        with tarfile.open(fileobj=file) as tar:
+            for i in numbers:
+                member = tar.extractfile(f"{i:09d}.png")
+                assert member is not None
+                yield pixels_of(member.read())
+
+
+class _Assembled(_Blocks):
+    """Blocks that become one file at the end, and are then removed."""
+
+    name: str
+
+    def finished(self) -> set[int]:
+        """All, where the file is there."""
+        if self.store.exists(self.name):
+            return set(range(len(self.labels)))
+        return super().finished()
+
+    def close(self) -> str:
+        """Write the file, then remove the blocks."""
+        if not self.store.exists(self.name):
+            with self.store.writing(self.name, self.bytes_needed(0)) as file:
+                self.assemble(file)
+        error = self.store.remove_dir(_PART)
+        if error is not None:
+            raise ResourceError(f"{self.store.where(_PART)}: cannot be removed: {error}")
+        return self.store.where(self.name)
+
+    @abstractmethod
+    def assemble(self, file: IO[bytes]) -> None: ...
+
+
+class NPZ(_Assembled):
+    """`samples.npz` as ADM's evaluator reads it: arr_0 (M, H, W, C) uint8, arr_1 labels, int64."""
+
+    name = "samples.npz"
+    suffix = "npy"
+
+    def bytes_needed(self, missing: int) -> int:
+        """Blocks, and the file beside them."""
+        one = int(np.prod(self.shape))
+        return 0 if self.store.exists(self.name) else (missing + len(self.labels)) * one
+
+    def encode(self, file: IO[bytes], numbers: range, x: Pixels) -> None:
+        """As an array."""
+        np.save(file, x, allow_pickle=False)
+
+    def decode(self, file: IO[bytes], numbers: range) -> Iterable[Pixels]:
+        """Its images."""
+        array: Pixels = np.load(file, allow_pickle=False)
+        return array
+
+    def assemble(self, file: IO[bytes]) -> None:
+        """Block by block: the set need not fit into memory."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *self.shape)}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open(_entry("arr_0.npy"), "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_2_0(array, header)
+                for block, own in self.in_order():
+                    x = np.load(self.read(block), allow_pickle=False)
+                    array.write(x[own.start - block.start :].tobytes())
+            with archive.open(_entry("arr_1.npy"), "w") as array:
+                np.save(array, np.array(self.labels, dtype=np.int64), allow_pickle=False)
+
+    def first(self, count: int) -> Pixels:
+        """From the blocks, or from the file once they are gone."""
+        if not self.store.exists(self.name):
+            return super().first(count)
+        with _zip(self.store, self.name) as archive, archive.open("arr_0.npy") as array:
+            np.lib.format.read_magic(array)
+            np.lib.format.read_array_header_2_0(array)
+            data = array.read(count * int(np.prod(self.shape)))
+        return np.frombuffer(data, dtype=np.uint8).reshape(count, *self.shape)
+
+
+class Zip(_Assembled):
+    """`samples.zip`: `<label>/<number>.png`, with EDM's list of labels in `dataset.json`."""
+
+    name = "samples.zip"
+    suffix = "zip"
+
+    def member(self, number: int) -> str:
+        """Its path in the zip."""
+        return f"{self.labels[number]:05d}/{number:06d}.png"
+
+    def encode(self, file: IO[bytes], numbers: range, x: Pixels) -> None:
+        """As a zip of PNGs; they are copied into the last one as they are."""
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for i, pixels in zip(numbers, x, strict=True):
+                archive.writestr(_entry(self.member(i)), png_bytes(pixels))
+
+    def decode(self, file: IO[bytes], numbers: range) -> Iterable[Pixels]:
+        """Its PNGs."""
+        with zipfile.ZipFile(file) as archive:
+            return [pixels_of(archive.read(self.member(i))) for i in numbers]
+
+    def assemble(self, file: IO[bytes]) -> None:
+        """Block by block, and the labels at the end."""
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for block, own in self.in_order():
+                with zipfile.ZipFile(self.read(block)) as part:
+                    for i in own:
+                        archive.writestr(_entry(self.member(i)), part.read(self.member(i)))
+            listed = [[self.member(i), label] for i, label in enumerate(self.labels)]
+            archive.writestr(_entry("dataset.json"), json.dumps({"labels": listed}))
+
+    def first(self, count: int) -> Pixels:
+        """From the blocks, or from the file once they are gone."""
+        if not self.store.exists(self.name):
+            return super().first(count)
+        with _zip(self.store, self.name) as archive:
+            return np.stack([pixels_of(archive.read(self.member(i))) for i in range(count)])
+
+
+def _zip(store: Store, name: str) -> zipfile.ZipFile:
+    local = store.local_path(name)
+    return zipfile.ZipFile(local if local is not None else io.BytesIO(store.read(name)))
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(name)  # its time is 1980: equal images give equal files
+
+
+def png_bytes(x: Pixels) -> bytes:
+    """PNG of one image (H, W, C) with 1 or 3 channels."""
+    buffer = io.BytesIO()
+    Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels_of(data: bytes) -> Pixels:
+    """The image (H, W, C) of a PNG that `png_bytes` made."""
+    with Image.open(io.BytesIO(data)) as image:
+        x = np.array(image)
+    return x[..., None] if x.ndim == 2 else x

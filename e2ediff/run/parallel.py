@@ -1,0 +1,213 @@
+"""The training step over several processes: DDP, FSDP2, or neither.
+
+A step's gradient is the sum over its micro-shards of grad(loss / micro-shards).
+Each process accumulates its own micro-shards in order; then the processes' sums are added.
+Two processes with one micro-shard each therefore add the same two numbers as one process with
+two micro-shards, and addition of two numbers commutes: every bit is the same.
+More terms are added in another order, which changes the last bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from e2ediff.backbone import Backbone
+from e2ediff.data import Batch
+from e2ediff.objective import Draw
+from e2ediff.run.step import Step
+from e2ediff.run.world import World
+
+if TYPE_CHECKING:  # half a second to import, for FSDP2 alone
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+Kind = Literal["one", "ddp", "fsdp2"]
+
+
+class Unit(nn.Module):
+    """The step and every network that it computes with: what DDP and FSDP2 wrap.
+
+    They look for tensors in what `forward` returns and know tuples and dicts, not `Terms`.
+    """
+
+    def __init__(self, step: Step, averages: Mapping[str, Backbone]) -> None:
+        super().__init__()
+        self.step = step
+        self.averages = nn.ModuleDict(averages)
+
+    def forward(
+        self, batch: Batch, draw: Draw, phase: str
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The weighted loss of a micro-shard, and without gradients its terms and figures."""
+        terms = self.step(batch, draw, phase)
+        losses = {name: value.detach() for name, value in terms.losses.items()}
+        return terms.total, losses, {name: value.detach() for name, value in terms.info.items()}
+
+    def run(self, act: Any) -> Any:
+        """Call `act` with the parameters in place; under FSDP2 they are gathered before."""
+        return act()
+
+
+class Parallel:
+    """A unit, and how it is spread over the processes."""
+
+    def __init__(self, unit: Unit, kind: Kind, world: World, device: torch.device) -> None:
+        self.unit = unit
+        self.kind = kind
+        self.world = world
+        self._ddp: DistributedDataParallel | None = None
+        if kind == "fsdp2":
+            _shard(unit, world, device)
+        elif kind == "ddp":
+            # Phases and stages leave parameters without gradients. Statistics in buffers belong
+            # to one set of weights and are calibrated, not averaged.
+            known = inspect.signature(DistributedDataParallel).parameters
+            buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in known)
+            options: dict[str, Any] = {buffers: False}  # torch renamed it in 2.14
+            self._ddp = DistributedDataParallel(
+                unit,
+                find_unused_parameters=True,
+                gradient_as_bucket_view=True,
+                **options,
+            )
+            self._ddp.register_comm_hook(None, _sum)
+
+    def backward(
+        self, part: Batch, draw: Draw, phase: str, *, divisor: float, last: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add the gradients of the loss of some images, over `divisor`, to what is there.
+
+        Args:
+            part: Images of one micro-shard.
+            draw: Their randomness.
+            phase: The objective's.
+            divisor: How many times their number of images the step has.
+            last: Whether the processes' gradients are added up after these images.
+
+        Returns:
+            The loss terms and further figures of these images, without gradients.
+        """
+        if self.kind == "fsdp2":
+            _sharded(self.unit).set_requires_gradient_sync(last)
+            divisor /= self.world.size  # FSDP2 averages over the processes
+        module: nn.Module = self._ddp or self.unit
+        silent = self._ddp is not None and not last
+        with self._ddp.no_sync() if silent and self._ddp else contextlib.nullcontext():
+            total, losses, info = module(part, draw, phase)
+            with warnings.catch_warnings():
+                # In a phase that uses every parameter, DDP advises against the search for others.
+                warnings.filterwarnings("ignore", message="find_unused_parameters=True was")
+                (total / divisor).backward()
+        return losses, info
+
+    def rehearse(self, part: Batch, draw: Draw, phase: str) -> None:
+        """Forward and backward of some images for their memory alone; gradients are dropped."""
+        total, _, _ = self.unit(part, draw, phase)
+        total.backward()
+        self.unit.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it every network may be called in any way; all processes enter it together."""
+        if self.kind != "fsdp2":
+            yield
+            return
+        unit = _sharded(self.unit)
+        self.unit.run(lambda: None)  # the first forward call makes this the root of all shards
+        unit.unshard()  # all but the blocks, which gather themselves when they are called
+        unit.set_reshard_after_backward(False, recurse=False)
+        try:
+            yield
+        finally:
+            unit.set_reshard_after_backward(True, recurse=False)
+            unit.reshard()
+
+
+# Without types: DDP compares annotations with classes, and here they are text.
+def _sum(state, bucket):  # type: ignore[no-untyped-def]
+    """Add a bucket of gradients over the processes; DDP's own hook divides by their number."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def _shard(unit: Unit, world: World, device: torch.device) -> None:
+    """Split every parameter over the processes, block by block; the rest is one more group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (world.size,))
+    nets = [unit.step.online, *unit.averages.values()]
+    for net in nets:
+        assert isinstance(net, Backbone)
+        for block in net.blocks():
+            fully_shard(block, mesh=mesh)
+    fully_shard(unit, mesh=mesh)
+    register_fsdp_forward_method(unit, "run")
+
+
+def _sharded(unit: nn.Module) -> FSDPModule:
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(unit, FSDPModule)
+    return unit
+
+
+def is_split(value: Tensor) -> TypeGuard[DTensor]:
+    """Whether each process holds a part of this tensor."""
+    return hasattr(value, "full_tensor")  # what no other tensor has
+
+
+def whole(value: Tensor) -> Tensor:
+    """The full tensor of one that may be split; all processes call it together."""
+    return value.full_tensor() if is_split(value) else value
+
+
+def split_as(value: Tensor, like: Tensor) -> Tensor:
+    """A full tensor that every process has, split as `like` is; itself if that is not split."""
+    if not is_split(like) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(like.device)
+    # Every process has read the value: nothing needs to be sent.
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def mine(values: Sequence[Tensor]) -> list[Tensor]:
+    """The part of each tensor that this process holds; shares its memory."""
+    return [v.to_local() if is_split(v) else v for v in values]
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: World) -> Tensor:
+    """Scale all gradients so that their common norm is at most `largest`; returns the norm.
+
+    As torch's `clip_grad_norm_`, but the squares are added in float64, so that the norm does not
+    depend on how the gradients are grouped or split.
+
+    Returns:
+        The norm before clipping, a scalar in float64.
+    """
+    with_gradient = [p.grad for p in parameters if p.grad is not None]
+    if not with_gradient:
+        return torch.zeros((), dtype=torch.float64)
+    grads = mine(with_gradient)
+    # pieces of a split gradient may be empty
+    norms = torch._foreach_norm([g for g in grads if g.numel()] or grads, 2, dtype=torch.float64)
+    squares = torch.stack(list(norms)).square().sum()
+    if any(is_split(g) for g in with_gradient):
+        squares = world.total(squares)
+    norm = squares.sqrt()
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+    return norm

@@ -1,0 +1,116 @@
+"""From images to features: rounding to bytes, and vectors of a feature network.
+
+Shapes: M images, C H W image, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from e2ediff.errors import DataError
+from e2ediff.features import FeatureNetwork
+from e2ediff.metric import Accumulator, FeatureSet
+
+Rounding = Literal["nearest", "half_up", "down"]
+
+
+def to_pixels(x: Tensor, rounding: Rounding = "nearest") -> Tensor:
+    """Images in [-1, 1] to uint8.
+
+    With y = 127.5 (x + 1), clipped to 0..255: `nearest` rounds y (halves to the even number),
+    `half_up` takes the floor of y + 0.5, `down` the floor of y.
+    """
+    y = (x + 1) * 127.5
+    y = {"nearest": y.round(), "half_up": (y + 0.5).floor(), "down": y.floor()}[rounding]
+    return y.clamp(0, 255).to(torch.uint8)
+
+
+def network_title(network: FeatureNetwork) -> str:
+    """What scores call the network: its `title`, or its class."""
+    return network.title or type(network).__name__
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Hash of all weights and buffers with their names; the file format does not count."""
+    content = hashlib.sha256(type(network).__qualname__.encode())
+    for name, value in sorted(network.state_dict().items()):
+        content.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+class Collector:
+    """Features of images that pass by: moments of some taps, rows of others."""
+
+    def __init__(
+        self, network: FeatureNetwork, moments: Collection[str], rows: Collection[str]
+    ) -> None:
+        lacking = sorted({*moments, *rows} - {*network.taps})
+        if lacking:
+            raise DataError(
+                f"feature network {network_title(network)} has no features called "
+                f"{', '.join(map(repr, lacking))}; it has {', '.join(network.taps)}. Leave out "
+                "the metrics that need them, or choose another network."
+            )
+        self.network: FeatureNetwork | None = network
+        self.taps = tuple(sorted({*moments, *rows}))
+        self.count = 0
+        self.moments = {tap: Accumulator() for tap in moments}
+        self.rows: dict[str, list[Tensor]] = {tap: [] for tap in rows}
+
+    @torch.no_grad()
+    def add(self, pixels: Tensor) -> None:
+        """Take images (B, C, H, W) with values from 0 to 255 in, on the network's device."""
+        assert self.network is not None
+        # TensorFloat-32, cuDNN's default, would move scores in the third digit.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            found = self.network.vectors(pixels.float(), self.taps) if self.taps else {}
+        self.count += len(pixels)
+        for tap, accumulator in self.moments.items():
+            accumulator.add(found[tap])
+        for tap, kept in self.rows.items():
+            kept.append(found[tap].float().cpu())
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "network": None}  # what a process sends back is figures alone
+
+    def merge(self, other: Collector) -> None:
+        """Take in what another collector has seen of later images."""
+        self.count += other.count
+        for tap, accumulator in self.moments.items():
+            accumulator.merge(other.moments[tap])
+        for tap, kept in self.rows.items():
+            kept += other.rows[tap]
+
+    def features(self) -> FeatureSet:
+        """What it has seen."""
+        return FeatureSet(
+            self.count,
+            {tap: accumulator.moments() for tap, accumulator in self.moments.items()},
+            {tap: torch.cat(kept) for tap, kept in self.rows.items()},
+        )
+
+
+def features_of(
+    batches: Iterable[Tensor],
+    network: FeatureNetwork,
+    moments: Collection[str],
+    rows: Collection[str],
+    progress: Callable[[int], None] | None = None,
+) -> FeatureSet:
+    """Features of all images of some batches (B, C, H, W), of values from 0 to 255.
+
+    Raises:
+        DataError: The network does not offer one of the taps.
+    """
+    collector = Collector(network, moments, rows)
+    for batch in batches:
+        collector.add(batch)
+        if progress is not None:
+            progress(collector.count)
+    return collector.features()

@@ -1,0 +1,87 @@
+"""Making a set of images, or what is missing of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import attrs
+import torch
+
+from e2ediff.host.plugins import Host
+from e2ediff.run.generate import Model
+from e2ediff.run.outputs import Output
+from e2ediff.run.progress import duration
+from e2ediff.run.set_record import check_space, describe, finish, own_place, prepare
+from e2ediff.run.wish import Cost, Wish
+from e2ediff.run.workers import in_processes
+
+
+def make_set(
+    wish: Wish,
+    host: Host,
+    *,
+    processes: int = 1,
+    threads: int | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None],
+    update: Callable[[str], None],
+) -> str:
+    """Make what is missing of a set of images; the place of the finished set.
+
+    Args:
+        wish: The set; without `out` it goes to a place of its own inside the run.
+        host: What knows the parts.
+        processes: How many compute, each with a copy of the model.
+        threads: CPU threads of each; by default the machine's, shared among them.
+        overwrite: Replace another set that lies there.
+        say: Told of damaged checkpoints, and of what was found.
+        update: Told of progress.
+
+    Raises:
+        E2EDiffError: Whatever is wrong with the run, the options, the place or the machine.
+            What was stored before stays, and the same command goes on from there.
+    """
+    threads = threads or max(1, torch.get_num_threads() // processes)
+    model = wish.load(host, say)
+    assert model.origin is not None
+    # A run that is still training must not give its processes different checkpoints.
+    wish = attrs.evolve(wish, checkpoint=model.origin.checkpoint)
+    spec = describe(wish, model, host)
+    wish = wish if wish.out else attrs.evolve(wish, out=own_place(wish.run, wish.seed, spec))
+    output = wish.output(model)
+    prepare(output.store, spec, overwrite=overwrite)
+    blocks = wish.missing(output)
+    todo, n = sum(map(len, blocks)), len(wish.labels)
+    check_space(output.store, output.bytes_needed(todo))
+    if todo < n:
+        say(f"{output.store.where()}: {n - todo} of {n} images are there already")
+    began, cost = time.monotonic(), Cost()
+    workers: AbstractContextManager[Iterator[Cost]]
+    if processes > 1 and len(blocks) > 1:
+        workers = in_processes(wish, blocks, min(processes, len(blocks)), threads)
+    else:
+        workers = nullcontext(_here(wish, model, output, blocks, threads))
+    with workers as costs:
+        for one in costs:
+            cost += one
+            update(_line(n - todo + cost.images, n, cost.images, time.monotonic() - began))
+    return finish(wish, output, spec, cost, time.monotonic() - began, threads)
+
+
+def _here(
+    wish: Wish, model: Model, output: Output, blocks: Sequence[range], threads: int
+) -> Iterator[Cost]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for block in blocks:
+            yield from wish.make(model, output, block)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _line(done: int, total: int, made: int, seconds: float) -> str:
+    rate = made / max(seconds, 1e-9)
+    return f"{done}/{total} images  {rate:.1f} img/s  left {duration((total - done) / rate)}"

@@ -1,0 +1,108 @@
+"""The recipe's `scores`: cheap distances of reconstructions and of samples while training.
+
+A decoder with a better reconstruction may make worse samples; both figures, side by side, say so
+before a full evaluation.
+
+Shapes: M images, C H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+from torch import Tensor
+
+from e2ediff.backbone import Backbone
+from e2ediff.data import DataSource
+from e2ediff.errors import DataError
+from e2ediff.features import FeatureNetwork
+from e2ediff.host.recipe import Recipe, Scores
+from e2ediff.metric import FeatureSet, is_distance, names_of, taps_of
+from e2ediff.run.generate import Model
+from e2ediff.run.loader import fixed_images
+from e2ediff.run.pixels import features_of, network_title, to_pixels
+
+_BATCH = 64
+
+
+@attrs.frozen(eq=False)
+class Scorer:
+    """Fixed held-out images with their features, and the network that makes them."""
+
+    recipe: Recipe
+    settings: Scores
+    network: FeatureNetwork
+    x: Tensor
+    real: FeatureSet
+
+    @classmethod
+    def open(cls, recipe: Recipe, held_out: DataSource, device: torch.device) -> Scorer | None:
+        """Read the images and their features; None if the recipe asks for no scores.
+
+        Raises:
+            DataError: The network's weights are missing, or the images too few.
+        """
+        settings = recipe.scores
+        if settings is None:
+            return None
+        network = settings.features.build().to(device)
+        x = fixed_images(held_out, settings.images, recipe.seed, "scores", device).x
+        least = max((m.least() for m in settings.metrics), default=2)
+        if len(x) < least:
+            raise DataError(
+                f"scores: {len(x)} held-out images, and the metrics need {least}; raise "
+                "scores.images, or give more images"
+            )
+        for metric in settings.metrics:
+            if metric.features not in ("", network.family):
+                raise DataError(
+                    f"scores.metrics: {type(metric).__name__} needs a {metric.features} network "
+                    f"in scores.features, not {network_title(network)}"
+                )
+        real = _features(settings, network, x)
+        return cls(recipe, settings, network, x, real)
+
+    def due(self, step: int) -> bool:
+        """Whether a multiple of `every` images was passed in this step, or it is the last one."""
+        every, seen = self.settings.every, step * self.recipe.batch
+        return seen // every > (seen - self.recipe.batch) // every or (
+            step == self.recipe.total_steps
+        )
+
+    @torch.no_grad()
+    def measure(self, net: Backbone) -> dict[str, float]:
+        """Figures of reconstructions, `rFD-...`, and of samples, `gFD-...`, by name.
+
+        Args:
+            net: Weights in use: eval mode, with the norm's statistics of their own.
+        """
+        r = self.recipe
+        # As in previews: networks from elsewhere may not exist yet.
+        guidance = None if r.guidance is None or r.guidance.references else r.guidance
+        model = Model(r, net, guidance)
+        label = torch.arange(len(self.x)) % max(1, r.data.image.classes)
+        found: dict[str, float] = {}
+        found |= self._figures("r", model.reconstruct(self.x))
+        found |= self._figures("g", model.sample(label, seed=r.seed))
+        return found
+
+    def _figures(self, kind: str, x: Tensor) -> Mapping[str, float]:
+        made = _features(self.settings, self.network, x.to(self.x.device))
+        title, published = network_title(self.network), self.network.published
+        return {
+            _prefixed(kind, names_of(metric, name, title, published=published)): estimate.value
+            for metric in self.settings.metrics
+            for name, estimate in metric.measure(made, self.real).items()
+        }
+
+
+def _prefixed(kind: str, name: str) -> str:
+    """`gFD-...` for distances, as papers write rFID and gFID, and `g_recall-...` for others."""
+    return f"{kind}{name}" if is_distance(name) else f"{kind}_{name}"
+
+
+def _features(settings: Scores, network: FeatureNetwork, x: Tensor) -> FeatureSet:
+    batches = (to_pixels(part) for part in torch.split(x, _BATCH))
+    return features_of(batches, network, *taps_of(settings.metrics))

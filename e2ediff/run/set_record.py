@@ -1,0 +1,191 @@
+"""The record beside a set of images: `set.json` says everything that decides them.
+
+A set is continued only by a command that would make the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from e2ediff.denoiser import Guidance
+from e2ediff.errors import ResourceError, RunDirectoryError
+from e2ediff.host.plugins import Host
+from e2ediff.host.structure import unstructure
+from e2ediff.run.environment import versions
+from e2ediff.run.generate import Model, Origin
+from e2ediff.run.outputs import Output
+from e2ediff.run.pictures import grid_png
+from e2ediff.run.storage import JSON, Store
+from e2ediff.run.wish import Cost, Wish
+from e2ediff.sampler import Sampler
+
+SET, ENTRIES, GRID = "set.json", "samples.json", "grid.png"
+_GRID_COLUMNS = 16
+_GRID_ROWS = 16
+
+
+def describe(wish: Wish, model: Model, host: Host) -> dict[str, JSON]:
+    """Everything that decides the images of a set, as JSON."""
+    recipe = model.recipe
+    labels: JSON = {
+        "law": wish.law,
+        "classes": len(set(wish.labels)),
+        "sha256": hashlib.sha256(json.dumps(wish.labels).encode()).hexdigest(),
+    }
+    sampler: Any = unstructure(host, recipe.sampler, Sampler)
+    guidance: Any = recipe.guidance and unstructure(host, recipe.guidance, Guidance)
+    assert model.origin is not None
+    return {
+        "format_version": 1,
+        "images": len(wish.labels),
+        "labels": labels,
+        "seed": wish.seed,
+        "weights": _origin(model.origin),
+        "sampler": _json(sampler),
+        "guidance": _json(guidance),
+        "guided_by": [_origin(other.origin) for other in model.others],
+        "rows": wish.rows,
+        "precision": wish.precision,
+        "device": model.device.type,
+        "rounding": "nearest",
+        "format": wish.format,
+        "versions": dict(versions()),
+    }
+
+
+def _origin(origin: Origin) -> dict[str, JSON]:
+    """Without the run's place: a run may be moved."""
+    return {
+        "checkpoint": origin.checkpoint,
+        "weights": origin.weights,
+        "sha256": origin.sha256,
+        "recipe_sha256": origin.recipe_sha256,
+    }
+
+
+def _json(value: object) -> JSON:
+    """The value as JSON reads it back: lists for tuples."""
+    found: JSON = json.loads(json.dumps(value))
+    return found
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
+    """Where two descriptions differ, one line each."""
+    found = []
+    for key in sorted({*there, *here}):
+        a, b, where = there.get(key), here.get(key), f"{path}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{where}.")
+        elif a != b:
+            found.append(f"{where}: {json.dumps(a)} there, {json.dumps(b)} here")
+    return found
+
+
+def own_place(run: str, seed: int, spec: Mapping[str, JSON]) -> str:
+    """`RUN/samples/seed-<seed>`, with a number behind it where another set lies there."""
+    base, number = f"{run.rstrip('/')}/samples/seed-{seed}", 1
+    while True:
+        place = base if number == 1 else f"{base}-{number}"
+        store = Store(place)
+        if not store.list() or not differences(_read(store) or {}, spec):
+            return place
+        number += 1
+
+
+def prepare(store: Store, spec: Mapping[str, JSON], *, overwrite: bool) -> None:
+    """Begin a set, or find the same one begun.
+
+    Raises:
+        RunDirectoryError: Something else lies there.
+        ResourceError: The disk or store refused.
+    """
+    present = store.list()
+    found = _read(store)
+    wrong = [] if found is None else differences(found, spec)
+    if present and (found is None or wrong):
+        if not overwrite:
+            what = "\n  ".join(["holds another set of images:", *wrong[:8]])
+            what = what if wrong else "is not empty, and holds no set of images that began here."
+            raise RunDirectoryError(
+                f"{store.where()}: {what}\nChoose another --out, or give --overwrite."
+            )
+        if found is None:
+            raise RunDirectoryError(
+                f"{store.where()}: holds no {SET}, so --overwrite leaves it alone; "
+                "choose another --out."
+            )
+        _clear(store)
+    if not present or wrong:
+        store.write(SET, json.dumps(spec, indent=1).encode())
+
+
+def _clear(store: Store) -> None:
+    """Remove an old set, its description last: a crash leaves something that is still one."""
+    for folder in ("images", "shards", "parts"):
+        store.remove_dir(folder)
+    for name in ("samples.npz", "samples.zip", ENTRIES, GRID):
+        store.remove_file(name)
+
+
+def _read(store: Store) -> dict[str, Any] | None:
+    """The description of the set that lies there, without what was found by making it."""
+    try:
+        found = json.loads(store.read(SET, 1 << 24))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    found.pop("made", None)
+    return found
+
+
+def check_space(store: Store, needed: int) -> None:
+    """Refuse a set that cannot fit.
+
+    Raises:
+        ResourceError: It needs more than is free.
+    """
+    free = store.free_bytes()
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"{store.where()}: the set needs {needed:,} bytes and {free:,} are free. "
+            "Free space there, or choose another --out; what is there already is intact."
+        )
+
+
+def finish(
+    wish: Wish, output: Output, spec: Mapping[str, JSON], cost: Cost, seconds: float, threads: int
+) -> str:
+    """Assemble the set, write its grid and lists, and say where it lies.
+
+    Raises:
+        ResourceError: The disk or store refused; no image is lost.
+    """
+    store, n = output.store, len(wish.labels)
+    shown = min(n, _GRID_COLUMNS * _GRID_ROWS)
+    distinct = len(set(wish.labels))
+    columns = distinct if distinct <= _GRID_COLUMNS and wish.law != "random" else _GRID_COLUMNS
+    x = torch.from_numpy(output.first(min(shown, columns * _GRID_ROWS)).copy())
+    store.write(GRID, grid_png(x.permute(0, 3, 1, 2).float() / 127.5 - 1, min(columns, n)))
+    place = output.close()
+    if output.file_of(0) is not None:
+        entries = [
+            {"file": output.file_of(i), "label": label, "number": i, "seed": wish.seed}
+            for i, label in enumerate(wish.labels)
+        ]
+        store.write(ENTRIES, json.dumps(entries, indent=1).encode())
+    if cost.images:
+        made: JSON = {
+            "calls_per_image": cost.calls / cost.images,
+            "passes_per_image": cost.passes / cost.images,
+            "counted_on": cost.images,
+            "images_per_second": cost.images / max(seconds, 1e-9),
+            "threads": threads,
+        }
+        store.write(SET, json.dumps({**spec, "made": made}, indent=1).encode())
+    return place

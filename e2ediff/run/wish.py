@@ -1,0 +1,105 @@
+"""A wish for images: which, made with what, and where they go; it can cross processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import attrs
+import torch
+from torch import Tensor
+
+from e2ediff.host.plugins import Host
+from e2ediff.run.generate import ROWS, Model, Precision
+from e2ediff.run.labels import LabelLaw
+from e2ediff.run.load import load_model
+from e2ediff.run.outputs import Format, Output, open_output
+from e2ediff.run.pictures import to_bytes
+from e2ediff.run.storage import Store
+
+
+@attrs.frozen(kw_only=True)
+class Wish:
+    """Which images are to be made, with what, and where.
+
+    `run` to `precision` are arguments of `load_model`; `labels` has one class an image; `batch`
+    is how many images are made and stored together.
+    """
+
+    run: str
+    weights: str | None = None
+    checkpoint: str | None = None
+    device: str = "auto"
+    overrides: tuple[str, ...] = ()
+    rows: int = ROWS
+    precision: Precision = "float32"
+    seed: int = 0
+    law: LabelLaw = "repeated"
+    labels: tuple[int, ...] = ()
+    format: Format = "png"
+    out: str = ""
+    batch: int = 256
+
+    def load(self, host: Host | None = None, warn: Callable[[str], None] | None = None) -> Model:
+        """The model; raises as `load_model`."""
+        return load_model(
+            self.run,
+            weights=self.weights,
+            checkpoint=self.checkpoint,
+            device=self.device,
+            overrides=self.overrides,
+            rows=self.rows,
+            precision=self.precision,
+            host=host,
+            warn=warn,
+        )
+
+    def output(self, model: Model) -> Output:
+        """Where the images go."""
+        image = model.recipe.data.image
+        shape = (image.height, image.width, image.channels)
+        return open_output(self.format, Store(self.out), shape, self.labels)
+
+    def make(self, model: Model, output: Output, numbers: range) -> Iterator[Cost]:
+        """Make and store some of the images: each tile's cost, the last when all are stored."""
+        labels, cost = self.labels[numbers.start : numbers.stop], Cost()
+        finished: list[Tensor] = []
+        for tile in model.tiles(labels, seed=self.seed, first=numbers.start):
+            if finished:
+                yield cost
+            finished.append(tile.x)
+            n = len(tile.x)
+            cost = Cost(images=n, calls=tile.calls * n, passes=tile.passes * n)
+        x = to_bytes(torch.cat(finished)).permute(0, 2, 3, 1)
+        output.put(numbers, x.contiguous().numpy())
+        yield cost
+
+    def missing(self, output: Output) -> list[range]:
+        """Numbers still to be made, in blocks of at most `batch` that begin and end with tiles."""
+        have, found = output.finished(), list[range]()
+        size = max(1, self.batch // self.rows) * self.rows
+        for start in range(0, len(self.labels), self.rows):
+            tile = range(start, min(start + self.rows, len(self.labels)))
+            if all(i in have for i in tile):
+                continue
+            before = found[-1] if found else range(0)
+            if before.stop == tile.start and tile.stop - before.start <= size and found:
+                found[-1] = range(before.start, tile.stop)
+            else:
+                found.append(tile)
+        return found
+
+
+@attrs.frozen(kw_only=True)
+class Cost:
+    """Sums over images: network calls one after another, and latents through a network."""
+
+    images: int = 0
+    calls: float = 0.0
+    passes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            images=self.images + other.images,
+            calls=self.calls + other.calls,
+            passes=self.passes + other.passes,
+        )

@@ -1,0 +1,93 @@
+"""Several processes that make the images of one set, each with a model of its own.
+
+They share nothing but the place where the images go: an image is the same whoever makes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+import attrs
+import torch
+
+from e2ediff.errors import E2EDiffError, ResourceError
+from e2ediff.run.wish import Cost, Wish
+
+
+@contextlib.contextmanager
+def in_processes(
+    wish: Wish, blocks: Sequence[range], processes: int, threads: int
+) -> Iterator[Iterator[Cost]]:
+    """Costs of the tiles, as they are made; process k of P makes every P-th from the k-th.
+
+    Raises, while the costs are read:
+        E2EDiffError: What one of them ran into.
+        ResourceError: One ended without a word, as for want of memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    started: dict[Connection, BaseProcess] = {}
+    for k in range(processes):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=work,
+            args=(_placed(wish, k), list(blocks[k::processes]), threads, theirs),
+            daemon=True,
+        )
+        process.start()
+        theirs.close()  # so that the end of the process ends the pipe
+        started[ours] = process
+    try:
+        yield _costs(started, sum(map(len, blocks)))
+    finally:
+        for child in started.values():
+            child.terminate()
+            child.join()
+
+
+def _placed(wish: Wish, k: int) -> Wish:
+    """Process k takes the GPUs in turn."""
+    if wish.device == "cpu" or not torch.cuda.is_available():
+        return wish
+    return attrs.evolve(wish, device=f"cuda:{k % torch.cuda.device_count()}")
+
+
+def _costs(started: dict[Connection, BaseProcess], images: int) -> Iterator[Cost]:
+    while images > 0:
+        for ready in wait(list(started)):
+            assert isinstance(ready, Connection)
+            try:
+                found = ready.recv()
+            except EOFError:
+                child = started.pop(ready)
+                child.join()
+                if child.exitcode:
+                    raise ResourceError(
+                        f"a process that made images ended with code {child.exitcode}, perhaps "
+                        "for want of memory. What was made is stored; the same command goes on. "
+                        "Give fewer --processes or --rows."
+                    ) from None
+                continue
+            if isinstance(found, E2EDiffError):
+                raise found
+            images -= found.images
+            yield found
+
+
+def work(wish: Wish, blocks: Sequence[range], threads: int, report: Connection) -> None:
+    """Make these blocks and report the cost of each, or what went wrong; runs in a process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and ends this one
+    torch.set_num_threads(threads)
+    with contextlib.suppress(BrokenPipeError):  # nobody is left to work for
+        try:
+            model = wish.load()
+            output = wish.output(model)
+            for block in blocks:
+                for cost in wish.make(model, output, block):
+                    report.send(cost)
+        except E2EDiffError as error:
+            report.send(error)

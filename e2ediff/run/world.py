@@ -1,0 +1,217 @@
+"""The processes of one run: who they are, how they agree, and who speaks when one fails.
+
+One process needs none of this: it opens no process group, and every function here returns what
+it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from e2ediff.errors import E2EDiffError, ResourceError
+from e2ediff.run.storage import JSON
+
+T = TypeVar("T", bound=JSON)
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others: longer than a checkpoint takes to write."""
+
+_ASKED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_GRACE = timedelta(seconds=10)  # for the process that speaks to finish its sentence
+
+
+class ElsewhereError(E2EDiffError):
+    """Another process of the run failed first; it says so, and this one ends with its code."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.exit_code = code  # type: ignore[misc]
+
+
+class World:
+    """One process's view of all that train together.
+
+    `rank` counts the `size` processes from 0, `local` those of this machine.
+    Collectives run over gloo on the CPU, so that agreeing never waits for a GPU.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, local: int = 0, store: Store | None = None
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.local = local
+        self._store = store
+        self._speaks = True
+
+    @classmethod
+    def join(cls, timeout: timedelta = TIMEOUT) -> World:
+        """The world that the launcher's environment (`torchrun`'s) describes; else one process.
+
+        Raises:
+            ResourceError: The other processes cannot be reached.
+        """
+        if any(not os.environ.get(name) for name in _ASKED) or os.environ["WORLD_SIZE"] == "1":
+            return cls()
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        cuda = torch.cuda.is_available() and local < torch.cuda.device_count()
+        if cuda:
+            torch.cuda.set_device(local)
+        try:
+            store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ResourceError(
+                f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot join the "
+                f"others at {where}: {_first_line(error)}; check that address, or run without a "
+                "launcher"
+            ) from error
+        return cls(rank, size, local, PrefixStore("e2ediff", store))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first process: the one that writes files and reports progress."""
+        return self.rank == 0
+
+    # Agreeing
+
+    def share(self, value: T) -> T:
+        """The first process's value, in every process."""
+        if self.size == 1:
+            return value
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, 0)
+        data = data if self.leads else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, 0)
+        found: T = json.loads(bytes(data.tolist()))
+        return found
+
+    def lead(self, act: Callable[[], T]) -> T:
+        """What `act` returns in the first process, which alone runs it; its error, in all.
+
+        Raises:
+            E2EDiffError: What `act` raised.
+        """
+        if self.size == 1:
+            return act()
+        said: dict[str, Any] = {}
+        error = None
+        if self.leads:
+            try:
+                said = {"value": act()}
+            except E2EDiffError as caught:
+                error, said = caught, {"error": str(caught), "code": caught.exit_code}
+        said = self.share(said)
+        if error is not None:
+            raise error
+        if "error" in said:
+            raise ElsewhereError(said["error"], said["code"])
+        value: T = said["value"]
+        return value
+
+    def highest(self, value: int) -> int:
+        """The largest of all processes' values."""
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def lowest(self, value: int) -> int:
+        """The smallest of all processes' values."""
+        return self._reduced(value, dist.ReduceOp.MIN)
+
+    def _reduced(self, value: int, how: dist.ReduceOp.RedOpType) -> int:
+        if self.size == 1:
+            return value
+        held = torch.tensor([value])
+        dist.all_reduce(held, how)
+        return int(held)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of all processes' tensors, on the device that they lie on."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    # Ending
+
+    def judge(self, error: BaseException) -> BaseException:
+        """What an error means for the run: itself, or the one of another process behind it.
+
+        The first process to fail publishes its error. In the others that error cuts a collective
+        short, which says nothing: they take over the published one.
+        """
+        if self.size == 1 or self._store is None or isinstance(error, ElsewhereError):
+            self._speaks = not isinstance(error, ElsewhereError)
+            return error
+        lost = _is_broken_collective(error)
+        if lost:
+            with contextlib.suppress(RuntimeError):  # nobody said why
+                self._store.wait(["failed"], timedelta(seconds=2))
+            error = ResourceError(
+                f"process {self.rank} of {self.size} lost another process of the run, which was "
+                f"killed or ran out of memory ({_first_line(error)}). What was saved is intact: "
+                "continue with --resume"
+            )
+        code = error.exit_code if isinstance(error, E2EDiffError) else 1
+        code = 130 if isinstance(error, KeyboardInterrupt) else code
+        mine = json.dumps({"rank": self.rank, "code": code, "text": str(error)})
+        try:
+            first = self._store.compare_set("failed", "", mine).decode()
+        except RuntimeError:
+            return error  # the store died with its process: everyone speaks for themselves
+        said = json.loads(first)
+        if said["rank"] == self.rank:
+            return error
+        self._speaks = False
+        return ElsewhereError(said["text"], said["code"])
+
+    def speak(self, say: Callable[[], None]) -> None:
+        """Say how a failed run ended, in one process; the others wait until it is said."""
+        if self.size == 1 or self._store is None:
+            say()
+            return
+        with contextlib.suppress(RuntimeError):  # its store is gone, or it has been waited for
+            if not self._speaks:
+                self._store.wait(["said"], _GRACE)
+        if self._speaks:
+            say()
+            with contextlib.suppress(RuntimeError):
+                self._store.set("said", "yes")
+
+    def leave(self) -> None:
+        """Wait for all, and end the group; called by every process of a run that did not fail.
+
+        A launcher terminates the others when one exits with a code other than 0; from here on
+        all is written, and that signal would only replace the code.
+        """
+        if self.size > 1:
+            self.share(None)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
+            dist.destroy_process_group()
+
+
+def _is_broken_collective(error: BaseException) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

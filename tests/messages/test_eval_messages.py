@@ -1,0 +1,103 @@
+"""What `e2ediff eval` says when it is given what it cannot use."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from command_line import e2ediff
+from PIL import Image
+
+PLAIN = ("--features", "random_projection")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Paths of small sets, good and bad."""
+    chance = np.random.default_rng(0)
+
+    def save(name, n, size, **further):
+        array = chance.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+        np.savez(tmp_path / name, arr_0=array, **further)
+
+    save("made.npz", 8, 16)
+    save("few.npz", 3, 16)
+    save("large.npz", 8, 32)
+    np.savez(tmp_path / "other.npz", images=np.zeros(3), labels=np.zeros(3))
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 16, 16, 3)))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(4))
+    (tmp_path / "no.npz").write_bytes(b"not a zip")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for i, size in enumerate((16,) * 7 + (20,)):
+        Image.new("RGB", (size, size)).save(tmp_path / "mixed" / f"{i}.png")
+    return tmp_path
+
+
+def said(code, *words):
+    done = e2ediff("eval", *words, *PLAIN)
+    assert done.code == code, done.err
+    assert "Traceback" not in done.err
+    return done.err
+
+
+@pytest.mark.parametrize(
+    ("target", "reference", "text"),
+    [
+        ("other.npz", "made.npz", "holds images, labels; expected images in arr_0"),
+        ("made.npz", "other.npz", "holds images, labels; expected mu and sigma"),
+        ("floats.npz", "made.npz", "arr_0 is float64 (4, 16, 16, 3), expected uint8"),
+        ("no.npz", "made.npz", "cannot be read as an npz"),
+        ("missing.npz", "made.npz", "cannot be read as an npz"),
+        ("nowhere", "made.npz", "no such folder; give a run, a folder of images or an npz"),
+        ("empty", "made.npz", "holds no images (looked for .png"),
+        ("mixed", "made.npz", "20 x 20 pixels, the first image has 16 x 16"),
+        ("made.npz", "large.npz", "its images have 32 x 32 pixels, those of"),
+        ("made.npz", "statistics.npz", "its statistics are of Inception features, and the network "
+         "is RandomProjection128"),
+        ("made.npz", "narrow.npz", "mu (3,) and sigma (4, 4), expected (F,) and (F, F)"),
+        ("few.npz", "made.npz", "3 images, and the metrics need 6"),
+        ("made.npz", "few.npz", "3 images, and DensityCoverage needs 6"),
+        ("made.npz", "data", "--reference data: only a run has data"),
+    ],
+)  # fmt: skip
+def test_images_that_cannot_be_scored_are_refused(folder, target, reference, text) -> None:
+    place = reference if reference == "data" else folder / reference
+    assert text in said(5, folder / target, "--reference", place, "--cache", folder / "cache")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["--convention", "addm"], 5, "--convention addm: unknown. Did you mean 'adm'?"),
+        (["--metrics", "fidd"], 3, "unknown metric 'fidd'. Did you mean 'fid' or 'sfid'?"),
+        (["--metrics", "{name: kid, subset: 3}"], 3, "unknown option 'subset'"),
+        (["--metrics", "sfid"], 5, "has no features called 'spatial'; it has pool"),
+        (["--metrics", "cmmd"], 5, "CMMD needs a clip network, not RandomProjection128"),
+        (["--metrics", "latents"], 5, "only a run has them"),
+        (["--count", "9"], 5, "holds 8 images, --count asks for 9"),
+        (["--sha256", "ab"], 2, "--sha256 is the hash of --weights-file; give both"),
+        (["--reference", "{name: synthetik}"], 3, "unknown data source 'synthetik'"),
+        (["--lpips-heads", "x"], 2, "--lpips-heads needs --lpips"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(folder, words, code, text) -> None:
+    reference = [] if "--reference" in words else ["--reference", folder / "made.npz"]
+    assert text in said(code, folder / "made.npz", *reference, *words)
+
+
+def test_a_missing_reference_says_what_the_convention_compares_with(folder) -> None:
+    err = said(5, folder / "made.npz", "--convention", "jit")
+    assert "--reference is missing: jit compares with JiT's fid_stats/jit_in256_stats.npz" in err
+
+
+def test_files_that_hold_no_scores_are_named(folder) -> None:
+    (folder / "a.json").write_text("{}")
+    (folder / "b.json").write_text(json.dumps({"e2ediff_scores": 7}))
+    done = e2ediff("compare", folder / "a.json", folder / "b.json")
+    assert done.code == 5
+    assert "not a file of scores as `e2ediff eval` writes them" in done.err
+    done = e2ediff("compare", folder / "b.json", folder / "a.json")
+    assert "scores of version 7; this e2ediff reads 1" in done.err

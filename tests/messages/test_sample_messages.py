@@ -1,0 +1,316 @@
+"""`sample`, `interpolate`, `reconstruct` as a user meets them: messages, exits, what is left."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from command_line import e2ediff
+from PIL import Image
+
+from e2ediff.errors import ResourceError
+from e2ediff.host.plugins import load
+from e2ediff.parts.own_images import list_images, read_images
+from e2ediff.run.load import load_model
+from e2ediff.run.sample_set import make_set
+from e2ediff.run.set_record import check_space
+from e2ediff.run.wish import Wish
+
+TINY = """\
+e2ediff: 1
+name: tiny
+steps: 2
+batch: 8
+data: {name: fashion_mnist, size: 32}
+backbone: {name: vit, width: 16, depth: 1, heads: 1, patch: 8, latent_dim: 4}
+interpolant: linear
+times: uniform
+objective: detached
+optimizer: {name: adamw, lr: 0.001}
+sampler: {name: euler, steps: 2}
+cadence: {log: 2, diagnose: 2, preview: 2, checkpoint: 2}
+probe: {images: 8, times: [0.5], calibration: 8}
+preview: {rows: 1, classes: 2}
+device: cpu
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(TINY)
+    done = e2ediff("run", folder / "tiny.yaml", "--out", folder / "run")
+    assert done.code == 0, done.err
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "run")
+    return "run"
+
+
+def refused(code: int, *words: object) -> list[str]:
+    done = e2ediff(*words)
+    assert done.code == code, done
+    assert done.out == ""
+    return done.err[done.err.index("rror: ") + 6 :].splitlines()
+
+
+# Which images
+
+
+def test_classes_are_given_by_index_name_and_range(run: str) -> None:
+    words = ("--label", "bag", "--labels", "0-2,sneaker, none", "--count", 2, "--out", "s")
+    assert e2ediff("sample", run, *words).out == "s\n"
+    found = [entry["label"] for entry in json.loads(Path("s/samples.json").read_text())]
+    assert found == [8, 0, 1, 2, 7, 10] * 2
+
+
+def test_balanced_and_random_sets_follow_their_laws(run: str) -> None:
+    words = ("--format", "npz", "--steps", 1)
+    assert e2ediff("sample", run, "--balanced", 45, *words, "--out", "b").out == "b/samples.npz\n"
+    with np.load("b/samples.npz") as found:
+        counts = np.bincount(found["arr_1"])
+    assert counts.tolist() == [5] * 5 + [4] * 5
+    drawn = []
+    for seed in (0, 0, 1):
+        out = f"r{len(drawn)}"
+        e2ediff("sample", run, "--random", 40, *words, "--seed", seed, "--out", out)
+        with np.load(f"{out}/samples.npz") as found:
+            drawn.append(found["arr_1"].tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) > 5
+    record = json.loads(Path("r0/set.json").read_text())
+    assert record["labels"]["law"] == "random"
+
+
+def test_a_class_that_is_not_there_is_said_with_the_one_that_was_meant(run: str) -> None:
+    (line,) = refused(5, "sample", run, "--labels", "0-3,sneakr")
+    assert line.startswith("--labels sneakr: no such class. Did you mean 'sneaker'? Expected an ")
+    (line,) = refused(5, "sample", run, "--labels", "8-12")
+    assert line.startswith("--labels 12: no such class. Expected an index from 0 to 9 or one of")
+    assert refused(5, "sample", run, "--labels", "5-2") == [
+        "--labels 5-2: runs backwards; write 2-5."
+    ]
+    assert not Path(run, "samples/seed-0").exists()
+
+
+def test_two_numbers_of_images_are_refused(run: str) -> None:
+    assert refused(2, "sample", run, "--count", 2, "--balanced", 10) == [
+        "give one of --count, --balanced and --random"
+    ]
+
+
+# Made with what
+
+
+def test_set_changes_the_sampler_and_the_guidance_and_nothing_else(run: str) -> None:
+    given = ("--set", "sampler={name: unipc, steps: 3}", "--set", "guidance={name: apg, scale: 3}")
+    assert e2ediff("sample", run, "--count", 1, *given, "--out", "s").code == 0
+    record = json.loads(Path("s/set.json").read_text())
+    assert record["sampler"]["name"] == "unipc"
+    assert record["guidance"]["scale"] == 3.0
+    assert record["made"]["passes_per_image"] == 6.0
+    assert refused(3, "sample", run, "--set", "backbone.width=8", "--set", "seed=1") == [
+        "sampling: 2 problems",
+        "  --set 1: backbone.width: belongs to training and cannot be changed now. "
+        "Only sampler and guidance can.",
+        "  --set 2: seed: belongs to training and cannot be changed now. "
+        "Only sampler and guidance can.",
+    ]
+    (_, line) = refused(3, "sample", run, "--set", "sampler=huen")
+    assert "unknown sampler 'huen'. Did you mean 'heun'?" in line
+    (_, line) = refused(3, "sample", run, "--set", "sampler=dopri5", "--steps", 9)
+    assert "sampler: unknown option 'steps'" in line
+
+
+def test_a_weak_network_of_other_latents_is_refused(run: str) -> None:
+    text = Path(run, "resolved.yaml").read_text()
+    Path("other.yaml").write_text(text.replace("latent_dim: 4", "latent_dim: 8"))
+    assert e2ediff("run", "other.yaml", "--out", "other").code == 0
+    auto = "guidance={name: autoguidance, run: other}"
+    (_, line) = refused(3, "sample", run, "--set", auto)
+    assert line.startswith("  guidance: other has other latents: LatentSpec(tokens=16, dim=8")
+    assert line.endswith("Give a run that was trained on the same latents.")
+    auto = "guidance={name: autoguidance, run: nowhere}"
+    (line,) = refused(6, "sample", run, "--set", auto)
+    assert line.startswith("nowhere: not a run directory")
+
+
+# Where they go
+
+
+def test_without_out_each_set_has_its_own_place_and_the_same_command_the_same(run: str) -> None:
+    first = e2ediff("sample", run, "--count", 1).out
+    other = e2ediff("sample", run, "--count", 1, "--steps", 1).out
+    again = e2ediff("sample", run, "--count", 1).out
+    assert (first, other, again) == (
+        "run/samples/seed-0\n", "run/samples/seed-0-2\n", "run/samples/seed-0\n",
+    )  # fmt: skip
+
+
+def test_another_set_in_out_is_refused_field_by_field_and_replaced_when_told(run: str) -> None:
+    sample = ("sample", run, "--label", 0, "--count", 3, "--out", "s")
+    assert e2ediff(*sample).code == 0
+    lines = refused(6, *sample, "--steps", 1, "--seed", 7)
+    assert lines == [
+        "s: holds another set of images:",
+        "  sampler.steps: 2 there, 1 here",
+        "  seed: 0 there, 7 here",
+        "Choose another --out, or give --overwrite.",
+    ]
+    before = Path("s/images/000000.png").read_bytes()
+    assert e2ediff(*sample, "--seed", 7, "--overwrite").code == 0
+    assert Path("s/images/000000.png").read_bytes() != before
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("")
+    said = "mine: is not empty, and holds no set of images that began here."
+    assert refused(6, "sample", run, "--out", "mine")[0] == said
+    (line,) = refused(6, "sample", run, "--out", "mine", "--overwrite")
+    assert "--overwrite leaves it alone" in line
+    assert Path("mine/thesis.txt").exists()
+
+
+def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(run: str) -> None:
+    """EFBIG when the blocks are assembled: the file of 96 images is larger than any block."""
+    sample = ("sample", run, "--balanced", 96, "--batch", 32, "--format", "npz", "--out", "s")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        (line,) = [text for text in refused(8, *sample) if "cannot write" in text]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert line.startswith("s/samples.npz: cannot write: File too large (needed: 98,304 bytes")
+    assert line.endswith("or choose another --out; what was saved before is intact.")
+    assert len(os.listdir("s/parts")) == 3
+    done = e2ediff(*sample)
+    assert done.out == "s/samples.npz\n"
+    assert "s: 96 of 96 images are there already" in done.err
+    with np.load("s/samples.npz") as found:
+        assert len(found["arr_0"]) == 96
+    assert not Path("s/parts").exists()
+
+
+def test_a_set_that_cannot_fit_is_refused_before_anything_is_computed(run: str) -> None:
+    output = Wish(run=run, labels=(0,) * 10, format="npz", out="s").output(load_model(run))
+    assert output.bytes_needed(missing=4) == (4 + 10) * 32 * 32
+    free = shutil.disk_usage(".").free
+    with pytest.raises(ResourceError, match=f"s: the set needs {2 * free:,} bytes and "):
+        check_space(output.store, 2 * free)
+    check_space(output.store, output.bytes_needed(missing=4))
+
+
+def test_what_fails_in_a_process_is_said_as_in_one(run: str) -> None:
+    Path("s").mkdir()
+    given = ("--set", "sampler={name: dopri5, rtol: 1e-9, atol: 1e-9, max_calls: 20}")
+    words = ("--balanced", 64, "--batch", 32, "--processes", 2, "--threads", 1, "--out", "s")
+    (_, line) = refused(3, "sample", run, *given, *words)
+    assert line.startswith("  sampler.max_calls: 19 network calls have reached t = ")
+    assert line.endswith("Raise it, or rtol and atol.")
+
+
+def test_a_process_that_dies_is_said_and_the_same_command_goes_on(run: str) -> None:
+    """Killed by the system, as for want of memory; both, once the first tile is stored."""
+    wish = Wish(run=run, device="cpu", labels=(0,) * 512, batch=32, out="s")
+    host, said = load(), []
+
+    def kill(line: str) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(ResourceError, match=r"ended with code -9, .* the same command goes on\."):
+        make_set(wish, host, processes=2, threads=1, say=said.append, update=kill)
+    there = len(os.listdir("s/images"))
+    assert 32 <= there < 512
+    wish = attrs.evolve(wish, batch=64)
+    assert make_set(wish, host, threads=1, say=said.append, update=said.append) == "s"
+    assert said[0].endswith(" of 512 images are there already")
+    kept = int(said[0].split()[1])
+    assert 32 <= kept <= there  # tiles of which only some images were stored are made again
+    assert len([n for n in os.listdir("s/images") if n.endswith(".png")]) == 512
+
+
+# Interpolations and reconstructions
+
+
+@pytest.fixture
+def photos() -> Path:
+    g = torch.Generator().manual_seed(0)
+    Path("photos/deeper").mkdir(parents=True)
+    for name, size in (("a.png", (40, 50)), ("deeper/b.jpg", (33, 70)), ("c.png", (32, 32))):
+        noise = torch.randint(256, (*size, 3), generator=g, dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(Path("photos", name))
+    return Path("photos")
+
+
+def test_an_interpolation_is_a_strip_for_each_class(run: str) -> None:
+    done = e2ediff("interpolate", run, "--seeds", 3, 4, "--label", "bag", "--label", 0,
+                   "--frames", 5)  # fmt: skip
+    assert done.out == "run/samples/interpolation-3-4.png\n"
+    with Image.open("run/samples/interpolation-3-4.png") as image:
+        assert image.size == (5 * 66 + 2, 2 * 66 + 2)  # twice enlarged, a border of two
+
+
+def test_images_are_interpolated_through_the_encoder(run: str, photos: Path) -> None:
+    words = (photos / "a.png", photos / "c.png", "--frames", 3, "--out", "strip.png")
+    assert e2ediff("interpolate", run, *words).out == "strip.png\n"
+    with Image.open("strip.png") as image:
+        strip = torch.from_numpy(np.array(image)).float() / 127.5 - 1
+    model = load_model(run)
+    x = read_images(["photos/a.png", "photos/c.png"], model.recipe.data.image)
+    ends = model.reconstruct(x)[:, 0]
+    for i, place in ((0, 2), (1, 2 + 2 * 66)):
+        shown = strip[2 : 2 + 64 : 2, place : place + 64 : 2]
+        shown = shown if shown.ndim == 2 else shown[..., 0]
+        torch.testing.assert_close(shown, ends[i], rtol=0.0, atol=0.01)
+
+
+def test_an_interpolation_of_nothing_or_of_both_is_refused(run: str, photos: Path) -> None:
+    both = ("--seeds", 1, 2, photos / "a.png", photos / "c.png")
+    for words in ((), both, (photos / "a.png",)):
+        assert refused(2, "interpolate", run, *words)[-1] == "give --seeds A B, or two images"
+    words = (photos / "a.png", photos / "c.png", "--label", 0)
+    assert refused(2, "interpolate", run, *words)[-1] == (
+        "--label and --set concern sampling; images are only decoded"
+    )
+
+
+def test_one_s_own_images_are_reconstructed_each_with_its_psnr(run: str, photos: Path) -> None:
+    done = e2ediff("reconstruct", run, photos)
+    psnr, place = done.out.splitlines()
+    assert place == "run/reconstructions/reconstructions.png"
+    listed = json.loads(Path("run/reconstructions/psnr.json").read_text())
+    names = [entry["image"].rpartition("photos/")[2] for entry in listed]
+    assert names == ["a.png", "c.png", "deeper/b.jpg"]
+    model = load_model(run)
+    x = read_images(list_images([str(photos)]), model.recipe.data.image)
+    mean_square = (model.reconstruct(x) - x).div(2).square().mean(dim=(1, 2, 3))
+    for entry, error in zip(listed, mean_square.tolist(), strict=True):
+        assert entry["psnr"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
+        with Image.open(f"run/reconstructions/{entry['file']}") as image:
+            assert image.size == (32, 32)
+    assert psnr == f"psnr {np.mean([e['psnr'] for e in listed]):.2f} dB over 3 images"
+
+
+def test_images_that_are_missing_or_damaged_are_named(run: str, photos: Path) -> None:
+    (line,) = refused(5, "reconstruct", run, "nowhere")
+    assert line.startswith("nowhere: no such file or folder (looked for .jpg")
+    Path("empty").mkdir()
+    Path("empty/notes.txt").write_text("")
+    (line,) = refused(5, "reconstruct", run, "empty")
+    assert line.startswith("empty: holds no images")
+    data = (photos / "c.png").read_bytes()
+    (photos / "c.png").write_bytes(data[: len(data) // 2])
+    (line,) = refused(5, "reconstruct", run, photos)
+    assert "photos/c.png: damaged image" in line
+    assert not Path("run/reconstructions").exists()

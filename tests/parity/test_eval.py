@@ -1,0 +1,236 @@
+"""`e2ediff eval`: the same images score alike however they are stored, shared out or cached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import e2ediff
+from PIL import Image
+
+from e2ediff.evaluate.passes import Pass, View
+from e2ediff.evaluate.passport import read_card
+from e2ediff.evaluate.reference import open_reference, reference_features
+from e2ediff.metric import moments_of
+from e2ediff.parts.features import Inception
+from e2ediff.parts.inception import Inception2015
+from e2ediff.run.load import load_model
+from e2ediff.run.pixels import to_pixels
+from e2ediff.run.session import train
+
+COUNT = 24
+NETWORK = ("--features", "{name: random_projection, width: 6}", "--count", COUNT)
+FD = "FD-RandomProjection6"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Features of references lie in the test's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("E2EDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, host, tiny_text):
+    """A run of three steps, with guidance."""
+    root = tmp_path_factory.mktemp("run")
+    guided = tiny_text + "guidance: {name: classifier_free, scale: 2.0}\n"
+    (root / "tiny.yaml").write_text(guided)
+    train(host, str(root / "tiny.yaml"), ["steps=3"], str(root / "tiny"))
+    return str(root / "tiny")
+
+
+def scored(*words):
+    """The cards that a command wrote, by convention."""
+    done = e2ediff("eval", *words)
+    assert done.code == 0, done.err
+    cards = [read_card(line) for line in done.out.splitlines() if line.endswith(".json")]
+    return {str(card.passport.protocol["convention"]): card for card in cards}
+
+
+def values(card):
+    return {name: score.value for name, score in card.scores.items()}
+
+
+def samples(run, rounding, law="balanced"):
+    labels = [i % 4 for i in range(COUNT)] if law == "balanced" else law
+    x = load_model(run, device="cpu").sample(labels)
+    return to_pixels(x, rounding).permute(0, 2, 3, 1).numpy()
+
+
+def test_a_run_a_folder_and_an_npz_of_the_same_images_score_alike(run, tmp_path) -> None:
+    array = samples(run, "nearest")
+    np.savez(tmp_path / "made.npz", arr_0=array)
+    (tmp_path / "made").mkdir()
+    for i, pixels in enumerate(array):
+        Image.fromarray(pixels).save(tmp_path / "made" / f"{i:03d}.png")
+    own = values(scored(run, *NETWORK, "--out", tmp_path / "a")["e2ediff"])
+    source = "{name: synthetic, size: 16, classes: 4, count: 60}"
+    for place in ("made.npz", "made"):
+        words = (tmp_path / place, *NETWORK, "--reference", source, "--out", tmp_path / "b")
+        assert values(scored(*words)["e2ediff"]) == pytest.approx(own, rel=1e-9)
+    assert {FD, "KD-RandomProjection6", "recall-RandomProjection6"} <= set(own)
+
+
+def test_two_processes_score_as_one(run, tmp_path) -> None:
+    words = (run, *NETWORK, "--metrics", "fid,density_coverage", "--batch", 5, "--out", tmp_path)
+    one = values(scored(*words)["e2ediff"])
+    assert values(scored(*words, "--processes", 2)["e2ediff"]) == pytest.approx(one, rel=1e-6)
+
+
+def test_conventions_share_one_sample_set_and_differ_by_their_own_rounding(run, tmp_path) -> None:
+    words = ("--metrics", "fid", "--convention", "unite", "--convention", "jit")
+    cards = scored(run, *NETWORK, *words, "--out", tmp_path)
+    found = {name: values(card)[FD] for name, card in cards.items()}
+    source = "{name: synthetic, size: 16, classes: 4, count: 60}"
+    for name, rounding in (("unite", "down"), ("jit", "nearest")):
+        np.savez(tmp_path / f"{name}.npz", arr_0=samples(run, rounding))
+        words = (tmp_path / f"{name}.npz", *NETWORK, "--metrics", "fid", "--reference", source)
+        (stored,) = scored(*words).values()
+        assert found[name] == pytest.approx(values(stored)[FD], rel=1e-9)
+    assert found["unite"] != found["jit"]
+    assert cards["unite"].notes["departs"] == ["24 images instead of 50000"]
+
+
+def test_a_convention_whose_label_law_was_not_followed_says_so(run, tmp_path) -> None:
+    words = ("--metrics", "fid", "--convention", "adm", "--convention", "jit")
+    cards = scored(run, *NETWORK, *words, "--out", tmp_path)
+    assert "labels are uniform instead of balanced" in cards["jit"].notes["departs"]
+    assert cards["jit"].passport.protocol["label_law"] == "uniform, 4 classes"
+
+
+def test_a_passport_pins_what_decided_the_score(run, tmp_path) -> None:
+    card = scored(run, *NETWORK, "--metrics", "kid", "--out", tmp_path)["e2ediff"]
+    protocol, subject = card.passport.protocol, card.passport.subject
+    assert protocol["network_calls"] == 6  # Heun with 2 steps calls 3 times, guidance doubles
+    assert protocol["guidance"]["scale"] == 2.0
+    assert protocol["sampler"]["name"] == "heun"
+    assert protocol["rounding"] == "nearest"
+    assert (protocol["images"], protocol["reference_images"]) == (COUNT, 60)
+    assert subject["weights"] == "target"
+    assert (subject["step"], subject["images_trained"], subject["seed"]) == (3, 24, 0)
+    for field in ("recipe_sha256", "weights_sha256"):
+        assert len(subject[field]) == 64
+    assert card.scores["KD-RandomProjection6"].metric["subsets"] == 100
+    assert card.passport.machine["versions"]["torch"] == str(torch.__version__)
+    online = scored(run, *NETWORK, "--metrics", "kid", "--weights", "online", "--out", tmp_path)
+    assert online["e2ediff"].passport.subject["weights_sha256"] != subject["weights_sha256"]
+
+
+def test_a_changed_reference_is_not_taken_from_the_cache(run, tmp_path) -> None:
+    array = samples(run, "nearest")
+    np.savez(tmp_path / "made.npz", arr_0=array)
+
+    def score():
+        words = (tmp_path / "made.npz", *NETWORK, "--metrics", "fid")
+        (card,) = scored(*words, "--reference", tmp_path / "real.npz").values()
+        return values(card)[FD]
+
+    np.savez(tmp_path / "real.npz", arr_0=array[::-1])
+    assert score() == pytest.approx(0, abs=1e-6)
+    assert score() == pytest.approx(0, abs=1e-6)  # from the cache
+    np.savez(tmp_path / "real.npz", arr_0=255 - array)
+    assert score() > 1e-3
+
+
+def test_a_cache_that_was_cut_short_is_made_again(run, tmp_path) -> None:
+    words = (run, *NETWORK, "--metrics", "fid", "--cache", tmp_path, "--out", tmp_path / "s")
+    first = values(scored(*words)["e2ediff"])
+    (file,) = tmp_path.glob("features-*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert values(scored(*words)["e2ediff"]) == first
+
+
+def test_a_run_has_reconstruction_latent_and_memorisation_scores(run, tmp_path) -> None:
+    sections = "reconstruction,latents,memorisation,fid"
+    card = scored(run, *NETWORK, "--metrics", sections, "--out", tmp_path)["e2ediff"]
+    names = {FD, f"r{FD}", "PSNR", "SSIM", "knn", "knn_mean", "probe", "probe_mean", "copied"}
+    assert names <= set(card.scores)
+    assert len(card.notes["closest_pairs"]) == 10
+
+
+def test_inception_scores_with_other_weights_are_never_called_fid(tmp_path, host) -> None:
+    """And statistics in an npz are those of its images."""
+    network = Inception2015()
+    g = torch.Generator().manual_seed(0)
+    for value in network.state_dict().values():
+        if value.ndim > 1:
+            value.copy_((2 / value[0].numel()) ** 0.5 * torch.randn(value.shape, generator=g))
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    made, real = (
+        torch.randint(256, (4, 16, 16, 3), generator=g, dtype=torch.uint8) for _ in range(2)
+    )
+    np.savez(tmp_path / "made.npz", arr_0=made.numpy())
+    np.savez(tmp_path / "real.npz", arr_0=real.numpy())
+    network = Inception(weights=str(tmp_path / "inception.pth")).build()
+    taps = network.vectors(real.permute(0, 3, 1, 2).float(), ("pool", "spatial"))
+    pool, spatial = (moments_of(taps[tap]) for tap in ("pool", "spatial"))
+    np.savez(
+        tmp_path / "statistics.npz",
+        mu=pool.mean.numpy(), sigma=pool.covariance.numpy(),
+        mu_s=spatial.mean.numpy(), sigma_s=spatial.covariance.numpy(),
+    )  # fmt: skip
+    work, view = Pass(network, ("pool", "spatial"), ()), View("nearest", "network")
+    images, statistics = (
+        reference_features(
+            open_reference(str(tmp_path / name), host, None), work, view, cache=str(tmp_path)
+        )
+        for name in ("real.npz", "statistics.npz")
+    )
+    for tap in ("pool", "spatial"):
+        near = {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(images.moments[tap].mean, statistics.moments[tap].mean, **near)
+        known = statistics.moments[tap].covariance
+        torch.testing.assert_close(images.moments[tap].covariance, known, **near)
+
+    words = (tmp_path / "made.npz", "--weights-file", tmp_path / "inception.pth", "--metrics")
+    (card,) = scored(*words, "fid", "--reference", tmp_path / "statistics.npz").values()
+    assert list(card.scores) == ["FD-Inception2015"]
+    done = e2ediff("eval", *words, "kid", "--reference", tmp_path / "statistics.npz")
+    assert done.code == 5
+    assert "has statistics alone, and the metrics need its images' features" in done.err
+    broken = (*words, "fid", "--reference", tmp_path / "real.npz", "--sha256", "0" * 64)
+    done = e2ediff("eval", *broken)
+    assert done.code == 5
+    assert "these are other weights" in done.err
+
+
+def test_scores_are_ranked_only_if_they_were_measured_in_the_same_way(run, tmp_path) -> None:
+    metrics = ("--metrics", "{name: kid, subsets: 5, size: 10}")
+    scored(run, *NETWORK, *metrics, "--out", tmp_path / "a")
+    scored(run, *NETWORK, *metrics, "--weights", "online", "--out", tmp_path / "b")
+    scored(run, *NETWORK[:2], "--count", 20, *metrics, "--out", tmp_path / "c")
+    a, b, c = (next(Path(tmp_path, name).glob("*.json")) for name in "abc")
+    done = e2ediff("compare", a, b)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0] == "KD-RandomProjection6, best first"
+    first, second = (float(line.split()[0]) for line in lines[1:])
+    assert first <= second
+    done = e2ediff("compare", a, c)
+    assert done.code == 9
+    assert "was not measured in the same way:\n  images: 24 against 20\n" in done.err
+    assert done.out == ""
+    done = e2ediff("compare", a, c, "--regardless")
+    assert done.code == 0
+    assert "unlike measurements ranked regardless" in done.out
+
+
+def test_a_report_has_the_scores_of_a_run(run, host) -> None:
+    from e2ediff.report.gather import gather
+
+    card = scored(run, *NETWORK, "--metrics", "fid")["e2ediff"]
+    (found,) = gather(host, run).runs
+    keys = [k for k in found.figures if k.startswith(f"{FD}@e2ediff-")]
+    assert found.figures[keys[0]] == values(card)[FD]
+
+
+def test_the_file_is_json_with_its_own_digest(run, tmp_path) -> None:
+    card = scored(run, *NETWORK, "--metrics", "fid", "--out", tmp_path)["e2ediff"]
+    content = json.loads(Path(card.place).read_text())
+    assert content["digest"] == card.passport.digest
+    assert card.passport.digest[:8] in card.place

@@ -1,0 +1,241 @@
+"""The same batches for any number of workers and ranks, with and without damaged images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+from pictures import damage, write_tree
+from PIL import Image
+from source_kinds import COUNTS, SIZE, TOTAL, folder, make
+
+from e2ediff.data import DataSource, SourceConfig
+from e2ediff.errors import BadImageError, DataError
+from e2ediff.parts import sources
+from e2ediff.parts.sources.folder import FolderBytes
+from e2ediff.run.bad_images import BadImages, Skipped, Skipping, open_source
+from e2ediff.run.loader import batches
+from e2ediff.run.order import Order
+from e2ediff.run.storage import Store
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("sources")
+    write_tree(place / "tree", COUNTS)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("E2EDIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def seen(config: SourceConfig, source: DataSource | None = None, **options: object):
+    given = {"batch": 20, "seed": 1, "first": 0, "last": 9, "workers": 0, **options}
+    return list(
+        batches(
+            source or config.open(),
+            flip=config.flip,
+            device=CPU,
+            sampling=config.sampling,
+            **given,
+        )
+    )
+
+
+def assert_same(these, those) -> None:
+    assert len(these) == len(those) > 0
+    for a, b in zip(these, those, strict=True):
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.label, b.label)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar of class tars", "parquet", "prepared as raw"])
+def test_workers_and_a_resume_in_mid_epoch_see_the_same_images(kind, place, tmp_path) -> None:
+    """9 batches of 20 are one epoch and a half of 119 images; half of them are mirrored."""
+    whole = seen(folder(place))
+    config = make(kind, place, tmp_path)
+    assert_same(seen(config, workers=0), whole)
+    assert_same(seen(config, workers=1), whole)
+    assert_same(seen(config, workers=2, first=4), whole[4:])
+
+
+@pytest.mark.parametrize("sampling", ["natural", "class_balanced"])
+def test_rows_of_several_ranks_are_the_batch_of_one(place, sampling) -> None:
+    config = folder(place, sampling=sampling)
+    whole = seen(config)
+    parts = [seen(config, rows=rows) for rows in (slice(0, 10), slice(10, 15), slice(15, 20))]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part[step].x for part in parts]), batch.x)
+        assert torch.equal(torch.cat([part[step].label for part in parts]), batch.label)
+
+
+def test_rows_that_another_rank_has_are_not_read(place) -> None:
+    source = folder(place).open()
+    read: list[int] = []
+
+    class Counting(FolderBytes):
+        def __call__(self, i: int) -> bytes:
+            read.append(i)
+            return super().__call__(i)
+
+    fetch = source.listing.fetch
+    counting = Counting(fetch.location, fetch.names)
+    source.listing = attrs.evolve(source.listing, fetch=counting)
+    seen(folder(place), source, rows=slice(5, 9), last=2)
+    order = Order(TOTAL, 1).indices(0, 40)
+    assert read == order[5:9] + order[25:29]
+
+
+def test_an_image_is_mirrored_by_epoch_and_index_alone() -> None:
+    """Whatever the batch, and whatever else is in the epoch."""
+    order = Order(50, 7)
+    by_image: list[dict[int, bool]] = []
+    for epoch in range(2):
+        indices, mirrored = order.seen(epoch * 50, 50)
+        by_image.append(dict(zip(indices, mirrored.tolist(), strict=True)))
+        for start, count in ((0, 7), (7, 20), (27, 23)):
+            part, flips = Order(50, 7).seen(epoch * 50 + start, count)
+            assert [by_image[epoch][i] for i in part] == flips.tolist()
+    assert by_image[0] != by_image[1]
+    assert 10 < sum(by_image[0].values()) < 40
+    # Shown in another order, with repetitions: still the same images.
+    labels = torch.tensor([0] * 45 + [1] * 5)
+    indices, mirrored = Order(50, 7, labels).seen(0, 50)
+    assert [by_image[0][i] for i in indices] == mirrored.tolist()
+
+
+def test_loading_leaves_the_global_generator_alone(place) -> None:
+    state = torch.get_rng_state()
+    seen(folder(place), workers=1, last=1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# Class-balanced sampling
+
+
+@pytest.mark.parametrize("counts", [[1, 5, 60], [3, 3], [7], [1, 1, 1, 40, 2]])
+def test_balanced_epochs_show_classes_equally_and_repeat_images_only_when_all_came(counts) -> None:
+    labels = torch.tensor([k for k, count in enumerate(counts) for _ in range(count)])
+    order = Order(len(labels), 5, labels)
+    for epoch in range(3):
+        indices = order.indices(epoch * len(labels), len(labels))
+        shown = torch.bincount(labels[indices], minlength=len(counts))
+        assert shown.max() - shown.min() <= 1
+        for k, count in enumerate(counts):
+            times = torch.bincount(torch.tensor([i for i in indices if labels[i] == k]))
+            of_class = times[labels[: len(times)] == k]
+            most = -(-int(shown[k]) // count)
+            assert of_class.max() <= most
+    resumed = Order(len(labels), 5, labels).indices(len(labels) + 3, 10)
+    assert resumed == order.indices(len(labels) + 3, 10)
+
+
+# Damaged images
+
+
+@pytest.fixture
+def broken(place: Path, tmp_path: Path) -> tuple[SourceConfig, list[int]]:
+    """The tree with one image cut short, one that is text, one empty; and their indices."""
+    tree = write_tree(tmp_path / "tree", COUNTS)
+    paths = sorted(tree.rglob("*.JPEG"))
+    bad = [10, 50, TOTAL - 1]
+    damage(paths[10])
+    paths[50].write_bytes(b"<html>404</html>")
+    paths[TOTAL - 1].write_bytes(b"")
+    return folder(tmp_path, on_bad_image="skip"), bad
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipping_keeps_labels_and_all_other_images_where_they_are(place, broken, workers) -> None:
+    config, bad = broken
+    told: list = []
+    source = open_source(config)
+    options = {"workers": workers, "report": told.extend}
+    skipped, whole = seen(config, source, **options), seen(folder(place))
+    order = torch.tensor(Order(TOTAL, 1).indices(0, 180)).reshape(9, 20)
+    for a, b, indices in zip(skipped, whole, order, strict=True):
+        assert torch.equal(a.label, b.label)
+        same = (a.x == b.x).flatten(1).all(dim=1)
+        good = ~torch.isin(indices, torch.tensor(bad))
+        assert torch.equal(same, good)
+    assert {s.number for s in told} == set(bad)
+    labels = source.labels()
+    for s in told:
+        assert labels[s.number] == labels[s.instead]
+        assert s.instead not in bad
+        assert "damaged image" in s.what
+        assert s.place.endswith(".JPEG")
+
+
+def test_processes_of_one_run_share_a_list_without_repeating_themselves(tmp_path) -> None:
+    """Also behind a line that a crash has torn."""
+    one, two = BadImages(Store(str(tmp_path))), BadImages(Store(str(tmp_path)))
+    a, b = Skipped(1, "a.jpg", "damaged", 2), Skipped(3, "b.jpg", "damaged", 4)
+    assert one.add([a, a])
+    assert not two.add([a, b])
+    assert not one.add([b])
+    file = tmp_path / "bad_images.jsonl"
+    assert [json.loads(line)["image"] for line in file.read_text().splitlines()] == [
+        "a.jpg",
+        "b.jpg",
+    ]
+    file.write_text(file.read_text() + '{"image": "c.j')
+    assert not BadImages(Store(str(tmp_path))).add([Skipped(5, "c.jpg", "damaged", 6)])
+    assert one.listed() == {"a.jpg", "b.jpg", "c.jpg"}
+
+
+def test_stopping_is_the_default_and_names_the_image(broken) -> None:
+    config, _ = broken
+    with pytest.raises(DataError, match=r"n0\d+_\d+.JPEG: damaged image .*on_bad_image: skip"):
+        seen(attrs.evolve(config, on_bad_image="stop"))
+
+
+def test_a_class_without_any_sound_image_ends_the_run(tmp_path) -> None:
+    tree = write_tree(tmp_path / "tree", [3, 2])
+    for path in (tree / "n00000001").iterdir():
+        damage(path)
+    source = Skipping(sources.ImageFolder(root=str(tree), size=SIZE, classes=2).open())
+    source.read([0, 1, 2])
+    with pytest.raises(DataError, match="none of the 2 images of its class can be used instead"):
+        source.read([3])
+
+
+def test_a_file_that_vanished_is_never_skipped(tmp_path) -> None:
+    tree = write_tree(tmp_path / "tree", [3, 2])
+    source = Skipping(sources.ImageFolder(root=str(tree), size=SIZE, classes=2).open())
+    (tree / "n00000000/n00000000_1.JPEG").unlink()
+    with pytest.raises(DataError, match="cannot be read: ") as caught:
+        source.read([1])
+    assert not isinstance(caught.value, BadImageError)
+
+
+@pytest.mark.parametrize("side", [100, 20_000])
+def test_an_image_above_the_limit_is_not_decoded(tmp_path, monkeypatch, side) -> None:
+    """A picture of 400 megapixels takes 1.2 GB to decode, and 50 kB on the disk."""
+    (tmp_path / "tree/a").mkdir(parents=True)
+    Image.new("1", (side, side)).save(tmp_path / "tree/a/bomb.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "tree/a/small.png")
+    config = sources.ImageFolder(
+        root=str(tmp_path / "tree"), size=SIZE, classes=1, on_bad_image="skip", max_pixels=5000
+    )
+    loaded: list[tuple[int, int]] = []
+    load = Image.Image.load
+
+    def watched(image, *args):
+        loaded.append(image.size)
+        return load(image, *args)
+
+    monkeypatch.setattr(Image.Image, "load", watched)
+    source = open_source(config)
+    source.read([0, 1])
+    (skipped,) = source.take()
+    assert "data.max_pixels: 5000" in skipped.what
+    assert all(max(size) <= 64 for size in loaded)

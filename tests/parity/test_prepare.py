@@ -1,0 +1,187 @@
+"""`data prepare`: what it writes is what training would have read, also after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import tarfile
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+from pictures import damage, write_tree
+
+from e2ediff.data import DataSource
+from e2ediff.errors import DataError
+from e2ediff.parts.sources import ImageFolder, Shards
+from e2ediff.prepare.write import Done, Settings, prepare
+
+COUNTS = [5, 9, 7]
+SETTINGS = Settings(
+    source="tree", images=21, size=8, channels=3, classes=3, format="png", quality=95, each=4,
+    skip=False,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("E2EDIFF_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> DataSource:
+    tree = write_tree(tmp_path / "tree", COUNTS)
+    return ImageFolder(root=str(tree), size=8, classes=3).open()
+
+
+def run(source: DataSource, folder: Path, progress=lambda line: None, **changes: object) -> Done:
+    workers = changes.pop("workers", 0)
+    settings = attrs.evolve(SETTINGS, **changes)
+    return prepare(source, settings, str(folder), workers=workers, progress=progress)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file, but for what is noted about times."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "verified.txt"
+    }
+
+
+def killed(source: DataSource, folder: Path, after: int, **changes: object) -> None:
+    """Prepare in another process, which kills itself after so many shards."""
+    child = os.fork()
+    if child == 0:
+        told = []
+
+        def progress(line: str) -> None:
+            told.append(line)
+            if len(told) == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            run(source, folder, progress, **changes)
+        finally:
+            os._exit(1)  # not reached
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("form", ["png", "raw", "jpeg"])
+def test_after_a_kill_the_rest_is_made_and_the_whole_is_as_without(source, tmp_path, form) -> None:
+    whole = run(source, tmp_path / "whole", format=form)
+    assert (whole.images, whole.shards, whole.kept) == (21, 6, 0)
+    killed(source, tmp_path / "x", 3, format=form)
+    assert not (tmp_path / "x/prepared.json").exists()
+    with pytest.raises(DataError, match=r"holds no prepared.json.*run it again"):
+        Shards(path=str(tmp_path / "x"), size=8, classes=3).open()
+    # Cut short at other places too: a shard without its note, and a temporary file.
+    suffix = "npy" if form == "raw" else "tar"
+    (tmp_path / f"x/shard-00004.{suffix}").write_bytes(b"half")
+    (tmp_path / "x/.tmp-shard-00005.tar-1").write_bytes(b"half")
+    done = run(source, tmp_path / "x", format=form)
+    assert done.kept == 3
+    (tmp_path / "x/.tmp-shard-00005.tar-1").unlink()
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+
+
+def test_several_processes_write_what_one_writes(source, tmp_path) -> None:
+    run(source, tmp_path / "one")
+    run(source, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_prepared_again_it_is_left_alone_and_what_is_damaged_is_mended(source, tmp_path) -> None:
+    run(source, tmp_path / "x")
+    before = contents(tmp_path / "x")
+    assert run(source, tmp_path / "x").kept == 6
+    damage(tmp_path / "x/shard-00002.tar")
+    (tmp_path / "x/shard-00004.tar").unlink()
+    assert run(source, tmp_path / "x").kept == 4
+    assert contents(tmp_path / "x") == before
+
+
+def test_shards_are_what_webdataset_reads(source, tmp_path) -> None:
+    run(source, tmp_path / "x")
+    with tarfile.open(tmp_path / "x/shard-00001.tar") as tar:
+        names = tar.getnames()
+        label = tar.extractfile("00000005.cls").read()
+    assert names[:4] == ["00000004.png", "00000004.cls", "00000005.png", "00000005.cls"]
+    assert label == b"1"
+
+
+def test_class_names_and_origins_are_kept(source, tmp_path) -> None:
+    run(source, tmp_path / "x")
+    opened = Shards(path=str(tmp_path / "x"), size=8, classes=3).open()
+    assert opened.class_names == ("n00000000", "n00000001", "n00000002")
+    part = json.loads((tmp_path / "x/parts/shard-00001.json").read_text())
+    assert part["images"][0][-1].endswith("tree/n00000000/n00000000_4.JPEG")
+
+
+def test_damaged_images_end_it_or_are_left_out_and_listed(source, tmp_path) -> None:
+    damage(tmp_path / "tree/n00000001/n00000001_2.JPEG")
+    with pytest.raises(DataError, match=r"n00000001_2.JPEG: damaged image"):
+        run(source, tmp_path / "x")
+    done = run(source, tmp_path / "y", skip=True)
+    ((place, what),) = done.left_out
+    assert place.endswith("n00000001_2.JPEG")
+    assert what.startswith("damaged image")
+    opened = Shards(path=str(tmp_path / "y"), size=8, classes=3).open()
+    assert done.images == len(opened) == 20
+    bad = source.class_names.index("n00000001") and 5 + 2
+    good = [i for i in range(21) if i != bad]
+    assert torch.equal(opened.read(range(20))[0], source.read(good)[0])
+    assert torch.equal(opened.labels(), source.labels()[good])
+
+
+def test_other_settings_and_other_folders_are_refused(source, tmp_path) -> None:
+    run(source, tmp_path / "x")
+    with pytest.raises(DataError, match=r"prepared otherwise \(format was 'png', is 'raw'\)"):
+        run(source, tmp_path / "x", format="raw")
+    with pytest.raises(DataError, match="is not empty; give a new folder"):
+        run(source, tmp_path / "tree")
+
+
+def test_a_shard_with_another_hash_is_named_when_it_is_opened(source, tmp_path) -> None:
+    """Also when its size is right; what agreed once is not read again until it changes."""
+    run(source, tmp_path / "x")
+    config = Shards(path=str(tmp_path / "x"), size=8, classes=3)
+    config.open()
+    shard = tmp_path / "x/shard-00003.tar"
+    data, stat = bytearray(shard.read_bytes()), shard.stat()
+    data[700] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    config.open()  # nobody can see it from outside
+    os.utime(shard)
+    with pytest.raises(DataError) as caught:
+        config.open()
+    assert str(caught.value) == (
+        f"data.path: {tmp_path}/x: 1 of 7 files have another SHA-256 than prepared.json says "
+        "(shard-00003.tar): they are damaged. Run `e2ediff data prepare` again: it rewrites "
+        "what is damaged or missing."
+    )
+    attrs.evolve(config, verify=False).open()
+    shard.write_bytes(data[:-1])
+    with pytest.raises(DataError, match=r"shard-00003.tar has \d+ bytes, expected \d+"):
+        config.open()
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-00003.tar is missing"):
+        config.open()
+
+
+def test_shards_of_another_size_are_refused(source, tmp_path) -> None:
+    run(source, tmp_path / "x")
+    with pytest.raises(DataError, match=r"prepared with size 8, the recipe says data.size: 16"):
+        Shards(path=str(tmp_path / "x"), size=16, classes=3).open()
+
+
+def test_without_classes_no_labels_are_written(source, tmp_path) -> None:
+    run(source, tmp_path / "x", classes=0)
+    with tarfile.open(tmp_path / "x/shard-00000.tar") as tar:
+        assert tar.getnames() == [f"{i:08}.png" for i in range(4)]
+    with pytest.raises(DataError, match=r"holds no labels, the recipe says data.classes: 3"):
+        Shards(path=str(tmp_path / "x"), size=8, classes=3).open()

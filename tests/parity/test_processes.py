@@ -1,0 +1,325 @@
+"""Several processes compute what one computes, end together, and one of them speaks.
+
+Real processes over gloo on this machine. A process has one micro-shard here: the same two
+numbers are added then, in one process or in two, so every bit must agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import together
+
+from e2ediff import hookimpl
+from e2ediff.errors import E2EDiffError, RecipeError
+from e2ediff.host.plugins import load
+from e2ediff.host.recipe import load_recipe
+from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.run.load import load_model
+from e2ediff.run.progress import Progress
+from e2ediff.run.session import train
+from e2ediff.run.signals import Stop
+from e2ediff.run.storage import Store
+from e2ediff.run.update import check_shares
+from e2ediff.run.world import World
+
+STEPS = 4
+EVERY = ["microshards=2", f"steps={STEPS}", "cadence.diagnose=3", "probe.images=8"]
+RUNS = {
+    # statistics of a micro-shard, a further average, a loss of the latents
+    "coupled": ["ema=[{name: slow, decay: 0.99}]", "regularizers=[vicreg]", "batch=12"],
+    # a phase that leaves most parameters without a gradient
+    "two_stage": ["objective=two_stage", "backbone.trunks=denoiser_apart"],
+    # heads, a target encoder, augmentation, noise before decoding
+    "dsd": [
+        "objective={name: dsd, augmentation: {jitter: 0.2}, decode_noise: {probability: 1.0}}",
+        "backbone.latent_norm=position",
+        # the norm cancels the bias before it: without this, Adam makes steps of its rounding
+        "optimizer.eps=0.001",
+    ],
+}
+
+
+def needs(objective: str) -> None:
+    if objective == "dsd":
+        pytest.importorskip("e2ediff_dsd", reason="the plugin e2ediff-dsd is not installed")
+
+
+def run(recipe, out, *changes, world=None, resume=False, host=None):
+    """Train in this process, quietly."""
+    quiet = Progress(io.StringIO())
+    changes = [*EVERY, *changes]
+    host = host or load()
+    return train(host, recipe, changes, str(out), resume=resume, progress=quiet, world=world)
+
+
+def run_in_two(recipe, out, *changes, resume=False):
+    """Train in two processes; the exit code of each, or the error's text."""
+
+    def act(rank):
+        world = World.join()
+        code = run(recipe, out, *changes, world=world, resume=resume).exit_code
+        world.leave()
+        return code
+
+    return together(act)
+
+
+def tensors(out):
+    opened = open_checkpoint(Store(str(out)))
+    return {f"{file}:{k}": t for file in opened.files for k, t in opened.tensors(file).items()}
+
+
+def fingerprint(out):
+    """A hash of every tensor's bytes, and every figure but times."""
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    figures = [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("wall_")} for line in lines
+    ]
+    weights = {k: hashlib.sha256(t.numpy().tobytes()).hexdigest() for k, t in tensors(out).items()}
+    return weights, figures
+
+
+def files(out):
+    """What is in a run's directory."""
+    return sorted(str(p.relative_to(out)) for p in Path(out).rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_text):
+    """Runs of one process with two micro-shards, made when asked for."""
+    folder, made = tmp_path_factory.mktemp("alone"), {}
+
+    def get(name):
+        if name not in made:
+            recipe = folder / f"{name}.yaml"
+            recipe.write_text(tiny_text)
+            run(str(recipe), folder / name, *RUNS[name])
+            made[name] = folder / name
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_equal_one_with_two_micro_shards_bit_for_bit(
+    name, alone, tiny_recipe, tmp_path
+) -> None:
+    """Weights, averages, optimizer, statistics of latent norms, and every logged figure."""
+    needs(name)
+    assert run_in_two(tiny_recipe, tmp_path / "run", *RUNS[name]) == [0, 0]
+    assert fingerprint(tmp_path / "run") == fingerprint(alone(name))
+    assert files(tmp_path / "run") == files(alone(name))
+
+
+@pytest.mark.parametrize("name", ["coupled", "dsd"])
+def test_fsdp2_equals_one_process_and_saves_whole_tensors(
+    name, alone, tiny_recipe, tmp_path
+) -> None:
+    needs(name)
+    out = tmp_path / "run"
+    more = ["parallel=fsdp2", "checkpoint_activations=true"]
+    assert run_in_two(tiny_recipe, out, *RUNS[name], *more) == [0, 0]
+    ours, theirs = tensors(out), tensors(alone(name))
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        # blocks that are called twice add their gradients in another order
+        torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6, msg=key)
+    assert load_model(str(out), device="cpu").sample([0], seed=1).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("order", [(2, 1), (1, 2)], ids=str)
+def test_a_run_goes_on_in_another_number_of_processes(order, alone, tiny_recipe, tmp_path) -> None:
+    """Saved after half of the steps and in the middle of an epoch."""
+    out, changes = tmp_path / "run", RUNS["coupled"]
+    for processes, length in zip(order, ("steps=2", f"steps={STEPS}"), strict=True):
+        begun = length == f"steps={STEPS}"
+        if processes == 2:
+            assert run_in_two(tiny_recipe, out, *changes, length, resume=begun) == [0, 0]
+        else:
+            run(tiny_recipe, out, *changes, length, resume=begun)
+    weights, figures = fingerprint(alone("coupled"))
+    found, continued = fingerprint(out)
+    assert found == weights
+    losses = [{k: v for k, v in f.items() if k.startswith("loss/")} for f in figures]
+    assert [f for f in losses if f] == [
+        f for f in ({k: v for k, v in c.items() if k.startswith("loss/")} for c in continued) if f
+    ]
+
+
+def test_fsdp2_goes_on_from_one_process_and_back(alone, tiny_recipe, tmp_path) -> None:
+    out, changes = tmp_path / "run", RUNS["coupled"]
+    run(tiny_recipe, out, *changes, "steps=1")
+    spread = [*changes, "parallel=fsdp2", "steps=3"]
+    assert run_in_two(tiny_recipe, out, *spread, resume=True) == [0, 0]
+    run(tiny_recipe, out, *changes, resume=True)
+    ours, theirs = tensors(out), tensors(alone("coupled"))
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    number, tiny_recipe, tmp_path
+) -> None:
+    """The second process is told; the first one saves."""
+    out = tmp_path / "run"
+
+    def act(rank):
+        world = World.join()
+
+        @hookimpl
+        def step_ended(run, step):
+            if step == 2:
+                os.kill(other, number)
+
+        other = int(world.total(torch.tensor([os.getpid() * rank])))
+        host = load(SimpleNamespace(__name__="stopper", step_ended=step_ended))
+        ended = run(tiny_recipe, out, "steps=1000", world=world, host=host)
+        world.leave()
+        return ended.exit_code
+
+    assert together(act) == [75, 75]
+    status = json.loads((out / "status.json").read_text())
+    # the signal may arrive while the step after it is computed
+    assert status["step"] in (2, 3)
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    assert open_checkpoint(Store(str(out))).step == status["step"]
+
+
+def test_a_request_to_stop_that_arrives_twice_is_one_request() -> None:
+    """From a batch system and from the launcher; later a second one leaves at once."""
+    with Stop(grace=60.0) as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGUSR1
+    with Stop(grace=0.0):
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_error_in_one_process_ends_all_and_is_said_once(tiny_recipe, tmp_path) -> None:
+    """The second process cannot read its third batch, while the first waits for gradients."""
+    out = tmp_path / "run"
+
+    def act(rank):
+        from e2ediff.errors import DataError
+        from e2ediff.parts.sources import Synthetic
+
+        source = type(Synthetic(size=16, count=60).open())
+        plain, reads = source.read, 0
+
+        def read(self, indices):
+            nonlocal reads
+            reads += 1
+            if rank == 1 and reads > 4:
+                raise DataError("b/broken.png: cannot be read")
+            return plain(self, indices)
+
+        source.read = read  # in this process, which ends with the test
+        world = World.join()
+        said = []
+        try:
+            run(tiny_recipe, out, world=world)
+        except E2EDiffError as caught:
+            error = world.judge(caught)
+            world.speak(lambda: said.append(str(error)))
+            return [error.exit_code, said]
+        return "ended well"
+
+    assert together(act) == [[5, []], [5, ["b/broken.png: cannot be read"]]]
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 5)
+    assert status["reason"] == "b/broken.png: cannot be read"
+
+
+def test_a_killed_process_ends_the_others_with_what_to_do(tiny_recipe, tmp_path) -> None:
+    def act(rank):
+        @hookimpl
+        def step_ended(run, step):
+            if step == 2:
+                os.kill(other, signal.SIGKILL)
+
+        world = World.join()
+        other = int(world.total(torch.tensor([os.getpid() * rank])))
+        host = load(SimpleNamespace(__name__="killer", step_ended=step_ended))
+        try:
+            run(tiny_recipe, tmp_path / "run", world=world, host=host)
+        except E2EDiffError as error:
+            return [error.exit_code, str(error)]
+        return "ended well"
+
+    first, second = together(act)
+    assert second == -signal.SIGKILL
+    assert first[0] == 8
+    assert first[1].startswith("process 0 of 2 lost another process of the run")
+    assert first[1].endswith("continue with --resume")
+
+
+@pytest.mark.parametrize(
+    ("batch", "shards", "size", "way_out"),
+    [
+        (8, 1, 2, "Set microshards: 2, or use a number of processes that divides 1."),
+        (96, 4, 3, "Set microshards: 6, or use a number of processes that divides 4."),
+        (8, 8, 3, "Use fewer processes, or set batch: 9 and microshards: 3."),
+        (4, 4, 8, "Use fewer processes, or set batch: 8 and microshards: 8."),
+    ],
+)
+def test_shares_that_do_not_come_out_even_are_refused_with_ones_that_do(
+    batch, shards, size, way_out, tiny_recipe
+) -> None:
+    recipe = load_recipe(load(), tiny_recipe, [f"batch={batch}", f"microshards={shards}"])
+    with pytest.raises(RecipeError) as caught:
+        check_shares(recipe, World(size=size), "tiny.yaml")
+    (problem,) = caught.value.problems
+    assert problem.where == "microshards"
+    assert str(problem).endswith(way_out)
+
+
+def test_the_launcher_hands_on_a_signal_and_the_exit_code(tiny_recipe, tmp_path) -> None:
+    """`e2ediff run --nproc 2`, as a person starts it and a batch system warns it."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "e2ediff", "run", tiny_recipe, "--nproc", "2"]
+    command += ["--threads", "1", "--out", str(out), "--set", "microshards=2"]
+    with subprocess.Popen(
+        [*command, "--set", "steps=100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        log = out / "metrics.jsonl"
+        while not (log.exists() and log.read_text().count("\n") > 3):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        said_out, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert said_out == f"{out}\n"
+    assert "on 2 processes (ddp) on cpu" in said
+    assert "Traceback" not in said
+    assert said.count("continue with --resume") == 1
+
+
+def test_torchrun_needs_no_launcher_of_ours_and_one_process_speaks(tiny_recipe, tmp_path) -> None:
+    """A recipe that two processes cannot share, under plain torchrun."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["-m", "e2ediff", "run", tiny_recipe, "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1  # torchrun's own, whatever its processes end with
+    assert done.stderr.count("error: ") >= 1
+    assert done.stderr.count("Set microshards: 2") == 1
+    assert not (tmp_path / "run").exists()

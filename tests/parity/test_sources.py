@@ -1,0 +1,146 @@
+"""The same images through every kind of source, in the same order."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import as_class_tars, tar_bytes, write_tree
+from source_kinds import COUNTS, KINDS, SIZE, TOTAL, folder, make, prepared
+
+from e2ediff.errors import DataError
+from e2ediff.parts import sources
+from e2ediff.parts.sources.location import expand
+from e2ediff.run.order import Order
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("sources")
+    write_tree(place / "tree", COUNTS)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("E2EDIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_shows_the_labels_and_pixels_of_class_folders(
+    kind: str, place: Path, tmp_path: Path
+) -> None:
+    """The first 10,000 labels of a run, and every pixel of every image."""
+    plain, config = folder(place).open(), make(kind, place, tmp_path)
+    for _ in range(2):  # the second time with the index of the first
+        other = config.open()
+        seen = Order(len(other), seed=3).indices(0, 10_000)
+        expected = plain.labels()[Order(TOTAL, seed=3).indices(0, 10_000)]
+        assert torch.equal(other.labels()[seen], expected)
+        assert torch.equal(other.read(range(TOTAL))[0], plain.read(range(TOTAL))[0])
+        assert torch.equal(other.read(range(TOTAL))[1], plain.labels())
+
+
+THOUSAND = ["zip as EDM's", "tar of class tars", "shards with cls", "parquet", "prepared as raw"]
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("imagenet")
+    write_tree(place / "tree", [1 + k % 2 for k in range(1000)])
+    return place
+
+
+@pytest.mark.parametrize("kind", THOUSAND)
+def test_a_thousand_classes_come_in_the_same_order_from_every_kind(
+    kind: str, imagenet: Path, tmp_path: Path
+) -> None:
+    """The first 10,000 labels of a run: more than six epochs of 1,500 images."""
+    plain, other = folder(imagenet).open(), make(kind, imagenet, tmp_path).open()
+    first = [Order(len(s), seed=0).indices(0, 10_000) for s in (plain, other)]
+    assert torch.equal(plain.labels()[first[0]], other.labels()[first[1]])
+    assert len(plain.labels().unique()) == 1000
+    assert torch.equal(plain.read(first[0][:50])[0], other.read(first[1][:50])[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_source_serves_without_classes_and_sets_the_null_label(
+    kind: str, place: Path, tmp_path: Path
+) -> None:
+    config = make(kind, place, tmp_path, classes=0)
+    source = config.open()
+    assert len(source) == TOTAL
+    assert config.image.null_label == 0
+    assert not source.labels().any()
+    assert not source.read([5, TOTAL - 1])[1].any()
+
+
+def test_a_jpeg_of_a_prepared_crop_has_its_label_and_nearly_its_pixels(place, tmp_path) -> None:
+    path = str(prepared(place, tmp_path / "x", "jpeg"))
+    source = sources.Shards(path=path, size=SIZE, classes=len(COUNTS)).open()
+    x, label = source.read(range(TOTAL))
+    plain = folder(place).open().read(range(TOTAL))
+    assert torch.equal(label, plain[1])
+    error = (x.float() - plain[0].float()).abs()
+    assert 0 < error.mean() < 3
+
+
+def test_braces_stand_for_ranges_and_choices() -> None:
+    assert expand("s3://b/{008..010}.tar") == [f"s3://b/{i}.tar" for i in ("008", "009", "010")]
+    assert expand("{train,val}-{0..1}") == ["train-0", "train-1", "val-0", "val-1"]
+    assert expand("plain.tar") == ["plain.tar"]
+
+
+# The index of tars
+
+
+def test_an_index_is_kept_beside_the_data_and_made_again_when_they_change(tmp_path) -> None:
+    tree = write_tree(tmp_path / "tree", [3, 2])
+    path = as_class_tars(tree, tmp_path / "x.tar")
+    config = sources.ClassTars(path=str(path), size=SIZE, classes=2)
+    first = config.open().read(range(5))[0]
+    assert (tmp_path / "x.tar.index.safetensors").exists()
+    write_tree(tmp_path / "more", [4, 4])
+    as_class_tars(tmp_path / "more", path)
+    assert len(config.open()) == 8
+    (tmp_path / "x.tar.index.safetensors").write_bytes(b"damaged")
+    assert len(config.open()) == 8
+    as_class_tars(tree, path)
+    assert torch.equal(config.open().read(range(5))[0], first)
+
+
+def test_an_index_lies_in_the_cache_where_the_data_cannot_be_written(tmp_path, cache) -> None:
+    path = as_class_tars(write_tree(tmp_path / "tree", [3, 2]), tmp_path / "x.tar")
+    (tmp_path / "x.tar.index.safetensors").mkdir()  # also root may not replace a folder
+    config = sources.ClassTars(path=str(path), size=SIZE, classes=2)
+    whole = config.open().read(range(5))[0]
+    (kept,) = cache.iterdir()
+    # From now on nobody could scan the tar, whose images are where they were.
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[257:262] = b"wrong"
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert torch.equal(config.open().read(range(5))[0], whole)
+    kept.unlink()
+    with pytest.raises(DataError, match="cannot be read as a plain tar"):
+        config.open()
+
+
+def test_a_flat_validation_tar_takes_its_labels_from_a_file(tmp_path) -> None:
+    tree = write_tree(tmp_path / "tree", [3, 2])
+    path = as_class_tars(tree, tmp_path / "train.tar")
+    images = sorted(tree.rglob("*.JPEG"))
+    flat = [(f"val_{i}.JPEG", p.read_bytes()) for i, p in enumerate(images)]
+    (tmp_path / "val.tar").write_bytes(tar_bytes(flat))
+    rows = [f"val_{i},{p.parent.name} 1 2 3 4" for i, p in enumerate(images)]
+    (tmp_path / "val.csv").write_text("\n".join(["ImageId,PredictionString", *rows[::-1]]))
+    config = sources.ClassTars(
+        path=str(path), held_out=str(tmp_path / "val.tar"), size=SIZE, classes=2,
+        held_out_labels=str(tmp_path / "val.csv"),
+    )  # fmt: skip
+    training, held_out = config.open(), config.open(held_out=True)
+    assert torch.equal(training.labels(), held_out.labels())
+    assert torch.equal(training.read(range(5))[0], held_out.read(range(5))[0])

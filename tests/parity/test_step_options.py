@@ -1,0 +1,349 @@
+"""What saves memory or time leaves the step as it is: parts of a micro-shard, activations
+computed again, compiled blocks, bfloat16 around float32 weights, the gradient's norm.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import attrs
+import pytest
+import torch
+from processes import together
+from torch import nn
+
+from e2ediff import hookimpl
+from e2ediff.errors import ResourceError
+from e2ediff.host.plugins import load
+from e2ediff.host.recipe import parse_recipe
+from e2ediff.parts.objectives import Detached
+from e2ediff.run.assembly import assemble, check_precision, choose_device, problems
+from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.run.draws import UnclearDrawError, draw_for, part_of
+from e2ediff.run.loader import batches
+from e2ediff.run.parallel import clip_gradients
+from e2ediff.run.progress import Progress
+from e2ediff.run.session import train
+from e2ediff.run.storage import Store
+from e2ediff.run.update import Update
+from e2ediff.run.world import World
+from e2ediff.testing import make_batch
+
+CPU = torch.device("cpu")
+DSD = [
+    "objective={name: dsd, draws: 2, augmentation: {jitter: 0.2, mask_probability: 0.5},"
+    " decode_noise: {probability: 0.5}}",
+    "backbone.latent_norm=layer",
+]
+
+
+@attrs.frozen(kw_only=True)
+class Hungry(Detached):
+    """`detached` on a device that holds the activations of only `most` images at once.
+
+    `rank` is the only process that it happens in, if not -1; with `compares` a loss depends on
+    all images of a micro-shard.
+    """
+
+    most: int
+    rank: int = -1
+    compares: bool = False
+
+    def terms(self, nets, batch, draw, phase):
+        here = torch.distributed.get_rank() if torch.distributed.is_initialized() else self.rank
+        if torch.is_grad_enabled() and len(batch.x) > self.most and self.rank in (-1, here):
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        terms = super().terms(nets, batch, draw, phase)
+        if not self.compares:
+            return terms
+        spread = (terms.z - terms.z.mean(dim=0)).square().mean()
+        return attrs.evolve(
+            terms,
+            losses={**terms.losses, "spread": spread},
+            weights={**terms.weights, "spread": 1.0},
+        )
+
+
+def with_hungry():
+    @hookimpl
+    def register_objectives(add):
+        add("hungry", Hungry)
+
+    return load(SimpleNamespace(__name__="hungry", register_objectives=register_objectives))
+
+
+def run(recipe, out, *changes, world=None):
+    quiet, host = Progress(io.StringIO()), with_hungry()
+    train(host, recipe, ["steps=3", *changes], str(out), progress=quiet, world=world)
+    opened = open_checkpoint(Store(str(out)))
+    return {f"{file}:{k}": t for file in opened.files for k, t in opened.tensors(file).items()}
+
+
+def events(out, kind):
+    lines = (Path(out) / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def assert_near(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(
+            ours[key], value, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+# Memory
+
+# No diagnostics: those of gradients compute 16 images at once, which is not what is tested.
+HUNGRY = ["backbone.latent_norm=layer", "optimizer.eps=0.001", "diagnostics=[]"]
+
+
+def test_without_memory_a_micro_shard_is_computed_in_parts_to_the_same_result(
+    tiny_recipe, tmp_path
+) -> None:
+    """From 8 images at once to 4 and 2; both runs draw the same times, noise and labels."""
+    plain = run(tiny_recipe, tmp_path / "all", *HUNGRY, "objective={name: hungry, most: 8}")
+    found = run(tiny_recipe, tmp_path / "parts", *HUNGRY, "objective={name: hungry, most: 3}")
+    assert_near(found, plain, 1e-6)
+    told = events(tmp_path / "parts", "memory")
+    assert [(e["step"], e["microshard"], e["images_at_once"]) for e in told] == [
+        (0, 8, 4),
+        (0, 8, 2),
+    ]
+    assert events(tmp_path / "all", "memory") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (["backbone.latent_norm=batch"], "backbone.latent_norm: batch takes its statistics from"),
+        (["regularizers=[vicreg]"], "the regularizer vicreg compares them"),
+        (["objective.compares=true"], "the loss 'spread' would be 0."),
+        (["objective.most=0"], "a single image does not fit"),
+    ],
+    ids=["norm", "regularizer", "loss", "one image"],
+)
+def test_what_compares_images_is_not_computed_in_parts_but_refused(
+    changes, why, tiny_recipe, tmp_path
+) -> None:
+    given = [*HUNGRY, "objective={name: hungry, most: 3}", *changes]
+    with pytest.raises(ResourceError) as caught:
+        run(tiny_recipe, tmp_path / "run", *given)
+    said = str(caught.value)
+    assert said.startswith("out of memory: a micro-shard of 8 images does not fit")
+    assert f"in parts is not possible: {why}" in said
+    assert "Set microshards: 2 (another run: it changes the draws)" in said
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 8)
+
+
+def test_if_one_of_two_processes_lacks_memory_both_compute_in_parts(tiny_recipe, tmp_path) -> None:
+    """Found out before the first step, when no process waits for another's gradients."""
+    changes = [*HUNGRY, "microshards=2"]
+    plain = run(tiny_recipe, tmp_path / "one", *changes, "objective={name: hungry, most: 8}")
+    hungry = "objective={name: hungry, most: 3, rank: 1}"
+
+    def act(rank):
+        world = World.join()
+        run(tiny_recipe, tmp_path / "two", *changes, hungry, world=world)
+        world.leave()
+        return "well"
+
+    assert together(act) == ["well", "well"]
+    opened = open_checkpoint(Store(str(tmp_path / "two")))
+    ours = {f"{file}:{k}": t for file in opened.files for k, t in opened.tensors(file).items()}
+    assert_near(ours, plain, 1e-6)
+    assert [e["images_at_once"] for e in events(tmp_path / "two", "memory")] == [2]
+
+
+@pytest.mark.parametrize("changes", [DSD, ["objective={name: detached, draws: 2}"]])
+def test_parts_of_a_draw_are_the_rows_of_the_whole_draw(changes, tiny_text) -> None:
+    """Every loss, weighted by images, over unequal parts of 7 images and 1."""
+    if changes is DSD:
+        pytest.importorskip("e2ediff_dsd", reason="the plugin e2ediff-dsd is not installed")
+    recipe = parse_recipe(load(), tiny_text, "tiny", [*changes, "backbone.latent_norm=layer"])
+    parts = assemble(recipe, CPU)
+    batch = next(batches(recipe.data.open(), batch=8, seed=0, first=0, last=1, flip=False,
+                         workers=0, device=CPU))  # fmt: skip
+    whole = parts.step(batch, draw_for(recipe, batch.label, "draw", 0), "joint")
+    sums = dict.fromkeys(whole.losses, 0.0)
+    for rows in (slice(0, 7), slice(7, 8)):
+        part = attrs.evolve(batch, x=batch.x[rows], label=batch.label[rows])
+        draw = part_of(draw_for(recipe, batch.label, "draw", 0), rows)
+        for name, value in parts.step(part, draw, "joint").losses.items():
+            sums[name] += float(value.detach()) * len(part.x) / 8
+    assert sums == pytest.approx({k: float(v.detach()) for k, v in whole.losses.items()}, rel=1e-5)
+
+
+def test_a_draw_that_cannot_be_cut_says_so(tiny_text) -> None:
+    recipe = parse_recipe(load(), tiny_text, "tiny")
+    draw = part_of(draw_for(recipe, make_batch(size=8).label, "draw", 0), slice(0, 2))
+    with pytest.raises(UnclearDrawError, match=r"\(2, 2\)"):
+        draw.uniform(2, 2)
+
+
+# Activations computed again, and compiled blocks
+
+
+def one_step(text, *changes):
+    """The gradients of one step, the losses, and the assembly."""
+    recipe = parse_recipe(load(), text, "tiny", list(changes))
+    assert problems(recipe) == []
+    parts = assemble(recipe, CPU)
+    # Zero-initialised gates would leave most of the blocks' weights without a gradient.
+    with torch.no_grad():
+        for i, p in enumerate(parts.nets.online.parameters()):
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    batch = next(batches(recipe.data.open(), batch=recipe.batch, seed=0, first=0, last=1,
+                         flip=False, workers=0, device=CPU))  # fmt: skip
+    update = Update(recipe, parts, World(), lambda *a, **k: None)
+    record = update._accumulate(
+        batch, "joint", lambda label, shard: draw_for(recipe, label, "draw", shard)
+    )
+    grads = {k: p.grad for k, p in parts.step.named_parameters() if p.grad is not None}
+    return grads, record, parts
+
+
+def test_activations_computed_again_give_the_same_gradients_and_names(tiny_text) -> None:
+    plain, losses, parts = one_step(tiny_text)
+    again, losses_again, recomputed = one_step(tiny_text, "checkpoint_activations=true")
+    assert losses == losses_again
+    assert again.keys() == plain.keys()
+    assert all(torch.equal(again[k], plain[k]) for k in plain)
+    assert recomputed.step.state_dict().keys() == parts.step.state_dict().keys()
+
+
+def test_activations_are_really_computed_again(tiny_text) -> None:
+    """Each block runs twice for every pass with a gradient."""
+    counts = []
+    for wanted in ("false", "true"):
+        recipe = parse_recipe(load(), tiny_text, "tiny", [f"checkpoint_activations={wanted}"])
+        parts, calls = assemble(recipe, CPU), []
+        parts.nets.online.blocks()[0].mlp.register_forward_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
+        batch = make_batch(recipe.data.image, size=2)
+        draw = draw_for(recipe, batch.label, "draw")
+        parts.step(batch, draw, "joint").total.backward()
+        counts.append(len(calls))
+    assert counts[1] == 2 * counts[0] > 0
+
+
+@pytest.mark.parametrize("what", ["blocks", "step"])
+def test_compiling_changes_no_name_in_a_checkpoint(what, tiny_text) -> None:
+    """What is compiled is compiled when it is first called, so this is quick."""
+    texts = [f"compile={kind}" for kind in ("off", what)]
+    plain, compiled = (assemble(parse_recipe(load(), tiny_text, "t", [c]), CPU) for c in texts)
+    modules = {"blocks": compiled.nets.online.blocks(), "step": [compiled.step]}[what]
+    assert all(module._compiled_call_impl is not None for module in modules)
+    assert compiled.step.state_dict().keys() == plain.step.state_dict().keys()
+    ours, theirs = (parts.averages["target"].net.state_dict() for parts in (compiled, plain))
+    assert ours.keys() == theirs.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_block_computes_what_it_does_uncompiled(tiny_text) -> None:
+    answers = []
+    for kind in ("off", "blocks"):
+        parts = assemble(parse_recipe(load(), tiny_text, "t", [f"compile={kind}"]), CPU)
+        block, g = parts.nets.online.blocks()[0], torch.Generator().manual_seed(0)
+        with torch.no_grad():  # gates that are zero would hide the rest
+            for p in block.parameters():
+                p.copy_(0.1 * torch.randn(p.shape, generator=g))
+        x, c = torch.randn(3, 4, 32, generator=g), torch.randn(3, 32, generator=g)
+        out = block(x, c, None, None)
+        out.square().sum().backward()
+        answers.append([out.detach(), *(p.grad for p in block.parameters())])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for a, b in zip(*answers, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # fused kernels round otherwise
+
+
+def test_blocks_are_asked_for_where_there_are_none(tiny_text, monkeypatch) -> None:
+    recipe = parse_recipe(
+        load(), tiny_text, "tiny", ["compile=blocks", "checkpoint_activations=true"]
+    )
+    monkeypatch.setattr(type(recipe.backbone.build(recipe.data.image)), "blocks", lambda self: ())
+    assert [p.where for p in problems(recipe)] == ["compile", "checkpoint_activations"]
+
+
+# Precision
+
+
+@pytest.mark.parametrize("changes", [["objective=coupled"], ["objective=kl"], DSD], ids=str)
+def test_bfloat16_leaves_weights_losses_norms_and_averages_in_float32(changes, tiny_text) -> None:
+    if changes is DSD:
+        pytest.importorskip("e2ediff_dsd", reason="the plugin e2ediff-dsd is not installed")
+    seen = set()
+    text = tiny_text.replace("latent_norm: batch", "latent_norm: layer")
+    more = ["precision=bfloat16", "regularizers=[variance_expansion]"]
+    recipe = parse_recipe(load(), text, "tiny", [*changes, *more])
+    parts = assemble(recipe, CPU)
+    for block in parts.nets.online.blocks():
+        block.mlp.inner.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
+    batch = make_batch(recipe.data.image, size=8)
+    terms = parts.step(batch, draw_for(recipe, batch.label, "draw"), "joint")
+    assert seen == {torch.bfloat16}
+    assert {v.dtype for v in terms.losses.values()} == {torch.float32}
+    assert terms.z.dtype == terms.total.dtype == torch.float32
+    terms.total.backward()
+    (optimizer,) = parts.optimizers.values()
+    norm = clip_gradients(list(parts.step.parameters()), 1.0, World())
+    optimizer.step()
+    for average in parts.averages.values():
+        average.update()
+    assert norm.dtype == torch.float64
+    floats = [*parts.step.parameters(), *parts.nets.target.parameters()]
+    floats += [p.grad for p in parts.step.parameters() if p.grad is not None]
+    floats += [v for s in optimizer.state.values() for v in s.values()]
+    assert {v.dtype for v in floats} == {torch.float32}
+
+
+def test_a_device_without_bfloat16_is_refused_before_training() -> None:
+    gpu = torch.device("cuda")
+    with pytest.raises(ResourceError) as caught:
+        check_precision("bfloat16", gpu, supported=False)
+    assert str(caught.value) == (
+        "precision: bfloat16 needs a GPU that computes in it (compute capability 8.0, Ampere, or "
+        "newer), and this one does not; set `precision: float32`"
+    )
+    check_precision("bfloat16", gpu, supported=True)
+    check_precision("float32", gpu, supported=False)
+    check_precision("bfloat16", CPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_every_process_computes_on_the_cpu_where_there_is_no_gpu() -> None:
+    assert choose_device("auto", 3) == CPU
+    with pytest.raises(ResourceError, match="device: cuda is not available here"):
+        choose_device("cuda", 0)
+
+
+# The gradient's norm
+
+
+@pytest.mark.parametrize("largest", [0.1, 100.0], ids=["clipped", "left"])
+def test_clipping_is_torchs_own_with_a_norm_in_float64(largest) -> None:
+    def gradients():
+        g = torch.Generator().manual_seed(0)
+        found = [nn.Parameter(torch.zeros(shape)) for shape in [(300, 200), (7,), (1,), ()]]
+        for p in found[:-1]:  # one without a gradient
+            p.grad = torch.randn(p.shape, generator=g) * 0.01
+        return found
+
+    ours, theirs = gradients(), gradients()
+    norm = clip_gradients(ours, largest, World())
+    expected = nn.utils.clip_grad_norm_(theirs, largest)
+    exact = torch.cat([p.grad.double().flatten() for p in gradients()[:-1]]).norm()
+    assert norm.dtype == torch.float64
+    torch.testing.assert_close(norm, exact, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(norm.float(), expected, rtol=1e-6, atol=0.0)
+    for a, b in zip(ours[:-1], theirs[:-1], strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0.0)
+    assert ours[-1].grad is None
