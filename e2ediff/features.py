@@ -55,3 +55,7 @@ class FeatureConfig(ABC):
         Raises:
             DataError: The weights are missing or are not those whose hash the recipe gives.
         """
+
+    def blank(self) -> FeatureNetwork:
+        """The same network with whatever weights need no file: for its shapes and its cost."""
+        return self.build()

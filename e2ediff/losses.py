@@ -58,7 +58,8 @@ class PixelLoss:
             a, b = functional.avg_pool2d(a, 2), functional.avg_pool2d(b, 2)
             terms.append(compare(a, b))
         loss = torch.stack(terms).mean()
-        if self.perceptual is not None and not x.is_meta:  # `check` reads no weights
+        counted = "perceptual" in frozen or not x.is_meta  # `check` builds no such network
+        if self.perceptual is not None and counted:
             network = frozen["perceptual"]
             with torch.no_grad():
                 real = network(x)

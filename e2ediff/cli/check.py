@@ -48,7 +48,10 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
             f"backward; {flops * read.batch / 1e12:,.2f} TFLOP a step of {read.batch}"
         )
     state = found.state_bytes
-    click.echo(f"memory      {state / 2**30:.2f} GiB of weights, gradients, optimizer, averages")
+    click.echo(
+        f"memory      {state / 2**30:.2f} GiB of weights, gradients and averages; activations,"
+    )
+    click.echo("            the optimizer, time and disk are forecast by `e2ediff plan`")
     click.echo("ok")
 
 

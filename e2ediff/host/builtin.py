@@ -16,6 +16,7 @@ from e2ediff.parts import (
     kl,
     metrics,
     multistep,
+    muon,
     objectives,
     observatory,
     optim,
@@ -115,6 +116,7 @@ def register_sources(add: Add) -> None:
 def register_optimizers(add: Add) -> None:
     """Optimizers with their schedules."""
     add("adamw", optim.AdamW)
+    add("muon", muon.Muon)
     add("sgd", optim.SGD)
 
 

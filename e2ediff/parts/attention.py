@@ -139,6 +139,9 @@ def choose_attention(
             disagrees.
     """
     asked = backend != "auto"
+    if type(torch.empty(0, device=device)) is not Tensor:
+        # Only shapes are followed, as a forecast does: nothing runs, so nothing can be measured.
+        return Attention("sdpa", "nothing is computed here", sdpa)
     if known is None:
         known = candidates()
         if not asked and device.type != "cuda":

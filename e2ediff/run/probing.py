@@ -24,7 +24,8 @@ from e2ediff.run.seeds import generator
 from e2ediff.run.step import Step
 
 _CPU = torch.device("cpu")
-_GRADIENT_IMAGES = 16  # a forward and a backward pass for each term: more would cost percents
+GRADIENT_IMAGES = 16
+"""Of the probe; a forward pass and a backward pass for each term: more would cost percents."""
 
 
 @attrs.frozen(eq=False)
@@ -118,7 +119,7 @@ class Observer:
 
         As in a training step, on the first probe images, with a draw that never changes.
         """
-        part = Batch(x=self.probe.x[:_GRADIENT_IMAGES], label=self.probe.label[:_GRADIENT_IMAGES])
+        part = Batch(x=self.probe.x[:GRADIENT_IMAGES], label=self.probe.label[:GRADIENT_IMAGES])
         found: dict[str, Tensor] = {}
         for phase in phases:
             with torch.enable_grad():

@@ -161,6 +161,11 @@ def test_scoring_imports_contracts_the_host_and_the_engine_but_no_part() -> None
     assert found == {"e2ediff/evaluate/subject.py": ["e2ediff"]}
 
 
+def test_the_forecast_imports_contracts_the_host_and_the_engine_but_no_part() -> None:
+    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.run.", "e2ediff.forecast."}
+    assert broken_by(sources(CORE / "forecast"), ours, {"torch", "attrs"}) == {}
+
+
 def test_the_command_line_imports_nothing_heavy_until_a_command_runs() -> None:
     light = ["e2ediff.errors", "e2ediff.__version__"]
     assert broken_by(sources(CORE / "cli"), light, {"click"}, top=True) == {}

@@ -69,7 +69,7 @@ def test_a_shift_of_one_changes_nothing_and_below_one_adds_noise() -> None:
     assert (Shifted(inner=Uniform(), shift=0.5).quantile(u) < plain).all()
 
 
-schedules = st.sampled_from(["constant", "cosine", "linear"])
+schedules = st.sampled_from(["constant", "cosine", "linear", "wsd"])
 TOTAL = 10000
 
 
@@ -99,6 +99,34 @@ def test_a_falling_schedule_ends_at_zero_and_is_at_half_in_its_middle(schedule) 
     assert schedule_factor(schedule, TOTAL, TOTAL, 0, 1.0) == 0
     assert schedule_factor(schedule, TOTAL // 2, TOTAL, 0, 1.0) == pytest.approx(0.5)
     assert schedule_factor(schedule, TOTAL * 3 // 4, TOTAL, 0, 0.5) == pytest.approx(0.5)
+
+
+def test_wsd_holds_the_rate_and_falls_along_one_minus_a_square_root() -> None:
+    """Given as a share of training or in images, after a warm-up in images."""
+    for given_as in ({"cooldown": 0.2}, {"decay_images": 2000}):
+        rate = AdamW(schedule="wsd", warmup_images=100, **given_as)
+        assert rate.factor(49, TOTAL) == pytest.approx(0.5)
+        assert [rate.factor(i, TOTAL) for i in (100, 5000, 8000)] == [1, 1, 1]
+        for share in (0.01, 0.25, 0.81, 1.0):
+            found = rate.factor(round(8000 + 2000 * share), TOTAL)
+            assert found == pytest.approx(1 - share**0.5, abs=1e-9)
+
+
+def test_a_fall_longer_than_training_takes_all_of_it() -> None:
+    long = AdamW(schedule="cosine", decay_images=3 * TOTAL)
+    assert long.factor(TOTAL // 2, TOTAL) == AdamW(schedule="cosine").factor(TOTAL // 2, TOTAL)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"schedule": "wsd"}, "'wsd' holds the rate and then lets it fall: give 'decay_images'"),
+        ({"schedule": "cosine", "cooldown": 0.5, "decay_images": 10}, "both are given"),
+    ],
+)
+def test_a_fall_has_one_length(options, what) -> None:
+    with pytest.raises(ValueError, match=what):
+        AdamW(**options)
 
 
 @given(images=st.integers(0, 999))

@@ -38,6 +38,7 @@ RUNS = {
         "backbone.trunks=denoiser_apart",
         "optimizers={denoiser: {name: sgd, lr: 0.01, schedule: linear}}",
     ],
+    "muon": ["optimizer={name: muon, schedule: wsd, cooldown: 0.5, adamw: {weight_decay: 0.1}}"],
     "dsd": [DSD, "optimizer.schedule=cosine", "backbone.latent_norm=position"],
 }
 

@@ -7,6 +7,7 @@ import re
 import time
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from command_line import e2ediff, needs_dsd
@@ -18,14 +19,19 @@ from e2ediff.run.assembly import check_fits
 from e2ediff.run.directory import RunDirectory
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-RECIPES = sorted(FOLDER.glob("*.yaml"))
-# Parameters in millions; the 205 are the paper's, the others ours.
-MILLIONS = {"dsd_in256_s": 42, "dsd_in256_m": 118, "dsd_in256": 205}
-IMAGENET = [FOLDER / f"{name}.yaml" for name in MILLIONS]
+ALL = sorted(FOLDER.glob("*.yaml"))
+# Those for eight GPUs are shown below to be others but for where they run.
+EIGHT = [path for path in ALL if path.stem.endswith("_8gpu")]
+RECIPES = [path for path in ALL if path not in EIGHT]
+# Parameters in millions; the 42, 118 and 205 are the paper's, the 63 ours.
+MILLIONS = {"dsd_in256_s": 42, "dsd_in256_m": 118, "dsd_in256": 205, "dsd_in64": 63}
+IMAGENET = [path for path in ALL if "_in256" in path.stem or "_in64" in path.stem]
+SMALL = [FOLDER / "dsd_cifar10.yaml", FOLDER / "dsd_clothing64.yaml"]
+BUDGETS = (FOLDER.parent / "docs" / "how-to" / "budgets.md").read_text()
 # Keys that name things, or say where, how often and on what a run is looked at.
 STRUCTURAL = {
-    "name", "root", "size", "classes", "attention", "cadence", "probe", "preview", "checkpoint",
-    "device",
+    "name", "root", "held_out", "size", "classes", "attention", "cadence", "probe", "preview",
+    "checkpoint", "device",
 }  # fmt: skip
 
 pytestmark = needs_dsd
@@ -70,14 +76,19 @@ def test_check_counts_a_recipe_in_seconds(path: Path) -> None:
     assert time.process_time() - began < 15
     assert done.code == 0, done.err
     assert done.out.endswith("\nok\n")
+    flops = float(re.search(r"([\d.,]+) GFLOP", done.out)[1])
+    row = re.search(rf"^\| `{path.name}` \| .*? \| ([\d.]+)M \| ([\d.]+) ", BUDGETS, re.MULTILINE)
+    assert row is not None, "docs/how-to/budgets.md has a row for every recipe"
+    assert float(row[2]) == pytest.approx(flops, rel=0.005, abs=0.005)
     shown, exact = re.search(r"parameters  (\S+)  \(([\d,]+);", done.out).groups()
+    assert float(row[1]) == pytest.approx(int(exact.replace(",", "")) / 1e6, rel=0.005)
     if path.stem in MILLIONS:
         wanted = MILLIONS[path.stem]
         assert shown == f"{wanted}M"
         assert int(exact.replace(",", "")) == pytest.approx(wanted * 1e6, rel=0.02)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=ids)
+@pytest.mark.parametrize("path", [RECIPES[0], FOLDER / "quickstart.yaml"], ids=ids)
 def test_check_prints_a_resolved_recipe_that_is_a_recipe(tmp_path: Path, path: Path) -> None:
     """And resolving it again changes nothing."""
     once = e2ediff("check", path, "--resolved").out
@@ -92,7 +103,7 @@ def test_the_imagenet_recipes_train_for_the_paper_s_50_epochs(host: Host) -> Non
         assert recipe.total_images - recipe.images < recipe.batch
 
 
-@pytest.mark.parametrize("path", IMAGENET, ids=ids)
+@pytest.mark.parametrize("path", [*IMAGENET, *SMALL], ids=ids)
 def test_every_number_says_whose_it_is(path: Path) -> None:
     """The paper's in a comment that says so; ours as `# ours: reason`."""
     lines = path.read_text().splitlines()
@@ -107,10 +118,31 @@ def test_every_number_says_whose_it_is(path: Path) -> None:
     assert silent == []
 
 
-def test_siblings_have_the_same_keys_in_the_same_order() -> None:
+@pytest.mark.parametrize("siblings", [IMAGENET, SMALL], ids=["imagenet", "small"])
+def test_siblings_have_the_same_keys_in_the_same_order(siblings: list[Path]) -> None:
     """So that `diff` of two recipes shows what differs, and nothing else."""
-    first, *others = (tree(path) for path in IMAGENET)
+    first, *others = (tree(path) for path in siblings)
     assert all(keys(other) == keys(first) for other in others)
+
+
+def test_s_m_and_b_have_a_recipe_for_one_gpu_and_one_for_eight() -> None:
+    names = {path.stem for path in ALL}
+    sizes = {"dsd_in256_s", "dsd_in256_m", "dsd_in256"}
+    assert sizes | {f"{size}_8gpu" for size in sizes} <= names
+    assert {path.stem.removesuffix("_8gpu") for path in EIGHT} == sizes
+
+
+@pytest.mark.parametrize("path", EIGHT, ids=ids)
+def test_a_recipe_for_eight_gpus_computes_what_that_for_one_does(host: Host, path: Path) -> None:
+    """Its draws as well, because the micro-shards are the same; each GPU has equally many."""
+    eight = load_recipe(host, path)
+    one = load_recipe(host, FOLDER / f"{path.stem.removesuffix('_8gpu')}.yaml")
+    assert eight.name == path.stem
+    workers = one.data.workers
+    assert (
+        attrs.evolve(eight, name=one.name, data=attrs.evolve(eight.data, workers=workers)) == one
+    )
+    assert eight.microshards % 8 == 0
 
 
 def test_all_recipes_begin_with_the_same_keys_in_the_same_order() -> None:

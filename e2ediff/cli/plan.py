@@ -1,0 +1,58 @@
+"""`e2ediff plan`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+_DEVICES = ("h200", "h100", "a100", "l40s", "4090", "cpu", "measured")
+
+
+@click.command("plan")
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`.")
+@click.option(
+    "--device",
+    type=click.Choice(_DEVICES),
+    default="h200",
+    show_default=True,
+    help="What to price for; 'measured' times this machine.",
+)
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.35,
+    show_default=True,
+    help="Share of the device's matrix-product ceiling that training reaches.",
+)
+@click.option("--json", "as_text", is_flag=True, help="Print JSON: bytes, seconds, FLOPs.")
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    device: str,
+    gpus: int,
+    fraction: float,
+    as_text: bool,
+) -> None:
+    """Forecast what RECIPE takes: FLOPs of every pass, memory, hours, disk.
+
+    Needs no data and, unless measured, no GPU.
+    Every assumption is printed with its source.
+    """
+    from e2ediff.forecast.plan import make_plan
+    from e2ediff.forecast.text import as_json, lines
+    from e2ediff.host.plugins import load
+    from e2ediff.host.recipe import load_recipe
+    from e2ediff.run.assembly import check_fits
+
+    host = load()
+    read = load_recipe(host, recipe, overrides)
+    check_fits(read, recipe)
+    plan = make_plan(host, read, recipe, device=device, gpus=gpus, fraction=fraction)
+    if as_text:
+        click.echo(json.dumps(as_json(plan), indent=1))
+        return
+    for line in lines(plan):
+        click.echo(line)

@@ -1,0 +1,249 @@
+"""FLOPs of every pass of a step, forward and backward, counted on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils.flop_counter import FlopCounterMode
+
+from e2ediff.backbone import Backbone, Decode, Denoise, Encode, Output, Pass
+from e2ediff.data import Batch
+from e2ediff.features import FeatureConfig, FeatureNetwork
+from e2ediff.host.recipe import Recipe
+from e2ediff.objective import Draw, Nets
+from e2ediff.run.assembly import build_nets
+from e2ediff.run.step import Step
+
+_META = torch.device("meta")
+_NAMES: Mapping[type, str] = {Encode: "encode", Decode: "decode", Denoise: "denoise"}
+_ROWS = 2
+OTHER = "losses"
+
+
+@attrs.frozen
+class PassCost:
+    """FLOPs of one image, forward and backward."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Both directions."""
+        return self.forward + self.backward
+
+
+@attrs.frozen
+class PhaseCost:
+    """A phase's passes by name, and the number of its weighted losses."""
+
+    passes: Mapping[str, PassCost]
+    losses: int
+
+    @property
+    def per_image(self) -> PassCost:
+        """All passes together."""
+        costs = self.passes.values()
+        return PassCost(sum(c.forward for c in costs), sum(c.backward for c in costs))
+
+
+def count_passes(recipe: Recipe) -> dict[str, PhaseCost]:
+    """Each phase's passes: `encode`, `encode target`, `decode`, `denoise`, `heads`, `perceptual`.
+
+    FLOPs are those that torch's FlopCounterMode sees (matrix products, convolutions and
+    attention, two a multiply-add), over the real step on a batch of two.
+    Passes that the backbone would fuse are run one by one, which takes as many FLOPs; a pass
+    owns the backward FLOPs of the operations that it recorded.
+    Attention counts as two products forward and four backward, without a kernel's recomputation.
+
+    Raises:
+        DataError: A feature network cannot be built here.
+    """
+    nets = meta_nets(recipe)
+    step = Step(recipe.objective, nets, torch.float32, recipe.regularizers)
+    image = recipe.data.image
+    batch = Batch(
+        x=torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META),
+        label=torch.zeros(_ROWS, dtype=torch.long, device=_META),
+    )
+    times = torch.zeros(_ROWS, device=_META)
+    draw = Draw(t=times, label=batch.label, generator=None, times=recipe.times)
+    found = {}
+    for phase in recipe.objective.phases:
+        ledger = _Ledger()
+        with ledger.counter, _watched(nets, ledger):
+            terms = step(batch, draw, phase)
+            ledger.claim(OTHER, [terms.total])
+            terms.total.backward()
+            ledger.turn_to(OTHER, backward=True)
+        step.zero_grad(set_to_none=True)
+        losses = sum(weight != 0 for weight in terms.weights.values())
+        found[phase] = PhaseCost(ledger.costs(), losses)
+    return found
+
+
+def count_inference(recipe: Recipe) -> dict[str, float]:
+    """FLOPs of an image's `encode`, `decode` and `denoise`, one pass each, without gradients."""
+    net = build_nets(recipe, _META)[0].online
+    image, (n, d) = recipe.data.image, (net.latent.tokens, net.latent.dim)
+    x = torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META)
+    z, t = torch.zeros(_ROWS, n, d, device=_META), torch.zeros(_ROWS, device=_META)
+    label = torch.zeros(_ROWS, dtype=torch.long, device=_META)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "encode": lambda: net.encode(x),
+        "decode": lambda: net.decode(z),
+        "denoise": lambda: net.denoise(z, t, label),
+    }
+    found = {}
+    for name, call in calls.items():
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            call()
+        found[name] = counter.get_total_flops() / _ROWS
+    return found
+
+
+def meta_nets(recipe: Recipe) -> Nets:
+    """The recipe's networks on the meta device, its feature networks without their weights."""
+    nets, _ = build_nets(recipe, _META)
+    with _META:
+        frozen = without_weights(recipe.objective).frozen(nets.online)
+    return attrs.evolve(nets, frozen=frozen)
+
+
+@attrs.frozen
+class _Blank(FeatureConfig):
+    inner: FeatureConfig
+
+    def build(self) -> FeatureNetwork:
+        return self.inner.blank()
+
+
+def without_weights(part: Any) -> Any:
+    """A part whose feature networks are built without reading their weights."""
+    if isinstance(part, FeatureConfig):
+        return _Blank(part)
+    if not attrs.has(type(part)):
+        return part
+    old = {f.name: getattr(part, f.name) for f in attrs.fields(type(part)) if f.init}
+    new = {name: without_weights(value) for name, value in old.items()}
+    changed = {name: value for name, value in new.items() if value is not old[name]}
+    return attrs.evolve(part, **changed) if changed else part
+
+
+class _Ledger:
+    """FLOPs by pass and direction; whatever is counted belongs to the last pass turned to."""
+
+    def __init__(self) -> None:
+        self.counter = FlopCounterMode(display=False)
+        self._flops: Counter[tuple[str, bool]] = Counter()
+        self._mark = 0
+        self.key = (OTHER, False)
+        # Kept, because a node's Python object would otherwise be another one at each sight.
+        self._claimed: set[Node] = set()
+
+    def turn_to(self, name: str, *, backward: bool = False) -> None:
+        """Count for this pass from here on."""
+        total = self.counter.get_total_flops()
+        self._flops[self.key] += total - self._mark
+        self._mark, self.key = total, (name, backward)
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """Count for this pass; within another pass that one keeps counting."""
+        if self.key != (OTHER, False):
+            yield
+            return
+        self.turn_to(name)
+        try:
+            yield
+        finally:
+            self.turn_to(OTHER)
+
+    def claim(self, name: str, made: Iterable[Tensor]) -> None:
+        """Give this pass all operations behind these tensors that no earlier pass recorded."""
+        waiting = [t.grad_fn for t in made if t.grad_fn is not None]
+        while waiting:
+            node = waiting.pop()
+            if node in self._claimed:
+                continue
+            self._claimed.add(node)
+            node.register_prehook(lambda _: self.turn_to(name, backward=True))
+            waiting += [n for n, _ in node.next_functions if n is not None]
+
+    def costs(self) -> dict[str, PassCost]:
+        """FLOPs of one image by pass; passes without any are left out."""
+        names = dict.fromkeys(name for (name, _), flops in self._flops.items() if flops)
+        return {
+            name: PassCost(
+                self._flops[name, False] / _ROWS,
+                self._flops[name, True] / _ROWS,
+            )
+            for name in names
+        }
+
+
+@contextlib.contextmanager
+def _watched(nets: Nets, ledger: _Ledger) -> Iterator[None]:
+    """Passes and heads tell the ledger when they begin and what they made."""
+    _watch_passes(nets.online, "", ledger)
+    _watch_passes(nets.target, " target", ledger)
+    for name, owner in (("heads", nets.heads), *nets.frozen.items()):
+        for module in owner.children() if owner is nets.heads else (owner,):
+            _watch_module(module, name, ledger)
+    try:
+        yield
+    finally:
+        for module in (nets.online, nets.target, *nets.heads.children(), *nets.frozen.children()):
+            for method in ("outputs", "encode", "decode", "denoise", "forward"):
+                module.__dict__.pop(method, None)
+
+
+def _watch_passes(net: Backbone, suffix: str, ledger: _Ledger) -> None:
+    run = net.outputs
+
+    def outputs(*passes: Pass) -> list[Output]:
+        made = []
+        for one in passes:
+            name = _NAMES[type(one)] + suffix
+            with ledger.during(name):
+                made += run(one)
+            ledger.claim(name, _tensors(made[-1]))
+        return made
+
+    net.__dict__["outputs"] = outputs
+    for mode in _NAMES.values():
+        _watch_method(net, mode, mode + suffix, ledger)
+
+
+def _watch_module(module: nn.Module, name: str, ledger: _Ledger) -> None:
+    _watch_method(module, "forward", name, ledger)
+
+
+def _watch_method(module: nn.Module, method: str, name: str, ledger: _Ledger) -> None:
+    call = getattr(module, method)
+
+    def watched(*values: Any, **named: Any) -> Any:
+        with ledger.during(name):
+            made = call(*values, **named)
+        ledger.claim(name, _tensors(made))
+        return made
+
+    module.__dict__[method] = watched
+
+
+def _tensors(made: Any) -> list[Tensor]:
+    if isinstance(made, Tensor):
+        return [made]
+    if isinstance(made, Output):
+        return [*_tensors(made.value), *_tensors(made.raw), *_tensors(dict(made.features))]
+    if isinstance(made, Mapping):
+        return [t for value in made.values() for t in _tensors(value)]
+    return [t for value in made for t in _tensors(value)] if isinstance(made, list | tuple) else []

@@ -1,0 +1,86 @@
+"""The machine at hand: how fast it multiplies matrices, and how fast and large a real step is."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import attrs
+import torch
+
+from e2ediff.forecast.devices import Device, memory_of_machine
+from e2ediff.forecast.rehearsal import blank_batch, optimizer_step
+from e2ediff.host.recipe import Recipe
+from e2ediff.run.assembly import DTYPES, assemble, choose_device
+
+_SECONDS = 4.0  # about what a measured step may take on a CPU
+_ROUNDS = 5
+
+
+@attrs.frozen
+class Measured:
+    """A real step in one micro-shard of `rows` images: its seconds, and its peak in bytes.
+
+    `peak` is None on a CPU, where torch does not keep it.
+    """
+
+    rows: int
+    seconds: float
+    peak: int | None
+
+
+def measured_device(recipe: Recipe) -> Device:
+    """The device that the recipe would run on, its matrix products timed in its precision.
+
+    Raises:
+        ResourceError: The recipe asks for a device that is not there.
+    """
+    device = choose_device(recipe.device)
+    dtype = DTYPES[recipe.precision]
+    cuda = device.type == "cuda"
+    side = 8192 if cuda else 1024 if dtype == torch.float32 else 256
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    seconds = _best(lambda: torch.mm(a, b), device)
+    threads = torch.get_num_threads()
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else memory_of_machine()
+    name = torch.cuda.get_device_name(device) if cuda else f"cpu, {threads} threads"
+    source = f"the best of {_ROUNDS} products of {side} x {side} matrices, timed just now"
+    return Device(name, {recipe.precision: 2 * side**3 / seconds}, float(memory), source)
+
+
+def measured_step(recipe: Recipe, device: Device, flops_per_image: float) -> Measured:
+    """Time real steps on this machine, on grey images, with micro-shards as the recipe's.
+
+    On a CPU the micro-shard is cut to what takes a few seconds.
+    """
+    where, rows = choose_device(recipe.device), recipe.batch // recipe.microshards
+    if where.type == "cpu":
+        per_second = 0.3 * device.flops[recipe.precision] / flops_per_image
+        fewest = max([1, *(r.fewest for r in recipe.regularizers)])
+        rows = max(fewest, min(rows, int(_SECONDS * per_second)))
+    parts, batch = assemble(recipe, where), blank_batch(recipe, rows, where)
+
+    def step() -> None:
+        optimizer_step(recipe, parts, batch, rows, 1)
+
+    step()  # makes the optimizers' state
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    seconds = _best(step, where, statistics.median)
+    peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None
+    return Measured(rows, seconds, peak)
+
+
+def _best(
+    call: Callable[[], object], device: torch.device, choose: Callable[[list[float]], float] = min
+) -> float:
+    times = []
+    call()
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return choose(times)

@@ -1,0 +1,252 @@
+"""Memory of a training step, followed storage by storage on tensors that hold no numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from e2ediff.forecast.flops import without_weights
+from e2ediff.forecast.rehearsal import Passage, blank_batch, optimizer_step
+from e2ediff.host.recipe import Recipe
+from e2ediff.run.assembly import Assembly, assemble
+from e2ediff.run.snapshot import take
+
+_CPU = torch.device("cpu")
+
+
+@attrs.frozen
+class Memory:
+    """Bytes of a training step on one device.
+
+    `state` is what stays between steps: `weights`, `gradients`, each optimizer's moments, the
+    averages, feature networks, and the images of the probe and of calibration.
+    `passing` is the most that is alive at once in forward and backward passes, state and batch
+    included, when micro-shards have `rows` images; `per_image` is its growth with each further
+    image of a micro-shard; `updating` is the most that is alive while weights and averages are
+    updated, which images do not change.
+    `saved` is what a micro-shard's forward pass keeps for its backward pass, by phase and image.
+    `checkpoint` is the size of a checkpoint's tensors.
+    `optimizer_flops` is by phase and step.
+    """
+
+    state: Mapping[str, int]
+    rows: int
+    passing: int
+    updating: int
+    per_image: float
+    saved: Mapping[str, float]
+    checkpoint: int
+    optimizer_flops: Mapping[str, float]
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at once in a step, with micro-shards of `rows` images."""
+        return max(self.passing, self.updating)
+
+    def peak_at(self, rows: int) -> float:
+        """The peak with micro-shards of this many images, on the line through two of them."""
+        return max(self.passing + (rows - self.rows) * self.per_image, self.updating)
+
+    def rows_that_fit(self, usable: float) -> int:
+        """Largest micro-shard whose peak is within these bytes; 0 if none is."""
+        if usable < self.updating:
+            return 0
+        return max(0, self.rows + int((usable - self.passing) // self.per_image))
+
+
+def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
+    """Follow a step of the recipe on one of `gpus` devices; takes seconds and no memory.
+
+    Tensors are torch's fake ones on the CPU: shapes, types and storages are those of a real
+    step, autocast included, so what is counted is what torch asks its allocator for.
+    `like_cuda` saves for the backward pass of an RMS norm what CUDA's fused kernel saves.
+    Memory inside a kernel and the allocator's rounding are not seen.
+
+    Raises:
+        DataError: A feature network cannot be built here.
+    """
+    rows = recipe.batch // recipe.microshards
+    other = rows // 2 if rows > 1 else 2
+    shards = min(2, max(1, recipe.microshards // gpus))
+    with _fake(like_cuda=like_cuda) as live:
+        # A compiler does not take tensors without values.
+        blank = attrs.evolve(recipe, objective=without_weights(recipe.objective), compile="off")
+        parts = assemble(blank, _CPU)
+        images = max(recipe.batch // gpus, rows * shards, other * shards)
+        batch = blank_batch(recipe, images, _CPU)
+        watched = recipe.probe.images + recipe.probe.calibration
+        watched_images = blank_batch(recipe, watched, _CPU)  # the engine keeps them on its device
+        peaks: dict[int, int] = {}
+        passages: dict[int, Passage] = {}
+        optimizer_step(recipe, parts, batch, other, 1)  # makes the optimizers' state
+        updating = 0
+        for size in (other, rows):
+            live.peak = live.now
+            turns = _Turns(live)
+            passages[size] = optimizer_step(recipe, parts, batch, size, shards, turns)
+            peaks[size], updating = turns.passing, turns.end()
+        state = _state(parts, max(passages[rows].gradients.values()))
+        state["images of the probe"] = _bytes([watched_images.x])
+        files = take(parts, batch.x[:2]).files.values()
+        checkpoint = _bytes(t for file in files for t in file.values())
+    apart = rows - other
+    return Memory(
+        state=state,
+        rows=rows,
+        passing=peaks[rows],
+        updating=updating,
+        per_image=(peaks[rows] - peaks[other]) / apart,
+        saved={
+            phase: (kept - passages[other].saved[phase]) / apart
+            for phase, kept in passages[rows].saved.items()
+        },
+        checkpoint=checkpoint,
+        optimizer_flops=passages[rows].optimizer_flops,
+    )
+
+
+class _Turns:
+    """The peaks of passes and of updates, each over all phases."""
+
+    def __init__(self, live: _Live) -> None:
+        self.live = live
+        self.passing = self.updating = 0
+
+    def __call__(self, passing: bool) -> None:
+        """Passes begin (True) or end."""
+        if passing:
+            self.updating = max(self.updating, self.live.peak)
+        else:
+            self.passing = max(self.passing, self.live.peak)
+        self.live.peak = self.live.now
+
+    def end(self) -> int:
+        """The updates' peak, after the last one."""
+        return max(self.updating, self.live.peak)
+
+
+def _state(parts: Assembly, gradients: int) -> dict[str, int]:
+    """What stays between steps, by kind, in bytes."""
+    trained = list(parts.step.parameters())
+    found = {
+        "weights": _bytes([*trained, *parts.step.buffers()]),
+        "gradients": gradients,
+    }
+    for phase, optimizer in parts.optimizers.items():
+        found[f"optimizer {phase}"] = _bytes(tree_leaves([*optimizer.state.values()]))
+    for name, average in parts.averages.items():
+        found[f"average {name}"] = _bytes([*average.net.parameters(), *average.net.buffers()])
+    frozen = parts.nets.frozen
+    found["feature networks"] = _bytes([*frozen.parameters(), *frozen.buffers()])
+    return {name: size for name, size in found.items() if size}
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    """Bytes of the different storages of tensors; other values are passed over."""
+    storages = [v.untyped_storage() for v in values if isinstance(v, Tensor)]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of all storages made under this mode that are still referred to, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.finalize[Any, Any]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.prim.device.default:  # asked tens of thousands of times
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._see(leaf.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive[key] = weakref.finalize(storage, self._gone, key, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.now -= size
+
+
+class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    def __deepcopy__(self, memo: object) -> _FakeMode:
+        """Itself: a network and its copy compute with each other."""
+        return self
+
+
+class _LikeCUDA(TorchFunctionMode):
+    """RMS norms as CUDA's kernel keeps them: the input in float32 and one number a row.
+
+    On a CPU torch composes the norm of several operations, each of which keeps its own input.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.rms_norm:
+            return _rms_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _rms_norm(
+    x: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    out: Tensor = _RMSNorm.apply(x.float(), weight, len(normalized_shape))
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Shapes and storages of aten::_fused_rms_norm and its backward; its numbers are not used."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int) -> Tensor:
+        rstd = x.new_empty([*x.shape[:-dims], *[1] * dims])
+        ctx.save_for_backward(x, rstd, *([] if weight is None else [weight]))
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, _, *weights = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weights[0]) if weights else None, None
+
+
+@contextlib.contextmanager
+def _fake(*, like_cuda: bool) -> Iterator[_Live]:
+    """Tensors made inside have shapes and storages, and no numbers."""
+    norms = _LikeCUDA() if like_cuda else contextlib.nullcontext()
+    with warnings.catch_warnings(), _FakeMode(), norms, _Live() as live:
+        # Copying a fake tensor asks for its address; bfloat16 norms say which kernel they miss.
+        warnings.simplefilter("ignore")
+        yield live

@@ -1,0 +1,219 @@
+"""A recipe's whole bill: time, memory and disk on a device, from what was counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+
+from e2ediff.errors import Problem, RecipeError
+from e2ediff.forecast.devices import GPUS, Device, cpu
+from e2ediff.forecast.flops import PhaseCost, count_inference, count_passes
+from e2ediff.forecast.measure import Measured, measured_device, measured_step
+from e2ediff.forecast.memory import Memory, follow
+from e2ediff.forecast.sampling import Calls, count_calls
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import Recipe
+from e2ediff.run.assembly import build_nets
+from e2ediff.run.count import Count, count
+from e2ediff.run.probing import GRADIENT_IMAGES, chosen_diagnostics
+
+EVALUATED = 50_000
+"""Images of an evaluation, as the papers' FID has it."""
+_RECONSTRUCTIONS = 20
+
+
+@attrs.frozen
+class Look:
+    """Something besides training that computes: how often, and FLOPs each time."""
+
+    times: int
+    flops: float
+
+
+@attrs.frozen
+class Plan:
+    """What a recipe costs on `gpus` devices.
+
+    Rates are images a second over all devices; seconds are of wall time; FLOPs, unless they are
+    called a step's, are of one image.
+    `fraction` is the share of the device's ceiling that is assumed or, with `measured`, found.
+    """
+
+    recipe: Recipe
+    device: Device
+    gpus: int
+    fraction: float
+    count: Count
+    phases: Mapping[str, PhaseCost]
+    inference: Mapping[str, float]
+    memory: Memory
+    calls: Calls
+    looks: Mapping[str, Look]
+    measured: Measured | None
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of an image in training, on average over the phases."""
+        return sum(cost.per_image.total * self._share(p) for p, cost in self.phases.items())
+
+    @property
+    def optimizer_flops(self) -> float:
+        """FLOPs of a step's optimizer, on average over the phases."""
+        return sum(f * self._share(p) for p, f in self.memory.optimizer_flops.items())
+
+    def _share(self, phase: str) -> float:
+        start, end = self.recipe.objective.span(phase)
+        return end - start
+
+    @property
+    def pace(self) -> float:
+        """FLOP/s of one device: the ceiling times the fraction."""
+        return self.device.flops[self.recipe.precision] * self.fraction
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of an optimizer step of the whole batch."""
+        return (self.flops * self.recipe.batch / self.gpus + self.optimizer_flops) / self.pace
+
+    @property
+    def images_per_second(self) -> float:
+        """Training images a second, over all devices."""
+        return self.recipe.batch / self.step_seconds
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of all optimizer steps."""
+        return self.step_seconds * self.recipe.total_steps
+
+    @property
+    def looking_seconds(self) -> float:
+        """Seconds of diagnoses, previews and calibrations, on one device while others wait."""
+        return sum(look.times * look.flops for look in self.looks.values()) / self.pace
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole recipe."""
+        return self.training_seconds + self.looking_seconds
+
+    @property
+    def sample_flops(self) -> float:
+        """FLOPs of one sampled image."""
+        return (
+            self.calls.denoise * self.inference["denoise"]
+            + self.calls.decode * self.inference["decode"]
+        )
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Seconds of sampling an evaluation's images on one device."""
+        return EVALUATED * self.sample_flops / self.pace
+
+    @property
+    def rows_that_fit(self) -> int:
+        """Most images of a micro-shard that fit into the device's memory."""
+        local = self.recipe.batch // self.gpus
+        return min(local, self.memory.rows_that_fit(self.device.usable))
+
+    @property
+    def microshards_that_fit(self) -> int | None:
+        """Fewest micro-shards that divide over the devices and fit; None if none do."""
+        batch = self.recipe.batch
+        for shards in range(self.gpus, batch + 1, self.gpus):
+            if batch % shards == 0 and batch // shards <= self.rows_that_fit:
+                return shards
+        return None
+
+    @property
+    def checkpoints(self) -> int:
+        """Checkpoints on the disk at once, the one that is being written included."""
+        spare = self.recipe.alarm.policy == "rollback"
+        return self.recipe.checkpoint.keep + 1 + spare
+
+
+def make_plan(
+    host: Host,
+    recipe: Recipe,
+    source: str,
+    *,
+    device: str = "h200",
+    gpus: int = 1,
+    fraction: float = 0.35,
+) -> Plan:
+    """Count a recipe and price it.
+
+    Args:
+        host: What knows the parts.
+        recipe: A recipe whose parts fit one another.
+        source: Where it came from, for messages.
+        device: A key of `devices.GPUS`, `cpu`, or `measured` for the machine at hand.
+        gpus: Devices, each of which takes an equal share of the micro-shards.
+        fraction: Share of the ceiling that is reached, unless the device is measured.
+
+    Raises:
+        RecipeError: The micro-shards do not divide over the devices.
+        DataError: A feature network cannot be built here.
+        ResourceError: The device to be measured is not there.
+    """
+    if recipe.microshards % gpus:
+        what = (
+            f"{recipe.microshards} do not divide over {gpus} devices; choose a multiple of {gpus} "
+            f"that divides the batch of {recipe.batch}"
+        )
+        raise RecipeError(source, [Problem("microshards", what)])
+    phases, inference = count_passes(recipe), count_inference(recipe)
+    known = measured_device(recipe) if device == "measured" else GPUS.get(device) or cpu()
+    on_cuda = device in GPUS or not known.name.startswith("cpu")
+    plan = Plan(
+        recipe=recipe,
+        device=known,
+        gpus=gpus,
+        fraction=fraction,
+        count=count(recipe),
+        phases=phases,
+        inference=inference,
+        memory=follow(recipe, gpus=gpus, like_cuda=on_cuda),
+        calls=count_calls(recipe),
+        looks={},
+        measured=None,
+    )
+    plan = attrs.evolve(plan, looks=_looks(host, plan))
+    if device != "measured":
+        return plan
+    step = measured_step(recipe, known, plan.flops)
+    # Of the phases one after the other, as the step took them.
+    done = sum(cost.per_image.total for cost in phases.values()) * step.rows
+    done += sum(plan.memory.optimizer_flops.values())
+    reached = done / step.seconds / known.flops[recipe.precision]
+    return attrs.evolve(plan, measured=step, fraction=reached)
+
+
+def _looks(host: Host, plan: Plan) -> dict[str, Look]:
+    """Diagnoses, previews, and the calibrations of batch statistics before saving."""
+    r, cost = plan.recipe, plan.inference
+    image, diagnostics = r.data.image, chosen_diagnostics(host, r)
+    norm = build_nets(r, torch.device("meta"))[0].online.latent_norm
+    calibration = r.probe.calibration * cost["encode"] if norm.has_statistics else 0.0
+    both = cost["encode"] + cost["decode"]
+    diagnose = r.probe.images * (both + len(r.probe.times) * cost["denoise"]) + calibration
+    asked = {what for d in diagnostics for what in d.asks}
+    if "z_online" in asked:
+        diagnose += r.probe.images * cost["encode"] + calibration
+    if "gradients" in asked:
+        diagnose += min(GRADIENT_IMAGES, r.probe.images) * max(
+            c.per_image.forward + c.losses * c.per_image.backward for c in plan.phases.values()
+        )
+    sheet = r.preview.rows * max(1, min(r.preview.classes, image.classes))
+    preview = sheet * plan.sample_flops + _RECONSTRUCTIONS * both + 2 * calibration
+    weights = 2 + len(r.ema)  # online, target and the further averages
+    return {
+        "diagnose": Look(_times(r, r.cadence.diagnose) + 1, diagnose),  # and before the first step
+        "preview": Look(_times(r, r.cadence.preview), preview),
+        "checkpoint": Look(_times(r, r.cadence.checkpoint), weights * calibration),
+    }
+
+
+def _times(recipe: Recipe, every: int) -> int:
+    """How often something happens that also happens at the end."""
+    return -(-recipe.total_steps // every)

@@ -1,0 +1,112 @@
+"""Muon for the hidden matrices of a network, AdamW for everything else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import attrs
+import torch
+from attrs import validators
+from torch import nn
+
+from e2ediff.parts.optim import Scheduled, decay_groups
+
+
+@attrs.frozen(kw_only=True)
+class MuonRest:
+    """AdamW for what Muon leaves: vectors, embeddings, and first and last layers.
+
+    `lr` is its peak learning rate, by default Muon's; `betas`, `eps` and `weight_decay` are the
+    algorithm's, the last for matrices that are no embeddings.
+    """
+
+    lr: float | None = attrs.field(default=None, validator=validators.optional(validators.gt(0)))
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = attrs.field(default=1e-8, validator=validators.gt(0))
+    weight_decay: float = attrs.field(default=0.0, validator=validators.ge(0))
+
+
+@attrs.frozen(kw_only=True)
+class Muon(Scheduled):
+    """Muon for hidden matrices, with AdamW for the rest.
+
+    Muon's are the parameters with two dimensions none of whose name's words is in `exclude`:
+    the weights of attention, perceptrons and modulation inside the trunk.
+    The rest are vectors, convolutions, embeddings, and first and last layers, which by the
+    names of this project's networks have a word `embed` or `head`; `adamw` holds their options.
+    A matrix that stacks several (queries, keys and values) is taken as one.
+    `momentum`, `nesterov`, `steps` (Newton-Schulz iterations, in bfloat16) and `weight_decay`
+    are the algorithm's.
+    `scale` multiplies a matrix's rate: `match_rms_adamw` by 0.2 sqrt(larger side), so that one
+    `lr` serves both optimizers; `original` by sqrt(max(1, rows / columns)).
+    `lr`, `warmup_images`, `schedule`, `cooldown`, `decay_images` and `clip` are those of `adamw`.
+
+    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), by torch.optim.Muon; the
+    scale is Liu et al. 2025's (arXiv 2502.16982), section 2.2. Momentum, scale and split as
+    UNITE's code (arXiv 2603.22283), whose peak rate is 1e-4.
+    """
+
+    lr: float = attrs.field(default=1e-4, validator=validators.gt(0))
+    momentum: float = attrs.field(default=0.95, validator=[validators.ge(0), validators.lt(1)])
+    nesterov: bool = True
+    steps: int = attrs.field(default=5, validator=[validators.ge(1), validators.lt(100)])
+    scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    exclude: tuple[str, ...] = ("embed", "head")
+    adamw: MuonRest = MuonRest()
+
+    def hidden(self, name: str, p: nn.Parameter) -> bool:
+        """Whether the parameter is Muon's."""
+        return p.ndim == 2 and not any(
+            re.search(rf"(^|[._]){re.escape(word)}s?([._]|$)", name) for word in self.exclude
+        )
+
+    def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """Both optimizers as one."""
+        matrices = [p for name, p in named if self.hidden(name, p)]
+        rest = [(name, p) for name, p in named if not self.hidden(name, p)]
+        parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            parts.append(
+                torch.optim.Muon(
+                    matrices,
+                    lr=self.lr,
+                    weight_decay=self.weight_decay,
+                    momentum=self.momentum,
+                    nesterov=self.nesterov,
+                    ns_steps=self.steps,
+                    adjust_lr_fn=self.scale,
+                )
+            )
+        if rest:
+            own = self.adamw
+            groups = decay_groups(rest, own.weight_decay)
+            parts.append(
+                torch.optim.AdamW(
+                    groups, lr=own.lr or self.lr, betas=own.betas, eps=own.eps, fused=True
+                )
+            )
+        return Together(parts)
+
+
+class Together(torch.optim.Optimizer):
+    """Optimizers of different parameters as one, with the groups and states of all."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of each, on this object's groups and states: loading replaces both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first = 0
+        for part in self.parts:
+            last = first + len(part.param_groups)
+            part.state, part.param_groups = self.state, self.param_groups[first:last]
+            part.step()
+            first = last
+        return loss
