@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from e2ediff.data import ImageSpec
-from e2ediff.latent import LatentNorm
+from e2ediff.latent import LatentContract, LatentNorm, statistics_hash
 
 
 @attrs.frozen
 class LatentSpec:
-    """The latent contract: N tokens of D channels, and how they are normalised.
+    """The latents' shape: N tokens of D channels, and how they are normalised.
 
     `grid` is (rows, columns) where tokens lie on the image plane, token i being at row
     i // columns; `None` for tokens without a place (registers).
@@ -155,6 +155,22 @@ class Backbone(nn.Module, ABC):
     def run(self, *passes: Pass) -> list[Tensor]:
         """The values of `outputs`, for objectives that need no features."""
         return [o.value for o in self.outputs(*passes)]
+
+    def contract(self, scale: float = 1.0) -> LatentContract:
+        """What this network's latents mean, with the statistics of its weights as they are.
+
+        Args:
+            scale: Standard deviation of the latents, where no norm fixes it.
+        """
+        spec, norm = self.latent, self.latent_norm
+        return LatentContract(
+            tokens=spec.tokens,
+            dim=spec.dim,
+            norm=spec.norm,
+            grid=spec.grid,
+            statistics=statistics_hash(norm),
+            scale=scale if spec.norm == "none" else 1.0,
+        )
 
     def blocks(self) -> Sequence[nn.Module]:
         """The repeated parts of the network, in which nearly all of its weights and work lie.

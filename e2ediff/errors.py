@@ -93,6 +93,10 @@ class CheckpointError(E2EDiffError):
     exit_code = 6
 
 
+class LatentError(CheckpointError):
+    """Latents of one set of weights were given to another, to which they mean something else."""
+
+
 class RunDirectoryError(E2EDiffError):
     """A run directory is missing, taken, locked, or not a run directory."""
 

@@ -1,14 +1,19 @@
-"""Normalisation of latents, part of the latent contract.
+"""Latents: their normalisation, and the contract that says what a latent means.
 
 Shapes: B batch, N tokens, D channels.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Literal, get_args
 
+import attrs
 import torch
 from torch import Tensor, nn
+
+from e2ediff.errors import LatentError
 
 NormKind = Literal["none", "layer", "affine", "batch", "position"]
 NORM_KINDS: tuple[NormKind, ...] = get_args(NormKind)
@@ -83,3 +88,93 @@ class LatentNorm(nn.Module):
             var, mean = torch.var_mean(raw.double(), dim=self._over(), correction=0)
             self.mean.copy_(mean)
             self.var.copy_(var)
+
+
+TIME = "0 is noise, 1 is data"
+"""The convention of time, in which every latent is noised here."""
+
+
+@attrs.frozen(kw_only=True)
+class LatentContract:
+    """What a latent (B, N, D) of one set of weights means to whoever decodes or denoises it.
+
+    `tokens` and `dim` are N and D, `grid` the rows and columns of tokens that lie on the image
+    plane.
+    `norm` is the kind of `LatentNorm`, and `statistics` a hash of the mean and variance it
+    subtracts and divides by, "" for kinds without: two encoders of one kind differ in them.
+    `scale` is the standard deviation: 1 by construction for a normalised latent, measured for
+    `none`.
+    `time` is the convention by which latents are noised.
+
+    A checkpoint's manifest has one for each set of weights.
+    """
+
+    tokens: int
+    dim: int
+    norm: str
+    grid: tuple[int, int] | None = None
+    statistics: str = ""
+    scale: float = 1.0
+    time: str = TIME
+
+    @classmethod
+    def read(cls, body: Mapping[str, object]) -> LatentContract:
+        """From JSON; keys of a later version are passed over.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is no contract.
+        """
+        known = {field.name: body[field.name] for field in attrs.fields(cls)}
+        grid = known.pop("grid")
+        rows = tuple(map(int, grid)) if isinstance(grid, list | tuple) else None
+        return cls(**known, grid=rows)  # type: ignore[arg-type]
+
+    def as_json(self) -> dict[str, object]:
+        """What `read` takes."""
+        return attrs.asdict(self)
+
+    def accept(self, other: LatentContract, who: str) -> None:
+        """Take latents that keep the contract `other`.
+
+        The scale of latents without a norm is a measurement, and is not compared.
+
+        Args:
+            other: What the latents are.
+            who: Whose they are, for the message.
+
+        Raises:
+            LatentError: They mean something else here; both contracts are shown.
+        """
+        fields = ("tokens", "dim", "grid", "norm", "statistics", "time")
+        differ = [f for f in fields if getattr(self, f) != getattr(other, f)]
+        if differ:
+            raise LatentError(
+                f"latents of {who} differ in {', '.join(differ)} from what is expected here.\n"
+                f"  theirs:   {other}\n  expected: {self}\n"
+                "Decode and denoise latents with the weights that encoded them, or train for "
+                "those latents."
+            )
+
+    def __str__(self) -> str:
+        place = f" on a grid of {self.grid[0]} x {self.grid[1]}" if self.grid else ""
+        held = f" (statistics {self.statistics[:12]})" if self.statistics else ""
+        return (
+            f"{self.tokens} tokens x {self.dim}{place}, norm {self.norm}{held}, "
+            f"scale {self.scale:.3g}, t: {self.time}"
+        )
+
+
+@attrs.frozen(eq=False)
+class Latents:
+    """Latents z (B, N, D) with the contract they keep."""
+
+    z: Tensor
+    contract: LatentContract
+
+
+def statistics_hash(norm: LatentNorm) -> str:
+    """SHA-256 of the stored statistics; "" for a kind without."""
+    if not norm.has_statistics:
+        return ""
+    stored = torch.cat([norm.mean.flatten(), norm.var.flatten()]).float().cpu()
+    return hashlib.sha256(stored.numpy().tobytes()).hexdigest()

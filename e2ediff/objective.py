@@ -10,7 +10,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 import attrs
@@ -134,6 +134,14 @@ class Objective(ABC):
         A parameter that gets no gradient in a phase is left alone in any case.
         """
         return True
+
+    def stops(self, phase: str) -> Collection[str]:
+        """Names of the losses that must not train the encoder, whatever the weights.
+
+        A declaration for readers and for `e2ediff.testing`, which holds the objective to it:
+        neither the latents nor weights of the encoder's alone may get a gradient from them.
+        """
+        return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """What in the recipe does not fit this objective: (path in it, complaint) pairs.

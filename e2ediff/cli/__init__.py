@@ -29,7 +29,7 @@ _COMMANDS = {
     "compare": ("compare", "Print final figures of runs, and what differs in their recipes."),
     "data": ("data", "Prepare, check and describe images."),
     "parts": ("parts", "List the parts that a recipe can name, with their options."),
-    "plugins": ("plugins", "List plugins, and what is wrong with those that are broken."),
+    "plugins": ("plugins", "List, look at, begin and check plugins."),
 }
 
 

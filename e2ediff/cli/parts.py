@@ -17,6 +17,7 @@ def command(kind: str | None) -> None:
     kinds = {**host.registries, **{r.kind.replace(" ", "_"): r for r in host.registries.values()}}
     if kind is not None and kind not in kinds:
         raise click.UsageError(f"unknown kind '{kind}'. {did_you_mean(kind, [*host.registries])}")
+    host.load_all()
     for registry in [kinds[kind]] if kind else host.registries.values():
         click.secho(registry.plural, bold=True)
         for part in sorted(registry, key=lambda p: p.name):

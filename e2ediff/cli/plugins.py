@@ -1,19 +1,220 @@
-"""`e2ediff plugins`."""
+"""`e2ediff plugins`: list, info, new, check."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
-@click.command("plugins")
-def command() -> None:
-    """List plugins with their versions and hooks; then those that could not be loaded, and why."""
+    from e2ediff.host.discovery import Entry
+    from e2ediff.host.survey import Finding
+    from e2ediff.testing.kit import Verdict
+
+
+@click.group("plugins", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """List, look at, begin and check plugins.
+
+    Without a subcommand: `list`.
+    """
+    if context.invoked_subcommand is None:
+        context.invoke(list_)
+
+
+@command.command("list")
+@click.option("--fresh", is_flag=True, help="Import all again; else what has not changed is kept.")
+def list_(fresh: bool = False) -> None:
+    """Print every installed plugin with what it brings, or with what is wrong, a line each.
+
+    They are imported in a process of their own, so that none can do harm.
+    """
+    from e2ediff import __version__
+    from e2ediff.host.discovery import installed
+    from e2ediff.host.survey import survey
+
+    entries = installed()
+    findings = survey(entries, fresh=fresh)
+    ours = ("e2ediff", "ok", f"e2ediff {__version__}", "the built-in parts: see `e2ediff parts`")
+    rows = [ours, *(_row(entry, findings.get(entry.name)) for entry in entries)]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        click.echo("  ".join([*cells, row[3]]))
+    for line in _shared(entries, findings):
+        click.echo(line)
+
+
+def _row(entry: Entry, found: Finding | None) -> tuple[str, str, str, str]:
+    """Name, state, distribution, and what there is to say."""
+    origin = f"{entry.distribution} {entry.version}".strip()
+    if found is None:
+        return entry.name, "blocked" if entry.blocked else "refused", origin, entry.refusal()
+    if found.broken:
+        return entry.name, "broken", origin, found.broken
+    brings = "; ".join(f"{plural}: {', '.join(names)}" for plural, names in found.parts.items())
+    hooks = ", ".join(h for h in found.hooks if not h.startswith("register_"))
+    what = "; ".join(filter(None, [brings, f"hooks: {hooks}" if hooks else ""]))
+    if "register_commands" in found.hooks:
+        what = "; ".join(filter(None, [what, "commands"]))
+    if found.printed:
+        return entry.name, "prints", origin, f"{what}  (to stdout, at import: {found.printed!r})"
+    return entry.name, "ok", origin, what
+
+
+def _shared(entries: Sequence[Entry], findings: Mapping[str, Finding]) -> Iterator[str]:
+    """A line for each name that several plugins register."""
+    owners: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        found = findings.get(entry.name)
+        for plural, names in found.parts.items() if found else ():
+            for name in names:
+                owners.setdefault((plural, name), []).append(entry)
+    for (plural, name), several in owners.items():
+        if len(several) > 1:
+            who = " and ".join(f"{e.name!r} ({e.distribution} {e.version})" for e in several)
+            ways = " or ".join(repr(f"{e.name}:{name}") for e in several)
+            yield (
+                f"{plural}: {name!r} is registered by both {who}; write {ways} in a recipe, "
+                f"or block one with E2EDIFF_BLOCK={several[-1].name}"
+            )
+
+
+@command.command("info")
+@click.argument("name")
+def info(name: str) -> None:
+    """Print all that is known of the plugin NAME, its entry point or its distribution.
+
+    Of one that is broken, the traceback.
+    """
+    from importlib import metadata
+
+    from e2ediff.host.listing import part_lines
     from e2ediff.host.plugins import load
 
     host = load()
-    for plugin in host.plugins:
-        origin = f"{plugin.distribution} {plugin.version}".strip() or "part of e2ediff"
-        hooks = ", ".join(plugin.hooks)
-        click.echo(f"{plugin.name}  ({origin})  {hooks}")
-    for name, why in sorted(host.broken.items()):
-        click.echo(f"{name}  BROKEN: {why}")
+    for entry in _named(name, host.entries):
+        origin = f"{entry.distribution} {entry.version}".strip()
+        click.secho(f"{entry.name}  {origin}", bold=True)
+        if entry.distribution:
+            said = metadata.metadata(entry.distribution)
+            if "Summary" in said:
+                click.echo(f"  {'summary':<9} {said['Summary']}")
+        click.echo(f"  {'module':<9} {entry.value}")
+        for line in entry.requires:
+            click.echo(f"  {'requires':<9} {line}")
+        found = host.survey().get(entry.name)
+        host.load_plugin(entry.name)
+        if entry.name in host.broken:
+            click.echo(f"  {'broken':<9} {host.broken[entry.name]}")
+            if found and found.trace:
+                click.echo("".join(f"    {line}\n" for line in found.trace.splitlines()), nl=False)
+            continue
+        if found and found.printed:
+            click.echo(f"  {'prints':<9} {found.printed!r} to stdout, when it is imported")
+        (plugin,) = [p for p in host.plugins if p.name == entry.name]
+        click.echo(f"  {'hooks':<9} {', '.join(plugin.hooks)}")
+        for registry in host.registries.values():
+            for part in registry:
+                if part.plugin == plugin:
+                    click.echo(f"  {registry.plural}")
+                    for line in part_lines(part):
+                        click.echo(f"    {line}")
+
+
+@command.command("new")
+@click.argument("name")
+@click.option("--kind", required=True, help="What the part is; an unknown KIND prints all.")
+@click.option("--out", metavar="DIR", help="A new folder. Default: e2ediff-NAME.")
+def new(name: str, kind: str, out: str | None) -> None:
+    """Write a whole plugin with a part NAME of one kind: a module, a test, a README.
+
+    It passes `check` and trains as it stands; change it from there.
+    """
+    from e2ediff.host.scaffold import assignment, template_kinds, write_plugin
+
+    kind = kind.replace("-", "_").replace(" ", "_")
+    if kind not in template_kinds():
+        raise click.UsageError(f"--kind {kind}: expected one of {', '.join(template_kinds())}")
+    folder = write_plugin(kind, name, out)
+    part = name.replace("-", "_")
+    words = assignment(kind, part)
+    quoted = f"'{words}'" if "[" in words else words
+    click.echo(
+        f"next: pip install {folder} && e2ediff plugins check {part}\n"
+        f"then: e2ediff run recipes/quickstart.yaml --set {quoted}",
+        err=True,
+    )
+    click.echo(folder)
+
+
+@command.command("check")
+@click.argument("plugin", metavar="PATH|NAME")
+@click.option("--part", default="", help="Check one part only.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Change the small recipe that each part is tried in, as for `run`.",
+)
+def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
+    """Check every part of a plugin: a folder with a pyproject.toml, or an installed one's name.
+
+    Each part takes its place in a small recipe and is trained with, for seconds: shapes, types,
+    gradients, what stops them, determinism, resume, bfloat16, torch.compile, two processes.
+    Each failure says what to change; the exit code is then 4.
+    """
+    import os
+
+    from e2ediff.errors import PluginError
+    from e2ediff.host.plugins import load
+    from e2ediff.testing.kit import Verdict, check_plugin
+    from e2ediff.testing.source import Source, unbounded
+
+    source, verdicts = None, []
+    if os.path.isdir(plugin):
+        source = Source.read(plugin)
+        host, names = source.host(), [*source.entries]
+        verdicts += [Verdict(source.name, "package", what) for what in source.problems()]
+    else:
+        host, names = load(), []
+        for entry in _named(plugin, host.entries):
+            host.load_plugin(entry.name)
+            if entry.name in host.broken:
+                raise PluginError(f"plugin {entry.name!r}: {host.broken[entry.name]}")
+            names.append(entry.name)
+            what = unbounded(entry.requires)
+            verdicts += [Verdict(entry.name, "package", problem) for problem in what]
+    for verdict in verdicts:
+        _tell(verdict)
+    for name in names:
+        for verdict in check_plugin(host, name, overrides, source=source, only=part):
+            _tell(verdict)
+            verdicts.append(verdict)
+    failed = [verdict for verdict in verdicts if verdict.problem]
+    if not any(verdict.check == "contract" for verdict in verdicts) and not failed:
+        raise PluginError(f"{plugin}: has no part {part!r}" if part else f"{plugin}: has no part")
+    if failed:
+        raise PluginError(f"{plugin}: {len(failed)} of {len(verdicts)} checks failed")
+    click.echo(f"{len(verdicts)} checks passed")
+
+
+def _tell(verdict: Verdict) -> None:
+    state = "FAIL" if verdict.problem else "ok"
+    what = f": {verdict.problem}" if verdict.problem else ""
+    click.echo(f"{state:<4}  {verdict.part}  {verdict.check}{what}")
+
+
+def _named(name: str, entries: Sequence[Entry]) -> list[Entry]:
+    from e2ediff.errors import PluginError
+    from e2ediff.host.registry import did_you_mean
+
+    found = [entry for entry in entries if entry.answers(name)]
+    if not found:
+        known = did_you_mean(name, [entry.name for entry in entries], "Installed")
+        raise PluginError(f"there is no plugin and no folder {name!r}. {known}")
+    return found

@@ -2,6 +2,8 @@
 
 A plugin is a module (or any object) with functions marked `@e2ediff.hookimpl`, named by an entry
 point of the group `e2ediff`.
+It is imported when a recipe requires its distribution or names one of its parts, and when the
+environment variable E2EDIFF_LOAD lists it; an observer is called in such runs alone.
 A hook may leave out any of its arguments.
 Hooks register or observe; none alters a run: what changes training stands in the recipe.
 
@@ -15,10 +17,12 @@ Hooks register or observe; none alters a run: what changes training stands in th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pluggy
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 hookspec = pluggy.HookspecMarker("e2ediff")
 

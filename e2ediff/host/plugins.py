@@ -6,8 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from types import ModuleType
@@ -20,23 +19,32 @@ from packaging.utils import canonicalize_name
 import e2ediff
 from e2ediff.errors import PluginError
 from e2ediff.host import hookspecs
-from e2ediff.host.registry import BUILTIN, KINDS, Plugin, Registry, closest, did_you_mean
-
-GROUP = "e2ediff"
+from e2ediff.host.discovery import BUILTIN, Entry, installed, words
+from e2ediff.host.guard import cause, guarded, time_limit
+from e2ediff.host.registry import KINDS, Plugin, Registry, closest, did_you_mean
+from e2ediff.host.survey import Finding, survey
 
 
 @attrs.frozen(eq=False)
 class Host:
-    """What was loaded: the parts by kind, the plugins, and those that could not be loaded.
+    """The parts by kind, the plugins that were imported, and those that are of no use.
 
-    `registries` has a registry for each plural of `KINDS`; `broken` maps the name of each plugin
-    that was not loaded to the reason, in one line.
+    `registries` has a registry for each plural of `KINDS`.
+    `entries` are the installed plugins.
+    One is imported when a recipe requires its distribution or names a part of it, and when
+    E2EDIFF_LOAD lists it; until then nothing of it has run in this process.
+    `broken` maps the name of each plugin that was refused or failed to the reason, in one line,
+    and `errors` to the exception; `printed` has what a plugin wrote to stdout.
     """
 
     registries: Mapping[str, Registry]
     manager: pluggy.PluginManager
     plugins: list[Plugin] = attrs.field(factory=list)
     broken: dict[str, str] = attrs.field(factory=dict)
+    entries: Sequence[Entry] = ()
+    errors: dict[str, BaseException] = attrs.field(factory=dict)
+    printed: dict[str, str] = attrs.field(factory=dict)
+    _findings: dict[str, Finding] = attrs.field(factory=dict)
 
     @property
     def hook(self) -> pluggy.HookRelay:
@@ -50,13 +58,78 @@ class Host:
                 return registry
         return None
 
+    # Plugins that are installed
+
+    def load_plugin(self, name: str) -> None:
+        """Import an installed plugin in its guard; one that fails joins `broken`."""
+        (entry,) = [e for e in self.entries if e.name == name]
+        if name in self.broken or any(p.name == name for p in self.plugins):
+            return
+        plugin = Plugin(name, entry.distribution, entry.version)
+        try:
+            with guarded(time_limit()) as aside:
+                self._register(entry.load(), plugin)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # the plugin boundary: SystemExit and stranger ones, too
+            what, missing = cause(exc), entry.missing()
+            if isinstance(exc, ImportError) and missing:
+                what += f"; run: pip install {shlex.quote(missing)}"
+            self.broken[name], self.errors[name] = what, exc
+        else:
+            if aside.first:
+                self.printed[name] = aside.first
+
+    def load_all(self) -> None:
+        """Import every installed plugin that a survey finds sound."""
+        for name, found in self.survey().items():
+            if not found.broken:
+                self.load_plugin(name)
+
+    def survey(self, *, fresh: bool = False) -> Mapping[str, Finding]:
+        """What installed plugins bring that are not imported yet, found in another process.
+
+        Args:
+            fresh: Whatever was found earlier.
+        """
+        known = {p.name for p in self.plugins} | {*self.broken}
+        wanted = [
+            e
+            for e in self.entries
+            if e.name not in known and (fresh or e.name not in self._findings)
+        ]
+        for name, found in survey(wanted, fresh=fresh).items():
+            self._findings[name] = found
+            if found.broken:
+                self.broken[name] = found.broken
+        return self._findings
+
+    def seek(self, registry: Registry, name: str) -> None:
+        """Import every plugin that registers this name, be it `name` or `plugin:name`.
+
+        An earlier finding is believed when it has the name, and is found anew when it has not.
+        """
+        bare = name.rpartition(":")[2]
+        for fresh in (False, True):
+            for plugin, found in dict(self.survey(fresh=fresh)).items():
+                if bare in found.parts.get(registry.plural, ()) and not found.broken:
+                    self.load_plugin(plugin)
+            loaded = {p.name for p in self.plugins}
+            kept = [n for n, found in self._findings.items() if found.kept and n not in loaded]
+            if not kept or any(part.answers(name) for part in registry):
+                return
+
     def why_unknown(self, registry: Registry, name: str) -> str:
         """What to do about a name that a registry lacks, for the end of an error message."""
+        brought = [n for f in self._findings.values() for n in f.parts.get(registry.plural, ())]
         lost = [f" Plugin {n!r} was not loaded ({why})." for n, why in sorted(self.broken.items())]
-        return did_you_mean(name, registry.names()) + "".join(lost)
+        return did_you_mean(name, {*registry.names(), *brought}) + "".join(lost)
 
     def unmet(self, requirement: str) -> str:
-        """Why this entry of a recipe's `requires` is not met, and the way out; "" if it is."""
+        """Why this entry of a recipe's `requires` is not met, and the way out; "" if it is.
+
+        The plugins of a distribution that is there are imported.
+        """
         try:
             wanted = Requirement(requirement)
         except InvalidRequirement as exc:
@@ -71,26 +144,62 @@ class Host:
             return f"{wanted.name} is not installed. {install}"
         if not wanted.specifier.contains(found.version, prereleases=True):
             return f"{wanted.name} {found.version} is installed, not {requirement}. {install}"
-        for entry in found.entry_points.select(group=GROUP):
-            for name in (entry.name, f"{found.name}/{entry.name}"):
-                if name in self.broken:
-                    return f"plugin {name!r} was not loaded ({self.broken[name]})."
+        for entry in self.entries:
+            if canonicalize_name(entry.distribution) == canonicalize_name(wanted.name):
+                self.load_plugin(entry.name)
+                if entry.name in self.broken:
+                    return f"plugin {entry.name!r} was not loaded ({self.broken[entry.name]})."
         return ""
+
+    # Hooks
 
     def register_commands(self, group: object) -> None:
         """Let plugins add commands to a click group; one that fails joins `broken`."""
+        for name, found in self.survey().items():
+            if "register_commands" in found.hooks:
+                self.load_plugin(name)
         for plugin in self.plugins:
             if "register_commands" not in plugin.hooks:
                 continue
             try:
-                self._call("register_commands", plugin, group=group)
-            except (Exception, SystemExit) as exc:  # the plugin boundary
+                with guarded(time_limit()):
+                    self._call("register_commands", plugin, group=group)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as exc:  # the plugin boundary
                 self.broken[plugin.name] = cause(exc)
+
+    def observe(self, hook: str, **arguments: object) -> list[tuple[str, BaseException]]:
+        """Call an observer hook of every plugin, and return who raised what.
+
+        One that raises does not keep the next from being called.
+        """
+        failed: list[tuple[str, BaseException]] = []
+        if not getattr(self.hook, hook).get_hookimpls():
+            return failed
+        for plugin in [p for p in self.plugins if hook in p.hooks]:
+            try:
+                with contextlib.redirect_stdout(sys.stderr):
+                    self._call(hook, plugin, **arguments)
+            except (Exception, SystemExit) as exc:  # the plugin boundary
+                failed.append((plugin.name, exc))
+        return failed
 
     def _call(self, hook: str, plugin: Plugin, **arguments: object) -> None:
         others = [m for n, m in self.manager.list_name_plugin() if n != plugin.name]
-        with contextlib.redirect_stdout(sys.stderr):
-            self.manager.subset_hook_caller(hook, others)(**arguments)
+        self.manager.subset_hook_caller(hook, others)(**arguments)
+
+    def add(self, module: object, plugin: Plugin) -> None:
+        """Register a plugin that is imported already.
+
+        Raises:
+            PluginError: It is wrong.
+        """
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                self._register(module, plugin)
+        except Exception as exc:  # the plugin boundary
+            raise PluginError(f"plugin {plugin.name!r}: {cause(exc)}") from exc
 
     def _register(self, module: object, plugin: Plugin) -> None:
         """Register a module's hooks and parts, all or none of them."""
@@ -111,33 +220,36 @@ class Host:
 
 
 def load(*modules: object, entry_points: bool = True, builtins: bool = True) -> Host:
-    """Load the built-in parts, then installed plugins, then the modules given.
+    """A host with the built-in parts and the modules given; installed plugins wait until needed.
 
     Plugins named in the environment variable E2EDIFF_BLOCK (by entry point or distribution,
-    separated by commas) are left out.
+    separated by commas) are left out, those in E2EDIFF_LOAD are imported at once.
     An installed plugin that fails is recorded in `Host.broken` and hurts nobody else.
     E2EDIFF_TRACE=1 reports every hook call on stderr.
 
     Args:
         modules: Further plugins: modules, or any objects with hooks.
-        entry_points: Whether to load installed plugins.
+        entry_points: Whether installed plugins can be found.
         builtins: Whether to load the parts that ship with e2ediff.
 
     Raises:
-        PluginError: One of `modules` is wrong.
+        PluginError: One of `modules` is wrong, or one that E2EDIFF_LOAD lists.
     """
     manager = pluggy.PluginManager("e2ediff")
     manager.add_hookspecs(hookspecs)
     if os.environ.get("E2EDIFF_TRACE") == "1":
         manager.add_hookcall_monitoring(_trace, lambda *_: None)
     registries = {plural: Registry(kind, plural, of) for plural, kind, of in KINDS}
-    host = Host(registries, manager)
+    host = Host(registries, manager, entries=installed() if entry_points else ())
     if builtins:
         from e2ediff.host import builtin  # imports every part, and those import this package
 
         host._register(builtin, Plugin(BUILTIN, "e2ediff", e2ediff.__version__))
-    if entry_points:
-        _load_installed(host)
+    if host.entries:
+        for registry in registries.values():
+            registry.seekers.append(host.seek)
+        host.broken.update({e.name: why for e in host.entries if (why := e.refusal())})
+        _load_listed(host)
     for module in modules:
         if manager.is_registered(module):
             continue
@@ -145,59 +257,20 @@ def load(*modules: object, entry_points: bool = True, builtins: bool = True) -> 
         if module.__hash__ is None:  # a SimpleNamespace; pluggy keeps plugins in sets
             namespace, module = module, ModuleType(name)
             vars(module).update(vars(namespace))
-        try:
-            host._register(module, Plugin(name))
-        except Exception as exc:  # the plugin boundary
-            raise PluginError(f"plugin {name!r}: {cause(exc)}") from exc
+        host.add(module, Plugin(name))
     return host
 
 
-def cause(exc: BaseException) -> str:
-    """An exception in one line: `ModuleNotFoundError: No module named 'x'`."""
-    text = " ".join(str(exc).split())
-    text = text if len(text) <= 300 else text[:300] + "..."
-    return text if isinstance(exc, PluginError) else f"{type(exc).__name__}: {text}"
-
-
-def _load_installed(host: Host) -> None:
-    blocked = {n.strip() for n in os.environ.get("E2EDIFF_BLOCK", "").split(",") if n.strip()}
-    for name, entry in _installed():
-        distribution = entry.dist.name if entry.dist else ""
-        version = entry.dist.version if entry.dist else ""
-        if blocked & {name, entry.name, distribution}:
-            host.broken[name] = "blocked by E2EDIFF_BLOCK"
-            continue
-        try:
-            _check_version(entry)
-            with contextlib.redirect_stdout(sys.stderr):
-                module = entry.load()
-            host._register(module, Plugin(name, distribution, version))
-        except (Exception, SystemExit) as exc:  # the plugin boundary
-            host.broken[name] = cause(exc)
-
-
-def _installed() -> Iterator[tuple[str, metadata.EntryPoint]]:
-    """Entry points in a fixed order, by names of which no two are equal."""
-    entries = sorted(
-        metadata.entry_points(group=GROUP), key=lambda e: (e.name, e.dist.name if e.dist else "")
-    )
-    count = Counter([BUILTIN, *(e.name for e in entries)])
-    for entry in entries:
-        shared = count[entry.name] > 1
-        yield f"{entry.dist.name}/{entry.name}" if shared and entry.dist else entry.name, entry
-
-
-def _check_version(entry: metadata.EntryPoint) -> None:
-    """Refuse a plugin whose own metadata says that it is for another version of e2ediff."""
-    for line in (entry.dist.requires or []) if entry.dist else []:
-        try:
-            wanted = Requirement(line)
-        except InvalidRequirement:
-            continue
-        if canonicalize_name(wanted.name) != "e2ediff":
-            continue
-        if not wanted.specifier.contains(e2ediff.__version__, prereleases=True):
-            raise PluginError(f"needs {line}, this is e2ediff {e2ediff.__version__}")
+def _load_listed(host: Host) -> None:
+    for word in words("E2EDIFF_LOAD"):
+        meant = [e.name for e in host.entries if e.answers(word)]
+        if not meant:
+            known = did_you_mean(word, [e.name for e in host.entries], "Installed")
+            raise PluginError(f"E2EDIFF_LOAD: there is no plugin {word!r}. {known}")
+        for name in meant:
+            host.load_plugin(name)
+            if name in host.broken:
+                raise PluginError(f"E2EDIFF_LOAD: plugin {name!r}: {host.broken[name]}")
 
 
 def _hooks(manager: pluggy.PluginManager, module: object) -> tuple[str, ...]:
@@ -212,7 +285,7 @@ def _hooks(manager: pluggy.PluginManager, module: object) -> tuple[str, ...]:
         if name not in known:
             near = closest(name, known)
             meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise PluginError(f"unknown hook {name!r}.{meant} See e2ediff/host/hookspecs.py.")
+            raise PluginError(f"unknown hook {name!r}.{meant} See docs/reference/hooks.md.")
     for name in known:
         if name.startswith("register_") and name not in found and hasattr(module, name):
             raise PluginError(f"{name} is not marked with @e2ediff.hookimpl")

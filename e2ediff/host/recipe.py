@@ -175,7 +175,8 @@ class Recipe:
 
     `e2ediff` is the version of the schema, 1.
     `name` becomes the name of the run's directory.
-    `requires` lists the distributions that bring further parts, as pip takes them.
+    `requires` lists the distributions that bring further parts, as pip takes them; their plugins
+    are imported first, and their observers are called.
     `seed` is the source of all randomness.
     `images` or `steps` is the length of training, in training images or optimizer steps; exactly
     one of them is given.
@@ -188,7 +189,8 @@ class Recipe:
     `label_drop` is the probability, in [0, 1), of training the denoiser without the class.
     `target` and `ema` are averages of the weights.
     `optimizers` replaces `optimizer` in the phases it names.
-    `diagnostics` are measured on `probe`; without the key, all that are registered are.
+    `diagnostics` are measured on `probe`; without the key, all that are registered by e2ediff and
+    by the plugins that the recipe needs.
     `alarm` is what follows from signs of collapse.
     `trackers` receive figures and pictures besides the run's directory.
     `scores` measures distances of reconstructions and samples while training; off by default.

@@ -7,7 +7,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Literal, Union
 
 import attrs
@@ -18,6 +18,7 @@ from e2ediff.denoiser import Guidance
 from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import DuplicateNameError, PluginError
 from e2ediff.features import FeatureConfig
+from e2ediff.host.discovery import BUILTIN
 from e2ediff.interpolant import Interpolant
 from e2ediff.metric import Metric
 from e2ediff.objective import Objective
@@ -26,9 +27,6 @@ from e2ediff.regularizer import Regularizer
 from e2ediff.sampler import Sampler
 from e2ediff.times import TimeSampler
 from e2ediff.tracker import TrackerConfig
-
-BUILTIN = "e2ediff"
-"""The plugin that our own parts belong to; nobody may take their names."""
 
 KINDS: tuple[tuple[str, str, type[object]], ...] = (
     ("backbones", "backbone", BackboneConfig),
@@ -91,11 +89,13 @@ class Registry:
 
     Two plugins may register one name: the error comes when a recipe uses it, and the recipe can
     choose by writing `plugin:name` or `distribution:name`.
+    `seekers` are asked for a name that is not there; they may add it.
     """
 
     kind: str
     plural: str
     contract: type[object]
+    seekers: list[Callable[[Registry, str], None]] = attrs.field(factory=list, repr=False)
     _parts: list[Part] = attrs.field(factory=list)
 
     def add(self, name: str, cls: type, plugin: Plugin) -> None:
@@ -152,6 +152,12 @@ class Registry:
             DuplicateNameError: Several plugins registered the name.
         """
         found = [part for part in self._parts if part.answers(name)]
+        if not found or ":" in name:
+            # Whoever writes `plugin:name` chooses among several: all of them are to be known,
+            # so that the recipe is written back with the choice in it.
+            for seek in self.seekers:
+                seek(self, name)
+            found = [part for part in self._parts if part.answers(name)]
         if len(found) > 1:
             both = " and ".join(str(part.plugin) for part in found)
             raise DuplicateNameError(

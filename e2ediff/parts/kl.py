@@ -5,7 +5,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import attrs
 import torch
@@ -68,6 +68,10 @@ class KL(Objective):
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The perceptual network, where one is named."""
         return self.reconstruction.frozen()
+
+    def stops(self, phase: str) -> Collection[str]:
+        """The denoiser learns from stopped latents."""
+        return ("denoising",)
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """A variance to learn from a backbone without features, and an unbounded weight."""

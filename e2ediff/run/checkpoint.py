@@ -17,11 +17,13 @@ import secrets
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
+import attrs
 import safetensors
 import torch
 from safetensors.torch import save as encode
 from torch import Tensor, nn
 
+from e2ediff.backbone import Backbone
 from e2ediff.errors import CheckpointError, DivergedError, E2EDiffError
 from e2ediff.run.environment import versions
 from e2ediff.run.manifest import (
@@ -68,7 +70,9 @@ def save(
         ResourceError: the disk or store refused. The older checkpoints are intact.
     """
     name = f"images-{images:012d}"
-    text = json_bytes(plain(state, STATE))
+    rest = dict(state)
+    latent = plain(rest.pop("latent", {}), f"{STATE}.latent")
+    text = json_bytes(plain(rest, STATE))
     unique, aliases = {}, {}
     for file, tensors in files.items():
         if not _FILE.fullmatch(file) or f"{file}.safetensors" == STATE:
@@ -86,6 +90,7 @@ def save(
             "aliases": {file: found for file, found in aliases.items() if found},
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "parent": parent,
+            "latent": latent,
             "environment": versions(),
         }
         hidden = f".tmp-{name}-{secrets.token_hex(4)}"
@@ -164,8 +169,12 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
     """Fill a module from one file of a checkpoint.
 
     Raises:
+        LatentError: The file's latents are others than the module's.
         CheckpointError: Names or shapes differ.
     """
+    if isinstance(module, Backbone) and (theirs := checkpoint.latent(name)):
+        expected = attrs.evolve(module.contract(theirs.scale), statistics=theirs.statistics)
+        expected.accept(theirs, f"{checkpoint.path} ({name})")
     own = module.state_dict()
     tensors = {
         k: split_as(v, own[k]) if k in own else v for k, v in checkpoint.tensors(name).items()

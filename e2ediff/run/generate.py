@@ -17,6 +17,7 @@ from e2ediff.backbone import Backbone
 from e2ediff.denoiser import Denoiser, Guidance, Plain
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.recipe import Recipe
+from e2ediff.latent import LatentContract, Latents
 from e2ediff.run.labels import label_of
 from e2ediff.run.seeds import generator
 from e2ediff.sampler import Noise
@@ -76,6 +77,7 @@ class Model:
 
     `guidance` is the recipe's with the networks it asks, which are `others`.
     `precision` is the networks'; samplers and guidance compute in float32.
+    `latent` is the latent contract as its checkpoint has it.
     """
 
     recipe: Recipe
@@ -87,6 +89,7 @@ class Model:
     origin: Origin | None = None
     rows: int = attrs.field(default=ROWS, validator=attrs.validators.ge(1))
     precision: Precision = "float32"
+    latent: LatentContract | None = None
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +159,40 @@ class Model:
             x, calls, passes = self._make(torch.tensor([chosen[i - first] for i in rows]), noise)
             yield Tile(numbers, x[numbers.start - start : numbers.stop - start], calls, passes)
 
+    @property
+    def contract(self) -> LatentContract:
+        """What this model's latents mean."""
+        return self.net.contract() if self.latent is None else self.latent
+
+    def latents(self, x: Tensor) -> Latents:
+        """As `encode`, with the contract that says what the latents mean."""
+        return Latents(self.encode(x), self.contract)
+
+    @torch.no_grad()
+    def denoise(self, latents: Latents, t: float, labels: Tensor | Sequence[int]) -> Latents:
+        """Clean estimates of latents (M, N, D) that are noised to time t, by the denoiser.
+
+        Args:
+            latents: z_t on the recipe's interpolant, with the contract of the clean latents.
+            t: Time in (0, 1); 1 is data.
+            labels: (M,), class indices.
+
+        Raises:
+            LatentError: Weights encoded them whose latents mean something else.
+        """
+        z_t, label = self.accept(latents).to(self.device), torch.as_tensor(labels)
+        x0 = self.denoiser()(z_t, t, label.to(self.device)).x0
+        return Latents(x0.cpu(), self.contract)
+
+    def accept(self, latents: Latents) -> Tensor:
+        """The tensor of latents that this model may decode and denoise.
+
+        Raises:
+            LatentError: Weights encoded them whose latents mean something else.
+        """
+        self.contract.accept(latents.contract, "another model")
+        return latents.z
+
     @torch.no_grad()
     def interpolate(
         self, seeds: tuple[int, int], label: int | str = "none", *, frames: int = 8
@@ -203,9 +240,15 @@ class Model:
         """Latents (M, N, D) of images (M, C, H, W) in [-1, 1], on the CPU."""
         return self._in_tiles(self.net.encode, x)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Images (M, C, H, W) in [-1, 1], clipped, of latents (M, N, D), on the CPU."""
-        return self._in_tiles(self.net.decode, z).clamp(-1, 1)
+    def decode(self, z: Tensor | Latents) -> Tensor:
+        """Images (M, C, H, W) in [-1, 1], clipped, of latents (M, N, D), on the CPU.
+
+        Raises:
+            LatentError: Weights encoded them whose latents mean something else; a bare tensor
+                does not say what it means, and is believed.
+        """
+        found = self.accept(z) if isinstance(z, Latents) else z
+        return self._in_tiles(self.net.decode, found).clamp(-1, 1)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Images (M, C, H, W) in [-1, 1] through encoder and decoder, clipped, on the CPU."""

@@ -14,10 +14,13 @@ from e2ediff.denoiser import Denoiser, Plain, Reference
 from e2ediff.errors import CheckpointError, Problem, RecipeError
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
+from e2ediff.latent import LatentContract
 from e2ediff.run.assembly import DTYPES, build_nets, choose_device
 from e2ediff.run.checkpoint import load_weights, open_checkpoint
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.generate import ROWS, Model, Origin, Other, Precision
+
+Opened = tuple[Recipe, Backbone, Origin, LatentContract | None]
 
 _NO_WEIGHTS = ("heads",)
 _MAY_CHANGE = ("sampler", "guidance")
@@ -52,6 +55,7 @@ def load_model(
     Raises:
         RunDirectoryError: There is no run there.
         CheckpointError: It has no such checkpoint or weights, or they are damaged.
+        LatentError: The recipe's backbone has other latents than those weights.
         RecipeError: An override is wrong, or guidance asks a network of other latents.
     """
     host, warn = host or load(), warn or logging.warning
@@ -59,10 +63,10 @@ def load_model(
 
     def open_one(
         place: str, checkpoint: str | None, weights: str | None, given: Sequence[str] = ()
-    ) -> tuple[Recipe, Backbone, Origin]:
+    ) -> Opened:
         return _open(host, place, checkpoint, weights, given, target, precision, warn)
 
-    recipe, net, origin = open_one(run, checkpoint, weights, overrides)
+    recipe, net, origin, latent = open_one(run, checkpoint, weights, overrides)
     guidance, others = recipe.guidance, dict[Reference, Other]()
     if guidance is not None:
         for reference in guidance.references:
@@ -71,7 +75,7 @@ def load_model(
             others[reference] = _other(recipe, net, place, found)
         given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
         guidance = guidance.given(given)
-    return Model(recipe, net, guidance, tuple(others.values()), origin, rows, precision)
+    return Model(recipe, net, guidance, tuple(others.values()), origin, rows, precision, latent)
 
 
 def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
@@ -94,7 +98,7 @@ def _open(
     device: torch.device,
     precision: Precision,
     warn: Callable[[str], None],
-) -> tuple[Recipe, Backbone, Origin]:
+) -> Opened:
     directory = RunDirectory.open(run)
     recipe = recipe_of(host, directory, overrides)
     opened = open_checkpoint(directory.store, checkpoint, warn=warn)
@@ -115,7 +119,7 @@ def _open(
         sha256=opened.sha256(name),
         recipe_sha256=hashlib.sha256(directory.resolved().encode()).hexdigest(),
     )
-    return recipe, net, origin
+    return recipe, net, origin, opened.latent(name)
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:
@@ -130,11 +134,9 @@ def _refuse_others(overrides: Sequence[str]) -> None:
         raise RecipeError("sampling", [attrs.evolve(p, hint=hint) for p in wrong])
 
 
-def _other(
-    recipe: Recipe, net: Backbone, run: str, found: tuple[Recipe, Backbone, Origin]
-) -> Other:
+def _other(recipe: Recipe, net: Backbone, run: str, found: Opened) -> Other:
     """A network that guidance asks, once its latents are known to be of the same kind."""
-    theirs, weak, origin = found
+    theirs, weak, origin, _ = found
     here = (net.latent, recipe.interpolant, recipe.data.image.classes)
     there = (weak.latent, theirs.interpolant, theirs.data.image.classes)
     for what, a, b in zip(("latents", "interpolant", "classes"), here, there, strict=True):

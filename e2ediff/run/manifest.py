@@ -18,6 +18,7 @@ from safetensors.torch import load as decode
 from torch import Tensor
 
 from e2ediff.errors import CheckpointError
+from e2ediff.latent import LatentContract
 from e2ediff.run.storage import JSON, Store
 
 FOLDER = "checkpoints"
@@ -45,6 +46,21 @@ class Checkpoint:
     _store: Store = attrs.field(repr=False)
     _manifest: Manifest = attrs.field(repr=False)
 
+    def latent(self, file: str) -> LatentContract | None:
+        """What the latents of these weights mean; `None` if whoever saved it did not say.
+
+        Raises:
+            CheckpointError: What it says of them cannot be read.
+        """
+        body = self._manifest.latent.get(file)
+        if body is None:
+            return None
+        try:
+            return LatentContract.read(body)
+        except (LookupError, TypeError, ValueError) as error:
+            what = f"{MANIFEST}: the latents of {file!r} are not described ({error!r})"
+            raise _damaged(self._store, self.name, what) from error
+
     def tensors(self, file: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The tensors of one file; names that shared memory when saved share it again.
 
@@ -71,12 +87,13 @@ class Checkpoint:
 
 @attrs.frozen
 class Manifest:
-    """What `MANIFEST.json` says: counters, files, and names that share a stored tensor."""
+    """What `MANIFEST.json` says: counters, files, names that share a stored tensor, latents."""
 
     images: int
     step: int
     files: dict[str, tuple[int, str]]  # bytes and hash by file name
     aliases: dict[str, dict[str, str]]
+    latent: dict[str, dict[str, Any]] = attrs.field(factory=dict)  # contract by file
 
 
 def open_one(store: Store, name: str, verify: bool) -> Checkpoint:
@@ -184,7 +201,8 @@ def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
             raise _damaged(store, name, f"{MANIFEST} does not match its own hash")
         files = {str(f): (int(e["bytes"]), str(e["sha256"])) for f, e in body["files"].items()}
         aliases = {str(file): dict(names) for file, names in body["aliases"].items()}
-        manifest = Manifest(int(body["images"]), int(body["step"]), files, aliases)
+        latent = {str(file): dict(found) for file, found in body.get("latent", {}).items()}
+        manifest = Manifest(int(body["images"]), int(body["step"]), files, aliases, latent)
     except (
         ValueError,
         TypeError,

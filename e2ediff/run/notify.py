@@ -24,8 +24,6 @@ class RunView:
 def notify(
     host: Host, view: RunView, progress: Progress, hook: str, values: Mapping[str, object]
 ) -> None:
-    """Call a hook; what observers raise is theirs, and does not stop the run."""
-    try:
-        getattr(host.hook, hook)(run=view, **values)
-    except Exception as error:
-        progress.say(f"a plugin's {hook} failed: {type(error).__name__}: {error}")
+    """Call a hook; what an observer raises stops neither the run nor the other observers."""
+    for plugin, error in host.observe(hook, run=view, **values):
+        progress.say(f"plugin {plugin!r}: {hook} failed: {type(error).__name__}: {error}")

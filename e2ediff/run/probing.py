@@ -176,7 +176,10 @@ def _first(net: Backbone, many: Probe, count: int) -> Probe:
 
 
 def chosen_diagnostics(host: Host, recipe: Recipe) -> Sequence[Diagnostic]:
-    """The recipe's diagnostics; without any, all that are registered, with their defaults."""
+    """The recipe's diagnostics; without any, all that are registered, with their defaults.
+
+    Those of a plugin are when the recipe requires the plugin or names a part of it.
+    """
     if recipe.diagnostics is not None:
         return recipe.diagnostics
     found: list[Diagnostic] = []

@@ -8,10 +8,11 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from e2ediff.backbone import Backbone
 from e2ediff.run.assembly import Assembly
 from e2ediff.run.checkpoint import load_weights
 from e2ediff.run.ema import calibrate
-from e2ediff.run.manifest import Checkpoint
+from e2ediff.run.manifest import Checkpoint, plain
 from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
 from e2ediff.run.parallel import whole
 from e2ediff.run.storage import JSON
@@ -19,7 +20,7 @@ from e2ediff.run.storage import JSON
 
 @attrs.frozen(eq=False)
 class Snapshot:
-    """Tensors by file, and the rest as JSON."""
+    """Tensors by file, and the rest as JSON; its `latent` goes into the manifest."""
 
     files: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, JSON]
@@ -50,7 +51,17 @@ def take(parts: Assembly, calibration: Tensor, *, keep: bool = True) -> Snapshot
         "optimizers": optimizers,
         "choices": dict(parts.choices),
     }
+    sets = {"online": nets.online, **{name: a.net for name, a in parts.averages.items()}}
+    state["latent"] = {name: _contract(net, calibration) for name, net in sets.items()}
     return Snapshot(files, state)
+
+
+@torch.no_grad()
+def _contract(net: Backbone, images: Tensor) -> dict[str, JSON]:
+    """What the latents of these weights mean; images (M, C, H, W) tell their scale."""
+    free = net.latent.norm == "none"  # nothing but a measurement knows the scale then
+    scale = float(net.encode(images[:256]).std()) if free else 1.0
+    return {key: plain(value, key) for key, value in net.contract(scale).as_json().items()}
 
 
 def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:

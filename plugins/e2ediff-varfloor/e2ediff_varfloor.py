@@ -13,11 +13,17 @@ from e2ediff.objective import Objective, Terms, sg
 class VarianceFloor(Objective):
     """Reconstruct, denoise a stopped latent, and hinge each channel's std.
 
+    `floor` is the std below which the hinge pulls, `floor_weight` multiplies it.
+
     Source: Bardes et al. 2022 (VICReg, arXiv 2105.04906), eq. 1.
     """
 
     floor: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
     floor_weight: float = 0.1
+
+    def stops(self, phase):
+        """The denoiser learns from stopped latents."""
+        return ("denoising",)
 
     def terms(self, nets, batch, draw, phase):
         """Three losses; only reconstruction and the hinge reach the encoder."""

@@ -39,6 +39,7 @@ CHECKS = {
     "sources": testing.check_source,
     "optimizers": testing.check_optimizer,
     "diagnostics": testing.check_diagnostic,
+    "metrics": testing.check_metric,
 }
 # Keys of a recipe that hold a part of this kind, where it is not the kind's own name.
 KEYS = {

@@ -20,6 +20,7 @@ from e2ediff.parts.samplers import Euler
 from e2ediff.parts.sources import Synthetic
 from e2ediff.parts.times import Uniform
 from e2ediff.parts.vit import ViTConfig
+from e2ediff.testing.tiny import _Tiny
 
 WRONG = []
 
@@ -235,7 +236,7 @@ class Indivisible(ViTConfig):
         super().__init__(width=16, depth=1, heads=3, patch=7, latent_dim=4)
 
 
-class _Dropping(testing._Tiny):
+class _Dropping(_Tiny):
     def denoise(self, z_t, t, label):
         return super().denoise(z_t, t, label)
 
@@ -250,7 +251,7 @@ class Dropping(testing.TinyBackbone):
         return _Dropping(self, image)
 
 
-class _NoRaw(testing._Tiny):
+class _NoRaw(_Tiny):
     def outputs(self, *passes):
         return [attrs.evolve(o, raw=None) for o in super().outputs(*passes)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import attrs
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e2ediff.diagnostic import Probe
-from e2ediff.latent import NORM_KINDS, LatentNorm
+from e2ediff.errors import LatentError
+from e2ediff.latent import NORM_KINDS, TIME, LatentContract, LatentNorm
 from e2ediff.parts.collapse import (
     LatentHealth,
     content_std,
@@ -196,3 +198,46 @@ def test_constant_rows_have_no_rank_and_no_participation():
             rows = torch.full((40, 6), value, dtype=dtype)
             assert effective_rank(rows) == 0.0
             assert participation_ratio(rows) == 0.0
+
+
+# The latent contract
+
+
+@given(
+    tokens=st.integers(1, 64),
+    norm=st.sampled_from(NORM_KINDS),
+    grid=st.none() | st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    scale=st.floats(1e-3, 1e3),
+)
+def test_a_latent_contract_is_read_back_equal(tokens, norm, grid, scale) -> None:
+    contract = LatentContract(tokens=tokens, dim=6, norm=norm, grid=grid, scale=scale)
+    assert LatentContract.read(json.loads(json.dumps(contract.as_json()))) == contract
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tokens": 9}, "tokens"),
+        ({"dim": 8}, "dim"),
+        ({"grid": None}, "grid"),
+        ({"norm": "layer"}, "norm"),
+        ({"statistics": "ab"}, "statistics"),
+        ({"time": "0 is data, 1 is noise"}, "time"),
+        ({"tokens": 9, "grid": (3, 3)}, "tokens, grid"),
+    ],
+)
+def test_other_latents_are_refused_with_both_contracts_shown(changes, named) -> None:
+    mine = LatentContract(tokens=4, dim=6, norm="batch", grid=(2, 2), statistics="cd")
+    theirs = attrs.evolve(mine, **changes)
+    with pytest.raises(LatentError) as caught:
+        mine.accept(theirs, "the teacher")
+    said = str(caught.value)
+    assert said.startswith(f"latents of the teacher differ in {named} from what is expected")
+    assert f"theirs:   {theirs}\n" in said
+    assert f"expected: {mine}\n" in said
+    mine.accept(attrs.evolve(mine, scale=1.5), "a measurement of the same")
+
+
+def test_a_contract_says_its_shape_norm_scale_and_time() -> None:
+    contract = LatentContract(tokens=4, dim=6, norm="none", grid=(2, 2), scale=1.25)
+    assert str(contract) == (f"4 tokens x 6 on a grid of 2 x 2, norm none, scale 1.25, t: {TIME}")

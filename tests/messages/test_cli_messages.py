@@ -553,7 +553,7 @@ def test_observers_that_raise_do_not_stop_a_run(capsys: pytest.CaptureFixture[st
     assert (outcome.exit_code, status(outcome.path)["state"]) == (0, "done")
     said = capsys.readouterr().err
     for name in names:
-        assert f"a plugin's {name} failed: RuntimeError: no {name}\n" in said
+        assert f"plugin 'rude': {name} failed: RuntimeError: no {name}\n" in said
 
 
 # What comes out

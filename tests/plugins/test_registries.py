@@ -37,6 +37,7 @@ CHECKS = {
     "sources": testing.check_source,
     "optimizers": testing.check_optimizer,
     "diagnostics": testing.check_diagnostic,
+    "metrics": testing.check_metric,
 }
 
 
@@ -73,6 +74,7 @@ diagnostics: [largest_latent]
 trackers: [notebook]
 cadence: {{log: 1, diagnose: 2, preview: 4, checkpoint: 4}}
 probe: {{images: 8, glance: 4, calibration: 8}}
+scores: {{every: 16, images: 8, features: random_projection, metrics: [mean_gap]}}
 preview: {{rows: 1}}
 device: cpu
 """
@@ -88,6 +90,7 @@ def test_a_run_of_nothing_but_a_stranger_s_parts_trains_and_samples(objective, t
     lines = (tmp_path / "run" / "notebook.txt").read_text().splitlines()
     assert sum("loss/denoising" in line for line in lines) == 4
     assert any("'largest'" in line for line in lines)
+    assert any("mean_gap" in line for line in lines)
     assert any("samples" in line and "(2, 3, 16, 16)" in line for line in lines)
     assert lines[-1] == "closed"
     x = load_model(out, host=HOST).sample([0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -54,24 +55,25 @@ def call(site: Path, tmp_path: Path, tiny_recipe: str):
     return e2ediff
 
 
-def test_the_whole_plugin_is_one_file_of_under_40_lines() -> None:
+def test_the_whole_plugin_is_one_file_of_under_50_lines() -> None:
     """Found by its entry point, and depending on nothing but e2ediff."""
     (module,) = [p for p in VARFLOOR.rglob("*.py") if "build" not in p.parts]
     assert module.name == "e2ediff_varfloor.py"
-    assert len(module.read_text().splitlines()) < 40
+    assert len(module.read_text().splitlines()) < 50
     project = tomllib.loads((VARFLOOR / "pyproject.toml").read_text())["project"]
     assert project["entry-points"] == {"e2ediff": {"varfloor": "e2ediff_varfloor"}}
     assert [d.partition(">")[0] for d in project["dependencies"]] == ["e2ediff"]
 
 
-def test_plugins_lists_a_stranger_with_its_version_and_hooks_and_a_broken_one_once(call) -> None:
+def test_plugins_lists_a_stranger_with_its_version_and_parts_and_a_broken_one_once(call) -> None:
     done = call("plugins")
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert "varfloor  (e2ediff-varfloor 0.1.0)  register_objectives" in lines
+    lines = [re.split("  +", line) for line in done.stdout.splitlines()]
+    assert ["varfloor", "ok", "e2ediff-varfloor 0.1.0", "objectives: variance_floor"] in lines
     assert [line for line in lines if "brokenplug" in line] == [
-        "brokenplug  BROKEN: ModuleNotFoundError: No module named 'not_a_module'"
-    ]
+        ["brokenplug", "broken", "brokenplug 1.2",
+         "ModuleNotFoundError: No module named 'not_a_module'"]
+    ]  # fmt: skip
     assert "brokenplug" not in done.stderr
 
 
@@ -128,6 +130,7 @@ def test_core_alone_trains_without_any_plugin(call) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "runs/quickstart\n"), done.stderr
     listed = call("plugins", E2EDIFF_BLOCK=OTHERS).stdout.splitlines()
-    loaded = [line for line in listed if "BROKEN" not in line]
-    assert [line.split()[0] for line in loaded] == ["e2ediff"]
-    assert "varfloor  BROKEN: blocked by E2EDIFF_BLOCK" in listed
+    state = dict(line.split()[:2] for line in listed)
+    assert state.pop("e2ediff") == "ok"
+    assert set(state.values()) == {"blocked"}
+    assert "varfloor" in state

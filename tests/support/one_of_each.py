@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import attrs
 import torch
@@ -18,8 +19,10 @@ from e2ediff.data import DataSource, ImageSpec, SourceConfig
 from e2ediff.denoiser import Denoiser, Guidance
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.features import FeatureConfig, FeatureNetwork
-from e2ediff.interpolant import Estimate, Interpolant
+from e2ediff.interpolant import Estimate as Prediction
+from e2ediff.interpolant import Interpolant
 from e2ediff.losses import mean_clean_loss, noise_levels
+from e2ediff.metric import Estimate, FeatureSet, Metric
 from e2ediff.objective import Objective, Terms, sg
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.regularizer import Regularizer
@@ -97,7 +100,7 @@ class _Blended(Denoiser):
     def path(self) -> Interpolant:
         return self.inner.path
 
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Prediction:
         null = torch.full_like(label, self.null_label)
         answers = [self.inner(z_t, t, own) for own in (label, null)]
         x0 = (answers[0].x0 + answers[1].x0) / 2
@@ -200,6 +203,17 @@ class _Blurs(FeatureNetwork):
         return [x, functional.avg_pool2d(x, 2), functional.avg_pool2d(x, 4)]
 
 
+@attrs.frozen(kw_only=True)
+class MeanGap(Metric):
+    """Squared distance of the features' means."""
+
+    moments: ClassVar[tuple[str, ...]] = ("pool",)
+
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
+        gap = made.moments["pool"].mean - real.moments["pool"].mean
+        return {"mean_gap": Estimate(float(gap.square().sum()))}
+
+
 @hookimpl
 def register_backbones(add):
     add("tiny", TinyBackbone)
@@ -253,6 +267,11 @@ def register_diagnostics(add):
 @hookimpl
 def register_trackers(add):
     add("notebook", Notebook)
+
+
+@hookimpl
+def register_metrics(add):
+    add("mean_gap", MeanGap)
 
 
 @hookimpl

@@ -1,0 +1,96 @@
+"""`e2ediff plugins new`: the files of a plugin, from the templates beside this module."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from e2ediff import __version__
+from e2ediff.errors import PluginError
+
+_CHECKS = {"time_sampler": "check_times", "feature": "check_features"}
+_KEYS = {
+    "time_sampler": "times={}",
+    "source": "data={}",
+    "regularizer": "regularizers=[{}]",
+    "diagnostic": "diagnostics=[{}]",
+    "tracker": "trackers=[{}]",
+    "feature": "objective.reconstruction.perceptual={}",
+    "metric": "scores={{every: 8000, images: 256, features: random_projection, metrics: [{}]}}",
+}
+
+
+def template_kinds() -> list[str]:
+    """Kinds of parts for which there is a template, as `--kind` takes them."""
+    found = [file.name for file in (resources.files("e2ediff.host") / "templates").iterdir()]
+    kinds = {name.removesuffix(".py.txt") for name in found if name.endswith(".py.txt")}
+    return sorted(kinds - {"test"})
+
+
+def plugin_files(kind: str, name: str) -> dict[str, str]:
+    """Text by path of a whole plugin.
+
+    Args:
+        kind: One of `template_kinds`.
+        name: The part's name, such as `my_floor`.
+
+    Raises:
+        PluginError: The name is not snake_case.
+    """
+    part = name.replace("-", "_")
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", part) or keyword.iskeyword(part):
+        raise PluginError(f"{name!r}: the name must be snake_case, such as 'variance_floor'")
+    words = {
+        "part": part,
+        "kind": kind.replace("_", " "),
+        "Class": "".join(word.capitalize() for word in part.split("_")),
+        "module": f"e2ediff_{part}",
+        "distribution": f"e2ediff-{part.replace('_', '-')}",
+        "check": _CHECKS.get(kind, f"check_{kind}"),
+        "assignment": f"'{shown}'" if "[" in (shown := assignment(kind, part)) else shown,
+        "range": version_range(),
+    }
+    templates = {
+        "pyproject.toml": "pyproject.toml",
+        "README.md": "README.md",
+        f"{words['module']}.py": f"{kind}.py",
+        f"tests/test_{part}.py": "test.py",
+    }
+    folder = resources.files("e2ediff.host") / "templates"
+    return {
+        path: Template((folder / f"{file}.txt").read_text(encoding="utf-8")).substitute(words)
+        for path, file in templates.items()
+    }
+
+
+def assignment(kind: str, part: str) -> str:
+    """What `--set` takes to put a part of this kind into a recipe."""
+    return _KEYS.get(kind, kind + "={}").format(part)
+
+
+def version_range() -> str:
+    """The versions of e2ediff that a plugin written now is for: `>=0.1,<0.2`."""
+    major, minor = (int(n) for n in __version__.split(".")[:2])
+    return f">={major}.{minor},<{major}.{minor + 1}" if major == 0 else f">={major},<{major + 1}"
+
+
+def write_plugin(kind: str, name: str, out: str | None) -> Path:
+    """Write a plugin's files into a folder that is new or empty, and return it.
+
+    Raises:
+        PluginError: The name is wrong, or something lies in the folder.
+    """
+    files = plugin_files(kind, name)
+    folder = Path(out or f"e2ediff-{name.replace('_', '-')}")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise PluginError(f"{folder}: is not empty; name another folder with --out")
+        for path, text in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise PluginError(f"{folder}: cannot be written ({exc})") from exc
+    return folder

@@ -1,0 +1,101 @@
+"""A row for each kind of part: where a recipe holds it, and what checks its contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from e2ediff.host.recipe import Recipe
+from e2ediff.testing.networks import check_backbone, check_objective, check_regularizer
+from e2ediff.testing.paths import check_interpolant, check_times
+from e2ediff.testing.sampling import check_guidance, check_sampler
+from e2ediff.testing.surroundings import (
+    check_diagnostic,
+    check_features,
+    check_metric,
+    check_optimizer,
+    check_source,
+    check_tracker,
+)
+
+
+@attrs.frozen
+class Kind:
+    """A kind of part.
+
+    `plural` is its registry, `key` the recipe's key that holds it, as one part or, if `many`, in
+    a list; `block` is the assignment, where it takes more than that key.
+    `check` tries the contract on a part and the recipe around it.
+    `trained` says that it takes part in a training step, whose gradients it can spoil.
+    """
+
+    plural: str
+    key: str
+    check: Callable[[Any, Recipe], None]
+    many: bool = False
+    trained: bool = False
+    block: str = ""
+
+    def assignment(self, name: str) -> str:
+        """What `--set` would take to put this part into a recipe."""
+        if self.block:
+            return self.block.replace("NAME", name)
+        return f"{self.key}=[{name}]" if self.many else f"{self.key}={name}"
+
+    def value(self, recipe: Recipe) -> Any:
+        """The part that a recipe holds there."""
+        found: Any = recipe
+        for word in self.key.split("."):
+            found = getattr(found, word)
+        return found[0] if self.many else found
+
+
+def _alone(check: Callable[[Any], None]) -> Callable[[Any, Recipe], None]:
+    return lambda part, recipe: check(part)
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind(
+        "backbones",
+        "backbone",
+        lambda part, recipe: check_backbone(part, recipe.data.image),
+        trained=True,
+    ),
+    Kind("interpolants", "interpolant", _alone(check_interpolant), trained=True),
+    Kind("time_samplers", "times", _alone(check_times), trained=True),
+    Kind(
+        "objectives",
+        "objective",
+        lambda part, recipe: check_objective(part, recipe.backbone),
+        trained=True,
+    ),
+    Kind("regularizers", "regularizers", _alone(check_regularizer), many=True, trained=True),
+    Kind("guidance", "guidance", _alone(check_guidance)),
+    Kind("samplers", "sampler", _alone(check_sampler)),
+    Kind("sources", "data", _alone(check_source)),
+    Kind("optimizers", "optimizer", _alone(check_optimizer)),
+    Kind("diagnostics", "diagnostics", _alone(check_diagnostic), many=True),
+    Kind("trackers", "trackers", _alone(check_tracker), many=True),
+    Kind(
+        "features",
+        "objective.reconstruction.perceptual",
+        _alone(check_features),
+        trained=True,
+    ),
+    Kind(
+        "metrics",
+        "scores.metrics",
+        _alone(check_metric),
+        many=True,
+        block="scores={every: 16, images: 16, features: random_projection, metrics: [NAME]}",
+    ),
+)
+"""To add a kind, add its registry to `e2ediff.host.registry.KINDS`, a row here, and a template."""
+
+
+def kind_of(plural: str) -> Kind:
+    """The row of a registry."""
+    (row,) = [row for row in KINDS if row.plural == plural]
+    return row

@@ -1,0 +1,175 @@
+"""Checks of backbones, objectives and regularisers.
+
+Shapes: B batch, N latent tokens, D latent channels, W width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+
+import torch
+
+from e2ediff.backbone import Backbone, BackboneConfig, Decode, Denoise, Encode
+from e2ediff.data import ImageSpec
+from e2ediff.objective import Draw, Nets, Objective, Terms
+from e2ediff.parts.times import Uniform
+from e2ediff.regularizer import Regularizer
+from e2ediff.testing.claims import is_float32, near, own_randomness
+from e2ediff.testing.tiny import IMAGE, make_batch, make_draw, make_nets
+
+
+def check_objective(objective: Objective, backbone: BackboneConfig | None = None) -> None:
+    """Scalar finite losses, fixed by nets, batch and draw; gradients only where they may go."""
+    name, nets, batch = type(objective).__name__, make_nets(backbone, objective), make_batch()
+    unfit = objective.problems(make_nets(backbone, objective, device="meta"))
+    assert not unfit, f"{name} does not fit {backbone or 'TinyBackbone'}: {list(unfit)}; give one"
+    fixed = {**nets.target.state_dict(), **nets.frozen.state_dict(), "x": batch.x}
+    before = {k: v.clone() for k, v in {**fixed, **nets.online.state_dict(prefix="on.")}.items()}
+    learned = {**dict(nets.online.named_parameters()), **dict(nets.heads.named_parameters())}
+    for phase in objective.phases:
+        start, end = objective.span(phase)
+        assert 0 <= start < end <= 1, f"{name}: span({phase!r}) is no part of [0, 1]"
+        with own_randomness(objective):
+            terms = objective.terms(nets, batch, make_draw(batch), phase)
+            again = objective.terms(nets, batch, make_draw(batch), phase)
+        now = {**fixed, **nets.online.state_dict(prefix="on.")}
+        wrote = [k for k, v in now.items() if not torch.equal(v, before[k])]
+        assert not wrote, (
+            f"{name}: terms() changed {', '.join(wrote)}; leave weights and batch alone"
+        )
+        assert set(terms.losses) == set(terms.weights), f"{name}: give every loss a weight"
+        for key, loss in terms.losses.items():
+            is_float32(loss, (), f"{name}: loss {key!r}")
+            assert torch.equal(loss, again.losses[key]), f"{name}: loss {key!r} is not repeatable"
+        size = (len(batch.x), nets.online.latent.tokens, nets.online.latent.dim)
+        is_float32(terms.z, size, f"{name}: Terms.z")
+        _stopped(name, objective.stops(phase), terms, nets)
+        assert terms.total.requires_grad, f"{name}: no gradient in phase {phase!r}; detach less"
+        found = torch.autograd.grad(terms.total, list(learned.values()), allow_unused=True)
+        for key, grad in zip(learned, found, strict=True):
+            assert grad is None or grad.isfinite().all(), f"{name}: gradient of {key} not finite"
+
+
+def _stopped(name: str, stops: Collection[str], terms: Terms, nets: Nets) -> None:
+    """Losses that are declared to stop before the encoder do."""
+    foreign = sorted(set(stops) - set(terms.losses))
+    assert not foreign, f"{name}: stops() names {foreign}, the losses are {sorted(terms.losses)}"
+    watched = {"the latents": terms.z} if terms.z.requires_grad else {}
+    if nets.online.denoiser_apart and nets.online.latent.learned:
+        x = make_batch(nets.online.image).x
+        encoded = nets.online.encode(x).square().sum()
+        own = {k: p for k, p in nets.online.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(encoded, list(own.values()), allow_unused=True)
+        others = torch.autograd.grad(
+            nets.online.decode(torch.zeros_like(terms.z)).square().sum(),
+            list(own.values()),
+            allow_unused=True,
+        )
+        watched |= {k: own[k] for k, g, o in zip(own, found, others, strict=True)
+                    if g is not None and o is None}  # fmt: skip
+    for key in stops:
+        if not (terms.losses[key].requires_grad and watched):
+            continue
+        grads = torch.autograd.grad(
+            terms.losses[key], list(watched.values()), retain_graph=True, allow_unused=True
+        )
+        reached = [k for k, g in zip(watched, grads, strict=True) if g is not None and g.any()]
+        assert not reached, (
+            f"{name}: loss {key!r} reaches {reached[0]}, yet stops() declares that it does not; "
+            "wrap its latent in sg(...), or take it out of stops()"
+        )
+
+
+def check_regularizer(r: Regularizer) -> None:
+    """A repeatable scalar, finite with its gradient for healthy and for constant latents."""
+    name, batch = type(r).__name__, make_batch()
+    assert getattr(r, "weight", -1) >= 0, f"{name}: give it a field `weight`, at least 0"
+    g = torch.Generator().manual_seed(8)
+    for std in (1.0, 1e-4, 0.0):
+        z = (torch.randn(6, 4, 6, generator=g) * std).requires_grad_()
+        kept = z.detach().clone()
+        with own_randomness(r):
+            loss, again = r.loss(z, make_draw(batch)), r.loss(z, make_draw(batch))
+        is_float32(loss, (), f"{name}: the loss of latents of std {std}")
+        assert torch.equal(loss, again), f"{name}: the loss is not repeatable"
+        assert torch.equal(z, kept), f"{name}: z was written to; return a new tensor"
+        assert loss.requires_grad, f"{name}: no gradient reaches the latents; detach less"
+        (grad,) = torch.autograd.grad(loss, z)
+        assert grad.isfinite().all(), f"{name}: the gradient at latents of std {std} is not finite"
+    meta = make_nets(device="meta")
+    unfit = [] if len(batch.x) < r.fewest else r.problems(meta, len(batch.x))
+    assert not unfit, f"{name} does not fit TinyBackbone: {list(unfit)}; give options that do"
+    z, t = torch.zeros(6, 4, 6, device="meta"), torch.zeros(6, device="meta")
+    r.loss(z, Draw(t=t, label=t.long(), generator=None, times=Uniform()))  # `check` counts there
+
+
+def _same_latents(name: str, net: Backbone) -> None:
+    """The spec and the norm say the same of the latents."""
+    spec, norm = net.latent, net.latent_norm
+    assert spec.norm == norm.kind, (
+        f"{name}: latent.norm is {spec.norm!r}, yet latent_norm is of kind {norm.kind!r}"
+    )
+    if norm.has_statistics:
+        shape = (spec.tokens, spec.dim) if norm.kind == "position" else (spec.dim,)
+        assert norm.mean.shape == shape, (
+            f"{name}: latent_norm has statistics {tuple(norm.mean.shape)}, make them {shape} as "
+            "`latent` says"
+        )
+    if spec.grid:
+        assert spec.grid[0] * spec.grid[1] == spec.tokens, (
+            f"{name}: a grid of {spec.grid} has not {spec.tokens} tokens; give None to tokens "
+            "without a place"
+        )
+
+
+def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> None:
+    """Shapes, repeatable and independent passes, fused as single, finite gradients."""
+    image = image or IMAGE
+    name, batch, unfit = type(config).__name__, make_batch(image), config.problems(image)
+    assert not unfit, f"{name} does not fit {image}: {list(unfit)}; give images that fit"
+    net, twin = make_nets(config, image=image), make_nets(config, image=image)
+    make_nets(config, image=image, device="meta")  # `check` builds there
+    online, (b, n, d) = net.online, (len(batch.x), net.online.latent.tokens, net.online.latent.dim)
+    same = all(map(torch.equal, online.parameters(), twin.online.parameters()))
+    assert same, f"{name}: build() gave other weights for the same torch.manual_seed"
+    online.prepare(torch.device("cpu"), torch.float32)
+    before = copy.deepcopy(online.state_dict())
+    _same_latents(name, online)
+    z = torch.randn(b, n, d, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    x = batch.x.clone().requires_grad_()
+    taps = tuple(range(1, online.depth + 1))
+    t = make_draw(batch).t
+    passes: list[Encode | Decode | Denoise] = [
+        Encode(x=x, taps=taps),
+        Decode(z=z, taps=taps),
+        Denoise(z_t=z, t=t, label=batch.label, taps=taps),
+        Denoise(z_t=z, t=t, label=torch.full((b,), image.null_label)),
+    ]
+    with own_randomness(config):
+        fused, again = online.outputs(*passes), online.outputs(*passes)
+    lacks = online.latent_norm.has_statistics and fused[0].raw is None
+    assert not lacks, f"{name}: fill Output.raw, from which the latent norm takes its statistics"
+    trained, reached = dict(online.named_parameters()), []
+    for p, out, repeat in zip(passes, fused, again, strict=True):
+        what = f"{name}: {type(p).__name__}'s value"
+        is_float32(out.value, tuple(x.shape) if isinstance(p, Decode) else (b, n, d), what)
+        assert torch.equal(out.value, repeat.value), f"{what} is not repeatable; draw no numbers"
+        for tap, f in out.features.items():
+            assert f.shape == (b, n, online.width), f"{name}: tap {tap} is {tuple(f.shape)}"
+        (alone,) = online.outputs(p)
+        assert near(alone.value, out.value), f"{what} is another when passes are fused"
+        loss, inputs = alone.value.square().mean(), [x, z, *trained.values()]
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in grads), f"{name}: gradient not finite"
+        reached.append({k for k, g in zip(trained, grads[2:], strict=True) if g is not None})
+    both = sorted((reached[0] | reached[1]) & (reached[2] | reached[3]))
+    apart = not (online.denoiser_apart and both)
+    assert apart, f"{name}: denoiser_apart is True, yet denoise shares {', '.join(both)}"
+    wrote = [k for k, v in online.state_dict().items() if not torch.equal(v, before[k])]
+    assert not wrote, f"{name}: a pass changed {', '.join(wrote)}"
+    online.eval()
+    for p, row in ((passes[0], Encode(x=x[:1])), (passes[1], Decode(z=z[:1]))):
+        (whole,), (alone,) = online.outputs(p), online.outputs(row)
+        same = near(whole.value[:1], alone.value)
+        assert same, f"{name}: in eval mode {type(p).__name__} of an image depends on others"

@@ -1,0 +1,105 @@
+"""A training step in two processes: `python -m e2ediff.testing.parallel SPEC RANK`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from e2ediff.data import Batch
+from e2ediff.host.plugins import load
+from e2ediff.host.recipe import dump_recipe, parse_recipe
+from e2ediff.objective import Draw
+from e2ediff.run.assembly import assemble
+from e2ediff.run.draws import draw_for
+from e2ediff.run.step import Step
+from e2ediff.testing.source import Source
+from e2ediff.testing.trials import Trial, compare, gradients, gradients_of, share, trial_batch
+
+_LIMIT = 180.0  # seconds for both processes, imports included
+
+
+class Total(nn.Module):
+    """A step whose output is the weighted loss, a tensor, from which DDP finds what was used."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, batch: Batch, draw: Draw, phase: str) -> Tensor:
+        """The weighted sum of the losses."""
+        return self.step(batch, draw, phase).total  # type: ignore[no-any-return]
+
+
+def two_processes(trial: Trial, source: Source | None) -> None:
+    """A step of two processes under DDP has the gradients of one with two micro-shards.
+
+    Args:
+        trial: The part in its recipe.
+        source: The plugin's folder, where it is not installed.
+    """
+    spec = trial.folder / "processes.json"
+    out = str(trial.folder / "gradients.safetensors")
+    body: dict[str, str | list[str]] = {
+        "recipe": dump_recipe(trial.host, trial.recipe),
+        "source": str(source.folder) if source else "",
+        "path": [os.path.abspath(entry or ".") for entry in sys.path],
+        "store": str(trial.folder / "store"),
+        "out": out,
+    }
+    spec.write_text(json.dumps(body), encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(body["path"]), "OMP_NUM_THREADS": "1"}
+    errors = [trial.folder / f"rank{rank}.txt" for rank in range(2)]
+    processes = []
+    for rank, path in enumerate(errors):
+        with open(path, "w", encoding="utf-8") as file:
+            words = [sys.executable, "-P", "-m", "e2ediff.testing.parallel", str(spec), str(rank)]
+            processes.append(subprocess.Popen(words, env=env, stdout=file, stderr=file))  # noqa: S603
+    try:
+        codes = [process.wait(_LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    said = [path.read_text(encoding="utf-8").strip().rpartition("\n")[2] for path in errors]
+    failed = [text or f"exit code {code}" for code, text in zip(codes, said, strict=True) if code]
+    assert not failed, (
+        f"a step in two processes failed: {failed[0]}; use no parameter that `nets` does not "
+        "hold, and let no process take another way than its neighbour"
+    )
+    plain = gradients(trial.recipe, assemble(trial.recipe, torch.device("cpu")))
+    compare(plain, load_file(out), "DDP of two processes")
+
+
+def main() -> None:
+    """One of the two processes."""
+    spec, rank = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[2])
+    host = Source.read(spec["source"]).host() if spec["source"] else load()
+    recipe = parse_recipe(host, spec["recipe"], "the trial's recipe")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{spec['store']}", rank=rank, world_size=2
+    )
+    parts, found = assemble(recipe, torch.device("cpu")), dict[str, Tensor]()
+    batch = trial_batch(recipe)
+    part = share(batch, rank, len(batch.x) // 2)
+    for phase in recipe.objective.phases:
+        wrapped = nn.parallel.DistributedDataParallel(
+            Total(parts.step), find_unused_parameters=True
+        )
+        parts.step.zero_grad()
+        draw = draw_for(recipe, part.label, f"trial-{phase}", 0, rank)
+        wrapped(part, draw, phase).backward()
+        found |= {f"{phase}: {k}": g for k, g in gradients_of(parts.nets.online)}
+        found |= {f"{phase}: heads.{k}": g for k, g in gradients_of(parts.nets.heads)}
+    if rank == 0:
+        save_file(found, spec["out"])
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

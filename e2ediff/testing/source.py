@@ -1,0 +1,111 @@
+"""A plugin as it lies in its author's folder, before anybody has installed it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+from packaging.requirements import InvalidRequirement, Requirement
+
+from e2ediff.errors import PluginError
+from e2ediff.host.discovery import GROUP
+from e2ediff.host.guard import cause, guarded, time_limit
+from e2ediff.host.plugins import Host, load
+from e2ediff.host.registry import Plugin
+
+
+@attrs.frozen
+class Source:
+    """A folder with a `pyproject.toml` that has entry points of the group `e2ediff`."""
+
+    folder: Path
+    name: str
+    version: str
+    requires: tuple[str, ...]
+    entries: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> Source:
+        """Read `pyproject.toml`.
+
+        Raises:
+            PluginError: There is none, or it names no plugin.
+        """
+        path = Path(folder).resolve() / "pyproject.toml"
+        try:
+            project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+            entries = dict(project.get("entry-points", {}).get(GROUP, {}))
+            name, version = str(project["name"]), str(project.get("version", "0"))
+            requires = tuple(map(str, project.get("dependencies", ())))
+        except FileNotFoundError as exc:
+            raise PluginError(f"{path}: there is no such file, so no plugin lies here") from exc
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
+            raise PluginError(f"{path}: cannot be read as a project ({cause(exc)})") from exc
+        if not entries:
+            raise PluginError(
+                f'{path}: has no plugin; add\n[project.entry-points.{GROUP}]\nNAME = "MODULE"'
+            )
+        return cls(path.parent, name, version, requires, entries)
+
+    def host(self) -> Host:
+        """A host with this plugin; an installed copy of it is left alone.
+
+        Raises:
+            PluginError: It cannot be imported or registered.
+        """
+        root = self.folder / "src" if (self.folder / "src").is_dir() else self.folder
+        if str(root) not in sys.path:
+            sys.path.insert(0, str(root))
+        host = load()
+        for entry in host.entries:
+            if entry.answers(self.name):
+                host.broken[entry.name] = f"its folder {self.folder} is checked instead"
+        for name, value in self.entries.items():
+            try:
+                with guarded(time_limit()):
+                    module = importlib.import_module(value.partition(":")[0])
+                    for word in filter(None, value.partition(":")[2].split(".")):
+                        module = getattr(module, word)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as exc:  # the plugin boundary
+                raise PluginError(f"plugin {name!r}: {cause(exc)}") from exc
+            found = Path(getattr(module, "__file__", None) or root)
+            if not found.is_relative_to(self.folder):
+                raise PluginError(
+                    f"plugin {name!r}: {value} is imported from {found}, not from {self.folder}; "
+                    "check the installed plugin by its name instead"
+                )
+            host.add(module, Plugin(name, self.name, self.version))
+        return host
+
+    def problems(self) -> Iterator[str]:
+        """What a published package should not lack."""
+        if not any(self.folder.glob("README*")):
+            yield "there is no README; say what the plugin adds and how a recipe names it"
+        if not any(p for p in self.folder.rglob("test_*.py") if ".venv" not in p.parts):
+            yield "there is no test; call a check of e2ediff.testing in tests/test_....py"
+        yield from unbounded(self.requires)
+
+
+def unbounded(requires: tuple[str, ...]) -> Iterator[str]:
+    """What is wrong with a distribution's requirement of e2ediff."""
+    for line in requires:
+        try:
+            wanted = Requirement(line)
+        except InvalidRequirement:
+            yield f"{line!r} is no requirement as pip takes it"
+            continue
+        if wanted.name == "e2ediff":
+            if not any(s.operator in ("<", "<=", "==", "~=") for s in wanted.specifier):
+                yield (
+                    f"{line!r} has no upper bound; below 1.0 a minor version may change "
+                    "contracts: write e2ediff>=0.1,<0.2"
+                )
+            return
+    yield "it does not depend on e2ediff; add e2ediff>=0.1,<0.2 to its dependencies"

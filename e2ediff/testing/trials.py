@@ -1,0 +1,249 @@
+"""Trials: short trainings with a part, each of which shows one promise kept or broken."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from e2ediff import hookimpl
+from e2ediff.data import Batch
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import Recipe, dump_recipe, parse_recipe
+from e2ediff.host.registry import Part, Plugin, options
+from e2ediff.run.assembly import Assembly, assemble, check_fits
+from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.run.draws import draw_for
+from e2ediff.run.load import load_model
+from e2ediff.run.loader import fixed_images
+from e2ediff.run.progress import Progress
+from e2ediff.run.session import train
+from e2ediff.run.storage import Store
+from e2ediff.testing.kinds import kind_of
+
+RECIPE = """\
+e2ediff: 1
+name: trial
+steps: 4
+batch: 8
+data: {name: synthetic, size: 16, classes: 4, count: 60}
+backbone: {name: vit, width: 16, depth: 1, heads: 2, patch: 8, latent_dim: 6, latent_norm: batch}
+interpolant: linear
+times: logit_normal
+objective: detached
+target: {decay: 0.9}
+optimizer: {name: adamw, lr: 0.002}
+sampler: {name: euler, steps: 2}
+cadence: {log: 1, diagnose: 4, preview: 1000, checkpoint: 1000}
+probe: {images: 16, times: [0.5], calibration: 16}
+preview: {rows: 1, classes: 2}
+device: cpu
+"""
+"""What a part is tried in: synthetic images of 16 pixels, a ViT of one block."""
+
+
+@attrs.frozen
+class Trial:
+    """A part in its place in a recipe, with a folder to train in."""
+
+    host: Host
+    part: Part
+    plural: str
+    recipe: Recipe
+    folder: Path
+
+    @classmethod
+    def prepare(
+        cls, host: Host, plural: str, part: Part, overrides: Sequence[str], folder: Path
+    ) -> Trial:
+        """Put a part into the recipe.
+
+        Raises:
+            RecipeError: It does not fit there.
+        """
+        name = host.registries[plural].name_of(part.cls)
+        words = [kind_of(plural).assignment(name), *overrides]
+        recipe = parse_recipe(host, RECIPE, "the trial's recipe", words)
+        check_fits(recipe, "the trial's recipe")
+        return cls(host, part, plural, recipe, folder)
+
+    @property
+    def value(self) -> object:
+        """The part's instance in the recipe."""
+        return kind_of(self.plural).value(self.recipe)
+
+    def train(
+        self, name: str, *, stop_at: int = 0, resume: bool = False, **changes: object
+    ) -> str:
+        """Train in a folder of this name; with `stop_at` it is asked to stop after that step."""
+        stopper = _Stopper(stop_at)
+        self.host.add(stopper, Plugin(f"stopper {id(stopper)}"))
+        path = self.folder / f"{name}.yaml"
+        recipe = attrs.evolve(self.recipe, **changes)  # type: ignore[arg-type]
+        path.write_text(dump_recipe(self.host, recipe), encoding="utf-8")
+        out = str(self.folder / name)
+        train(self.host, str(path), out=out, resume=resume, progress=Progress(io.StringIO()))
+        stopper.at = 0
+        return out
+
+
+class _Stopper:
+    """An observer that asks the run to stop after a step; 0 is none."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    @hookimpl
+    def step_ended(self, step: int) -> None:
+        """As a batch system would."""
+        if step == self.at:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def contract(trial: Trial) -> None:
+    """Shapes, types, finite gradients, declared stop-gradients, determinism given the draw."""
+    kind_of(trial.plural).check(trial.value, trial.recipe)
+
+
+def documentation(trial: Trial) -> None:
+    """A sentence on what it is, and every option by name."""
+    cls = trial.part.cls
+    first = (cls.__doc__ or "").strip().partition("\n")[0]
+    assert first.endswith((".", ":")), (
+        f"{cls.__name__} has no docstring whose first line is a sentence; say what it is for"
+    )
+    text = "\n".join(c.__doc__ or "" for c in cls.__mro__ if c is not object)
+    missing = [f"`{o.name}`" for o in options(cls).values() if not _describes(text, o.name)]
+    assert not missing, f"the docstring of {cls.__name__} does not describe {', '.join(missing)}"
+
+
+def _describes(text: str, option: str) -> bool:
+    """Whether a docstring has the option in backticks, or in a list as `option: What it is.`."""
+    listed = rf"^\s*(?:\w+, )*{option}(?:, \w+)*:"
+    return f"`{option}`" in text or re.search(listed, text, re.MULTILINE) is not None
+
+
+def round_trip(trial: Trial) -> None:
+    """A recipe that names it is written and read back equal."""
+    text = dump_recipe(trial.host, trial.recipe)
+    again = parse_recipe(trial.host, text, "the written recipe")
+    assert again == trial.recipe, (
+        f"{trial.part.cls.__name__} is read back as another value; make it a frozen attrs class "
+        "whose options are its only state"
+    )
+    assert dump_recipe(trial.host, again) == text, "the recipe changes each time it is written"
+
+
+def save_and_resume(trial: Trial) -> None:
+    """A run that was stopped and resumed ends as the one that was not, bit for bit."""
+    whole = trial.train("whole")
+    half = trial.train("half", stop_at=2)
+    seen = open_checkpoint(Store(half)).step
+    assert seen == 2, f"the run stopped after step {seen}, not after step 2"
+    trial.train("half", resume=True)
+    one, two = open_checkpoint(Store(whole)), open_checkpoint(Store(half))
+    for file in one.files:
+        other = two.tensors(file)
+        differ = [k for k, v in one.tensors(file).items() if not torch.equal(v, other[k])]
+        assert not differ, (
+            f"after a stop and a resume {file}: {differ[0]} is another; draw from the generator "
+            "that is given, keep no state but buffers and the optimizer's"
+        )
+    lines = [_figures(Path(out) / "metrics.jsonl") for out in (whole, half)]
+    assert lines[0] == lines[1], "after a stop and a resume the figures are others"
+
+
+def latent_contract(trial: Trial) -> None:
+    """The checkpoint says what its latents mean, and the loaded model says the same."""
+    out = str(trial.folder / "whole")
+    model = load_model(out, device="cpu", host=trial.host)
+    said = open_checkpoint(Store(out)).latent("target")
+    fresh = model.net.contract(model.contract.scale)
+    assert said == fresh, (
+        f"the checkpoint says {said}, the loaded network {fresh}; keep the latent norm's "
+        "statistics in `latent_norm`, as buffers"
+    )
+    images = fixed_images(trial.recipe.data.open(), 4, 0, "trial", torch.device("cpu"))
+    latents = model.latents(images.x)
+    size = (4, fresh.tokens, fresh.dim)
+    assert latents.z.shape == size, f"latents are {tuple(latents.z.shape)}, the contract {size}"
+    assert model.decode(latents).isfinite().all(), "decoded latents are not finite"
+    x = model.sample([0, 1])
+    assert x.isfinite().all(), "samples are not finite"
+
+
+def half_precision(trial: Trial) -> None:
+    """A step in bfloat16 has finite losses and gradients."""
+    trial.train("bfloat16", precision="bfloat16", steps=1)
+
+
+def compiled(trial: Trial) -> None:
+    """A step whose blocks and heads are compiled has the gradients of the plain one."""
+    plain = gradients(trial.recipe, assemble(trial.recipe, torch.device("cpu")))
+    parts = assemble(trial.recipe, torch.device("cpu"))
+    try:
+        for module in [*parts.nets.online.blocks(), *parts.nets.heads.values()]:
+            module.compile(backend="aot_eager")  # traces as on a GPU, without a C++ compiler
+        compare(plain, gradients(trial.recipe, parts), "torch.compile")
+    finally:
+        torch._dynamo.reset()
+
+
+def gradients(recipe: Recipe, parts: Assembly, shards: int = 2) -> dict[str, Tensor]:
+    """Gradients of one step of every phase by name, from `shards` shares of a batch."""
+    batch, found = trial_batch(recipe), dict[str, Tensor]()
+    size = len(batch.x) // shards
+    for phase in recipe.objective.phases:
+        parts.nets.online.zero_grad()
+        parts.nets.heads.zero_grad()
+        for shard in range(shards):
+            part = share(batch, shard, size)
+            draw = draw_for(recipe, part.label, f"trial-{phase}", 0, shard)
+            (parts.step(part, draw, phase).total / shards).backward()
+        found |= {f"{phase}: {k}": g for k, g in gradients_of(parts.nets.online)}
+        found |= {f"{phase}: heads.{k}": g for k, g in gradients_of(parts.nets.heads)}
+    return found
+
+
+def gradients_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The gradients that there are, by parameter; one that is zero counts as none."""
+    named = [(k, p.grad.clone()) for k, p in module.named_parameters() if p.grad is not None]
+    return [(k, g) for k, g in named if g.any()]
+
+
+def trial_batch(recipe: Recipe) -> Batch:
+    """Training images, always the same."""
+    source = recipe.data.open()
+    return fixed_images(source, recipe.batch, recipe.seed, "trial", torch.device("cpu"))
+
+
+def share(batch: Batch, shard: int, size: int) -> Batch:
+    """The images of one share."""
+    rows = slice(shard * size, (shard + 1) * size)
+    return Batch(x=batch.x[rows], label=batch.label[rows])
+
+
+def compare(plain: dict[str, Tensor], other: dict[str, Tensor], where: str) -> None:
+    """Fail where gradients differ by more than sums in another order do."""
+    assert set(plain) == set(other), (
+        f"{where} gives gradients to {sorted(set(plain) ^ set(other))[0]} on one side only"
+    )
+    for key, mine in plain.items():
+        # float32: 1e-4 of the largest entry is a hundred times what reordering costs
+        gap, size = (mine - other[key]).abs().max(), mine.abs().max()
+        assert gap <= 1e-4 * size + 1e-7, (
+            f"{where} changes the gradient of {key} by {float(gap / size):.1g} of its size; "
+            "make the part a function of its arguments alone"
+        )
+
+
+def _figures(path: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("wall_")} for line in lines]

@@ -1,0 +1,275 @@
+"""`plugins new` writes what passes `plugins check`, and `check` says what to change in a part."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from types import ModuleType
+
+import attrs
+import pytest
+import torch
+from command_line import e2ediff
+
+import e2ediff.testing.kit as kit
+from e2ediff import hookimpl
+from e2ediff.errors import PluginError
+from e2ediff.host.discovery import installed
+from e2ediff.host.plugins import load
+from e2ediff.host.registry import KINDS as REGISTRIES
+from e2ediff.host.registry import Plugin
+from e2ediff.host.scaffold import assignment, template_kinds, write_plugin
+from e2ediff.objective import Terms
+from e2ediff.parts.objectives import Detached
+from e2ediff.parts.optim import SGD
+from e2ediff.testing.kinds import KINDS
+from e2ediff.testing.source import Source, unbounded
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """What a check imports from a folder."""
+    path, modules = [*sys.path], {*sys.modules}
+    yield
+    sys.path[:] = path
+    for name in {*sys.modules} - modules:
+        if name.startswith(("e2ediff_my_", "e2ediff_broken")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where a plugin is written."""
+
+    def write(kind, name=""):
+        return write_plugin(kind, name or f"my_{kind}", str(tmp_path / f"my-{kind}"))
+
+    return write
+
+
+def only(monkeypatch, *checks):
+    """Of all checks these, by title; those that train or start processes take seconds."""
+    monkeypatch.setattr(kit, "_ALWAYS", [c for c in kit._ALWAYS if c[0] in checks])
+    monkeypatch.setattr(kit, "_TRAINED", [c for c in kit._TRAINED if c[0] in checks])
+    if "two processes" not in checks:
+        monkeypatch.setattr(kit, "two_processes", lambda trial, source: None)
+
+
+def test_every_kind_of_part_has_a_row_and_a_template() -> None:
+    assert sorted(row.plural for row in KINDS) == sorted(plural for plural, _, _ in REGISTRIES)
+    for row in KINDS:
+        kind = row.plural if row.plural == "guidance" else row.plural.removesuffix("s")
+        assert kind in template_kinds()
+        if not row.block:
+            assert assignment(kind, "x") == row.assignment("x")
+    assert len(template_kinds()) == len(KINDS)
+
+
+@pytest.mark.parametrize("kind", template_kinds())
+def test_a_new_plugin_of_any_kind_passes_the_checks(folder, monkeypatch, kind) -> None:
+    """The others are passed by one of them, below."""
+    only(monkeypatch, "documentation", "contract", "recipe round trip", "bfloat16")
+    source = Source.read(folder(kind))
+    assert list(source.problems()) == []
+    verdicts = list(kit.check_plugin(source.host(), f"my_{kind}", source=source))
+    assert len(verdicts) in (4, 5)
+    assert [v for v in verdicts if v.problem] == []
+
+
+def test_the_command_checks_a_folder_and_says_what_it_checked(folder, monkeypatch) -> None:
+    """The tutorial's test runs it with compiled blocks and two processes."""
+    titles = ["documentation", "contract", "recipe round trip", "save and resume",
+              "latent contract", "bfloat16"]  # fmt: skip
+    only(monkeypatch, *titles)
+    done = e2ediff("plugins", "check", folder("objective"))
+    assert done.code == 0, done.out + done.err
+    *checks, last = done.out.splitlines()
+    found = [line.removeprefix("ok    objective my_objective  ") for line in checks]
+    assert found == [*titles, "two processes"]
+    assert last == "7 checks passed"
+
+
+def problems(part, plural):
+    """What the checks say of a part, by check."""
+
+    def register(add):
+        add("broken", part)
+
+    host, module = load(entry_points=False), ModuleType("broken")
+    setattr(module, f"register_{plural}", hookimpl(register))
+    host.add(module, Plugin("broken"))
+    return {v.check: v.problem for v in kit.check_plugin(host, "broken") if v.problem}
+
+
+@attrs.frozen(kw_only=True)
+class Undocumented(Detached):
+    """Nothing of its option."""
+
+    speed: float = 1.0
+
+
+@attrs.frozen(kw_only=True)
+class LeaksGradient(Detached):
+    """Declares that denoising stops, and lets it through."""
+
+    def terms(self, nets, batch, draw, phase):
+        terms = super().terms(nets, batch, draw, phase)
+        losses = {**terms.losses, "denoising": terms.losses["denoising"] + terms.z.mean()}
+        return Terms(losses, terms.weights, terms.z)
+
+
+@attrs.frozen(kw_only=True)
+class Counts(SGD):
+    """Its factor hangs on how often it was asked, which no checkpoint has."""
+
+    calls: list[int] = attrs.field(factory=list, eq=False, init=False)
+
+    def factor(self, images, total):
+        self.calls.append(1)
+        return 1 / len(self.calls)
+
+
+@attrs.frozen(kw_only=True)
+class Overflows(Detached):
+    """Its loss is no number in half precision."""
+
+    def terms(self, nets, batch, draw, phase):
+        terms = super().terms(nets, batch, draw, phase)
+        if torch.is_autocast_enabled("cpu"):
+            return Terms({k: v / 0 for k, v in terms.losses.items()}, terms.weights, terms.z)
+        return terms
+
+
+@pytest.mark.parametrize(
+    ("part", "plural", "check", "says"),
+    [
+        (Undocumented, "objectives", "documentation", "does not describe `speed`"),
+        (LeaksGradient, "objectives", "contract", "wrap its latent in sg(...), or take it out"),
+        (Counts, "optimizers", "save and resume", "keep no state but buffers"),
+        (Overflows, "objectives", "bfloat16", "take losses in float32"),
+    ],
+)
+def test_a_broken_part_fails_its_check_and_is_told_what_to_change(
+    monkeypatch, part, plural, check, says
+) -> None:
+    only(monkeypatch, "contract", check)
+    found = problems(part, plural)
+    assert set(found) == {check}
+    assert says in found[check]
+    assert "\n" not in found[check]
+
+
+def test_a_step_that_knows_its_process_is_found_out(folder, monkeypatch) -> None:
+    only(monkeypatch, "two processes")
+    path = folder("objective", "my_odd")
+    module = path / "e2ediff_my_odd.py"
+    text = module.read_text()
+    odd = (
+        "        import torch.distributed as d\n"
+        "        odd = 2.0 if d.is_initialized() and d.get_rank() == 1 else 1.0\n"
+        "        losses = {k: v * odd for k, v in losses.items()}\n"
+        "        return Terms("
+    )
+    module.write_text(text.replace("        return Terms(", odd))
+    source = Source.read(path)
+    (verdict,) = kit.check_plugin(source.host(), "my_odd", source=source)
+    assert verdict.check == "two processes"
+    assert "DDP of two processes changes the gradient of joint: " in verdict.problem
+
+
+def test_a_part_that_does_not_fit_the_small_recipe_says_what_it_needs(folder, monkeypatch) -> None:
+    only(monkeypatch, "documentation")
+    source = Source.read(folder("backbone"))
+    module = source.folder / "e2ediff_my_backbone.py"
+    module.write_text(module.read_text().replace("default=8", "default=7"))
+    host = source.host()
+    (verdict,) = kit.check_plugin(host, "my_backbone")
+    assert verdict.check == "fits a recipe"
+    assert "backbone.patch: 7 does not divide 16 x 16" in verdict.problem
+    assert verdict.problem.endswith("Give what it needs with --set.")
+    verdicts = list(kit.check_plugin(host, "my_backbone", ["data.size=21"]))
+    assert [v.problem for v in verdicts] == ["", ""]
+
+
+def test_the_command_names_what_fails_and_ends_with_4(folder, monkeypatch) -> None:
+    only(monkeypatch, "contract")
+    path = folder("interpolant")
+    module = path / "e2ediff_my_interpolant.py"
+    module.write_text(module.read_text().replace("return -self.alpha_dot(t)", "return t"))
+    shutil.rmtree(path / "tests")
+    done = e2ediff("plugins", "check", path)
+    assert done.code == 4
+    assert "FAIL  e2ediff-my-interpolant  package: there is no test; call a check of" in done.out
+    assert (
+        "FAIL  interpolant my_interpolant  contract: MyInterpolant: sigma_dot is off" in done.out
+    )
+    assert done.err.startswith(f"error: {path}: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["new", "x", "--kind", "objectiv"], "--kind objectiv: expected one of backbone, "),
+        (["new", "Not-Snake!", "--kind", "objective"], "the name must be snake_case"),
+        (["check", "no-such-plugin"], "there is no plugin and no folder 'no-such-plugin'."),
+        (["info", "no-such-plugin"], "there is no plugin and no folder 'no-such-plugin'."),
+        (["check", "."], "there is no such file, so no plugin lies here"),
+    ],
+)
+def test_a_mistaken_command_says_what_to_do(tmp_path, monkeypatch, words, says) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = e2ediff("plugins", *words)
+    assert done.code in (2, 4)
+    assert says in done.err
+
+
+def test_new_does_not_write_into_a_folder_that_holds_something(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        e2ediff("plugins", "new", "my-part", "--kind", "time-sampler").out == "e2ediff-my-part\n"
+    )
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")) == [
+        "e2ediff-my-part/README.md",
+        "e2ediff-my-part/e2ediff_my_part.py",
+        "e2ediff-my-part/pyproject.toml",
+        "e2ediff-my-part/tests/test_my_part.py",
+    ]
+    done = e2ediff("plugins", "new", "my-part", "--kind", "sampler")
+    assert (done.code, "is not empty" in done.err) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("requires", "says"),
+    [
+        (["torch", "e2ediff>=0.1,<0.2"], []),
+        (["e2ediff~=0.1.0"], []),
+        (["e2ediff>=0.1"], ["has no upper bound"]),
+        ([], ["does not depend on e2ediff"]),
+    ],
+)
+def test_a_package_states_the_e2ediff_it_is_for(requires, says) -> None:
+    found = list(unbounded(tuple(requires)))
+    assert len(found) == len(says)
+    assert all(word in text for word, text in zip(says, found, strict=True))
+
+
+def test_info_shows_parts_with_options_and_of_a_broken_plugin_the_traceback(inside) -> None:
+    source = write_plugin("sampler", "my_sampler", str(inside.cwd / "new"))
+    inside.install("good-one", (source / "e2ediff_my_sampler.py").read_text())
+    inside.install("bad-one", "def f():\n    raise RuntimeError('why')\nf()")
+    assert {e.name for e in installed()} >= {"good-one", "bad-one"}
+    done = e2ediff("plugins", "info", "good-one")
+    assert "\n  samplers\n    my_sampler  [good-one]  The midpoint rule" in done.out
+    assert "\n        steps: int = 25\n" in done.out
+    done = e2ediff("plugins", "info", "bad-one")
+    assert (done.code, "broken    RuntimeError: why\n" in done.out) == (0, True)
+    assert "bad_one.py" in done.out
+
+
+def test_a_folder_whose_module_is_imported_from_elsewhere_is_refused(inside, folder) -> None:
+    path = folder("guidance")
+    shutil.copy(path / "e2ediff_my_guidance.py", inside.path)
+    sys.path.insert(0, str(path))  # so that it is not put in front again
+    sys.path.insert(0, str(inside.path))
+    with pytest.raises(PluginError, match="check the installed plugin by its name instead"):
+        Source.read(path).host()

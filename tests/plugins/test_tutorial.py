@@ -1,0 +1,93 @@
+"""The tutorial on plugins, command by command, in a fresh environment with a wheel of e2ediff."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "tutorial" / "write-a-plugin.md"
+PIP = ["-m", "pip", "--disable-pip-version-check"]
+OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
+
+
+def commands() -> list[str]:
+    """Every line that the page has after a prompt."""
+    blocks = re.findall(r"```console\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python with wheels of e2ediff and its DSD plugin; what they need lies in this one's."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
+    python = folder / "bin" / "python"
+    own = sysconfig.get_path("purelib", vars={"base": str(folder)})
+    Path(own, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    copies = []
+    for source in (ROOT, ROOT / "plugins" / "e2ediff-dsd"):
+        copy = folder / "source" / source.name
+        keep = shutil.ignore_patterns(".*", "build", "dist", "runs", "plugins", "tests")
+        shutil.copytree(source, copy, ignore=keep)
+        copies.append(copy)
+    wheels = folder / "wheels"
+    words = [python, *PIP, "wheel", *OFFLINE, "--wheel-dir", wheels, *copies]
+    for command in (words, [python, *PIP, "install", *OFFLINE, "--force-reinstall", wheels]):
+        if command is not words:
+            command[-1:] = sorted(wheels.glob("*.whl"))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_command_of_the_tutorial_works_as_printed(environment: Path, tmp_path: Path) -> None:
+    """In this order, in an empty folder with the quickstart's recipe."""
+    shutil.copy(ROOT / "recipes" / "quickstart.yaml", tmp_path)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "E2EDIFF_BLOCK")}
+    env |= {
+        "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+        # What pip would fetch to build a wheel is here already.
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_DEPS": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",
+    }
+    where = subprocess.run(
+        [environment / "bin" / "python", "-P", "-c", "import e2ediff; print(e2ediff.__file__)"],
+        env=env, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert Path(where.stdout.strip()).is_relative_to(environment), where.stderr
+    said = {}
+    for command in commands():
+        done = subprocess.run(
+            command, shell=True, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        said[command] = done.stdout
+    assert re.search(
+        r"^even_floor +ok +e2ediff-even-floor 0.1.0 +objectives: even_floor$",
+        said["e2ediff plugins list"],
+        re.MULTILINE,
+    )
+    assert said["e2ediff plugins check even_floor"].endswith("8 checks passed\n")
+    assert (tmp_path / "runs/even/samples/seed-0/grid.png").exists()
+    assert list((tmp_path / "dist").glob("e2ediff_even_floor-0.1.0-*.whl"))
+
+
+def test_the_tutorial_has_the_commands_that_its_test_looks_at() -> None:
+    words = [command.split()[:3] for command in commands()]
+    for expected in (["e2ediff", "plugins", "new"], ["e2ediff", "plugins", "check"],
+                     ["e2ediff", "run", "quickstart.yaml"], ["e2ediff", "sample", "runs/even"],
+                     ["pip", "install", "./e2ediff-even-floor"]):  # fmt: skip
+        assert expected in words
