@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import attrs
 import pytest
 import torch
 
+from e2ediff.diagnostic import Probe
 from e2ediff.host.recipe import Alarm
 from e2ediff.parts.collapse import LatentHealth, content_std, effective_rank
 from e2ediff.run.alarm import Watch
@@ -73,7 +73,7 @@ def follow(series, seed: int, alarm: Alarm | None = None) -> tuple[int | None, i
     first, lost, heard = series(1, seed), None, None
     for i in range(1, LOOKS):
         z = series(i, seed)
-        probe = _Probe(z)
+        probe = probe_of(z)
         figures = health.measure(probe)
         watch.hear(QUIET)
         found = watch.look(figures, health.verdict(figures))
@@ -82,13 +82,9 @@ def follow(series, seed: int, alarm: Alarm | None = None) -> tuple[int | None, i
     return lost, heard
 
 
-@attrs.frozen
-class _Probe:
-    z: torch.Tensor
-
-    @property
-    def raw(self) -> torch.Tensor:
-        return self.z
+def probe_of(z: torch.Tensor) -> Probe:
+    x, label = torch.zeros(len(z), 1, 4, 4), torch.zeros(len(z), dtype=torch.long)
+    return Probe(x, label, z, z, "x0")
 
 
 COLLAPSES = [dead, rank_one, slow_decay, fading, channel_by_channel, positions_only]
