@@ -21,7 +21,7 @@ from e2ediff.forecast.flops import without_weights
 from e2ediff.forecast.rehearsal import Passage, blank_batch, optimizer_step
 from e2ediff.host.recipe import Recipe
 from e2ediff.run.assembly import Assembly, assemble
-from e2ediff.run.snapshot import take
+from e2ediff.run.snapshot import tensors_of
 
 _CPU = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
             peaks[size], updating = turns.passing, turns.end()
         state = _state(parts, max(passages[rows].gradients.values()))
         state["images of the probe"] = _bytes([watched_images.x])
-        files = take(parts, batch.x[:2]).files.values()
+        files = tensors_of(parts)[0].values()
         checkpoint = _bytes(t for file in files for t in file.values())
     apart = rows - other
     return Memory(

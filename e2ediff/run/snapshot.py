@@ -33,18 +33,12 @@ def take(parts: Assembly, calibration: Tensor, *, keep: bool = True) -> Snapshot
     `calibration` (M, C, H, W).
     All processes of a run take it together; those that do not `keep` it get no tensors.
     """
-    nets, names = parts.nets, _names(parts)
+    nets = parts.nets
     with parts.parallel.whole():
         calibrate(nets.online, calibration)
         for average in parts.averages.values():
             calibrate(average.net, calibration)
-    held: dict[str, Mapping[str, Tensor]] = {"online": nets.online.state_dict()}
-    if len(nets.heads):
-        held["heads"] = nets.heads.state_dict()
-    held |= {name: average.net.state_dict() for name, average in parts.averages.items()}
-    optimizers: dict[str, JSON] = {}
-    for phase, optimizer in parts.optimizers.items():
-        held[f"optimizer-{phase}"], optimizers[phase] = flatten_optimizer(optimizer, names)
+    held, optimizers = tensors_of(parts)
     files = {file: _gathered(tensors, keep=keep) for file, tensors in held.items()}
     state: dict[str, JSON] = {
         "averages": {n: a.updates for n, a in parts.averages.items()},
@@ -54,6 +48,21 @@ def take(parts: Assembly, calibration: Tensor, *, keep: bool = True) -> Snapshot
     sets = {"online": nets.online, **{name: a.net for name, a in parts.averages.items()}}
     state["latent"] = {name: _contract(net, calibration) for name, net in sets.items()}
     return Snapshot(files, state)
+
+
+def tensors_of(
+    parts: Assembly,
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, JSON]]:
+    """All tensors of a checkpoint, by file, and what else the optimizers hold, by phase."""
+    nets, names = parts.nets, _names(parts)
+    held: dict[str, Mapping[str, Tensor]] = {"online": nets.online.state_dict()}
+    if len(nets.heads):
+        held["heads"] = nets.heads.state_dict()
+    held |= {name: average.net.state_dict() for name, average in parts.averages.items()}
+    optimizers: dict[str, JSON] = {}
+    for phase, optimizer in parts.optimizers.items():
+        held[f"optimizer-{phase}"], optimizers[phase] = flatten_optimizer(optimizer, names)
+    return held, optimizers
 
 
 @torch.no_grad()

@@ -178,9 +178,9 @@ def test_all_that_is_wrong_in_a_recipe_and_in_set_is_said_at_once_and_nothing_is
     assert lines[2].startswith(
         "  tiny.yaml:6:34: backbone: unknown option 'depht'. Did you mean 'depth'? Options: "
     )
-    assert lines[3] == (
+    assert lines[3].startswith(
         "  --set 1: interpolant: unknown interpolant 'liner'. Did you mean 'linear'? "
-        "Known: cosine, linear, ve."
+        "Known: cosine, linear, "
     )
     assert lines[4] == "  --set 2: optimizer.lr: 'lr' must be > 0: -1.0"
     assert len(lines) == 5
