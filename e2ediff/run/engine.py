@@ -141,8 +141,10 @@ class Engine:
 
     def _asked(self, stop: Stop) -> bool:
         """Whether any process was asked to stop: all of them then stop after the same step."""
-        stop.signal = self.world.highest(stop.signal or 0) or None
-        return stop.asked
+        agreed = self.world.highest(stop.signal or 0)
+        if agreed:  # else a signal may have come while the processes agreed: it counts next time
+            stop.signal = agreed
+        return bool(agreed)
 
     def _batches(self) -> Iterator[Batch]:
         r = self.recipe

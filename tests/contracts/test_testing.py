@@ -166,8 +166,8 @@ class Growing(SGD):
 
 @wrong(testing.check_optimizer, "exactly once")
 class Forgets(SGD):
-    def groups(self, named):
-        return super().groups(named)[:1]
+    def build(self, named):
+        return super().build(named[:1])
 
 
 @wrong(testing.check_optimizer, "downhill|did not lower")

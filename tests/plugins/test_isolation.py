@@ -17,7 +17,7 @@ from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.host.survey import survey
 
-OURS = "dsd,unite,rivals,varfloor"  # the plugins of this repository
+OURS = "dsd,unite,jit,rivals,varfloor"  # the plugins of this repository
 
 GOOD = """
 import attrs
