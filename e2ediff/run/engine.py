@@ -265,7 +265,7 @@ class Engine:
         # All measure, lest one waits for the others' share of the weights; one decides.
         found = self.world.share(found)
         seconds = time.perf_counter() - pause
-        self.health |= found
+        self.health = found  # a figure of an earlier survey would look like one of now
         self._record({**found, "wall_look_seconds": round(seconds, 4)})
         self._notify("diagnosed", step=self.step, values=found)
         if self.step > 0:
