@@ -32,11 +32,16 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def _bures(a: Tensor, b: Tensor) -> float:
-    values, vectors = torch.linalg.eigh((a + a.T) / 2)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    product = root @ b @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
+    # tr (A^1/2 B A^1/2)^1/2 is the sum of the singular values of A^1/2 B^1/2, without squaring.
+    cross = torch.linalg.svdvals(_root(a).T @ _root(b)).sum()
     return float(a.trace() + b.trace() - 2 * cross)
+
+
+def _root(c: Tensor) -> Tensor:
+    """R with R R^T = c; eigenvalues that are rounding alone count as 0, lest their roots count."""
+    values, vectors = torch.linalg.eigh((c + c.T) / 2)
+    least = len(c) * torch.finfo(c.dtype).eps * values.max().clamp_min(0)
+    return vectors * torch.where(values > least, values, 0.0).sqrt()
 
 
 def frechet_error(

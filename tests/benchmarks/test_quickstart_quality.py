@@ -59,8 +59,7 @@ def test_frechet_distance_has_the_closed_form_of_commuting_gaussians(judge: Modu
     first = with_moments(torch.zeros(3).double(), turn.Q * a)
     second = with_moments(mean, turn.Q * b)
     expected = mean.square().sum() + (a - b).square().sum()
-    # The second covariance is singular: the root of a rounding error of 1e-16 is 1e-8.
-    assert judge.frechet_distance(first, second) == pytest.approx(float(expected), abs=2e-7)
+    assert judge.frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_frechet_distance_agrees_with_scipy_where_covariances_do_not_commute(
