@@ -113,7 +113,8 @@ def _train(recipe: str, overrides: tuple[str, ...], out: str | None, *, resume: 
                 )
             click.echo(outcome.path)
             sys.stdout.flush()
-        note_end(outcome.exit_code)
+        code = outcome.exit_code
+        note_end(code)
         world.leave()
     except (Exception, KeyboardInterrupt) as caught:
         if world.size == 1:
@@ -131,7 +132,10 @@ def _train(recipe: str, overrides: tuple[str, ...], out: str | None, *, resume: 
             sys.stderr.flush()
 
         world.speak(say)
-        # Not by sys.exit: the group's threads may wait for processes that are gone.
+    if world.size > 1:
+        # Not by sys.exit: the group's threads may wait for processes that are gone, and one that
+        # asks for the interpreter while it shuts down would replace the exit code by SIGABRT's.
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
-    return outcome.exit_code
+    return code

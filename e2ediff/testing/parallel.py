@@ -6,11 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from e2ediff.data import Batch
 from e2ediff.host.plugins import load
@@ -22,7 +27,9 @@ from e2ediff.run.step import Step
 from e2ediff.testing.source import Source
 from e2ediff.testing.trials import Trial, compare, gradients, gradients_of, share, trial_batch
 
+_HERE = "127.0.0.1"
 _LIMIT = 180.0  # seconds for both processes, imports included
+_PATIENCE = timedelta(seconds=120)  # of one for the other, so that it says what it waits for
 
 
 class Total(nn.Module):
@@ -46,19 +53,20 @@ def two_processes(trial: Trial, source: Source | None) -> None:
     """
     spec = trial.folder / "processes.json"
     out = str(trial.folder / "gradients.safetensors")
-    body: dict[str, str | list[str]] = {
+    store = TCPStore(_HERE, 0, is_master=True, wait_for_workers=False)  # on a port that is free
+    body: dict[str, str | int | list[str]] = {
         "recipe": dump_recipe(trial.host, trial.recipe),
         "source": str(source.folder) if source else "",
-        "path": [os.path.abspath(entry or ".") for entry in sys.path],
-        "store": str(trial.folder / "store"),
+        "port": store.port,
         "out": out,
     }
     spec.write_text(json.dumps(body), encoding="utf-8")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(body["path"]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(os.path.abspath(entry or ".") for entry in sys.path)
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     errors = [trial.folder / f"rank{rank}.txt" for rank in range(2)]
     processes = []
-    for rank, path in enumerate(errors):
-        with open(path, "w", encoding="utf-8") as file:
+    for rank, error in enumerate(errors):
+        with open(error, "w", encoding="utf-8") as file:
             words = [sys.executable, "-P", "-m", "e2ediff.testing.parallel", str(spec), str(rank)]
             processes.append(subprocess.Popen(words, env=env, stdout=file, stderr=file))  # noqa: S603
     try:
@@ -66,7 +74,7 @@ def two_processes(trial: Trial, source: Source | None) -> None:
     finally:
         for process in processes:
             process.kill()
-    said = [path.read_text(encoding="utf-8").strip().rpartition("\n")[2] for path in errors]
+    said = [error.read_text(encoding="utf-8").strip().rpartition("\n")[2] for error in errors]
     failed = [text or f"exit code {code}" for code, text in zip(codes, said, strict=True) if code]
     assert not failed, (
         f"a step in two processes failed: {failed[0]}; use no parameter that `nets` does not "
@@ -79,10 +87,24 @@ def two_processes(trial: Trial, source: Source | None) -> None:
 def main() -> None:
     """One of the two processes."""
     spec, rank = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[2])
+    try:
+        _step(spec, rank)
+        code = 0
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by sys.exit: a thread of the group that asks for the interpreter while it shuts down
+    # ends the process with SIGABRT, and its word would hide the error.
+    os._exit(code)
+
+
+def _step(spec: Mapping[str, Any], rank: int) -> None:
     host = Source.read(spec["source"]).host() if spec["source"] else load()
     recipe = parse_recipe(host, spec["recipe"], "the trial's recipe")
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{spec['store']}", rank=rank, world_size=2
+        "gloo", store=TCPStore(_HERE, spec["port"]), rank=rank, world_size=2, timeout=_PATIENCE
     )
     parts, found = assemble(recipe, torch.device("cpu")), dict[str, Tensor]()
     batch = trial_batch(recipe)
@@ -98,6 +120,7 @@ def main() -> None:
         found |= {f"{phase}: heads.{k}": g for k, g in gradients_of(parts.nets.heads)}
     if rank == 0:
         save_file(found, spec["out"])
+    torch.distributed.barrier()  # neither goes while the other still reads from it
     torch.distributed.destroy_process_group()
 
 
