@@ -41,7 +41,8 @@ def _root(c: Tensor) -> Tensor:
     """R with R R^T = c; eigenvalues that are rounding alone count as 0, lest their roots count."""
     values, vectors = torch.linalg.eigh((c + c.T) / 2)
     least = len(c) * torch.finfo(c.dtype).eps * values.max().clamp_min(0)
-    return vectors * torch.where(values > least, values, 0.0).sqrt()
+    root: Tensor = vectors * torch.where(values > least, values, 0.0).sqrt()
+    return root
 
 
 def frechet_error(
