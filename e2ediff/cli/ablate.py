@@ -34,7 +34,11 @@ import click
 @click.option(
     "--dry-run", is_flag=True, help="Check and count all cells; train and write nothing."
 )
-@click.option("--resume", is_flag=True, help="Continue the ablation in --out, or the newest one.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the ablation in --out, or the newest one; --seeds may name more seeds.",
+)
 def command(
     recipe: str,
     vary: tuple[str, ...],
@@ -74,6 +78,8 @@ def command(
     if dry_run:
         for line in plan_lines(plan):
             click.echo(line)
+        for line in plan.remarks():
+            click.echo(line, err=True)
         return 0
     if resume:
         group = Group.open(out) if out else Group.latest(plan.name)
@@ -86,7 +92,10 @@ def command(
         group = Group.create(out, plan, environment)
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     with group, Progress() as progress, Stop() as stop:
+        group.extend(plan)
         progress.say(f"ablation {group.path}: {len(plan.cells)} cells, {len(plan.jobs)} runs")
+        for line in plan.remarks():
+            progress.say(line)
         ended = train_all(
             group, plan.jobs, at_once=jobs, threads=threads, progress=progress, stop=stop
         )

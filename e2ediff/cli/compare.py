@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from e2ediff.cli.options import JUDGE
+
 
 @click.command("compare")
 @click.argument("runs", metavar="RUN|SCORES RUN|SCORES...", nargs=-1, required=True)
@@ -11,7 +13,10 @@ import click
 @click.option(
     "--regardless", is_flag=True, help="Rank scores that were not measured in the same way."
 )
-def command(runs: tuple[str, ...], out: str | None, *, regardless: bool) -> None:
+@click.option("--judge", metavar="FIGURE", help=JUDGE)
+def command(
+    runs: tuple[str, ...], out: str | None, judge: str | None, *, regardless: bool
+) -> None:
     """Print final figures of RUNs, and what differs in their recipes; or rank SCORES.
 
     Runs whose recipes differ in nothing but the seed are seeds of one cell.
@@ -22,8 +27,8 @@ def command(runs: tuple[str, ...], out: str | None, *, regardless: bool) -> None
     if len(runs) < 2:
         raise click.UsageError("give two runs or more; `e2ediff report` is for one")
     if all(place.endswith(".json") for place in runs):
-        if out:
-            raise click.UsageError("--out writes a page on runs, not on score files")
+        if out or judge:
+            raise click.UsageError("--out and --judge are for runs, not for score files")
         _rank(runs, regardless=regardless)
         return
     from e2ediff.host.plugins import load
@@ -34,13 +39,13 @@ def command(runs: tuple[str, ...], out: str | None, *, regardless: bool) -> None
     from e2ediff.report.write import write_report
 
     gathered = gather_runs(load(), runs)
-    summary = summarize(gathered)
+    summary = summarize(gathered, judge)
     for line in plain_lines(summary, differing(gathered)):
         click.echo(line)
     for sentence in verdict(gathered, summary):
         click.echo(sentence, err=True)
     if out:
-        written, _ = write_report(gathered, out)
+        written, _ = write_report(gathered, out, judge)
         click.echo(written.html)
 
 

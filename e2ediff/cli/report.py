@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import click
 
+from e2ediff.cli.options import JUDGE
+
 
 @click.command("report")
 @click.argument("place", metavar="RUN|GROUP")
 @click.option("--out", metavar="FILE", help="An HTML file. Default: report.html in RUN or GROUP.")
-def command(place: str, out: str | None) -> None:
+@click.option("--judge", metavar="FIGURE", help=JUDGE)
+def command(place: str, out: str | None, judge: str | None) -> None:
     """Write one HTML page on RUN or on the ablation GROUP, which opens without a network.
 
     Beside it its table as CSV and LaTeX, and all figures as JSON.
@@ -18,7 +21,7 @@ def command(place: str, out: str | None) -> None:
     from e2ediff.report.gather import gather
     from e2ediff.report.write import write_report
 
-    written, sentences = write_report(gather(load(), place), out)
+    written, sentences = write_report(gather(load(), place), out, judge)
     for sentence in sentences:
         click.echo(sentence, err=True)
     click.echo(written.html)

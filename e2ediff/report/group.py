@@ -152,12 +152,14 @@ class Group:
             return False  # none yet, or damaged: then the run itself says so
 
     def refuse_other(self, plan: Plan) -> None:
-        """Let only the ablation continue here that was begun here.
+        """Let only the ablation continue here that was begun here, perhaps with more seeds.
 
         Raises:
             RecipeError: What differs, as it was and as it is.
         """
         before, now = _flat(self.spec), _flat(plan.spec())
+        if set(self.spec["seeds"]) < set(plan.seeds):
+            now["--seeds"] = before["--seeds"]
         found = [
             Problem(
                 path,
@@ -171,6 +173,17 @@ class Group:
         options = [p for p in found if not p.where.startswith("cells.")]
         if found:  # other options make other cells: they say it all
             raise RecipeError(f"{plan.recipe} (--resume)", options or found)
+
+    def extend(self, plan: Plan) -> None:
+        """Take up the plan's further seeds, and the command that names them; inside of `with`.
+
+        Raises:
+            ResourceError: It cannot be written.
+        """
+        if list(plan.seeds) == self.spec["seeds"]:
+            return
+        self.spec = {**self.spec, "seeds": list(plan.seeds), "command": plan.command()}
+        self.store.write(SPEC, json.dumps(self.spec, indent=1).encode() + b"\n")
 
 
 def leaves(node: Node, path: str = "") -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import attrs
 import fsspec
+import yaml
 
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.plugins import Host
@@ -76,6 +77,18 @@ class Plan:
             words += ["--set", text]
         return [*words, "--baseline", self.baseline, "--match", self.match]
 
+    def remarks(self) -> list[str]:
+        """What the cells' recipes leave out that the report would say more with."""
+        silent = [name for name, text in self.resolved.items() if not _has_scores(text)]
+        if not silent:
+            return []
+        some = "the recipe has" if len(silent) == len(self.resolved) else f"{silent[0]} has"
+        return [
+            f"{some} no `scores`, so that cells are judged by their reconstructions and not by "
+            "their samples; to measure both, add: --set 'scores={every: 100000, features: "
+            "random_projection, metrics: [kid]}'"
+        ]
+
     def spec(self) -> dict[str, Any]:
         """What must be the same when the ablation is resumed, and what each cell is."""
         overrides = {j.cell: j.overrides for j in self.jobs if j.seed == self.seeds[0]}
@@ -96,6 +109,10 @@ class Plan:
                 for name, cost in self.costs.items()
             },
         }
+
+
+def _has_scores(resolved: str) -> bool:
+    return yaml.safe_load(resolved).get("scores") is not None
 
 
 def make_plan(

@@ -8,6 +8,7 @@ import attrs
 
 from e2ediff.metric import is_distance
 from e2ediff.report.gather import Gathered, Run
+from e2ediff.report.grid import GridError
 from e2ediff.report.statistics import Difference, paired, spread
 
 MINUS = "\N{MINUS SIGN}"
@@ -86,16 +87,24 @@ def counted_runs(gathered: Gathered, cell: str) -> list[Run]:
     return [run for run in runs if run.figures]
 
 
-def summarize(gathered: Gathered, judged: str = "psnr") -> Summary:
+def summarize(gathered: Gathered, judged: str | None = None) -> Summary:
     """Figures of every cell, with differences to the baseline.
 
     Args:
         gathered: The runs.
-        judged: The figure that the verdict is about.
+        judged: The figure that the verdict is about; by default a distance of samples that every
+            cell has, where there is one, else the PSNR of reconstructions.
+
+    Raises:
+        GridError: No run has the figure `judged`.
     """
     used = {cell: counted_runs(gathered, cell) for cell in gathered.cells}
     by_cell = {cell: _values(runs) for cell, runs in used.items()}
     seen = {key for values in by_cell.values() for key in values}
+    if judged is not None and judged not in seen:
+        raise GridError(
+            f"--judge {judged}: no run has this figure. There are: {', '.join(sorted(seen))}."
+        )
     columns = columns_of(seen)
     base = by_cell[gathered.baseline]
     every = [*columns, *_further(seen, columns)]
@@ -113,8 +122,21 @@ def summarize(gathered: Gathered, judged: str = "psnr") -> Summary:
             collapsed=sum(bool(run.collapse) for run in gathered.cells[cell]),
             figures=figures,
         )
-    about = next((c for c in every if c.key == judged), Column(judged, judged))
+    key = judged or judged_of([values for values in by_cell.values() if values])
+    about = next((c for c in every if c.key == key), Column(key, key))
     return Summary(columns, every[len(columns) :], cells, gathered.baseline, about)
+
+
+def judged_of(cells: Sequence[Mapping[str, object]]) -> str:
+    """What shows best which cell is better: samples before reconstructions, evaluations first."""
+    shared = sorted(set.intersection(*(set(cell) for cell in cells))) if cells else []
+    samples = [key for key in shared if of_samples(key)]
+    return min(samples, key=lambda key: key.startswith("g"), default="psnr")
+
+
+def of_samples(key: str) -> bool:
+    """Whether a figure is a distance of samples: of `e2ediff eval`, or of a recipe's `scores`."""
+    return is_distance(key) and not key.startswith("r")
 
 
 def columns_of(seen: set[str]) -> list[Column]:
@@ -124,7 +146,8 @@ def columns_of(seen: set[str]) -> list[Column]:
         for key in sorted(seen)
         if key.startswith("loss/")
     ]
-    return [column for column in (*LATENTS, *losses, *_COST) if column.key in seen]
+    samples = [Column(key, key, ".4g", "low") for key in sorted(seen) if of_samples(key)]
+    return [column for column in (*samples, *LATENTS, *losses, *_COST) if column.key in seen]
 
 
 def _further(seen: set[str], columns: Sequence[Column]) -> list[Column]:

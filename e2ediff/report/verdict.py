@@ -66,7 +66,10 @@ def _best(summary: Summary) -> list[str]:
         f"{best.name} has the {word} {column.title}{among}: {_value(best.figures[key], column)}."
     ]
     if key == "psnr":
-        found.append("PSNR judges reconstruction; it does not judge samples.")
+        found.append(
+            "PSNR judges reconstruction; it does not judge samples, which `scores` in the recipe "
+            "and e2ediff eval do."
+        )
     if key not in baseline.figures:
         return [*found, f"The baseline {baseline.name} has none: no difference can be given."]
     if best is baseline:

@@ -14,22 +14,25 @@ from e2ediff.report.verdict import verdict
 from e2ediff.run.storage import Store
 
 
-def write_report(gathered: Gathered, out: str | None = None) -> tuple[Written, list[str]]:
+def write_report(
+    gathered: Gathered, out: str | None = None, judged: str | None = None
+) -> tuple[Written, list[str]]:
     """Write a report.
 
     Args:
         gathered: What it is about.
         out: The page's file. By default `report.html` in the directory of the run or ablation,
             beside `report.json`, `table.csv` and `table.tex`; otherwise these are named as it is.
+        judged: The figure that the verdict is about, as `summarize` has it.
 
     Returns:
         Where the files are, and the verdict.
 
     Raises:
-        GridError: `out` does not end in .html.
+        GridError: `out` does not end in .html, or no run has the figure `judged`.
         ResourceError: A file cannot be written.
     """
-    summary: Summary = summarize(gathered)
+    summary: Summary = summarize(gathered, judged)
     sentences = verdict(gathered, summary)
     written = datetime.now(UTC).isoformat(timespec="seconds")
     folder, names = _names(gathered, out)

@@ -84,6 +84,24 @@ def test_resume_skips_runs_that_are_done_and_continues_the_others(group, made):
     assert kinds.count("kernels") == 2  # started, and started again
 
 
+def test_more_seeds_join_an_ablation_that_is_resumed(group, made):
+    """Only the new ones train; the report and the command that repeats it have all of them."""
+    spec = json.loads((group / "spec.json").read_text())
+    spec["vary"] = ["objective=detached"]
+    spec["cells"] = {"detached": spec["cells"]["detached"]}
+    spec["baseline"] = "detached"
+    (group / "spec.json").write_text(json.dumps(spec))
+    words = [spec["vary"][0] if w.startswith("objective=") else w for w in made.words]
+    words[words.index("0,1")] = "0,1,5"
+    done = e2ediff(*words, "--resume")
+    assert done.code == 0, done.err
+    assert done.err.count("done before") == 2
+    report = json.loads((group / "report.json").read_text())
+    assert [run["seed"] for run in report["runs"]] == [0, 1, 5]
+    assert {run["state"] for run in report["runs"]} == {"done"}
+    assert report["command"][report["command"].index("--seeds") + 1] == "0,1,5"
+
+
 def test_resuming_another_ablation_is_refused_with_both(group, made):
     words = list(made.words)
     words[words.index("0,1")] = "0,2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,12 @@ def test_the_command_of_a_plan_makes_the_same_plan(host):
         given["--match"][0],
     )
     assert again == plan
+
+
+def test_cells_that_do_not_measure_samples_are_remarked_with_what_would():
+    words = ("ablate", "tiny.yaml", "--vary", "objective=coupled,detached", "--dry-run")
+    done = e2ediff(*words)
+    (setting,) = re.findall(r"--set '(scores=.*)'", done.err)
+    assert "judged by their reconstructions" in done.err
+    done = e2ediff(*words, "--set", setting, "--set", "data.count=600")
+    assert (done.code, "scores" in done.err) == (0, False), done.err

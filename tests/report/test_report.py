@@ -18,7 +18,7 @@ from PIL import Image
 from e2ediff.report.charts import Line, chart, ticks
 from e2ediff.report.gather import final_figures, gather, gather_runs
 from e2ediff.report.sheets import data_uri, rows
-from e2ediff.report.summary import number, signed, summarize
+from e2ediff.report.summary import judged_of, number, signed, summarize
 from e2ediff.report.tables import csv_text, tex, tex_text
 from e2ediff.report.verdict import verdict
 
@@ -209,19 +209,23 @@ def test_compare_prints_figures_and_what_differs(group):
 # What the verdict claims
 
 
-def told(group: Path, host, **psnr: list[float]) -> str:
+def told(
+    group: Path, host, judged: str | None = None, figure: str = "psnr", **found: list[float]
+) -> str:
     """The verdict on cells with these figures, a seed each."""
     gathered = gather_runs(host, [str(group / "runs" / "coupled-seed0")])
     (one,) = gathered.runs
     cells = {
         cell: [
-            attrs.evolve(one, cell=cell, seed=seed, figures={"psnr": value}, events=[])
+            attrs.evolve(
+                one, cell=cell, seed=seed, figures={figure: value, "psnr": value}, events=[]
+            )
             for seed, value in enumerate(values)
         ]
-        for cell, values in psnr.items()
+        for cell, values in found.items()
     }
     made = attrs.evolve(gathered, kind="group", cells=cells, baseline=next(iter(cells)))
-    return " ".join(verdict(made, summarize(made)))
+    return " ".join(verdict(made, summarize(made, judged)))
 
 
 def test_the_verdict_calls_real_what_more_seeds_would_repeat(group, host):
@@ -229,6 +233,32 @@ def test_the_verdict_calls_real_what_more_seeds_would_repeat(group, host):
     assert said.startswith("new has the highest PSNR (dB): 21.00 ± 0.60 over 3 seeds.")
     assert "new minus base: +1.00, 95% interval [+0.75, +1.25] over 3 seeds." in said
     assert "the difference is more than chance between seeds" in said
+
+
+def test_the_verdict_is_about_samples_where_all_cells_have_a_distance_of_theirs(group, host):
+    cells = {"base": [20.0, 20.5, 19.5], "new": [21.0, 21.6, 20.4]}
+    said = told(group, host, figure="gKD-Net", **cells)
+    assert said.startswith("base has the lowest gKD-Net: 20 ± 0.5 over 3 seeds.")
+    assert "It is the baseline; the next is new. new minus base: +1," in said
+    assert told(group, host, judged="psnr", figure="gKD-Net", **cells).startswith("new has the hi")
+    said = told(group, host, figure="rFD-Net", **cells)  # of reconstructions
+    assert said.startswith("new has the highest PSNR (dB)")
+    assert "does not judge samples, which `scores` in the recipe and e2ediff eval do." in said
+
+
+def test_an_evaluation_decides_before_a_score_of_the_training():
+    shared = {"psnr": 0, "gKD-Net": 0, "FD-Net@adm-1a2b3c4d": 0, "rFD-Net@adm-1a2b3c4d": 0}
+    assert judged_of([shared, shared]) == "FD-Net@adm-1a2b3c4d"
+    assert judged_of([shared, {"psnr": 0, "gKD-Net": 0}]) == "gKD-Net"
+    assert judged_of([shared, {"psnr": 0}]) == "psnr"
+    assert judged_of([]) == "psnr"
+
+
+def test_a_figure_that_no_run_has_cannot_be_judged_by(group):
+    done = e2ediff("report", group, "--judge", "fid")
+    assert (done.code, done.out) == (2, "")
+    assert "--judge fid: no run has this figure. There are: " in done.err
+    assert "psnr" in done.err
 
 
 def test_the_verdict_admits_chance(group, host):
