@@ -97,6 +97,8 @@ class Engine:
         )
         already_done = self.step >= r.total_steps
         try:
+            if already_done:
+                self._end_again()
             if self.step == 0:
                 self.look()
             if r.alarm.policy == "rollback" and self.watch.anchor is None:
@@ -138,6 +140,22 @@ class Engine:
             self.finish()
             raise
         return True
+
+    def _end_again(self) -> None:
+        """What a run whose alarm sounded at its last step has left to do.
+
+        Raises:
+            CollapseError: The alarm ends it still.
+        """
+        if self.watch.on and self.recipe.alarm.policy != "warn":
+            raise CollapseError(
+                f"step {self.step}, the last one: the latents have collapsed. "
+                f"{self.watch.advice()}"
+            )
+        if not self.directory.store.exists(f"samples/step-{self.step:08d}.png"):
+            self.preview()
+            if self.scorer is not None:
+                self.score(self.scorer)
 
     def _asked(self, stop: Stop) -> bool:
         """Whether any process was asked to stop: all of them then stop after the same step."""

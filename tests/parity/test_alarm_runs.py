@@ -139,6 +139,18 @@ def test_stop_saves_says_why_and_exits_with_seven(trapped) -> None:
     assert fingerprint(run.out)["step"] == 12
 
 
+def test_a_run_stopped_at_its_last_step_is_not_done_until_a_warning_suffices(trapped) -> None:
+    run = trapped(5, 6)  # look 6 is step 12, the last
+    for resume in (False, True):
+        with pytest.raises(CollapseError, match="step 12"):
+            run.train("alarm.policy=stop", resume=resume)
+        assert (run.status()["state"], run.status()["exit_code"]) == ("failed", 7)
+    assert run.train("alarm.policy=warn", resume=True).exit_code == 0
+    assert run.status()["state"] == "done"
+    assert fingerprint(run.out)["step"] == 12
+    assert (run.out / "samples" / "step-00000012.png").exists()
+
+
 def test_the_command_says_it_in_a_sentence_and_exits_with_seven(tiny_recipe, tmp_path) -> None:
     strict = "diagnostics=[{name: latent_health, rank_fraction: 1.0}]"
     words = ("run", tiny_recipe, "--out", tmp_path / "run", "--set", strict)
