@@ -5,7 +5,7 @@ Shapes: B batch, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import attrs
 from attrs import validators
@@ -31,6 +31,10 @@ class Pixel(Objective):
 
     weight: Space = "v"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
+
+    def stops(self, phase: str) -> Collection[str]:
+        """None: there is no encoder that a loss could train."""
+        return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """An encoder that nothing would train, and an unbounded weight."""

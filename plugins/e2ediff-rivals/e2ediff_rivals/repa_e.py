@@ -5,7 +5,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import attrs
 import torch
@@ -67,6 +67,10 @@ class RepaE(Objective):
     weight: Space = "v"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
     reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
+
+    def stops(self, phase: str) -> Collection[str]:
+        """The denoising loss; the alignment too where it is the denoiser's alone."""
+        return ("denoising",) if self.encoder_weight > 0 else ("denoising", "align")
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """No features to align with, or to align; latents without a norm or a place."""

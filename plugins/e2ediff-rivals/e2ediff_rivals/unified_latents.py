@@ -5,7 +5,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import attrs
@@ -56,6 +56,10 @@ class UnifiedLatents(Objective):
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The perceptual network, where one is named."""
         return self.reconstruction.frozen()
+
+    def stops(self, phase: str) -> Collection[str]:
+        """None: the KL pulls at the encoder."""
+        return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """A latent norm, a prediction that is unbounded, a path that does not end in noise."""
