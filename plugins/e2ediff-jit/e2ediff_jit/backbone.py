@@ -6,6 +6,7 @@ Shapes: B batch, C H W image, N patches, D = C patch^2 pixels of a patch, W widt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -49,6 +50,16 @@ class JiTConfig(BackboneConfig):
     and rotary positions beside sincos ones, adaLN-zero, the bottleneck, 32 in-context class
     tokens, times embedded at frequencies from 1 down. Ours: no dropout, which JiT-B does without.
     """
+
+    trial: ClassVar[tuple[str, ...]] = (
+        "objective=pixel",
+        "backbone.width=16",
+        "backbone.depth=2",
+        "backbone.heads=2",
+        "backbone.patch=8",
+        "backbone.context=2",
+        "backbone.context_start=1",
+    )
 
     width: int = attrs.field(validator=validators.gt(0))
     depth: int = attrs.field(validator=validators.gt(0))

@@ -6,6 +6,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width,
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -57,6 +58,11 @@ class RepaE(Objective):
     scratch. Theirs freezes the denoiser in the encoder's update; here one pass serves both,
     with the gradient into z_t scaled by the ratio of the two weights, which is the same.
     """
+
+    trial: ClassVar[tuple[str, ...]] = (
+        "objective.features={name: random_projection, width: 16}",
+        "objective.feature_dim=16",
+    )
 
     features: FeatureConfig | None = None
     feature_dim: int = attrs.field(default=512, validator=validators.ge(1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import ClassVar
 
 import attrs
 import torch
@@ -48,6 +49,8 @@ class UnifiedLatents(Objective):
     times, z_0 divided by alpha (the decoder then meets sampled, clean latents at the scale it
     was trained on), and no second stage with a prior trained anew.
     """
+
+    trial: ClassVar[tuple[str, ...]] = ("backbone.latent_norm=none",)
 
     logsnr: float = 5.0
     kl_weight: float = attrs.field(default=0.01, validator=validators.gt(0))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -61,6 +62,17 @@ class UniteConfig(BackboneConfig):
     JiT's. Ours: normal quantiles for the random frequencies, and a final layer that does not
     begin at zero, where every latent would be the same.
     """
+
+    trial: ClassVar[tuple[str, ...]] = (
+        "backbone.width=16",
+        "backbone.depth=2",
+        "backbone.heads=2",
+        "backbone.patch=8",
+        "backbone.registers=4",
+        "backbone.latent_dim=4",
+        "backbone.context=2",
+        "backbone.context_start=1",
+    )
 
     width: int = attrs.field(validator=validators.gt(0))
     depth: int = attrs.field(validator=validators.gt(0))
