@@ -59,7 +59,7 @@ def _shaken(nets: Nets) -> Nets:
     g = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for p in [*nets.online.parameters(), *nets.heads.parameters()]:
-            p += 0.1 * torch.randn(p.shape, generator=g)
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
     return nets
 
 
