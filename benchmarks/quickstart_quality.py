@@ -462,6 +462,22 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "device": device, **gpu}
 
 
+def provenance(host: Host, base: Recipe) -> dict[str, Any]:
+    """How a file of results was made: command, date, machine, versions, recipe and sampler."""
+    text = dump_recipe(host, base)
+    sampler = yaml.safe_load(text)["sampler"]
+    return {
+        "command": ["python", *sys.argv],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {name: metadata.version(name) for name in ("e2ediff", "torch", "numpy")}
+        | {"python": platform.python_version()},
+        "plugins": {p.distribution or p.name: p.version for p in host.plugins},
+        "recipe": text,
+        "sampler": sampler if isinstance(sampler, str) else " ".join(map(str, sampler.values())),
+    }
+
+
 def _numbers(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
@@ -531,16 +547,8 @@ def main(
                 entry["figures"] = score_run(out / job.place, judge, data, count=count, seed=seed)
                 click.echo(f"{job.place}: scored", err=True)
             runs.append(entry)
-    sampler = yaml.safe_load(dump_recipe(host, base))["sampler"]
     results = {
-        "command": ["python", *sys.argv],
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": {name: metadata.version(name) for name in ("e2ediff", "torch", "numpy")}
-        | {"python": platform.python_version()},
-        "plugins": {p.distribution or p.name: p.version for p in host.plugins},
-        "recipe": dump_recipe(host, base),
-        "sampler": sampler if isinstance(sampler, str) else " ".join(map(str, sampler.values())),
+        **provenance(host, base),
         "seeds": numbers,
         "count": count,
         "jobs": jobs,

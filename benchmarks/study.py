@@ -20,11 +20,8 @@ Runs that are done are not trained again; unfinished ones are resumed.
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +37,8 @@ from quickstart_quality import (
     balanced_labels,
     cost,
     draw_grids,
-    machine,
     one_of_each,
+    provenance,
     real_figures,
     score_run,
     shared_objective,
@@ -52,7 +49,7 @@ from quickstart_quality import (
 
 from e2ediff.errors import E2EDiffError
 from e2ediff.host.plugins import Host, load
-from e2ediff.host.recipe import dump_recipe, load_recipe
+from e2ediff.host.recipe import load_recipe
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.load import load_model
 
@@ -213,16 +210,8 @@ def main(
                 histories.setdefault(job.objective, []).append(metrics)
                 click.echo(f"{job.place}: scored", err=True)
             runs.append(entry)
-    sampler = yaml.safe_load(dump_recipe(host, base))["sampler"]
     results = {
-        "command": ["python", *sys.argv],
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": {name: metadata.version(name) for name in ("e2ediff", "torch", "numpy")}
-        | {"python": platform.python_version()},
-        "plugins": {p.distribution or p.name: p.version for p in host.plugins},
-        "recipe": dump_recipe(host, base),
-        "sampler": sampler if isinstance(sampler, str) else " ".join(map(str, sampler.values())),
+        **provenance(host, base),
         "seeds": numbers,
         "count": count,
         "jobs": jobs,

@@ -6,7 +6,7 @@ Shapes: B batch, C H W image, N tokens, W trunk width (image width is spelled ou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import attrs
@@ -262,6 +262,33 @@ class Trunk(nn.Module):
         x = x[:, extra:]
         shift, scale = self.final(c).chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale), features
+
+
+def initialise(net: nn.Module, small: Iterable[Tensor], zero: Iterable[nn.Linear] = ()) -> None:
+    """Start a network as a DiT: every block leaves its tokens as they are.
+
+    All linears are Xavier's without bias; `small` (embeddings, tokens) is normal with std 0.02;
+    what modulates blocks and trunks is zero, and `zero` too.
+    Randomness: torch's global generator, linears in the order of `net.modules()`, then `small`.
+
+    Source: DiT (Peebles & Xie 2022, arXiv 2212.09748), section 3.2, and its released code.
+    """
+    zeros = [*zero]
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Trunk):
+            zeros += [module.final] + ([module.common] if module.common is not None else [])
+        elif isinstance(module, Block) and isinstance(module.modulation, nn.Linear):
+            zeros.append(module.modulation)
+        elif isinstance(module, Block) and isinstance(module.modulation, nn.Sequential):
+            zeros += [m for m in module.modulation[1:] if isinstance(m, nn.Linear)]
+    for tensor in small:
+        nn.init.normal_(tensor, std=0.02)
+    for linear in zeros:
+        nn.init.zeros_(linear.weight)
 
 
 def _unturned(turn: tuple[Tensor, Tensor] | None, count: int) -> tuple[Tensor, Tensor] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import settings
+from tiny_recipe import tiny
 
 from e2ediff.host.plugins import Host, load
 
@@ -15,24 +16,19 @@ torch.set_num_threads(1)
 settings.register_profile("e2ediff", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("e2ediff")
 
-TINY = """\
-e2ediff: 1
-name: tiny
-steps: 12
-batch: 8
-data: {name: synthetic, size: 16, classes: 4, count: 60}
-backbone: {name: vit, width: 32, depth: 2, heads: 2, patch: 8, latent_dim: 6, latent_norm: batch}
-interpolant: linear
-times: logit_normal
-objective: coupled
-target: {decay: 0.9}
-optimizer: {name: adamw, lr: 0.002}
-sampler: {name: heun, steps: 2}
-cadence: {log: 1, diagnose: 4, preview: 1000, checkpoint: 1000}
-probe: {images: 16, times: [0.5], calibration: 16}
-preview: {rows: 1, classes: 2}
-device: cpu
-"""
+TINY = tiny(
+    steps="12",
+    data="{name: synthetic, size: 16, classes: 4, count: 60}",
+    backbone="{name: vit, width: 32, depth: 2, heads: 2, patch: 8, latent_dim: 6, "
+    "latent_norm: batch}",
+    times="logit_normal",
+    objective="coupled",
+    target="{decay: 0.9}",
+    optimizer="{name: adamw, lr: 0.002}",
+    sampler="{name: heun, steps: 2}",
+    cadence="{log: 1, diagnose: 4, preview: 1000, checkpoint: 1000}",
+    probe="{images: 16, times: [0.5], calibration: 16}",
+)
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,10 @@ class Coupled(Objective):
         """The perceptual network, where one is named."""
         return self.reconstruction.frozen()
 
+    def stops(self, phase: str) -> Collection[str]:
+        """None: the velocity loss reaches the encoder, which is the point."""
+        return ()
+
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction and velocity loss; no gradient is stopped."""
         z = nets.online.encode(batch.x)  # (B, N, D)
@@ -143,6 +147,10 @@ class TwoStage(Objective):
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The perceptual network, where one is named."""
         return self.reconstruction.frozen()
+
+    def stops(self, phase: str) -> Collection[str]:
+        """The second stage leaves the first as it is."""
+        return ("denoising",) if phase == "denoiser" else ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """A denoiser that shares the autoencoder's weights, and what `detached` refuses."""

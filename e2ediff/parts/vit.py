@@ -33,6 +33,7 @@ from e2ediff.layers import (
     Modulation,
     TimeEmbedding,
     Trunk,
+    initialise,
     patchify,
     rotary_angles,
     sincos_positions,
@@ -178,7 +179,11 @@ class ViT(Backbone):
                 nn.ReLU(),
                 nn.Conv2d(channels, image.channels, 3, padding=1),
             )
-        self._initialise()
+        # The encoder's head must not start at zero: constant latents are a fixed point of
+        # self-distillation.
+        heads = [self.head_denoise] if config.refine else [self.head_denoise, self.head_pixels]
+        small = (self.embed_label.weight, self.mask_token, *self.embed_mode.values())
+        initialise(self, small, heads)
 
     def _trunk(self) -> Trunk:
         c = self.config
@@ -194,33 +199,6 @@ class ViT(Backbone):
             for _ in range(c.depth)
         ]
         return Trunk(blocks, c.width, shared=c.modulation != "block")
-
-    def _initialise(self) -> None:
-        """Xavier for linears, zero for modulation and final heads, small for embeddings.
-
-        The encoder's head must not start at zero: constant latents are a fixed point of
-        self-distillation.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for embedding in (self.embed_label.weight, self.mask_token, *self.embed_mode.values()):
-            nn.init.normal_(embedding, std=0.02)
-        zero: list[nn.Linear] = [self.head_denoise]
-        for module in self.modules():
-            if isinstance(module, Trunk):
-                zero += [module.final] + ([module.common] if module.common is not None else [])
-            elif isinstance(module, Block) and isinstance(module.modulation, nn.Linear):
-                zero.append(module.modulation)
-            elif isinstance(module, Block) and isinstance(module.modulation, nn.Sequential):
-                zero += [m for m in module.modulation[1:] if isinstance(m, nn.Linear)]
-        for linear in zero:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        if not self.config.refine:
-            nn.init.zeros_(self.head_pixels.weight)
 
     def _conditioning(self, p: Pass) -> tuple[Mode, Tensor, Tensor]:
         """Mode, input tokens (B, N, W) and conditioning (B, W) of one pass."""

@@ -75,13 +75,13 @@ def check_plugin(
     """Run all checks that apply to a plugin's parts.
 
     Each part is tried in a small recipe (`e2ediff.testing.trials.RECIPE`), in the place of the
-    part that is there; the checks train there for a few steps.
+    part that is there and with the changes that its class attribute `trial` lists; the checks
+    train there for a few steps.
 
     Args:
         host: What knows the plugin.
         plugin: Its name; it must be loaded.
-        overrides: Changes to that recipe, as `--set` takes them, for parts that need others
-            beside them.
+        overrides: Further changes to that recipe, as `--set` takes them.
         source: Its folder, where it is not installed.
         only: The name of one part, to leave out the others.
     """
@@ -100,7 +100,9 @@ def _part(
             trial = Trial.prepare(host, plural, part, overrides, Path(folder))
         except E2EDiffError as error:
             what = " ".join(str(error).split())
-            yield Verdict(title, "fits a recipe", f"{what} Give what it needs with --set.")
+            yield Verdict(
+                title, "fits a recipe", f"{what} Give what it needs in its `trial`, or with --set."
+            )
             return
         checks = [*_ALWAYS, *(_TRAINED if kind_of(plural).trained else ())]
         for name, check, advice in checks:

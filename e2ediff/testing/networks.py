@@ -5,14 +5,16 @@ Shapes: B batch, N latent tokens, D latent channels, W width.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Collection
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from e2ediff.backbone import Backbone, BackboneConfig, Decode, Denoise, Encode
-from e2ediff.data import ImageSpec
-from e2ediff.objective import Draw, Nets, Objective, Terms
+from e2ediff.backbone import Backbone, BackboneConfig, Decode, Denoise, Encode, Output, Pass
+from e2ediff.data import Batch, ImageSpec
+from e2ediff.objective import Draw, Nets, Objective
 from e2ediff.parts.times import Uniform
 from e2ediff.regularizer import Regularizer
 from e2ediff.testing.claims import is_float32, near, own_randomness
@@ -27,6 +29,7 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
     fixed = {**nets.target.state_dict(), **nets.frozen.state_dict(), "x": batch.x}
     before = {k: v.clone() for k, v in {**fixed, **nets.online.state_dict(prefix="on.")}.items()}
     learned = {**dict(nets.online.named_parameters()), **dict(nets.heads.named_parameters())}
+    shaken = _shaken(make_nets(backbone, objective))
     for phase in objective.phases:
         start, end = objective.span(phase)
         assert 0 <= start < end <= 1, f"{name}: span({phase!r}) is no part of [0, 1]"
@@ -44,41 +47,85 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
             assert torch.equal(loss, again.losses[key]), f"{name}: loss {key!r} is not repeatable"
         size = (len(batch.x), nets.online.latent.tokens, nets.online.latent.dim)
         is_float32(terms.z, size, f"{name}: Terms.z")
-        _stopped(name, objective.stops(phase), terms, nets)
+        _stopped(objective, phase, shaken, batch)
         assert terms.total.requires_grad, f"{name}: no gradient in phase {phase!r}; detach less"
         found = torch.autograd.grad(terms.total, list(learned.values()), allow_unused=True)
         for key, grad in zip(learned, found, strict=True):
             assert grad is None or grad.isfinite().all(), f"{name}: gradient of {key} not finite"
 
 
-def _stopped(name: str, stops: Collection[str], terms: Terms, nets: Nets) -> None:
+def _shaken(nets: Nets) -> Nets:
+    """Moved from the start, whose zeros stop gradients that would flow later."""
+    g = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for p in [*nets.online.parameters(), *nets.heads.parameters()]:
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+    return nets
+
+
+def _stopped(objective: Objective, phase: str, nets: Nets, batch: Batch) -> None:
     """Losses that are declared to stop before the encoder do."""
+    name, stops = type(objective).__name__, objective.stops(phase)
+    with _encodings(nets.online) as encoded:
+        terms = objective.terms(nets, batch, make_draw(batch), phase)
     foreign = sorted(set(stops) - set(terms.losses))
     assert not foreign, f"{name}: stops() names {foreign}, the losses are {sorted(terms.losses)}"
-    watched = {"the latents": terms.z} if terms.z.requires_grad else {}
-    if nets.online.denoiser_apart and nets.online.latent.learned:
-        x = make_batch(nets.online.image).x
-        encoded = nets.online.encode(x).square().sum()
-        own = {k: p for k, p in nets.online.named_parameters() if p.requires_grad}
-        found = torch.autograd.grad(encoded, list(own.values()), allow_unused=True)
-        others = torch.autograd.grad(
-            nets.online.decode(torch.zeros_like(terms.z)).square().sum(),
-            list(own.values()),
-            allow_unused=True,
-        )
-        watched |= {k: own[k] for k, g, o in zip(own, found, others, strict=True)
-                    if g is not None and o is None}  # fmt: skip
+    watched = [("the latents", z) for z in [terms.z, *encoded] if z.requires_grad]
+    watched += _encoder(nets.online)
     for key in stops:
         if not (terms.losses[key].requires_grad and watched):
             continue
+        values = [value for _, value in watched]
         grads = torch.autograd.grad(
-            terms.losses[key], list(watched.values()), retain_graph=True, allow_unused=True
+            terms.losses[key], values, retain_graph=True, allow_unused=True
         )
-        reached = [k for k, g in zip(watched, grads, strict=True) if g is not None and g.any()]
+        pairs = zip(watched, grads, strict=True)
+        reached = [what for (what, _), g in pairs if g is not None and g.any()]
         assert not reached, (
             f"{name}: loss {key!r} reaches {reached[0]}, yet stops() declares that it does not; "
             "wrap its latent in sg(...), or take it out of stops()"
         )
+
+
+@contextlib.contextmanager
+def _encodings(net: Backbone) -> Iterator[list[Tensor]]:
+    """Collects latents and features of all encode passes meanwhile."""
+    found: list[Tensor] = []
+    outputs, encode = net.outputs, net.encode
+
+    def all_outputs(*passes: Pass) -> list[Output]:
+        outs = outputs(*passes)
+        for p, out in zip(passes, outs, strict=True):
+            if isinstance(p, Encode):
+                found.extend([out.value, *out.features.values()])
+        return outs
+
+    def one(x: Tensor) -> Tensor:
+        found.append(encode(x))
+        return found[-1]
+
+    vars(net).update(outputs=all_outputs, encode=one)
+    try:
+        yield found
+    finally:
+        del vars(net)["outputs"], vars(net)["encode"]
+
+
+def _encoder(net: Backbone) -> list[tuple[str, Tensor]]:
+    """Weights that encoding alone uses, where passes share none or few."""
+    if not (net.denoiser_apart and net.latent.learned):
+        return []
+    own = {k: p for k, p in net.named_parameters() if p.requires_grad}
+    z = net.encode(make_batch(net.image).x)
+    losses = [z.square().sum(), net.decode(torch.zeros_like(z)).square().sum()]
+    found, others = (
+        torch.autograd.grad(loss, list(own.values()), allow_unused=True) for loss in losses
+    )
+    return [
+        (k, p)
+        for (k, p), g, o in zip(own.items(), found, others, strict=True)
+        if g is not None and o is None
+    ]
 
 
 def check_regularizer(r: Regularizer) -> None:

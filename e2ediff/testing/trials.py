@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from e2ediff import hookimpl
 from e2ediff.data import Batch
+from e2ediff.errors import PluginError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, parse_recipe
 from e2ediff.host.registry import Part, Plugin, options
@@ -46,7 +47,13 @@ probe: {images: 16, times: [0.5], calibration: 16}
 preview: {rows: 1, classes: 2}
 device: cpu
 """
-"""What a part is tried in: synthetic images of 16 pixels, a ViT of one block."""
+"""What a part is tried in: synthetic images of 16 pixels, a ViT of one block.
+
+A part that does not fit there as it stands says what to change, as `--set` takes it, in a class
+attribute:
+
+    trial: ClassVar[tuple[str, ...]] = ("backbone.latent_norm=none", "objective.width=8")
+"""
 
 
 @attrs.frozen
@@ -63,13 +70,14 @@ class Trial:
     def prepare(
         cls, host: Host, plural: str, part: Part, overrides: Sequence[str], folder: Path
     ) -> Trial:
-        """Put a part into the recipe.
+        """Put a part into the recipe, with its own changes and then with `overrides`.
 
         Raises:
+            PluginError: Its `trial` is no sequence of assignments.
             RecipeError: It does not fit there.
         """
         name = host.registries[plural].name_of(part.cls)
-        words = [kind_of(plural).assignment(name), *overrides]
+        words = [kind_of(plural).assignment(name), *_changes(part.cls), *overrides]
         recipe = parse_recipe(host, RECIPE, "the trial's recipe", words)
         check_fits(recipe, "the trial's recipe")
         return cls(host, part, plural, recipe, folder)
@@ -92,6 +100,15 @@ class Trial:
         train(self.host, str(path), out=out, resume=resume, progress=Progress(io.StringIO()))
         stopper.at = 0
         return out
+
+
+def _changes(cls: type) -> Sequence[str]:
+    """What a part's `trial` changes in the recipe; an option may have this name too."""
+    trial = () if "trial" in options(cls) else getattr(cls, "trial", ())
+    if not isinstance(trial, tuple | list) or not all(isinstance(word, str) for word in trial):
+        what = "expected a tuple of assignments, as --set takes them"
+        raise PluginError(f"{cls.__name__}.trial is {trial!r}: {what}")
+    return trial
 
 
 class _Stopper:

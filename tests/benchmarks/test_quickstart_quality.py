@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from command_line import needs_dsd
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = (
@@ -111,6 +112,7 @@ def test_a_judge_has_64_features_and_is_decided_by_its_seed(
     assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".safetensors"] * 2
 
 
+@needs_dsd
 def test_objectives_share_the_options_that_they_have_in_common(quality: ModuleType) -> None:
     host, recipe = quality.load(), str(BENCHMARKS.parent / "recipes" / "quickstart.yaml")
     sets = ["objective.draws=2", "objective.reconstruction.kind=l2", "steps=100"]
@@ -134,6 +136,7 @@ def test_a_summary_has_mean_deviation_and_range(quality: ModuleType) -> None:
     assert quality.summary([1.0], ".1f") == "1.0"
 
 
+@needs_dsd
 def test_the_script_ends_in_a_table_of_figures_from_the_runs(
     quality: ModuleType, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
+from declared_stops import holds_its_declaration
 from pictures import (
     as_class_tars,
     as_npz,
@@ -102,6 +103,15 @@ CHECKED = [(plural, part) for plural, part in PARTS if plural in CHECKS]
 @pytest.mark.parametrize(("plural", "part"), CHECKED, ids=ids(CHECKED))
 def test_a_registered_part_keeps_its_contract(plural, part, required) -> None:
     CHECKS[plural](part.cls(**required.get(part.name, {})))
+
+
+@pytest.mark.parametrize("part", [*HOST.registries["objectives"]], ids=lambda part: part.name)
+@pytest.mark.parametrize("trunks", ["one", "denoiser_apart"])
+def test_an_objective_declares_all_losses_that_stop_and_no_other(part, trunks) -> None:
+    if (part.name, trunks) == ("two_stage", "one"):
+        return  # which it refuses
+    vit = HOST.registries["backbones"].get("vit")(**VIT, trunks=trunks)
+    holds_its_declaration(part.cls(), vit)
 
 
 @pytest.mark.parametrize("changes", [

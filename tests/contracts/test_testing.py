@@ -13,7 +13,7 @@ from e2ediff.objective import Terms
 from e2ediff.parts.collapse import LatentHealth
 from e2ediff.parts.guidance import ClassifierFree
 from e2ediff.parts.interpolants import Linear
-from e2ediff.parts.objectives import Coupled, TwoStage
+from e2ediff.parts.objectives import Coupled, Detached, TwoStage
 from e2ediff.parts.optim import SGD
 from e2ediff.parts.regularizers import VarianceExpansion
 from e2ediff.parts.samplers import Euler
@@ -118,6 +118,21 @@ class WritesImages(Coupled):
 class Beyond(Coupled):
     def span(self, phase):
         return (0.5, 1.5)
+
+
+def _with_one_trunk(objective):
+    """All weights are shared, so that only latents tell what a loss reaches."""
+    testing.check_objective(
+        objective, ViTConfig(width=16, depth=1, heads=2, patch=8, latent_dim=4)
+    )
+
+
+@wrong(_with_one_trunk, r"loss 'denoising' reaches the latents, yet stops\(\) declares")
+class EncodesAgain(Detached):
+    def terms(self, nets, batch, draw, phase):
+        terms = super().terms(nets, batch, draw, phase)
+        losses = Coupled().terms(nets, batch, draw, phase).losses
+        return Terms({**terms.losses, "denoising": losses["denoising"]}, terms.weights, terms.z)
 
 
 @wrong(testing.check_regularizer, "std 0.0 is not finite")

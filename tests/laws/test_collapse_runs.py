@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from command_line import needs_dsd
 
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
@@ -27,7 +28,6 @@ SMALL = [
 
 def run(host, out: Path, *changes: str):
     """The last figures of a small quickstart run, and the kinds of its events."""
-    pytest.importorskip("e2ediff_dsd", reason="the plugin e2ediff-dsd is not installed")
     progress = Progress(io.StringIO())
     train(host, str(QUICKSTART), [*SMALL, *changes], str(out), progress=progress)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -41,7 +41,7 @@ def run(host, out: Path, *changes: str):
 
 @pytest.mark.slow
 def test_naive_training_collapses_and_the_run_says_so(host, tmp_path) -> None:
-    figures, events = run(host, tmp_path / "run", "objective=coupled")
+    figures, events = run(host, tmp_path / "run", "objective=coupled", "requires=[]")
     signs = (
         figures["rank_fraction"] < 0.4,
         figures["positional"] > 0.6,
@@ -52,7 +52,13 @@ def test_naive_training_collapses_and_the_run_says_so(host, tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [[], ["objective=detached"]], ids=["dsd", "detached"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param([], id="dsd", marks=needs_dsd),
+        pytest.param(["objective=detached", "requires=[]"], id="detached"),
+    ],
+)
 def test_a_stopped_gradient_keeps_the_latents_alive(host, tmp_path, changes) -> None:
     figures, events = run(host, tmp_path / "run", *changes)
     assert figures["rank_fraction"] > 0.5

@@ -23,28 +23,17 @@ from pictures import (
     tar_bytes,
     write_tree,
 )
+from tiny_recipe import tiny
 
 from e2ediff.host.plugins import load
 from e2ediff.prepare.address import source_config
 from e2ediff.run.directory import RunDirectory
 
-RECIPE = """\
-e2ediff: 1
-name: tiny
-steps: 6
-batch: 8
-data: {name: image_folder, root: tree, size: 16, classes: 3, workers: 0}
-backbone: {name: vit, width: 16, depth: 1, heads: 1, patch: 8, latent_dim: 4}
-interpolant: linear
-times: uniform
-objective: detached
-optimizer: {name: adamw, lr: 0.001}
-sampler: {name: euler, steps: 2}
-cadence: {log: 1, diagnose: 3, preview: 6, checkpoint: 3}
-probe: {images: 8, times: [0.5], calibration: 8}
-preview: {rows: 1, classes: 2}
-device: cpu
-"""
+RECIPE = tiny(
+    steps="6",
+    data="{name: image_folder, root: tree, size: 16, classes: 3, workers: 0}",
+    cadence="{log: 1, diagnose: 3, preview: 6, checkpoint: 3}",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from command_line import e2ediff
 from PIL import Image
+from tiny_recipe import tiny
 
 from e2ediff.errors import ResourceError
 from e2ediff.host.plugins import load
@@ -24,23 +25,11 @@ from e2ediff.run.sample_set import make_set
 from e2ediff.run.set_record import check_space
 from e2ediff.run.wish import Wish
 
-TINY = """\
-e2ediff: 1
-name: tiny
-steps: 2
-batch: 8
-data: {name: fashion_mnist, size: 32}
-backbone: {name: vit, width: 16, depth: 1, heads: 1, patch: 8, latent_dim: 4}
-interpolant: linear
-times: uniform
-objective: detached
-optimizer: {name: adamw, lr: 0.001}
-sampler: {name: euler, steps: 2}
-cadence: {log: 2, diagnose: 2, preview: 2, checkpoint: 2}
-probe: {images: 8, times: [0.5], calibration: 8}
-preview: {rows: 1, classes: 2}
-device: cpu
-"""
+TINY = tiny(
+    steps="2",
+    data="{name: fashion_mnist, size: 32}",
+    cadence="{log: 2, diagnose: 2, preview: 2, checkpoint: 2}",
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import e2ediff
 from PIL import Image
+from tiny_recipe import tiny
 
 from e2ediff.host.plugins import load
 from e2ediff.run.generate import Model
@@ -20,25 +21,15 @@ from e2ediff.run.load import load_model
 from e2ediff.run.sample_set import make_set
 from e2ediff.run.wish import Wish
 
-TINY = """\
-e2ediff: 1
-name: tiny
-steps: 4
-batch: 8
-data: {name: synthetic, size: 16, classes: 5, count: 64}
-backbone: {name: vit, width: 32, depth: 2, heads: 2, patch: 4, latent_dim: 6, refine: 4}
-interpolant: linear
-times: uniform
-objective: detached
-optimizer: {name: adamw, lr: 0.01}
-ema: [{name: slow, decay: 0.9}]
-sampler: {name: heun, steps: 3}
-guidance: {name: classifier_free, scale: 2.0}
-cadence: {log: 4, diagnose: 4, preview: 4, checkpoint: 2}
-probe: {images: 8, times: [0.5], calibration: 8}
-preview: {rows: 1, classes: 2}
-device: cpu
-"""
+TINY = tiny(
+    data="{name: synthetic, size: 16, classes: 5, count: 64}",
+    backbone="{name: vit, width: 32, depth: 2, heads: 2, patch: 4, latent_dim: 6, refine: 4}",
+    optimizer="{name: adamw, lr: 0.01}",
+    ema="[{name: slow, decay: 0.9}]",
+    sampler="{name: heun, steps: 3}",
+    guidance="{name: classifier_free, scale: 2.0}",
+    cadence="{log: 4, diagnose: 4, preview: 4, checkpoint: 2}",
+)
 LABELS = [i % 6 for i in range(71)]  # 5 is the null label
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from types import ModuleType
+from typing import ClassVar
 
 import attrs
 import pytest
 import torch
-from command_line import e2ediff
+from command_line import e2ediff, needs
 
 import e2ediff.testing.kit as kit
 from e2ediff import hookimpl
@@ -24,6 +26,7 @@ from e2ediff.parts.objectives import Detached
 from e2ediff.parts.optim import SGD
 from e2ediff.testing.kinds import KINDS
 from e2ediff.testing.source import Source, unbounded
+from e2ediff.testing.trials import Trial
 
 
 @pytest.fixture(autouse=True)
@@ -186,9 +189,44 @@ def test_a_part_that_does_not_fit_the_small_recipe_says_what_it_needs(folder, mo
     (verdict,) = kit.check_plugin(host, "my_backbone")
     assert verdict.check == "fits a recipe"
     assert "backbone.patch: 7 does not divide 16 x 16" in verdict.problem
-    assert verdict.problem.endswith("Give what it needs with --set.")
+    assert verdict.problem.endswith("Give what it needs in its `trial`, or with --set.")
     verdicts = list(kit.check_plugin(host, "my_backbone", ["data.size=21"]))
     assert [v.problem for v in verdicts] == ["", ""]
+
+
+@attrs.frozen(kw_only=True)
+class Particular(Detached):
+    """Fits where it says."""
+
+    trial: ClassVar[Sequence[str]] = ("backbone.latent_norm=none", "objective.draws=2")
+
+
+def test_a_part_says_what_it_is_tried_in_and_set_has_the_last_word(monkeypatch, tmp_path) -> None:
+    host = load(entry_points=False)
+    host.registries["objectives"].add("particular", Particular, Plugin("mine"))
+    part = next(p for p in host.registries["objectives"] if p.name == "particular")
+    for overrides, draws in ([], 2), (["objective.draws=3"], 3):
+        recipe = Trial.prepare(host, "objectives", part, overrides, tmp_path).recipe
+        assert (recipe.backbone.latent_norm, recipe.objective.draws) == ("none", draws)
+    monkeypatch.setattr(Particular, "trial", "backbone.latent_norm=none")
+    (verdict,) = kit.check_plugin(host, "mine")
+    assert verdict.problem.startswith("Particular.trial is 'backbone.latent_norm=none': expected")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=needs(f"e2ediff-{n}")) for n in ("dsd", "unite", "jit", "rivals")],
+)
+def test_every_part_of_our_plugins_fits_the_small_recipe_and_keeps_its_contract(
+    monkeypatch, name
+) -> None:
+    """By what it says itself, without `--set`."""
+    only(monkeypatch, "contract")
+    host = load()
+    host.load_plugin(name)
+    verdicts = list(kit.check_plugin(host, name))
+    assert verdicts
+    assert [v for v in verdicts if v.problem] == []
 
 
 def test_the_command_names_what_fails_and_ends_with_4(folder, monkeypatch) -> None:

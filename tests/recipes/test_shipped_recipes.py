@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import re
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import attrs
 import pytest
 import torch
-from command_line import e2ediff, needs_dsd
+from command_line import e2ediff, needs, needs_dsd
 
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
@@ -40,17 +39,13 @@ STRUCTURAL = {
 pytestmark = needs_dsd
 
 
-def installed(path: Path) -> bool:
-    """Whether the plugins that a recipe requires are there."""
+def required(path: Path) -> list[str]:
+    """The plugins that a recipe requires."""
     (line,) = re.findall(r"^requires: \[(.*)\]$", path.read_text(), re.MULTILINE)
-    names = re.findall(r'"([\w-]+)', line)
-    return all(find_spec(name.replace("-", "_")) for name in names)
+    return re.findall(r'"([\w-]+)', line)
 
 
-USABLE = [
-    pytest.param(p, marks=pytest.mark.skipif(not installed(p), reason="needs a plugin"), id=p.stem)
-    for p in RECIPES
-]
+USABLE = [pytest.param(path, marks=needs(*required(path)), id=path.stem) for path in RECIPES]
 
 
 def ids(path: Path) -> str:

@@ -11,9 +11,14 @@ import pytest
 
 from e2ediff.cli import main
 
-needs_dsd = pytest.mark.skipif(
-    find_spec("e2ediff_dsd") is None, reason="needs `pip install plugins/e2ediff-dsd`"
-)
+
+def needs(*distributions: str) -> pytest.MarkDecorator:
+    """Skips a test unless these plugins of the repository are there, and names those missing."""
+    lost = [f"plugins/{d}" for d in distributions if find_spec(d.replace("-", "_")) is None]
+    return pytest.mark.skipif(bool(lost), reason=f"needs `pip install {' '.join(lost)}`")
+
+
+needs_dsd = needs("e2ediff-dsd")
 
 
 @attrs.frozen

@@ -5,7 +5,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import attrs
@@ -88,6 +88,13 @@ class DSD(Objective):
     align_teacher: int = attrs.field(default=0, validator=validators.ge(0))
     repr_weight: float = attrs.field(default=0.5, validator=_WEIGHT)
     class_weight: float = attrs.field(default=0.1, validator=_WEIGHT)
+
+    def stops(self, phase: str) -> Collection[str]:
+        """What is read off the denoiser, where neither z_t nor the target has a gradient."""
+        if self.input_gradient > 0:
+            return ()
+        found = [] if self.target_gradient > 0 else ["denoising"]
+        return [*found, *(["align"] if self.align_weight > 0 else [])]
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """Switches that contradict one another, the latent norm, or the backbone."""

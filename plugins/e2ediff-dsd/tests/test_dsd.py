@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
+from declared_stops import holds_its_declaration
 from e2ediff_dsd.augment import Augmentation
 from e2ediff_dsd.objective import DSD
 from torch import nn
@@ -65,6 +66,23 @@ def test_dsd_keeps_the_contract_of_objectives(changes, norm) -> None:
     vit = ViTConfig(width=16, depth=3, heads=2, patch=8, latent_dim=4, latent_norm=norm)
     check_objective(attrs.evolve(DSD(), **changes), vit)
     check_objective(attrs.evolve(DSD(), **changes), TinyBackbone(latent_norm=norm))
+
+
+@pytest.mark.parametrize(
+    ("changes", "stops"),
+    [
+        ({}, []),
+        ({"input_gradient": 0.0}, ["denoising", "align"]),
+        ({"input_gradient": 0.0, "align_weight": 0.0}, ["denoising"]),
+        ({"input_gradient": 0.0, "target": "online", "target_gradient": 0.5}, ["align"]),
+    ],
+    ids=str,
+)
+def test_dsd_declares_what_its_switches_stop(changes, stops) -> None:
+    objective = DSD(**changes)
+    assert list(objective.stops("joint")) == stops
+    vit = ViTConfig(width=16, depth=3, heads=2, patch=8, latent_dim=4, latent_norm="batch")
+    holds_its_declaration(objective, vit)
 
 
 def test_the_plugin_registers_dsd_and_its_recipe_reads_back_equal() -> None:

@@ -6,6 +6,7 @@ Shapes: B batch, C H W image, N patches, D = C patch^2 pixels of a patch, W widt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -22,6 +23,7 @@ from e2ediff.layers import (
     Context,
     TimeEmbedding,
     Trunk,
+    initialise,
     patchify,
     rotary_angles,
     sincos_positions,
@@ -48,6 +50,16 @@ class JiTConfig(BackboneConfig):
     and rotary positions beside sincos ones, adaLN-zero, the bottleneck, 32 in-context class
     tokens, times embedded at frequencies from 1 down. Ours: no dropout, which JiT-B does without.
     """
+
+    trial: ClassVar[tuple[str, ...]] = (
+        "objective=pixel",
+        "backbone.width=16",
+        "backbone.depth=2",
+        "backbone.heads=2",
+        "backbone.patch=8",
+        "backbone.context=2",
+        "backbone.context_start=1",
+    )
 
     width: int = attrs.field(validator=validators.gt(0))
     depth: int = attrs.field(validator=validators.gt(0))
@@ -112,23 +124,9 @@ class JiT(Backbone):
         ]
         self.trunk = Trunk(blocks, c.width, shared=False, norm="rms")
         self.head_pixels = nn.Linear(c.width, dim)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Xavier for linears, 0.02 for embeddings, zero for modulation and head."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
         times = [m.weight for m in self.embed_time.layers if isinstance(m, nn.Linear)]
-        for weight in (self.embed_label.weight, self.embed_context, *times):
-            nn.init.normal_(weight, std=0.02)
-        zero = [m.modulation for m in self.modules() if isinstance(m, Block)]
-        for linear in (*zero, self.trunk.final, self.head_pixels):
-            assert isinstance(linear, nn.Linear)
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        small = (self.embed_label.weight, self.embed_context, *times)
+        initialise(self, small, [self.head_pixels])
 
     def encode(self, x: Tensor) -> Tensor:
         """The image's patches, (B, C, H, W) -> (B, N, D)."""

@@ -5,7 +5,8 @@ Shapes: B batch, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 import attrs
 from attrs import validators
@@ -13,6 +14,7 @@ from attrs import validators
 from e2ediff.data import Batch
 from e2ediff.losses import Space, mean_clean_loss, noise_levels, unfit_prediction
 from e2ediff.objective import Draw, Nets, Objective, Terms
+from e2ediff_jit.backbone import JiTConfig
 
 
 @attrs.frozen(kw_only=True)
@@ -29,8 +31,14 @@ class Pixel(Objective):
     predicts x; the clamp is its released code's.
     """
 
+    trial: ClassVar[tuple[str, ...]] = ("backbone=jit", *JiTConfig.trial)
+
     weight: Space = "v"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
+
+    def stops(self, phase: str) -> Collection[str]:
+        """None: there is no encoder that a loss could train."""
+        return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """An encoder that nothing would train, and an unbounded weight."""

@@ -56,6 +56,7 @@ def test_it_takes_grey_oblong_and_unlabelled_images(image) -> None:
 @pytest.mark.parametrize("objective", [Pixel(), Pixel(weight="x0"), Pixel(weight="eps")])
 def test_the_objective_keeps_its_contract(objective) -> None:
     check_objective(objective, TINY)
+    assert list(objective.stops("joint")) == [], "no encoder is there to be left alone"
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])

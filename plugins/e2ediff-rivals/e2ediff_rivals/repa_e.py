@@ -5,7 +5,8 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -58,6 +59,11 @@ class RepaE(Objective):
     with the gradient into z_t scaled by the ratio of the two weights, which is the same.
     """
 
+    trial: ClassVar[tuple[str, ...]] = (
+        "objective.features={name: random_projection, width: 16}",
+        "objective.feature_dim=16",
+    )
+
     features: FeatureConfig | None = None
     feature_dim: int = attrs.field(default=512, validator=validators.ge(1))
     align_block: int = attrs.field(default=0, validator=validators.ge(0))
@@ -67,6 +73,10 @@ class RepaE(Objective):
     weight: Space = "v"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
     reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
+
+    def stops(self, phase: str) -> Collection[str]:
+        """The denoising loss; the alignment too where it is the denoiser's alone."""
+        return ("denoising",) if self.encoder_weight > 0 else ("denoising", "align")
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """No features to align with, or to align; latents without a norm or a place."""

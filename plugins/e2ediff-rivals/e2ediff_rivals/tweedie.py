@@ -5,7 +5,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import attrs
@@ -53,6 +53,10 @@ class Tweedie(Objective):
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The perceptual network, where one is named."""
         return self.reconstruction.frozen()
+
+    def stops(self, phase: str) -> Collection[str]:
+        """None: the anchor takes their place."""
+        return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """A prediction whose clean estimate is unbounded."""

@@ -5,8 +5,9 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import ClassVar
 
 import attrs
 import torch
@@ -49,6 +50,8 @@ class UnifiedLatents(Objective):
     was trained on), and no second stage with a prior trained anew.
     """
 
+    trial: ClassVar[tuple[str, ...]] = ("backbone.latent_norm=none",)
+
     logsnr: float = 5.0
     kl_weight: float = attrs.field(default=0.01, validator=validators.gt(0))
     reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
@@ -56,6 +59,10 @@ class UnifiedLatents(Objective):
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The perceptual network, where one is named."""
         return self.reconstruction.frozen()
+
+    def stops(self, phase: str) -> Collection[str]:
+        """None: the KL pulls at the encoder."""
+        return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """A latent norm, a prediction that is unbounded, a path that does not end in noise."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
+from declared_stops import holds_its_declaration
 from e2ediff_rivals.repa_e import RepaE
 from e2ediff_rivals.tweedie import Tweedie
 from e2ediff_rivals.unified_latents import UnifiedLatents
@@ -116,8 +117,14 @@ def test_each_loss_reaches_exactly_its_modules(objective, vit, expected, predict
 @each
 @pytest.mark.parametrize("trunks", ["one", "three"])
 def test_a_rival_keeps_the_contract_of_objectives(objective, vit, expected, trunks) -> None:
-    check_objective(objective, attrs.evolve(vit, trunks=trunks))
+    holds_its_declaration(objective, attrs.evolve(vit, trunks=trunks))
     check_objective(objective, TinyBackbone(latent_norm=vit.latent_norm))
+
+
+def test_repa_e_without_a_weight_for_the_encoder_declares_the_alignment_too() -> None:
+    apart = attrs.evolve(REPA_E, encoder_weight=0.0)
+    assert list(apart.stops("joint")) == ["denoising", "align"]
+    holds_its_declaration(apart, VIT)
 
 
 def test_the_plugin_registers_its_objectives_and_a_recipe_reads_back_equal() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -26,7 +27,14 @@ from e2ediff.backbone import (
 )
 from e2ediff.data import ImageSpec
 from e2ediff.latent import LatentNorm, NormKind
-from e2ediff.layers import Block, Context, TimeEmbedding, Trunk, patchify, rotary_angles
+from e2ediff.layers import (
+    Context,
+    TimeEmbedding,
+    Trunk,
+    initialise,
+    patchify,
+    rotary_angles,
+)
 from e2ediff_unite.decoder import Decoder, DecoderConfig
 from e2ediff_unite.encoder import NormedBlock
 
@@ -54,6 +62,17 @@ class UniteConfig(BackboneConfig):
     JiT's. Ours: normal quantiles for the random frequencies, and a final layer that does not
     begin at zero, where every latent would be the same.
     """
+
+    trial: ClassVar[tuple[str, ...]] = (
+        "backbone.width=16",
+        "backbone.depth=2",
+        "backbone.heads=2",
+        "backbone.patch=8",
+        "backbone.registers=4",
+        "backbone.latent_dim=4",
+        "backbone.context=2",
+        "backbone.context_start=1",
+    )
 
     width: int = attrs.field(validator=validators.gt(0))
     depth: int = attrs.field(validator=validators.gt(0))
@@ -129,23 +148,9 @@ class UniteNet(Backbone):
         self.head_latent = nn.Linear(c.width, c.latent_dim)
         own = c.decoder.filled(c.width, c.depth, c.heads)
         self.decoder = Decoder(own, c.registers, c.latent_dim, c.patch, grid, image.channels)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Xavier for linears, 0.02 for embeddings, zero for modulation."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
         times = [m.weight for m in self.embed_time.layers if isinstance(m, nn.Linear)]
-        for weight in (self.embed_label.weight, self.embed_context, *times):
-            nn.init.normal_(weight, std=0.02)
-        zero = [m.modulation for m in self.modules() if isinstance(m, Block)]
-        for linear in (*zero, self.trunk.final):
-            assert isinstance(linear, nn.Linear)
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        small = (self.embed_label.weight, self.embed_context, *times)
+        initialise(self, small)
 
     def outputs(self, *passes: Pass) -> list[Output]:
         """Run passes; those of one kind go through the network as one batch.

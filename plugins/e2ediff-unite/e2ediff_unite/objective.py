@@ -5,7 +5,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import attrs
@@ -70,6 +70,10 @@ class Unite(Objective):
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The perceptual network, where one is named."""
         return self.reconstruction.frozen()
+
+    def stops(self, phase: str) -> Collection[str]:
+        """The denoiser learns from stopped latents."""
+        return ("denoising",)
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """Latents that outgrow the noise before decoding, and an unbounded weight."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
+from declared_stops import holds_its_declaration
 from e2ediff_unite.objective import Unite
 
 from e2ediff.host.plugins import load
 from e2ediff.losses import DecodeNoise
 from e2ediff.parts.objectives import Detached
 from e2ediff.parts.vit import ViTConfig
-from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
+from e2ediff.testing import TinyBackbone, make_batch, make_draw, make_nets
 
 VIT = ViTConfig(
     width=16, depth=3, heads=2, patch=8, latent_dim=4, latent_norm="batch", trunks="three"
@@ -40,7 +41,7 @@ def losses(objective, nets):
 @pytest.mark.parametrize("changes", [{}, {"reduce": "mean", "draws": 1}, {"weight": "x0"}])
 @pytest.mark.parametrize("backbone", [VIT, attrs.evolve(VIT, trunks="one"), TinyBackbone()])
 def test_unite_keeps_the_contract_of_objectives(changes, backbone) -> None:
-    check_objective(Unite(**changes), backbone)
+    holds_its_declaration(Unite(**changes), backbone)
 
 
 def test_the_plugin_registers_unite() -> None:

@@ -8,6 +8,7 @@ import attrs
 import pytest
 import torch
 from command_line import e2ediff
+from declared_stops import holds_its_declaration
 from e2ediff_unite.backbone import UniteConfig
 from e2ediff_unite.decoder import DecoderConfig
 from e2ediff_unite.objective import Unite
@@ -17,7 +18,6 @@ from e2ediff.data import ImageSpec
 from e2ediff.host.plugins import load
 from e2ediff.testing import (
     check_backbone,
-    check_objective,
     make_batch,
     make_draw,
     make_nets,
@@ -66,7 +66,7 @@ def test_it_takes_grey_oblong_and_unlabelled_images(image) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"reduce": "mean", "draws": 1}, {"weight": "x0"}])
 def test_the_objective_keeps_its_contract_on_it(changes) -> None:
-    check_objective(Unite(**changes), TINY)
+    holds_its_declaration(Unite(**changes), TINY)
 
 
 def test_fused_passes_equal_single_ones() -> None:
