@@ -47,7 +47,10 @@ if TYPE_CHECKING:
 @click.option("--count", type=click.IntRange(2), help="Images. Default: the convention's, or all.")
 @click.option("--labels", type=click.Choice(["balanced", "uniform"]), help="Law of the labels.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--weights", help="online, target, or an average's name. Default: for sampling.")
+@click.option(
+    "--weights",
+    help="online, target, an average's name, or a width as ema:0.08. Default: for sampling.",
+)
 @click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
 @click.option("--bootstrap", type=click.IntRange(2), help="Resampled sets for FID's error.")
 @click.option("--lpips", metavar="PATH|URL", help="VGG16 weights (torchvision) for LPIPS.")
