@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from e2ediff.evaluate.evaluate import Request
     from e2ediff.evaluate.passport import Card
     from e2ediff.evaluate.reconstruction import Perceptual
-    from e2ediff.features import FeatureConfig
     from e2ediff.host.plugins import Host
     from e2ediff.metric import Metric
 
@@ -47,8 +46,18 @@ if TYPE_CHECKING:
 @click.option("--count", type=click.IntRange(2), help="Images. Default: the convention's, or all.")
 @click.option("--labels", type=click.Choice(["balanced", "uniform"]), help="Law of the labels.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--weights", help="online, target, or an average's name. Default: for sampling.")
+@click.option(
+    "--weights",
+    help="online, target, an average's name, or a width as ema:0.08. Default: for sampling.",
+)
 @click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Another sampler or guidance of a RUN: --set guidance.scale=2.",
+)
 @click.option("--bootstrap", type=click.IntRange(2), help="Resampled sets for FID's error.")
 @click.option("--lpips", metavar="PATH|URL", help="VGG16 weights (torchvision) for LPIPS.")
 @click.option("--lpips-heads", metavar="PATH|URL", help="LPIPS's linear weights for VGG16.")
@@ -100,6 +109,7 @@ def _request(host: Host, target: str, given: dict[str, object]) -> Request:
     """What the options ask for."""
     from e2ediff.evaluate.conventions import CONVENTIONS, convention
     from e2ediff.evaluate.evaluate import SECTIONS, Request, default_metrics
+    from e2ediff.evaluate.network import feature_network
     from e2ediff.evaluate.reference import default_cache
     from e2ediff.parts.metrics import FID
 
@@ -110,7 +120,10 @@ def _request(host: Host, target: str, given: dict[str, object]) -> Request:
         name, equals, place = text.partition("=")
         named = bool(equals) and name in CONVENTIONS
         references[name if named else ""] = place if named else text
-    network = _features(host, given).build()
+    text, place, sha256 = (given.pop(k) for k in ("features", "weights_file", "sha256"))
+    if sha256 and not place:
+        raise click.UsageError("--sha256 is the hash of --weights-file; give both")
+    network = feature_network(host, text, place, sha256).build()  # type: ignore[arg-type]
     text = given.pop("metrics")
     sections, metrics = _metrics(host, str(text), SECTIONS) if text else ((), [])
     if not metrics and set(sections) <= {"reconstruction"}:
@@ -131,30 +144,6 @@ def _request(host: Host, target: str, given: dict[str, object]) -> Request:
         perceptual=perceptual,
         **given,  # type: ignore[arg-type]
     )
-
-
-def _features(host: Host, given: dict[str, object]) -> FeatureConfig:
-    from e2ediff.errors import RecipeError
-    from e2ediff.features import FeatureConfig
-    from e2ediff.host.structure import Structurer
-    from e2ediff.host.yaml import parse_yaml, set_value
-
-    text, place, sha256 = (given.pop(k) for k in ("features", "weights_file", "sha256"))
-    if sha256 and not place:
-        raise click.UsageError("--sha256 is the hash of --weights-file; give both")
-    text = str(text or ("inception2015" if place else "efficientnet_lite0")).strip()
-    block = text if text.startswith("{") else f"{{name: {text}}}"
-    root, problems = parse_yaml(block, "--features")
-    if root is not None and place:
-        problems += set_value(root, f"weights={place}", "--weights-file")
-        if sha256:
-            problems += set_value(root, f"sha256='{sha256}'", "--sha256")
-    structurer = Structurer(host)
-    found = structurer.read(root, FeatureConfig) if root is not None else None
-    if problems or structurer.problems:
-        raise RecipeError("--features", [*problems, *structurer.problems])
-    assert isinstance(found, FeatureConfig)
-    return found
 
 
 def _metrics(

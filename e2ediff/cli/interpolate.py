@@ -24,7 +24,10 @@ import click
     metavar="PATH=VALUE",
     help="Another sampler or guidance: --set sampler.steps=100.",
 )
-@click.option("--weights", help="online, target, or an average's name. Default: for sampling.")
+@click.option(
+    "--weights",
+    help="online, target, an average's name, or a width as ema:0.08. Default: for sampling.",
+)
 @click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--out", metavar="FILE", help="Default: RUN/samples/interpolation-A-B.png.")

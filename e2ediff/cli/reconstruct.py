@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 @click.option(
     "--count", type=click.IntRange(1), default=64, show_default=True, help="Held-out images."
 )
-@click.option("--weights", help="online, target, or an average's name. Default: for sampling.")
+@click.option(
+    "--weights",
+    help="online, target, an average's name, or a width as ema:0.08. Default: for sampling.",
+)
 @click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option(

@@ -37,7 +37,10 @@ import click
 )
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps. Default: the recipe's.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--weights", help="online, target, or an average's name. Default: for sampling.")
+@click.option(
+    "--weights",
+    help="online, target, an average's name, or a width as ema:0.08. Default: for sampling.",
+)
 @click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
 @click.option(
     "--format",

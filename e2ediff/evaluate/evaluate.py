@@ -67,6 +67,7 @@ class Request:
     seed: int = 0
     weights: str | None = None
     checkpoint: str | None = None
+    overrides: Sequence[str] = ()
     device: str = "auto"
     batch: int = 64
     processes: int = 1
@@ -156,6 +157,8 @@ def _check_metrics(request: Request) -> None:
 def _subject(host: Host, request: Request) -> Subject:
     first = request.conventions[0]
     if not is_run(request.target):
+        if request.overrides:
+            raise DataError(f"--set: only a run has a sampler; {request.target} is none")
         return stored_subject(request.target, request.count)
     return run_subject(
         host,
@@ -166,6 +169,7 @@ def _subject(host: Host, request: Request) -> Subject:
         weights=request.weights,
         checkpoint=request.checkpoint,
         device=request.device,
+        overrides=request.overrides,
     )
 
 
@@ -249,7 +253,7 @@ def _card(
     further, more = _sections(request, subject, work, view, made.get(view))
     notes |= more
     scores |= {name: _score(host, e, None) for name, e in {**further, **latents}.items()}
-    passport = _passport(request, subject, one, view, reference, compared)
+    passport = passport_of(request, subject, one, view, reference, compared)
     return Card("", passport, scores, notes | _described(one, reference))
 
 
@@ -311,7 +315,7 @@ def _described(one: Convention, reference: Reference | None) -> dict[str, JSON]:
     }
 
 
-def _passport(
+def passport_of(
     request: Request,
     subject: Subject,
     one: Convention,
@@ -319,6 +323,7 @@ def _passport(
     reference: Reference | None,
     compared: int,
 ) -> Passport:
+    """What decided the scores of a subject against `compared` images of a reference."""
     channels, height, width = subject.images.shape
     protocol: dict[str, JSON] = {
         "convention": one.name,

@@ -23,6 +23,7 @@ from e2ediff.data import DataSource
 from e2ediff.errors import DataError
 from e2ediff.run.generate import Model
 from e2ediff.run.load import load_model
+from e2ediff.run.seeds import generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CHUNK = 1 << 22
@@ -180,6 +181,21 @@ class SourceImages(ImageSet):
         return content.hexdigest()
 
 
+class SomeImages(SourceImages):
+    """Images of a data source that were drawn at random, by (seed, "reference") alone."""
+
+    def __init__(self, source: DataSource, place: str, count: int, seed: int) -> None:
+        super().__init__(source, place)
+        g = generator(torch.device("cpu"), seed, "reference")
+        self.chosen: list[int] = torch.randperm(len(source), generator=g)[:count].tolist()
+        self.count = len(self.chosen)
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
+        """Images, uint8."""
+        for first in range(start, stop, size):
+            yield self.source.read(self.chosen[first : min(first + size, stop)])[0]
+
+
 @attrs.define(eq=False, slots=False)
 class Samples(ImageSet):
     """Images that a run's model makes, one for each of `labels`; image i by (seed, i) alone.
@@ -193,6 +209,7 @@ class Samples(ImageSet):
     weights: str | None = None
     checkpoint: str | None = None
     device: str = "auto"
+    overrides: Sequence[str] = ()
     _model: Model | None = None
 
     @property
@@ -200,7 +217,11 @@ class Samples(ImageSet):
         """The run's model, in eval mode."""
         if self._model is None:
             self._model = load_model(
-                self.place, weights=self.weights, checkpoint=self.checkpoint, device=self.device
+                self.place,
+                weights=self.weights,
+                checkpoint=self.checkpoint,
+                device=self.device,
+                overrides=self.overrides,
             )
         return self._model
 

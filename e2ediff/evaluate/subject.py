@@ -6,7 +6,7 @@ Shapes: n images.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import attrs
@@ -20,10 +20,12 @@ from e2ediff.evaluate.images import FolderImages, ImageSet, NpzImages, Samples
 from e2ediff.evaluate.reference import npz_keys
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
+from e2ediff.run.assembly import profiles
 from e2ediff.run.checkpoint import open_checkpoint
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.generate import Model
 from e2ediff.run.pixels import weights_sha256
+from e2ediff.run.post_hoc import width_of
 from e2ediff.run.seeds import generator
 from e2ediff.run.storage import JSON, Store
 from e2ediff.sampler import Sampler
@@ -78,20 +80,35 @@ def run_subject(
     weights: str | None = None,
     checkpoint: str | None = None,
     device: str = "auto",
+    overrides: Sequence[str] = (),
+    model: Model | None = None,
 ) -> Subject:
     """A run's samples.
+
+    Args:
+        host: What knows the parts.
+        place: The run.
+        count: How many.
+        law: Of their labels.
+        seed: Of their noise.
+        weights: As `load_model` takes them.
+        checkpoint: Its name; by default the newest.
+        device: As `load_model` takes it.
+        overrides: Another sampler or guidance, as `load_model` takes them.
+        model: What these arguments load, if it is there already.
 
     Raises:
         RunDirectoryError, CheckpointError: The run or its weights cannot be used.
     """
     directory = RunDirectory.open(place)
     opened = open_checkpoint(directory.store, checkpoint)
-    samples = Samples(place, (), seed, weights, opened.name, device)
+    samples = Samples(place, (), seed, weights, opened.name, device, overrides, model)
     model = samples.model
     recipe, classes = model.recipe, max(1, model.recipe.data.image.classes)
     samples.labels = draw_labels(law, classes, count, seed)
     name = weights or (recipe.ema[0].name if recipe.ema else "target")
     decay = {a.name: a.decay for a in recipe.ema} | {"target": recipe.target.decay, "online": 0.0}
+    widths = {profile.name: profile.sigma_rel for profile in profiles(recipe)}
     guidance = recipe.guidance and unstructure(host, recipe.guidance, Guidance)
     protocol = {
         "made_by": "e2ediff",
@@ -109,6 +126,7 @@ def run_subject(
         "images_trained": opened.images,
         "weights": name,
         "ema_decay": decay.get(name),
+        "ema_width": width_of(name) or widths.get(name),
         "weights_sha256": weights_sha256(model.net),
         "seed": seed,
     }

@@ -15,7 +15,7 @@ from e2ediff.forecast.memory import Memory, follow
 from e2ediff.forecast.sampling import Calls, count_calls
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
-from e2ediff.run.assembly import build_nets
+from e2ediff.run.assembly import build_nets, profiles
 from e2ediff.run.count import Count, count
 from e2ediff.run.probing import GRADIENT_IMAGES, chosen_diagnostics
 
@@ -131,6 +131,17 @@ class Plan:
         spare = self.recipe.alarm.policy == "rollback"
         return self.recipe.checkpoint.keep + 1 + spare
 
+    @property
+    def snapshot_bytes(self) -> float:
+        """Bytes on the disk of the snapshots of `post_hoc`, in the end."""
+        r = self.recipe
+        if r.post_hoc is None:
+            return 0.0
+        taken = (r.total_steps - 1) // r.snapshot_steps
+        each = sum(self.memory.state[f"average {p.name}"] for p in profiles(r))
+        share = 0.5 if r.post_hoc.precision == "float16" else 1.0
+        return min(taken, r.post_hoc.keep or taken) * each * share
+
 
 def make_plan(
     host: Host,
@@ -206,7 +217,7 @@ def _looks(host: Host, plan: Plan) -> dict[str, Look]:
         )
     sheet = r.preview.rows * max(1, min(r.preview.classes, image.classes))
     preview = sheet * plan.sample_flops + _RECONSTRUCTIONS * both + 2 * calibration
-    weights = 2 + len(r.ema)  # online, target and the further averages
+    weights = 2 + len(r.ema) + len(profiles(r))  # online, target and the further averages
     return {
         "diagnose": Look(_times(r, r.cadence.diagnose) + 1, diagnose),  # and before the first step
         "preview": Look(_times(r, r.cadence.preview), preview),

@@ -27,6 +27,8 @@ def lines(plan: Plan) -> Iterator[str]:
         f"disk        {plan.checkpoints * each:.2f} GB: {r.checkpoint.keep} checkpoints kept and "
         f"{plan.checkpoints - r.checkpoint.keep} more at times, {each:.2f} GB each"
     )
+    if plan.snapshot_bytes:
+        yield f"            {plan.snapshot_bytes / _GB:.2f} GB: snapshots of post_hoc"
     yield "assumptions"
     for i, text in enumerate(assumptions(plan), start=1):
         yield f"  {i:>2}. {text}"
@@ -185,7 +187,7 @@ def as_json(plan: Plan) -> dict[str, JSON]:
         "flops_per_sample": plan.sample_flops,
         "evaluation_seconds": plan.evaluation_seconds,
         "checkpoint_bytes": memory.checkpoint,
-        "disk_bytes": memory.checkpoint * plan.checkpoints,
+        "disk_bytes": memory.checkpoint * plan.checkpoints + plan.snapshot_bytes,
         "measured": None
         if plan.measured is None
         else {

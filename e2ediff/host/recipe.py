@@ -9,7 +9,7 @@ from typing import Literal
 
 import attrs
 import fsspec
-from attrs.validators import deep_iterable, ge, gt, lt, optional
+from attrs.validators import deep_iterable, ge, gt, le, lt, min_len, optional
 
 from e2ediff.backbone import BackboneConfig
 from e2ediff.data import SourceConfig
@@ -79,6 +79,36 @@ class Average:
     def _not_taken(self, field: attrs.Attribute[str], value: str) -> None:
         if value in ("online", "target"):
             raise ValueError(f"{value!r} is the name of weights that every run has.")
+
+
+WIDEST = 12**-0.5
+"""The largest width of a power-function average: that of the mean over all of training."""
+
+
+@attrs.frozen(kw_only=True)
+class PostHoc:
+    """Averages from which those of other widths are reconstructed after training.
+
+    `widths` are the tracked ones, at least two: the standard deviation of an average's profile
+    over training time, as a share of the time so far, in (0, 0.288].
+    `every` is the number of optimizer steps between their snapshots, by default a 32nd of the
+    training; `keep` is the number of snapshots that stay, the newest, and 0 keeps all;
+    `precision` is that of their files.
+
+    Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), section 3.
+    """
+
+    widths: tuple[float, ...] = attrs.field(
+        default=(0.05, 0.1), validator=(min_len(2), deep_iterable((gt(0.0), le(WIDEST))))
+    )
+    every: int | None = attrs.field(default=None, validator=optional(gt(0)))
+    keep: int = attrs.field(default=0, validator=ge(0))
+    precision: Literal["float32", "float16"] = "float32"
+
+    @widths.validator
+    def _apart(self, field: attrs.Attribute[tuple[float, ...]], value: tuple[float, ...]) -> None:
+        if len({f"{width:g}" for width in value}) < len(value):
+            raise ValueError(f"the widths {', '.join(map(str, value))} are not all different.")
 
 
 @attrs.frozen(kw_only=True)
@@ -187,7 +217,8 @@ class Recipe:
     `predicts` is what the denoiser's output stands for.
     `regularizers` are losses of the latents, added to those of the objective.
     `label_drop` is the probability, in [0, 1), of training the denoiser without the class.
-    `target` and `ema` are averages of the weights.
+    `target` and `ema` are averages of the weights; `post_hoc` tracks further ones, from which
+    any width can be reconstructed after training.
     `optimizers` replaces `optimizer` in the phases it names.
     `diagnostics` are measured on `probe`; without the key, all that are registered by e2ediff and
     by the plugins that the recipe needs.
@@ -222,6 +253,7 @@ class Recipe:
     label_drop: float = attrs.field(default=0.1, validator=_FRACTION)
     target: Target = Target()
     ema: tuple[Average, ...] = attrs.field(default=())
+    post_hoc: PostHoc | None = None
     optimizer: OptimizerConfig
     optimizers: dict[str, OptimizerConfig] = attrs.field(factory=dict)
     sampler: Sampler
@@ -274,6 +306,13 @@ class Recipe:
     def total_images(self) -> int:
         """Training images of the whole training, in whole batches: at least `images`."""
         return self.total_steps * self.batch
+
+    @property
+    def snapshot_steps(self) -> int:
+        """Optimizer steps between snapshots of the averages of `post_hoc`; 0 if there are none."""
+        if self.post_hoc is None:
+            return 0
+        return self.post_hoc.every or max(1, self.total_steps // 32)
 
 
 def load_recipe(host: Host, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

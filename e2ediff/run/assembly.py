@@ -18,6 +18,7 @@ from e2ediff.objective import Nets
 from e2ediff.regularizer import names_of
 from e2ediff.run.ema import Average
 from e2ediff.run.parallel import Parallel, Unit
+from e2ediff.run.profiles import Profile
 from e2ediff.run.seeds import derive
 from e2ediff.run.step import Step
 from e2ediff.run.world import World
@@ -191,6 +192,8 @@ def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -
     averages = {"target": Average(online, recipe.target.decay, warmup=recipe.target.warmup)}
     for extra in recipe.ema:
         averages[extra.name] = Average(online, extra.decay, warmup=extra.warmup)
+    for profile in profiles(recipe):
+        averages[profile.name] = Average(online, profile)
     target = averages["target"].net
     nets = Nets(online, target, recipe.interpolant, recipe.predicts, heads, frozen)
     step = Step(recipe.objective, nets, precision, recipe.regularizers)
@@ -216,6 +219,11 @@ def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -
             group.setdefault("initial_lr", group["lr"])
         optimizers[phase] = optimizer
     return Assembly(step, optimizers, averages, choices, parallel)
+
+
+def profiles(recipe: Recipe) -> list[Profile]:
+    """Those of the averages that `post_hoc` asks for."""
+    return [] if recipe.post_hoc is None else [Profile(w) for w in recipe.post_hoc.widths]
 
 
 def recompute(blocks: Sequence[nn.Module]) -> None:

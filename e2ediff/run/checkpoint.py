@@ -165,6 +165,13 @@ def open_checkpoint(
     )
 
 
+def drop_after(store: Store, images: int, warn: Callable[[str], None] = _warn) -> None:
+    """Delete the checkpoints of more training images than these."""
+    for name in list_checkpoints(store):
+        if int(name.split("-")[1]) > images:
+            _discard(store, name, warn)
+
+
 def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
     """Fill a module from one file of a checkpoint.
 

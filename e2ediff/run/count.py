@@ -13,7 +13,7 @@ from e2ediff.backbone import LatentSpec
 from e2ediff.data import Batch
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
-from e2ediff.run.assembly import build_nets
+from e2ediff.run.assembly import build_nets, profiles
 from e2ediff.run.step import Step
 
 _META = torch.device("meta")
@@ -70,7 +70,7 @@ def count(recipe: Recipe) -> Count:
             step(batch, draw, phase).total.backward()
         step.zero_grad()
         flops[phase] = counter.get_total_flops() / two
-    copies = 2 + 1 + len(recipe.ema)
+    copies = 2 + 1 + len(recipe.ema) + len(profiles(recipe))
     return Count(
         parameters=parameters,
         modules={name: size for name, size in sizes.items() if size},

@@ -12,12 +12,13 @@ from torch_ema import ExponentialMovingAverage
 
 from e2ediff.backbone import Backbone, Encode
 from e2ediff.run.parallel import mine
+from e2ediff.run.profiles import Profile
 
 _CHUNK = 256  # images in one calibration pass
 
 
 class Average:
-    """An exponential moving average of a backbone, by torch-ema.
+    """An exponential moving average of a backbone, by torch-ema, or one by a profile.
 
     torch-ema keeps an ordered list of tensors without names, and no buffers.
     Here that list is the copy's own parameters, so that the average is a network with names, in
@@ -25,11 +26,14 @@ class Average:
     belong to one set of weights and are calibrated before the copy is used.
     """
 
-    def __init__(self, online: Backbone, decay: float, *, warmup: bool) -> None:
+    def __init__(self, online: Backbone, decay: float | Profile, *, warmup: bool = False) -> None:
         self.online = online
+        self.profile = decay if isinstance(decay, Profile) else None
         self.net = copy.deepcopy(online).requires_grad_(requires_grad=False).eval()
         self.net.latent_norm.train()  # batch statistics during training, as the online network
-        self.ema = ExponentialMovingAverage(online.parameters(), decay, use_num_updates=warmup)
+        counts = warmup or self.profile is not None
+        constant = 0.0 if isinstance(decay, Profile) else decay
+        self.ema = ExponentialMovingAverage(online.parameters(), constant, use_num_updates=counts)
         self.bind()
         norm = set(map(id, self.net.latent_norm.buffers()))
         self._buffers = [
@@ -55,7 +59,8 @@ class Average:
         if self.ema.num_updates is not None:
             self.ema.num_updates += 1
             count = self.ema.num_updates
-            decay = min(decay, (1 + count) / (10 + count))
+            early = (1 + count) / (10 + count)
+            decay = self.profile.decay(count) if self.profile else min(decay, early)
         gap = torch._foreach_sub(self._mine, self._theirs)
         torch._foreach_mul_(gap, 1.0 - decay)
         torch._foreach_sub_(self._mine, gap)
@@ -64,7 +69,7 @@ class Average:
 
     @property
     def updates(self) -> int:
-        """Number of updates so far, which sets the decay during warm-up."""
+        """Number of updates so far, which sets the decay during warm-up, and a profile's."""
         return self.ema.num_updates or 0
 
     @updates.setter

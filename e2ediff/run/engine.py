@@ -23,7 +23,7 @@ from e2ediff.objective import Draw
 from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import Assembly, assemble
 from e2ediff.run.bad_images import BAD_IMAGES, BadImages, Skipped, taken
-from e2ediff.run.checkpoint import checkpoint_at, open_checkpoint, save
+from e2ediff.run.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
 from e2ediff.run.ema import in_use
@@ -31,6 +31,7 @@ from e2ediff.run.loader import batches
 from e2ediff.run.manifest import Checkpoint
 from e2ediff.run.notify import RunView, notify
 from e2ediff.run.pictures import curves_png, grid_png
+from e2ediff.run.post_hoc import snapshots, take_snapshot
 from e2ediff.run.probing import Observer, chosen_diagnostics, figures_line
 from e2ediff.run.progress import Progress, training_line
 from e2ediff.run.scores import Scorer
@@ -117,7 +118,7 @@ class Engine:
 
     def _train(self, stop: Stop) -> bool:
         """Steps to the end; False if the alarm sent the run back instead."""
-        cadence, total = self.recipe.cadence, self.recipe.total_steps
+        r, cadence, total = self.recipe, self.recipe.cadence, self.recipe.total_steps
         self._clock = (time.perf_counter(), self.step)
         try:
             for batch in self._batches():
@@ -130,6 +131,8 @@ class Engine:
                     self.score(self.scorer)
                 if self.step % cadence.checkpoint == 0 and self.step < total:
                     self.save()
+                if r.snapshot_steps and self.step % r.snapshot_steps == 0 and self.step < total:
+                    self.snapshot()
                 if self._asked(stop):
                     break
         except CollapseError:
@@ -402,6 +405,22 @@ class Engine:
         self._notify("checkpoint_saved", path=self.last_checkpoint)
         self._pause(pause)
 
+    def snapshot(self) -> None:
+        """Store the averages that other widths are reconstructed from."""
+        pause, post_hoc = time.perf_counter(), self.recipe.post_hoc
+        assert post_hoc is not None
+        files = take_snapshot(self.parts, self.recipe, keep=self.world.leads)
+        try:
+            self.world.lead(
+                partial(
+                    save, snapshots(self.directory.store), self.images, self.step, files, {},
+                    keep=post_hoc.keep, warn=self.progress.say,
+                )
+            )  # fmt: skip
+        except DivergedError as error:
+            raise self._diverged(str(error)) from error
+        self._pause(pause)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint.
 
@@ -412,7 +431,13 @@ class Engine:
         self.step, self.images = checkpoint.step, checkpoint.images
         self.last_checkpoint, self._saved_at = checkpoint.name, checkpoint.images
         self.watch.restore(checkpoint.state.get("alarm", {}))
-        self.directory.rewind(self.images)
+        self.rewind(self.images)
+
+    def rewind(self, images: int) -> None:
+        """Drop figures and snapshots of more images than these: they will be made anew."""
+        self.directory.rewind(images)
+        if self.recipe.post_hoc and self.world.leads:
+            drop_after(snapshots(self.directory.store), images, self.progress.say)
 
     def go_back(self) -> None:
         """Return to the checkpoint from before the first sign, and draw otherwise from there.

@@ -19,10 +19,10 @@ from e2ediff.run.assembly import DTYPES, build_nets, choose_device
 from e2ediff.run.checkpoint import load_weights, open_checkpoint
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.generate import ROWS, Model, Origin, Other, Precision
+from e2ediff.run.post_hoc import Basis, reconstruct, stored_weights, width_of
 
 Opened = tuple[Recipe, Backbone, Origin, LatentContract | None]
 
-_NO_WEIGHTS = ("heads",)
 _MAY_CHANGE = ("sampler", "guidance")
 
 
@@ -42,8 +42,8 @@ def load_model(
 
     Args:
         run: The run's directory, or any URL of one.
-        weights: `online`, `target`, or the name of an average in the recipe's `ema`; by default
-            the first of `ema`, or the target.
+        weights: `online`, `target`, the name of an average in the recipe's `ema`, or a width to
+            reconstruct, as `ema:0.08`; by default the first of `ema`, or the target.
         checkpoint: Name of a checkpoint; by default the newest that is whole.
         device: `auto`, `cpu`, `cuda`, or one of several as `cuda:1`.
         overrides: Assignments as given to `--set`, to `sampler` and `guidance` alone.
@@ -54,7 +54,8 @@ def load_model(
 
     Raises:
         RunDirectoryError: There is no run there.
-        CheckpointError: It has no such checkpoint or weights, or they are damaged.
+        CheckpointError: It has no such checkpoint or weights, they are damaged, or the width
+            cannot be reconstructed.
         LatentError: The recipe's backbone has other latents than those weights.
         RecipeError: An override is wrong, or guidance asks a network of other latents.
     """
@@ -102,24 +103,32 @@ def _open(
     directory = RunDirectory.open(run)
     recipe = recipe_of(host, directory, overrides)
     opened = open_checkpoint(directory.store, checkpoint, warn=warn)
-    known = [f for f in opened.files if f not in _NO_WEIGHTS and not f.startswith("optimizer-")]
     name = weights or (recipe.ema[0].name if recipe.ema else "target")
-    if name not in known:
+    width, known = width_of(name), stored_weights(opened)
+    if width is None and name not in known:
         raise CheckpointError(
-            f"{opened.path}: no weights '{name}'; it has {', '.join(sorted(known))}"
+            f"{opened.path}: no weights '{name}'; it has {', '.join(known)}"
+            + (", and any width as ema:0.08" if recipe.post_hoc else "")
         )
     nets, _ = build_nets(recipe, device)
-    load_weights(nets.online, opened, name)
     net = nets.online.eval().requires_grad_(requires_grad=False)
     net.prepare(device, DTYPES[precision])
+    if width is None:
+        load_weights(net, opened, name)
+        sha256, latent = opened.sha256(name), opened.latent(name)
+    else:
+        basis = Basis.open(directory.store, recipe, opened, warn)
+        sha256 = reconstruct(net, basis, width, recipe)
+        online = opened.latent("online")
+        latent = net.contract(online.scale) if online else None
     origin = Origin(
         run=run,
         checkpoint=opened.name,
         weights=name,
-        sha256=opened.sha256(name),
+        sha256=sha256,
         recipe_sha256=hashlib.sha256(directory.resolved().encode()).hexdigest(),
     )
-    return recipe, net, origin, opened.latent(name)
+    return recipe, net, origin, latent
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:

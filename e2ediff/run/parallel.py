@@ -42,7 +42,7 @@ class Unit(nn.Module):
     def __init__(self, step: Step, averages: Mapping[str, Backbone]) -> None:
         super().__init__()
         self.step = step
-        self.averages = nn.ModuleDict(averages)
+        self.averages = nn.ModuleDict({k.replace(".", "_"): v for k, v in averages.items()})
 
     def forward(
         self, batch: Batch, draw: Draw, phase: str

@@ -192,7 +192,7 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
         engine.restore(open_checkpoint(directory.store, name, verify=False))
         progress.say(f"resumed {directory.path} at step {engine.step}")
     else:
-        directory.rewind(-1)
+        engine.rewind(-1)
         progress.say(f"{directory.path} has no checkpoint yet: it begins again")
 
 

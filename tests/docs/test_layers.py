@@ -163,6 +163,12 @@ def test_scoring_imports_contracts_the_host_and_the_engine_but_no_part() -> None
     assert found == {"e2ediff/evaluate/subject.py": ["e2ediff"]}
 
 
+def test_a_sweep_imports_scoring_and_the_grids_of_ablations_but_no_part() -> None:
+    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.run.", "e2ediff.evaluate.", "e2ediff.sweep.",
+                        "e2ediff.report.grid."}  # fmt: skip
+    assert broken_by(sources(CORE / "sweep"), ours, {"torch", "attrs", "numpy"}) == {}
+
+
 def test_the_forecast_imports_contracts_the_host_and_the_engine_but_no_part() -> None:
     ours = CONTRACTS | {"e2ediff.host.", "e2ediff.run.", "e2ediff.forecast."}
     assert broken_by(sources(CORE / "forecast"), ours, {"torch", "attrs"}) == {}

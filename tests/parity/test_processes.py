@@ -36,9 +36,10 @@ from e2ediff.run.world import World
 
 STEPS = 4
 EVERY = ["microshards=2", f"steps={STEPS}", "cadence.diagnose=3", "probe.images=8"]
+PROFILES = "post_hoc={every: 2, precision: float16}"
 RUNS = {
     # statistics of a micro-shard, a further average, a loss of the latents
-    "coupled": ["ema=[{name: slow, decay: 0.99}]", "regularizers=[vicreg]", "batch=12"],
+    "coupled": ["ema=[{name: slow, decay: 0.99}]", "regularizers=[vicreg]", "batch=12", PROFILES],
     # a phase that leaves most parameters without a gradient
     "two_stage": ["objective=two_stage", "backbone.trunks=denoiser_apart"],
     # heads, a target encoder, augmentation, noise before decoding

@@ -30,6 +30,7 @@ from e2ediff.run.storage import Store
 STEPS = 12
 DSD = "objective={name: dsd, augmentation: {jitter: 0.2}, decode_noise: {probability: 1.0}}"
 EXTRAS = ["microshards=2", "ema=[{name: slow, decay: 0.99}]", "optimizer.warmup_images=40"]
+EXTRAS += ["post_hoc={every: 4}"]
 RUNS = {
     "coupled": ["optimizer.schedule=constant"],
     "detached": ["objective={name: detached, draws: 2}", "backbone.latent_norm=layer", *EXTRAS],

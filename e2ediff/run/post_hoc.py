@@ -1,0 +1,226 @@
+"""Snapshots of power-function averages, and weights of any width made of them.
+
+Snapshots lie in `post_hoc/` of the run's directory, and are checkpoints that hold nothing but the
+parameters of the averages: written, verified and retired in the same way.
+The averages of the checkpoint at hand count as its last snapshot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from e2ediff.backbone import Backbone
+from e2ediff.errors import CheckpointError, DataError
+from e2ediff.host.recipe import WIDEST, Recipe
+from e2ediff.run.assembly import Assembly, profiles
+from e2ediff.run.bad_images import open_source
+from e2ediff.run.checkpoint import list_checkpoints, load_weights
+from e2ediff.run.ema import calibrate
+from e2ediff.run.loader import fixed_images
+from e2ediff.run.manifest import Checkpoint, open_one
+from e2ediff.run.parallel import whole
+from e2ediff.run.profiles import TOLERANCE, Point, Profile, mixture, reachable
+from e2ediff.run.storage import Store
+
+PREFIX = "ema:"
+"""Weights that begin so are reconstructed: `ema:0.08`."""
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def snapshots(store: Store) -> Store:
+    """Where a run keeps them."""
+    return Store(store.where("post_hoc"))
+
+
+def take_snapshot(
+    parts: Assembly, recipe: Recipe, *, keep: bool = True
+) -> dict[str, dict[str, Tensor]]:
+    """Parameters of the averages with a profile, by average, whole where they are split.
+
+    All processes of a run take it together; those that do not `keep` it get no tensors.
+    """
+    assert recipe.post_hoc is not None
+    found: dict[str, dict[str, Tensor]] = {}
+    for profile in profiles(recipe):
+        found[profile.name] = held = {}
+        for name, value in parts.averages[profile.name].net.named_parameters():
+            full = whole(value.detach())
+            if keep:
+                held[name] = full.to("cpu", _DTYPES[recipe.post_hoc.precision])
+    return found
+
+
+def width_of(weights: str) -> float | None:
+    """The width that `ema:0.08` asks for; None for a stored set of weights.
+
+    Raises:
+        CheckpointError: It is no width.
+    """
+    if not weights.startswith(PREFIX):
+        return None
+    try:
+        width = float(weights.removeprefix(PREFIX))
+    except ValueError:
+        width = 0.0
+    if not 0 < width <= WIDEST:
+        raise CheckpointError(
+            f"weights {weights!r}: expected a width in (0, {WIDEST:.3f}], as in ema:0.08: an "
+            "average's standard deviation over training time, as a share of that time."
+        )
+    return width
+
+
+@attrs.frozen
+class Source:
+    """A tracked average that is stored somewhere."""
+
+    point: Point
+    checkpoint: Checkpoint
+
+    @property
+    def file(self) -> str:
+        """Its file in the checkpoint."""
+        return Profile(self.point.sigma_rel).name
+
+
+@attrs.frozen
+class Basis:
+    """The tracked averages up to a checkpoint, its own last."""
+
+    at: Checkpoint
+    sources: tuple[Source, ...]
+
+    @classmethod
+    def open(
+        cls, store: Store, recipe: Recipe, at: Checkpoint, warn: Callable[[str], None]
+    ) -> Basis:
+        """Find them; damaged snapshots are told to `warn` and left out.
+
+        Raises:
+            CheckpointError: The run has none.
+        """
+        if recipe.post_hoc is None:
+            raise CheckpointError(
+                f"{at.path}: no width can be reconstructed, because the run tracked no profiles. "
+                f"It has {', '.join(stored_weights(at))}; train with `post_hoc: {{}}` in the "
+                "recipe to have all widths."
+            )
+        found, place = list[Checkpoint](), snapshots(store)
+        for name in list_checkpoints(place):
+            try:
+                found.append(open_one(place, name, verify=False))
+            except CheckpointError as error:
+                warn(f"skipped {error}")
+        before = [one for one in found if one.step < at.step]
+        return cls(
+            at,
+            tuple(
+                Source(Point(width, one.step), one)
+                for one in [*before, at]
+                for width in recipe.post_hoc.widths
+                if one.step > 0 and Profile(width).name in one.files
+            ),
+        )
+
+    @property
+    def points(self) -> list[Point]:
+        """What is stored."""
+        return [source.point for source in self.sources]
+
+    def widths(self) -> list[float]:
+        """Widths in thousandths that can be reconstructed, rising."""
+        return reachable(self.points, self.at.step) if self.sources else []
+
+    def chosen(self, width: float) -> list[tuple[Source, float]]:
+        """What to add up for a width, and how often.
+
+        Raises:
+            CheckpointError: The stored averages do not determine it.
+        """
+        wanted = Point(width, self.at.step)
+        for source in self.sources:
+            if source.point == wanted:
+                return [(source, 1.0)]
+        if self.at.step == 0 or not self.sources:
+            raise CheckpointError(f"{self.at.path}: nothing was averaged before the first step.")
+        found = mixture(self.points, wanted)
+        if found.error > TOLERANCE:
+            raise CheckpointError(self._refusal(width, found.error))
+        return list(zip(self.sources, found.coefficients, strict=True))
+
+    def _refusal(self, width: float, error: float) -> str:
+        steps = len({p.step for p in self.points})
+        tracked = ", ".join(f"{w:g}" for w in sorted({p.sigma_rel for p in self.points}))
+        known = self.widths()
+        span = f"{known[0]:g} to {known[-1]:g}" if known else "the tracked ones"
+        return (
+            f"{self.at.path}: width {width:g} cannot be reconstructed: the nearest mixture of "
+            f"widths {tracked} at {steps} moment{'s' * (steps > 1)} misses its profile by "
+            f"{error:.0%}, and {TOLERANCE:.0%} is the limit. Give {span}; more snapshots (a "
+            "smaller `post_hoc.every`) reach further."
+        )
+
+
+def stored_weights(checkpoint: Checkpoint) -> list[str]:
+    """Names of the sets of weights in a checkpoint."""
+    files = checkpoint.files
+    return sorted(f for f in files if f != "heads" and not f.startswith("optimizer-"))
+
+
+def reconstruct(net: Backbone, basis: Basis, width: float, recipe: Recipe) -> str:
+    """Give a network the weights of a width; returns a hash of what they were made of.
+
+    Sums are taken in float64. Buffers are the checkpoint's; a latent norm with statistics takes
+    them from the training images, as those of every set of weights are.
+
+    Raises:
+        CheckpointError: The width cannot be reached, or a snapshot is damaged.
+        DataError: The statistics need training images, and they are not there.
+    """
+    chosen = basis.chosen(width)
+    own = Profile(recipe.post_hoc.widths[0]).name if recipe.post_hoc else "online"
+    load_weights(net, basis.at, own)
+    with torch.no_grad():
+        for name, value in _sums(net, chosen).items():
+            net.get_parameter(name).copy_(value)
+    if net.latent_norm.has_statistics:
+        calibrate(net, _training_images(recipe, width).to(next(net.parameters()).device))
+    made_of = [width, basis.at.step, *(s.checkpoint.sha256(s.file) for s, _ in chosen)]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+
+def _sums(net: Backbone, chosen: Sequence[tuple[Source, float]]) -> Mapping[str, Tensor]:
+    sums = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in net.named_parameters()}
+    for source, share in chosen:
+        for name, value in _parameters(source, sums):
+            sums[name].add_(value.double(), alpha=share)
+    return sums
+
+
+def _parameters(source: Source, known: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    tensors, place = source.checkpoint.tensors(source.file), source.checkpoint.path
+    for name, like in known.items():
+        if name not in tensors or tensors[name].shape != like.shape:
+            raise CheckpointError(
+                f"{place}: weights '{source.file}' do not fit the network of the recipe: {name}"
+            )
+        yield name, tensors[name]
+
+
+def _training_images(recipe: Recipe, width: float) -> Tensor:
+    try:
+        source = open_source(recipe.data)
+    except DataError as error:
+        raise DataError(
+            f"weights {PREFIX}{width:g}: the latent norm takes its statistics from training "
+            f"images for every reconstructed width, and they are not there: {error}"
+        ) from error
+    cpu = torch.device("cpu")
+    return fixed_images(source, recipe.probe.calibration, recipe.seed, "calibration", cpu).x

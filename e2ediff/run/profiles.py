@@ -1,0 +1,110 @@
+"""Power-function averages: their profiles over training time, and widths made of others.
+
+An average of profile p holds the integral of p(tau) theta(tau) over training time tau, with
+p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) up to its own time t, and 0 from there on.
+Time is counted in optimizer steps; theta is constant during a step.
+
+Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), section 3 and appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+TOLERANCE = 0.05
+"""Largest error of a profile, relative to its norm, that a reconstruction may have."""
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """The width of a profile with exponent gamma >= 0: its standard deviation over t."""
+    return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
+
+
+@lru_cache
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of a profile of this width, in (0, 12^-0.5].
+
+    The largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2.
+    """
+    s = sigma_rel**-2.0
+    return float(max(0.0, np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max()))
+
+
+@attrs.frozen
+class Profile:
+    """The averaging law of one width."""
+
+    sigma_rel: float
+
+    @property
+    def name(self) -> str:
+        """The average's name in a checkpoint."""
+        return f"ema-{self.sigma_rel:g}"
+
+    def decay(self, step: int) -> float:
+        """The share of the old average that stays at this optimizer step, the first being 1."""
+        return float((1.0 - 1.0 / step) ** (gamma_of(self.sigma_rel) + 1.0))
+
+
+@attrs.frozen
+class Point:
+    """A tracked average at one moment: its width, and the optimizer step it was stored after."""
+
+    sigma_rel: float
+    step: int
+
+
+@attrs.frozen
+class Mixture:
+    """Coefficients of points, which add up to 1, and the error of the profile they make."""
+
+    coefficients: tuple[float, ...]
+    error: float
+
+
+def mixture(points: Sequence[Point], wanted: Point) -> Mixture:
+    """The mixture of points whose profile is nearest to the wanted one, by least squares.
+
+    Unlike in the paper, coefficients add up to 1, as profiles do: then a weight that never moved
+    is returned as it is, however few points there are.
+    The error is the norm of the difference of the profiles over the norm of the wanted one.
+    """
+    t = np.array([p.step for p in points], dtype=np.float64) / wanted.step
+    gamma = np.array([gamma_of(p.sigma_rel) for p in points])
+    last, goal = np.ones(1), np.array([gamma_of(wanted.sigma_rel)])
+    gram = inner_products(t, gamma, t, gamma)
+    right = inner_products(t, gamma, last, goal)
+    norm = float(inner_products(last, goal, last, goal)[0, 0])
+    ones = np.ones((len(t), 1))
+    system = np.block([[gram, ones], [ones.T, np.zeros((1, 1))]])
+    # Not `solve`: two widths that are nearly one make the system singular.
+    solution = np.linalg.lstsq(system, np.vstack([right, [[1.0]]]), rcond=1e-15)[0]
+    x = solution[: len(t)]
+    rest = float((x.T @ gram @ x - 2 * x.T @ right)[0, 0]) + norm
+    return Mixture(tuple(x[:, 0].tolist()), (max(0.0, rest) / norm) ** 0.5)
+
+
+def inner_products(t_a: Floats, gamma_a: Floats, t_b: Floats, gamma_b: Floats) -> Floats:
+    """Integrals of products of profiles, (A, B), for A and B of them.
+
+    Source: appendix C.3; the ratio of times is at most 1, so that no power overflows.
+    """
+    t_a, gamma_a = t_a[:, None], gamma_a[:, None]
+    t_b, gamma_b = t_b[None], gamma_b[None]
+    low, high = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
+    power = np.where(t_a < t_b, gamma_b, gamma_a)
+    found: Floats = (gamma_a + 1) * (gamma_b + 1) * (low / high) ** power
+    return found / ((gamma_a + gamma_b + 1) * high)
+
+
+def reachable(points: Sequence[Point], step: int) -> list[float]:
+    """Widths in thousandths, rising, that these points give at this step within `TOLERANCE`."""
+    grid = [i / 1000 for i in (*range(5, 100, 5), *range(100, 290, 10))]
+    return [w for w in grid if mixture(points, Point(w, step)).error <= TOLERANCE]

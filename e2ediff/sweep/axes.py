@@ -1,0 +1,151 @@
+"""What a sweep varies: axes as `ablate` takes them, of weights, sampler and guidance alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from e2ediff.errors import E2EDiffError, Problem, RecipeError
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import Recipe
+from e2ediff.host.structure import unstructure
+from e2ediff.report.grid import Axis, GridError, parse_axis
+from e2ediff.run.post_hoc import stored_weights
+from e2ediff.sampler import Sampler
+from e2ediff.sweep.candidates import Candidate, SweptRun
+
+ROOTS = ("weights", "sampler", "guidance")
+_WIDTHS = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2)
+_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
+_INTERVALS = ((0.0, 1.0), (0.2, 1.0), (0.0, 0.8), (0.2, 0.8))
+
+
+def parse_axes(texts: Sequence[str]) -> list[Axis]:
+    """The axes that `--vary` asks for.
+
+    Raises:
+        GridError: One is malformed, given twice, or of something that training decided.
+    """
+    axes = [parse_axis(text) for text in texts]
+    for axis in axes:
+        for value in axis.values:
+            for one in value.assignments:
+                root = one.path.partition(".")[0]
+                if root not in ROOTS or (root == "weights") != (one.path == "weights"):
+                    raise GridError(
+                        f"--vary {axis.path}: {one.path} belongs to training; a sweep varies "
+                        "weights, and what is below sampler and guidance."
+                    )
+        if [a.path for a in axes].count(axis.path) > 1:
+            raise GridError(f"--vary {axis.path} is given twice; give all its values at once.")
+    return axes
+
+
+def default_axes(run: SweptRun) -> list[Axis]:
+    """Width or weights, guidance scale, guidance interval, and sampler with its steps."""
+    return [parse_axis(text) for text in _defaults(run)]
+
+
+def _defaults(run: SweptRun) -> Iterator[str]:
+    sets, recipe = run.sets, run.recipe_of(Candidate("", run.sets))
+    reach = run.basis.widths() if run.basis else []
+    widths = [f"ema:{w:g}" for w in _WIDTHS if reach and reach[0] <= w <= reach[-1]]
+    stored = [w for w in stored_weights(run.checkpoint) if not (widths and "." in w)]
+    names = [*widths, *stored]
+    if len(names) > 1 and run.weights is None:
+        yield f"weights={','.join(names)}"
+    if not any(s.startswith("guidance") for s in sets):
+        yield from _guidances(recipe)
+    if not any(s.startswith("sampler") for s in sets):
+        yield from _samplers(run.host, recipe)
+
+
+def _guidances(recipe: Recipe) -> Iterator[str]:
+    if recipe.guidance is None:
+        if recipe.data.image.classes and recipe.label_drop > 0:
+            blocks = [
+                f"{{name: classifier_free, scale: {scale:g}, t_min: {low:g}, t_max: {high:g}}}"
+                for scale in _SCALES[1:]
+                for low, high in (_INTERVALS[0], _INTERVALS[-1])
+            ]
+            yield f"guidance=[null, {', '.join(blocks)}]"
+        return
+    guidance: Any = recipe.guidance
+    known = {field.alias for field in attrs.fields(type(guidance))}
+    if "scale" in known:
+        yield f"guidance.scale={','.join(f'{s:g}' for s in _SCALES)}"
+    if {"t_min", "t_max"} <= known:
+        pairs = [f"{low:g}+guidance.t_max={high:g}" for low, high in _INTERVALS]
+        yield f"guidance.t_min={','.join(pairs)}"
+
+
+def _samplers(host: Host, recipe: Recipe) -> Iterator[str]:
+    """The recipe's, `heun` and `dpmpp_2m`, at its number of steps and at half of it.
+
+    `heun` asks the network twice a step, and so has half as many.
+    """
+    own = unstructure(host, recipe.sampler, Sampler)
+    if not isinstance(own, dict) or "steps" not in own:
+        return
+    blocks = []
+    for steps in dict.fromkeys((recipe.sampler.steps, max(2, recipe.sampler.steps // 2))):
+        blocks.append(_block({**own, "steps": steps}))
+        for name, count in (("heun", (steps + 1) // 2), ("dpmpp_2m", steps)):
+            if own["name"] != name:
+                blocks.append(_block({"name": name, "steps": count}))
+    yield f"sampler=[{', '.join(blocks)}]"
+
+
+def _block(options: Mapping[str, object]) -> str:
+    """YAML on one line; a text needs no quotes here."""
+    words = (f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items())
+    return f"{{{', '.join(words)}}}"
+
+
+def check(run: SweptRun, axes: Sequence[Axis]) -> None:
+    """Refuse axes of which some combination cannot be sampled.
+
+    Combinations of axes that concern different parts are harmless if their own are.
+
+    Raises:
+        RecipeError: With every problem.
+    """
+    problems: dict[Problem, None] = {}
+    for group in _groups(axes):
+        for values in itertools.product(*(axis.values for axis in group)):
+            origins = [a.origin for value in values for a in value.assignments]
+            line = "; ".join(dict.fromkeys(origins))
+            candidate = run.candidate(values)
+            for found in _problems(run, candidate):
+                problems[attrs.evolve(found, line=line or found.line)] = None
+    if problems:
+        raise RecipeError("sweep", list(problems))
+
+
+def _problems(run: SweptRun, candidate: Candidate) -> Iterator[Problem]:
+    def tried(act: Callable[[], object]) -> Iterator[Problem]:
+        try:
+            act()
+        except RecipeError as error:
+            yield from error.problems
+        except E2EDiffError as error:
+            yield Problem("weights", str(error))
+
+    yield from tried(lambda: run.recipe_of(candidate))
+    yield from tried(lambda: run.check_weights(candidate.weights))
+
+
+def _groups(axes: Sequence[Axis]) -> list[list[Axis]]:
+    """Axes that concern a common part, together."""
+    groups: list[tuple[set[str], list[Axis]]] = [(set(), [])]
+    for axis in axes:
+        roots = {a.path.partition(".")[0] for v in axis.values for a in v.assignments}
+        touched = [g for g in groups if g[0] & roots]
+        rest = [g for g in groups if not g[0] & roots]
+        together = [one for g in touched for one in g[1]] + [axis]
+        groups = [*rest, (roots.union(*(g[0] for g in touched)), together)]
+    return [group for _, group in groups]

@@ -1,0 +1,111 @@
+"""The run that is swept, and a candidate: one way to sample it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+
+import attrs
+
+from e2ediff.denoiser import Guidance
+from e2ediff.errors import CheckpointError
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import Recipe
+from e2ediff.host.structure import unstructure
+from e2ediff.report.grid import Value
+from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.load import recipe_of
+from e2ediff.run.manifest import Checkpoint
+from e2ediff.run.post_hoc import Basis, stored_weights, width_of
+from e2ediff.sampler import Sampler
+
+
+@attrs.frozen
+class Candidate:
+    """One way to sample a run: its weights, and assignments for `--set`; empty is the recipe's."""
+
+    weights: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """As options of `sample` and `eval`."""
+        sets = [word for assignment in self.overrides for word in ("--set", assignment)]
+        return shlex.join(["--weights", self.weights, *sets])
+
+
+@attrs.frozen(eq=False)
+class SweptRun:
+    """The run that is swept, as candidates are read against it."""
+
+    host: Host
+    directory: RunDirectory
+    checkpoint: Checkpoint
+    recipe: Recipe
+    basis: Basis | None
+    sets: tuple[str, ...] = ()
+    weights: str | None = None
+
+    def candidate(self, values: Sequence[Value]) -> Candidate:
+        """The candidate with one value of each of some axes."""
+        given = [a for value in values for a in value.assignments]
+        weights = [a.text for a in given if a.path == "weights"]
+        overrides = [*self.sets, *(str(a) for a in given if a.path != "weights")]
+        # A block is set before its options are, whichever was given first.
+        overrides.sort(key=lambda text: text.partition("=")[0].count("."))
+        default = self.weights or (self.recipe.ema[0].name if self.recipe.ema else "target")
+        return Candidate([default, *weights][-1], tuple(overrides))
+
+    def recipe_of(self, candidate: Candidate) -> Recipe:
+        """The run's recipe with a candidate's sampler and guidance; raises RecipeError."""
+        return recipe_of(self.host, self.directory, candidate.overrides)
+
+    def key(self, candidate: Candidate) -> str:
+        """What a candidate amounts to: equal for two ways to say the same."""
+        recipe = self.recipe_of(candidate)
+        guidance = recipe.guidance and unstructure(self.host, recipe.guidance, Guidance)
+        if isinstance(guidance, dict) and guidance.get("scale") == 1:
+            guidance = None  # no guidance, whatever its other options
+        sampler = unstructure(self.host, recipe.sampler, Sampler)
+        return json.dumps([candidate.weights, sampler, guidance], sort_keys=True)
+
+    def check_weights(self, name: str) -> None:
+        """Refuse weights that cannot be loaded.
+
+        Raises:
+            CheckpointError: They are neither stored nor within reach.
+        """
+        width = width_of(name)
+        if width is not None:
+            basis = self.basis or Basis.open(
+                self.directory.store, self.recipe, self.checkpoint, _quiet
+            )
+            basis.chosen(width)
+        elif name not in (known := stored_weights(self.checkpoint)):
+            raise CheckpointError(f"no weights '{name}'; it has {', '.join(known)}")
+
+
+def _quiet(text: str) -> None:
+    """What was left out is said when the run is opened."""
+
+
+def open_run(
+    host: Host,
+    run: str,
+    checkpoint: str | None,
+    sets: Sequence[str],
+    weights: str | None,
+    warn: Callable[[str], None],
+) -> SweptRun:
+    """The run, with its tracked averages if it has any.
+
+    Raises:
+        RunDirectoryError, CheckpointError: It cannot be used.
+    """
+    directory = RunDirectory.open(run)
+    recipe = recipe_of(host, directory)
+    opened = open_checkpoint(directory.store, checkpoint, warn=warn)
+    basis = Basis.open(directory.store, recipe, opened, warn) if recipe.post_hoc else None
+    return SweptRun(host, directory, opened, recipe, basis, tuple(sets), weights)

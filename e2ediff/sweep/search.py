@@ -1,0 +1,241 @@
+"""The search itself: candidates scored with the same noise and labels, each score kept at once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import attrs
+
+from e2ediff.errors import DataError, RunDirectoryError
+from e2ediff.evaluate.evaluate import Request, passport_of
+from e2ediff.evaluate.images import SomeImages
+from e2ediff.evaluate.passes import Pass, View, feature_pass
+from e2ediff.evaluate.passport import Card, Score, parse_card, write_card
+from e2ediff.evaluate.reference import Reference, open_reference, reference_features
+from e2ediff.evaluate.subject import run_subject
+from e2ediff.report.grid import Axis
+from e2ediff.run.assembly import choose_device
+from e2ediff.run.bad_images import open_source
+from e2ediff.run.generate import Model
+from e2ediff.run.load import load_model
+from e2ediff.run.pixels import network_title, weights_sha256
+from e2ediff.run.set_record import differences
+from e2ediff.run.storage import JSON, Store
+from e2ediff.sweep.candidates import Candidate, SweptRun
+from e2ediff.sweep.proxy import Mean, Proxy
+
+SPEC, SCORES = "sweep.json", "scores"
+_METRIC = {"name": "kernel_distance", "error": "jackknife over samples, reference fixed"}
+
+
+@attrs.frozen(eq=False)
+class Result:
+    """A scored candidate: its card, and the share of each image in its distance."""
+
+    candidate: Candidate
+    card: Card
+    shares: tuple[float, ...]
+
+    @property
+    def mean(self) -> Mean:
+        """The distance with its standard error."""
+        return Mean.of(self.shares)
+
+    @property
+    def calls(self) -> float:
+        """Network calls an image."""
+        return float(self.card.passport.protocol["network_calls"])  # type: ignore[arg-type]
+
+
+def open_subset(run: SweptRun, place: str, count: int, seed: int) -> Reference:
+    """What samples are compared with; of a run's data a random part, of others all images.
+
+    Raises:
+        DataError: There is no such reference, or it has fewer than two images.
+    """
+    if place in ("data", "held-out"):
+        source = open_source(run.recipe.data, held_out=place == "held-out")
+        images = SomeImages(source, place, count, seed)
+        found = Reference(f"{images.count} of {place}", images.sha256(), images=images)
+    else:
+        found = open_reference(place, run.host, run.recipe.data)
+    if found.images is None or found.images.count < 2:
+        raise DataError(
+            f"{place}: a kernel distance needs two images or more as a reference, and statistics "
+            "alone are none; give a folder, an npz with arr_0, or a data source"
+        )
+    image, there = run.recipe.data.image, found.images.shape
+    if there != (image.channels, image.height, image.width):
+        raise DataError(
+            f"{place}: its images have {there[2]} x {there[1]} x {there[0]} values, those of the "
+            f"run {image.width} x {image.height} x {image.channels}; a score needs one resolution"
+        )
+    return found
+
+
+@attrs.define(eq=False)
+class Search:
+    """Scores candidates and remembers them in a folder.
+
+    `request` holds what all candidates share.
+    """
+
+    run: SweptRun
+    request: Request
+    reference: Reference
+    store: Store
+    say: Callable[[str], None]
+    update: Callable[[str], None]
+    found: dict[str, Result] = attrs.field(factory=dict)
+    _proxy: Proxy | None = None
+    _loaded: tuple[str, Model] | None = None
+
+    def begin(self) -> None:
+        """Take up what the folder has, or begin it.
+
+        Raises:
+            RunDirectoryError: It holds another sweep, or something else.
+        """
+        spec = self._spec()
+        present = [name for name in self.store.list() if not name.startswith(".")]
+        if present:
+            try:
+                there = json.loads(self.store.read(SPEC, 1 << 20))
+                apart = differences(there, spec)
+            except (OSError, ValueError, AttributeError, TypeError):
+                apart = [f"holds no {SPEC} of a sweep"]
+            if apart:
+                what = "\n  ".join(apart)
+                raise RunDirectoryError(
+                    f"{self.store.where()}: holds another sweep, or none:\n  {what}\n"
+                    "Choose another --out, or remove it."
+                )
+        else:
+            self.store.write(SPEC, json.dumps(spec, indent=1).encode())
+        for name in self.store.list(SCORES):
+            path = f"{SCORES}/{name}"
+            if name.endswith(".json"):
+                self._take(parse_card(self.store.read(path), self.store.where(path)))
+        if self.found:
+            self.say(f"{self.store.where()}: {len(self.found)} candidates are scored already")
+
+    def _take(self, card: Card) -> Result:
+        notes: Mapping[str, JSON] = card.notes
+        candidate = Candidate(str(notes["weights"]), tuple(map(str, notes["overrides"])))  # type: ignore[arg-type]
+        result = Result(candidate, card, tuple(notes["shares"]))  # type: ignore[arg-type]
+        self.found[str(notes["candidate"])] = result
+        return result
+
+    def _spec(self) -> dict[str, JSON]:
+        """What must agree for scores to be compared; axes may change."""
+        r, checkpoint = self.request, self.run.checkpoint
+        return {
+            "e2ediff_sweep": 1,
+            "recipe": self.run.recipe.name,
+            "checkpoint": checkpoint.name,
+            "weights_sha256": checkpoint.sha256("online"),
+            "seed": r.seed,
+            "images": r.count,
+            "labels": r.labels or r.conventions[0].labels,
+            "convention": r.conventions[0].name,
+            "network": network_title(r.network),
+            "network_sha256": weights_sha256(r.network),
+            "reference": self.reference.place,
+            "reference_sha256": self.reference.sha256,
+        }
+
+    def score(self, candidate: Candidate) -> Result:
+        """A candidate's score, measured unless it is known; raises as sampling does."""
+        key = self.run.key(candidate)
+        if key not in self.found:
+            self._measure(candidate, key)
+            result = self.found[key]
+            mean = result.mean
+            self.say(f"{mean.value:.6g} +- {mean.error:.2g}  {candidate.words}")
+        return self.found[key]
+
+    def _measure(self, candidate: Candidate, key: str) -> None:
+        r = attrs.evolve(self.request, weights=candidate.weights, overrides=candidate.overrides)
+        one = r.conventions[0]
+        work = Pass(r.network, (), ("pool",), r.batch, str(choose_device(r.device)))
+        view = View(one.rounding, one.resize)
+        if self._proxy is None:
+            real = reference_features(
+                self.reference, work, view, cache=r.cache, processes=r.processes
+            )
+            self._proxy = Proxy.of(real.rows["pool"].cpu())
+        assert r.count is not None
+        subject = run_subject(
+            self.run.host, r.target, r.count, r.labels or one.labels, seed=r.seed,
+            weights=r.weights, checkpoint=r.checkpoint, device=r.device, overrides=r.overrides,
+            model=self._model(candidate),
+        )  # fmt: skip
+        made = feature_pass(
+            work, subject.images, [view], subject.count, processes=r.processes,
+            progress=lambda n: self.update(f"{n}/{subject.count} images  {candidate.words}"),
+        )[view]  # fmt: skip
+        shares = self._proxy.shares(made.rows["pool"].cpu())
+        passport = passport_of(r, subject, one, view, self.reference, len(self._proxy.real))
+        name = "KID" if r.network.published else f"KD-{network_title(r.network)}"
+        mean = Mean.of(shares)
+        notes: dict[str, JSON] = {
+            "candidate": key, "weights": candidate.weights,
+            "overrides": list(candidate.overrides), "shares": shares,
+            "reference": self.reference.place,
+        }  # fmt: skip
+        card = Card("", passport, {name: Score(mean.value, mean.error, _METRIC)}, notes)
+        place = write_card(self.store.where(SCORES), card)
+        self._take(attrs.evolve(card, place=place))
+
+    def _model(self, candidate: Candidate) -> Model:
+        """The candidate's model; weights that are loaded stay for the next candidate."""
+        recipe, r = self.run.recipe_of(candidate), self.request
+        plain = recipe.guidance is None or not recipe.guidance.references
+        if plain and self._loaded is not None and self._loaded[0] == candidate.weights:
+            model = self._loaded[1]
+            return attrs.evolve(model, recipe=recipe, guidance=recipe.guidance, others=())
+        model = load_model(
+            r.target, weights=candidate.weights, checkpoint=r.checkpoint, device=r.device,
+            overrides=candidate.overrides, host=self.run.host, warn=self.say,
+        )  # fmt: skip
+        self._loaded = (candidate.weights, model)
+        return model
+
+
+def every(run: SweptRun, axes: Sequence[Axis]) -> list[Candidate]:
+    """All combinations."""
+    products = itertools.product(*(axis.values for axis in axes))
+    return [run.candidate(values) for values in products]
+
+
+def one_by_one(
+    run: SweptRun, axes: Sequence[Axis], rounds: int, score: Callable[[Candidate], Result]
+) -> Iterator[Result]:
+    """Score one axis after another, the others staying at their best values so far.
+
+    Begins with what the recipe has. Stops early after a round that changed nothing.
+    """
+    chosen: dict[str, object] = {}
+
+    def candidate() -> Candidate:
+        return run.candidate([chosen[a.path] for a in axes if a.path in chosen])  # type: ignore[misc]
+
+    best = score(candidate())
+    yield best
+    for _ in range(rounds):
+        before = best
+        for axis in axes:
+            held = chosen.get(axis.path)
+            for value in axis.values:
+                chosen[axis.path] = value
+                result = score(candidate())
+                yield result
+                if result.mean.value < best.mean.value:
+                    best, held = result, value
+            chosen.pop(axis.path)
+            if held is not None:
+                chosen[axis.path] = held
+        if best is before:
+            return

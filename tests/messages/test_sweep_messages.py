@@ -1,0 +1,232 @@
+"""`sweep` as a user meets it: what is scored, what is kept, what is refused before it starts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import e2ediff
+
+from e2ediff.evaluate.images import Samples
+from e2ediff.evaluate.passport import read_card
+from e2ediff.host.plugins import load
+from e2ediff.sweep import search
+from e2ediff.sweep.axes import parse_axes
+from e2ediff.sweep.candidates import open_run
+
+TINY = """\
+e2ediff: 1
+name: tiny
+steps: 12
+batch: 8
+data: {name: fashion_mnist, size: 32}
+backbone: {name: vit, width: 16, depth: 1, heads: 1, patch: 8, latent_dim: 4}
+interpolant: linear
+times: uniform
+objective: detached
+post_hoc: {every: 1}
+optimizer: {name: adamw, lr: 0.01}
+sampler: {name: euler, steps: 4}
+guidance: {name: classifier_free, scale: 1.5}
+cadence: {log: 12, diagnose: 100, preview: 100, checkpoint: 100}
+probe: {images: 8, times: [0.5], calibration: 8}
+preview: {rows: 1, classes: 2}
+device: cpu
+"""
+FEW = ("--count", 8, "--features", "random_projection")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(TINY)
+    done = e2ediff("run", folder / "tiny.yaml", "--out", folder / "run")
+    assert done.code == 0, done.err
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("E2EDIFF_CACHE", str(trained.parent / "cache"))
+    shutil.copytree(trained, "run")
+    return "run"
+
+
+def table(place: str = "run/sweep") -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(place, "sweep.csv").read_text().splitlines()))
+
+
+def scored(place: str = "run/sweep") -> set[str]:
+    return {p.name for p in Path(place, "scores").iterdir()}
+
+
+# What is scored
+
+
+def test_axes_are_searched_one_after_another_from_the_recipes_settings(run: str) -> None:
+    done = e2ediff("sweep", run, *FEW, "--vary", "weights=target,ema:0.1,online",
+                   "--vary", "guidance.scale=1,3", "--vary", "sampler.steps=2")  # fmt: skip
+    assert done.code == 0, done.err
+    rows = table()
+    assert len(rows) == 3 + 2 + 1
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores)
+    calls = {row["settings"]: float(row["network_calls"]) for row in rows}
+    assert calls["guidance.scale=1"] == 4
+    assert calls["guidance.scale=3"] == 8
+    assert rows[0]["tied"] == "yes"
+    for row in rows:
+        assert float(row["low"]) < float(row["score"]) < float(row["high"])
+        behind, error = float(row["behind"]), float(row["behind_error"])
+        assert (row["tied"] == "yes") == (behind <= 1.96 * error)
+
+
+def test_a_grid_scores_every_combination_once(run: str) -> None:
+    done = e2ediff("sweep", run, *FEW, "--grid", "--vary", "guidance.scale=1,2",
+                   "--vary", "sampler={name: heun, steps: 2},{name: euler, steps: 3}")  # fmt: skip
+    assert done.code == 0, done.err
+    found = {(row["settings"], row["network_calls"]) for row in table()}
+    heun, euler = "sampler={name: heun, steps: 2}", "sampler={name: euler, steps: 3}"
+    assert found == {
+        (f"{heun} guidance.scale=1", "3.0"), (f"{heun} guidance.scale=2", "6.0"),
+        (f"{euler} guidance.scale=1", "3.0"), (f"{euler} guidance.scale=2", "6.0"),
+    }  # fmt: skip
+
+
+def test_each_score_has_a_passport_and_the_best_one_a_command(run: str) -> None:
+    words = ("--vary", "weights=ema:0.1", "--vary", "guidance.scale=3", "--full", 16)
+    done = e2ediff("sweep", run, *FEW, *words)
+    assert done.code == 0, done.err
+    (best, *_) = table()
+    card = read_card(f"run/sweep/scores/{best['file']}")
+    assert card.scores["KD-RandomProjection128"].value == pytest.approx(float(best["score"]))
+    assert card.passport.subject["weights"] == best["weights"]
+    width = 0.1 if best["weights"] == "ema:0.1" else None
+    assert card.passport.subject["ema_width"] == width
+    assert card.passport.protocol["images"] == 8
+    assert card.passport.protocol["reference_images"] == 80
+    line = next(text for text in done.out.splitlines() if text.startswith("full evaluation"))
+    command = shlex.split(line.partition(": ")[2])[1:]
+    assert command[:4] == ["eval", "run", "--weights", best["weights"]]
+    assert command[command.index("--seed") + 1] == "1"
+    assert len(list(Path("run/scores").iterdir())) == 1  # --full ran it
+    full = read_card(str(next(Path("run/scores").iterdir())))
+    assert full.passport.protocol["images"] == 16
+    assert full.passport.subject["weights_sha256"] == card.passport.subject["weights_sha256"]
+    assert full.passport.protocol["guidance"] == card.passport.protocol["guidance"]
+
+
+def test_an_interrupted_sweep_goes_on_and_gives_the_same_table(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("sweep", run, *FEW, "--vary", "guidance.scale=1,2,3")
+    assert e2ediff(*words, "--out", "whole").code == 0
+    whole, passes = scored("whole"), search.feature_pass
+
+    def interrupted(*args, **options):
+        if len(list(Path("run/sweep/scores").glob("*"))) == 2:
+            raise KeyboardInterrupt
+        return passes(*args, **options)
+
+    with monkeypatch.context() as during:
+        during.setattr(search, "feature_pass", interrupted)
+        assert e2ediff(*words).code == 130
+    assert len(scored()) == 2
+    kept = {name: Path("run/sweep/scores", name).stat().st_mtime_ns for name in scored()}
+    done = e2ediff(*words)
+    assert "2 candidates are scored already" in done.err
+    assert all(Path("run/sweep/scores", n).stat().st_mtime_ns == t for n, t in kept.items())
+    assert scored() == whole
+    assert Path("run/sweep/sweep.csv").read_text() == Path("whole/sweep.csv").read_text()
+
+
+def test_another_process_samples_what_this_one_does(run: str) -> None:
+    """Processes load their own model, from what is sent to them."""
+    here = Samples(run, [1, 2], weights="ema:0.07", overrides=["sampler.steps=2"])
+    there = pickle.loads(pickle.dumps(here))
+    (ours,), (theirs,) = here.batches(0, 2, 2), there.batches(0, 2, 2)
+    assert torch.equal(ours, theirs)
+    assert there.model.recipe.sampler.steps == 2
+
+
+def test_what_is_set_for_all_holds_in_every_block(run: str) -> None:
+    swept = open_run(load(), run, None, ["sampler.steps=3"], None, print)
+    (axis,) = parse_axes(["sampler=heun,euler+guidance.scale=1"])
+    candidates = [swept.candidate([value]) for value in axis.values]
+    assert [swept.recipe_of(c).sampler.steps for c in candidates] == [3, 3]
+    assert candidates[0].words == "--weights target --set sampler=heun --set sampler.steps=3"
+    # Scale 1 is no guidance, at whatever times.
+    (axis,) = parse_axes(["guidance.scale=1,1+guidance.t_min=0.2,2"])
+    assert len({swept.key(swept.candidate([value])) for value in axis.values}) == 2
+
+
+def test_without_axes_widths_guidance_and_samplers_are_searched(run: str) -> None:
+    lines = e2ediff("sweep", run, "--dry-run").out.splitlines()
+    assert {"weights=ema:0.1", "weights=target", "guidance.scale=2"} < {*lines}
+    assert "guidance.t_min=0.2 guidance.t_max=0.8" in lines
+    assert "sampler={name: heun, steps: 2}" in lines
+    assert not Path("run/sweep").exists()
+    fixed = ("--set", "guidance=null", "--set", "sampler.steps=2", "--weights", "target")
+    assert e2ediff("sweep", run, "--dry-run", *fixed).out == ""
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--vary", "objective=dsd"], 2, "objective belongs to training; a sweep varies weights"),
+        (["--vary", "weights.x=1"], 2, "weights.x belongs to training"),
+        (["--vary", "guidance.scale"], 2, "write PATH=VALUE,VALUE"),
+        (["--vary", "sampler.steps=2", "--vary", "sampler.steps=3"], 2, "is given twice"),
+        (["--vary", "weights=target,traget"], 3, "no weights 'traget'; it has ema-0.05"),
+        (["--vary", "weights=ema:0.001"], 3, "width 0.001 cannot be reconstructed"),
+        (["--vary", "sampler=euler,hoin"], 3, "unknown sampler 'hoin'"),
+        (["--vary", "guidance.scale=1,-2"], 3, "--vary guidance.scale=-2"),
+        (["--vary", "guidance.power=1"], 3, "unknown option 'power'"),
+        (["--vary", "guidance=null", "--vary", "guidance.scale=2"], 3, "guidance"),
+        (["--vary", "weights=target", "--convention", "adn"], 5, "Did you mean 'adm'?"),
+        (["--vary", "weights=target", "--sha256", "ab"], 2, "give both"),
+        (["--vary", "weights=target", "--reference", "nowhere"], 5, "no such folder"),
+        (["--vary", "weights=target", "--reference",
+          "{name: synthetic, size: 16, classes: 2, count: 9}"], 5, "16 x 16 x 3 values, those of"),
+        (["--vary", "weights=online", "--set", "sampler.stops=2"], 3, "unknown option 'stops'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_sampled_is_refused_before_the_first_candidate(
+    run: str, words: list[str], code: int, said: str
+) -> None:
+    done = e2ediff("sweep", run, *FEW, *words)
+    assert (done.code, done.out) == (code, ""), done.err
+    assert said in done.err
+    assert not Path("run/sweep").exists()
+
+
+def test_all_wrong_candidates_are_named_at_once(run: str) -> None:
+    done = e2ediff("sweep", run, "--vary", "weights=a,b", "--vary", "sampler=c,euler")
+    assert done.code == 3
+    assert re.findall(r"--vary (\w+=\w+)", done.err) == ["weights=a", "weights=b", "sampler=c"]
+
+
+def test_another_sweep_is_not_mixed_with_the_one_that_lies_there(run: str) -> None:
+    words = ("sweep", run, *FEW, "--vary", "guidance.scale=1")
+    assert e2ediff(*words).code == 0
+    done = e2ediff(*words, "--seed", 3)
+    assert done.code == 6
+    assert "seed: 0 there, 3 here" in done.err
+    Path("other").mkdir()
+    Path("other/file").write_text("x")
+    done = e2ediff(*words, "--out", "other")
+    assert done.code == 6
+    assert "holds no sweep.json of a sweep" in done.err
+    spec = json.loads(Path("run/sweep/sweep.json").read_text())
+    assert spec["images"] == 8
