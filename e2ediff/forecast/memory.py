@@ -39,6 +39,8 @@ class Memory:
     `saved` is what a micro-shard's forward pass keeps for its backward pass, by phase and image.
     `checkpoint` is the size of a checkpoint's tensors.
     `optimizer_flops` is by phase and step.
+    `batch` is the bytes of the device's images; `outside_blocks` those of the weights, averages
+    included, that are in none of the backbone's blocks, and `largest_block` those of one block.
     """
 
     state: Mapping[str, int]
@@ -49,6 +51,9 @@ class Memory:
     saved: Mapping[str, float]
     checkpoint: int
     optimizer_flops: Mapping[str, float]
+    batch: int
+    outside_blocks: int
+    largest_block: int
 
     @property
     def peak(self) -> int:
@@ -67,7 +72,7 @@ class Memory:
 
 
 def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
-    """Follow a step of the recipe on one of `gpus` devices; takes seconds and no memory.
+    """Follow the step that one of `gpus` devices has, as if alone; takes seconds and no memory.
 
     Tensors are torch's fake ones on the CPU: shapes, types and storages are those of a real
     step, autocast included, so what is counted is what torch asks its allocator for.
@@ -101,6 +106,9 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
         state["images of the probe"] = _bytes([watched_images.x])
         files = tensors_of(parts)[0].values()
         checkpoint = _bytes(t for file in files for t in file.values())
+        nets = [parts.nets.online, *(average.net for average in parts.averages.values())]
+        blocks = [_bytes(block.parameters()) for net in nets for block in net.blocks()]
+        outside = _bytes(parts.parallel.unit.parameters()) - sum(blocks)
     apart = rows - other
     return Memory(
         state=state,
@@ -114,6 +122,9 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
         },
         checkpoint=checkpoint,
         optimizer_flops=passages[rows].optimizer_flops,
+        batch=_bytes([batch.x, batch.label]),
+        outside_blocks=outside,
+        largest_block=max(blocks, default=0),
     )
 
 

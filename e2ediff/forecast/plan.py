@@ -13,6 +13,7 @@ from e2ediff.forecast.flops import PhaseCost, count_inference, count_passes
 from e2ediff.forecast.measure import Measured, measured_device, measured_step
 from e2ediff.forecast.memory import Memory, follow
 from e2ediff.forecast.sampling import Calls, count_calls
+from e2ediff.forecast.spread import spread
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.run.assembly import build_nets, profiles
@@ -184,7 +185,7 @@ def make_plan(
         count=count(recipe),
         phases=phases,
         inference=inference,
-        memory=follow(recipe, gpus=gpus, like_cuda=on_cuda),
+        memory=spread(follow(recipe, gpus=gpus, like_cuda=on_cuda), recipe, gpus),
         calls=count_calls(recipe),
         looks={},
         measured=None,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from e2ediff.forecast.devices import RESERVE
 from e2ediff.forecast.plan import EVALUATED, Plan
+from e2ediff.forecast.spread import BLOCKS
 from e2ediff.run.storage import JSON
 
 _GB = 1e9
@@ -105,6 +106,15 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+_PARALLEL = {
+    "ddp": "Under DDP each device holds everything; gradients lie in buckets from the first pass "
+    "on.",
+    "fsdp2": "Under FSDP2 weights, averages, gradients and optimizer state are split evenly over "
+    f"the devices; weights outside of blocks are whole during passes, of blocks {BLOCKS} times "
+    "the largest, and gradients too where a device has several micro-shards.",
+}
+
+
 def assumptions(plan: Plan) -> list[str]:
     """Everything that was not counted, with where it comes from."""
     rate = plan.device.flops[plan.recipe.precision] / 1e12
@@ -122,9 +132,9 @@ def assumptions(plan: Plan) -> list[str]:
         "FLOPs are those of matrix products, convolutions and attention, counted by torch's "
         "FlopCounterMode, two a multiply-add, without recomputation; all other work is in the "
         "share above.",
-        "Memory is what torch's allocator is asked for, followed through a step of fake tensors "
-        "without torch.compile or activation checkpointing, both of which keep less; attention "
-        "keeps no matrix of scores, as flash kernels do.",
+        "Memory is what torch's allocator is asked for, followed through a step of fake tensors, "
+        "activation checkpointing included and torch.compile left out, which keeps less; "
+        "attention keeps no matrix of scores, as flash kernels do.",
         "The device's share of the batch lies on it in float32.",
         "Waiting for data and for the disk is left out, and so are validation runs of your own.",
         "An evaluation's feature network is left out; a solver that chooses its steps is counted "
@@ -139,8 +149,15 @@ def assumptions(plan: Plan) -> list[str]:
     if plan.gpus > 1:
         what = (
             f"{plan.gpus} devices are {plan.gpus} times as fast: gradients travel during the "
-            "backward pass and lie in their buckets. Diagnoses and previews are made on one while "
+            "backward pass. Diagnoses and previews are made on one while "
             "the others wait."
+        )
+        found.append(what)
+        found.append(_PARALLEL[plan.recipe.parallel])
+    if plan.recipe.checkpoint_activations:
+        what = (
+            "Blocks are computed once more in the backward pass, which is in the memory and not "
+            "in the FLOPs: a step takes up to a third longer than is said here."
         )
         found.append(what)
     return found

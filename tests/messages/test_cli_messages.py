@@ -311,7 +311,9 @@ def test_a_zip_that_does_not_serve_is_said(folder: Path) -> None:
         "images.zip!images/dog/7.jpg: damaged image (Truncated File Read); remove or replace it, "
         "or set `data.on_bad_image: skip`"
     )
-    assert refused(5, *given, "data.path=none.zip") == ["data.path: no file none.zip"]
+    assert refused(5, *given, "data.path=none.zip") == [
+        "data.path: no file none.zip. Expected the path or URL of a zip"
+    ]
     assert refused(5, *given, "data.path=tiny.yaml") == [
         "data.path: tiny.yaml cannot be read as a zip: File is not a zip file"
     ]

@@ -18,6 +18,7 @@ from e2ediff.forecast.memory import _fake, follow
 from e2ediff.forecast.plan import Plan, make_plan
 from e2ediff.forecast.rehearsal import _Kept
 from e2ediff.forecast.sampling import Calls, count_calls
+from e2ediff.forecast.spread import BLOCKS, spread
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.run.checkpoint import open_checkpoint
@@ -108,13 +109,15 @@ def test_a_perceptual_network_is_counted_without_its_weights(recipe_of) -> None:
 
 # On a CPU a norm of bfloat16 says that it has no fused kernel.
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_forecast_peak_is_the_allocator_s_within_two_percent(
-    host: Host, recipe_of, tmp_path: Path, name: str, precision: str
+    host: Host, recipe_of, tmp_path: Path, name: str, precision: str, recomputed: bool
 ) -> None:
     """Over every allocation that torch's profiler sees from the engine's making on."""
-    recipe = recipe_of(name, f"precision={precision}")
+    more = ["checkpoint_activations=true"] * recomputed
+    recipe = recipe_of(name, f"precision={precision}", *more)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         engine = engine_of(host, recipe, tmp_path / "run")
         batch = next(iter(engine._batches()))
@@ -165,6 +168,25 @@ def test_an_rms_norm_on_cuda_keeps_its_input_in_float32_and_one_number_a_row() -
         y.sum().backward()
         assert (x.grad.shape, x.grad.dtype) == (x.shape, torch.bfloat16)
         assert norm.weight.grad.shape == (8,)
+
+
+def test_fsdp2_splits_what_stays_and_gathers_blocks_and_ddp_adds_its_buckets(recipe_of) -> None:
+    """On four devices; of several micro-shards on a device the gradients are whole as well."""
+    recipe = recipe_of("detached", "microshards=4")
+    alone = follow(recipe, gpus=4)
+    ddp = spread(alone, recipe, 4)
+    assert ddp.passing == alone.passing + alone.state["gradients"]
+    assert (ddp.updating, dict(ddp.state)) == (alone.updating, dict(alone.state))
+    fsdp2 = spread(alone, attrs.evolve(recipe, parallel="fsdp2"), 4)
+    for name in ("weights", "gradients", "optimizer joint", "average target", "average slow"):
+        assert fsdp2.state[name] == alone.state[name] // 4
+    assert fsdp2.state["images of the probe"] == alone.state["images of the probe"]
+    gathered = alone.outside_blocks + BLOCKS * alone.largest_block
+    stays = [v for k, v in alone.state.items() if k not in ("gradients", "images of the probe")]
+    assert fsdp2.passing == alone.passing - sum(stays) + sum(stays) // 4 + gathered
+    two = spread(alone, attrs.evolve(recipe, parallel="fsdp2"), 2)
+    assert two.state["gradients"] == alone.state["gradients"] * 3 // 2
+    assert spread(alone, recipe, 1) is alone
 
 
 # Hidden matrices of the network above: two blocks and the trunk's last modulation.

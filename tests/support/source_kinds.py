@@ -64,7 +64,8 @@ def separate_tars(tree: Path, out: Path) -> Path:
 
 
 def arrays(place: Path, tmp: Path, kind: str) -> dict[str, str]:
-    x, y = folder(place).open().read(range(TOTAL))
+    source = folder(place).open()
+    x, y = source.read(range(len(source)))
     x = x.permute(0, 2, 3, 1).numpy()
     if kind == "npz":
         return {"images": str(as_npz(x, y.numpy(), tmp / "all.npz"))}

@@ -221,5 +221,6 @@ def _content(path: str, option: str) -> bytes:
     try:
         return location.read(location.path)
     except (OSError, ValueError) as error:
-        what = f"no file {path}" if isinstance(error, FileNotFoundError) else str(error)
+        missing = isinstance(error, FileNotFoundError)
+        what = f"no file {path}" if missing else f"cannot read {path}: {error}".rstrip(".")
         raise DataError(f"{option}: {what}. Expected an npz, npy or idx file.") from error

@@ -228,6 +228,8 @@ class Archive(EncodedConfig):
 
 def _members(path: str, prefix: str) -> tuple[list[str], bytes | None]:
     """Names below a folder of a zip, folders with a slash at the end, and its dataset.json."""
+    if not Location(path, "data.path").is_file():
+        raise DataError(f"data.path: no file {path}. Expected the path or URL of a zip")
     try:
         with fsspec.open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             found = [i for i in archive.infolist() if i.filename.startswith(prefix)]
@@ -236,9 +238,7 @@ def _members(path: str, prefix: str) -> tuple[list[str], bytes | None]:
             names = [i.filename[len(prefix) :] for i in found if i.filename != prefix]
             dataset = archive.read(prefix + DATASET_JSON) if DATASET_JSON in names else None
             return names, dataset
-    except FileNotFoundError as error:
-        raise DataError(f"data.path: no file {path}") from error
-    except (zipfile.BadZipFile, OSError, ValueError, ImportError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise DataError(f"data.path: {path} cannot be read as a zip: {error}") from error
 
 

@@ -31,8 +31,10 @@ class Location:
         self._owner = -1
         try:
             self._fs, self.path = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError, OSError) as error:
-            raise DataError(f"{option}: cannot open {url}: {error}") from error
+        except ImportError as error:
+            raise DataError(f"{option}: cannot open {url}: {error}.{_install(error)}") from error
+        except Exception as error:  # drivers of stores raise what they like
+            raise DataError(_refused(option, url, error)) from error
         self._owner = os.getpid()
         self.local = isinstance(self._fs, LocalFileSystem)
 
@@ -57,9 +59,15 @@ class Location:
 
     def _asks(self, question: str) -> bool:
         try:
-            return bool(getattr(self.fs, question)(self.path))
-        except OSError as error:
-            raise DataError(f"{self.option}: cannot open {self.url}: {error}") from error
+            if getattr(self.fs, question)(self.path):
+                return True
+            if not self.local:
+                self.fs.info(self.path)  # a store may answer no where it refuses to look
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            raise DataError(_refused(self.option, self.url, error)) from error
+        return False
 
     def below(self, name: str) -> str:
         """The file system's path of a file below this folder."""
@@ -67,9 +75,45 @@ class Location:
         return f"{folder}/{name}" if folder or self.path else name
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Bytes of a file, or this range of them."""
-        data: bytes = self.fs.cat_file(path, start=start, end=end)
+        """Bytes of a file, or this range of them.
+
+        Raises:
+            OSError: It is not there, or cannot be read.
+        """
+        try:
+            data: bytes = self.fs.cat_file(path, start=start, end=end)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
         return data
+
+    def glob(self, pattern: str) -> list[str]:
+        """Sorted paths that a pattern of the file system stands for.
+
+        Raises:
+            DataError: The store refuses to say.
+        """
+        try:
+            return sorted(str(path) for path in self.fs.glob(pattern))
+        except FileNotFoundError:
+            return []
+        except Exception as error:
+            raise DataError(_refused(self.option, self.url, error)) from error
+
+
+def _refused(option: str, url: str, error: Exception) -> str:
+    said = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return (
+        f"{option}: cannot open {url}: {said.rstrip('.')}. Check the address, and for a remote "
+        "store its credentials and your connection"
+    )
+
+
+def _install(error: ImportError) -> str:
+    """How to get the package that fsspec's error names."""
+    found = re.search(r"[Ii]nstall (?:the )?[\"'`]?([\w.-]+)", str(error))
+    return f" Run: pip install {found[1]}" if found else ""
 
 
 @attrs.frozen
@@ -116,11 +160,11 @@ def find_files(pattern: str, option: str, suffix: str) -> tuple[Location, list[F
     for text in expand(pattern):
         one = Location(text, option)
         if "*" in one.path:
-            paths += sorted(one.fs.glob(one.path))
+            paths += one.glob(one.path)
         elif text.endswith(suffix) or one.is_file():
             paths.append(one.path)
         else:
-            paths += sorted(one.fs.glob(one.below(f"*{suffix}")))
+            paths += one.glob(one.below(f"*{suffix}"))
     known = _listed(location, paths)
     missing = [path for path in paths if path not in known]
     if missing or not paths:
@@ -143,8 +187,8 @@ def _listed(location: Location, paths: Sequence[str]) -> dict[str, File]:
             entries = location.fs.ls(folder, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except OSError as error:
-            raise DataError(f"{location.option}: cannot open {folder}: {error}") from error
+        except Exception as error:
+            raise DataError(_refused(location.option, location.url, error)) from error
         for entry in entries:
             path = str(entry["name"])
             path = path if path in wanted else f"/{path.lstrip('/')}"

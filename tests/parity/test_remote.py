@@ -1,0 +1,204 @@
+"""Every kind of source, and `data prepare`, on stores that are not the disk.
+
+`memory://` needs nothing. `s3://` is a real server of S3's protocol on this machine (moto), read
+by the real client: it needs `pip install s3fs 'moto[s3]' flask flask-cors`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from command_line import e2ediff
+from pictures import write_tree
+from source_kinds import KINDS, SIZE, classes_of, folder
+
+from e2ediff.errors import DataError
+from e2ediff.parts import sources
+from e2ediff.parts.sources.location import Location
+
+COUNTS = [1, 3, 2]
+# A folder is uploaded as it is; the same in other kinds of file systems is tested elsewhere.
+FILES = [k for k in KINDS if k not in ("folder on another file system", "folder in a zip")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("sources")
+    write_tree(place / "tree", COUNTS)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("E2EDIFF_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A bucket on a server of this process."""
+    pytest.importorskip("s3fs", reason="needs `pip install 'e2ediff[s3]'`")
+    server = pytest.importorskip("moto.server", reason="needs `pip install 'moto[s3]' flask-cors`")
+    started = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        started.start()
+        host, port = started.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "someone")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket"
+        started.stop()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new address on a remote store."""
+    root = "memory://bucket" if request.param == "memory" else request.getfixturevalue("s3")
+    return f"{root}/{tmp_path.name}"
+
+
+def upload(path: Path, url: str) -> None:
+    fs, root = fsspec.core.url_to_fs(url)
+    for file in path.rglob("*"):
+        if file.is_file():
+            fs.pipe_file(f"{root}/{file.relative_to(path)}", file.read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["folder", "folder in a zip", *FILES])
+def test_every_kind_of_source_reads_from_a_remote_store_what_it_reads_from_the_disk(
+    kind: str, place: Path, store: str, tmp_path: Path
+) -> None:
+    """Labels and every pixel; the second time with the index that the first left in the store."""
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    plain, made = folder(place).open(), tmp_path / "made"
+    made.mkdir()
+    if kind == "folder":
+        name, options = "ImageFolder", {"root": str(made)}
+        write_tree(made, COUNTS)
+    else:
+        name, given = KINDS[kind]
+        options = {key: str(value) for key, value in given(place, made).items()}
+    upload(made, store)
+    options = {key: value.replace(str(made), store) for key, value in options.items()}
+    assert all(store in value for value in options.values())
+    config = getattr(sources, name)(**options, size=SIZE, classes=classes_of(place))
+    for _ in range(2):
+        source = config.open()
+        assert torch.equal(source.labels(), plain.labels())
+        assert torch.equal(source.read(range(6))[0], plain.read(range(6))[0])
+
+
+def test_images_are_prepared_from_a_store_into_one_and_checked_there(
+    place: Path, store: str
+) -> None:
+    """Twice: the second time nothing is left to do; and what is damaged is found and mended."""
+    upload(place / "tree", f"{store}/tree")
+    words = ("prepare", f"{store}/tree", f"{store}/shards", "--size", SIZE, "--each", 2)
+    done = e2ediff("data", *words, "--workers", 0)
+    assert (done.code, done.out) == (0, f"{store}/shards\n"), done.err
+    assert "3 of them made before" in e2ediff("data", *words, "--workers", 0).err
+    source = sources.Shards(path=f"{store}/shards", size=SIZE, classes=3).open()
+    assert torch.equal(source.read(range(6))[0], folder(place).open().read(range(6))[0])
+    check = ("data", "check", f"{store}/shards", "--workers", 0)
+    assert e2ediff(*check).code == 0
+    fs, path = fsspec.core.url_to_fs(f"{store}/shards/shard-00001.tar")
+    fs.pipe_file(path, fs.cat_file(path)[:-1] + b"x")
+    done = e2ediff(*check)
+    assert done.code == 5
+    assert "1 of 4 files have another SHA-256 than prepared.json says" in done.err
+    assert "2 of them made before" in e2ediff("data", *words, "--workers", 0).err
+    assert e2ediff(*check).code == 0
+
+
+def test_broken_images_in_a_store_are_named_by_their_address(place: Path, store: str) -> None:
+    name = "n00000001/n00000001_2.JPEG"
+    upload(place / "tree", f"{store}/tree")
+    fs, path = fsspec.core.url_to_fs(f"{store}/tree/{name}")
+    fs.pipe_file(path, b"<html>")
+    done = e2ediff("data", "check", f"{store}/tree", "--set", "size=8", "--workers", 0)
+    assert done.code == 5
+    assert done.out == f"{store}/tree/{name}: damaged image (no JPEG, PNG, WebP or BMP)\n"
+
+
+# Refusals
+
+
+def config_of(kind: str, url: str) -> object:
+    """A source at an address below one that is not there."""
+    given = {
+        "ImageFolder": {"root": f"{url}/train"},
+        "Archive": {"path": f"{url}/x.zip"},
+        "ClassTars": {"path": f"{url}/x.tar"},
+        "TarShards": {"path": f"{url}/train-{{00..01}}.tar"},
+        "Parquet": {"path": f"{url}/*.parquet"},
+        "Arrays": {"images": f"{url}/x.npz"},
+        "Shards": {"path": f"{url}/shards"},
+    }[kind]
+    return getattr(sources, kind)(**given, size=SIZE, classes=3)
+
+
+ALL = ["ImageFolder", "Archive", "ClassTars", "TarShards", "Parquet", "Arrays", "Shards"]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_missing_bucket_is_said_in_one_line(kind: str, s3: str) -> None:
+    with pytest.raises(DataError) as caught:
+        config_of(kind, "s3://nowhere").open()
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(("data.root: no f", "data.path: ", "data.images: no file"))
+    assert "s3://nowhere" in line or "nowhere/train-00.tar" in line or "nowhere/x.tar" in line
+    assert "xpected" in line or "must" in line
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_missing_credentials_are_said_in_one_line(
+    kind: str, s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    fsspec.filesystem("s3").clear_instance_cache()
+    try:
+        with pytest.raises(DataError) as caught:
+            config_of(kind, "s3://bucket").open()
+    finally:
+        fsspec.filesystem("s3").clear_instance_cache()
+    (line,) = str(caught.value).splitlines()
+    assert "redentials" in line
+    assert "s3://bucket/" in line
+
+
+@pytest.mark.parametrize(
+    ("url", "package"),
+    [("gs://bucket/train", "gcsfs"), ("hf://datasets/a/b", "huggingface_hub")],
+)
+def test_an_address_whose_package_is_missing_names_what_to_install(url: str, package: str) -> None:
+    if _importable(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(DataError) as caught:
+        Location(url, "data.root")
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"data.root: cannot open {url}: ")
+    assert line.endswith(f"Run: pip install {package}")
+
+
+def test_an_unknown_kind_of_address_is_said() -> None:
+    with pytest.raises(
+        DataError, match=r"data.root: cannot open nope://x: .*[Pp]rotocol not known"
+    ):
+        Location("nope://x", "data.root")
+
+
+def _importable(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
