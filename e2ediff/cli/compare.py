@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import click
 
-from e2ediff.cli.options import JUDGE
-
 
 @click.command("compare")
 @click.argument("runs", metavar="RUN|SCORES RUN|SCORES...", nargs=-1, required=True)
@@ -13,7 +11,11 @@ from e2ediff.cli.options import JUDGE
 @click.option(
     "--regardless", is_flag=True, help="Rank scores that were not measured in the same way."
 )
-@click.option("--judge", metavar="FIGURE", help=JUDGE)
+@click.option(
+    "--judge",
+    metavar="FIGURE",
+    help="The verdict's figure, as report.json names it. Default: a distance of samples, or PSNR.",
+)
 def command(
     runs: tuple[str, ...], out: str | None, judge: str | None, *, regardless: bool
 ) -> None:

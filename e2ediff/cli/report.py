@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import click
 
-from e2ediff.cli.options import JUDGE
-
 
 @click.command("report")
 @click.argument("place", metavar="RUN|GROUP")
 @click.option("--out", metavar="FILE", help="An HTML file. Default: report.html in RUN or GROUP.")
-@click.option("--judge", metavar="FIGURE", help=JUDGE)
+@click.option(
+    "--judge",
+    metavar="FIGURE",
+    help="The verdict's figure, as report.json names it. Default: a distance of samples, or PSNR.",
+)
 def command(place: str, out: str | None, judge: str | None) -> None:
     """Write one HTML page on RUN or on the ablation GROUP, which opens without a network.
 

@@ -140,7 +140,7 @@ def test_an_unknown_command_suggests_the_one_that_was_meant() -> None:
     assert done.err.splitlines()[-1] == (
         "Error: unknown command 'sampel'. Did you mean 'sample'? "
         "Known: ablate, check, compare, data, eval, interpolate, parts, plan, plugins, "
-        "reconstruct, report, run, sample."
+        "reconstruct, report, run, sample, sweep."
     )
 
 
