@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from command_line import needs_dsd
+from PIL import Image
+
+from e2ediff.parts.sources import Archive
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = (
@@ -195,3 +200,26 @@ def test_training_time_is_that_of_all_sessions_up_to_their_last_save(
         )
     )
     assert quality.training_seconds(tmp_path) == 25
+
+
+def test_the_first_held_out_images_are_of_all_classes_where_a_source_sorts_them(
+    judge: ModuleType, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "sorted.zip", "w") as file:
+        for i in range(40):
+            png = io.BytesIO()
+            Image.new("RGB", (16, 16), (6 * i, i // 20, 0)).save(png, "PNG")
+            for part in ("train", "test"):
+                file.writestr(f"{part}/{i // 20}/{i:02}.png", png.getvalue())
+    source = Archive(
+        path=str(tmp_path / "sorted.zip"), inside="train", held_out="test", size=16, classes=2
+    )
+    plain = judge.load_images(source)
+    assert plain.label.tolist() == [0] * 20 + [1] * 20
+    held_out = judge.load_images(source, held_out=True)
+    first = held_out.first(20)
+    assert 4 < first.label.sum() < 16
+    # Still each image has its own label, and none is lost.
+    green = (held_out.x[:, 1, 0, 0] + 1) * 127.5
+    assert green.round().tolist() == held_out.label.tolist()
+    assert sorted(held_out.x[:, 0, 0, 0].tolist()) == sorted(plain.x[:, 0, 0, 0].tolist())
