@@ -7,7 +7,7 @@ One run is left alone; another is stopped by SIGTERM before its last step and re
 checkpoints must agree in every bit. Then an image is sampled.
 Takes 14 GB of memory, 9 GB of disk and some minutes of a core.
 
-    $ python benchmarks/imagenet_tree.py --out /tmp/imagenet_tree
+    $ python benchmarks/imagenet_tree.py --out imagenet_tree
 """
 
 from __future__ import annotations
