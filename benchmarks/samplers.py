@@ -1,9 +1,9 @@
-"""Sample one run by every sampler at equal network calls, and by every guidance, and score them.
+"""Sample one run by every sampler at equal network calls, by every guidance, and with all weights.
 
-    python benchmarks/samplers.py RUN --out DIR
+    python benchmarks/samplers.py RUN --out DIR --jobs 2
 
-Leaves `results.json` and `table.md` in DIR, and the sets of images in DIR/sets; a set that is
-there is not made again, and an unfinished one is continued.
+Leaves `results.json` and `table.md` in DIR, the sets of images in DIR/sets and their scores in
+DIR/scores; what is there is not made again, and an unfinished set is continued.
 Scores are those of the quickstart's judge, so RUN must be one on Fashion-MNIST.
 
 Shapes: M images, C H W image, F features.
@@ -12,8 +12,10 @@ Shapes: M images, C H W image, F features.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,9 @@ import attrs
 import click
 import numpy as np
 import torch
-from judge import Judge, accuracy, features, frechet_distance, load_images, train_judge
-from torch import Tensor
+from judge import accuracy, features, frechet_distance, load_images, train_judge
 
-from e2ediff.host.plugins import Host, load
+from e2ediff.host.plugins import load
 from e2ediff.run.load import load_model
 from e2ediff.run.sample_set import make_set
 from e2ediff.run.wish import Wish
@@ -54,21 +55,21 @@ GUIDANCE = (
 )
 
 
+# Of an average's profile over the training time, as in `ema:0.08`.
+WIDTHS = (0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.289)
+
+# A case's scores, by name.
+Row = dict[str, Any]
+
+
 @attrs.frozen(kw_only=True)
 class Case:
-    """One way to sample: its row's title, where its images lie, and what it overrides."""
+    """One way to sample: its row's title, where its images lie, and what it changes."""
 
     title: str
     place: str
-    overrides: tuple[str, ...]
-
-
-@attrs.frozen(eq=False)
-class Reference:
-    """What images are compared with."""
-
-    judge: Judge
-    features: Tensor
+    overrides: tuple[str, ...] = ()
+    weights: str | None = None
 
 
 def steps_for(name: str, calls: int) -> int:
@@ -107,14 +108,27 @@ def guidance_cases() -> list[Case]:
     ]
 
 
-def measure(
-    host: Host, run: str, case: Case, images: int, seed: int, out: Path, reference: Reference
-) -> dict[str, Any]:
+def weights_cases(stored: Sequence[str], widths: Sequence[float]) -> list[Case]:
+    """The recipe's sampling with each set of weights, and each width of a post-hoc average."""
+    names = [*stored, *(f"ema:{width:g}" for width in widths)]
+    return [Case(title=name, place=name.replace(":", "-"), weights=name) for name in names]
+
+
+def measure(run: str, case: Case, images: int, seed: int, out: Path, judge_seed: int) -> Row:
     """Make the set, and score it: distance, label agreement, network calls, and time."""
-    classes = load_model(run, host=host).recipe.data.image.classes
+    torch.set_num_threads(1)
+    kept = out / "scores" / f"{case.place}.json"
+    if kept.exists():
+        row: Row = json.loads(kept.read_text())
+        return row
+    host = load()
+    judge = train_judge(judge_seed, out / "judges")
+    data = load_model(run, host=host).recipe.data
+    classes = data.image.classes
     place = out / "sets" / case.place
     wish = Wish(
         run=run,
+        weights=case.weights,
         device="cpu",
         overrides=case.overrides,
         seed=seed,
@@ -130,14 +144,18 @@ def measure(
         x = torch.from_numpy(found["arr_0"]).permute(0, 3, 1, 2).float() / 127.5 - 1
         label = torch.from_numpy(found["arr_1"])
     made = json.loads((place / "set.json").read_text())["made"]
-    return {
+    real = features(judge, load_images(data).x)
+    row = {
         "title": case.title,
-        "frechet": frechet_distance(features(reference.judge, x), reference.features),
-        "agreement": accuracy(reference.judge, x, label),
+        "frechet": frechet_distance(features(judge, x), real),
+        "agreement": accuracy(judge, x, label),
         "calls": made["calls_per_image"],
         "passes": made["passes_per_image"],
         "milliseconds": 1000 / made["images_per_second"],
     }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(row) + "\n")
+    return row
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -165,26 +183,39 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 @click.option("--calls", "budgets", multiple=True, type=int, default=(13, 25), show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--judge-seed", default=0, show_default=True)
+@click.option("--jobs", default=1, show_default=True, help="Sets that are made at once.")
 def main(
-    run: str, out: Path, images: int, budgets: tuple[int, ...], seed: int, judge_seed: int
+    run: str,
+    out: Path,
+    images: int,
+    budgets: tuple[int, ...],
+    seed: int,
+    judge_seed: int,
+    jobs: int,
 ) -> None:
-    """Score every sampler and every guidance on RUN."""
-    torch.set_num_threads(1)
+    """Score every sampler, every guidance and all weights of RUN."""
     host, began = load(), time.monotonic()
-    judge = train_judge(judge_seed, out / "judges")
-    source = load_model(run, host=host).recipe.data
-    reference = Reference(judge, features(judge, load_images(source).x))
+    recipe = load_model(run, host=host).recipe
+    train_judge(judge_seed, out / "judges")
+    stored = ["online", "target", *(average.name for average in recipe.ema)]
     sections: dict[str, list[Case]] = {
         f"Samplers at {calls} network calls": sampler_cases(calls) for calls in budgets
     }
     sections["Guidance"] = guidance_cases()
-    results: dict[str, list[dict[str, Any]]] = {}
-    for title, cases in sections.items():
-        results[title] = []
-        for case in cases:
-            results[title].append(measure(host, run, case, images, seed, out, reference))
-            click.echo(f"{time.monotonic() - began:6.0f} s  {results[title][-1]}", err=True)
-            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    sections["Weights"] = weights_cases(stored, WIDTHS if recipe.post_hoc else ())
+    found: dict[str, Row] = {}
+    cases = {case.place: case for section in sections.values() for case in section}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        tasks = {
+            pool.submit(measure, run, case, images, seed, out, judge_seed): place
+            for place, case in cases.items()
+        }
+        for task in as_completed(tasks):
+            found[tasks[task]] = task.result()
+            click.echo(f"{time.monotonic() - began:6.0f} s  {task.result()}", err=True)
+    results = {title: [found[c.place] for c in section] for title, section in sections.items()}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = "\n".join(f"## {title}\n\n{table(rows)}" for title, rows in results.items())
     (out / "table.md").write_text(text)
     click.echo(out / "table.md")

@@ -51,3 +51,17 @@ def test_every_guidance_of_the_benchmark_is_a_recipe_s(benchmark, host, tiny_tex
 def test_too_few_calls_are_refused(benchmark) -> None:
     with pytest.raises(ValueError, match="midpoint needs 1 network calls, and 0 are given"):
         benchmark.steps_for("midpoint", 0)
+
+
+def test_weights_are_those_stored_and_each_width(benchmark) -> None:
+    cases = benchmark.weights_cases(["online", "target"], [0.05, 0.289])
+    assert [c.weights for c in cases] == ["online", "target", "ema:0.05", "ema:0.289"]
+    assert len({c.place for c in cases}) == 4
+
+
+def test_a_case_is_scored_once(benchmark, tmp_path: Path) -> None:
+    case = benchmark.Case(title="euler", place="a")
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "a.json").write_text('{"title": "euler", "frechet": 1.5}')
+    row = benchmark.measure("no-run", case, 10, 0, tmp_path, 0)
+    assert row == {"title": "euler", "frechet": 1.5}
