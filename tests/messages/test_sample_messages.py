@@ -13,7 +13,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from command_line import e2ediff
+from command_line import e2ediff, trained
 from PIL import Image
 from tiny_recipe import tiny
 
@@ -33,18 +33,14 @@ TINY = tiny(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.yaml").write_text(TINY)
-    done = e2ediff("run", folder / "tiny.yaml", "--out", folder / "run")
-    assert done.code == 0, done.err
-    return folder / "run"
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("trained"), TINY)
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained, "run")
+    shutil.copytree(finished, "run")
     return "run"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import e2ediff
+from command_line import e2ediff, trained
 
 from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passport import read_card
@@ -44,19 +44,15 @@ FEW = ("--count", 8, "--features", "random_projection")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.yaml").write_text(TINY)
-    done = e2ediff("run", folder / "tiny.yaml", "--out", folder / "run")
-    assert done.code == 0, done.err
-    return folder / "run"
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("trained"), TINY)
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("E2EDIFF_CACHE", str(trained.parent / "cache"))
-    shutil.copytree(trained, "run")
+    monkeypatch.setenv("E2EDIFF_CACHE", str(finished.parent / "cache"))
+    shutil.copytree(finished, "run")
     return "run"
 
 

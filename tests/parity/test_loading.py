@@ -21,20 +21,9 @@ from e2ediff.run.loader import batches
 from e2ediff.run.order import Order
 from e2ediff.run.storage import Store
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("sources")
-    write_tree(place / "tree", COUNTS)
-    return place
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("E2EDIFF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def seen(config: SourceConfig, source: DataSource | None = None, **options: object):

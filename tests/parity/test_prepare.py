@@ -19,16 +19,13 @@ from e2ediff.errors import DataError
 from e2ediff.parts.sources import ImageFolder, Shards
 from e2ediff.prepare.write import Done, Settings, prepare
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 COUNTS = [5, 9, 7]
 SETTINGS = Settings(
     source="tree", images=21, size=8, channels=3, classes=3, format="png", quality=95, each=4,
     skip=False,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("E2EDIFF_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

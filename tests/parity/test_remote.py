@@ -21,6 +21,8 @@ from e2ediff.errors import DataError
 from e2ediff.parts import sources
 from e2ediff.parts.sources.location import Location
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 COUNTS = [1, 3, 2]
 # A folder is uploaded as it is; the same in other kinds of file systems is tested elsewhere.
 FILES = [k for k in KINDS if k not in ("folder on another file system", "folder in a zip")]
@@ -31,11 +33,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sources")
     write_tree(place / "tree", COUNTS)
     return place
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("E2EDIFF_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

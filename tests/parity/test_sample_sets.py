@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from command_line import e2ediff
+from command_line import trained
 from PIL import Image
 from tiny_recipe import tiny
 
@@ -35,11 +35,7 @@ LABELS = [i % 6 for i in range(71)]  # 5 is the null label
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("sets")
-    (folder / "tiny.yaml").write_text(TINY)
-    done = e2ediff("run", folder / "tiny.yaml", "--out", folder / "run")
-    assert done.code == 0, done.err
-    return str(folder / "run")
+    return str(trained(tmp_path_factory.mktemp("sets"), TINY))
 
 
 @pytest.fixture(scope="module")

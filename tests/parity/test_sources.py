@@ -15,18 +15,7 @@ from e2ediff.parts import sources
 from e2ediff.parts.sources.location import expand
 from e2ediff.run.order import Order
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("sources")
-    write_tree(place / "tree", COUNTS)
-    return place
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("E2EDIFF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.mark.parametrize("kind", KINDS)

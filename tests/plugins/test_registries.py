@@ -7,8 +7,8 @@ from pathlib import Path
 
 import one_of_each
 import pytest
+from part_checks import CHECKS
 
-from e2ediff import testing
 from e2ediff.host.plugins import load
 from e2ediff.host.registry import BUILTIN, KINDS
 from e2ediff.run.load import load_model
@@ -24,21 +24,6 @@ def test_a_registry_has_two_parts_one_of_them_from_a_plugin(plural) -> None:
     assert len(origins) >= 2
     assert BUILTIN in origins
     assert set(origins) - {BUILTIN}
-
-
-CHECKS = {
-    "backbones": testing.check_backbone,
-    "interpolants": testing.check_interpolant,
-    "time_samplers": testing.check_times,
-    "objectives": testing.check_objective,
-    "regularizers": testing.check_regularizer,
-    "guidance": testing.check_guidance,
-    "samplers": testing.check_sampler,
-    "sources": testing.check_source,
-    "optimizers": testing.check_optimizer,
-    "diagnostics": testing.check_diagnostic,
-    "metrics": testing.check_metric,
-}
 
 
 @pytest.mark.parametrize("plural", CHECKS)

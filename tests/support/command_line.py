@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from importlib.util import find_spec
+from pathlib import Path
 
 import attrs
 import pytest
@@ -40,3 +41,11 @@ def e2ediff(*words: object) -> Done:
             code = ended.code
     assert isinstance(code, int)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def trained(folder: Path, recipe: str) -> Path:
+    """The run of a recipe, trained in this folder."""
+    (folder / "tiny.yaml").write_text(recipe)
+    done = e2ediff("run", folder / "tiny.yaml", "--out", folder / "run")
+    assert done.code == 0, done.err
+    return folder / "run"
