@@ -6,7 +6,6 @@ learns a loss's name.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,17 +23,17 @@ from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import Assembly, assemble
 from e2ediff.run.bad_images import BAD_IMAGES, BadImages, Skipped, taken
 from e2ediff.run.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
+from e2ediff.run.clock import Clock
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
-from e2ediff.run.ema import in_use
 from e2ediff.run.loader import batches
+from e2ediff.run.lookout import Lookout, uncompiled
 from e2ediff.run.manifest import Checkpoint
 from e2ediff.run.notify import RunView, notify
 from e2ediff.run.pictures import curves_png, grid_png
 from e2ediff.run.post_hoc import snapshots, take_snapshot
-from e2ediff.run.probing import Observer, chosen_diagnostics, figures_line
+from e2ediff.run.probing import figures_line
 from e2ediff.run.progress import Progress, training_line
-from e2ediff.run.scores import Scorer
 from e2ediff.run.signals import Stop
 from e2ediff.run.sinks import Sinks
 from e2ediff.run.snapshot import put_back, take
@@ -62,15 +61,12 @@ class Engine:
         self.device = device
         self.progress = progress
         self.world = world or World()
-        self.training, held_out = sources
+        self.training = sources[0]
         self.parts: Assembly = assemble(recipe, device, self.world)
         self.update = Update(recipe, self.parts, self.world, self._tell)
-        self.observer = Observer.open(
-            recipe, chosen_diagnostics(host, recipe), self.training, held_out, device
-        )
+        self.lookout = Lookout.open(host, recipe, self.parts, self.world, sources, device)
         self.bad_images = BadImages(directory.store)
-        self.skip([*taken(self.training), *taken(held_out)])
-        self.scorer = Scorer.open(recipe, held_out, device)
+        self.skip([bad for source in sources for bad in taken(source)])
         trackers = recipe.trackers if self.world.leads else ()
         self.sinks = Sinks(trackers, directory, progress)
         self.step = self.images = 0
@@ -78,7 +74,7 @@ class Engine:
         self._saved_at = -1
         self.health: dict[str, float] = {}
         self.watch = Watch(recipe.alarm)
-        self._clock = (time.perf_counter(), 0)
+        self.clock = Clock()
 
     # Running
 
@@ -119,16 +115,16 @@ class Engine:
     def _train(self, stop: Stop) -> bool:
         """Steps to the end; False if the alarm sent the run back instead."""
         r, cadence, total = self.recipe, self.recipe.cadence, self.recipe.total_steps
-        self._clock = (time.perf_counter(), self.step)
+        self.clock.start(self.step)
         try:
             for batch in self._batches():
                 self.advance(batch)
-                if self.step % cadence.diagnose == 0 or self._survey_due():
+                if self.lookout.due(self.step):
                     self.look()
-                if self.step % cadence.preview == 0 or self.step == total:
+                if self.lookout.preview_due(self.step):
                     self.preview()
-                if self.scorer is not None and self.scorer.due(self.step):
-                    self.score(self.scorer)
+                if self.lookout.scores_due(self.step):
+                    self.score()
                 if self.step % cadence.checkpoint == 0 and self.step < total:
                     self.save()
                 if r.snapshot_steps and self.step % r.snapshot_steps == 0 and self.step < total:
@@ -157,8 +153,8 @@ class Engine:
             )
         if not self.directory.store.exists(f"samples/step-{self.step:08d}.png"):
             self.preview()
-            if self.scorer is not None:
-                self.score(self.scorer)
+            if self.lookout.scores_due(self.step):
+                self.score()
 
     def _asked(self, stop: Stop) -> bool:
         """Whether any process was asked to stop: all of them then stop after the same step."""
@@ -224,8 +220,7 @@ class Engine:
         """Read figures from the device, record them, and stop if one is not finite."""
         values = self._averaged(record)
         bad = [name for name, value in values.items() if not math.isfinite(value)]
-        seconds = time.perf_counter() - self._clock[0]
-        rate = (self.step - self._clock[1]) * self.recipe.batch / max(seconds, 1e-9)
+        rate = self.clock.rate(self.step, self.recipe.batch)
         self._record({**values, "wall_images_per_second": round(rate, 1)})
         if bad:
             are = "is" if len(bad) == 1 else "are"
@@ -264,37 +259,47 @@ class Engine:
         self.directory.log_metrics({"step": self.step, "images": self.images, **values})
         self.sinks.log(self.images, values)
 
-    def _survey_due(self) -> bool:
-        """Whether all diagnostics are due: at the first and last step, and by the cadence."""
-        cadence = self.recipe.cadence
-        every = cadence.survey or 10 * cadence.diagnose
-        return self.step % every == 0 or self.step == self.recipe.total_steps
-
     def look(self) -> None:
         """Measure the diagnostics, and sound the alarm if the latents have collapsed.
 
         Raises:
             CollapseError: They have, and the recipe's alarm does more than warn.
         """
-        pause = time.perf_counter()
-        phases = self._active() or self.recipe.objective.phases[-1:]
-        try:
-            with self._looking():
-                found = self.observer.measure(self.parts.step, phases, survey=self._survey_due())
-        except DivergedError as error:
-            raise self._diverged(str(error)) from error
-        # All measure, lest one waits for the others' share of the weights; one decides.
-        found = self.world.share(found)
-        seconds = time.perf_counter() - pause
-        self.health = found  # a figure of an earlier survey would look like one of now
-        self._record({**found, "wall_look_seconds": round(seconds, 4)})
+        with self.clock.paused():
+            began = time.perf_counter()
+            phases = self._active() or self.recipe.objective.phases[-1:]
+            try:
+                found = self.lookout.diagnose(self.step, phases)
+            except DivergedError as error:
+                raise self._diverged(str(error)) from error
+            self.health = found  # a figure of an earlier survey would look like one of now
+            self._figures(found, "wall_look_seconds", began)
+            if self.step > 0:
+                self._judge(found)
+
+    def score(self) -> None:
+        """Measure the recipe's `scores`."""
+        with self.clock.paused():
+            began = time.perf_counter()
+            self._figures(self.lookout.score(), "wall_score_seconds", began)
+
+    def preview(self) -> None:
+        """Sample a sheet with fixed noise, and reconstruct probe images."""
+        with self.clock.paused():
+            name, seen = f"step-{self.step:08d}.png", self.lookout.preview()
+            self.directory.write_picture(name, grid_png(seen.x, seen.columns))
+            self.directory.write_picture(f"reconstructions-{name}", grid_png(seen.pairs, 10))
+            self.sinks.picture(self.images, "samples", seen.x)
+            self._notify("sampled", images=seen.x, labels=seen.label)
+
+    def _figures(self, found: Mapping[str, float], timed: str, began: float) -> None:
+        """Record figures with the time that they took, and tell plugins."""
+        seconds = time.perf_counter() - began
+        self._record({**found, timed: round(seconds, 4)})
         self._notify("diagnosed", step=self.step, values=found)
-        if self.step > 0:
-            self._judge(found)
-        self._pause(pause)
 
     def _judge(self, figures: Mapping[str, float]) -> None:
-        found = self.watch.look(figures, self.observer.verdict(figures))
+        found = self.watch.look(figures, self.lookout.observer.verdict(figures))
         said, signs = "; ".join(found.signs), [*found.signs]
         if found.change:
             self.directory.event(found.change, step=self.step, images=self.images, signs=signs)
@@ -302,54 +307,6 @@ class Engine:
             self.progress.say(f"step {self.step}: {words}")
         if self.watch.on and self.recipe.alarm.policy != "warn":
             raise CollapseError(f"step {self.step}: {said}. {self.watch.advice()}")
-
-    def preview(self) -> None:
-        """Sample a sheet with fixed noise, and reconstruct probe images."""
-        pause = time.perf_counter()
-        net, name = self.parts.averages[self._shown()].net, f"step-{self.step:08d}.png"
-        with self._looking():
-            x, label = self.observer.samples(net)
-            pairs = self.observer.reconstructions(net, 20)
-        columns = len(label) // self.recipe.preview.rows
-        self.directory.write_picture(name, grid_png(x, columns))
-        self.directory.write_picture(f"reconstructions-{name}", grid_png(pairs, 10))
-        self.sinks.picture(self.images, "samples", x)
-        self._notify("sampled", images=x, labels=label)
-        self._pause(pause)
-
-    @contextlib.contextmanager
-    def _looking(self) -> Iterator[None]:
-        """Whole weights, and nothing compiled anew for the sizes of a look."""
-        with self.parts.parallel.whole(), self._uncompiled():
-            yield
-
-    def _uncompiled(self) -> contextlib.AbstractContextManager[object]:
-        if self.recipe.compile == "off":
-            return contextlib.nullcontext()  # the other imports the compiler
-        stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance(
-            "force_eager"
-        )
-        return stance
-
-    def score(self, scorer: Scorer) -> None:
-        """Measure the recipe's `scores` on the weights that previews show."""
-        pause, net = time.perf_counter(), self.parts.averages[self._shown()].net
-        with self._looking(), in_use(net, self.observer.calibration) as ready:
-            found = scorer.measure(ready)
-        found = self.world.share(found)
-        seconds = time.perf_counter() - pause
-        self._record({**found, "wall_score_seconds": round(seconds, 4)})
-        self._notify("diagnosed", step=self.step, values=found)
-        self._pause(pause)
-
-    def _shown(self) -> str:
-        """The weights that previews and `sample` use: the first extra average, or the target."""
-        return self.recipe.ema[0].name if self.recipe.ema else "target"
-
-    def _pause(self, since: float) -> None:
-        """Leave time spent looking out of the images a second."""
-        started, step = self._clock
-        self._clock = (started + time.perf_counter() - since, step)
 
     def finish(self) -> None:
         """Draw the curves."""
@@ -374,52 +331,52 @@ class Engine:
 
     def save(self) -> None:
         """Write a checkpoint; the statistics of every set of weights are those weights' own."""
-        pause, watch = time.perf_counter(), self.watch
-        regular = self.step % self.recipe.cadence.checkpoint == 0 or watch.anchor is None
-        if self.recipe.alarm.policy == "rollback" and regular and watch.clean:
-            watch.anchor = self.images
-        with self._uncompiled():
-            held = take(self.parts, self.observer.calibration, keep=self.world.leads)
-        write = partial(
-            save,
-            self.directory.store,
-            self.images,
-            self.step,
-            held.files,
-            {**held.state, "alarm": watch.state()},
-            keep=self.recipe.checkpoint.keep,
-            warn=self.progress.say,
-            spare=watch.anchor,
-        )
-        try:
-            self.last_checkpoint = self.world.lead(write)
-        except DivergedError as error:
-            raise self._diverged(str(error)) from error
-        self._saved_at = self.images
-        self.directory.event(
-            "saved", step=self.step, images=self.images, name=self.last_checkpoint
-        )
-        self.directory.set_status(
-            "running", images=self.images, step=self.step, last_checkpoint=self.last_checkpoint
-        )
-        self._notify("checkpoint_saved", path=self.last_checkpoint)
-        self._pause(pause)
+        with self.clock.paused():
+            watch = self.watch
+            regular = self.step % self.recipe.cadence.checkpoint == 0 or watch.anchor is None
+            if self.recipe.alarm.policy == "rollback" and regular and watch.clean:
+                watch.anchor = self.images
+            with uncompiled(self.recipe):
+                held = take(self.parts, self.lookout.observer.calibration, keep=self.world.leads)
+            write = partial(
+                save,
+                self.directory.store,
+                self.images,
+                self.step,
+                held.files,
+                {**held.state, "alarm": watch.state()},
+                keep=self.recipe.checkpoint.keep,
+                warn=self.progress.say,
+                spare=watch.anchor,
+            )
+            try:
+                self.last_checkpoint = self.world.lead(write)
+            except DivergedError as error:
+                raise self._diverged(str(error)) from error
+            self._saved_at = self.images
+            self.directory.event(
+                "saved", step=self.step, images=self.images, name=self.last_checkpoint
+            )
+            self.directory.set_status(
+                "running", images=self.images, step=self.step, last_checkpoint=self.last_checkpoint
+            )
+            self._notify("checkpoint_saved", path=self.last_checkpoint)
 
     def snapshot(self) -> None:
         """Store the averages that other widths are reconstructed from."""
-        pause, post_hoc = time.perf_counter(), self.recipe.post_hoc
+        post_hoc = self.recipe.post_hoc
         assert post_hoc is not None
-        files = take_snapshot(self.parts, self.recipe, keep=self.world.leads)
-        try:
-            self.world.lead(
-                partial(
-                    save, snapshots(self.directory.store), self.images, self.step, files, {},
-                    keep=post_hoc.keep, warn=self.progress.say,
-                )
-            )  # fmt: skip
-        except DivergedError as error:
-            raise self._diverged(str(error)) from error
-        self._pause(pause)
+        with self.clock.paused():
+            files = take_snapshot(self.parts, self.recipe, keep=self.world.leads)
+            try:
+                self.world.lead(
+                    partial(
+                        save, snapshots(self.directory.store), self.images, self.step, files, {},
+                        keep=post_hoc.keep, warn=self.progress.say,
+                    )
+                )  # fmt: skip
+            except DivergedError as error:
+                raise self._diverged(str(error)) from error
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint.

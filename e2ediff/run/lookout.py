@@ -1,0 +1,132 @@
+"""What a run looks at while it trains, and with which weights: diagnostics, previews, scores.
+
+Shapes: B images, C H W image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from e2ediff.backbone import Backbone
+from e2ediff.data import DataSource
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import Recipe
+from e2ediff.run.assembly import Assembly
+from e2ediff.run.ema import in_use
+from e2ediff.run.probing import Observer, chosen_diagnostics
+from e2ediff.run.scores import Scorer
+from e2ediff.run.world import World
+
+
+@attrs.frozen
+class Preview:
+    """A sheet of samples x (B, C, H, W) by label, and pairs of images and reconstructions."""
+
+    x: Tensor
+    label: Tensor
+    pairs: Tensor
+    columns: int
+
+
+@attrs.frozen(eq=False)
+class Lookout:
+    """Looks at a run's networks as they are now; every process looks, one may tell."""
+
+    recipe: Recipe
+    parts: Assembly
+    world: World
+    observer: Observer
+    scorer: Scorer | None
+
+    @classmethod
+    def open(
+        cls,
+        host: Host,
+        recipe: Recipe,
+        parts: Assembly,
+        world: World,
+        sources: tuple[DataSource, DataSource],
+        device: torch.device,
+    ) -> Lookout:
+        """Read the fixed images from the training and the held-out ones.
+
+        Raises:
+            DataError: A feature network's weights are missing, or the images too few.
+        """
+        training, held_out = sources
+        chosen = chosen_diagnostics(host, recipe)
+        observer = Observer.open(recipe, chosen, training, held_out, device)
+        return cls(recipe, parts, world, observer, Scorer.open(recipe, held_out, device))
+
+    def due(self, step: int) -> bool:
+        """Whether diagnostics are due after this step."""
+        return step % self.recipe.cadence.diagnose == 0 or self._survey_due(step)
+
+    def preview_due(self, step: int) -> bool:
+        """Whether a preview is due after this step."""
+        return step % self.recipe.cadence.preview == 0 or step == self.recipe.total_steps
+
+    def scores_due(self, step: int) -> bool:
+        """Whether scores are due after this step."""
+        return self.scorer is not None and self.scorer.due(step)
+
+    def _survey_due(self, step: int) -> bool:
+        """Whether all diagnostics are due: at the first and last step, and by the cadence."""
+        cadence = self.recipe.cadence
+        every = cadence.survey or 10 * cadence.diagnose
+        return step % every == 0 or step == self.recipe.total_steps
+
+    def diagnose(self, step: int, phases: Sequence[str]) -> dict[str, float]:
+        """The figures that are due at this step, the same in all processes.
+
+        Args:
+            step: The step that was taken last.
+            phases: Phases of the objective whose losses' gradients are looked at.
+
+        Raises:
+            DivergedError: What the networks make of the probe is not finite.
+        """
+        with self._whole():
+            found = self.observer.measure(self.parts.step, phases, survey=self._survey_due(step))
+        # All measure, lest one waits for the others' share of the weights; one decides.
+        return self.world.share(found)
+
+    def preview(self) -> Preview:
+        """Samples with fixed noise, and probe images with their reconstructions."""
+        net = self._shown()
+        with self._whole():
+            x, label = self.observer.samples(net)
+            pairs = self.observer.reconstructions(net, 20)
+        return Preview(x, label, pairs, len(label) // self.recipe.preview.rows)
+
+    def score(self) -> dict[str, float]:
+        """The recipe's `scores`, of the weights that previews show; none if it asks for none."""
+        if self.scorer is None:
+            return {}
+        with self._whole(), in_use(self._shown(), self.observer.calibration) as ready:
+            found = self.scorer.measure(ready)
+        return self.world.share(found)
+
+    def _shown(self) -> Backbone:
+        """The weights that previews and `sample` use: the first extra average, or the target."""
+        name = self.recipe.ema[0].name if self.recipe.ema else "target"
+        return self.parts.averages[name].net
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Whole weights, and nothing compiled anew for the sizes of a look."""
+        with self.parts.parallel.whole(), uncompiled(self.recipe):
+            yield
+
+
+def uncompiled(recipe: Recipe) -> contextlib.AbstractContextManager[object]:
+    """What a recipe compiles runs as it is written in here, at sizes that no step has."""
+    if recipe.compile == "off":
+        return contextlib.nullcontext()  # the other imports the compiler
+    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
