@@ -67,6 +67,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+class Rotary(nn.Module):
+    """The cos and sin (N, 1, K/2) of rotary positions, which a trunk turns queries and keys by.
+
+    `grid`, `head_dim` and `base` are those of `rotary_angles`; no checkpoint holds the figures.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, grid: tuple[int, ...], head_dim: int, base: float = 100.0) -> None:
+        super().__init__()
+        angles = rotary_angles(grid, head_dim, base)[:, None]
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Those of the first `tokens` places, or of all."""
+        return self.cos[:tokens], self.sin[:tokens]
+
+
 class TimeEmbedding(nn.Module):
     """Time (B,) in [0, 1] to conditioning (B, W): sines and cosines, then two linear layers.
 

@@ -31,11 +31,11 @@ from e2ediff.layers import (
     Block,
     MLPKind,
     Modulation,
+    Rotary,
     TimeEmbedding,
     Trunk,
     initialise,
     patchify,
-    rotary_angles,
     sincos_positions,
     unpatchify,
 )
@@ -163,9 +163,7 @@ class ViT(Backbone):
             place = sincos_positions(self.grid, width)
             self.register_buffer("positions", place, persistent=False)
         if config.position == "rope":
-            angles = rotary_angles(self.grid, width // config.heads)[:, None]  # (N, 1, K/2)
-            self.register_buffer("cos", angles.cos(), persistent=False)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+            self.rotary = Rotary(self.grid, width // config.heads)
 
         self.trunks = nn.ModuleDict({name: self._trunk() for name in names})
         self.head_latent = nn.Linear(width, dim)
@@ -235,7 +233,7 @@ class ViT(Backbone):
         Fused and single passes give the same values to rounding.
         """
         modes, tokens, conditions = zip(*(self._conditioning(p) for p in passes), strict=True)
-        turn = (self.cos, self.sin) if self.config.position == "rope" else None
+        turn = self.rotary() if self.config.position == "rope" else None
         results: list[Output | None] = [None] * len(passes)
         trunk_of = _TRUNK_OF[self.config.trunks]
         for name, trunk in self.trunks.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from e2ediff.layers import MLP, Block, Context, Trunk, rotary_angles, rotate
+from e2ediff.layers import MLP, Block, Context, Rotary, Trunk, rotary_angles, rotate
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,3 +55,13 @@ def test_context_has_no_place() -> None:
     a, _ = net(x, c, frozenset(), turn, Context(extra, 0))
     b, _ = net(x, c, frozenset(), turn, Context(extra.flip(1), 0))
     torch.testing.assert_close(a, b)
+
+
+def test_rotary_gives_the_turns_of_its_first_places_and_keeps_them_out_of_checkpoints() -> None:
+    rotary, angles = Rotary((3, 4), 16, base=50.0), rotary_angles((3, 4), 16, base=50.0)
+    cos, sin = rotary()
+    assert torch.equal(cos, angles.cos()[:, None])
+    assert torch.equal(sin, angles.sin()[:, None])
+    assert [part.shape for part in rotary(5)] == [(5, 1, 8), (5, 1, 8)]
+    assert torch.equal(rotary(5)[1], sin[:5])
+    assert not rotary.state_dict()

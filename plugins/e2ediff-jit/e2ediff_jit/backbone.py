@@ -21,11 +21,11 @@ from e2ediff.layers import (
     MLP,
     Block,
     Context,
+    Rotary,
     TimeEmbedding,
     Trunk,
     initialise,
     patchify,
-    rotary_angles,
     sincos_positions,
     unpatchify,
 )
@@ -94,8 +94,6 @@ class JiT(Backbone):
     """The network of `JiTConfig`."""
 
     positions: Tensor
-    cos: Tensor
-    sin: Tensor
 
     def __init__(self, config: JiTConfig, image: ImageSpec) -> None:
         super().__init__()
@@ -114,9 +112,7 @@ class JiT(Backbone):
         self.embed_label = nn.Embedding(image.classes + 1, c.width)
         self.embed_context = nn.Parameter(torch.empty(c.context, c.width))
         self.register_buffer("positions", sincos_positions(self.grid, c.width), persistent=False)
-        angles = rotary_angles(self.grid, c.width // c.heads, base=10000.0)[:, None]  # (N, 1, ·)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.rotary = Rotary(self.grid, c.width // c.heads, base=10000.0)
 
         blocks = [
             Block(c.width, c.heads, MLP(c.width, c.mlp_ratio, "swiglu"), "block", norm="rms")
@@ -144,7 +140,7 @@ class JiT(Backbone):
         if self.config.context:
             context = Context(named[:, None] + self.embed_context, self.config.context_start)
         c = self.embed_time(t) + named
-        h, _ = self.trunk(tokens, c, frozenset(), (self.cos, self.sin), context)
+        h, _ = self.trunk(tokens, c, frozenset(), self.rotary(), context)
         out: Tensor = self.head_pixels(h).float()
         return out
 

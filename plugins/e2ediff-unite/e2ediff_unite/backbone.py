@@ -29,11 +29,11 @@ from e2ediff.data import ImageSpec
 from e2ediff.latent import LatentNorm, NormKind
 from e2ediff.layers import (
     Context,
+    Rotary,
     TimeEmbedding,
     Trunk,
     initialise,
     patchify,
-    rotary_angles,
 )
 from e2ediff_unite.decoder import Decoder, DecoderConfig
 from e2ediff_unite.encoder import NormedBlock
@@ -118,8 +118,6 @@ class UniteNet(Backbone):
     """The network of `UniteConfig`; fuses passes of one kind into one batch."""
 
     start: Tensor
-    cos: Tensor
-    sin: Tensor
 
     def __init__(self, config: UniteConfig, image: ImageSpec) -> None:
         super().__init__()
@@ -139,9 +137,7 @@ class UniteNet(Backbone):
         self.embed_context = nn.Parameter(torch.empty(c.context, c.width))
         self.register_buffer("start", even_noise(c.registers, c.latent_dim), persistent=False)
         line = (c.registers + grid[0] * grid[1],)
-        angles = rotary_angles(line, c.width // c.heads, base=10000.0)[:, None]  # (N + P, 1, ·)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.rotary = Rotary(line, c.width // c.heads, base=10000.0)
 
         blocks = [NormedBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.depth)]
         self.trunk = Trunk(blocks, c.width, shared=False, norm="rms")
@@ -211,7 +207,7 @@ class UniteNet(Backbone):
         tokens = self.embed_latent(z_t) + self.embed_register  # (B, N, W)
         if x is not None:
             tokens = torch.cat([tokens, self.embed_pixels(patchify(x, self.config.patch))], dim=1)
-        turn = (self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]])
+        turn = self.rotary(tokens.shape[1])
         named = self.embed_label(label)  # (B, W)
         context = None
         if self.config.context:
