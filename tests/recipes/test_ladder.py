@@ -19,7 +19,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 PAGE = ROOT / "docs" / "how-to" / "swap-an-objective.md"
 ROW = re.compile(r"^\| \[`(\w+)`\]\(\S+\) \| [^|]+ \| (.+) \|$", re.MULTILINE)
 RUNGS = {
-    name: re.findall(r"objective\.\S+?=[^\s`]+", cell)
+    name: re.findall(r"(?:objective\.\S+?|predicts)=[^\s`]+", cell)
     for name, cell in ROW.findall(PAGE.read_text(encoding="utf-8"))
 }
 
@@ -42,12 +42,13 @@ def test_a_rung_is_the_quickstart_with_its_assignments_and_fits_together(
 
 
 @pytest.mark.parametrize("name", RUNGS)
-def test_rungs_differ_in_name_objective_and_comments_alone(name: str) -> None:
+def test_rungs_differ_in_name_objective_prediction_and_comments_alone(name: str) -> None:
     def rest(path: Path) -> list[str]:
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         start = lines.index("objective:")
         end = next(i for i in range(start + 1, len(lines)) if not lines[i].startswith(" "))
-        return [line for line in lines[:start] + lines[end:] if not line.startswith("name:")]
+        kept = lines[:start] + lines[end:]
+        return [line for line in kept if not line.startswith(("name:", "predicts:"))]
 
     assert rest(FOLDER / f"{name}.yaml") == rest(QUICKSTART)
 
@@ -60,9 +61,10 @@ def test_a_rung_says_what_it_is_what_is_expected_and_whose_that_is(name: str) ->
     assert re.search(r"Derived:|Ours:", head)
 
 
-def test_the_wrong_form_is_the_second_rung_s_objective(host: Host) -> None:
+def test_the_wrong_form_is_the_second_rung_with_clean_answers(host: Host) -> None:
     wrong, second = (
         load_recipe(host, FOLDER / f"{name}.yaml")
         for name in ("u2_wrong_form", "l2_stop_gradient")
     )
     assert wrong.objective == second.objective
+    assert (wrong.predicts, second.predicts) == ("x0", "v")
