@@ -6,7 +6,8 @@ Shapes: B batch, N latent tokens, D latent channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from e2ediff.backbone import Backbone
 from e2ediff.interpolant import Estimate, Interpolant, Kind
+
+if TYPE_CHECKING:
+    from e2ediff.sampler import Sampler
 
 
 class Denoiser(ABC):
@@ -93,6 +97,13 @@ class Guidance(ABC):
     def given(self, others: Mapping[Reference, Denoiser]) -> Guidance:
         """This guidance with the denoisers of its `references`."""
         return self
+
+    def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
+        """Options that this sampler would make mean something else: (field, what and what to do).
+
+        Asked when a recipe is checked and before anything is sampled.
+        """
+        return ()
 
     @abstractmethod
     def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:

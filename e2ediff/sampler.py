@@ -111,6 +111,11 @@ class Sampler(ABC):
         """Whether an image depends on the others in its batch, as by a common step size."""
         return False
 
+    @property
+    def asks_once(self) -> bool:
+        """Whether each step asks the denoiser once, at the time where it begins."""
+        return False
+
     @abstractmethod
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise

@@ -5,7 +5,7 @@ Shapes: B batch, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 from attrs import validators
@@ -15,6 +15,7 @@ from e2ediff.denoiser import Denoiser, Guidance, Reference
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.interpolant import Estimate, Interpolant
 from e2ediff.parts.guidance import ClassifierFree, Wrapped
+from e2ediff.sampler import Sampler
 
 
 @attrs.frozen(kw_only=True)
@@ -108,6 +109,10 @@ class Interval(Guidance):
         guided = self.guidance.wrap(inner, null_label)
         return inner if guided is inner else _Within(inner, guided, self.t_min, self.t_max)
 
+    def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
+        """Those of the inner guidance."""
+        return [(f"guidance.{field}", what) for field, what in self.guidance.problems(sampler)]
+
 
 class _Within(Denoiser):
     def __init__(self, plain: Denoiser, guided: Denoiser, t_min: float, t_max: float) -> None:
@@ -151,3 +156,11 @@ class Chain(Guidance):
         for part in self.parts:
             inner = part.wrap(inner, null_label)
         return inner
+
+    def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
+        """Those of all parts."""
+        return [
+            (f"parts.{i}.{field}", what)
+            for i, part in enumerate(self.parts)
+            for field, what in part.problems(sampler)
+        ]

@@ -5,6 +5,8 @@ Shapes: B batch, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 import torch
 from attrs import validators
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from e2ediff.denoiser import Denoiser, Guidance
 from e2ediff.interpolant import Estimate, Interpolant
+from e2ediff.sampler import Sampler
 
 _SCALE = validators.ge(0.0)
 _TIME = [validators.ge(0.0), validators.le(1.0)]
@@ -44,6 +47,7 @@ class CFGPlusPlus(Guidance):
     This is classifier-free guidance whose scale, strength / (1 - e^-h), follows from the step's
     length h in half the logSNR, so it is exact for steps that hold x0 constant: `euler` on the
     linear interpolant, and first-order steps of `dpmpp_2m` and `unipc` on any.
+    Samplers that ask more than once a step are refused: the scale is that of a whole step.
     `strength` 0 is unconditional and costs one pass; no strength is the plain conditional answer.
 
     Source: Chung et al. 2024 (arXiv 2406.08070), algorithm 2.
@@ -55,13 +59,25 @@ class CFGPlusPlus(Guidance):
         """The guided denoiser."""
         return _Renoised(inner, self, null_label)
 
+    def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
+        """A sampler that asks within its steps."""
+        if sampler.asks_once or self.strength == 0:
+            return ()
+        what = (
+            "cfg_plus_plus scales by a step's length and needs a sampler that asks once a step; "
+            "this one asks more often: choose euler, dpmpp_2m or unipc, or classifier_free"
+        )
+        return [("strength", what)]
+
 
 @attrs.frozen(kw_only=True)
 class CFGZeroStar(Guidance):
     """CFG-Zero*: classifier-free guidance of the velocity, whose unconditional part is rescaled.
 
     v = s v_u + scale (v_c - s v_u) with s the length of v_c along v_u over that of v_u, for each
-    image; before time `zero_until` the latent is left where it is.
+    image; steps that end at `zero_until` or before leave the latent where it is.
+    Samplers that remember earlier answers are refused unless `zero_until` is 0, for such a step
+    has none.
     `scale` 1 is no guidance and costs one pass.
 
     Source: Fan et al. 2025 (arXiv 2503.18886), with the scale of the released code; it leaves the
@@ -74,6 +90,16 @@ class CFGZeroStar(Guidance):
     def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
         """The guided denoiser; `inner` itself at scale 1."""
         return inner if self.scale == 1 else _Rescaled(inner, self, null_label)
+
+    def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
+        """A sampler that would extrapolate from steps that were left out."""
+        if self.zero_until == 0 or self.scale == 1 or sampler.stepper() is sampler:
+            return ()
+        what = (
+            "cfg_zero_star leaves its first steps out, and this sampler would extrapolate from "
+            "them: set zero_until: 0, or choose euler or heun"
+        )
+        return [("zero_until", what)]
 
 
 @attrs.frozen(kw_only=True)
@@ -97,6 +123,16 @@ class APG(Guidance):
     def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
         """The guided denoiser; `inner` itself at scale 1."""
         return inner if self.scale == 1 else _Projected(inner, self, null_label)
+
+    def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
+        """Momentum over the steps of a sampler that does not show them."""
+        if self.momentum == 0 or self.scale == 1 or not sampler.couples:
+            return ()
+        what = (
+            "momentum adds up the steps of a sampler, and this one chooses its own, which "
+            "guidance does not see: set momentum: 0, or choose another sampler"
+        )
+        return [("momentum", what)]
 
 
 class Wrapped(Denoiser):
@@ -172,17 +208,22 @@ class _Renoised(Wrapped):
 
 
 class _Rescaled(Wrapped):
-    def __init__(self, inner: Denoiser, guidance: CFGZeroStar, null_label: int) -> None:
+    def __init__(
+        self, inner: Denoiser, guidance: CFGZeroStar, null_label: int, *, waits: bool = False
+    ) -> None:
         super().__init__(inner)
         self.guidance = guidance
         self.null_label = null_label
+        self.waits = waits  # through a whole step
 
     def between(self, t: float, s: float) -> Denoiser:
-        return _Rescaled(self.inner.between(t, s), self.guidance, self.null_label)
+        waits = s <= self.guidance.zero_until and s < 1  # the last step has an answer to give
+        inner = self.inner.between(t, s)
+        return _Rescaled(inner, self.guidance, self.null_label, waits=waits)
 
     def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
         times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
-        if t < self.guidance.zero_until:
+        if self.waits:
             return self.path.estimate(torch.zeros_like(z_t), z_t, times, "v")
         both = with_and_without(self.inner, z_t, t, label, self.null_label)
         conditional, unconditional = both.v.chunk(2)

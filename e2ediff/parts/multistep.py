@@ -55,6 +55,11 @@ class DPMSolverPP2M(OnGrid):
     Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
     """
 
+    @property
+    def asks_once(self) -> bool:
+        """It does."""
+        return True
+
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:
@@ -100,6 +105,11 @@ class UniPC(OnGrid):
     """
 
     order: int = attrs.field(default=2, validator=[validators.ge(1), validators.le(3)])
+
+    @property
+    def asks_once(self) -> bool:
+        """It does."""
+        return True
 
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise

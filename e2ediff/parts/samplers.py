@@ -41,6 +41,11 @@ class Euler(OnGrid):
     `t_start` is where sampling begins; `eps` and `score` predictions need 0.01 or more.
     """
 
+    @property
+    def asks_once(self) -> bool:
+        """It does."""
+        return True
+
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:

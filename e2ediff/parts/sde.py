@@ -39,6 +39,11 @@ class SDE(OnGrid):
     diffusion: Diffusion = "sigma"
     strength: float = attrs.field(default=1.0, validator=validators.ge(0))
 
+    @property
+    def asks_once(self) -> bool:
+        """It does."""
+        return True
+
     def coefficient(self, path: Interpolant, t: float) -> float:
         """W at time t."""
         at = torch.tensor([t], dtype=torch.float64)

@@ -129,6 +129,7 @@ def problems(recipe: Recipe) -> list[Problem]:
         for name in recipe.optimizers
         if name not in phases
     ]
+    found += guidance_problems(recipe)
     if recipe.predicts in ("eps", "score"):
         alpha = float(recipe.interpolant.alpha(torch.tensor([recipe.sampler.t_start])))
         if alpha < 0.005:
@@ -150,6 +151,12 @@ def problems(recipe: Recipe) -> list[Problem]:
         found += [Problem(where, what) for where, what in recipe.objective.problems(nets)]
         found += _regularizer_problems(recipe, nets)
     return found
+
+
+def guidance_problems(recipe: Recipe) -> list[Problem]:
+    """What the recipe's sampler would make of its guidance."""
+    found = recipe.guidance.problems(recipe.sampler) if recipe.guidance else ()
+    return [Problem(f"guidance.{field}", what) for field, what in found]
 
 
 def _regularizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:

@@ -15,7 +15,7 @@ from e2ediff.errors import CheckpointError, Problem, RecipeError
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.latent import LatentContract
-from e2ediff.run.assembly import DTYPES, build_nets, choose_device
+from e2ediff.run.assembly import DTYPES, build_nets, choose_device, guidance_problems
 from e2ediff.run.checkpoint import load_weights, open_checkpoint
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.generate import ROWS, Model, Origin, Other, Precision
@@ -83,11 +83,14 @@ def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()
     """The recipe that a run was trained by, with another sampler or guidance.
 
     Raises:
-        RecipeError: An override is wrong.
+        RecipeError: An override is wrong, or guidance and sampler do not fit each other.
     """
     _refuse_others(overrides)
     place = directory.store.where("resolved.yaml")
-    return parse_recipe(host, directory.resolved(), place, overrides)
+    recipe = parse_recipe(host, directory.resolved(), place, overrides)
+    if found := guidance_problems(recipe):
+        raise RecipeError(place, found)
+    return recipe
 
 
 def _open(

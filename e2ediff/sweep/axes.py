@@ -86,7 +86,8 @@ def _guidances(recipe: Recipe) -> Iterator[str]:
 def _samplers(host: Host, recipe: Recipe) -> Iterator[str]:
     """The recipe's, `heun` and `dpmpp_2m`, at its number of steps and at half of it.
 
-    `heun` asks the network twice a step, and so has half as many.
+    `heun` asks the network twice a step, and so has half as many. What does not suit the
+    recipe's guidance is left out.
     """
     own = unstructure(host, recipe.sampler, Sampler)
     if not isinstance(own, dict) or "steps" not in own:
@@ -95,7 +96,9 @@ def _samplers(host: Host, recipe: Recipe) -> Iterator[str]:
     for steps in dict.fromkeys((recipe.sampler.steps, max(2, recipe.sampler.steps // 2))):
         blocks.append(_block({**own, "steps": steps}))
         for name, count in (("heun", (steps + 1) // 2), ("dpmpp_2m", steps)):
-            if own["name"] != name:
+            other = host.registries["samplers"].get(name)(steps=count)
+            suits = not (recipe.guidance and recipe.guidance.problems(other))
+            if own["name"] != name and suits:
                 blocks.append(_block({"name": name, "steps": count}))
     yield f"sampler=[{', '.join(blocks)}]"
 
@@ -109,7 +112,8 @@ def _block(options: Mapping[str, object]) -> str:
 def check(run: SweptRun, axes: Sequence[Axis]) -> None:
     """Refuse axes of which some combination cannot be sampled.
 
-    Combinations of axes that concern different parts are harmless if their own are.
+    Combinations of axes that concern different parts are harmless if their own are; but for
+    sampler and guidance.
 
     Raises:
         RecipeError: With every problem.
@@ -140,10 +144,11 @@ def _problems(run: SweptRun, candidate: Candidate) -> Iterator[Problem]:
 
 
 def _groups(axes: Sequence[Axis]) -> list[list[Axis]]:
-    """Axes that concern a common part, together."""
+    """Axes that concern a common part, together; sampler and guidance must suit each other."""
     groups: list[tuple[set[str], list[Axis]]] = [(set(), [])]
     for axis in axes:
-        roots = {a.path.partition(".")[0] for v in axis.values for a in v.assignments}
+        named = {a.path.partition(".")[0] for v in axis.values for a in v.assignments}
+        roots = {"sampler" if root == "guidance" else root for root in named}
         touched = [g for g in groups if g[0] & roots]
         rest = [g for g in groups if not g[0] & roots]
         together = [one for g in touched for one in g[1]] + [axis]

@@ -12,11 +12,13 @@ from mixture import MEANS, NULL, STDS, MixtureDenoiser, normal_quantiles
 
 from e2ediff.denoiser import Denoiser, Reference
 from e2ediff.errors import RecipeError
+from e2ediff.parts.adaptive import Dopri5
 from e2ediff.parts.combined import Autoguidance, Chain, Interval
 from e2ediff.parts.guidance import APG, CFGPlusPlus, CFGZeroStar, ClassifierFree
 from e2ediff.parts.interpolants import Cosine, Linear, VarianceExploding
-from e2ediff.parts.multistep import DPMSolverPP2M
-from e2ediff.parts.samplers import Euler, Heun
+from e2ediff.parts.multistep import DPMSolverPP2M, UniPC
+from e2ediff.parts.samplers import RK4, Euler, Heun, Midpoint
+from e2ediff.parts.sde import SDE
 from e2ediff.testing import GaussianDenoiser
 
 PATHS = [Linear(), Cosine(), VarianceExploding(sigma_max=10.0)]
@@ -156,12 +158,66 @@ def test_cfg_zero_star_is_its_formula(scale, t) -> None:
         torch.testing.assert_close(guided[i], (1 - scale) * s * u + scale * c)
 
 
-def test_cfg_zero_star_leaves_the_latent_alone_at_first() -> None:
+def test_cfg_zero_star_leaves_out_the_steps_that_end_in_time() -> None:
     inner = MixtureDenoiser(Linear())
     f = CFGZeroStar(scale=2.0, zero_until=0.1).wrap(inner, NULL)
-    z = Euler().integrate(f, Z_T, [0.0, 0.05, 0.099], LABELS, silent)
+    z = Euler().integrate(f, Z_T, [0.0, 0.05, 0.1], LABELS, silent)
     assert torch.equal(z, Z_T)
     assert inner.rows == []
+    z = Euler().integrate(f, Z_T, [0.0, 0.05, 0.11], LABELS, silent)
+    assert not torch.equal(z, Z_T)
+    assert inner.rows == [8]
+
+
+@pytest.mark.parametrize("sampler", [Euler(steps=1), Euler(steps=4, shift=0.05), Heun(steps=2)])
+def test_cfg_zero_star_never_leaves_the_last_answer_out(sampler) -> None:
+    """Also where every step would lie in the time that is left out."""
+    inner = MixtureDenoiser(Linear())
+    f = CFGZeroStar(scale=2.0, zero_until=1.0).wrap(inner, NULL)
+    found = sampler.sample(f, Z_T, LABELS, silent)
+    assert inner.rows == [8]
+    assert not torch.equal(found, Z_T)
+
+
+ONCE = (Euler(), DPMSolverPP2M(), UniPC(), SDE())
+OFTEN = (Heun(), Midpoint(), RK4(), Dopri5())
+
+
+@pytest.mark.parametrize("sampler", [*ONCE, *OFTEN], ids=lambda s: type(s).__name__)
+def test_guidance_by_steps_is_refused_where_steps_are_not_what_it_counts(sampler) -> None:
+    assert bool(CFGPlusPlus().problems(sampler)) is (sampler in OFTEN)
+    assert not CFGPlusPlus(strength=0.0).problems(sampler)
+    remembers = isinstance(sampler, DPMSolverPP2M | UniPC)
+    assert bool(CFGZeroStar().problems(sampler)) is remembers
+    assert not CFGZeroStar(zero_until=0.0).problems(sampler)
+    assert bool(APG().problems(sampler)) is isinstance(sampler, Dopri5)
+    assert not APG(momentum=0.0).problems(sampler)
+    for plain in (ClassifierFree(), Interval(), Chain(parts=(ClassifierFree(),))):
+        assert not plain.problems(sampler)
+
+
+def test_guidance_within_guidance_says_where_the_trouble_is() -> None:
+    within = Chain(parts=(ClassifierFree(), Interval(guidance=APG())))
+    ((field, what),) = within.problems(Dopri5())
+    assert field == "parts.1.guidance.momentum"
+    assert "set momentum: 0" in what
+
+
+@pytest.mark.parametrize("sampler", [*ONCE, *OFTEN], ids=lambda s: type(s).__name__)
+def test_a_sampler_that_asks_once_asks_where_its_step_begins(sampler) -> None:
+    if sampler.couples:
+        assert not sampler.asks_once
+        return
+    asked = []
+
+    class Noting(MixtureDenoiser):
+        def __call__(self, z_t, t, label):
+            asked.append(t)
+            return super().__call__(z_t, t, label)
+
+    times = [0.1, 0.3, 0.5]
+    sampler.integrate(Noting(Linear()), Z_T, times, LABELS, torch.zeros_like)
+    assert (asked == times[:-1]) is sampler.asks_once
 
 
 @each_path

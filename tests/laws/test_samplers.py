@@ -20,7 +20,7 @@ from e2ediff.parts.multistep import DPMSolverPP2M, UniPC
 from e2ediff.parts.samplers import RK4, Euler, Heun, Midpoint
 from e2ediff.parts.sde import SDE
 from e2ediff.sampler import Karras
-from e2ediff.testing import make_nets
+from e2ediff.testing import GaussianDenoiser, make_nets
 
 PATHS = [Linear(), Cosine(), VarianceExploding(sigma_max=10.0)]
 each_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
@@ -204,6 +204,36 @@ def test_the_sde_keeps_the_marginals_on_the_way(diffusion) -> None:
     # four standard errors, and one percent for the steps
     assert z.mean().item() == pytest.approx(0.6 * mean.item(), abs=4 * std / math.sqrt(n) + 0.01)
     assert z.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * n) + 0.01)
+
+
+def moments_by_steps(sampler: SDE, path, times) -> torch.Tensor:
+    """Mean and variance at the end, without a draw: on a Gaussian every step is affine in z."""
+    f, label = GaussianDenoiser(path, 0.7, 0.5), torch.zeros(1).long()
+    places = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None, None]
+    a, b = path.alpha(torch.tensor(times[0]).double()), path.sigma(torch.tensor(times[0]).double())
+    mean, var = 0.7 * a, (0.5 * a) ** 2 + b**2
+    for t, s in pairwise(times):
+        zero, one = sampler.step(f, places, t, s, label, torch.zeros_like).flatten()
+        kick = sampler.step(f, places[:1], t, s, label, torch.ones_like).item() - zero
+        mean, var = zero + (one - zero) * mean, (one - zero) ** 2 * var + kick**2
+    return torch.stack([mean, var])
+
+
+@each_path
+@pytest.mark.parametrize("diffusion", ["sigma", "constant", "sin2", "sbdm"])
+def test_halving_the_steps_halves_the_sde_s_error_in_law(path, diffusion) -> None:
+    """Mean and variance of a Gaussian from t = 0.2 to 0.8: weak order one, diffusion and all."""
+    at = torch.tensor(0.8).double()
+    a, b = path.alpha(at), path.sigma(at)
+    goal = torch.stack([0.7 * a, (0.5 * a) ** 2 + b**2])
+    sampler, errors = SDE(diffusion=diffusion, strength=1.5), []
+    for n in (400, 800):
+        times = [0.2 + 0.6 * i / n for i in range(n + 1)]
+        errors.append((moments_by_steps(sampler, path, times) - goal).abs())
+    # Where a term of the error vanishes, the rest of it is far below.
+    orders = torch.log2(errors[0] / errors[1])[errors[0] > 1e-5 * goal.abs()]
+    assert len(orders) >= 1
+    torch.testing.assert_close(orders, torch.ones_like(orders), atol=0.1, rtol=0)
 
 
 def test_the_sde_without_diffusion_is_euler_to_the_bit() -> None:

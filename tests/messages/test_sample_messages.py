@@ -99,6 +99,16 @@ def test_two_numbers_of_images_are_refused(run: str) -> None:
 # Made with what
 
 
+def test_guidance_that_the_sampler_would_change_is_refused(run: str) -> None:
+    """By `sample`, and by `check` of a recipe."""
+    given = ("--set", "sampler=heun", "--set", "guidance=cfg_plus_plus")
+    for words in (("sample", run), ("check", Path(run) / "resolved.yaml")):
+        head, line = refused(3, *words, *given)
+        assert head.endswith("resolved.yaml: 1 problem")
+        assert "guidance.strength: cfg_plus_plus scales by a step's length" in line
+        assert "choose euler, dpmpp_2m or unipc" in line
+
+
 def test_set_changes_the_sampler_and_the_guidance_and_nothing_else(run: str) -> None:
     given = ("--set", "sampler={name: unipc, steps: 3}", "--set", "guidance={name: apg, scale: 3}")
     assert e2ediff("sample", run, "--count", 1, *given, "--out", "s").code == 0

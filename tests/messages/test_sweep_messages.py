@@ -170,6 +170,9 @@ def test_without_axes_widths_guidance_and_samplers_are_searched(run: str) -> Non
     assert "guidance.t_min=0.2 guidance.t_max=0.8" in lines
     assert "sampler={name: heun, steps: 2}" in lines
     assert not Path("run/sweep").exists()
+    suited = e2ediff("sweep", run, "--dry-run", "--set", "guidance=cfg_plus_plus").out
+    assert "sampler={name: dpmpp_2m, steps: 4}" in suited
+    assert "heun" not in suited
     fixed = ("--set", "guidance=null", "--set", "sampler.steps=2", "--weights", "target")
     assert e2ediff("sweep", run, "--dry-run", *fixed).out == ""
 
@@ -190,6 +193,8 @@ def test_without_axes_widths_guidance_and_samplers_are_searched(run: str) -> Non
         (["--vary", "guidance.scale=1,-2"], 3, "--vary guidance.scale=-2"),
         (["--vary", "guidance.power=1"], 3, "unknown option 'power'"),
         (["--vary", "guidance=null", "--vary", "guidance.scale=2"], 3, "guidance"),
+        (["--vary", "sampler=euler,heun", "--vary", "guidance=cfg_plus_plus"], 3,
+         "guidance.strength: cfg_plus_plus scales by a step's length"),
         (["--vary", "weights=target", "--convention", "adn"], 5, "Did you mean 'adm'?"),
         (["--vary", "weights=target", "--sha256", "ab"], 2, "give both"),
         (["--vary", "weights=target", "--reference", "nowhere"], 5, "no such folder"),

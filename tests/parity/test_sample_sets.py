@@ -71,7 +71,7 @@ def test_an_image_is_the_same_to_the_bit_for_any_number_made_at_once(model, whol
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc", "sde", "rk4"])
-@pytest.mark.parametrize("guidance", ["apg", "cfg_zero_star"])
+@pytest.mark.parametrize("guidance", ["apg", "cfg_zero_star, zero_until: 0"])
 def test_that_holds_for_samplers_and_guidance_with_memory_or_noise(run, sampler, guidance):
     given = (f"sampler={{name: {sampler}, steps: 3}}", f"guidance={{name: {guidance}, scale: 2}}")
     model = load_model(run, overrides=given)
