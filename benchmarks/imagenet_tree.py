@@ -100,7 +100,8 @@ def main() -> None:
         raise SystemExit("the resumed run's checkpoint differs from the other's")
     size = sum(path.stat().st_size for path, _ in pairs) / 1e9
     print(f"{len(pairs)} files of tensors, {size:.1f} GB, agree in every bit")
-    seconds = e2ediff("sample", stopped, "--label", 207, "--count", 1, "--out", out / "samples")
+    one = ("--label", 207, "--count", 1, "--rows", 1)
+    seconds = e2ediff("sample", stopped, *one, "--out", out / "samples")
     print(f"sampled {len(list((out / 'samples/images').glob('*.png')))} image: {seconds:.0f} s")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"peak {used.ru_maxrss / 1e6:.1f} GB, {used.ru_utime + used.ru_stime:.0f} s of CPU time")
