@@ -279,7 +279,13 @@ def cost(recipe: Recipe) -> dict[str, Any]:
 
 
 def score_run(
-    run: str | Path, judge: Judge, data: Data, *, count: int = 1000, seed: int = 0
+    run: str | Path,
+    judge: Judge,
+    data: Data,
+    *,
+    count: int = 1000,
+    seed: int = 0,
+    sampling: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All figures of a finished run.
 
@@ -289,8 +295,9 @@ def score_run(
         data: What they are compared with.
         count: Images generated, of all classes in turn.
         seed: Of their noise.
+        sampling: Another sampler or guidance than the run's, as of `e2ediff sample --set`.
     """
-    model = load_model(str(run))
+    model = load_model(str(run), overrides=sampling)
     label = balanced_labels(count, model.recipe.data.image.classes)
     started = time.perf_counter()
     x = model.sample(label, seed=seed)
@@ -495,6 +502,13 @@ def _numbers(text: str) -> list[int]:
 @click.option("--jobs", default=1, type=click.IntRange(1), help="Runs trained at once.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads of each run.")
 @click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="As of `e2ediff run`.")
+@click.option(
+    "--sample-set",
+    "sampling",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Of scores alone, as of `e2ediff sample --set`.",
+)
 @click.option("--count", default=1000, type=click.IntRange(2), help="Images generated a run.")
 @click.option(
     "--match-compute",
@@ -512,6 +526,7 @@ def main(
     jobs: int,
     threads: int,
     sets: tuple[str, ...],
+    sampling: tuple[str, ...],
     count: int,
     match_compute: bool,
     judge_epochs: int,
@@ -522,7 +537,7 @@ def main(
     try:
         planned = plan(host, recipe, names, numbers, sets, match_compute=match_compute)
         for job in planned:
-            load_recipe(host, recipe, job.overrides)  # all of them fit before one is trained
+            load_recipe(host, recipe, [*job.overrides, *sampling])  # all fit before one trains
     except E2EDiffError as error:
         raise click.ClickException(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
@@ -530,7 +545,7 @@ def main(
     for job, problem in failed.items():
         click.echo(f"{job.place}: {problem}", err=True)
 
-    base = load_recipe(host, recipe, sets)
+    base = load_recipe(host, recipe, [*sets, *sampling])
     assert isinstance(base.data, FashionMNIST)  # says plan
     data = Data.open(base.data)
     real, runs = {}, []
@@ -544,7 +559,9 @@ def main(
                 entry["problem"] = failed[job]
             else:
                 entry["environment"] = RunDirectory.open(str(out / job.place)).environment()
-                entry["figures"] = score_run(out / job.place, judge, data, count=count, seed=seed)
+                entry["figures"] = score_run(
+                    out / job.place, judge, data, count=count, seed=seed, sampling=sampling
+                )
                 click.echo(f"{job.place}: scored", err=True)
             runs.append(entry)
     results = {
@@ -562,7 +579,7 @@ def main(
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "table.md").write_text(table(results))
-    _draw(planned, failed, out, data, numbers[0], base, runs)
+    _draw(planned, failed, out, data, numbers[0], base, runs, sampling)
     click.echo(table(results))
     if failed:
         sys.exit(1)
@@ -576,6 +593,7 @@ def _draw(
     seed: int,
     recipe: Recipe,
     runs: Sequence[Mapping[str, Any]],
+    sampling: Sequence[str],
 ) -> None:
     """Samples of the first seed; the images are the first ones that were scored."""
     image = recipe.data.image
@@ -588,7 +606,8 @@ def _draw(
                 f"{job.objective}: label agreement {figures['agreement']:.2f}, "
                 f"Fréchet distance {figures['frechet']:.0f}"
             )
-            samples[title] = load_model(str(out / job.place)).sample(label, seed=seed)
+            model = load_model(str(out / job.place), overrides=sampling)
+            samples[title] = model.sample(label, seed=seed)
     real = one_of_each(data.held_out, image.classes, GRID_ROWS)
     draw_grids(samples, real, image.class_names, out / "grids.png")
 
