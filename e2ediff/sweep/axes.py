@@ -46,7 +46,7 @@ def parse_axes(texts: Sequence[str]) -> list[Axis]:
 
 
 def default_axes(run: SweptRun) -> list[Axis]:
-    """Width or weights, guidance scale, guidance interval, and sampler with its steps."""
+    """Width or weights, guidance scale, guidance interval, sampler with its steps, and spacing."""
     return [parse_axis(text) for text in _defaults(run)]
 
 
@@ -84,7 +84,7 @@ def _guidances(recipe: Recipe) -> Iterator[str]:
 
 
 def _samplers(host: Host, recipe: Recipe) -> Iterator[str]:
-    """The recipe's, `heun` and `dpmpp_2m`, at its number of steps and at half of it.
+    """The recipe's, `heun` and `dpmpp_2m`, at its number of steps and at half of it; then spacing.
 
     `heun` asks the network twice a step, and so has half as many. What does not suit the
     recipe's guidance is left out.
@@ -101,6 +101,8 @@ def _samplers(host: Host, recipe: Recipe) -> Iterator[str]:
             if own["name"] != name and suits:
                 blocks.append(_block({"name": name, "steps": count}))
     yield f"sampler=[{', '.join(blocks)}]"
+    if own.get("spacing") in ("uniform", "karras") and recipe.sampler.shift == 1:
+        yield "sampler.spacing=uniform,karras"
 
 
 def _block(options: Mapping[str, object]) -> str:

@@ -169,6 +169,7 @@ def test_without_axes_widths_guidance_and_samplers_are_searched(run: str) -> Non
     assert {"weights=ema:0.1", "weights=target", "guidance.scale=2"} < {*lines}
     assert "guidance.t_min=0.2 guidance.t_max=0.8" in lines
     assert "sampler={name: heun, steps: 2}" in lines
+    assert lines[-1] == "sampler.spacing=karras"
     assert not Path("run/sweep").exists()
     suited = e2ediff("sweep", run, "--dry-run", "--set", "guidance=cfg_plus_plus").out
     assert "sampler={name: dpmpp_2m, steps: 4}" in suited
