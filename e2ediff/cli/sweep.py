@@ -12,7 +12,8 @@ import click
     multiple=True,
     metavar="PATH=A,B",
     help="An axis: --vary weights=target,ema:0.1 --vary guidance.scale=1,2. Values are as for "
-    "`ablate`. Default: weights, guidance scale and interval, sampler with its steps, spacing of times.",
+    "`ablate`. Default: weights, guidance scale and interval, sampler with its "
+    "steps, spacing of times.",
 )
 @click.option("--grid", is_flag=True, help="Every combination, not one axis after another.")
 @click.option(
