@@ -108,9 +108,10 @@ def _show(card: Card) -> None:
 def _request(host: Host, target: str, given: dict[str, object]) -> Request:
     """What the options ask for."""
     from e2ediff.evaluate.conventions import CONVENTIONS, convention
-    from e2ediff.evaluate.evaluate import SECTIONS, Request, default_metrics
+    from e2ediff.evaluate.evaluate import Request, default_metrics
     from e2ediff.evaluate.network import feature_network
     from e2ediff.evaluate.reference import default_cache
+    from e2ediff.evaluate.sections import SECTIONS
     from e2ediff.parts.metrics import FID
 
     names = given.pop("conventions") or ("e2ediff",)

@@ -160,6 +160,26 @@ def file_sha256(place: str) -> str:
     return content.hexdigest()
 
 
+class PixelHash:
+    """Hash of images (B, C, H, W) of bytes that pass by, in order; their cut does not count."""
+
+    def __init__(self) -> None:
+        self._content = hashlib.sha256()
+        self._begun = False
+
+    def add(self, pixels: Tensor) -> None:
+        """Take a batch in."""
+        if not self._begun:
+            self._content.update(str(tuple(pixels.shape[1:])).encode())
+            self._begun = True
+        self._content.update(pixels.contiguous().numpy().tobytes())
+
+    @property
+    def sha256(self) -> str:
+        """Of what it has seen."""
+        return self._content.hexdigest()
+
+
 class SourceImages(ImageSet):
     """All images of a data source, in its own order."""
 
@@ -175,10 +195,10 @@ class SourceImages(ImageSet):
 
     def sha256(self) -> str:
         """Of the pixels, in order."""
-        content = hashlib.sha256(str(self.shape).encode())
+        content = PixelHash()
         for batch in self.batches(0, self.count, 256):
-            content.update(batch.contiguous().numpy().tobytes())
-        return content.hexdigest()
+            content.add(batch)
+        return content.sha256
 
 
 class SomeImages(SourceImages):

@@ -19,10 +19,28 @@ from e2ediff.run.storage import JSON, Store
 VERSION = 1
 _SECTIONS = ("protocol", "subject", "machine")
 
+_REFERENCE = ("reference_sha256", "reference_images")
+_SAMPLES = (
+    *("images", "made_by", "label_law", "sampler", "network_calls", "guidance", "guided_by"),
+    *_REFERENCE,
+)
+_NETWORK = ("network", "network_sha256", "resize")
+_IDLE = {
+    "reconstruction": _SAMPLES,
+    "pairs": (*_SAMPLES, *_NETWORK),
+    "latents": (*_SAMPLES, *_NETWORK, "convention", "rounding"),
+    "memorisation": _REFERENCE,
+}
+"""Fields of the protocol that say nothing of a section's scores; its own say it instead."""
+
 
 @attrs.frozen
 class Score:
-    """One figure of a score file: its value, its standard error, and the metric's options."""
+    """One figure of a score file: its value, its standard error, and what decided it.
+
+    `metric` has the metric's options; for a figure that is not of the samples also its `section`
+    and the images it is of.
+    """
 
     value: float
     error: float | None
@@ -46,7 +64,9 @@ class Passport:
 
     def measurement(self, score: Score) -> dict[str, JSON]:
         """All fields that must agree before a score is ranked with another."""
-        return {**self.protocol, **{f"metric.{k}": v for k, v in score.metric.items()}}
+        idle = _IDLE.get(str(score.metric.get("section")), ())
+        own = {k: v for k, v in self.protocol.items() if k not in idle}
+        return {**own, **{f"metric.{k}": v for k, v in score.metric.items()}}
 
     def protocol_digest(self, score: Score) -> str:
         """Hash of these fields."""

@@ -11,11 +11,13 @@ import torch
 from command_line import e2ediff
 from PIL import Image
 
+from e2ediff.errors import UnlikeScoresError
 from e2ediff.evaluate.passes import Pass, View
 from e2ediff.evaluate.passport import read_card
+from e2ediff.evaluate.ranking import differences, rank
 from e2ediff.evaluate.reference import open_reference, reference_features
 from e2ediff.metric import moments_of
-from e2ediff.parts.features import Inception
+from e2ediff.parts.features import Inception, RandomProjection
 from e2ediff.parts.inception import Inception2015
 from e2ediff.run.load import load_model
 from e2ediff.run.pixels import to_pixels
@@ -151,6 +153,84 @@ def test_a_run_has_reconstruction_latent_and_memorisation_scores(run, tmp_path) 
     names = {FD, f"r{FD}", "PSNR", "SSIM", "knn", "knn_mean", "probe", "probe_mean", "copied"}
     assert names <= set(card.scores)
     assert len(card.notes["closest_pairs"]) == 10
+
+
+@pytest.fixture(scope="module")
+def two_data_sets(run, tmp_path_factory, host, tiny_text):
+    """Cards of runs on different data, scored against one npz; and a further one of the first."""
+    root = tmp_path_factory.mktemp("other")
+    other = tiny_text.replace("count: 60", "count: 80")
+    (root / "tiny.yaml").write_text(other + "guidance: {name: classifier_free, scale: 2.0}\n")
+    train(host, str(root / "tiny.yaml"), ["steps=3"], str(root / "tiny"))
+    np.savez(root / "real.npz", arr_0=samples(run, "nearest")[::-1])
+    sections = "[reconstruction, latents, memorisation, fid, {name: kid, subsets: 5, size: 10}]"
+    words = (*NETWORK, "--metrics", sections, "--reference", root / "real.npz")
+    same = {"--set": "guidance.scale=3", "--weights": "online"}
+    return (
+        scored(run, *words, "--out", root / "a")["e2ediff"],
+        scored(root / "tiny", *words, "--out", root / "b")["e2ediff"],
+        scored(run, *words, "--out", root / "c", *(w for pair in same.items() for w in pair))[
+            "e2ediff"
+        ],
+    )
+
+
+PAIRS = {"held_out_sha256", "held_out_images"}
+SIDES = {*PAIRS, "training_sha256", "training_images"}
+
+
+@pytest.mark.parametrize(
+    ("score", "pinned"),
+    [
+        ("PSNR", PAIRS),
+        ("SSIM", PAIRS),
+        (f"r{FD}", PAIRS),
+        ("rKD-RandomProjection6", {*PAIRS, "subsets", "size", "seed"}),
+        ("knn", {*SIDES, "k"}),
+        ("probe_mean", {*SIDES, "weight_decay"}),
+        ("copied", SIDES),
+    ],
+)
+def test_scores_on_other_images_than_samples_say_which_and_are_not_ranked_across_data(
+    two_data_sets, score, pinned
+) -> None:
+    """One common reference of the samples does not make their held-out images the same."""
+    a, b, c = two_data_sets
+    assert pinned <= set(a.scores[score].metric)
+    digests = [card.passport.protocol_digest(card.scores[score]) for card in (a, b)]
+    assert digests[0] != digests[1]  # so reports give them columns of their own
+    with pytest.raises(UnlikeScoresError, match=f"{score} was not measured in the same way") as e:
+        rank([a, b], score)
+    assert e.value.exit_code == 9
+    assert "metric.held_out_sha256: " in str(e.value)
+    # What decides samples alone does not keep reconstructions and latents from being ranked.
+    apart = differences([a, c], score)
+    assert set(apart) == ({"guidance"} if score == "copied" else set())
+
+
+def test_compare_names_the_held_out_images_that_differ(two_data_sets) -> None:
+    a, b, _ = two_data_sets
+    done = e2ediff("compare", a.place, b.place)
+    assert done.code == 9
+    assert "  metric.held_out_sha256: " in done.err
+
+
+def test_a_perceptual_distance_names_its_network_and_its_heads() -> None:
+    from e2ediff.evaluate.reconstruction import Perceptual
+
+    network = RandomProjection(width=6).build()
+    one, two = (Perceptual(network, (torch.full((6,), v),)) for v in (1.0, 2.0))
+    assert one.identity["perceptual_sha256"] == two.identity["perceptual_sha256"]
+    assert one.identity["heads_sha256"] != two.identity["heads_sha256"]
+    assert Perceptual(network).identity["heads_sha256"] is None
+
+
+def test_reconstructions_too_few_for_a_metric_are_refused(run, tmp_path) -> None:
+    real = "{name: synthetic, size: 16, classes: 4, count: 80}"
+    words = (run, *NETWORK[:2], "--count", 70, "--reference", real, "--out", tmp_path)
+    done = e2ediff("eval", *words, "--metrics", "reconstruction,{name: density_coverage, k: 64}")
+    assert done.code == 5
+    assert "60 held-out images, and DensityCoverage needs 65" in done.err
 
 
 def test_inception_scores_with_other_weights_are_never_called_fid(tmp_path, host) -> None:
