@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -29,11 +31,35 @@ def folder(tmp_path):
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(4))
     (tmp_path / "no.npz").write_bytes(b"not a zip")
+    save("none.npz", 0, 16)
+    moments = {"sigma": np.eye(3)}
+    objects = np.array([{}, {}, {}], dtype=object)
+    np.savez(tmp_path / "objects.npz", mu=objects, **moments)
+    np.savez(tmp_path / "words.npz", mu=np.array(["a", "b", "c"]), **moments)
+    np.savez(tmp_path / "complex.npz", mu=np.zeros(3, complex), **moments)
+    np.savez(tmp_path / "whole.npz", mu=np.zeros(3), **moments)
+    np.savez_compressed(tmp_path / "squeezed.npz", arr_0=np.zeros((8, 16, 16, 3), np.uint8))
+    _flip(tmp_path, "made.npz", "bad_images.npz", 5000)
+    _flip(tmp_path, "made.npz", "bad_header.npz", 20)
+    _flip(tmp_path, "made.npz", "bad_magic.npz", 0)
+    _flip(tmp_path, "whole.npz", "bad_mean.npz", 128 + 8)
+    _flip(tmp_path, "squeezed.npz", "bad_stream.npz", 0)
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
+        array = zipfile.ZipFile(tmp_path / "made.npz").read("arr_0.npy")
+        archive.writestr("arr_0.npy", array[:-700])
     (tmp_path / "empty").mkdir()
     (tmp_path / "mixed").mkdir()
     for i, size in enumerate((16,) * 7 + (20,)):
         Image.new("RGB", (size, size)).save(tmp_path / "mixed" / f"{i}.png")
     return tmp_path
+
+
+def _flip(folder, source, name, place):
+    """A copy with 9 other bytes at a place in the first array's file."""
+    data = bytearray((folder / source).read_bytes())
+    place += 30 + sum(struct.unpack("<HH", data[26:30]))  # behind the zip's local header
+    data[place : place + 9] = (b ^ 0x5A for b in data[place : place + 9])
+    (folder / name).write_bytes(data)
 
 
 def said(code, *words):
@@ -60,6 +86,19 @@ def said(code, *words):
         ("made.npz", "narrow.npz", "mu (3,) and sigma (4, 4), expected (F,) and (F, F)"),
         ("few.npz", "made.npz", "3 images, and the metrics need 6"),
         ("made.npz", "few.npz", "3 images, and DensityCoverage needs 6"),
+        ("made.npz", "none.npz", "arr_0 holds no images, (0, 16, 16, 3); expected uint8"),
+        ("none.npz", "made.npz", "arr_0 holds no images, (0, 16, 16, 3); expected uint8"),
+        ("made.npz", "objects.npz", "mu or sigma cannot be read: Object arrays cannot be loaded"),
+        ("made.npz", "words.npz", "mu is <U1, expected numbers, a mean (F,) and a covariance"),
+        ("made.npz", "complex.npz", "mu is complex128, expected numbers, a mean (F,)"),
+        ("made.npz", "bad_mean.npz", "mu or sigma cannot be read: Bad CRC-32 for file 'mu.npy'"),
+        ("made.npz", "bad_images.npz", "arr_0 cannot be read: Bad CRC-32 for file 'arr_0.npy'"),
+        ("bad_images.npz", "made.npz", "arr_0 cannot be read: Bad CRC-32 for file 'arr_0.npy'"),
+        ("made.npz", "bad_header.npz", "bad_header.npz: arr_0 cannot be read: "),
+        ("bad_header.npz", "made.npz", "bad_header.npz: arr_0 cannot be read: "),
+        ("bad_magic.npz", "made.npz", "arr_0 cannot be read: the magic string is not correct"),
+        ("bad_stream.npz", "made.npz", "arr_0 cannot be read: Error -3 while decompressing"),
+        ("short.npz", "made.npz", "arr_0 cannot be read: it ends 700 bytes early; expected uint8"),
         ("made.npz", "data", "--reference data: only a run has data"),
     ],
 )  # fmt: skip
