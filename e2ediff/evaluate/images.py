@@ -46,6 +46,8 @@ class ImageSet(ABC):
     count: int
     shape: tuple[int, int, int]
     """(C, H, W)."""
+    unit: int = 1
+    """Images that cost as much together as one: a share of them begins at a multiple."""
 
     @abstractmethod
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
@@ -288,16 +290,28 @@ class Samples(ImageSet):
         return len(self.labels)
 
     @property
+    def unit(self) -> int:  # type: ignore[override]
+        """Rows of the network's tiles."""
+        return self.model.rows
+
+    @property
     def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
         """As the model makes them."""
         image = self.model.recipe.data.image
         return (image.channels, image.height, image.width)
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        """Samples, float in [-1, 1], not rounded."""
-        for first in range(start, stop, size):
-            labels = self.labels[first : min(first + size, stop)]
-            yield self.model.sample(labels, seed=self.seed, first=first)
+        """Samples, float in [-1, 1], not rounded; made in whole tiles whatever the slice.
+
+        A sampler that couples images would else make others for another slice, and every slice
+        would cost whole tiles.
+        """
+        rows = self.unit
+        whole = max(1, size // rows) * rows
+        for first in range(start - start % rows, stop, whole):
+            last = min(first + whole, -(-stop // rows) * rows, self.count)
+            x = self.model.sample(self.labels[first:last], seed=self.seed, first=first)
+            yield from torch.split(x[max(start - first, 0) : stop - first], size)
 
     def sha256(self) -> str:
         """They are made, not stored."""

@@ -6,7 +6,7 @@ Shapes: B batch, C H W image.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import attrs
 import torch
@@ -121,6 +121,17 @@ class Reconstructions:
     sha256: str
 
 
+def _pairs(
+    model: Model, source: DataSource, count: int, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images with their reconstructions, at most `size`, computed in whole tiles."""
+    whole = max(1, size // model.rows) * model.rows
+    for first in range(0, count, whole):
+        pixels = source.read(range(first, min(first + whole, count)))[0]
+        x_hat = model.reconstruct(pixels.float() / 127.5 - 1)
+        yield from zip(torch.split(pixels, size), torch.split(x_hat, size), strict=True)
+
+
 @torch.no_grad()
 def reconstruct(
     model: Model,
@@ -139,11 +150,10 @@ def reconstruct(
     sides = [Collector(network, work.moments, work.rows) for _ in range(2)]
     values: dict[str, list[Tensor]] = {}
     content = PixelHash()
-    for first in range(0, count, work.batch):
-        pixels = source.read(range(first, min(first + work.batch, count)))[0]
+    done = 0
+    for pixels, x_hat in _pairs(model, source, count, work.batch):
         content.add(pixels)
         x = pixels.float() / 127.5 - 1
-        x_hat = model.reconstruct(x)
         shown = work.shown(x_hat, attrs.evolve(view, resize="network")).cpu()
         sides[0].add(work.shown(x_hat, view))
         sides[1].add(work.shown(pixels, view))
@@ -153,7 +163,8 @@ def reconstruct(
             distance = perceptual(shown.float() / 127.5 - 1, x)
             values.setdefault(perceptual.name, []).append(distance)
         if progress is not None:
-            progress(first + len(x))
+            done += len(x)
+            progress(done)
     figures = {}
     for name, parts in values.items():
         each = torch.cat(parts)

@@ -10,12 +10,15 @@ import pytest
 import torch
 from command_line import e2ediff
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from e2ediff.errors import UnlikeScoresError
+from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passes import Pass, View
 from e2ediff.evaluate.passport import read_card
 from e2ediff.evaluate.ranking import differences, rank
 from e2ediff.evaluate.reference import open_reference, reference_features
+from e2ediff.evaluate.subject import draw_labels
 from e2ediff.metric import moments_of
 from e2ediff.parts.features import Inception, RandomProjection
 from e2ediff.parts.inception import Inception2015
@@ -78,10 +81,49 @@ def test_a_run_a_folder_and_an_npz_of_the_same_images_score_alike(run, tmp_path)
     assert {FD, "KD-RandomProjection6", "recall-RandomProjection6"} <= set(own)
 
 
-def test_two_processes_score_as_one(run, tmp_path) -> None:
-    words = (run, *NETWORK, "--metrics", "fid,density_coverage", "--batch", 5, "--out", tmp_path)
-    one = values(scored(*words)["e2ediff"])
-    assert values(scored(*words, "--processes", 2)["e2ediff"]) == pytest.approx(one, rel=1e-6)
+SOLVERS = ("sampler=heun", "sampler={name: dopri5, rtol: 0.01, atol: 0.01}")
+"""The second chooses the steps of all images of a tile by all of them."""
+
+
+@pytest.fixture(scope="module")
+def tiled(run):
+    """Sixty-nine samples by each solver: two tiles of 32 rows, and a part of one."""
+    labels = draw_labels("balanced", 4, 69, 0)
+    models = {s: load_model(run, device="cpu", overrides=[s]) for s in SOLVERS}
+    return {s: Samples("", labels, model=model) for s, model in models.items()}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("batch", [1, 7, 48])
+def test_a_sample_is_the_same_to_the_bit_in_any_batch_and_share(tiled, solver, batch) -> None:
+    samples = tiled[solver]
+    whole = torch.cat(list(samples.batches(0, 69, 64)))
+    assert torch.equal(whole, samples.model.sample(samples.labels))
+    slices = list(samples.batches(0, 69, batch))
+    assert max(map(len, slices)) <= batch
+    assert torch.equal(torch.cat(slices), whole)
+    for start, stop in ((32, 64), (31, 33), (40, 41), (64, 69)):
+        assert torch.equal(torch.cat(list(samples.batches(start, stop, batch))), whole[start:stop])
+
+
+def test_small_batches_cost_no_further_network_calls(tiled) -> None:
+    samples, calls = tiled[SOLVERS[0]], []
+    watch = register_module_forward_pre_hook(lambda *_: calls.append(1))
+    counts = []
+    for batch in (64, 1):
+        calls.clear()
+        list(samples.batches(0, 69, batch))
+        counts.append(len(calls))
+    watch.remove()
+    assert counts[0] == counts[1] > 0
+
+
+def test_two_processes_and_any_batch_score_as_one(run, tmp_path) -> None:
+    words = (run, *NETWORK[:2], "--count", 69, "--metrics", "fid,density_coverage,reconstruction")
+    words = (*words, "--set", SOLVERS[1], "--out", tmp_path, "--batch")
+    one = values(scored(*words, 64)["e2ediff"])
+    for further in ((7, "--processes", 2), (1,)):
+        assert values(scored(*words, *further)["e2ediff"]) == pytest.approx(one, rel=1e-6)
 
 
 def test_conventions_share_one_sample_set_and_differ_by_their_own_rounding(run, tmp_path) -> None:
