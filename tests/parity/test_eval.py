@@ -165,6 +165,27 @@ def test_a_passport_pins_what_decided_the_score(run, tmp_path) -> None:
     assert online["e2ediff"].passport.subject["weights_sha256"] != subject["weights_sha256"]
 
 
+def test_a_network_that_guides_is_pinned_by_its_content(run, tmp_path, host, tiny_text) -> None:
+    """`newest` of another run is another network once that run has gone on."""
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    weak, cards = tmp_path / "weak", []
+    words = (run, *NETWORK, "--metrics", "{name: kid, subsets: 5, size: 10}", "--set")
+    for steps in (2, 4):
+        train(host, str(tmp_path / "tiny.yaml"), [f"steps={steps}"], str(weak), resume=steps > 2)
+        guided = f"guidance={{name: autoguidance, scale: 2.0, run: {weak}}}"
+        cards.append(scored(*words, guided, "--out", tmp_path / f"{steps}")["e2ediff"])
+    (before,), (after,) = (card.passport.protocol["guided_by"] for card in cards)
+    assert (len(before["sha256"]), before["weights"]) == (64, "target")
+    assert before["sha256"] != after["sha256"]
+    done = e2ediff("compare", *(card.place for card in cards))
+    assert done.code == 9
+    assert "  guided_by: " in done.err
+    own = scored(*words, "guidance={name: autoguidance, scale: 2.0}", "--out", tmp_path / "own")
+    passport = own["e2ediff"].passport
+    assert "guided_by" not in passport.protocol
+    assert len(passport.subject["guided_by"]) == 1
+
+
 def test_a_changed_reference_is_not_taken_from_the_cache(run, tmp_path) -> None:
     array = samples(run, "nearest")
     np.savez(tmp_path / "made.npz", arr_0=array)
