@@ -87,6 +87,9 @@ def test_a_class_that_is_not_there_is_said_with_the_one_that_was_meant(run: str)
     assert refused(5, "sample", run, "--labels", "5-2") == [
         "--labels 5-2: runs backwards; write 2-5."
     ]
+    for text in ("²", "9" * 5000, "٣"):
+        (line,) = refused(5, "sample", run, "--label", text)
+        assert line.startswith(f"--label {text}: no such class. Expected an index from 0 to 9")
     assert not Path(run, "samples/seed-0").exists()
 
 

@@ -15,6 +15,7 @@ from command_line import trained
 from PIL import Image
 from tiny_recipe import tiny
 
+from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
 from e2ediff.run.generate import Model
 from e2ediff.run.load import load_model
@@ -99,6 +100,23 @@ def test_seeds_and_numbers_give_different_images(model, whole):
 def test_classes_may_be_given_by_name_and_nothing_gives_nothing(model):
     assert torch.equal(model.sample(["none"], seed=2), model.sample([5], seed=2))
     assert model.sample([]).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("label", [99, -1, 6, 3.7, None, torch.tensor(3.7), "99", "²"])
+def test_a_class_that_is_not_there_is_refused_with_those_that_are(model, label):
+    for ask in (
+        lambda: model.sample([0, label]),
+        lambda: model.interpolate((0, 1), label),
+        lambda: model.denoise(model.latents(torch.zeros(1, 3, 16, 16)), 0.5, [label]),
+    ):
+        with pytest.raises(DataError, match=r": no such class\. Expected an in.* from 0 to 4"):
+            ask()
+
+
+def test_classes_may_be_integers_of_any_kind(model):
+    known = model.sample([2, 5])
+    for labels in (torch.tensor([2, 5]), np.array([2, 5], np.uint8), (2, "none")):
+        assert torch.equal(model.sample(labels), known)
 
 
 def test_a_pass_for_two_answers_counts_twice(model):
