@@ -23,6 +23,7 @@ from e2ediff.evaluate.reference import (
     open_reference,
     reference_features,
 )
+from e2ediff.evaluate.resampling import Resampling
 from e2ediff.evaluate.sections import Sections, options_of, score_of
 from e2ediff.evaluate.subject import Subject, is_run, run_subject, stored_subject
 from e2ediff.features import FeatureNetwork
@@ -47,6 +48,7 @@ class Request:
     `references` are places by convention's name, "" for all others; `sections` of
     `e2ediff.evaluate.sections.SECTIONS`.
     `count` and `labels` are the first convention's where they are None.
+    `bootstrap` is the number of resampled sets from which errors and intervals are taken.
     """
 
     target: str
@@ -66,6 +68,7 @@ class Request:
     processes: int = 1
     cache: str = attrs.field(factory=default_cache)
     perceptual: Perceptual | None = None
+    bootstrap: int = 0
 
 
 def default_metrics(host: Host, network: FeatureNetwork) -> list[Metric]:
@@ -111,6 +114,8 @@ def evaluate(host: Host, request: Request, say: Say = _quiet) -> list[Card]:
     _check_sizes(subject, references.values())
     moments, rows = taps_of(request.metrics)
     rows |= {"pool"} if "memorisation" in request.sections else frozenset()
+    resampling = Resampling(sets=request.bootstrap, say=say)
+    rows |= resampling.taps(request.metrics)
     work = Pass(request.network, moments, rows, request.batch, device)
     views = {c.name: View(c.rounding, c.resize) for c in request.conventions}
     if subject.model is None:  # bytes already
@@ -122,7 +127,7 @@ def evaluate(host: Host, request: Request, say: Say = _quiet) -> list[Card]:
             processes=request.processes,
             progress=lambda n: say(f"{n}/{subject.count} images"),
         )  # fmt: skip
-    sections = Sections(host, request, subject, work)
+    sections = Sections(host, request, subject, work, resampling)
     return [
         _card(host, request, sections, c, views[c.name], made, references.get(c.name))
         for c in request.conventions
@@ -227,10 +232,12 @@ def _card(
                 f"{reference.place}: {other.count} images, and {type(metric).__name__} needs "
                 f"{metric.least()}"
             )
-        for name, estimate in metric.measure(ours, other).items():
+        for name, estimate in sections.resampling.measure(metric, ours, other).items():
             full = names_of(metric, name, title, published=published)
             scores[full] = score_of(estimate, options_of(host, metric))
     notes: dict[str, JSON] = {"departs": departures(one, subject)}
+    if request.bootstrap:
+        notes["bootstrap"] = request.bootstrap
     further, more = sections.scores(one, view, made.get(view))
     scores, notes = scores | further, notes | more
     passport = passport_of(request, subject, one, view, reference, compared)

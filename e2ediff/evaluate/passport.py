@@ -38,6 +38,8 @@ _IDLE = {
 class Score:
     """One figure of a score file: its value, its standard error, and what decided it.
 
+    `interval` is where 95 % of resampled sets lie, if they were asked for.
+
     `metric` has the metric's options; for a figure that is not of the samples also its `section`
     and the images it is of.
     """
@@ -46,6 +48,7 @@ class Score:
     error: float | None
     metric: Mapping[str, JSON]
     warnings: tuple[str, ...] = ()
+    interval: tuple[float, float] | None = None
 
 
 @attrs.frozen
@@ -111,15 +114,18 @@ def parse_card(data: bytes, place: str) -> Card:
         if version != VERSION:
             raise DataError(f"{place}: scores of version {version}; this e2ediff reads {VERSION}")
         passport = Passport(**{s: content["passport"][s] for s in _SECTIONS})
-        scores = {
-            name: Score(float(s["value"]), s["error"], s["metric"], tuple(s["warnings"]))
-            for name, s in content["scores"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        scores = {name: _score(s) for name, s in content["scores"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"{place}: not a file of scores as `e2ediff eval` writes them ({error!r})"
         ) from error
     return Card(place, passport, scores, content.get("notes", {}))
+
+
+def _score(s: dict[str, Any]) -> Score:
+    low_high = s.get("interval")
+    interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
+    return Score(float(s["value"]), s["error"], s["metric"], tuple(s["warnings"]), interval)
 
 
 def unlike(a: Card, b: Card, score: str) -> dict[str, tuple[JSON, JSON]]:

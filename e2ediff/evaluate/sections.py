@@ -20,6 +20,7 @@ from e2ediff.evaluate.passes import Pass, View
 from e2ediff.evaluate.passport import Score
 from e2ediff.evaluate.reconstruction import reconstruct
 from e2ediff.evaluate.reference import open_reference, reference_features
+from e2ediff.evaluate.resampling import Resampling
 from e2ediff.evaluate.subject import Subject
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
@@ -45,7 +46,7 @@ def options_of(host: Host, metric: Metric) -> dict[str, JSON]:
 
 def score_of(estimate: Estimate, decided_by: Mapping[str, JSON]) -> Score:
     """An estimate with what decided it beside the protocol."""
-    return Score(estimate.value, estimate.error, decided_by, estimate.warnings)
+    return Score(estimate.value, estimate.error, decided_by, estimate.warnings, estimate.interval)
 
 
 @attrs.define(eq=False, slots=False)
@@ -56,6 +57,7 @@ class Sections:
     request: Request
     subject: Subject
     work: Pass
+    resampling: Resampling
 
     def scores(
         self, one: Convention, view: View, made: FeatureSet | None
@@ -104,7 +106,9 @@ class Sections:
             own = perceptual.identity if perceptual and name == perceptual.name else {}
             found[name] = score_of(estimate, {"section": "pairs", **of, **own})
         for metric in compared:
-            for name, estimate in metric.measure(done.made, done.real).items():
+            for name, estimate in self.resampling.measure(
+                metric, done.made, done.real, pairs=True
+            ).items():
                 title = network_title(network)
                 full = names_of(metric, name, title, published=network.published)
                 decided_by = {**options_of(self.host, metric), "section": "reconstruction", **of}

@@ -363,6 +363,31 @@ def test_scores_are_ranked_only_if_they_were_measured_in_the_same_way(run, tmp_p
     assert "unlike measurements ranked regardless" in done.out
 
 
+def test_a_bootstrap_gives_every_comparison_an_interval_in_print_and_in_the_card(
+    run, tmp_path
+) -> None:
+    metrics = "[fid, {name: kid, subsets: 2, size: 10}, density_coverage, reconstruction]"
+    words = (run, *NETWORK, "--metrics", metrics)
+    plain = scored(*words, "--out", tmp_path / "plain")["e2ediff"]
+    done = e2ediff("eval", *words, "--bootstrap", 8, "--out", tmp_path / "drawn")
+    assert done.code == 0
+    lines = {line.split()[0]: line for line in done.out.splitlines() if "+-" in line}
+    drawn = read_card(done.out.splitlines()[-1])
+    assert drawn.notes["bootstrap"] == 8
+    compared = [n for n in drawn.scores if n.endswith("RandomProjection6")]
+    assert len(compared) == 8  # FD, KD, density and coverage of samples and of reconstructions
+    for name in compared:
+        score = drawn.scores[name]
+        low, high = score.interval
+        assert low <= score.value <= high
+        assert score.error > 0 or "D-" not in name  # a share may be the same in all sets
+        assert lines[name].endswith(f"+- {score.error:.2g} [{low:.6g}, {high:.6g}]")
+        assert plain.scores[name].interval is None
+        assert differences([plain, drawn], name) == {}  # an error is no way of measuring
+    assert values(plain) == pytest.approx(values(drawn), rel=1e-12)
+    assert plain.scores["KD-RandomProjection6"].error > 0  # of few images, without any bootstrap
+
+
 def test_a_report_has_the_scores_of_a_run(run, host) -> None:
     from e2ediff.report.gather import gather
 
