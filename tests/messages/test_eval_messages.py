@@ -8,8 +8,11 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from command_line import e2ediff
 from PIL import Image
+
+from e2ediff.parts.inception import Inception2015
 
 PLAIN = ("--features", "random_projection")
 
@@ -125,6 +128,42 @@ def test_images_that_cannot_be_scored_are_refused(folder, target, reference, tex
 def test_options_that_do_not_fit_are_refused(folder, words, code, text) -> None:
     reference = [] if "--reference" in words else ["--reference", folder / "made.npz"]
     assert text in said(code, folder / "made.npz", *reference, *words)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "{name: random_projection, width: 4}"])
+def test_a_file_of_weights_for_a_network_that_reads_none_is_refused(folder, name) -> None:
+    words = (folder / "made.npz", "--features", name, "--weights-file", folder / "w.pth")
+    done = e2ediff("eval", *words, "--reference", folder / "made.npz")
+    assert done.code == 5
+    bare = name.strip("{}").removeprefix("name: ").partition(",")[0]
+    assert f"--weights-file: {bare} takes no file, its weights come with it; leave" in done.err
+    assert "name a network that reads one: clip, dinov2, inception2015, torchvision" in done.err
+
+
+def test_weights_of_another_network_are_refused_in_a_few_words(folder) -> None:
+    own = Inception2015().state_dict()
+    name, *_, last = own
+    wrong = {f"encoder.{i}": torch.zeros(1) for i in range(400)}
+    shape = tuple(own[last].shape)
+    cases = (
+        (wrong, f"{len(own)} of its {len(own)} tensors are missing ({name}, "),
+        (
+            wrong,
+            "400 of the file's 400 are not its (encoder.0, encoder.1, encoder.2 and 397 more)",
+        ),
+        ({**own, last: torch.zeros(3)}, f"1 have other shapes ({last} (3,) instead of {shape})."),
+    )
+    for state, text in cases:
+        torch.save(state, folder / "w.pth")
+        done = e2ediff(
+            "eval", folder / "made.npz", "--weights-file", folder / "w.pth",
+            "--reference", folder / "made.npz",
+        )  # fmt: skip
+        assert done.code == 5
+        assert "w.pth does not fit Inception2015: " in done.err
+        assert text in done.err
+        assert "Give weights of Inception2015." in done.err
+        assert len(done.err) < 600
 
 
 def test_a_missing_reference_says_what_the_convention_compares_with(folder) -> None:
