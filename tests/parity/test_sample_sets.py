@@ -71,6 +71,21 @@ def test_an_image_is_the_same_to_the_bit_for_any_number_made_at_once(model, whol
         assert torch.equal(x, whole[first : first + at_once])
 
 
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_other_rows_move_an_image_by_rounding_alone_and_its_bytes_only_at_an_edge(
+    run, whole, rows
+):
+    """On a CPU: 2e-6 are some tens of float32's steps; an edge is where bytes round up or down."""
+    x = load_model(run, rows=rows, device="cpu").sample(LABELS, seed=3)
+    torch.testing.assert_close(x, whole, rtol=0.0, atol=2e-6)
+    y = ((whole.double() + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    at_edge = np.abs(y % 1 - 0.5) < 127.5 * 4e-6
+    ours, theirs = (pixels(a).astype(int) for a in (x, whole))
+    assert np.array_equal(ours[~at_edge], theirs[~at_edge])
+    assert np.abs(ours - theirs).max() <= 1
+    assert at_edge.mean() < 0.002  # so the claim is of almost all bytes
+
+
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc", "sde", "rk4"])
 @pytest.mark.parametrize("guidance", ["apg", "cfg_zero_star, zero_until: 0"])
 def test_that_holds_for_samplers_and_guidance_with_memory_or_noise(run, sampler, guidance):
