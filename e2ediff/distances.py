@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.errors import ResourceError
-from e2ediff.metric import Moments, moments_of
+from e2ediff.metric import Moments
 
 _BLOCK = 2048
 
@@ -45,23 +45,6 @@ def _root(c: Tensor) -> Tensor:
     return root
 
 
-def frechet_error(
-    rows: Tensor, real: Moments, replicates: int, generator: torch.Generator
-) -> float:
-    """Standard error of `frechet(moments_of(rows), real)` over the choice of rows (n, F).
-
-    The standard deviation over bootstrap replicates. Their mean is not used: a resampled set has
-    fewer different images, and its distance a larger bias.
-
-    Source: Efron & Tibshirani 1993, chapter 6.
-    """
-    n, found = len(rows), []
-    for _ in range(replicates):
-        chosen = torch.randint(n, (n,), generator=generator)
-        found.append(frechet(moments_of(rows[chosen.to(rows.device)]), real))
-    return float(torch.tensor(found, dtype=torch.float64).std())
-
-
 def polynomial_mmd(x: Tensor, y: Tensor) -> float:
     """Unbiased squared MMD of x (n, F) and y (m, F) with the kernel (x y / F + 1)^3.
 
@@ -69,16 +52,58 @@ def polynomial_mmd(x: Tensor, y: Tensor) -> float:
 
     Source: Binkowski et al. 2018 (KID, arXiv 1801.01401), eq. 4 and section 4.
     """
-    x, y = x.double(), y.double()
+    between = _kernel_sum(x.double(), y.double(), _polynomial) / (len(x) * len(y))
+    return polynomial_mean(x) + polynomial_mean(y) - 2 * between
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
 
-    n, m = len(x), len(y)
-    own_x = _kernel_sum(x, x, kernel) - float((x.square().sum(1) / x.shape[1] + 1).pow(3).sum())
-    own_y = _kernel_sum(y, y, kernel) - float((y.square().sum(1) / y.shape[1] + 1).pow(3).sum())
-    between = _kernel_sum(x, y, kernel)
-    return own_x / (n * (n - 1)) + own_y / (m * (m - 1)) - 2 * between / (n * m)
+def polynomial_mean(x: Tensor) -> float:
+    """Mean of the kernel (x x' / F + 1)^3 over pairs of different rows of x (n, F)."""
+    x, n = x.double(), len(x)
+    return (_kernel_sum(x, x, _polynomial) - float(_polynomial_own(x).sum())) / (n * (n - 1))
+
+
+def polynomial_shares(x: Tensor, y: Tensor, own: float) -> Tensor:
+    """The jackknife's pseudo-value (n,) of each row of x (n, F), n at least 3, in the distance.
+
+    Their mean is `polynomial_mmd(x, y)`, and the standard deviation over the root of n its
+    standard error over the choice of x; y (m, F) is taken as given, and `own` is
+    `polynomial_mean(y)`.
+
+    Source: Efron & Tibshirani 1993, chapter 11.
+    """
+    x, y, n = x.double(), y.double(), len(x)
+    parts = torch.split(x, _BLOCK)
+    between = torch.cat([_polynomial(part, y).mean(1) for part in parts])  # (n,)
+    within = torch.cat([_polynomial(part, x).sum(1) for part in parts]) - _polynomial_own(x)
+    within = within / (n - 1)
+    # What leaving row i out of the mean over pairs does, in closed form.
+    pairs = (2 * (n - 1) * within - n * within.mean()) / (n - 2)
+    return own + pairs - 2 * between
+
+
+def polynomial_error(x: Tensor, y: Tensor, n: int | None = None, m: int | None = None) -> float:
+    """Standard error of `polynomial_mmd` over the choice of both sets, by the jackknife.
+
+    Args:
+        x: Made rows, at least 3.
+        y: Real rows, at least 3.
+        n: Of a distance of so many made rows, of which x are some; by default all.
+        m: Likewise of real rows.
+
+    Source: Efron & Tibshirani 1993, chapter 11; Arvesen 1969 for two samples.
+    """
+    ours = polynomial_shares(x, y, polynomial_mean(y)).var() / (n or len(x))
+    theirs = polynomial_shares(y, x, polynomial_mean(x)).var() / (m or len(y))
+    return float((ours + theirs).sqrt())
+
+
+def _polynomial(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def _polynomial_own(a: Tensor) -> Tensor:
+    """The kernel of each row with itself, (n,)."""
+    return (a.square().sum(1) / a.shape[1] + 1) ** 3
 
 
 def gaussian_mmd(x: Tensor, y: Tensor, sigma: float = 10.0, scale: float = 1000.0) -> float:

@@ -91,11 +91,12 @@ class FeatureSet:
 
 @attrs.frozen
 class Estimate:
-    """A figure, its standard error where one is known, and what to beware of."""
+    """A figure, its standard error where one is known, what to beware of, a 95 % interval."""
 
     value: float
     error: float | None = None
     warnings: tuple[str, ...] = ()
+    interval: tuple[float, float] | None = None
 
 
 class Metric(ABC):

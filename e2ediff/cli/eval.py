@@ -58,7 +58,13 @@ if TYPE_CHECKING:
     metavar="PATH=VALUE",
     help="Another sampler or guidance of a RUN: --set guidance.scale=2.",
 )
-@click.option("--bootstrap", type=click.IntRange(2), help="Resampled sets for FID's error.")
+@click.option(
+    "--bootstrap",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Errors and 95 % intervals of all that is compared with a reference, from N resampled "
+    "sets; each costs as much as the scores themselves.",
+)
 @click.option("--lpips", metavar="PATH|URL", help="VGG16 weights (torchvision) for LPIPS.")
 @click.option("--lpips-heads", metavar="PATH|URL", help="LPIPS's linear weights for VGG16.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
@@ -69,9 +75,10 @@ if TYPE_CHECKING:
 def command(target: str, out: str | None, **given: object) -> None:
     """Score a RUN's samples, or the images of a FOLDER or NPZ, against a reference.
 
-    Prints each score with its standard error where there is one, and writes one JSON file a
-    convention, with everything that decided the scores. A Fréchet distance is called FID only in
-    the published Inception features; without their weights it is named after its network.
+    Prints each score with its standard error where there is one and with --bootstrap its 95 %
+    interval, and writes one JSON file a convention, with everything that decided the scores. A
+    Fréchet distance is called FID only in the published Inception features; without their weights
+    it is named after its network.
     """
     from e2ediff.evaluate.evaluate import evaluate
     from e2ediff.evaluate.passport import write_card
@@ -96,6 +103,8 @@ def _show(card: Card) -> None:
     width = max(map(len, card.scores), default=0)
     for name, score in card.scores.items():
         error = "" if score.error is None else f" +- {score.error:.2g}"
+        if score.interval is not None:
+            error += " [{:.6g}, {:.6g}]".format(*score.interval)
         click.echo(f"  {name:<{width}}  {score.value:.6g}{error}")
         for warning in score.warnings:
             click.echo(f"warning: {name}: {warning}", err=True)
@@ -108,10 +117,10 @@ def _show(card: Card) -> None:
 def _request(host: Host, target: str, given: dict[str, object]) -> Request:
     """What the options ask for."""
     from e2ediff.evaluate.conventions import CONVENTIONS, convention
-    from e2ediff.evaluate.evaluate import SECTIONS, Request, default_metrics
+    from e2ediff.evaluate.evaluate import Request, default_metrics
     from e2ediff.evaluate.network import feature_network
     from e2ediff.evaluate.reference import default_cache
-    from e2ediff.parts.metrics import FID
+    from e2ediff.evaluate.sections import SECTIONS
 
     names = given.pop("conventions") or ("e2ediff",)
     chosen = [convention(name) for name in names]  # type: ignore[attr-defined]
@@ -129,9 +138,7 @@ def _request(host: Host, target: str, given: dict[str, object]) -> Request:
     if not metrics and set(sections) <= {"reconstruction"}:
         # Reconstructions are compared by metrics, too.
         metrics = default_metrics(host, network)
-    bootstrap = given.pop("bootstrap")
-    if bootstrap:
-        metrics = [FID(bootstrap=bootstrap) if isinstance(m, FID) else m for m in metrics]  # type: ignore[arg-type]
+    given["bootstrap"] = given["bootstrap"] or 0
     perceptual = _perceptual(given.pop("lpips"), given.pop("lpips_heads"))
     given["cache"] = given["cache"] or default_cache()
     return Request(

@@ -86,7 +86,7 @@ def _count(nproc: str) -> int:
 
     if nproc == "auto":
         return max(1, torch.cuda.device_count())
-    if not nproc.isdigit() or int(nproc) < 1:
+    if not nproc.isdecimal() or int(nproc) < 1:
         raise click.UsageError(f"--nproc {nproc}: expected a number of processes, or auto")
     return int(nproc)
 

@@ -14,32 +14,25 @@ from e2ediff.data import SourceConfig
 from e2ediff.distances import self_test
 from e2ediff.errors import DataError
 from e2ediff.evaluate.conventions import Convention, Labels
-from e2ediff.evaluate.images import SourceImages
-from e2ediff.evaluate.latents import latent_figures
-from e2ediff.evaluate.memorisation import closest_pairs, memorisation
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.evaluate.passport import Card, Passport, Score
-from e2ediff.evaluate.reconstruction import Perceptual, reconstruct
+from e2ediff.evaluate.reconstruction import Perceptual
 from e2ediff.evaluate.reference import (
     Reference,
     default_cache,
     open_reference,
     reference_features,
 )
+from e2ediff.evaluate.resampling import Resampling
+from e2ediff.evaluate.sections import Sections, options_of, score_of
 from e2ediff.evaluate.subject import Subject, is_run, run_subject, stored_subject
 from e2ediff.features import FeatureNetwork
 from e2ediff.host.plugins import Host
-from e2ediff.host.structure import unstructure
-from e2ediff.metric import Estimate, FeatureSet, Metric, is_distance, names_of, taps_of
+from e2ediff.metric import FeatureSet, Metric, names_of, taps_of
 from e2ediff.run.assembly import choose_device
 from e2ediff.run.environment import describe_environment
 from e2ediff.run.pixels import network_title, weights_sha256
 from e2ediff.run.storage import JSON
-
-SECTIONS = ("reconstruction", "latents", "memorisation")
-"""What is asked for beside metrics; a run alone has them."""
-
-_LATENTS = 10_000
 
 Say = Callable[[str], None]
 
@@ -52,8 +45,10 @@ def _quiet(text: str) -> None:
 class Request:
     """What is judged, by what.
 
-    `references` are places by convention's name, "" for all others; `sections` of `SECTIONS`.
+    `references` are places by convention's name, "" for all others; `sections` of
+    `e2ediff.evaluate.sections.SECTIONS`.
     `count` and `labels` are the first convention's where they are None.
+    `bootstrap` is the number of resampled sets from which errors and intervals are taken.
     """
 
     target: str
@@ -73,6 +68,7 @@ class Request:
     processes: int = 1
     cache: str = attrs.field(factory=default_cache)
     perceptual: Perceptual | None = None
+    bootstrap: int = 0
 
 
 def default_metrics(host: Host, network: FeatureNetwork) -> list[Metric]:
@@ -118,6 +114,8 @@ def evaluate(host: Host, request: Request, say: Say = _quiet) -> list[Card]:
     _check_sizes(subject, references.values())
     moments, rows = taps_of(request.metrics)
     rows |= {"pool"} if "memorisation" in request.sections else frozenset()
+    resampling = Resampling(sets=request.bootstrap, say=say)
+    rows |= resampling.taps(request.metrics)
     work = Pass(request.network, moments, rows, request.batch, device)
     views = {c.name: View(c.rounding, c.resize) for c in request.conventions}
     if subject.model is None:  # bytes already
@@ -129,11 +127,9 @@ def evaluate(host: Host, request: Request, say: Say = _quiet) -> list[Card]:
             processes=request.processes,
             progress=lambda n: say(f"{n}/{subject.count} images"),
         )  # fmt: skip
-    latents = _latents(request, subject)
+    sections = Sections(host, request, subject, work, resampling)
     return [
-        _card(
-            host, request, subject, c, work, views[c.name], made, references.get(c.name), latents
-        )
+        _card(host, request, sections, c, views[c.name], made, references.get(c.name))
         for c in request.conventions
     ]
 
@@ -205,26 +201,16 @@ def _check_sizes(subject: Subject, references: Iterable[Reference]) -> None:
             )
 
 
-def _latents(request: Request, subject: Subject) -> Mapping[str, Estimate]:
-    if "latents" not in request.sections or subject.model is None:
-        return {}
-    data = subject.model.recipe.data
-    return latent_figures(
-        subject.model, data.open(), data.open(held_out=True), min(subject.count, _LATENTS)
-    )
-
-
 def _card(
     host: Host,
     request: Request,
-    subject: Subject,
+    sections: Sections,
     one: Convention,
-    work: Pass,
     view: View,
     made: Mapping[View, FeatureSet],
     reference: Reference | None,
-    latents: Mapping[str, Estimate],
 ) -> Card:
+    subject, work = sections.subject, sections.work
     title, published = network_title(request.network), request.network.published
     scores: dict[str, Score] = {}
     compared = 0
@@ -246,52 +232,16 @@ def _card(
                 f"{reference.place}: {other.count} images, and {type(metric).__name__} needs "
                 f"{metric.least()}"
             )
-        for name, estimate in metric.measure(ours, other).items():
+        for name, estimate in sections.resampling.measure(metric, ours, other).items():
             full = names_of(metric, name, title, published=published)
-            scores[full] = _score(host, estimate, metric)
+            scores[full] = score_of(estimate, options_of(host, metric))
     notes: dict[str, JSON] = {"departs": departures(one, subject)}
-    further, more = _sections(request, subject, work, view, made.get(view))
-    notes |= more
-    scores |= {name: _score(host, e, None) for name, e in {**further, **latents}.items()}
+    if request.bootstrap:
+        notes["bootstrap"] = request.bootstrap
+    further, more = sections.scores(one, view, made.get(view))
+    scores, notes = scores | further, notes | more
     passport = passport_of(request, subject, one, view, reference, compared)
     return Card("", passport, scores, notes | _described(one, reference))
-
-
-def _score(host: Host, estimate: Estimate, metric: Metric | None) -> Score:
-    options = unstructure(host, metric, Metric) if metric is not None else {}
-    return Score(estimate.value, estimate.error, options, estimate.warnings)  # type: ignore[arg-type]
-
-
-def _sections(
-    request: Request, subject: Subject, work: Pass, view: View, made: FeatureSet | None
-) -> tuple[dict[str, Estimate], dict[str, JSON]]:
-    """Figures of reconstructions and of copies, and what to note of them."""
-    found: dict[str, Estimate] = {}
-    notes: dict[str, JSON] = {}
-    model = subject.model
-    if model is None:
-        return found, notes
-    data, title = model.recipe.data, network_title(request.network)
-    if "reconstruction" in request.sections:
-        source = data.open(held_out=True)
-        count = min(subject.count, len(source))
-        done = reconstruct(model, source, count, work, view, request.perceptual)
-        notes["reconstructed_images"] = count
-        found |= done.figures
-        for metric in request.metrics:
-            if metric.compares:
-                for name, estimate in metric.measure(done.made, done.real).items():
-                    full = names_of(metric, name, title, published=request.network.published)
-                    found["r" + full if is_distance(full) else "r_" + full] = estimate
-    if "memorisation" in request.sections and made is not None:
-        rows = attrs.evolve(work, moments=(), rows=("pool",))
-        sides = []
-        for held_out in (True, False):
-            images = SourceImages(data.open(held_out=held_out), "data")
-            sides.append(feature_pass(rows, images, [view], images.count)[view].rows["pool"])
-        found |= memorisation(made.rows["pool"], *sides)
-        notes["closest_pairs"] = closest_pairs(made.rows["pool"], sides[1])
-    return found, notes
 
 
 def departures(one: Convention, subject: Subject) -> list[str]:

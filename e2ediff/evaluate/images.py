@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from tokenize import TokenError
 
 import attrs
 import fsspec
@@ -27,6 +30,13 @@ from e2ediff.run.seeds import generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CHUNK = 1 << 22
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_IMAGES = "uint8 (n, height, width, 1 or 3)"
+_DAMAGED = (
+    *(ValueError, EOFError, OSError, KeyError, OverflowError, MemoryError),  # sizes and places
+    *(SyntaxError, TokenError),  # a header is parsed as Python
+    *(zipfile.BadZipFile, zlib.error, RuntimeError),  # RuntimeError: encrypted, or not deflate
+)
 
 
 class ImageSet(ABC):
@@ -36,6 +46,8 @@ class ImageSet(ABC):
     count: int
     shape: tuple[int, int, int]
     """(C, H, W)."""
+    unit: int = 1
+    """Images that cost as much together as one: a share of them begins at a multiple."""
 
     @abstractmethod
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
@@ -73,7 +85,7 @@ class FolderImages(ImageSet):
     def _opened(self, file: str) -> Image.Image:
         try:
             return Image.open(io.BytesIO(self.fs.cat_file(file)))
-        except (OSError, SyntaxError, ValueError) as error:
+        except _BROKEN as error:
             raise DataError(f"{file}: damaged image ({error}); remove or replace it") from error
 
     def _read(self, file: str) -> Tensor:
@@ -87,7 +99,7 @@ class FolderImages(ImageSet):
                 )
             try:
                 pixels = torch.from_numpy(np.array(image.convert(self.mode)))
-            except (OSError, SyntaxError, ValueError) as error:
+            except _BROKEN as error:
                 raise DataError(f"{file}: damaged image ({error}); replace it") from error
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
@@ -110,11 +122,13 @@ class NpzImages(ImageSet):
 
     def __init__(self, place: str) -> None:
         self.place = place
-        with self._array() as file:
+        with readable(place, "arr_0", _IMAGES), self._array() as file:
             shape, order, dtype = _header(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or order:
+            raise DataError(f"{place}: arr_0 is {dtype} {shape}, expected {_IMAGES}")
+        if min(shape) < 1:
             raise DataError(
-                f"{place}: arr_0 is {dtype} {shape}, expected uint8 (n, height, width, 1 or 3)"
+                f"{place}: arr_0 holds no images, {shape}; expected {_IMAGES}; write it again"
             )
         self.count = shape[0]
         self.shape = (shape[3], shape[1], shape[2])
@@ -126,22 +140,44 @@ class NpzImages(ImageSet):
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
         """Rows of the array, uint8."""
         c, h, w = self.shape
-        with self._array() as file:
+        with readable(self.place, "arr_0", _IMAGES), self._array() as file:
             _header(file)
             left = start * c * h * w
             while left:
-                left -= len(file.read(min(left, _CHUNK)))
+                left -= len(_exactly(file, min(left, _CHUNK)))
             for first in range(start, stop, size):
                 n = min(size, stop - first)
-                data = bytearray(file.read(n * c * h * w))
-                if len(data) < n * c * h * w:
-                    raise DataError(f"{self.place}: arr_0 ends early; the file is damaged")
+                data = bytearray(_exactly(file, n * c * h * w))
                 rows = torch.frombuffer(data, dtype=torch.uint8).reshape(n, h, w, c)
                 yield rows.permute(0, 3, 1, 2)
 
     def sha256(self) -> str:
         """Of the file."""
         return file_sha256(self.place)
+
+
+@contextmanager
+def readable(place: str, array: str, expected: str) -> Iterator[None]:
+    """Turn whatever numpy, zip and zlib say of a damaged npz into one message.
+
+    Raises:
+        DataError: The array cannot be read.
+    """
+    try:
+        yield
+    except _DAMAGED as error:
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{place}: {array} cannot be read: {what}; expected {expected}. The file is damaged "
+            "or of another kind; copy or write it again"
+        ) from error
+
+
+def _exactly(file: io.BufferedIOBase, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) < count:
+        raise EOFError(f"it ends {count - len(data)} bytes early")
+    return data
 
 
 def _header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
@@ -160,6 +196,26 @@ def file_sha256(place: str) -> str:
     return content.hexdigest()
 
 
+class PixelHash:
+    """Hash of images (B, C, H, W) of bytes that pass by, in order; their cut does not count."""
+
+    def __init__(self) -> None:
+        self._content = hashlib.sha256()
+        self._begun = False
+
+    def add(self, pixels: Tensor) -> None:
+        """Take a batch in."""
+        if not self._begun:
+            self._content.update(str(tuple(pixels.shape[1:])).encode())
+            self._begun = True
+        self._content.update(pixels.contiguous().numpy().tobytes())
+
+    @property
+    def sha256(self) -> str:
+        """Of what it has seen."""
+        return self._content.hexdigest()
+
+
 class SourceImages(ImageSet):
     """All images of a data source, in its own order."""
 
@@ -175,10 +231,10 @@ class SourceImages(ImageSet):
 
     def sha256(self) -> str:
         """Of the pixels, in order."""
-        content = hashlib.sha256(str(self.shape).encode())
+        content = PixelHash()
         for batch in self.batches(0, self.count, 256):
-            content.update(batch.contiguous().numpy().tobytes())
-        return content.hexdigest()
+            content.add(batch)
+        return content.sha256
 
 
 class SomeImages(SourceImages):
@@ -234,16 +290,28 @@ class Samples(ImageSet):
         return len(self.labels)
 
     @property
+    def unit(self) -> int:  # type: ignore[override]
+        """Rows of the network's tiles."""
+        return self.model.rows
+
+    @property
     def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
         """As the model makes them."""
         image = self.model.recipe.data.image
         return (image.channels, image.height, image.width)
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        """Samples, float in [-1, 1], not rounded."""
-        for first in range(start, stop, size):
-            labels = self.labels[first : min(first + size, stop)]
-            yield self.model.sample(labels, seed=self.seed, first=first)
+        """Samples, float in [-1, 1], not rounded; made in whole tiles whatever the slice.
+
+        A sampler that couples images would else make others for another slice, and every slice
+        would cost whole tiles.
+        """
+        rows = self.unit
+        whole = max(1, size // rows) * rows
+        for first in range(start - start % rows, stop, whole):
+            last = min(first + whole, -(-stop // rows) * rows, self.count)
+            x = self.model.sample(self.labels[first:last], seed=self.seed, first=first)
+            yield from torch.split(x[max(start - first, 0) : stop - first], size)
 
     def sha256(self) -> str:
         """They are made, not stored."""

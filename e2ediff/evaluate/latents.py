@@ -5,24 +5,31 @@ Shapes: n training images, m held-out images, N tokens, D channels, F = N D or D
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from e2ediff.data import DataSource
+from e2ediff.data import Batch, DataSource
 from e2ediff.errors import DataError
 from e2ediff.metric import Estimate
 from e2ediff.run.generate import Model
 from e2ediff.run.loader import fixed_images
+from e2ediff.run.storage import JSON
 
 _BATCH = 256
 _CPU = torch.device("cpu")
+_NEIGHBOURS, _TEMPERATURE = 20, 0.07
+_OPTIONS: Mapping[str, Mapping[str, JSON]] = {
+    "knn": {"k": _NEIGHBOURS, "temperature": _TEMPERATURE},
+    "probe": {"weight_decay": "1/n"},
+}
 
 
 def knn_accuracy(
-    train: Tensor, label: Tensor, rows: Tensor, truth: Tensor, k: int = 20
+    train: Tensor, label: Tensor, rows: Tensor, truth: Tensor, k: int = _NEIGHBOURS
 ) -> tuple[float, int]:
     """Share of rows (m, F) whose label is the vote of their k nearest in train (n, F); and m.
 
@@ -37,7 +44,7 @@ def knn_accuracy(
         cosine = functional.normalize(part.double() - centre, dim=1) @ known.T
         near, who = cosine.topk(min(k, len(train)), dim=1)
         votes = torch.zeros(len(part), int(label.max()) + 1, dtype=near.dtype)
-        votes.scatter_add_(1, label[who], (near / 0.07).exp())
+        votes.scatter_add_(1, label[who], (near / _TEMPERATURE).exp())
         right += int((votes.argmax(1) == own).sum())
     return right / len(rows), len(rows)
 
@@ -70,8 +77,11 @@ def probe_accuracy(train: Tensor, label: Tensor, rows: Tensor, truth: Tensor) ->
 
 def latent_figures(
     model: Model, training: DataSource, held_out: DataSource, count: int
-) -> Mapping[str, Estimate]:
+) -> tuple[Mapping[str, Estimate], Mapping[str, Mapping[str, JSON]]]:
     """Accuracy of `knn` and `probe` on whole latents, and `..._mean` on their means over tokens.
+
+    Returns the figures, and by the same names what decided them: numbers and hashes of the images
+    with their labels, and the judge's options.
 
     Args:
         model: A run's model.
@@ -84,18 +94,31 @@ def latent_figures(
     """
     if model.recipe.data.image.classes < 2:
         raise DataError("latents: the data have no classes; leave `latents` out of --metrics")
-    sides = []
-    for source, purpose in ((training, "latents"), (held_out, "latents-held-out")):
+    sides, images = [], dict[str, JSON]()
+    for source, whose, purpose in (
+        (training, "training", "latents"),
+        (held_out, "held_out", "latents-held-out"),
+    ):
         batch = fixed_images(source, count, model.recipe.seed, purpose, _CPU)
         sides.append((_encoded(model, batch.x), batch.label))
+        images |= {f"{whose}_sha256": _sha256(batch), f"{whose}_images": len(batch.x)}
     (z, label), (other, truth) = sides
-    found = {}
+    found, of = {}, {}
     for end, pooled in (("", False), ("_mean", True)):
         a, b = (side.mean(1) if pooled else side.flatten(1) for side in (z, other))
         for name, judge in (("knn", knn_accuracy), ("probe", probe_accuracy)):
             share, m = judge(a, label, b, truth)
             found[name + end] = Estimate(share, (share * (1 - share) / m) ** 0.5)
-    return found
+            of[name + end] = {**images, **_OPTIONS[name]}
+    return found, of
+
+
+def _sha256(batch: Batch) -> str:
+    """Of pixels and labels."""
+    content = hashlib.sha256(str(tuple(batch.x.shape)).encode())
+    for part in (batch.x, batch.label):
+        content.update(part.contiguous().numpy().tobytes())
+    return content.hexdigest()
 
 
 @torch.no_grad()

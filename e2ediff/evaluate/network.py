@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from e2ediff.errors import RecipeError
+import attrs
+
+from e2ediff.errors import DataError, RecipeError
 from e2ediff.features import FeatureConfig
 from e2ediff.host.plugins import Host
+from e2ediff.host.registry import Part
 from e2ediff.host.structure import Structurer
-from e2ediff.host.yaml import parse_yaml, set_value
+from e2ediff.host.yaml import Node, parse_yaml, set_value
 
 
 def feature_network(
@@ -21,6 +24,7 @@ def feature_network(
     block = text if text.startswith("{") else f"{{name: {text}}}"
     root, problems = parse_yaml(block, "--features")
     if root is not None and place:
+        _check_takes_a_file(host, root)
         problems += set_value(root, f"weights={place}", "--weights-file")
         if sha256:
             problems += set_value(root, f"sha256='{sha256}'", "--sha256")
@@ -30,3 +34,18 @@ def feature_network(
         raise RecipeError("--features", [*problems, *structurer.problems])
     assert isinstance(found, FeatureConfig)
     return found
+
+
+def _check_takes_a_file(host: Host, root: Node) -> None:
+    """Refuse a file of weights for a network that reads none; unknown names are found later."""
+    name = root.value.get("name") if isinstance(root.value, dict) else None
+    reading, others = list[Part](), list[Part]()
+    for part in host.registries["features"]:
+        options = {field.alias for field in attrs.fields(part.cls)}
+        (reading if "weights" in options else others).append(part)
+    if name is not None and any(part.answers(str(name.value)) for part in others):
+        raise DataError(
+            f"--weights-file: {name.value} takes no file, its weights come with it; leave "
+            "--weights-file out, or name a network that reads one: "
+            f"{', '.join(sorted(part.name for part in reading))}"
+        )

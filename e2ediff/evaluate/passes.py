@@ -84,10 +84,12 @@ def feature_pass(
     if processes == 1:
         found = work.collect(images, views, (0, count), progress)
         return {view: collector.features() for view, collector in found.items()}
-    cuts = [i * count // processes for i in range(processes + 1)]
+    units = -(-count // images.unit)
+    cuts = [min(count, i * units // processes * images.unit) for i in range(processes + 1)]
     parts = [
         (attrs.evolve(work, device=_device(work.device, i)), images, views, (a, b))
         for i, (a, b) in enumerate(pairwise(cuts))
+        if a < b
     ]
     context = torch.multiprocessing.get_context("spawn")
     threads = (max(1, torch.get_num_threads() // processes),)

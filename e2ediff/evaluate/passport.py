@@ -19,15 +19,36 @@ from e2ediff.run.storage import JSON, Store
 VERSION = 1
 _SECTIONS = ("protocol", "subject", "machine")
 
+_REFERENCE = ("reference_sha256", "reference_images")
+_SAMPLES = (
+    *("images", "made_by", "label_law", "sampler", "network_calls", "guidance", "guided_by"),
+    *_REFERENCE,
+)
+_NETWORK = ("network", "network_sha256", "resize")
+_IDLE = {
+    "reconstruction": _SAMPLES,
+    "pairs": (*_SAMPLES, *_NETWORK),
+    "latents": (*_SAMPLES, *_NETWORK, "convention", "rounding"),
+    "memorisation": _REFERENCE,
+}
+"""Fields of the protocol that say nothing of a section's scores; its own say it instead."""
+
 
 @attrs.frozen
 class Score:
-    """One figure of a score file: its value, its standard error, and the metric's options."""
+    """One figure of a score file: its value, its standard error, and what decided it.
+
+    `interval` is where 95 % of resampled sets lie, if they were asked for.
+
+    `metric` has the metric's options; for a figure that is not of the samples also its `section`
+    and the images it is of.
+    """
 
     value: float
     error: float | None
     metric: Mapping[str, JSON]
     warnings: tuple[str, ...] = ()
+    interval: tuple[float, float] | None = None
 
 
 @attrs.frozen
@@ -46,7 +67,9 @@ class Passport:
 
     def measurement(self, score: Score) -> dict[str, JSON]:
         """All fields that must agree before a score is ranked with another."""
-        return {**self.protocol, **{f"metric.{k}": v for k, v in score.metric.items()}}
+        idle = _IDLE.get(str(score.metric.get("section")), ())
+        own = {k: v for k, v in self.protocol.items() if k not in idle}
+        return {**own, **{f"metric.{k}": v for k, v in score.metric.items()}}
 
     def protocol_digest(self, score: Score) -> str:
         """Hash of these fields."""
@@ -91,15 +114,18 @@ def parse_card(data: bytes, place: str) -> Card:
         if version != VERSION:
             raise DataError(f"{place}: scores of version {version}; this e2ediff reads {VERSION}")
         passport = Passport(**{s: content["passport"][s] for s in _SECTIONS})
-        scores = {
-            name: Score(float(s["value"]), s["error"], s["metric"], tuple(s["warnings"]))
-            for name, s in content["scores"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        scores = {name: _score(s) for name, s in content["scores"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"{place}: not a file of scores as `e2ediff eval` writes them ({error!r})"
         ) from error
     return Card(place, passport, scores, content.get("notes", {}))
+
+
+def _score(s: dict[str, Any]) -> Score:
+    low_high = s.get("interval")
+    interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
+    return Score(float(s["value"]), s["error"], s["metric"], tuple(s["warnings"]), interval)
 
 
 def unlike(a: Card, b: Card, score: str) -> dict[str, tuple[JSON, JSON]]:

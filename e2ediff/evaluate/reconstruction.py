@@ -5,7 +5,8 @@ Shapes: B batch, C H W image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 
 import attrs
 import torch
@@ -14,11 +15,13 @@ from torch.nn import functional
 
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
+from e2ediff.evaluate.images import PixelHash
 from e2ediff.evaluate.passes import Pass, View
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import Estimate, FeatureSet
 from e2ediff.run.generate import Model
-from e2ediff.run.pixels import Collector
+from e2ediff.run.pixels import Collector, network_title, weights_sha256
+from e2ediff.run.storage import JSON
 
 
 def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
@@ -81,6 +84,18 @@ class Perceptual:
         """What the figure is called."""
         return "LPIPS" if self.heads else f"perceptual-{self.network.title}"
 
+    @property
+    def identity(self) -> dict[str, JSON]:
+        """Its network and hashes of all weights, for a passport."""
+        content = hashlib.sha256()
+        for head in self.heads:
+            content.update(head.detach().cpu().float().contiguous().numpy().tobytes())
+        return {
+            "perceptual_network": network_title(self.network),
+            "perceptual_sha256": weights_sha256(self.network),
+            "heads_sha256": content.hexdigest() if self.heads else None,
+        }
+
 
 def lpips_heads(state: Mapping[str, Tensor], place: str) -> tuple[Tensor, ...]:
     """The linear weights of the released LPIPS file: `lin0.model.1.weight`, ...
@@ -98,11 +113,23 @@ def lpips_heads(state: Mapping[str, Tensor], place: str) -> tuple[Tensor, ...]:
 
 @attrs.frozen(eq=False)
 class Reconstructions:
-    """Features of images and of their reconstructions, and figures of each pair."""
+    """Features of images and of their reconstructions, figures of each pair, the images' hash."""
 
     made: FeatureSet
     real: FeatureSet
     figures: Mapping[str, Estimate]
+    sha256: str
+
+
+def _pairs(
+    model: Model, source: DataSource, count: int, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images with their reconstructions, at most `size`, computed in whole tiles."""
+    whole = max(1, size // model.rows) * model.rows
+    for first in range(0, count, whole):
+        pixels = source.read(range(first, min(first + whole, count)))[0]
+        x_hat = model.reconstruct(pixels.float() / 127.5 - 1)
+        yield from zip(torch.split(pixels, size), torch.split(x_hat, size), strict=True)
 
 
 @torch.no_grad()
@@ -122,10 +149,11 @@ def reconstruct(
     network = work.network.to(work.device)
     sides = [Collector(network, work.moments, work.rows) for _ in range(2)]
     values: dict[str, list[Tensor]] = {}
-    for first in range(0, count, work.batch):
-        pixels = source.read(range(first, min(first + work.batch, count)))[0]
+    content = PixelHash()
+    done = 0
+    for pixels, x_hat in _pairs(model, source, count, work.batch):
+        content.add(pixels)
         x = pixels.float() / 127.5 - 1
-        x_hat = model.reconstruct(x)
         shown = work.shown(x_hat, attrs.evolve(view, resize="network")).cpu()
         sides[0].add(work.shown(x_hat, view))
         sides[1].add(work.shown(pixels, view))
@@ -135,10 +163,11 @@ def reconstruct(
             distance = perceptual(shown.float() / 127.5 - 1, x)
             values.setdefault(perceptual.name, []).append(distance)
         if progress is not None:
-            progress(first + len(x))
+            done += len(x)
+            progress(done)
     figures = {}
     for name, parts in values.items():
         each = torch.cat(parts)
         error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else None
         figures[name] = Estimate(float(each.mean()), error)
-    return Reconstructions(sides[0].features(), sides[1].features(), figures)
+    return Reconstructions(sides[0].features(), sides[1].features(), figures, content.sha256)

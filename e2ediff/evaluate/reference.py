@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import fsspec
@@ -21,7 +21,14 @@ from torch import Tensor
 
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError, RecipeError
-from e2ediff.evaluate.images import FolderImages, ImageSet, NpzImages, SourceImages, file_sha256
+from e2ediff.evaluate.images import (
+    FolderImages,
+    ImageSet,
+    NpzImages,
+    SourceImages,
+    file_sha256,
+    readable,
+)
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.features import FeatureNetwork
 from e2ediff.host.plugins import Host
@@ -32,6 +39,7 @@ from e2ediff.run.pixels import network_title, weights_sha256
 from e2ediff.run.storage import Store
 
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+_STATISTICS = "numbers, a mean (F,) and a covariance (F, F)"
 
 
 @attrs.frozen(eq=False)
@@ -95,8 +103,9 @@ def _of_npz(place: str) -> Reference:
     moments = {}
     for tap, names in _KEYS.items():
         if set(names) <= set(keys):
-            with fsspec.open(place, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                moments[tap] = _moments(place, *(arrays[name] for name in names))
+            with readable(place, " or ".join(names), _STATISTICS):
+                found = _arrays(place, names)
+            moments[tap] = _moments(place, *found)
     images = NpzImages(place) if "arr_0" in keys else None
     if not moments and images is None:
         raise DataError(
@@ -106,7 +115,17 @@ def _of_npz(place: str) -> Reference:
     return Reference(place, file_sha256(place), moments, images)
 
 
+def _arrays(place: str, names: Sequence[str]) -> list[np.ndarray]:
+    with fsspec.open(place, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return [arrays[name] for name in names]
+
+
 def _moments(place: str, mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    for name, array in (("mu", mean), ("sigma", covariance)):
+        if array.dtype.kind not in "fiu":
+            raise DataError(
+                f"{place}: {name} is {array.dtype}, expected {_STATISTICS}; write it again"
+            )
     mu, sigma = (np.asarray(a, dtype=np.float64) for a in (mean, covariance))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise DataError(

@@ -6,7 +6,7 @@ Shapes: n images.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import attrs
@@ -23,10 +23,11 @@ from e2ediff.host.structure import unstructure
 from e2ediff.run.assembly import profiles
 from e2ediff.run.checkpoint import open_checkpoint
 from e2ediff.run.directory import RunDirectory
-from e2ediff.run.generate import Model
+from e2ediff.run.generate import Model, Origin
 from e2ediff.run.pixels import weights_sha256
 from e2ediff.run.post_hoc import width_of
 from e2ediff.run.seeds import generator
+from e2ediff.run.set_record import origin_entry
 from e2ediff.run.storage import JSON, Store
 from e2ediff.sampler import Sampler
 
@@ -131,7 +132,19 @@ def run_subject(
         "seed": seed,
     }
     own, what = cast("dict[str, JSON]", protocol), cast("dict[str, JSON]", identity)
+    own |= _guided_by(other.origin for other in model.others if other.origin.run != place)
+    what |= _guided_by(other.origin for other in model.others if other.origin.run == place)
     return Subject(samples, count, own, what, law, model)
+
+
+def _guided_by(origins: Iterable[Origin]) -> dict[str, JSON]:
+    """Further networks that guidance asked; nothing where it asked none.
+
+    Those of the run itself belong to what is judged, as its weights do; those of other runs to
+    how it was sampled, and must agree.
+    """
+    found: list[JSON] = [origin_entry(origin) for origin in origins]
+    return {"guided_by": found} if found else {}
 
 
 def draw_labels(law: Labels, classes: int, count: int, seed: int) -> list[int]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from e2ediff.errors import DataError
 
+_SHOWN = 3
+
 
 def read_weights(place: str, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
     """A state dict, and the sha256 of its file.
@@ -68,4 +70,29 @@ def fill(network: nn.Module, state: dict[str, Tensor], place: str, title: str) -
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise DataError(f"feature network: {place} does not fit {title}: {error}") from error
+        raise DataError(
+            f"feature network: {place} does not fit {title}: {_apart(network, state) or error}. "
+            f"Give weights of {title}."
+        ) from error
+
+
+def _apart(network: nn.Module, state: dict[str, Tensor]) -> str:
+    """In how many names and shapes a state dict differs from a network's, and the first few."""
+    own = network.state_dict()
+    lost, unknown = ([k for k in a if k not in b] for a, b in ((own, state), (state, own)))
+    other = [
+        f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    kinds = (
+        (f"{len(lost)} of its {len(own)} tensors are missing", lost),
+        (f"{len(unknown)} of the file's {len(state)} are not its", unknown),
+        (f"{len(other)} have other shapes", other),
+    )
+    return "; ".join(f"{text} ({_few(names)})" for text, names in kinds if names)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -18,7 +18,7 @@ from e2ediff.denoiser import Denoiser, Guidance, Plain
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.recipe import Recipe
 from e2ediff.latent import LatentContract, Latents
-from e2ediff.run.labels import label_of
+from e2ediff.run.labels import class_of, label_of
 from e2ediff.run.seeds import generator
 from e2ediff.sampler import Noise
 
@@ -149,7 +149,7 @@ class Model:
     ) -> Iterator[Tile]:
         """As `sample`, tile by tile."""
         image, r = self.recipe.data.image, self.rows
-        chosen = [label_of(image, k, "label") if isinstance(k, str) else int(k) for k in labels]
+        chosen = [class_of(image, k) for k in labels]
         last = first + len(chosen)
         for start in range(first - first % r, last, r):
             numbers = range(max(start, first), min(start + r, last))
@@ -179,8 +179,11 @@ class Model:
 
         Raises:
             LatentError: Weights encoded them whose latents mean something else.
+            DataError: There is no such class.
         """
-        z_t, label = self.accept(latents).to(self.device), torch.as_tensor(labels)
+        image = self.recipe.data.image
+        z_t = self.accept(latents).to(self.device)
+        label = torch.tensor([class_of(image, k) for k in labels], dtype=torch.long)
         x0 = self.denoiser()(z_t, t, label.to(self.device)).x0
         return Latents(x0.cpu(), self.contract)
 
@@ -204,7 +207,7 @@ class Model:
         The ends are the images that `sample` makes with these seeds.
         """
         made: list[Tensor] = []
-        kind = label_of(self.recipe.data.image, label) if isinstance(label, str) else label
+        kind = class_of(self.recipe.data.image, label)
         for start in range(0, frames, self.rows):
             shares = [i / max(1, frames - 1) for i in range(start, start + self.rows)]
             pair = [_own_noise(seed, [0]) for seed in seeds]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -22,7 +23,8 @@ def label_of(image: ImageSpec, text: str, option: str = "--label") -> int:
     Raises:
         DataError: There is no such class.
     """
-    if text.isdigit() and int(text) < max(1, image.classes):
+    # isdigit takes a superscript for a digit, which int refuses, as it does thousands of them.
+    if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < _classes(image):
         return int(text)
     if text == "none":
         return image.null_label
@@ -33,8 +35,36 @@ def label_of(image: ImageSpec, text: str, option: str = "--label") -> int:
     names = f" or one of {', '.join(image.class_names)}" if image.class_names else ""
     raise DataError(
         f"{option} {text}: no such class.{hint} Expected an index from 0 to "
-        f"{max(0, image.classes - 1)}{names}, or 'none'."
+        f"{_classes(image) - 1}{names}, or 'none'."
     )
+
+
+def class_of(image: ImageSpec, label: object, option: str = "label") -> int:
+    """As `label_of`, of what a program gives: text, or an integer of any kind.
+
+    The null label is an index, too.
+
+    Raises:
+        DataError: There is no such class, or it is neither text nor an integer.
+    """
+    if isinstance(label, str):
+        return label_of(image, label, option)
+    try:
+        found = operator.index(label)  # type: ignore[arg-type]  # refuses what is no integer
+    except TypeError:
+        found = -1
+    if not 0 <= found <= image.null_label:
+        names = f"one of {', '.join(image.class_names)}, " if image.class_names else ""
+        raise DataError(
+            f"{option} {label!r}: no such class. Expected an integer from 0 to "
+            f"{_classes(image) - 1}, {names}or {image.null_label} or 'none' for no class."
+        )
+    return found
+
+
+def _classes(image: ImageSpec) -> int:
+    """How many there are; images without labels are of one."""
+    return max(1, image.classes)
 
 
 def labels_of(image: ImageSpec, text: str, option: str = "--labels") -> list[int]:
@@ -46,7 +76,7 @@ def labels_of(image: ImageSpec, text: str, option: str = "--labels") -> list[int
     found: list[int] = []
     for item in (part.strip() for part in text.split(",")):
         if item == "all":
-            found += range(max(1, image.classes))
+            found += range(_classes(image))
         elif match := re.fullmatch(r"(\d+)-(\d+)", item):
             first, last = (label_of(image, end, option) for end in match.groups())
             if last < first:

@@ -45,10 +45,10 @@ def describe(wish: Wish, model: Model, host: Host) -> dict[str, JSON]:
         "images": len(wish.labels),
         "labels": labels,
         "seed": wish.seed,
-        "weights": _origin(model.origin),
+        "weights": origin_entry(model.origin),
         "sampler": _json(sampler),
         "guidance": _json(guidance),
-        "guided_by": [_origin(other.origin) for other in model.others],
+        "guided_by": [origin_entry(other.origin) for other in model.others],
         "rows": wish.rows,
         "precision": wish.precision,
         "device": model.device.type,
@@ -58,7 +58,7 @@ def describe(wish: Wish, model: Model, host: Host) -> dict[str, JSON]:
     }
 
 
-def _origin(origin: Origin) -> dict[str, JSON]:
+def origin_entry(origin: Origin) -> dict[str, JSON]:
     """Without the run's place: a run may be moved."""
     return {
         "checkpoint": origin.checkpoint,

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import attrs
 import numpy as np
-import torch
 from torch import Tensor
 
-_BLOCK = 2048
+from e2ediff.distances import polynomial_mean, polynomial_shares
+
 Z = 1.96
 """Standard errors in half a 95 % interval."""
 
@@ -30,10 +30,7 @@ class Proxy:
     @classmethod
     def of(cls, real: Tensor) -> Proxy:
         """The proxy that compares with these rows."""
-        real = real.double()
-        sums = sum(float(_kernel(part, real).sum()) for part in torch.split(real, _BLOCK))
-        sums -= float(_norms(real).sum())
-        return cls(real, sums / (len(real) * (len(real) - 1)))
+        return cls(real.double(), polynomial_mean(real))
 
     def shares(self, made: Tensor) -> list[float]:
         """The jackknife's pseudo-value of each made row (n, F), n at least 3.
@@ -45,23 +42,8 @@ class Proxy:
         Source: Efron & Tibshirani 1993, chapter 11; the distance is Binkowski et al. 2018 (KID,
         arXiv 1801.01401), eq. 4.
         """
-        made, n = made.double(), len(made)
-        parts = torch.split(made, _BLOCK)
-        between = torch.cat([_kernel(part, self.real).mean(1) for part in parts])  # (n,)
-        within = torch.cat([_kernel(part, made).sum(1) for part in parts]) - _norms(made)
-        within = within / (n - 1)
-        # What leaving row i out of the mean over pairs does, in closed form.
-        pairs = (2 * (n - 1) * within - n * within.mean()) / (n - 2)
-        found: list[float] = (self.own + pairs - 2 * between).tolist()
+        found: list[float] = polynomial_shares(made, self.real, self.own).tolist()
         return found
-
-
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    return (a @ b.T / a.shape[1] + 1) ** 3
-
-
-def _norms(a: Tensor) -> Tensor:
-    return (a.square().sum(1) / a.shape[1] + 1) ** 3
 
 
 @attrs.frozen

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from e2ediff.distances import (
     density_coverage,
     frechet,
-    frechet_error,
     gaussian_mmd,
     inception_score,
     nearest,
@@ -21,8 +20,17 @@ from e2ediff.distances import (
     self_test,
 )
 from e2ediff.errors import ResourceError
+from e2ediff.evaluate.resampling import Resampling
 from e2ediff.metric import Accumulator, FeatureSet, Moments, moments_of
-from e2ediff.parts.metrics import FID, KID, InceptionScore, PrecisionRecall
+from e2ediff.parts.metrics import (
+    CMMD,
+    FID,
+    KID,
+    DensityCoverage,
+    InceptionScore,
+    PrecisionRecall,
+    SpatialFID,
+)
 
 
 def normal(n, width, seed=0, shift=0.0):
@@ -98,13 +106,76 @@ def test_frechet_of_halves_of_one_set_is_above_zero_and_shrinks_as_one_over_n() 
     assert found[0] / found[1] == pytest.approx(8, rel=0.3)  # the bias, whose n is 8 times
 
 
-def test_bootstrap_error_is_the_spread_of_fresh_sets() -> None:
-    real = moments_of(normal(20_000, 4, seed=1))
-    sets = [normal(200, 4, seed, shift=0.5) for seed in range(10, 60)]
-    spread = torch.tensor([frechet(moments_of(x), real) for x in sets]).std()
-    g = torch.Generator().manual_seed(0)
-    errors = [frechet_error(x, real, 40, g) for x in sets[:10]]
-    assert sum(errors) / 10 == pytest.approx(float(spread), rel=0.3)
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("metric", "name", "near"),
+    [
+        (FID(), "FD", 0.3),
+        (SpatialFID(), "sFD", 0.3),
+        (KID(subsets=1), "KD", 0.3),
+        (CMMD(), "CMMD", 0.3),
+        (DensityCoverage(), "density", 0.3),
+        (DensityCoverage(), "coverage", 0.45),  # of fewer different images: too small by a third
+        (PrecisionRecall(), "precision", 0.3),
+    ],
+)
+def test_bootstrap_errors_and_intervals_are_the_spread_of_fresh_sets(metric, name, near) -> None:
+    def features(rows):
+        moments = moments_of(rows)
+        return FeatureSet(
+            len(rows), {"pool": moments, "spatial": moments}, {"pool": rows, "spatial": rows}
+        )
+
+    real = features(normal(400, 4, seed=1))
+    sets = [features(normal(100, 4, seed, shift=0.5)) for seed in range(10, 60)]
+    fresh = torch.tensor([metric.measure(made, real)[name].value for made in sets])
+    resampling = Resampling(sets=40, say=lambda _: None)
+    found = [resampling.measure(metric, made, real)[name] for made in sets[:4]]
+    spread = float(fresh.std())
+    assert sum(f.error for f in found) / 4 == pytest.approx(spread, rel=near)
+    widths = [f.interval[1] - f.interval[0] for f in found]
+    assert sum(widths) / 4 == pytest.approx(2 * 1.96 * spread, rel=near + 0.1)
+    for f, value in zip(found, fresh.tolist(), strict=False):
+        assert f.value == pytest.approx(value)
+        assert f.interval[0] < f.value < f.interval[1]
+
+
+def test_pairs_are_drawn_together() -> None:
+    """A set and its copy have distance 0, however both are drawn."""
+    rows = normal(60, 4)
+    both = FeatureSet(60, {"pool": moments_of(rows)}, {"pool": rows})
+    resampling = Resampling(sets=5, say=lambda _: None)
+    apart = resampling.measure(FID(), both, both)["FD"]
+    together = resampling.measure(FID(), both, both, pairs=True)["FD"]
+    assert together.error < 1e-9 < apart.error
+
+
+def test_without_sets_and_without_a_reference_a_metric_is_measured_as_it_is() -> None:
+    logits = FeatureSet(50, rows={"logits": normal(50, 4)})
+    for sets, metric in ((9, InceptionScore()), (0, InceptionScore())):
+        known = metric.measure(logits, logits)
+        assert Resampling(sets=sets, say=lambda _: None).measure(metric, logits, logits) == known
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "metric"),
+    [
+        (60, 60, KID()),  # every subset is the whole set
+        (60, 300, KID(subsets=10)),  # every subset has all made rows
+        (90, 90, KID(size=60, subsets=10)),  # no two subsets are disjoint
+        (90, 90, KID(size=60, subsets=1)),
+    ],
+)
+def test_the_kernel_distance_of_few_images_has_an_error_that_is_its_spread(n, m, metric) -> None:
+    found = []
+    for seed in range(60):
+        sides = (normal(n, 4, 2 * seed, shift=0.5), normal(m, 4, 2 * seed + 1))
+        sets = [FeatureSet(len(rows), rows={"pool": rows}) for rows in sides]
+        found.append(metric.measure(*sets)["KD"])
+    spread = float(torch.tensor([f.value for f in found]).std())
+    assert sum(f.error for f in found) / len(found) == pytest.approx(spread, rel=0.3)
 
 
 # Kernels

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import attrs
@@ -87,6 +89,9 @@ def test_a_class_that_is_not_there_is_said_with_the_one_that_was_meant(run: str)
     assert refused(5, "sample", run, "--labels", "5-2") == [
         "--labels 5-2: runs backwards; write 2-5."
     ]
+    for text in ("²", "9" * 5000, "٣"):
+        (line,) = refused(5, "sample", run, "--label", text)
+        assert line.startswith(f"--label {text}: no such class. Expected an index from 0 to 9")
     assert not Path(run, "samples/seed-0").exists()
 
 
@@ -179,12 +184,8 @@ def test_another_set_in_out_is_refused_field_by_field_and_replaced_when_told(run
 def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(run: str) -> None:
     """EFBIG when the blocks are assembled: the file of 96 images is larger than any block."""
     sample = ("sample", run, "--balanced", 96, "--batch", 32, "--format", "npz", "--out", "s")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
-    try:
+    with _largest_file(60_000):
         (line,) = [text for text in refused(8, *sample) if "cannot write" in text]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert line.startswith("s/samples.npz: cannot write: File too large (needed: 98,304 bytes")
     assert line.endswith("or choose another --out; what was saved before is intact.")
     assert len(os.listdir("s/parts")) == 3
@@ -194,6 +195,67 @@ def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(run: str) -> Non
     with np.load("s/samples.npz") as found:
         assert len(found["arr_0"]) == 96
     assert not Path("s/parts").exists()
+
+
+def _files(place: str) -> dict[str, bytes]:
+    """Content by path; the description without what was found by making it."""
+    found = {str(f.relative_to(place)): f.read_bytes() for f in Path(place).rglob("*.*")}
+    record = json.loads(found.pop("set.json"))
+    record.pop("made", None)
+    return {**found, "set.json": json.dumps(record).encode()}
+
+
+@contextmanager
+def _largest_file(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", ["png", "npz", "zip", "tar"])
+def test_a_disk_that_fills_in_the_middle_of_a_block_loses_nothing(run: str, kind: str) -> None:
+    """The same command goes on, and the set is that of a disk with space, byte for byte."""
+    host, quiet = load(), lambda _: None
+    wish = Wish(run=run, device="cpu", labels=(3,) * 96, batch=32, format=kind, out="whole")
+    make_set(wish, host, threads=1, say=quiet, update=quiet)
+    whole = _files("whole")
+    first = 32  # number of the first image that is lost
+    if kind == "png":  # the first image of the second block fits, and a later one does not
+        sizes = [len(whole[f"images/{i:06d}.png"]) for i in range(96)]
+        size = sizes[32]
+        first = next(i for i in range(32, 64) if sizes[i] > size)
+        refused_path, needed = f"s/images/{first:06d}.png", sizes[first]
+    else:  # a block is one file, of which the first third can be written
+        size = sum(map(len, (whole[n] for n in whole if n.startswith(("samples", "shards"))))) // 9
+        block = {"npz": "parts/{}.npy", "zip": "parts/{}.zip", "tar": "shards/{}.tar"}[kind]
+        refused_path, needed = f"s/{block.format('000000032-000000064')}", size + 1
+
+    wish, limit = attrs.evolve(wish, out="s"), ExitStack()
+
+    def fill(line: str) -> None:
+        if line.startswith("32/96"):  # the first block is stored
+            limit.enter_context(_largest_file(size))
+
+    with limit, pytest.raises(ResourceError) as caught:
+        make_set(wish, host, threads=1, say=quiet, update=fill)
+    said = str(caught.value)
+    assert said.startswith(f"{refused_path}: cannot write: File too large (needed: ")
+    assert int(said.partition("needed: ")[2].split()[0].replace(",", "")) >= needed
+    assert said.endswith("or choose another --out; what was saved before is intact.")
+    assert "\n" not in said
+    left = _files("s")
+    assert not [name for name in left if ".tmp-" in name]
+    assert all(whole.get(name, content) == content for name, content in left.items())
+    assert wish.output(wish.load(host)).finished() == set(range(first))
+
+    heard: list[str] = []
+    make_set(wish, host, threads=1, say=heard.append, update=quiet)
+    # A tile that was begun is made again.
+    assert heard == ["s: 32 of 96 images are there already"]
+    assert _files("s") == whole
 
 
 def test_a_set_that_cannot_fit_is_refused_before_anything_is_computed(run: str) -> None:

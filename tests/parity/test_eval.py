@@ -10,12 +10,17 @@ import pytest
 import torch
 from command_line import e2ediff
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from e2ediff.errors import UnlikeScoresError
+from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passes import Pass, View
 from e2ediff.evaluate.passport import read_card
+from e2ediff.evaluate.ranking import differences, rank
 from e2ediff.evaluate.reference import open_reference, reference_features
+from e2ediff.evaluate.subject import draw_labels
 from e2ediff.metric import moments_of
-from e2ediff.parts.features import Inception
+from e2ediff.parts.features import Inception, RandomProjection
 from e2ediff.parts.inception import Inception2015
 from e2ediff.run.load import load_model
 from e2ediff.run.pixels import to_pixels
@@ -76,10 +81,49 @@ def test_a_run_a_folder_and_an_npz_of_the_same_images_score_alike(run, tmp_path)
     assert {FD, "KD-RandomProjection6", "recall-RandomProjection6"} <= set(own)
 
 
-def test_two_processes_score_as_one(run, tmp_path) -> None:
-    words = (run, *NETWORK, "--metrics", "fid,density_coverage", "--batch", 5, "--out", tmp_path)
-    one = values(scored(*words)["e2ediff"])
-    assert values(scored(*words, "--processes", 2)["e2ediff"]) == pytest.approx(one, rel=1e-6)
+SOLVERS = ("sampler=heun", "sampler={name: dopri5, rtol: 0.01, atol: 0.01}")
+"""The second chooses the steps of all images of a tile by all of them."""
+
+
+@pytest.fixture(scope="module")
+def tiled(run):
+    """Sixty-nine samples by each solver: two tiles of 32 rows, and a part of one."""
+    labels = draw_labels("balanced", 4, 69, 0)
+    models = {s: load_model(run, device="cpu", overrides=[s]) for s in SOLVERS}
+    return {s: Samples("", labels, model=model) for s, model in models.items()}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("batch", [1, 7, 48])
+def test_a_sample_is_the_same_to_the_bit_in_any_batch_and_share(tiled, solver, batch) -> None:
+    samples = tiled[solver]
+    whole = torch.cat(list(samples.batches(0, 69, 64)))
+    assert torch.equal(whole, samples.model.sample(samples.labels))
+    slices = list(samples.batches(0, 69, batch))
+    assert max(map(len, slices)) <= batch
+    assert torch.equal(torch.cat(slices), whole)
+    for start, stop in ((32, 64), (31, 33), (40, 41), (64, 69)):
+        assert torch.equal(torch.cat(list(samples.batches(start, stop, batch))), whole[start:stop])
+
+
+def test_small_batches_cost_no_further_network_calls(tiled) -> None:
+    samples, calls = tiled[SOLVERS[0]], []
+    watch = register_module_forward_pre_hook(lambda *_: calls.append(1))
+    counts = []
+    for batch in (64, 1):
+        calls.clear()
+        list(samples.batches(0, 69, batch))
+        counts.append(len(calls))
+    watch.remove()
+    assert counts[0] == counts[1] > 0
+
+
+def test_two_processes_and_any_batch_score_as_one(run, tmp_path) -> None:
+    words = (run, *NETWORK[:2], "--count", 69, "--metrics", "fid,density_coverage,reconstruction")
+    words = (*words, "--set", SOLVERS[1], "--out", tmp_path, "--batch")
+    one = values(scored(*words, 64)["e2ediff"])
+    for further in ((7, "--processes", 2), (1,)):
+        assert values(scored(*words, *further)["e2ediff"]) == pytest.approx(one, rel=1e-6)
 
 
 def test_conventions_share_one_sample_set_and_differ_by_their_own_rounding(run, tmp_path) -> None:
@@ -121,6 +165,27 @@ def test_a_passport_pins_what_decided_the_score(run, tmp_path) -> None:
     assert online["e2ediff"].passport.subject["weights_sha256"] != subject["weights_sha256"]
 
 
+def test_a_network_that_guides_is_pinned_by_its_content(run, tmp_path, host, tiny_text) -> None:
+    """`newest` of another run is another network once that run has gone on."""
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    weak, cards = tmp_path / "weak", []
+    words = (run, *NETWORK, "--metrics", "{name: kid, subsets: 5, size: 10}", "--set")
+    for steps in (2, 4):
+        train(host, str(tmp_path / "tiny.yaml"), [f"steps={steps}"], str(weak), resume=steps > 2)
+        guided = f"guidance={{name: autoguidance, scale: 2.0, run: {weak}}}"
+        cards.append(scored(*words, guided, "--out", tmp_path / f"{steps}")["e2ediff"])
+    (before,), (after,) = (card.passport.protocol["guided_by"] for card in cards)
+    assert (len(before["sha256"]), before["weights"]) == (64, "target")
+    assert before["sha256"] != after["sha256"]
+    done = e2ediff("compare", *(card.place for card in cards))
+    assert done.code == 9
+    assert "  guided_by: " in done.err
+    own = scored(*words, "guidance={name: autoguidance, scale: 2.0}", "--out", tmp_path / "own")
+    passport = own["e2ediff"].passport
+    assert "guided_by" not in passport.protocol
+    assert len(passport.subject["guided_by"]) == 1
+
+
 def test_a_changed_reference_is_not_taken_from_the_cache(run, tmp_path) -> None:
     array = samples(run, "nearest")
     np.savez(tmp_path / "made.npz", arr_0=array)
@@ -151,6 +216,84 @@ def test_a_run_has_reconstruction_latent_and_memorisation_scores(run, tmp_path) 
     names = {FD, f"r{FD}", "PSNR", "SSIM", "knn", "knn_mean", "probe", "probe_mean", "copied"}
     assert names <= set(card.scores)
     assert len(card.notes["closest_pairs"]) == 10
+
+
+@pytest.fixture(scope="module")
+def two_data_sets(run, tmp_path_factory, host, tiny_text):
+    """Cards of runs on different data, scored against one npz; and a further one of the first."""
+    root = tmp_path_factory.mktemp("other")
+    other = tiny_text.replace("count: 60", "count: 80")
+    (root / "tiny.yaml").write_text(other + "guidance: {name: classifier_free, scale: 2.0}\n")
+    train(host, str(root / "tiny.yaml"), ["steps=3"], str(root / "tiny"))
+    np.savez(root / "real.npz", arr_0=samples(run, "nearest")[::-1])
+    sections = "[reconstruction, latents, memorisation, fid, {name: kid, subsets: 5, size: 10}]"
+    words = (*NETWORK, "--metrics", sections, "--reference", root / "real.npz")
+    same = {"--set": "guidance.scale=3", "--weights": "online"}
+    return (
+        scored(run, *words, "--out", root / "a")["e2ediff"],
+        scored(root / "tiny", *words, "--out", root / "b")["e2ediff"],
+        scored(run, *words, "--out", root / "c", *(w for pair in same.items() for w in pair))[
+            "e2ediff"
+        ],
+    )
+
+
+PAIRS = {"held_out_sha256", "held_out_images"}
+SIDES = {*PAIRS, "training_sha256", "training_images"}
+
+
+@pytest.mark.parametrize(
+    ("score", "pinned"),
+    [
+        ("PSNR", PAIRS),
+        ("SSIM", PAIRS),
+        (f"r{FD}", PAIRS),
+        ("rKD-RandomProjection6", {*PAIRS, "subsets", "size", "seed"}),
+        ("knn", {*SIDES, "k"}),
+        ("probe_mean", {*SIDES, "weight_decay"}),
+        ("copied", SIDES),
+    ],
+)
+def test_scores_on_other_images_than_samples_say_which_and_are_not_ranked_across_data(
+    two_data_sets, score, pinned
+) -> None:
+    """One common reference of the samples does not make their held-out images the same."""
+    a, b, c = two_data_sets
+    assert pinned <= set(a.scores[score].metric)
+    digests = [card.passport.protocol_digest(card.scores[score]) for card in (a, b)]
+    assert digests[0] != digests[1]  # so reports give them columns of their own
+    with pytest.raises(UnlikeScoresError, match=f"{score} was not measured in the same way") as e:
+        rank([a, b], score)
+    assert e.value.exit_code == 9
+    assert "metric.held_out_sha256: " in str(e.value)
+    # What decides samples alone does not keep reconstructions and latents from being ranked.
+    apart = differences([a, c], score)
+    assert set(apart) == ({"guidance"} if score == "copied" else set())
+
+
+def test_compare_names_the_held_out_images_that_differ(two_data_sets) -> None:
+    a, b, _ = two_data_sets
+    done = e2ediff("compare", a.place, b.place)
+    assert done.code == 9
+    assert "  metric.held_out_sha256: " in done.err
+
+
+def test_a_perceptual_distance_names_its_network_and_its_heads() -> None:
+    from e2ediff.evaluate.reconstruction import Perceptual
+
+    network = RandomProjection(width=6).build()
+    one, two = (Perceptual(network, (torch.full((6,), v),)) for v in (1.0, 2.0))
+    assert one.identity["perceptual_sha256"] == two.identity["perceptual_sha256"]
+    assert one.identity["heads_sha256"] != two.identity["heads_sha256"]
+    assert Perceptual(network).identity["heads_sha256"] is None
+
+
+def test_reconstructions_too_few_for_a_metric_are_refused(run, tmp_path) -> None:
+    real = "{name: synthetic, size: 16, classes: 4, count: 80}"
+    words = (run, *NETWORK[:2], "--count", 70, "--reference", real, "--out", tmp_path)
+    done = e2ediff("eval", *words, "--metrics", "reconstruction,{name: density_coverage, k: 64}")
+    assert done.code == 5
+    assert "60 held-out images, and DensityCoverage needs 65" in done.err
 
 
 def test_inception_scores_with_other_weights_are_never_called_fid(tmp_path, host) -> None:
@@ -218,6 +361,31 @@ def test_scores_are_ranked_only_if_they_were_measured_in_the_same_way(run, tmp_p
     done = e2ediff("compare", a, c, "--regardless")
     assert done.code == 0
     assert "unlike measurements ranked regardless" in done.out
+
+
+def test_a_bootstrap_gives_every_comparison_an_interval_in_print_and_in_the_card(
+    run, tmp_path
+) -> None:
+    metrics = "[fid, {name: kid, subsets: 2, size: 10}, density_coverage, reconstruction]"
+    words = (run, *NETWORK, "--metrics", metrics)
+    plain = scored(*words, "--out", tmp_path / "plain")["e2ediff"]
+    done = e2ediff("eval", *words, "--bootstrap", 8, "--out", tmp_path / "drawn")
+    assert done.code == 0
+    lines = {line.split()[0]: line for line in done.out.splitlines() if "+-" in line}
+    drawn = read_card(done.out.splitlines()[-1])
+    assert drawn.notes["bootstrap"] == 8
+    compared = [n for n in drawn.scores if n.endswith("RandomProjection6")]
+    assert len(compared) == 8  # FD, KD, density and coverage of samples and of reconstructions
+    for name in compared:
+        score = drawn.scores[name]
+        low, high = score.interval
+        assert low <= score.value <= high
+        assert score.error > 0 or "D-" not in name  # a share may be the same in all sets
+        assert lines[name].endswith(f"+- {score.error:.2g} [{low:.6g}, {high:.6g}]")
+        assert plain.scores[name].interval is None
+        assert differences([plain, drawn], name) == {}  # an error is no way of measuring
+    assert values(plain) == pytest.approx(values(drawn), rel=1e-12)
+    assert plain.scores["KD-RandomProjection6"].error > 0  # of few images, without any bootstrap
 
 
 def test_a_report_has_the_scores_of_a_run(run, host) -> None:

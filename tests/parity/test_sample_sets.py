@@ -15,6 +15,7 @@ from command_line import trained
 from PIL import Image
 from tiny_recipe import tiny
 
+from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
 from e2ediff.run.generate import Model
 from e2ediff.run.load import load_model
@@ -70,6 +71,21 @@ def test_an_image_is_the_same_to_the_bit_for_any_number_made_at_once(model, whol
         assert torch.equal(x, whole[first : first + at_once])
 
 
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_other_rows_move_an_image_by_rounding_alone_and_its_bytes_only_at_an_edge(
+    run, whole, rows
+):
+    """On a CPU: 2e-6 are some tens of float32's steps; an edge is where bytes round up or down."""
+    x = load_model(run, rows=rows, device="cpu").sample(LABELS, seed=3)
+    torch.testing.assert_close(x, whole, rtol=0.0, atol=2e-6)
+    y = ((whole.double() + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    at_edge = np.abs(y % 1 - 0.5) < 127.5 * 4e-6
+    ours, theirs = (pixels(a).astype(int) for a in (x, whole))
+    assert np.array_equal(ours[~at_edge], theirs[~at_edge])
+    assert np.abs(ours - theirs).max() <= 1
+    assert at_edge.mean() < 0.002  # so the claim is of almost all bytes
+
+
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc", "sde", "rk4"])
 @pytest.mark.parametrize("guidance", ["apg", "cfg_zero_star, zero_until: 0"])
 def test_that_holds_for_samplers_and_guidance_with_memory_or_noise(run, sampler, guidance):
@@ -99,6 +115,23 @@ def test_seeds_and_numbers_give_different_images(model, whole):
 def test_classes_may_be_given_by_name_and_nothing_gives_nothing(model):
     assert torch.equal(model.sample(["none"], seed=2), model.sample([5], seed=2))
     assert model.sample([]).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("label", [99, -1, 6, 3.7, None, torch.tensor(3.7), "99", "²"])
+def test_a_class_that_is_not_there_is_refused_with_those_that_are(model, label):
+    for ask in (
+        lambda: model.sample([0, label]),
+        lambda: model.interpolate((0, 1), label),
+        lambda: model.denoise(model.latents(torch.zeros(1, 3, 16, 16)), 0.5, [label]),
+    ):
+        with pytest.raises(DataError, match=r": no such class\. Expected an in.* from 0 to 4"):
+            ask()
+
+
+def test_classes_may_be_integers_of_any_kind(model):
+    known = model.sample([2, 5])
+    for labels in (torch.tensor([2, 5]), np.array([2, 5], np.uint8), (2, "none")):
+        assert torch.equal(model.sample(labels), known)
 
 
 def test_a_pass_for_two_answers_counts_twice(model):
