@@ -6,7 +6,7 @@ import lzma
 import zipfile
 import zlib
 
-DAMAGED: tuple[type[Exception], ...] = (
+DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
