@@ -50,8 +50,16 @@ def source_config(
         return config
     try:
         return attrs.evolve(config, size=size)  # type: ignore[misc]
-    except (TypeError, ValueError, attrs.exceptions.NotAnAttrsClassError) as error:
-        raise DataError(f"{address}: cannot be cropped to {size} pixels: {error}") from error
+    except (TypeError, attrs.exceptions.NotAnAttrsClassError) as error:
+        raise DataError(
+            f"{address}: cannot be cropped to {size} pixels: its source has no option 'size', its "
+            f"images have {config.image.height}"
+        ) from error
+    except ValueError as error:
+        # attrs' validators put the attribute and the options behind the message.
+        raise DataError(
+            f"{address}: cannot be cropped to {size} pixels: {error.args[0]}"
+        ) from error
 
 
 def _from_yaml(host: Host, path: str, overrides: Sequence[str]) -> SourceConfig:
@@ -97,11 +105,13 @@ def _counted(host: Host, block: Mapping[str, Any], overrides: Sequence[str]) -> 
     node = Node({key: Node(value, "data") for key, value in full.items()}, "data")
     config = _structured(host, node, "data", overrides)
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides}
-    if "classes" in block or "classes" in given:
+    # `--set data=...` is a whole block in itself.
+    if "classes" in block or given & {"classes", "data"}:
         return config
     if isinstance(config, EncodedConfig):
         return attrs.evolve(config, classes=config.listing(held_out=False).classes)
-    assert isinstance(config, Arrays)
+    if not isinstance(config, Arrays):  # `--set name=...`
+        return config
     labels = config.arrays()[1]
     found = 0 if labels is None or not len(labels) else int(labels.max()) + 1
     return attrs.evolve(config, classes=found)
@@ -128,7 +138,7 @@ def recognise(address: str) -> dict[str, Any]:
     if lower.endswith(".parquet"):
         return {"name": "parquet", "path": address}
     if lower.endswith(".tar"):
-        with location.fs.open(location.path, "rb") as file:
+        with location.opened(location.path) as file:
             head = next(members(file, address, "data"), None)
         nested = head is not None and head.name.endswith(".tar")
         return {"name": "class_tars" if nested else "tar_shards", "path": address}
@@ -147,7 +157,7 @@ def _folder(location: Location) -> dict[str, Any]:
     if any(name.endswith(".parquet") for name in names):
         return {"name": "parquet", "path": location.url}
     if tars := sorted(name for name in names if name.endswith(".tar")):
-        with location.fs.open(location.below(tars[0]), "rb") as file:
+        with location.opened(location.below(tars[0])) as file:
             head = next(members(file, tars[0], "data"), None)
         # A class tar's images are named after it: n01440764.tar holds n01440764_10026.JPEG.
         stem = tars[0].removesuffix(".tar")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import attrs
 import fsspec
@@ -88,6 +89,23 @@ class Location:
             raise OSError(f"{type(error).__name__}: {error}") from error
         return data
 
+    @contextmanager
+    def opened(self, path: str) -> Iterator[BinaryIO]:
+        """A file to read from; closed afterwards.
+
+        Raises:
+            DataError: It cannot be opened, or not be read in the body.
+        """
+        try:
+            file = self.fs.open(path, "rb")
+        except Exception as error:
+            raise DataError(_refused(self.option, path, error)) from error
+        with file:
+            try:
+                yield file
+            except OSError as error:
+                raise DataError(_refused(self.option, path, error)) from error
+
     def glob(self, pattern: str) -> list[str]:
         """Sorted paths that a pattern of the file system stands for.
 
@@ -118,11 +136,16 @@ def _install(error: ImportError) -> str:
 
 @attrs.frozen
 class File:
-    """A file of a location: its path, its size and when it was written, as far as it is known."""
+    """A file of a location: its path, its size and when it was written, as far as it is known.
+
+    `arrived` changes when a file comes to its place, also by a copy that keeps the time at which
+    it was written.
+    """
 
     path: str
     size: int
     written: str
+    arrived: str = ""
 
     @property
     def name(self) -> str:
@@ -192,8 +215,12 @@ def _listed(location: Location, paths: Sequence[str]) -> dict[str, File]:
         for entry in entries:
             path = str(entry["name"])
             path = path if path in wanted else f"/{path.lstrip('/')}"
+            if path in wanted and entry.get("islink"):
+                entry = location.fs.info(path)  # a list tells of the link, not of the file
             if path in wanted and entry["type"] == "file":
-                found[path] = File(path, int(entry["size"] or 0), _written(entry))
+                # Of a local file "created" is the time of its inode, which nobody can set.
+                arrived = str(entry.get("created") or "")
+                found[path] = File(path, int(entry["size"] or 0), _written(entry), arrived)
     return found
 
 

@@ -36,8 +36,9 @@ class Shards(EncodedConfig):
 
     `path` is their folder or URL, `held_out` another such folder.
     Their size in pixels must be `size`, and their channels `channels`.
-    With `verify` their hashes are compared once, when they are first opened; that they agree is
-    kept beside them, or in the cache (`$E2EDIFF_CACHE`), until one of them changes.
+    With `verify` their hashes are compared once, when they are first opened in a place; that they
+    agree is kept beside them, or in the cache (`$E2EDIFF_CACHE`), until one of them changes or
+    they are copied. The index's hash is compared whenever they are opened.
     The other options are those of `image_folder`.
     """
 
@@ -57,8 +58,8 @@ class Shards(EncodedConfig):
                     f"data.{key}: {wanted}; `--set data.{key}={told[key]}`, or prepare it again"
                 )
         files = check_shards(location, told, verify=self.verify)
-        index = Index.loads(location.read(location.below(INDEX)))
-        if index is None:
+        index = _read_index(location, told["files"][INDEX]["sha256"])
+        if index is None or len(index.files) != len(files):
             raise DataError(f"{option}: {path}/{INDEX} is damaged. {_AGAIN}.")
         raw = (told["size"], told["size"], told["channels"]) if told["format"] == "raw" else None
         fetch = RangeBytes(location, [f.path for f in files], index)
@@ -76,7 +77,7 @@ def read_prepared(location: Location) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads(location.read(location.below(PREPARED)))
         version = told["e2ediff"]
-        complete = {"size", "channels", "format", "images", "files"} <= told.keys()
+        complete = _complete(told)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"{option}: {path} holds no {PREPARED}. It must be a folder that `e2ediff data "
@@ -84,11 +85,39 @@ def read_prepared(location: Location) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{option}: {path}/{PREPARED} cannot be read: {error}") from error
-    if version != VERSION or not complete:
+    if version != VERSION:
         raise DataError(
             f"{option}: {path}/{PREPARED} is of version {version}; this e2ediff reads {VERSION}"
         )
+    if not complete:
+        raise DataError(f"{option}: {path}/{PREPARED} is damaged. {_AGAIN}.")
     return told
+
+
+def _complete(told: dict[str, Any]) -> bool:
+    """Whether all is there that is asked of it, in the form in which it is written."""
+    files = told.get("files")
+    numbers = (told.get(key) for key in ("size", "channels", "classes", "images"))
+    return (
+        isinstance(files, dict)
+        and INDEX in files
+        and all(isinstance(f, dict) for f in files.values())
+        and all(type(f.get("bytes")) is int for f in files.values())
+        and all(type(f.get("sha256")) is str for f in files.values())
+        and all(type(number) is int for number in numbers)
+        and told.get("format") in ("png", "jpeg", "raw")
+    )
+
+
+def _read_index(location: Location, digest: str) -> Index | None:
+    """The index of all shards; None if it is damaged, or not the one of this digest."""
+    try:
+        data = location.read(location.below(INDEX))
+        return Index.loads(data) if hashlib.sha256(data).hexdigest() == digest else None
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        what = "is missing" if missing else f"cannot be read: {error}"
+        raise DataError(f"{location.option}: {location.url}/{INDEX} {what}. {_AGAIN}.") from error
 
 
 def check_shards(location: Location, told: dict[str, Any], *, verify: bool) -> list[File]:
@@ -122,8 +151,9 @@ def check_shards(location: Location, told: dict[str, Any], *, verify: bool) -> l
 
 
 def verified_key(told: dict[str, Any], files: Sequence[File]) -> bytes:
-    """What is kept once the hashes agreed: it changes when a shard is written again."""
-    return fingerprint(files, sorted((n, f["sha256"]) for n, f in told["files"].items())).encode()
+    """What is kept once the hashes agreed: it changes when a shard is written again or copied."""
+    hashes = sorted((n, f["sha256"]) for n, f in told["files"].items())
+    return fingerprint(files, hashes, [f.arrived for f in files]).encode()
 
 
 def verify_hashes(location: Location, told: dict[str, Any]) -> None:

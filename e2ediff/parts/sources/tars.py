@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import ClassVar
+from tarfile import TarInfo
+from typing import BinaryIO, ClassVar
 
 import attrs
 
@@ -34,10 +35,12 @@ class _Columns:
         self.start.append(start)
         self.size.append(size)
 
-    def index(self, files: Sequence[str], values: Sequence[str] | None) -> Index:
+    def index(self, files: Sequence[str], values: Sequence[str] | None, option: str) -> Index:
         """The whole, sorted by name where the labels are still to come from the names."""
         columns = (column(self.file), column(self.start), column(self.size))
-        labels, classes, class_names = numbered(values or ["0"] * len(self.names))
+        labels, classes, class_names = numbered(
+            values or ["0"] * len(self.names), self.names, option
+        )
         if values is None:
             classes = 0
         names = Names(self.names)
@@ -86,44 +89,67 @@ class ClassTars(EncodedConfig):
         if classes == 0 and held_out and self.held_out_labels:
             values = read_labels(self.held_out_labels) or {}
             found = labelled(index.names, values, path, option, self.held_out_labels)
-            labels, classes, names = numbered(found)
+            labels, classes, names = numbered(found, index.names, option)
         fetch = RangeBytes(location, [f.path for f in files], index)
         return Listing(path, index.names, labels, classes, names, fetch)
 
 
 def _scan(location: Location, files: Sequence[File]) -> Index:
     """The index of a tar of class tars, of several class tars, or of a tar of images alone."""
-    found, option = _Columns(), location.option
+    found, option, empty = _Columns(), location.option, list[str]()
     for number, outer in enumerate(files):
-        with location.fs.open(outer.path, "rb") as file:
+        before = len(found.names)
+        with location.opened(outer.path) as file:
             for member in members(file, outer.path, option):
                 if is_image(member.name):
                     name = PurePosixPath(member.name).name
                     name = f"{outer.name[:-4]}/{name}" if len(files) > 1 else name
                     found.add(name, number, member.offset_data, member.size)
-                if not member.name.endswith(".tar"):
-                    continue
-                place, label = f"{outer.path}/{member.name}", PurePosixPath(member.name).stem
-                for inner in members(inside(file, member), place, option):
-                    if is_image(inner.name):
-                        name = f"{label}/{PurePosixPath(inner.name).name}"
-                        start = member.offset_data + inner.offset_data
-                        found.add(name, number, start, inner.size)
+                if member.name.endswith(".tar"):
+                    held = len(found.names)
+                    _add_class(found, number, file, member, outer, option)
+                    if len(found.names) == held:
+                        empty.append(member.name)
+        if len(found.names) == before:
+            empty.append(outer.name)
     if not found.names:
         raise DataError(
             f"{option}: {files[0].path} holds no images (looked for class tars with "
             f"{', '.join(SUFFIXES)}, such as n01440764.tar)"
         )
+    if empty:
+        place = files[0].path if len(files) == 1 else files[0].path.rpartition("/")[0]
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise DataError(
+            f"{option}: {len(empty)} class tars in {place} hold no images ({shown}); fetch "
+            "them again, or pack without them"
+        )
     found = found.sorted()
     classed = all("/" in name for name in found.names)
     values = [name.partition("/")[0] for name in found.names] if classed else None
-    index = found.index([f.name for f in files], values)
+    index = found.index([f.name for f in files], values, option)
     if values is None or index.class_names:
         return index
     # Tars named by numbers: a name is no label.
     names = sorted(set(values))
     labels = column([names.index(value) for value in values])
     return attrs.evolve(index, labels=labels, classes=len(names), class_names=tuple(names))
+
+
+def _add_class(
+    found: _Columns,
+    number: int,
+    file: BinaryIO,
+    member: TarInfo,
+    outer: File,
+    option: str,
+) -> None:
+    """The images of a class tar that is a member of another tar."""
+    label = PurePosixPath(member.name).stem
+    for inner in members(inside(file, member), f"{outer.path}/{member.name}", option):
+        if is_image(inner.name):
+            name = f"{label}/{PurePosixPath(inner.name).name}"
+            found.add(name, number, member.offset_data + inner.offset_data, inner.size)
 
 
 @attrs.frozen(kw_only=True)
@@ -168,7 +194,7 @@ class TarShards(EncodedConfig):
     def _samples(self, location: Location, shard: File) -> dict[str, _Sample]:
         """Samples of one shard by key, in order."""
         found: dict[str, _Sample] = {}
-        with location.fs.open(shard.path, "rb") as file:
+        with location.opened(shard.path) as file:
             for member in members(file, shard.path, location.option):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
@@ -232,7 +258,7 @@ class TarShards(EncodedConfig):
                 "have one; expected <key>.cls or <key>.json beside each image. Pack it again, or "
                 "`--set data.classes=0` with shards that have none"
             )
-        return found.index([f.name for f in files], values or None)
+        return found.index([f.name for f in files], values or None, option)
 
 
 @attrs.define
