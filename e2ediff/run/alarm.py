@@ -11,11 +11,41 @@ from typing import Any, Literal
 
 import attrs
 
-from e2ediff.host.recipe import Alarm
+from e2ediff.diagnostic import Diagnostic
+from e2ediff.host.recipe import Alarm, Recipe
 from e2ediff.run.storage import JSON
 
 # Beyond these nothing is left to wait for; healthy latents are far from them from step 1 on.
 _DEAD_RANK, _DEAD_STD, _ALL_POSITIONAL = 1.05, 0.01, 0.99
+
+
+def deaf(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
+    """Why the recipe's alarm would not hear of a collapse, and the way out; "" if it would.
+
+    Args:
+        recipe: With its alarm, and how often it looks.
+        diagnostics: Those that the run measures.
+    """
+    if all(type(d).verdict is Diagnostic.verdict for d in diagnostics):
+        return (
+            "none of the diagnostics judges its figures, so the alarm hears of no collapse until "
+            "every loss is next to nothing; add latent_health to diagnostics"
+        )
+    looks, window = len(looks_of(recipe)), recipe.alarm.window
+    if recipe.alarm.policy == "warn" or looks >= window:
+        return ""
+    return (
+        f"alarm.window {window} is more than the number of diagnoses in {recipe.total_steps} "
+        f"steps, {looks}, so alarm.policy {recipe.alarm.policy} acts on a complete collapse only; "
+        "lower cadence.diagnose or alarm.window"
+    )
+
+
+def looks_of(recipe: Recipe) -> set[int]:
+    """The steps after which a run looks at its latents, but for that before the first one."""
+    last, cadence = recipe.total_steps, recipe.cadence
+    every = (cadence.diagnose, cadence.survey or 10 * cadence.diagnose)
+    return {last, *(s for each in every for s in range(each, last + 1, each))}
 
 
 @attrs.frozen

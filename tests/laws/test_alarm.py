@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from e2ediff.diagnostic import Probe
-from e2ediff.host.recipe import Alarm
+from e2ediff.host.recipe import Alarm, load_recipe
 from e2ediff.parts.collapse import LatentHealth, content_std, effective_rank
-from e2ediff.run.alarm import Watch
+from e2ediff.run.alarm import Watch, looks_of
+from e2ediff.run.lookout import Lookout
 
 P, N, D = 64, 4, 16
 EVERY = 25  # steps between two diagnoses
@@ -176,3 +177,19 @@ def test_returns_are_bounded_and_only_for_rollback() -> None:
     assert not Watch(Alarm(policy="rollback")).may_return
     assert Watch(Alarm(policy="rollback", attempts=1), anchor=0).may_return
     assert not Watch(Alarm(policy="rollback", attempts=1), anchor=0, attempt=1).may_return
+
+
+@pytest.mark.parametrize(
+    ("cadence", "steps"),
+    [
+        ("{diagnose: 4}", [4, 8, 12]),
+        ("{diagnose: 5}", [5, 10, 12]),
+        ("{diagnose: 5, survey: 3}", [3, 5, 6, 9, 10, 12]),
+        ("{diagnose: 99}", [12]),
+    ],
+)
+def test_the_looks_that_are_counted_on_are_those_that_are_due(host, tiny_recipe, cadence, steps):
+    recipe = load_recipe(host, tiny_recipe, [f"cadence={cadence}"])
+    assert sorted(looks_of(recipe)) == steps
+    lookout = Lookout(recipe, None, None, None, None)
+    assert [s for s in range(1, 13) if lookout.due(s)] == steps
