@@ -43,9 +43,14 @@ def deaf(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
 
 def looks_of(recipe: Recipe) -> set[int]:
     """The steps after which a run looks at its latents, but for that before the first one."""
-    last, cadence = recipe.total_steps, recipe.cadence
-    every = (cadence.diagnose, cadence.survey or 10 * cadence.diagnose)
-    return {last, *(s for each in every for s in range(each, last + 1, each))}
+    each = recipe.cadence.diagnose
+    return {*range(each, recipe.total_steps + 1, each), *surveys_of(recipe)}
+
+
+def surveys_of(recipe: Recipe) -> set[int]:
+    """Those after which it measures all diagnostics."""
+    each = recipe.cadence.survey or 10 * recipe.cadence.diagnose
+    return {*range(each, recipe.total_steps + 1, each), recipe.total_steps}
 
 
 @attrs.frozen
@@ -106,9 +111,12 @@ class Watch:
     def _falls(self, figures: Mapping[str, float]) -> list[str]:
         """Signs against the run's own past; raises the marks that figures are held against."""
         found = []
+        rank, std = "the effective rank", "the std across images"
         for name, share, title in (
-            ("rank", self.alarm.fall, "the effective rank"),
-            ("latent_std", self.alarm.shrink, "the std across images"),
+            ("rank", self.alarm.fall, rank),
+            ("latent_std", self.alarm.shrink, std),
+            ("rank_online", self.alarm.fall, f"{rank} before averaging"),
+            ("latent_std_online", self.alarm.shrink, f"{std} before averaging"),
         ):
             if name in figures:
                 value = figures[name]
@@ -150,8 +158,8 @@ class Watch:
 
 
 def _is_dead(figures: Mapping[str, float]) -> bool:
-    return (
-        figures.get("rank", _DEAD_RANK) < _DEAD_RANK
-        or figures.get("latent_std", _DEAD_STD) < _DEAD_STD
-        or figures.get("positional", 0.0) > _ALL_POSITIONAL
+    return figures.get("positional", 0.0) > _ALL_POSITIONAL or any(
+        figures.get(f"rank{of}", _DEAD_RANK) < _DEAD_RANK
+        or figures.get(f"latent_std{of}", _DEAD_STD) < _DEAD_STD
+        for of in ("", "_online")
     )

@@ -68,13 +68,18 @@ def gone(z: torch.Tensor, first: torch.Tensor) -> bool:
     return low or content_std(z) < 0.1 * content_std(first)
 
 
-def follow(series, seed: int, alarm: Alarm | None = None) -> tuple[int | None, int | None]:
-    """The looks at which the latents were gone and at which the alarm went on."""
+def follow(
+    series, seed: int, alarm: Alarm | None = None, average=None
+) -> tuple[int | None, int | None]:
+    """The looks at which the latents were gone and at which the alarm went on.
+
+    The averaged encoder's latents are the trained one's, or those of the series `average`.
+    """
     watch, health = Watch(alarm or Alarm()), LatentHealth()
     first, lost, heard = series(1, seed), None, None
     for i in range(1, LOOKS):
         z = series(i, seed)
-        probe = probe_of(z)
+        probe = probe_of((average or series)(i, seed), z[:16])
         figures = health.measure(probe)
         watch.hear(QUIET)
         found = watch.look(figures, health.verdict(figures))
@@ -83,9 +88,9 @@ def follow(series, seed: int, alarm: Alarm | None = None) -> tuple[int | None, i
     return lost, heard
 
 
-def probe_of(z: torch.Tensor) -> Probe:
+def probe_of(z: torch.Tensor, trained: torch.Tensor) -> Probe:
     x, label = torch.zeros(len(z), 1, 4, 4), torch.zeros(len(z), dtype=torch.long)
-    return Probe(x, label, z, z, "x0")
+    return Probe(x, label, z, z, "x0", z_online=trained)
 
 
 COLLAPSES = [dead, rank_one, slow_decay, fading, channel_by_channel, positions_only]
@@ -95,6 +100,15 @@ COLLAPSES = [dead, rank_one, slow_decay, fading, channel_by_channel, positions_o
 @pytest.mark.parametrize("series", COLLAPSES, ids=lambda s: s.__name__)
 def test_every_kind_of_collapse_is_heard_within_two_windows(series, seed) -> None:
     lost, heard = follow(series, seed)
+    assert lost is not None
+    assert heard is not None
+    assert heard - lost <= 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("series", COLLAPSES, ids=lambda s: s.__name__)
+def test_a_collapse_that_a_slow_average_hides_is_heard_within_two_windows(series, seed) -> None:
+    lost, heard = follow(series, seed, average=healthy)
     assert lost is not None
     assert heard is not None
     assert heard - lost <= 2
