@@ -91,7 +91,9 @@ class LatentHealth(Diagnostic):
 
     `rank` is the effective rank of tokens (P N rows, D columns), after the mean of each
     position is taken out, at most D; `rank_fraction` divides it by that.
-    `rank_sample` is that of whole images (P rows, N D columns), at most P - 1.
+    `rank_channel` is that of the images' means over positions (P rows, D columns), at most the
+    smaller of P - 1 and D, and `rank_sample` that of whole images (P rows, N D columns), at most
+    P - 1.
     `participation` is the participation ratio of the same tokens as `rank`.
     `latent_std` is the content's standard deviation after the latent norm, `raw_std` before.
     `positional` is the share of variance that only says where a token lies.
@@ -116,6 +118,7 @@ class LatentHealth(Diagnostic):
         trained = {} if probe.z_online is None else _vital(probe.z_online)
         return {
             **_vital(probe.z),
+            "rank_channel": effective_rank(probe.z.mean(dim=1)),
             "rank_sample": effective_rank(probe.z.flatten(1)),
             "participation": participation_ratio(_content(probe.z)),
             "raw_std": content_std(probe.raw),
