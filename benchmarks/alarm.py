@@ -5,7 +5,7 @@
 Trains reduced quickstarts, healthy ones and ones that must collapse, with the alarm's policy
 `warn`, and counts. What counts as collapsed is decided from the figures, not by the alarm: a
 rank below a quarter of the latents' channels, or below a quarter of the run's largest, or an std
-across images below a tenth.
+across images below a tenth, of the averaged network or of the trained one.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ HEALTHY = {
     "unite": ("objective={name: unite, reconstruction: {kind: l2}}",),
 }
 
+NETWORKS = ("", "_online")
+"""How the figures of the averaged and of the trained network end."""
+
 
 @attrs.frozen
 class Heard:
     """One run: the steps at which it collapsed and at which the alarm went on, if they did.
 
     `rank_fraction`, `latent_std` and `relative` (the rank over the run's largest so far) are the
-    smallest of the run, `positional` the largest.
+    smallest of the run and of both networks, `positional` the largest.
     """
 
     variant: str
@@ -76,20 +79,21 @@ class Heard:
 def judge(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> dict:
     """What a run's figures and events say, as fields of `Heard`."""
     looks = [m for m in metrics if "rank_fraction" in m and m["step"] > 0]
-    best, relative = 0.0, []
-    collapsed = None
+    best, relative = dict.fromkeys(NETWORKS, 0.0), [1.0]
+    lost = []
     for look in looks:
-        best = max(best, look["rank"])
-        relative.append(look["rank"] / best)
-        gone = look["rank_fraction"] < 0.25 or relative[-1] < 0.25 or look["latent_std"] < 0.1
-        if gone and collapsed is None:
-            collapsed = look["step"]
+        for of in NETWORKS:
+            best[of] = max(best[of], look[f"rank{of}"])
+            relative.append(look[f"rank{of}"] / best[of])
+            low = look[f"rank_fraction{of}"] < 0.25 or relative[-1] < 0.25
+            if low or look[f"latent_std{of}"] < 0.1:
+                lost.append(look["step"])
     alarms = [e["step"] for e in events if e["kind"] == "collapse"]
     return {
-        "collapsed": collapsed,
+        "collapsed": min(lost, default=None),
         "alarmed": alarms[0] if alarms else None,
-        "rank_fraction": min(m["rank_fraction"] for m in looks),
-        "latent_std": min(m["latent_std"] for m in looks),
+        "rank_fraction": min(m[f"rank_fraction{of}"] for m in looks for of in NETWORKS),
+        "latent_std": min(m[f"latent_std{of}"] for m in looks for of in NETWORKS),
         "relative": min(relative),
         "positional": max(m["positional"] for m in looks),
     }

@@ -1,6 +1,6 @@
 """Diagnostics: figures about the health of the latents, on a fixed probe.
 
-Shapes: P probe images, G the first of them, C H W image, N latent tokens, D latent channels.
+Shapes: P probe images, G and O the first of them, C H W image, N latent tokens, D latent channels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from e2ediff.interpolant import Interpolant, Kind
 
-Costly = Literal["x_hat", "denoised", "many", "z_online", "gradients"]
+Costly = Literal["x_hat", "denoised", "many", "gradients"]
 """What of a probe is there only for diagnostics that ask for it, and only at surveys."""
 
 
@@ -28,13 +28,16 @@ class Probe:
     `probe.images` for a diagnostic that asks for `many`.
     `z` and `raw` (P, N, D) are the averaged encoder's latents after and before the latent norm,
     whose statistics are those of the probe itself.
-    `learned` is that of the latent contract: where it is False there is nothing to collapse.
+    `z_online` (O, N, D) are the trained encoder's latents of the first O images, normalised among
+    themselves: what the average, which follows slowly, does not show yet. O is a quarter of
+    `probe.glance`, at least 16 if there are as many.
+    `learned` is that of the latent contract: where it is False there is nothing to collapse, and
+    no `z_online`.
 
     What follows is there only for diagnostics that ask for it:
     `x_hat` (G, C, H, W) is the reconstruction of the first G images, G being `probe.glance`.
     `denoised` maps times to the averaged denoiser's clean estimates (G, N, D) of `z[:G]`, and
     `path` is the interpolant by which it was noised.
-    `z_online` (G, N, D) are the trained encoder's latents of these images.
     `gradients` maps each loss of the objective to the gradient (K, N, D) of its weighted value
     with respect to the trained encoder's latents, as in a training step on the first K images,
     with times and noise that never change.

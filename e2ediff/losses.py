@@ -159,21 +159,29 @@ def direct_loss(
     return (spread(bound, error) * error.square()).mean()
 
 
-def unfit_prediction(nets: Nets, weight: Space) -> list[tuple[str, str]]:
-    """A clean error in the recipe whose weight on the network's own error has no bound.
+def unfit_prediction(
+    nets: Nets, weight: Space, option: str = "objective.weight"
+) -> list[tuple[str, str]]:
+    """An error in the recipe whose weight on the network's own error has no bound.
 
     The clean estimate of an eps-network is off by sigma / alpha times its error, and that of a
     score-network by sigma^2 / alpha: next to noise the loss is nothing but these times, unless
-    alpha stays clear of 0 or `weight` is `eps`.
+    alpha stays clear of 0 or the error is measured, or weighted, as that of `eps`.
+
+    Args:
+        nets: The networks, and what they predict.
+        weight: The space in which errors are measured or by which they are weighted.
+        option: The recipe's key that chooses this space; "" where the objective has no choice.
     """
     if nets.predicts not in ("eps", "score") or weight == "eps":
         return []
     if float(nets.path.alpha(torch.zeros(1))) > 1e-3:
         return []
+    cause = f"{option} {weight}" if option else f"the objective's error in {weight}"
+    way_out = f"set {option}: eps, or predicts: x0 or v" if option else "set predicts: x0 or v"
     what = (
-        f"{nets.predicts} and objective.weight {weight} multiply the network's error by "
-        "1 / alpha(t)^2, which has no bound next to noise; set objective.weight: eps, or "
-        "predicts: x0 or v"
+        f"{nets.predicts} and {cause} multiply the network's error by 1 / alpha(t)^2, which has "
+        f"no bound next to noise; {way_out}"
     )
     return [("predicts", what)]
 

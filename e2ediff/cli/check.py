@@ -18,8 +18,10 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import dump_recipe, load_recipe
     from e2ediff.regularizer import names_of
+    from e2ediff.run.alarm import deaf
     from e2ediff.run.assembly import check_fits
     from e2ediff.run.count import count
+    from e2ediff.run.probing import chosen_diagnostics
 
     host = load()
     read = load_recipe(host, recipe, overrides)
@@ -54,6 +56,9 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
         f"memory      {state / 2**30:.2f} GiB of weights, gradients and averages; activations,"
     )
     click.echo("            the optimizer, time and disk are forecast by `e2ediff plan`")
+    warning = deaf(read, chosen_diagnostics(host, read))
+    if warning and latent.learned:
+        click.echo(f"warning: {warning}", err=True)
     click.echo("ok")
 
 

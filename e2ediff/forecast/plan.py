@@ -16,6 +16,7 @@ from e2ediff.forecast.sampling import Calls, count_calls
 from e2ediff.forecast.spread import spread
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
+from e2ediff.run.alarm import looks_of, surveys_of
 from e2ediff.run.assembly import build_nets, profiles
 from e2ediff.run.count import Count, count
 from e2ediff.run.probing import GRADIENT_IMAGES, chosen_diagnostics
@@ -202,25 +203,32 @@ def make_plan(
 
 
 def _looks(host: Host, plan: Plan) -> dict[str, Look]:
-    """Diagnoses, previews, and the calibrations of batch statistics before saving."""
+    """Diagnoses, surveys, previews, and the calibrations of batch statistics before saving."""
     r, cost = plan.recipe, plan.inference
-    image, diagnostics = r.data.image, chosen_diagnostics(host, r)
-    norm = build_nets(r, torch.device("meta"))[0].online.latent_norm
-    calibration = r.probe.calibration * cost["encode"] if norm.has_statistics else 0.0
+    image, asked = r.data.image, {what for d in chosen_diagnostics(host, r) for what in d.asks}
+    online = build_nets(r, torch.device("meta"))[0].online
+    calibration = r.probe.calibration * cost["encode"] if online.latent_norm.has_statistics else 0
     both = cost["encode"] + cost["decode"]
-    diagnose = r.probe.images * (both + len(r.probe.times) * cost["denoise"]) + calibration
-    asked = {what for d in diagnostics for what in d.asks}
-    if "z_online" in asked:
-        diagnose += r.probe.images * cost["encode"] + calibration
+    few = min(r.probe.glance, r.probe.images)
+    diagnose = (few + online.latent.learned * r.probe.trained) * cost["encode"]
+    survey = diagnose
+    if "many" in asked:
+        survey += (r.probe.images - few) * cost["encode"]
+    if "x_hat" in asked:
+        survey += few * cost["decode"]
+    if "denoised" in asked:
+        survey += few * len(r.probe.times) * cost["denoise"]
     if "gradients" in asked:
-        diagnose += min(GRADIENT_IMAGES, r.probe.images) * max(
+        survey += min(GRADIENT_IMAGES, r.probe.images) * max(
             c.per_image.forward + c.losses * c.per_image.backward for c in plan.phases.values()
         )
+    surveys = len(surveys_of(r))
     sheet = r.preview.rows * max(1, min(r.preview.classes, image.classes))
     preview = sheet * plan.sample_flops + _RECONSTRUCTIONS * both + 2 * calibration
     weights = 2 + len(r.ema) + len(profiles(r))  # online, target and the further averages
     return {
-        "diagnose": Look(_times(r, r.cadence.diagnose) + 1, diagnose),  # and before the first step
+        "diagnose": Look(len(looks_of(r)) - surveys, diagnose),
+        "survey": Look(surveys + 1, survey),  # and before the first step
         "preview": Look(_times(r, r.cadence.preview), preview),
         "checkpoint": Look(_times(r, r.cadence.checkpoint), weights * calibration),
     }

@@ -9,6 +9,7 @@ from e2ediff.parts import (
     adaptive,
     collapse,
     combined,
+    exported,
     features,
     foundation,
     guidance,
@@ -148,6 +149,7 @@ def register_features(add: Add) -> None:
     add("inception2015", features.Inception)
     add("dinov2", foundation.DINOv2)
     add("clip", foundation.CLIP)
+    add("exported", exported.Exported)
     add("random_projection", features.RandomProjection)
 
 

@@ -135,6 +135,7 @@ class ProbeSettings:
     of those that every diagnosis encodes and a survey decodes and denoises, `times` the times at
     which they are denoised (0 is noise, 1 is data), `calibration` the number of training images
     from which batch normalisation takes its statistics before weights are saved or sampled from.
+    A quarter of the glance, at least 16 images, also pass the trained network's encoder.
     """
 
     images: int = attrs.field(default=256, validator=gt(0))
@@ -143,6 +144,11 @@ class ProbeSettings:
         default=(0.1, 0.5, 0.9), validator=deep_iterable((gt(0.0), lt(1.0)))
     )
     calibration: int = attrs.field(default=1024, validator=gt(0))
+
+    @property
+    def trained(self) -> int:
+        """Images that every diagnosis encodes with the trained network too."""
+        return min(self.images, self.glance, max(16, self.glance // 4))
 
 
 @attrs.frozen(kw_only=True)

@@ -4,7 +4,7 @@ Scale-free ranks miss a latent whose variance has died, and a variance misses a 
 rank has: both are always reported, with the share of variance that is constant for each
 position, through which a batch norm can be satisfied without any content.
 
-Shapes: P probe images, N latent tokens, D latent channels.
+Shapes: P probe images, O the first of them, N latent tokens, D latent channels.
 """
 
 from __future__ import annotations
@@ -70,19 +70,38 @@ def positional_fraction(z: Tensor) -> float:
     return float(between / total) if total > 0 else 1.0
 
 
+def _content(z: Tensor) -> Tensor:
+    """Tokens (P N, D) of z (P, N, D), the mean of each position taken out."""
+    return (z - z.mean(dim=0)).flatten(0, 1)
+
+
+def _vital(z: Tensor) -> dict[str, float]:
+    """The figures without which latents (P, N, D) are dead."""
+    tokens = _content(z)
+    rank = effective_rank(tokens)
+    share = rank / min(len(tokens) - 1, tokens.shape[1])
+    return {"rank": rank, "rank_fraction": share, "latent_std": content_std(z)}
+
+
 @attrs.frozen(kw_only=True)
 class LatentHealth(Diagnostic):
-    """Rank and variance of the averaged encoder's latents, where they are learned.
+    """Rank and variance of the averaged and of the trained encoder's latents.
+
+    Of latents that are not learned there are none.
 
     `rank` is the effective rank of tokens (P N rows, D columns), after the mean of each
     position is taken out, at most D; `rank_fraction` divides it by that.
-    `rank_sample` is that of whole images (P rows, N D columns), at most P - 1.
+    `rank_channel` is that of the images' means over positions (P rows, D columns), at most the
+    smaller of P - 1 and D, and `rank_sample` that of whole images (P rows, N D columns), at most
+    P - 1.
     `participation` is the participation ratio of the same tokens as `rank`.
     `latent_std` is the content's standard deviation after the latent norm, `raw_std` before.
     `positional` is the share of variance that only says where a token lies.
+    `rank_online`, `rank_fraction_online` and `latent_std_online` are those of the trained
+    encoder's latents, of fewer images.
 
-    Signs of collapse are a `rank_fraction` or `latent_std` below, or a `positional` above, the
-    option of that name; what follows from them is the recipe's `alarm`.
+    Signs of collapse are a `rank_fraction` or `latent_std` of either encoder below, or a
+    `positional` above, the option of that name; what follows from them is the recipe's `alarm`.
 
     Source: Roy & Vetterli 2007 for the rank; the other definitions and the bounds are ours, and
     lie between the healthy and the collapsed runs of `benchmarks/alarm.py`.
@@ -93,36 +112,40 @@ class LatentHealth(Diagnostic):
     latent_std: float = attrs.field(default=0.1, validator=validators.ge(0.0))
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
-        """rank, rank_fraction, rank_sample, participation, latent_std, raw_std, positional."""
+        """Figures of the averaged encoder's latents, and rank and std of the trained one's."""
         if not probe.learned:  # what a data set's pixels are says nothing about training
             return {}
-        content = probe.z - probe.z.mean(dim=0)  # (P, N, D)
-        tokens = content.flatten(0, 1)
-        rank = effective_rank(tokens)
+        trained = {} if probe.z_online is None else _vital(probe.z_online)
         return {
-            "rank": rank,
-            "rank_fraction": rank / min(len(tokens) - 1, tokens.shape[1]),
+            **_vital(probe.z),
+            "rank_channel": effective_rank(probe.z.mean(dim=1)),
             "rank_sample": effective_rank(probe.z.flatten(1)),
-            "participation": participation_ratio(tokens),
-            "latent_std": content_std(probe.z),
+            "participation": participation_ratio(_content(probe.z)),
             "raw_std": content_std(probe.raw),
             "positional": positional_fraction(probe.z),
+            **{f"{name}_online": value for name, value in trained.items()},
         }
 
     def verdict(self, values: Mapping[str, float]) -> Sequence[str]:
         """Which of rank, share of position and content are out of bounds."""
+        found = self._weak(values, "", "")
+        if (share := values.get("positional", 0.0)) > self.positional:
+            found.append(f"{share:.0%} of the latents' variance only says where a token lies")
+        return found + self._weak(values, "_online", "before averaging, ")
+
+    def _weak(self, values: Mapping[str, float], suffix: str, whose: str) -> list[str]:
+        """What rank and std say of one encoder's latents."""
         found = []
-        fraction, share = values.get("rank_fraction"), values.get("positional")
+        fraction, std = (values.get(f"{k}{suffix}") for k in ("rank_fraction", "latent_std"))
         if fraction is not None and fraction < self.rank_fraction:
             found.append(
-                f"effective rank {values['rank']:.2f} is {fraction:.0%} of what the latents could "
-                "hold"
+                f"{whose}effective rank {values[f'rank{suffix}']:.2f} is {fraction:.0%} of what "
+                "the latents could hold"
             )
-        if share is not None and share > self.positional:
-            found.append(f"{share:.0%} of the latents' variance only says where a token lies")
-        std = values.get("latent_std")
         if std is not None and std < self.latent_std:
-            found.append(f"the latents of different images differ by a std of only {std:.3f}")
+            found.append(
+                f"{whose}the latents of different images differ by a std of only {std:.3f}"
+            )
         return found
 
 

@@ -51,6 +51,10 @@ class Coupled(Objective):
         """None: the velocity loss reaches the encoder, which is the point."""
         return ()
 
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """A prediction whose velocity error has no bound."""
+        return unfit_prediction(nets, "v", "")
+
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction and velocity loss; no gradient is stopped."""
         z = nets.online.encode(batch.x)  # (B, N, D)
@@ -129,6 +133,7 @@ class TwoStage(Objective):
     """
 
     phases: ClassVar[tuple[str, ...]] = ("autoencoder", "denoiser")
+    trial: ClassVar[tuple[str, ...]] = ("backbone.trunks=denoiser_apart",)
 
     reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
     autoencoder_fraction: float = attrs.field(

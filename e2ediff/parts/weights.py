@@ -15,15 +15,15 @@ from e2ediff.errors import DataError
 _SHOWN = 3
 
 
-def read_weights(place: str, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """A state dict, and the sha256 of its file.
+def read_file(place: str, sha256: str | None = None) -> tuple[bytes, str]:
+    """A file's bytes and their sha256.
 
     Args:
-        place: Path or URL of a safetensors or a `.pt`/`.pth` file.
-        sha256: The hash that the file must have, in full; checked before it is parsed.
+        place: Path or URL.
+        sha256: The hash that the file must have, in full.
 
     Raises:
-        DataError: The file is missing, has another hash, or holds more than tensors.
+        DataError: The file is missing or has another hash.
     """
     try:
         with fsspec.open(place, "rb") as file:
@@ -36,6 +36,20 @@ def read_weights(place: str, sha256: str | None = None) -> tuple[dict[str, Tenso
             f"feature network: {place} has sha256 {found}, the recipe expects {sha256}; these are "
             "other weights"
         )
+    return data, found
+
+
+def read_weights(place: str, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """A state dict, and the sha256 of its file.
+
+    Args:
+        place: Path or URL of a safetensors or a `.pt`/`.pth` file.
+        sha256: The hash that the file must have, in full; checked before it is parsed.
+
+    Raises:
+        DataError: The file is missing, has another hash, or holds more than tensors.
+    """
+    data, found = read_file(place, sha256)
     return _parse(data, place), found
 
 

@@ -11,11 +11,46 @@ from typing import Any, Literal
 
 import attrs
 
-from e2ediff.host.recipe import Alarm
+from e2ediff.diagnostic import Diagnostic
+from e2ediff.host.recipe import Alarm, Recipe
 from e2ediff.run.storage import JSON
 
 # Beyond these nothing is left to wait for; healthy latents are far from them from step 1 on.
 _DEAD_RANK, _DEAD_STD, _ALL_POSITIONAL = 1.05, 0.01, 0.99
+
+
+def deaf(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
+    """Why the recipe's alarm would not hear of a collapse, and the way out; "" if it would.
+
+    Args:
+        recipe: With its alarm, and how often it looks.
+        diagnostics: Those that the run measures.
+    """
+    if all(type(d).verdict is Diagnostic.verdict for d in diagnostics):
+        return (
+            "none of the diagnostics judges its figures, so the alarm hears of no collapse until "
+            "every loss is next to nothing; add latent_health to diagnostics"
+        )
+    looks, window = len(looks_of(recipe)), recipe.alarm.window
+    if recipe.alarm.policy == "warn" or looks >= window:
+        return ""
+    return (
+        f"alarm.window {window} is more than the number of diagnoses in {recipe.total_steps} "
+        f"steps, {looks}, so alarm.policy {recipe.alarm.policy} acts on a complete collapse only; "
+        "lower cadence.diagnose or alarm.window"
+    )
+
+
+def looks_of(recipe: Recipe) -> set[int]:
+    """The steps after which a run looks at its latents, but for that before the first one."""
+    each = recipe.cadence.diagnose
+    return {*range(each, recipe.total_steps + 1, each), *surveys_of(recipe)}
+
+
+def surveys_of(recipe: Recipe) -> set[int]:
+    """Those after which it measures all diagnostics."""
+    each = recipe.cadence.survey or 10 * recipe.cadence.diagnose
+    return {*range(each, recipe.total_steps + 1, each), recipe.total_steps}
 
 
 @attrs.frozen
@@ -76,9 +111,12 @@ class Watch:
     def _falls(self, figures: Mapping[str, float]) -> list[str]:
         """Signs against the run's own past; raises the marks that figures are held against."""
         found = []
+        rank, std = "the effective rank", "the std across images"
         for name, share, title in (
-            ("rank", self.alarm.fall, "the effective rank"),
-            ("latent_std", self.alarm.shrink, "the std across images"),
+            ("rank", self.alarm.fall, rank),
+            ("latent_std", self.alarm.shrink, std),
+            ("rank_online", self.alarm.fall, f"{rank} before averaging"),
+            ("latent_std_online", self.alarm.shrink, f"{std} before averaging"),
         ):
             if name in figures:
                 value = figures[name]
@@ -120,8 +158,8 @@ class Watch:
 
 
 def _is_dead(figures: Mapping[str, float]) -> bool:
-    return (
-        figures.get("rank", _DEAD_RANK) < _DEAD_RANK
-        or figures.get("latent_std", _DEAD_STD) < _DEAD_STD
-        or figures.get("positional", 0.0) > _ALL_POSITIONAL
+    return figures.get("positional", 0.0) > _ALL_POSITIONAL or any(
+        figures.get(f"rank{of}", _DEAD_RANK) < _DEAD_RANK
+        or figures.get(f"latent_std{of}", _DEAD_STD) < _DEAD_STD
+        for of in ("", "_online")
     )

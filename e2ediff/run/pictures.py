@@ -57,6 +57,8 @@ def curves_png(metrics: Sequence[Mapping[str, float]], title: str) -> bytes:
         _curve(losses, metrics, name, name.removeprefix("loss/"))
     losses.set(title="losses", yscale="log")
     _curve(rank, metrics, "rank", "tokens")
+    _curve(rank, metrics, "rank_online", "tokens, before averaging")
+    _curve(rank, metrics, "rank_channel", "images' means")
     _curve(rank, metrics, "rank_sample", "whole images")
     rank.set(title="effective rank of the latents")
     if any(m.get("rank", 0) > 0 for m in metrics):  # latents may be no one's work, or all alike

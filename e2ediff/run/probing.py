@@ -57,6 +57,8 @@ class Observer:
     def measure(self, step: Step, phases: Sequence[str], *, survey: bool) -> dict[str, float]:
         """The diagnostics, on the target network's weights; no weight or gradient is touched.
 
+        A few images also pass the online network, whose collapse a slow average shows late.
+
         Args:
             step: The networks and how a training step computes with them.
             phases: Phases of the objective whose losses' gradients are looked at.
@@ -72,18 +74,18 @@ class Observer:
             many = self._encoded(net, len(self.probe.label) if "many" in asked else first)
             few = _first(net, many, first)
             costly = self._costly(net, asked, few, step, phases)
-        seen = {"z": many.z, "raw": many.raw}
-        seen |= {k: costly[k] for k in ("x_hat", "z_online") if k in costly}
+        trained = self._trained(step)
+        seen = {"z": many.z, "raw": many.raw, "z_online": trained, "x_hat": costly.get("x_hat")}
         for title, key in (("denoised at t=", "denoised"), ("gradient of ", "gradients")):
             seen |= {f"{title}{name}": value for name, value in costly.get(key, {}).items()}
-        bad = [name for name, value in seen.items() if not torch.isfinite(value).all()]
+        bad = [k for k, v in seen.items() if v is not None and not torch.isfinite(v).all()]
         if bad:
             raise DivergedError(f"{', '.join(bad)} of the probe images: not finite.")
         figures: dict[str, float] = {}
         for diagnostic in chosen:
             own = {k: v for k, v in costly.items() if k in diagnostic.asks}
             probe = many if "many" in diagnostic.asks else few
-            figures.update(diagnostic.measure(attrs.evolve(probe, **own)))
+            figures.update(diagnostic.measure(attrs.evolve(probe, z_online=trained, **own)))
         return figures
 
     def _encoded(self, net: Backbone, count: int) -> Probe:
@@ -108,12 +110,16 @@ class Observer:
         if "denoised" in asked:
             times = self.recipe.probe.times
             found["denoised"] = {t: self._denoise(net, few.z, few.label, t) for t in times}
-        if "z_online" in asked:
-            with at_rest(step.nets.online) as online:
-                found["z_online"] = own_latents(online, few.x)[0]
         if "gradients" in asked:
             found["gradients"] = self.gradients(step, phases)
         return found
+
+    def _trained(self, step: Step) -> Tensor | None:
+        """Latents (O, N, D) of the first images by the trained network; None of fixed ones."""
+        if not step.nets.online.latent.learned:
+            return None
+        with at_rest(step.nets.online) as online:
+            return own_latents(online, self.probe.x[: self.recipe.probe.trained])[0]
 
     def gradients(self, step: Step, phases: Sequence[str]) -> dict[str, Tensor]:
         """Gradient (K, N, D) of every weighted loss with respect to the online latents.

@@ -14,6 +14,7 @@ from e2ediff.data import DataSource
 from e2ediff.errors import E2EDiffError, ResourceError, RunDirectoryError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
+from e2ediff.run.alarm import deaf
 from e2ediff.run.assembly import check_fits, check_precision, choose_device
 from e2ediff.run.bad_images import BAD_IMAGES, open_source
 from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
@@ -197,6 +198,9 @@ def _greet(progress: Progress, engine: Engine) -> None:
     for topic, choice in engine.parts.choices.items():
         progress.say(f"{topic}: {choice}")
     engine.directory.event("kernels", **engine.parts.choices)
+    warning = deaf(engine.recipe, engine.lookout.observer.diagnostics)
+    if warning and engine.parts.nets.online.latent.learned:
+        progress.say(f"warning: {warning}")
 
 
 def _place(engine: Engine) -> str:

@@ -78,7 +78,6 @@ def check_diagnostic(d: Diagnostic) -> None:
         there = {
             "x_hat": batch.x[:6] * 0.9,
             "denoised": {0.5: z[:6] / 2, 0.9: z[:6] * 0.9},
-            "z_online": z[:6] + 0,
             "gradients": {"reconstruction": z[:4] * 0.1, "denoising": torch.zeros_like(z[:4])},
         }
         probe = Probe(
@@ -88,6 +87,7 @@ def check_diagnostic(d: Diagnostic) -> None:
             z * 2,
             "x0",
             Linear(),
+            z_online=z[:6] + 0,
             **{k: v for k, v in there.items() if k in d.asks},  # type: ignore[arg-type]
         )
         kept = copy.deepcopy(probe)

@@ -5,7 +5,7 @@ import torch
 
 from e2ediff import hookimpl
 from e2ediff.backbone import Decode
-from e2ediff.losses import PixelLoss, mean_clean_loss, noise_levels
+from e2ediff.losses import PixelLoss, mean_clean_loss, noise_levels, unfit_prediction
 from e2ediff.objective import Objective, Terms, sg
 
 
@@ -24,6 +24,10 @@ class VarianceFloor(Objective):
     def stops(self, phase):
         """The denoiser learns from stopped latents."""
         return ("denoising",)
+
+    def problems(self, nets):
+        """A prediction whose clean error has no bound."""
+        return unfit_prediction(nets, "x0", "")
 
     def terms(self, nets, batch, draw, phase):
         """Three losses; only reconstruction and the hinge reach the encoder."""

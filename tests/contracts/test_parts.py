@@ -38,6 +38,7 @@ KEYS = {
     "features": "objective",
     "metrics": "scores",
 }
+WEIGHED = ("inception2015", "dinov2", "clip", "exported")
 VIT = {"width": 16, "depth": 2, "heads": 2, "patch": 8, "latent_dim": 4}
 
 
@@ -78,7 +79,7 @@ def required(tmp_path_factory):
         "image_folder": {"root": str(tree), **image},
         "arrays": {"images": str(as_npz(x, np.arange(6) % 2, place / "x.npz")), **image},
         **{name: {"path": str(path), **image} for name, path in paths.items()},
-        **{name: {"weights": "w.pth"} for name in ("inception2015", "dinov2", "clip")},
+        **{name: {"weights": "w.pth"} for name in WEIGHED},
     }
 
 

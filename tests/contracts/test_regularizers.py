@@ -142,6 +142,11 @@ def test_a_regulariser_s_own_complaints_are_found_before_training(tiny_text) -> 
             "predicts",
             "set objective.weight: eps, or predicts: x0 or v",
         ),
+        (
+            ["objective=coupled", "predicts=score", "sampler.t_start=0.01"],
+            "predicts",
+            "which has no bound next to noise; set predicts: x0 or v",
+        ),
         (["objective=two_stage"], "objective", "`--set backbone.trunks=denoiser_apart`"),
     ],
 )  # fmt: skip

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from e2ediff.diagnostic import Probe
-from e2ediff.host.recipe import Alarm
+from e2ediff.host.recipe import Alarm, load_recipe
 from e2ediff.parts.collapse import LatentHealth, content_std, effective_rank
-from e2ediff.run.alarm import Watch
+from e2ediff.run.alarm import Watch, looks_of
+from e2ediff.run.lookout import Lookout
 
 P, N, D = 64, 4, 16
 EVERY = 25  # steps between two diagnoses
@@ -67,13 +68,18 @@ def gone(z: torch.Tensor, first: torch.Tensor) -> bool:
     return low or content_std(z) < 0.1 * content_std(first)
 
 
-def follow(series, seed: int, alarm: Alarm | None = None) -> tuple[int | None, int | None]:
-    """The looks at which the latents were gone and at which the alarm went on."""
+def follow(
+    series, seed: int, alarm: Alarm | None = None, average=None
+) -> tuple[int | None, int | None]:
+    """The looks at which the latents were gone and at which the alarm went on.
+
+    The averaged encoder's latents are the trained one's, or those of the series `average`.
+    """
     watch, health = Watch(alarm or Alarm()), LatentHealth()
     first, lost, heard = series(1, seed), None, None
     for i in range(1, LOOKS):
         z = series(i, seed)
-        probe = probe_of(z)
+        probe = probe_of((average or series)(i, seed), z[:16])
         figures = health.measure(probe)
         watch.hear(QUIET)
         found = watch.look(figures, health.verdict(figures))
@@ -82,9 +88,9 @@ def follow(series, seed: int, alarm: Alarm | None = None) -> tuple[int | None, i
     return lost, heard
 
 
-def probe_of(z: torch.Tensor) -> Probe:
+def probe_of(z: torch.Tensor, trained: torch.Tensor) -> Probe:
     x, label = torch.zeros(len(z), 1, 4, 4), torch.zeros(len(z), dtype=torch.long)
-    return Probe(x, label, z, z, "x0")
+    return Probe(x, label, z, z, "x0", z_online=trained)
 
 
 COLLAPSES = [dead, rank_one, slow_decay, fading, channel_by_channel, positions_only]
@@ -94,6 +100,15 @@ COLLAPSES = [dead, rank_one, slow_decay, fading, channel_by_channel, positions_o
 @pytest.mark.parametrize("series", COLLAPSES, ids=lambda s: s.__name__)
 def test_every_kind_of_collapse_is_heard_within_two_windows(series, seed) -> None:
     lost, heard = follow(series, seed)
+    assert lost is not None
+    assert heard is not None
+    assert heard - lost <= 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("series", COLLAPSES, ids=lambda s: s.__name__)
+def test_a_collapse_that_a_slow_average_hides_is_heard_within_two_windows(series, seed) -> None:
+    lost, heard = follow(series, seed, average=healthy)
     assert lost is not None
     assert heard is not None
     assert heard - lost <= 2
@@ -176,3 +191,19 @@ def test_returns_are_bounded_and_only_for_rollback() -> None:
     assert not Watch(Alarm(policy="rollback")).may_return
     assert Watch(Alarm(policy="rollback", attempts=1), anchor=0).may_return
     assert not Watch(Alarm(policy="rollback", attempts=1), anchor=0, attempt=1).may_return
+
+
+@pytest.mark.parametrize(
+    ("cadence", "steps"),
+    [
+        ("{diagnose: 4}", [4, 8, 12]),
+        ("{diagnose: 5}", [5, 10, 12]),
+        ("{diagnose: 5, survey: 3}", [3, 5, 6, 9, 10, 12]),
+        ("{diagnose: 99}", [12]),
+    ],
+)
+def test_the_looks_that_are_counted_on_are_those_that_are_due(host, tiny_recipe, cadence, steps):
+    recipe = load_recipe(host, tiny_recipe, [f"cadence={cadence}"])
+    assert sorted(looks_of(recipe)) == steps
+    lookout = Lookout(recipe, None, None, None, None)
+    assert [s for s in range(1, 13) if lookout.due(s)] == steps

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from e2ediff.diagnostic import Probe
+from e2ediff.parts.collapse import LatentHealth
 from e2ediff.parts.interpolants import Cosine, Linear
 from e2ediff.parts.observatory import (
     EncoderGradients,
@@ -178,3 +180,52 @@ def test_what_only_the_places_hold_is_lost_to_the_mean() -> None:
 def test_more_neighbours_than_images_and_a_single_image_are_no_trouble() -> None:
     assert neighbour_accuracy(normal(3, 2), torch.zeros(3).long(), k=10) == 1.0
     assert neighbour_accuracy(normal(1, 2), torch.zeros(1).long(), k=10) == 0.0
+
+
+# The three ranks: P images of N tokens, whose strong part decides which of them falls.
+
+P, N, D = 12, 48, 8
+
+
+def strong_channel() -> torch.Tensor:
+    """One channel says everything, and its mean over an image's positions is 0."""
+    local = normal(P, N, 1)
+    return functional.pad(local - local.mean(dim=1, keepdim=True), (0, D - 1))
+
+
+def strong_places() -> torch.Tensor:
+    """All channels, and nothing that an image's positions share but its brightness."""
+    local = normal(P, N, D)
+    shared = functional.pad(normal(P, 1, 1, seed=1), (0, D - 1))
+    return local - local.mean(dim=1, keepdim=True) + shared
+
+
+def strong_layout() -> torch.Tensor:
+    """Every image is the same layout times a number; over positions the layout's mean is 0."""
+    layout = normal(1, N, D)
+    return normal(P, 1, 1, seed=1) * (layout - layout.mean(dim=1, keepdim=True))
+
+
+def shares(z: torch.Tensor) -> dict[str, float]:
+    """Each rank over the largest that it can be."""
+    figures = LatentHealth().measure(probe_of(z))
+    largest = {"rank": D, "rank_channel": min(P - 1, D), "rank_sample": P - 1}
+    return {name: figures[name] / most for name, most in largest.items()}
+
+
+@pytest.mark.parametrize(
+    ("strong", "fallen"),
+    [
+        (strong_channel, "rank"),
+        (strong_places, "rank_channel"),
+        (strong_layout, "rank_sample"),
+    ],
+)
+def test_each_rank_can_fall_while_the_two_others_stay(strong, fallen) -> None:
+    """What is weak, a thousandth, is global content in all channels."""
+    healthy = normal(P, 1, D, seed=2) + normal(P, N, D, seed=3)
+    assert min(shares(healthy).values()) > 0.8
+    found = shares(strong() + 1e-3 * healthy)
+    lowest = {"rank": 1 / D, "rank_channel": 1 / min(P - 1, D), "rank_sample": 1 / (P - 1)}
+    assert found.pop(fallen) == pytest.approx(lowest[fallen], rel=0.2)
+    assert min(found.values()) > 0.8

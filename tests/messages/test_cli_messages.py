@@ -449,6 +449,41 @@ def test_a_full_disk_ends_the_run_and_spares_what_was_saved(run: str) -> None:
 WILD = ("run", "tiny.yaml", "--set", "optimizer={name: adamw, lr: 1e6, clip: 0}", "--set")
 
 
+DEAF = (
+    "warning: none of the diagnostics judges its figures, so the alarm hears of no collapse until "
+    "every loss is next to nothing; add latent_health to diagnostics"
+)
+RARE = (
+    "warning: alarm.window 2 is more than the number of diagnoses in 4 steps, 1, so alarm.policy "
+    "stop acts on a complete collapse only; lower cadence.diagnose or alarm.window"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (["diagnostics=[]"], DEAF),
+        (["diagnostics=[reconstruction, rank_gap]"], DEAF),
+        (["alarm.policy=stop", "cadence={diagnose: 9}"], RARE),
+        (["diagnostics=[latent_health]"], ""),
+        (["cadence={diagnose: 9}"], ""),
+        (["alarm={policy: stop, window: 1}", "cadence={diagnose: 9}"], ""),
+        ([], ""),
+    ],
+)
+def test_an_alarm_that_could_not_sound_is_said_by_check(changes, warning) -> None:
+    done = e2ediff("check", "tiny.yaml", *(w for c in changes for w in ("--set", c)))
+    assert done.code == 0
+    assert done.err.strip() == warning
+    assert done.out.endswith("ok\n")
+
+
+def test_an_alarm_that_could_not_sound_is_said_when_a_run_begins() -> None:
+    done = e2ediff("run", "tiny.yaml", "--set", "diagnostics=[]", "--out", "run")
+    assert (done.code, done.err.count(DEAF)) == (0, 1)
+    assert "warning" not in e2ediff("run", "tiny.yaml", "--out", "other").err
+
+
 def test_a_diverging_run_names_the_loss_and_the_last_good_checkpoint() -> None:
     """And `status.json` has it for whoever was not there."""
     cadence = "cadence={log: 1, diagnose: 1000, checkpoint: 2}"

@@ -23,6 +23,7 @@ from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import CheckpointError, CollapseError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
+from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import assemble
 from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.run.directory import RunDirectory
@@ -262,7 +263,7 @@ def test_surveys_come_at_their_cadence_and_at_both_ends(tiny_recipe, tmp_path) -
 
 
 def test_between_surveys_one_small_encoding_is_all_that_a_diagnosis_costs(host, tiny_recipe):
-    recipe = load_recipe(host, tiny_recipe, ["probe={images: 16, glance: 6, times: [0.5]}"])
+    recipe = load_recipe(host, tiny_recipe, ["probe={images: 48, glance: 40, times: [0.5]}"])
     parts = assemble(recipe, torch.device("cpu"))
     data = recipe.data.open()
     chosen = chosen_diagnostics(host, recipe)
@@ -271,10 +272,58 @@ def test_between_surveys_one_small_encoding_is_all_that_a_diagnosis_costs(host, 
     for net in (parts.nets.target, parts.nets.online):
         net.outputs = _counting(net.outputs, passed)
     observer.measure(parts.step, recipe.objective.phases, survey=False)
-    assert passed == [("Encode", 6)]
+    assert passed == [("Encode", 40), ("Encode", 16)], "averaged, and a few before averaging"
     passed.clear()
     observer.measure(parts.step, recipe.objective.phases, survey=True)
-    assert passed[:3] == [("Encode", 16), ("Decode", 6), ("Denoise", 6)]
+    assert passed[:3] == [("Encode", 48), ("Decode", 40), ("Denoise", 40)]
+    assert passed[-1] == ("Encode", 16)
+
+
+def test_a_network_that_collapsed_behind_its_slow_average_is_heard_within_two_windows(
+    host, tiny_recipe
+) -> None:
+    """An average of 0.9999 still is what it was when the trained weights have fallen."""
+    slow = ["target={decay: 0.9999, warmup: false}", "probe={images: 64, glance: 64}"]
+    recipe = load_recipe(host, tiny_recipe, slow)
+    parts = assemble(recipe, torch.device("cpu"))
+    data = recipe.data.open()
+    chosen = chosen_diagnostics(host, recipe)
+    observer = Observer.open(recipe, chosen, data, data, torch.device("cpu"))
+    watch, said, figures = Watch(recipe.alarm), [], {}
+
+    def looks(count: int) -> None:
+        for _ in range(count):
+            for _ in range(25):
+                parts.averages["target"].update()
+            phases = recipe.objective.phases
+            figures.update(observer.measure(parts.step, phases, survey=False))
+            said.append(watch.look(figures, observer.verdict(figures)))
+
+    looks(3)
+    assert [found.signs for found in said] == [[], [], []]
+    with torch.no_grad():  # two of six channels stay, which is no complete collapse
+        head = parts.nets.online.head_latent
+        for tensor in (head.weight, head.bias):
+            tensor.copy_(tensor[[0, 1, 0, 1, 0, 1]])
+    looks(2)
+    assert [found.change for found in said[3:]] == ["", "collapse"]
+    assert figures["rank_fraction"] > 0.8
+    assert figures["rank_fraction_online"] < 0.34
+    assert all("before averaging" in sign for sign in said[-1].signs)
+
+
+def test_latents_that_no_one_learns_are_not_encoded_twice(host, tiny_recipe) -> None:
+    recipe = load_recipe(host, tiny_recipe, ["probe={images: 16, glance: 16, times: [0.5]}"])
+    parts = assemble(recipe, torch.device("cpu"))
+    fixed = attrs.evolve(parts.nets.online.latent, learned=False)
+    parts.nets.online.latent = parts.nets.target.latent = fixed
+    data = recipe.data.open()
+    observer = Observer.open(recipe, [], data, data, torch.device("cpu"))
+    passed: list[tuple[str, int]] = []
+    for net in (parts.nets.target, parts.nets.online):
+        net.outputs = _counting(net.outputs, passed)
+    assert observer.measure(parts.step, recipe.objective.phases, survey=False) == {}
+    assert passed == [("Encode", 16)]
 
 
 def _counting(outputs, passed):

@@ -9,6 +9,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
+from command_line import needs_dsd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +22,7 @@ from e2ediff.forecast.rehearsal import _Kept
 from e2ediff.forecast.sampling import Calls, count_calls
 from e2ediff.forecast.spread import BLOCKS, spread
 from e2ediff.host.plugins import Host
-from e2ediff.host.recipe import Recipe, parse_recipe
+from e2ediff.host.recipe import Recipe, load_recipe, parse_recipe
 from e2ediff.run.checkpoint import open_checkpoint
 from e2ediff.run.count import count
 from e2ediff.run.directory import RunDirectory
@@ -262,10 +263,22 @@ def test_time_is_work_over_the_pace_of_all_devices(plan: Plan) -> None:
     assert two.training_seconds == pytest.approx(plan.training_seconds / 2)
     assert two.looking_seconds == plan.looking_seconds, "one device looks, the other waits"
     look = plan.looks["diagnose"]
-    assert look.times == 4  # before the first step, and at steps 4, 8 and 12
-    assert look.flops >= 16 * sum(plan.inference.values())
+    assert look.times == 2  # at steps 4 and 8
+    assert look.flops == 2 * 16 * plan.inference["encode"], "averaged, and before averaging"
+    survey = plan.looks["survey"]
+    assert survey.times == 2  # before the first step, and at step 12
+    more = plan.inference["decode"] + plan.inference["denoise"]
+    assert survey.flops > look.flops + 16 * more, "and the gradients of the losses"
     sample = 3 * plan.inference["denoise"] + plan.inference["decode"]  # heun, two steps
     assert plan.evaluation_seconds == pytest.approx(50_000 * sample / plan.pace)
+
+
+@needs_dsd
+def test_looking_at_the_quickstart_costs_less_than_one_percent_of_its_work(host: Host) -> None:
+    recipe = load_recipe(host, Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    plan = make_plan(host, recipe, "quickstart", device="h200", fraction=0.5)
+    spent = sum(plan.looks[k].times * plan.looks[k].flops for k in ("diagnose", "survey"))
+    assert spent < 0.01 * recipe.total_images * plan.flops
 
 
 def test_micro_shards_that_fit_are_the_fewest_that_do(plan: Plan) -> None:

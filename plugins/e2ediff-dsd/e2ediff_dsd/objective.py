@@ -127,6 +127,8 @@ class DSD(Objective):
             found += self.decode_noise.problems(nets)
         if self.regress == "x0":
             found += unfit_prediction(nets, self.weight)
+        else:
+            found += unfit_prediction(nets, self.regress, "objective.regress")
         if self.augmentation.hides and not net.masks:
             found.append(
                 (

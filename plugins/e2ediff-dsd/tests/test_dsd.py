@@ -323,6 +323,21 @@ def test_noise_that_latents_outgrow_and_unbounded_weights_are_found_before_train
     assert [where for where, _ in rung().problems(by_noise)] == ["predicts"]
 
 
+@pytest.mark.parametrize("predicts", ["x0", "v", "eps", "score"])
+@pytest.mark.parametrize("regress", ["x0", "v", "eps"])
+def test_a_regression_that_has_no_bound_next_to_noise_is_refused_and_no_other(
+    regress, predicts
+) -> None:
+    objective, batch = rung(regress=regress), make_batch()
+    nets = make_nets(TinyBackbone(latent_norm="batch"), objective, predicts=predicts)
+    found = objective.problems(nets)
+    draw = attrs.evolve(make_draw(batch), t=torch.full((len(batch.x),), 1e-4))
+    loss = objective.terms(nets, batch, draw, "joint").losses["denoising"].detach()
+    assert [where for where, _ in found] == (["predicts"] if loss > 1e3 else [])
+    option = "objective.weight" if regress == "x0" else "objective.regress"
+    assert all(f"set {option}: eps, or predicts: x0 or v" in what for _, what in found)
+
+
 def test_losses_that_need_labels_or_features_say_so() -> None:
     unlabelled = make_nets(image=ImageSpec(3, 16, 16, 0))
     assert [w for w, _ in DSD().problems(unlabelled)] == ["objective.class_weight"]

