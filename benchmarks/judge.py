@@ -178,3 +178,27 @@ def nearest_distance(x: Tensor, train: Tensor) -> float:
     rows, others = x.flatten(1), train.flatten(1)
     nearest = [torch.cdist(part, others).amin(dim=1) for part in torch.split(rows, 500)]
     return float(torch.cat(nearest).double().mean())
+
+
+class _Grey(nn.Module):
+    """The judge's features of images (M, 3, H, W) in [-1, 1] whose channels are equal."""
+
+    def __init__(self, judge: Judge) -> None:
+        super().__init__()
+        self.body = judge.body
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.body(x[:, :1])
+        return features
+
+
+def export_judge(judge: Judge, file: Path, size: int = 32) -> str:
+    """Write a grey judge as a feature network of `e2ediff eval`; the block that names it."""
+    example = (torch.zeros(2, 3, size, size),)
+    shapes = ({0: torch.export.Dim("batch")},)
+    with torch.no_grad():
+        program = torch.export.export(_Grey(judge).eval(), example, dynamic_shapes=shapes)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.export.save(program, str(file))
+    half = "[0.5, 0.5, 0.5]"
+    return f"{{name: exported, weights: {file}, size: {size}, mean: {half}, std: {half}}}"

@@ -4,6 +4,7 @@
 
 Sweeps one grid at several counts, evaluates every candidate in full with another seed, and
 compares the rankings. Runs the commands that a user would; what is in DIR is not made again.
+Features are those of the quickstart's judge, so RUN must be one on Fashion-MNIST.
 Leaves `results.json` and `table.md`.
 """
 
@@ -22,8 +23,9 @@ from typing import Any
 import attrs
 import click
 import numpy as np
+from judge import export_judge, train_judge
 
-AXES = ("guidance.scale=1,1.25,1.5,2,3", "weights=target,ema:0.1")
+AXES = ("guidance.scale=1,1.25,1.5,2,3", "sampler.spacing=uniform,karras")
 
 
 @attrs.frozen(kw_only=True)
@@ -54,10 +56,13 @@ def command(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "e2ediff", *map(str, words)], check=True, env=alone)
 
 
-def swept(run: str, count: int, axes: Sequence[str], out: Path) -> dict[Candidate, dict[str, Any]]:
+def swept(
+    run: str, count: int, axes: Sequence[str], features: str, out: Path
+) -> dict[Candidate, dict[str, Any]]:
     """A sweep's rows, by candidate."""
     varied = [word for axis in axes for word in ("--vary", axis)]
-    command("sweep", run, "--grid", *varied, "--count", count, "--out", out)
+    words = ("--count", count, "--features", features, "--out", out)
+    command("sweep", run, "--grid", *varied, *words)
     with (out / "sweep.csv").open(newline="") as file:
         return {
             Candidate(weights=row["weights"], settings=tuple(row["settings"].split())): {
@@ -69,11 +74,13 @@ def swept(run: str, count: int, axes: Sequence[str], out: Path) -> dict[Candidat
         }
 
 
-def evaluated(run: str, candidate: Candidate, count: int, out: Path) -> dict[str, float]:
+def evaluated(
+    run: str, candidate: Candidate, count: int, features: str, out: Path
+) -> dict[str, float]:
     """A full evaluation's distances, with a seed that the sweep has not seen."""
     if not any(out.glob("*.json")):
-        words = ("--count", count, "--seed", 1, "--metrics", "fid,kid", "--out", out)
-        command("eval", run, *candidate.words, *words)
+        words = ("--count", count, "--seed", 1, "--metrics", "fid,kid", "--features", features)
+        command("eval", run, *candidate.words, *words, "--out", out)
     (file,) = out.glob("*.json")
     scores = json.loads(file.read_text())["scores"]
     return {name.partition("-")[0]: float(found["value"]) for name, found in scores.items()}
@@ -119,11 +126,11 @@ def table(
         "|---|---|---|" + "---|" * len(counts),
     ]
     for c in sorted(full, key=lambda c: full[c]["FD"]):
-        cells = [f"{full[c]['FD']:.3f}", f"{full[c]['KD']:.5f}"]
+        cells = [f"{full[c]['FD']:.2f}", f"{full[c]['KD']:.4g}"]
         for n in counts:
             row = proxies[n][c]
             mark = "\\* " if row["tied"] else ""
-            cells.append(f"{mark}{row['score']:.5f} ± {row['error']:.5f}")
+            cells.append(f"{mark}{row['score']:.4g} ± {row['error']:.2g}")
         lines.append(f"| `{c.title}` | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -152,11 +159,12 @@ def main(
     run: str, out: Path, axes: tuple[str, ...], counts: tuple[int, ...], full: int, jobs: int
 ) -> None:
     """Compare the ranking of sweeps of RUN with that of full evaluations."""
-    proxies = {n: swept(run, n, axes, out / f"proxy-{n}") for n in counts}
+    features = export_judge(train_judge(0, out / "judges"), out / "judge.pt2")
+    proxies = {n: swept(run, n, axes, features, out / f"proxy-{n}") for n in counts}
     candidates = [*next(iter(proxies.values()))]
     places = {c: out / "full" / str(i) for i, c in enumerate(sorted(candidates, key=str))}
     with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda c: evaluated(run, c, full, places[c]), candidates)
+        found = pool.map(lambda c: evaluated(run, c, full, features, places[c]), candidates)
         scores = dict(zip(candidates, found, strict=True))
     results = {
         "full": {c.title: scores[c] for c in candidates},

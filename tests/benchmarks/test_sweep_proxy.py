@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+
+from e2ediff.parts.exported import Exported
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -54,8 +58,25 @@ def test_a_verdict_names_the_pick_and_what_it_costs(benchmark, four) -> None:
     text = benchmark.table({16: proxy}, full)
     assert "| 16 | 2 of 4 | 1.00 | 0.60 | yes | 1.500 |" in text
     first = next(line for line in text.splitlines() if "guidance.scale" in line)
-    assert first == "| `target guidance.scale=0` | 1.000 | 2.00000 | \\* 0.20000 ± 0.01000 |"
+    assert first == "| `target guidance.scale=0` | 1.00 | 2 | \\* 0.2 ± 0.01 |"
 
 
 def test_a_candidate_is_the_words_of_a_command(benchmark, four) -> None:
     assert four[2].words == ["--weights", "target", "--set", "guidance.scale=2"]
+
+
+def test_the_exported_judge_has_the_judge_s_features(benchmark, tmp_path: Path) -> None:
+    """Of grey images that are given as three equal channels of 8 bits."""
+    import judge as judges
+
+    judge = judges.Judge().eval()
+    block = judges.export_judge(judge, tmp_path / "judge.pt2")
+    options = yaml.safe_load(block)
+    assert options.pop("name") == "exported"
+    mean, std = (tuple(options.pop(key)) for key in ("mean", "std"))
+    network = Exported(mean=mean, std=std, **options).build()
+    x = torch.randint(0, 256, (5, 1, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        (found, *_) = network(x.repeat(1, 3, 1, 1).float() / 127.5 - 1)
+        wanted, _ = judge(x.float() / 127.5 - 1)
+    torch.testing.assert_close(found.flatten(1), wanted)
