@@ -97,11 +97,13 @@ def _counted(host: Host, block: Mapping[str, Any], overrides: Sequence[str]) -> 
     node = Node({key: Node(value, "data") for key, value in full.items()}, "data")
     config = _structured(host, node, "data", overrides)
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides}
-    if "classes" in block or "classes" in given:
+    # `--set data=...` is a whole block in itself.
+    if "classes" in block or given & {"classes", "data"}:
         return config
     if isinstance(config, EncodedConfig):
         return attrs.evolve(config, classes=config.listing(held_out=False).classes)
-    assert isinstance(config, Arrays)
+    if not isinstance(config, Arrays):  # `--set name=...`
+        return config
     labels = config.arrays()[1]
     found = 0 if labels is None or not len(labels) else int(labels.max()) + 1
     return attrs.evolve(config, classes=found)

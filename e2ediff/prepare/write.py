@@ -130,7 +130,7 @@ def _claim(store: Store, settings: Settings) -> None:
     """Note the settings in a new folder, or compare them with those of the attempt before."""
     now = json.dumps(attrs.asdict(settings), indent=1)
     if store.exists(SETTINGS):
-        before, wanted = json.loads(store.read(SETTINGS)), json.loads(now)
+        before, wanted = _noted(store), json.loads(now)
         changed = [key for key in wanted if before.get(key) != wanted[key]]
         if changed:
             told = ", ".join(f"{k} was {before.get(k)!r}, is {wanted[k]!r}" for k in changed)
@@ -144,6 +144,20 @@ def _claim(store: Store, settings: Settings) -> None:
         store.write(SETTINGS, now.encode())
 
 
+def _noted(store: Store) -> dict[str, Any]:
+    """The settings of the attempt before."""
+    try:
+        found = json.loads(store.read(SETTINGS))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(
+            f"{store.where(SETTINGS)}: is damaged: nobody can tell how the shards beside it were "
+            "made; remove the folder, or give another one"
+        )
+    return found
+
+
 def _part_name(k: int) -> str:
     return f"parts/shard-{k:05}.json"
 
@@ -154,9 +168,10 @@ def _finished(store: Store, location: Location, k: int) -> dict[str, Any] | None
         return None
     try:
         part: dict[str, Any] = json.loads(store.read(_part_name(k)))
-        if sha256(location, location.below(part["file"])) == part["sha256"]:
+        whole = {"bytes", "images", "left_out"} <= part.keys()
+        if whole and sha256(location, location.below(part["file"])) == part["sha256"]:
             return part
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None
 

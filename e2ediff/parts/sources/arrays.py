@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 from collections.abc import Sequence
+from tokenize import TokenError
 
 import attrs
 import numpy as np
@@ -19,7 +21,12 @@ from torch import Tensor
 from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
 from e2ediff.errors import DataError
 from e2ediff.parts.images import centre_crop, to_tensor
+from e2ediff.parts.sources.damage import DAMAGED
+from e2ediff.parts.sources.listing import MOST_CLASSES
 from e2ediff.parts.sources.location import Location
+
+# A damaged header may also promise more than the memory holds.
+_UNREADABLE = (*DAMAGED, OSError, ValueError, TypeError, MemoryError, TokenError)
 
 
 class InMemory(DataSource):
@@ -68,19 +75,25 @@ def read_idx(data: bytes, source: str) -> Tensor:
     """
     try:
         raw = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError) as error:
+    except (*DAMAGED, OSError) as error:
         raise DataError(f"{source}: damaged gzip file ({error}); fetch it again") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise DataError(f"{source}: not an IDX file of bytes (starts with {raw[:4].hex()})")
     rank = raw[3]
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
-    start, size = 4 + 4 * rank, int(torch.tensor(shape).prod())
+    start, size = 4 + 4 * rank, math.prod(shape)
+    if len(raw) < start:
+        raise DataError(
+            f"{source}: its header is cut short: {len(raw)} bytes, expected {start} for an array "
+            f"of rank {rank}; fetch it again"
+        )
     if len(raw) - start != size:
         raise DataError(
             f"{source}: {len(raw) - start} bytes of data, expected {size} for shape {shape}; "
             "fetch it again"
         )
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=start).reshape(shape)
+    array = np.frombuffer(bytearray(raw[start:]), np.uint8)
+    return torch.from_numpy(array).reshape(shape)
 
 
 @attrs.frozen(kw_only=True)
@@ -156,16 +169,24 @@ class Arrays(SourceConfig):
                 f"{options[0]}: {images} holds {tuple(x.shape)} of {x.dtype}; expected bytes of "
                 "shape (images, height, width) or (images, height, width, 1 or 3)"
             )
+        if not len(x):
+            raise DataError(f"{options[0]}: {images} holds no images; expected one or more")
         x = _with_channels(x.permute(0, 3, 1, 2), self.channels)
         if labels is None:
             return x, None
         y = read_array(labels, options[1], "labels")
-        if y.numel() != len(x) or y.dtype.is_floating_point:
+        if y.numel() != len(x) or y.is_floating_point() or y.is_complex():
             raise DataError(
                 f"{options[1]}: {labels} holds {tuple(y.shape)} of {y.dtype}, {images} "
                 f"{len(x)} images; expected one whole number for each image"
             )
-        return x, y.reshape(-1).long()
+        y = y.reshape(-1).long()
+        if int(y.max()) >= MOST_CLASSES:
+            raise DataError(
+                f"{options[1]}: {labels} holds label {int(y.max())}; expected class numbers below "
+                f"{MOST_CLASSES:,}. Number the classes 0, 1, 2, ..."
+            )
+        return x, y
 
 
 def _with_channels(x: Tensor, channels: int) -> Tensor:
@@ -195,22 +216,26 @@ def read_array(address: str, option: str, key: str) -> Tensor:
             )
         try:
             return torch.from_numpy(arrays[name])
-        except (ValueError, TypeError, OSError) as error:
+        except _UNREADABLE as error:
             raise DataError(f"{option}: {address}: {error}; fetch it again") from error
     data = _content(path, option)
     if not path.endswith(".npy"):
         return read_idx(data, path)
     try:
         return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
-    except (ValueError, TypeError, EOFError) as error:
-        raise DataError(f"{option}: {path} cannot be read as npy: {error}") from error
+    except _UNREADABLE as error:
+        raise DataError(
+            f"{option}: {path} cannot be read as npy: {error}; fetch it again"
+        ) from error
 
 
 def _npz(path: str, option: str) -> np.lib.npyio.NpzFile:
     try:
         found = np.load(io.BytesIO(_content(path, option)), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{option}: {path} cannot be read as npz: {error}") from error
+    except _UNREADABLE as error:
+        raise DataError(
+            f"{option}: {path} cannot be read as npz: {error}; fetch it again"
+        ) from error
     if not isinstance(found, np.lib.npyio.NpzFile):
         raise DataError(f"{option}: {path} is no npz; give it the suffix .npy")
     return found

@@ -14,6 +14,7 @@ import torch
 
 from e2ediff.errors import DataError
 from e2ediff.parts.images import SUFFIXES, is_image
+from e2ediff.parts.sources.damage import DAMAGED
 from e2ediff.parts.sources.labels import labelled, read_labels
 from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
 from e2ediff.parts.sources.location import Location
@@ -120,7 +121,8 @@ def with_labels(
 ) -> tuple[Names, torch.Tensor, int, tuple[str, ...]]:
     """Names, labels, number of classes and class names of images whose labels are in a file."""
     images = sorted(p for p in paths if is_image(p))
-    labels, classes, names = numbered(labelled(images, values, place, option, source))
+    found = labelled(images, values, place, option, source)
+    labels, classes, names = numbered(found, images, option)
     return Names(images), labels, classes, names
 
 
@@ -238,8 +240,10 @@ def _members(path: str, prefix: str) -> tuple[list[str], bytes | None]:
             names = [i.filename[len(prefix) :] for i in found if i.filename != prefix]
             dataset = archive.read(prefix + DATASET_JSON) if DATASET_JSON in names else None
             return names, dataset
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise DataError(f"data.path: {path} cannot be read as a zip: {error}") from error
+    except (*DAMAGED, OSError, ValueError) as error:
+        raise DataError(
+            f"data.path: {path} cannot be read as a zip: {error}; fetch it again"
+        ) from error
 
 
 def _check_member(path: str, info: zipfile.ZipInfo) -> None:

@@ -56,6 +56,21 @@ class Index:
         # One entry: with several, their order would differ from time to time.
         return save(tensors, {"index": json.dumps(told)})
 
+    def _consistent(self) -> bool:
+        """Whether every image has a name, a place in one of the files, and one of the classes."""
+        columns = (self.file, self.start, self.size, self.labels, self.names.ends)
+        if any(c.dtype != torch.int64 or c.shape != (len(self.names),) for c in columns):
+            return False
+        ends, letters = self.names.ends, self.names.letters
+        return (
+            _below(self.file, len(self.files))
+            and _below(self.labels, max(1, self.classes))
+            and not any(bool((c < 0).any()) for c in (self.start, self.size, ends, ends.diff()))
+            and letters.dtype == torch.uint8
+            and (not len(ends) or int(ends[-1]) <= len(letters))
+            and len(self.class_names) <= self.classes
+        )
+
     @classmethod
     def loads(cls, data: bytes, key: str | None = None) -> Index | None:
         """What `dumps` wrote; None if it is damaged, or of other data than `key`'s."""
@@ -63,13 +78,9 @@ class Index:
             t, told = load(data), _metadata(data)
             if told["version"] != VERSION or key not in (None, told["key"]):
                 return None
-            names = Names.of(t["letters"], t["ends"])
-            sizes = {len(t[k]) for k in ("file", "start", "size", "labels", "ends")}
-            if len(sizes) != 1:
-                return None
-            return cls(
+            found = cls(
                 tuple(told["files"]),
-                names,
+                Names.of(t["letters"], t["ends"]),
                 t["file"],
                 t["start"],
                 t["size"],
@@ -77,8 +88,13 @@ class Index:
                 int(told["classes"]),
                 tuple(told["class_names"]),
             )
+            return found if found._consistent() else None
         except (SafetensorError, ValueError, KeyError, TypeError, struct.error):
             return None
+
+
+def _below(numbers: Tensor, limit: int) -> bool:
+    return not bool(((numbers < 0) | (numbers >= limit)).any())
 
 
 def _metadata(data: bytes) -> dict[str, Any]:

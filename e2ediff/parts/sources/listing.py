@@ -5,7 +5,6 @@ Shapes: M images of a source, B batch, C H W image.
 
 from __future__ import annotations
 
-import zipfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal, overload
@@ -19,6 +18,10 @@ from torch import Tensor
 from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.parts.images import decode, opened, to_tensor
+from e2ediff.parts.sources.damage import DAMAGED
+
+MOST_CLASSES = 100_000_000
+"""Class numbers are smaller: a larger one is no class, and counting it would fill the memory."""
 
 
 class Names(Sequence[str]):
@@ -75,14 +78,36 @@ class Listing:
         return f"{self.place.rstrip('/')}/{self.names[i]}"
 
 
-def numbered(values: Sequence[str]) -> tuple[Tensor, int, tuple[str, ...]]:
-    """Labels (M,), number of classes and their names: numbers stay, names are sorted."""
+def numbered(
+    values: Sequence[str], images: Sequence[str], option: str
+) -> tuple[Tensor, int, tuple[str, ...]]:
+    """Labels (M,), number of classes and their names: numbers stay, names are sorted.
+
+    Args:
+        values: What is written as the label of each image.
+        images: Their names, for messages.
+        option: The recipe's key of the data, for messages.
+
+    Raises:
+        DataError: A number is too large for a class.
+    """
     if all(value.isdecimal() for value in values):
+        # Of a number with thousands of digits Python refuses to be told the value.
+        large = next((i for i, v in enumerate(values) if len(v.lstrip("0")) > 8), None)
+        if large is not None:
+            raise DataError(
+                f"{option}: {images[large]} has label {_short(values[large])}; expected a class "
+                f"number below {MOST_CLASSES:,}, or a name. Number the classes 0, 1, 2, ..."
+            )
         labels = torch.tensor([int(value) for value in values], dtype=torch.int64)
         return labels, int(labels.max()) + 1 if len(labels) else 0, ()
     names = sorted(set(values))
     number = {name: i for i, name in enumerate(names)}
     return torch.tensor([number[value] for value in values]), len(names), tuple(names)
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 30 else f"{value[:27]}..."
 
 
 def fitted(listing: Listing, classes: int, option: str, word: str = "classes") -> Listing:
@@ -154,7 +179,7 @@ class EncodedImages(DataSource):
     def _bytes(self, i: int) -> bytes:
         try:
             return self.listing.fetch(i)
-        except zipfile.BadZipFile as error:
+        except DAMAGED as error:
             raise BadImageError(self.listing.path(i), f"damaged image ({error})") from error
         except (OSError, ValueError) as error:
             raise DataError(f"{self.listing.path(i)}: cannot be read: {error}") from error

@@ -61,6 +61,8 @@ class GroupBytes:
             self._groups[file, group] = self._read(file, group)
         value = self._groups[file, group][int(self.index.size[i])].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None:
+            return b""  # one row's fault, which may be skipped
         if type(data) is bytes:
             return data
         raise ValueError(f"column '{self.image}' holds no bytes in this row")
@@ -72,8 +74,9 @@ class GroupBytes:
             arrow = _pyarrow("data.path")
             handle = self.location.fs.open(self.paths[file], "rb")
             self._files[file] = arrow.parquet.ParquetFile(handle, pre_buffer=False)
+        handle = self._files[file]
         # Threads of a forked process's parent are gone: read in this one.
-        table = self._files[file].read_row_group(group, columns=[self.image], use_threads=False)
+        table = handle.read_row_group(group, columns=[self.image], use_threads=False)
         return table.column(self.image).combine_chunks()
 
 
@@ -144,7 +147,7 @@ class Parquet(EncodedConfig):
                 rows += range(count)
         if not names:
             raise DataError(f"{option}: {files[0].path} has no rows; expected one for each image")
-        labels, classes, seen = self._labels(values, len(names), option)
+        labels, classes, seen = self._labels(values, names, option)
         if class_names and not seen:
             classes, seen = max(classes, len(class_names)), class_names
         return Index(
@@ -159,19 +162,19 @@ class Parquet(EncodedConfig):
         )
 
     def _labels(
-        self, values: Sequence[str], count: int, option: str
+        self, values: Sequence[str], names: Sequence[str], option: str
     ) -> tuple[torch.Tensor, int, tuple[str, ...]]:
         """Labels, number of classes and their names; none if no row has one."""
         # Hugging Face writes -1 where a test set's label is kept back.
         if not {*values} - {"None", "-1"}:
-            return column([0] * count), 0, ()
-        if len(values) != count or "None" in values or "-1" in values:
+            return column([0] * len(names)), 0, ()
+        if len(values) != len(names) or "None" in values or "-1" in values:
             raise DataError(
-                f"{option}: column '{self.label_column}' has no label for some of the {count} "
-                "rows; expected a class number or name in each, or `--set data.classes=0` with "
-                "another `label_column`"
+                f"{option}: column '{self.label_column}' has no label for some of the "
+                f"{len(names)} rows; expected a class number or name in each, or "
+                "`--set data.classes=0` with another `label_column`"
             )
-        return numbered(values)
+        return numbered(values, names, option)
 
     def _check(self, columns: Sequence[str], path: str, option: str) -> None:
         if self.image_column not in columns:

@@ -57,8 +57,8 @@ class Shards(EncodedConfig):
                     f"data.{key}: {wanted}; `--set data.{key}={told[key]}`, or prepare it again"
                 )
         files = check_shards(location, told, verify=self.verify)
-        index = Index.loads(location.read(location.below(INDEX)))
-        if index is None:
+        index = _read_index(location)
+        if index is None or len(index.files) != len(files):
             raise DataError(f"{option}: {path}/{INDEX} is damaged. {_AGAIN}.")
         raw = (told["size"], told["size"], told["channels"]) if told["format"] == "raw" else None
         fetch = RangeBytes(location, [f.path for f in files], index)
@@ -76,7 +76,7 @@ def read_prepared(location: Location) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads(location.read(location.below(PREPARED)))
         version = told["e2ediff"]
-        complete = {"size", "channels", "format", "images", "files"} <= told.keys()
+        complete = _complete(told)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"{option}: {path} holds no {PREPARED}. It must be a folder that `e2ediff data "
@@ -84,11 +84,38 @@ def read_prepared(location: Location) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{option}: {path}/{PREPARED} cannot be read: {error}") from error
-    if version != VERSION or not complete:
+    if version != VERSION:
         raise DataError(
             f"{option}: {path}/{PREPARED} is of version {version}; this e2ediff reads {VERSION}"
         )
+    if not complete:
+        raise DataError(f"{option}: {path}/{PREPARED} is damaged. {_AGAIN}.")
     return told
+
+
+def _complete(told: dict[str, Any]) -> bool:
+    """Whether all is there that is asked of it, in the form in which it is written."""
+    files = told.get("files")
+    numbers = (told.get(key) for key in ("size", "channels", "classes", "images"))
+    return (
+        isinstance(files, dict)
+        and INDEX in files
+        and all(isinstance(f, dict) for f in files.values())
+        and all(type(f.get("bytes")) is int for f in files.values())
+        and all(type(f.get("sha256")) is str for f in files.values())
+        and all(type(number) is int for number in numbers)
+        and told.get("format") in ("png", "jpeg", "raw")
+    )
+
+
+def _read_index(location: Location) -> Index | None:
+    """The index of all shards; None if it is damaged."""
+    try:
+        return Index.loads(location.read(location.below(INDEX)))
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        what = "is missing" if missing else f"cannot be read: {error}"
+        raise DataError(f"{location.option}: {location.url}/{INDEX} {what}. {_AGAIN}.") from error
 
 
 def check_shards(location: Location, told: dict[str, Any], *, verify: bool) -> list[File]:

@@ -34,10 +34,12 @@ class _Columns:
         self.start.append(start)
         self.size.append(size)
 
-    def index(self, files: Sequence[str], values: Sequence[str] | None) -> Index:
+    def index(self, files: Sequence[str], values: Sequence[str] | None, option: str) -> Index:
         """The whole, sorted by name where the labels are still to come from the names."""
         columns = (column(self.file), column(self.start), column(self.size))
-        labels, classes, class_names = numbered(values or ["0"] * len(self.names))
+        labels, classes, class_names = numbered(
+            values or ["0"] * len(self.names), self.names, option
+        )
         if values is None:
             classes = 0
         names = Names(self.names)
@@ -86,7 +88,7 @@ class ClassTars(EncodedConfig):
         if classes == 0 and held_out and self.held_out_labels:
             values = read_labels(self.held_out_labels) or {}
             found = labelled(index.names, values, path, option, self.held_out_labels)
-            labels, classes, names = numbered(found)
+            labels, classes, names = numbered(found, index.names, option)
         fetch = RangeBytes(location, [f.path for f in files], index)
         return Listing(path, index.names, labels, classes, names, fetch)
 
@@ -117,7 +119,7 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
     found = found.sorted()
     classed = all("/" in name for name in found.names)
     values = [name.partition("/")[0] for name in found.names] if classed else None
-    index = found.index([f.name for f in files], values)
+    index = found.index([f.name for f in files], values, option)
     if values is None or index.class_names:
         return index
     # Tars named by numbers: a name is no label.
@@ -232,7 +234,7 @@ class TarShards(EncodedConfig):
                 "have one; expected <key>.cls or <key>.json beside each image. Pack it again, or "
                 "`--set data.classes=0` with shards that have none"
             )
-        return found.index([f.name for f in files], values or None)
+        return found.index([f.name for f in files], values or None, option)
 
 
 @attrs.define
