@@ -368,7 +368,6 @@ def test_prepare_prints_how_to_read_what_it_wrote() -> None:
     data[-1] ^= 1
     shard.write_bytes(data)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert e2ediff("data", "check", "shards", "--quick").code == 0
     done = e2ediff("data", "check", "shards")
     assert done.code == 5
     assert (

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import tarfile
 from pathlib import Path
 
 import attrs
+import fsspec
 import pytest
 import torch
 from pictures import damage, write_tree
@@ -17,6 +19,8 @@ from pictures import damage, write_tree
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
 from e2ediff.parts.sources import ImageFolder, Shards
+from e2ediff.parts.sources.index import Index
+from e2ediff.prepare.examine import compare_hashes
 from e2ediff.prepare.write import Done, Settings, prepare
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -143,7 +147,7 @@ def test_other_settings_and_other_folders_are_refused(source, tmp_path) -> None:
 
 
 def test_a_shard_with_another_hash_is_named_when_it_is_opened(source, tmp_path) -> None:
-    """Also when its size is right; what agreed once is not read again until it changes."""
+    """Also when its size and the time of its writing are right."""
     run(source, tmp_path / "x")
     config = Shards(path=str(tmp_path / "x"), size=8, classes=3)
     config.open()
@@ -152,8 +156,6 @@ def test_a_shard_with_another_hash_is_named_when_it_is_opened(source, tmp_path) 
     data[700] ^= 1
     shard.write_bytes(data)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    config.open()  # nobody can see it from outside
-    os.utime(shard)
     with pytest.raises(DataError) as caught:
         config.open()
     assert str(caught.value) == (
@@ -168,6 +170,54 @@ def test_a_shard_with_another_hash_is_named_when_it_is_opened(source, tmp_path) 
     shard.unlink()
     with pytest.raises(DataError, match=r"shard-00003.tar is missing"):
         config.open()
+
+
+def test_a_copy_is_compared_although_it_keeps_times_and_the_note_that_all_agreed(
+    source, tmp_path
+) -> None:
+    run(source, tmp_path / "x")
+    shutil.copytree(tmp_path / "x", tmp_path / "y")  # as rsync -a and cp -a
+    note = tmp_path / "y/verified.txt"
+    assert note.read_bytes() == (tmp_path / "x/verified.txt").read_bytes()
+    Shards(path=str(tmp_path / "y"), size=8, classes=3).open()
+    assert note.read_bytes() != (tmp_path / "x/verified.txt").read_bytes()
+
+    shutil.copytree(tmp_path / "x", tmp_path / "z")
+    shard = tmp_path / "z/shard-00003.tar"
+    data, stat = bytearray(shard.read_bytes()), shard.stat()
+    data[700] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match=r"another SHA-256 .*\(shard-00003.tar\)"):
+        Shards(path=str(tmp_path / "z"), size=8, classes=3).open()
+
+
+def test_what_agreed_once_is_read_again_by_data_check_alone(source, tmp_path) -> None:
+    """A bit that flips in the store itself, which nothing tells."""
+    url = f"memory:/{tmp_path}/x"
+    run(source, url)
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.store[f"{root}/shard-00003.tar"].getbuffer()[-1] ^= 1
+    config = Shards(path=url, size=8, classes=3)
+    config.open()
+    with pytest.raises(DataError, match=r"another SHA-256 .*\(shard-00003.tar\)"):
+        compare_hashes(config)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_index_with_other_labels_is_refused_always(source, tmp_path, verify) -> None:
+    run(source, tmp_path / "x")
+    path = tmp_path / "x/index.safetensors"
+    stat, index = path.stat(), Index.loads(path.read_bytes())
+    path.write_bytes(attrs.evolve(index, labels=2 - index.labels).dumps("prepared.json"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    with pytest.raises(DataError) as caught:
+        Shards(path=str(tmp_path / "x"), size=8, classes=3, verify=verify).open()
+    assert str(caught.value) == (
+        f"data.path: {tmp_path}/x/index.safetensors is damaged. Run `e2ediff data prepare` "
+        "again: it rewrites what is damaged or missing."
+    )
 
 
 def test_shards_of_another_size_are_refused(source, tmp_path) -> None:

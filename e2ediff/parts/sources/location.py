@@ -118,11 +118,16 @@ def _install(error: ImportError) -> str:
 
 @attrs.frozen
 class File:
-    """A file of a location: its path, its size and when it was written, as far as it is known."""
+    """A file of a location: its path, its size and when it was written, as far as it is known.
+
+    `arrived` changes when a file comes to its place, also by a copy that keeps the time at which
+    it was written.
+    """
 
     path: str
     size: int
     written: str
+    arrived: str = ""
 
     @property
     def name(self) -> str:
@@ -193,7 +198,9 @@ def _listed(location: Location, paths: Sequence[str]) -> dict[str, File]:
             path = str(entry["name"])
             path = path if path in wanted else f"/{path.lstrip('/')}"
             if path in wanted and entry["type"] == "file":
-                found[path] = File(path, int(entry["size"] or 0), _written(entry))
+                # Of a local file "created" is the time of its inode, which nobody can set.
+                arrived = str(entry.get("created") or "")
+                found[path] = File(path, int(entry["size"] or 0), _written(entry), arrived)
     return found
 
 

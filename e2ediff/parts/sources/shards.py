@@ -36,8 +36,9 @@ class Shards(EncodedConfig):
 
     `path` is their folder or URL, `held_out` another such folder.
     Their size in pixels must be `size`, and their channels `channels`.
-    With `verify` their hashes are compared once, when they are first opened; that they agree is
-    kept beside them, or in the cache (`$E2EDIFF_CACHE`), until one of them changes.
+    With `verify` their hashes are compared once, when they are first opened in a place; that they
+    agree is kept beside them, or in the cache (`$E2EDIFF_CACHE`), until one of them changes or
+    they are copied. The index's hash is compared whenever they are opened.
     The other options are those of `image_folder`.
     """
 
@@ -57,7 +58,7 @@ class Shards(EncodedConfig):
                     f"data.{key}: {wanted}; `--set data.{key}={told[key]}`, or prepare it again"
                 )
         files = check_shards(location, told, verify=self.verify)
-        index = _read_index(location)
+        index = _read_index(location, told["files"][INDEX]["sha256"])
         if index is None or len(index.files) != len(files):
             raise DataError(f"{option}: {path}/{INDEX} is damaged. {_AGAIN}.")
         raw = (told["size"], told["size"], told["channels"]) if told["format"] == "raw" else None
@@ -108,10 +109,11 @@ def _complete(told: dict[str, Any]) -> bool:
     )
 
 
-def _read_index(location: Location) -> Index | None:
-    """The index of all shards; None if it is damaged."""
+def _read_index(location: Location, digest: str) -> Index | None:
+    """The index of all shards; None if it is damaged, or not the one of this digest."""
     try:
-        return Index.loads(location.read(location.below(INDEX)))
+        data = location.read(location.below(INDEX))
+        return Index.loads(data) if hashlib.sha256(data).hexdigest() == digest else None
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
         what = "is missing" if missing else f"cannot be read: {error}"
@@ -149,8 +151,9 @@ def check_shards(location: Location, told: dict[str, Any], *, verify: bool) -> l
 
 
 def verified_key(told: dict[str, Any], files: Sequence[File]) -> bytes:
-    """What is kept once the hashes agreed: it changes when a shard is written again."""
-    return fingerprint(files, sorted((n, f["sha256"]) for n, f in told["files"].items())).encode()
+    """What is kept once the hashes agreed: it changes when a shard is written again or copied."""
+    hashes = sorted((n, f["sha256"]) for n, f in told["files"].items())
+    return fingerprint(files, hashes, [f.arrived for f in files]).encode()
 
 
 def verify_hashes(location: Location, told: dict[str, Any]) -> None:
