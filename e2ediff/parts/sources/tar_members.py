@@ -9,6 +9,8 @@ from typing import BinaryIO, cast
 
 from e2ediff.errors import DataError
 
+_END = bytes(2 * tarfile.BLOCKSIZE)  # POSIX: two blocks of zeros, then whatever padding
+
 
 class _Part:
     """A range of an open file, with what `tarfile` asks of one."""
@@ -36,8 +38,8 @@ def members(file: BinaryIO, place: str, option: str) -> Iterator[tarfile.TarInfo
     """Plain files of an uncompressed tar; `offset_data` and `size` say where they lie.
 
     Raises:
-        DataError: No tar, a damaged one, or one with a member that is a link or a device, or
-            whose name leads out of the archive.
+        DataError: No tar, a damaged one, one that is cut short, also between two members, or one
+            with a member that is a link or a device, or whose name leads out of the archive.
     """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -56,6 +58,7 @@ def members(file: BinaryIO, place: str, option: str) -> Iterator[tarfile.TarInfo
                     )
                 if member.isreg():
                     yield member
+            _check_end(file, tar, place, option)
     except tarfile.TarError as error:
         file.seek(0)
         head = file.read(6)
@@ -64,6 +67,21 @@ def members(file: BinaryIO, place: str, option: str) -> Iterator[tarfile.TarInfo
         raise DataError(
             f"{option}: {place} cannot be read as a plain tar ({error}); {advice}"
         ) from error
+
+
+def _check_end(file: BinaryIO, tar: tarfile.TarFile, place: str, option: str) -> None:
+    """Refuse a tar without its end: Python's reader takes a missing or bad header for it."""
+    file.seek(tar.offset)
+    end = file.read(len(_END))
+    if end == _END:
+        return
+    count = len(tar.getmembers())
+    after = f"after {count} member{'' if count == 1 else 's'}"
+    if len(end) < len(_END):
+        what = f"is cut short: it ends {after} without the two blocks of zeros that end a tar"
+    else:
+        what = f"is damaged: {after} comes neither another one nor the end"
+    raise DataError(f"{option}: {place} {what}; fetch it again, or pack it again")
 
 
 def inside(file: BinaryIO, member: tarfile.TarInfo) -> BinaryIO:
