@@ -24,6 +24,7 @@ from e2ediff.run.assembly import Assembly, assemble
 from e2ediff.run.bad_images import BAD_IMAGES, BadImages, Skipped, taken
 from e2ediff.run.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
 from e2ediff.run.clock import Clock
+from e2ediff.run.continuation import describe
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
 from e2ediff.run.loader import batches
@@ -62,6 +63,7 @@ class Engine:
         self.progress = progress
         self.world = world or World()
         self.training = sources[0]
+        self._data = describe(sources)
         self.parts: Assembly = assemble(recipe, device, self.world)
         self.update = Update(recipe, self.parts, self.world, self._tell)
         self.lookout = Lookout.open(host, recipe, self.parts, self.world, sources, device)
@@ -344,7 +346,7 @@ class Engine:
                 self.images,
                 self.step,
                 held.files,
-                {**held.state, "alarm": watch.state()},
+                {**held.state, "alarm": watch.state(), "data": self._data},
                 keep=self.recipe.checkpoint.keep,
                 warn=self.progress.say,
                 spare=watch.anchor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import signal
 from collections.abc import Sequence
 
@@ -11,13 +10,14 @@ import attrs
 import fsspec
 import torch
 
-from e2ediff.errors import E2EDiffError, Problem, RecipeError, ResourceError, RunDirectoryError
+from e2ediff.data import DataSource
+from e2ediff.errors import E2EDiffError, ResourceError, RunDirectoryError
 from e2ediff.host.plugins import Host
-from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
-from e2ediff.host.structure import unstructure
+from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.run.assembly import check_fits, check_precision, choose_device
 from e2ediff.run.bad_images import BAD_IMAGES, open_source
 from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
+from e2ediff.run.continuation import refuse_other_recipe
 from e2ediff.run.directory import RunDirectory, State, latest_run
 from e2ediff.run.engine import Engine
 from e2ediff.run.environment import describe_environment
@@ -26,27 +26,6 @@ from e2ediff.run.progress import Progress
 from e2ediff.run.signals import Stop
 from e2ediff.run.update import check_shares
 from e2ediff.run.world import ElsewhereError, World
-
-# What may differ between a run and its continuation: none of it moves a trained number by more
-# than rounding, but for the length, whose schedule then ends elsewhere, and under
-# `alarm.policy: rollback` for what is looked at and saved, which decides when a run goes back,
-# and where to.
-_MAY_CHANGE = (
-    "images",
-    "steps",
-    "cadence",
-    "preview",
-    "scores",
-    "checkpoint",
-    "alarm",
-    "trackers",
-    "device",
-    "compile",
-    "checkpoint_activations",
-    "parallel",
-    "diagnostics",
-    "requires",
-)
 
 _GRACE = 5.0  # seconds in which one request to stop may reach a process twice
 
@@ -105,7 +84,10 @@ def train(
     locked: list[RunDirectory] = []
 
     def begin() -> str:
-        locked.append(_directory(host, recipe, recipe_path, out, device, world, resume=resume))
+        if resume:
+            locked.append(_continued(host, recipe, recipe_path, out, sources))
+        else:
+            locked.append(_new(host, recipe, recipe_path, out, device, world))
         return locked[0].path
 
     path = world.lead(begin)
@@ -149,22 +131,31 @@ class _Nowhere(io.StringIO):
         return len(text)
 
 
-def _directory(
+def _continued(
+    host: Host,
+    recipe: Recipe,
+    recipe_path: str,
+    out: str | None,
+    sources: tuple[DataSource, DataSource],
+) -> RunDirectory:
+    """The directory of a run to go on with, locked."""
+    directory = _find(recipe, out)
+    changes = refuse_other_recipe(host, recipe, directory, recipe_path, sources)
+    directory.lock()
+    if changes:
+        directory.event("continued", changes=changes)
+    return directory
+
+
+def _new(
     host: Host,
     recipe: Recipe,
     recipe_path: str,
     out: str | None,
     device: torch.device,
     world: World,
-    *,
-    resume: bool,
 ) -> RunDirectory:
-    """The run's directory, locked: an existing one to go on in, or a new one."""
-    if resume:
-        directory = _find(recipe, out)
-        _refuse_other_recipe(host, recipe, directory, recipe_path)
-        directory.lock()
-        return directory
+    """A new run's directory, locked."""
     with fsspec.open(recipe_path, "r") as file:
         text = file.read()
     environment = describe_environment(
@@ -253,39 +244,3 @@ def _find(recipe: Recipe, out: str | None) -> RunDirectory:
             "name its directory with --out"
         )
     return RunDirectory.open(path)
-
-
-def _refuse_other_recipe(host: Host, recipe: Recipe, directory: RunDirectory, source: str) -> None:
-    """A continuation must compute what the run computed so far."""
-    place = directory.store.where("resolved.yaml")
-    before = _leaves(unstructure(host, parse_recipe(host, directory.resolved(), place), Recipe))
-    now = _leaves(unstructure(host, recipe, Recipe))
-    changed = [
-        path
-        for path in {**before, **now}
-        if path.partition(".")[0] not in _MAY_CHANGE and before.get(path) != now.get(path)
-    ]
-    # Another part has other options: its name says it all.
-    other = tuple(path.removesuffix("name") for path in changed if path.endswith(".name"))
-    problems = [
-        Problem(
-            path,
-            f"was {before.get(path, 'not given')} in {directory.path}, "
-            f"is {now.get(path, 'not given')} here.",
-            hint="Give the same recipe and --set as before, or start another run.",
-        )
-        for path in changed
-        if path.endswith(".name") or not path.startswith(other)
-    ]
-    if problems:
-        raise RecipeError(f"{source} (--resume)", problems)
-
-
-def _leaves(tree: object, path: str = "") -> dict[str, str]:
-    """Path and text of every value that is no block."""
-    if not isinstance(tree, dict) or not tree:
-        return {path: json.dumps(tree)}
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        found |= _leaves(value, f"{path}.{key}" if path else str(key))
-    return found

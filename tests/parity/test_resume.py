@@ -18,16 +18,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pictures import write_tree
 
 from e2ediff import hookimpl
 from e2ediff.errors import RecipeError
 from e2ediff.host.plugins import load
-from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.host.recipe import dump_recipe, load_recipe
+from e2ediff.run.checkpoint import open_checkpoint, save
+from e2ediff.run.continuation import refuse_other_recipe
+from e2ediff.run.directory import RunDirectory
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
 from e2ediff.run.storage import Store
 
 STEPS = 12
+RECIPES = Path(__file__).parents[2] / "recipes"
 DSD = "objective={name: dsd, augmentation: {jitter: 0.2}, decode_noise: {probability: 1.0}}"
 EXTRAS = ["microshards=2", "ema=[{name: slow, decay: 0.99}]", "optimizer.warmup_images=40"]
 EXTRAS += ["post_hoc={every: 4}"]
@@ -178,6 +183,104 @@ def test_a_continuation_that_would_compute_something_else_is_refused(
     shutil.copytree(whole("coupled"), tmp_path / "run")
     with pytest.raises(RecipeError, match=change.partition("=")[0].partition(".")[0]):
         run(tiny_recipe, tmp_path / "run", *RUNS["coupled"], change, resume=True)
+
+
+# What may differ
+
+FOLDER = "data={{name: image_folder, root: {}, size: 16, classes: 3, workers: 0}}"
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    return write_tree(tmp_path / "tree", [9, 4, 11], size=(16, 20))
+
+
+@pytest.fixture
+def stopped(tree, tiny_recipe, tmp_path) -> Path:
+    """A run of class folders, stopped after 5 of 12 steps."""
+    out = tmp_path / "run"
+    run(tiny_recipe, out, *RUNS["coupled"], FOLDER.format(tree), stop_at=5)
+    return out
+
+
+def test_data_that_were_moved_and_are_read_otherwise_continue_a_run_bit_for_bit(
+    stopped, tree, tiny_recipe, tmp_path
+) -> None:
+    run(tiny_recipe, tmp_path / "whole", *RUNS["coupled"], FOLDER.format(tree))
+    moved = tree.rename(tmp_path / "moved")
+    changes = ["name=other", "data.workers=1", "data.on_bad_image=skip", f"data.held_out={moved}"]
+    run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(moved), *changes, resume=True)
+    assert_same_run(tmp_path / "whole", stopped)
+    lines = [json.loads(line) for line in (stopped / "events.jsonl").read_text().splitlines()]
+    (event,) = [line for line in lines if line["kind"] == "continued"]
+    assert event["changes"]["data.root"] == [f'"{tree}"', f'"{moved}"']
+    assert event["changes"]["data.workers"] == ["0", "1"]
+
+
+def other_labels(tree: Path) -> None:
+    """As many images, and as many of each class in another order."""
+    for old, new in (("n00000000", "x"), ("n00000001", "n00000000"), ("x", "n00000001")):
+        (tree / old).rename(tree / new)
+
+
+def fewer(tree: Path) -> None:
+    next(tree.rglob("*.JPEG")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [(other_labels, ", whose training images have other labels or another order."),
+     (fewer, ", which holds 23 training images instead of 24.")],
+)  # fmt: skip
+def test_other_images_at_another_address_are_refused(
+    harm, said, stopped, tree, tiny_recipe, tmp_path
+) -> None:
+    other = tree.rename(tmp_path / "other")
+    harm(other)
+    with pytest.raises(RecipeError) as caught:
+        run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(other), resume=True)
+    assert [str(problem) for problem in caught.value.problems] == [
+        f'data.root: was "{tree}" in {stopped}, is "{other}" here{said} Give the same recipe and '
+        "--set as before, or start another run."
+    ]
+
+
+def test_other_held_out_images_are_refused(stopped, tree, tiny_recipe, tmp_path) -> None:
+    write_tree(tmp_path / "few", [1, 1, 1], size=(16, 20))
+    change = f"data.held_out={tmp_path / 'few'}"
+    with pytest.raises(RecipeError, match="which holds 3 held-out images instead of 24"):
+        run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(tree), change, resume=True)
+
+
+def test_a_checkpoint_that_does_not_say_of_which_images_it_is_keeps_its_address(
+    stopped, tree, tiny_recipe, tmp_path
+) -> None:
+    """As those do that were written before checkpoints said it."""
+    store = Store(str(stopped))
+    found = open_checkpoint(store)
+    files = {file: found.tensors(file) for file in found.files}
+    state = {key: value for key, value in found.state.items() if key != "data"}
+    save(store, found.images, found.step, files, state, keep=1)
+    moved = tree.rename(tmp_path / "moved")
+    with pytest.raises(RecipeError, match=r"does not say of which images it is\."):
+        run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(moved), resume=True)
+    moved.rename(tree)
+    done = run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(tree), resume=True)
+    assert done.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "pair", [("dsd_in256", "dsd_in256_8gpu"), ("dsd_in256_8gpu", "dsd_in256")], ids="-".join
+)
+def test_the_recipes_for_one_and_for_eight_gpus_continue_each_other(pair, tmp_path) -> None:
+    needs("dsd")
+    host = load()
+    first, other = (load_recipe(host, str(RECIPES / f"{name}.yaml")) for name in pair)
+    with RunDirectory.create(
+        str(tmp_path / "run"), first.name, "", dump_recipe(host, first), {}
+    ) as directory:
+        changes = refuse_other_recipe(host, other, directory, "other.yaml", ())
+    assert set(changes) == {"name", "data.workers"}
 
 
 def test_observing_more_or_less_often_moves_no_weight(whole, tiny_recipe, tmp_path) -> None:

@@ -1,0 +1,149 @@
+"""What may differ between a run and its continuation, which must go on with the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from e2ediff.data import DataSource
+from e2ediff.errors import Problem, RecipeError
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import Recipe, parse_recipe
+from e2ediff.host.structure import unstructure
+from e2ediff.run.bad_images import Skipping
+from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.storage import JSON
+
+# None of it moves a trained number by more than rounding, but for the length, whose schedule then
+# ends elsewhere, and under `alarm.policy: rollback` for what is looked at and saved, which decides
+# when a run goes back, and where to.
+_MAY_CHANGE = (
+    "name",
+    "images",
+    "steps",
+    "cadence",
+    "preview",
+    "scores",
+    "checkpoint",
+    "alarm",
+    "trackers",
+    "device",
+    "compile",
+    "checkpoint_activations",
+    "parallel",
+    "diagnostics",
+    "requires",
+    # A damaged image ended the run under the one policy and would have under the other.
+    "data.on_bad_image",
+    "data.verify",
+    "data.workers",
+)
+
+# Where images and labels lie: may change where these are as many and the same.
+_ADDRESSES = (
+    "data.held_out",
+    "data.held_out_images",
+    "data.held_out_labels",
+    "data.images",
+    "data.inside",
+    "data.labels",
+    "data.path",
+    "data.root",
+)
+
+
+def describe(sources: Sequence[DataSource]) -> list[JSON]:
+    """What a checkpoint notes of images: how many, and the hash of their labels.
+
+    The hash is null for a source that would have to read its images to know their labels.
+    """
+    return [{"images": len(source), "labels": _labels(source)} for source in sources]
+
+
+def _labels(source: DataSource) -> str | None:
+    inner = source.source if isinstance(source, Skipping) else source
+    if type(inner).labels is DataSource.labels:
+        return None
+    labels = inner.labels().to(torch.int64).contiguous()
+    return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+
+
+def refuse_other_recipe(
+    host: Host,
+    recipe: Recipe,
+    directory: RunDirectory,
+    source: str,
+    images: Sequence[DataSource],
+) -> dict[str, JSON]:
+    """Refuse a recipe that would not compute what the run computed so far.
+
+    Args:
+        host: What knows the parts.
+        recipe: That of the continuation.
+        directory: The run's.
+        source: Where the recipe is from, for messages.
+        images: The continuation's training and held-out images.
+
+    Returns:
+        What differs: by path in the recipe, the old and the new value.
+
+    Raises:
+        RecipeError: It has another value of what may not differ, or other images.
+    """
+    place = directory.store.where("resolved.yaml")
+    before = _leaves(unstructure(host, parse_recipe(host, directory.resolved(), place), Recipe))
+    now = _leaves(unstructure(host, recipe, Recipe))
+    differ = [path for path in {**before, **now} if before.get(path) != now.get(path)]
+    changed = [p for p in differ if not {p, p.partition(".")[0]} & {*_MAY_CHANGE}]
+    # Another part has other options: its name says it all.
+    other = tuple(path.removesuffix("name") for path in changed if path.endswith(".name"))
+    changed = [p for p in changed if p.endswith(".name") or not p.startswith(other)]
+    moved = [path for path in changed if path in _ADDRESSES]
+    why = _unlike(directory, images) if moved else ""
+    problems = [
+        Problem(
+            path,
+            f"was {before.get(path, 'not given')} in {directory.path}, "
+            f"is {now.get(path, 'not given')} here{why if path in moved else ''}.",
+            hint="Give the same recipe and --set as before, or start another run.",
+        )
+        for path in changed
+        if why or path not in moved
+    ]
+    if problems:
+        raise RecipeError(f"{source} (--resume)", problems)
+    return {path: [before.get(path), now.get(path)] for path in differ}
+
+
+def _unlike(directory: RunDirectory, images: Sequence[DataSource]) -> str:
+    """How images differ from those of the run's checkpoints; empty if they do not."""
+    if not list_checkpoints(directory.store):
+        return ""  # it begins again
+    # What a damaged one is passed over for is said when it is restored.
+    found = open_checkpoint(directory.store, verify=False, warn=lambda text: None)
+    noted = found.state.get("data")
+    if not isinstance(noted, list) or len(noted) != len(images):
+        return f", and {found.name} does not say of which images it is"
+    for kind, old, new in zip(("training", "held-out"), noted, describe(images), strict=True):
+        assert isinstance(new, Mapping)
+        if old["images"] != new["images"]:
+            return f", which holds {new['images']} {kind} images instead of {old['images']}"
+        if old["labels"] != new["labels"]:
+            return f", whose {kind} images have other labels or another order"
+        if new["labels"] is None:
+            return f", and the labels of {kind} images cannot be compared without reading them"
+    return ""
+
+
+def _leaves(tree: object, path: str = "") -> dict[str, str]:
+    """Path and text of every value that is no block."""
+    if not isinstance(tree, dict) or not tree:
+        return {path: json.dumps(tree)}
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{path}.{key}" if path else str(key))
+    return found
