@@ -215,11 +215,14 @@ def test_damaged_arrays_are_said(kind: str) -> None:
 LARGE = "9" * 25
 
 
+NO_CLASS = (
+    "; expected a class number from 0, below 100,000,000, or a name. Number the classes 0, 1, 2, "
+    "..."
+)
+
+
 def test_a_number_that_no_class_can_have_is_named_with_its_image() -> None:
-    said = (
-        f" has label {LARGE}; expected a class number below 100,000,000, or a name. Number the "
-        "classes 0, 1, 2, ..."
-    )
+    said = f" has label {LARGE}{NO_CLASS}"
     images = sorted(str(path.relative_to("tree")) for path in Path("tree").rglob("*.JPEG"))
     rows = [[name, 0] for name in images[1:]] + [[images[0], int(LARGE)]]
     Path("labels.txt").write_text("\n".join(f"{name} {label}" for name, label in rows))
@@ -234,6 +237,41 @@ def test_a_number_that_no_class_can_have_is_named_with_its_image() -> None:
     assert refusal(sources.Arrays(images="x.npz", size=16, classes=2)).startswith(
         "data.labels: x.npz!labels holds label 1000000000000; expected class numbers below"
     )
+
+
+def shard_with(*labels: str) -> SourceConfig:
+    members = []
+    for i, label in enumerate(labels):
+        members += [(f"{i}.jpg", b"x"), (f"{i}.cls", label.encode())]
+    Path("x.tar").write_bytes(tar_bytes(members))
+    return sources.TarShards(path="x.tar", size=16, classes=len(set(labels)))
+
+
+@pytest.mark.parametrize("odd", ["-1", "+3", "1.0", "3."])
+def test_one_odd_number_does_not_make_names_of_all(odd: str) -> None:
+    """As names, 0, 10, 2 and -1 would be sorted as text: the classes 1, 2, 3 and 0."""
+    line = refusal(shard_with("0", "10", "2", odd))
+    assert line == f"data.path: x.tar/3.jpg has label {odd}{NO_CLASS}"
+
+
+def test_numbers_among_names_are_refused() -> None:
+    assert refusal(shard_with("0", "10", "cat")) == (
+        "data.path: x.tar/0.jpg has a number as label (0), x.tar/2.jpg a name (cat); expected "
+        "numbers or names for all. Write one kind"
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "names"),
+    [
+        (["3", "10", "2"], [3, 10, 2], ()),
+        (["cat", "3d", "n01"], [1, 0, 2], ("3d", "cat", "n01")),
+        (["1e5", "-x", "1e5"], [1, 0, 1], ("-x", "1e5")),
+    ],
+)
+def test_numbers_stay_and_names_are_sorted(labels, numbers, names) -> None:
+    source = attrs.evolve(shard_with(*labels), classes=len(names) or 11).open()
+    assert (source.labels().tolist(), source.class_names) == (numbers, names)
 
 
 def test_a_row_without_an_image_is_one_damaged_image() -> None:

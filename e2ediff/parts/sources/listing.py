@@ -5,6 +5,7 @@ Shapes: M images of a source, B batch, C H W image.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal, overload
@@ -22,6 +23,8 @@ from e2ediff.parts.sources.damage import DAMAGED
 
 MOST_CLASSES = 100_000_000
 """Class numbers are smaller: a larger one is no class, and counting it would fill the memory."""
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
 class Names(Sequence[str]):
@@ -89,21 +92,35 @@ def numbered(
         option: The recipe's key of the data, for messages.
 
     Raises:
-        DataError: A number is too large for a class.
+        DataError: Some are numbers and others words, or a number is that of no class.
     """
-    if all(value.isdecimal() for value in values):
-        # Of a number with thousands of digits Python refuses to be told the value.
-        large = next((i for i, v in enumerate(values) if len(v.lstrip("0")) > 8), None)
-        if large is not None:
-            raise DataError(
-                f"{option}: {images[large]} has label {_short(values[large])}; expected a class "
-                f"number below {MOST_CLASSES:,}, or a name. Number the classes 0, 1, 2, ..."
-            )
+    numbers = [value.isdecimal() for value in values]
+    _refuse_strange(values, numbers, images, option)
+    if all(numbers):
         labels = torch.tensor([int(value) for value in values], dtype=torch.int64)
         return labels, int(labels.max()) + 1 if len(labels) else 0, ()
     names = sorted(set(values))
     number = {name: i for i, name in enumerate(names)}
     return torch.tensor([number[value] for value in values]), len(names), tuple(names)
+
+
+def _refuse_strange(
+    values: Sequence[str], numbers: Sequence[bool], images: Sequence[str], option: str
+) -> None:
+    """Refuse what would be sorted as text although it is a number, and numbers of no class."""
+    for i, (value, whole) in enumerate(zip(values, numbers, strict=True)):
+        # Of a number with thousands of digits Python refuses to be told the value.
+        if (whole and len(value.lstrip("0")) > 8) or (not whole and _NUMBER.fullmatch(value)):
+            raise DataError(
+                f"{option}: {images[i]} has label {_short(value)}; expected a class number from "
+                f"0, below {MOST_CLASSES:,}, or a name. Number the classes 0, 1, 2, ..."
+            )
+    if any(numbers) and not all(numbers):
+        first, other = numbers.index(True), numbers.index(False)
+        raise DataError(
+            f"{option}: {images[first]} has a number as label ({values[first]}), {images[other]} "
+            f"a name ({_short(values[other])}); expected numbers or names for all. Write one kind"
+        )
 
 
 def _short(value: str) -> str:
