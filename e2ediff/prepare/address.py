@@ -130,7 +130,7 @@ def recognise(address: str) -> dict[str, Any]:
     if lower.endswith(".parquet"):
         return {"name": "parquet", "path": address}
     if lower.endswith(".tar"):
-        with location.fs.open(location.path, "rb") as file:
+        with location.opened(location.path) as file:
             head = next(members(file, address, "data"), None)
         nested = head is not None and head.name.endswith(".tar")
         return {"name": "class_tars" if nested else "tar_shards", "path": address}
@@ -149,7 +149,7 @@ def _folder(location: Location) -> dict[str, Any]:
     if any(name.endswith(".parquet") for name in names):
         return {"name": "parquet", "path": location.url}
     if tars := sorted(name for name in names if name.endswith(".tar")):
-        with location.fs.open(location.below(tars[0]), "rb") as file:
+        with location.opened(location.below(tars[0])) as file:
             head = next(members(file, tars[0], "data"), None)
         # A class tar's images are named after it: n01440764.tar holds n01440764_10026.JPEG.
         stem = tars[0].removesuffix(".tar")

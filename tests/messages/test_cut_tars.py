@@ -82,6 +82,14 @@ def test_a_damaged_header_between_members_is_not_taken_for_the_end() -> None:
     )
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("kind", ["TarShards", "ClassTars"])
+def test_a_tar_that_the_disk_does_not_give_is_said(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "x.tar").symlink_to("/proc/self/mem")  # opens, and fails to be read
+    with pytest.raises(DataError, match=r"data.path: cannot open .*x.tar: \[Errno \d+\]"):
+        getattr(sources, kind)(path=str(tmp_path / "x.tar"), size=8, classes=1).open()
+
+
 def test_a_shard_and_a_class_tar_that_were_cut_are_named(tmp_path: Path) -> None:
     whole = tar_bytes([("0.jpg", b"x"), ("0.cls", b"0"), ("1.jpg", b"x"), ("1.cls", b"1")])
     (tmp_path / "x.tar").write_bytes(whole[: 4 * BLOCK])

@@ -6,15 +6,17 @@ by the real client: it needs `pip install s3fs 'moto[s3]' flask flask-cors`.
 
 from __future__ import annotations
 
+import gzip
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from command_line import e2ediff
-from pictures import write_tree
+from pictures import as_idx, write_tree
 from source_kinds import KINDS, SIZE, classes_of, folder
 
 from e2ediff.errors import DataError
@@ -93,6 +95,23 @@ def test_every_kind_of_source_reads_from_a_remote_store_what_it_reads_from_the_d
         assert torch.equal(source.read(range(6))[0], plain.read(range(6))[0])
 
 
+def test_fashion_mnist_as_it_is_published_is_read_from_a_store(store: str, tmp_path) -> None:
+    g = np.random.default_rng(0)
+    for split, count in (("train", 5), ("t10k", 3)):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            path = as_idx(g.integers(10, size=shape), tmp_path / "x")
+            (tmp_path / "made").mkdir(exist_ok=True)
+            packed = tmp_path / f"made/{split}-{kind}-ubyte.gz"
+            packed.write_bytes(gzip.compress(path.read_bytes()))
+    upload(tmp_path / "made", store)
+    near, far = (sources.FashionMNIST(root=root) for root in (str(tmp_path / "made"), store))
+    for held_out, count in ((False, 5), (True, 3)):
+        a, b = near.open(held_out=held_out), far.open(held_out=held_out)
+        assert len(a) == len(b) == count
+        assert torch.equal(a.labels(), b.labels())
+        assert torch.equal(a.read(range(count))[0], b.read(range(count))[0])
+
+
 def test_images_are_prepared_from_a_store_into_one_and_checked_there(
     place: Path, store: str
 ) -> None:
@@ -138,11 +157,17 @@ def config_of(kind: str, url: str) -> object:
         "Parquet": {"path": f"{url}/*.parquet"},
         "Arrays": {"images": f"{url}/x.npz"},
         "Shards": {"path": f"{url}/shards"},
+        "FashionMNIST": {"root": f"{url}/fashion"},
     }[kind]
-    return getattr(sources, kind)(**given, size=SIZE, classes=3)
+    if kind != "FashionMNIST":
+        given |= {"size": SIZE, "classes": 3}
+    return getattr(sources, kind)(**given)
 
 
-ALL = ["ImageFolder", "Archive", "ClassTars", "TarShards", "Parquet", "Arrays", "Shards"]
+ALL = [
+    "ImageFolder", "Archive", "ClassTars", "TarShards", "Parquet", "Arrays", "Shards",
+    "FashionMNIST",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -150,7 +175,7 @@ def test_a_missing_bucket_is_said_in_one_line(kind: str, s3: str) -> None:
     with pytest.raises(DataError) as caught:
         config_of(kind, "s3://nowhere").open()
     (line,) = str(caught.value).splitlines()
-    assert line.startswith(("data.root: no f", "data.path: ", "data.images: no file"))
+    assert line.startswith(("data.root: ", "data.path: ", "data.images: no file"))
     assert "s3://nowhere" in line or "nowhere/train-00.tar" in line or "nowhere/x.tar" in line
     assert "xpected" in line or "must" in line
 

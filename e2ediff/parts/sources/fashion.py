@@ -5,10 +5,10 @@ Shapes: B batch, C H W image.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import resources
 
 import attrs
-import fsspec
 import torch
 from attrs import validators
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from e2ediff.data import DataSource, ImageSpec, SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.parts.sources.arrays import InMemory, read_idx
+from e2ediff.parts.sources.location import Location
 
 FASHION_CLASSES = (
     "t-shirt",
@@ -65,30 +66,27 @@ class FashionMNIST(SourceConfig):
         return InMemory(torch.nn.functional.pad(x, (pad, pad, pad, pad))[:, None], label.long())
 
     def _pair(self, root: str | None, split: str) -> tuple[Tensor, Tensor]:
-        arrays = []
-        for kind in ("images-idx3", "labels-idx1"):
-            name = f"{split}-{kind}-ubyte.gz"
-            if root is None:
-                place = name
-                data = (
-                    resources.files("e2ediff") / "assets" / "fashion_mnist" / name
-                ).read_bytes()
-            else:
-                place = f"{root.rstrip('/')}/{name}"
-                try:
-                    with fsspec.open(place, "rb") as file:
-                        data = file.read()
-                except (OSError, ValueError, ImportError) as error:
-                    raise DataError(
-                        f"data.root: cannot read {place}: {error}. Expected the four "
-                        "Fashion-MNIST files there (*-ubyte.gz); leave data.root out to train "
-                        "on the bundled images."
-                    ) from error
-            arrays.append(read_idx(data, place))
-        images, labels = arrays
+        names = (f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+        read = _bundled if root is None else partial(_published, Location(root, "data.root"))
+        images, labels = (read_idx(*read(name)) for name in names)
         if images.ndim != 3 or images.shape[1:] != (28, 28) or len(images) != len(labels):
             raise DataError(
                 f"{root or 'bundled images'}: images {tuple(images.shape)} and labels "
                 f"{tuple(labels.shape)}, expected (n, 28, 28) and (n,)"
             )
         return images, labels
+
+
+def _bundled(name: str) -> tuple[bytes, str]:
+    return (resources.files("e2ediff") / "assets" / "fashion_mnist" / name).read_bytes(), name
+
+
+def _published(location: Location, name: str) -> tuple[bytes, str]:
+    place = f"{location.url.rstrip('/')}/{name}"
+    try:
+        return location.read(location.below(name)), place
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"data.root: cannot read {place}: {error}. Expected the four Fashion-MNIST files "
+            "there (*-ubyte.gz); leave data.root out to train on the bundled images."
+        ) from error

@@ -9,7 +9,6 @@ from pathlib import PurePosixPath
 from typing import ClassVar
 
 import attrs
-import fsspec
 import torch
 
 from e2ediff.errors import DataError
@@ -38,8 +37,8 @@ class FolderBytes:
 class ZipBytes:
     """Members of a zip, by number; each process opens it for itself."""
 
-    def __init__(self, path: str, prefix: str, names: Names) -> None:
-        self.path = path
+    def __init__(self, location: Location, prefix: str, names: Names) -> None:
+        self.location = location
         self.prefix = prefix
         self.names = names
         self._zip: zipfile.ZipFile | None = None
@@ -51,7 +50,7 @@ class ZipBytes:
     def __call__(self, i: int) -> bytes:
         """Content of one member; nothing is ever extracted to disk."""
         if self._zip is None or self._owner != os.getpid():
-            self._zip = zipfile.ZipFile(fsspec.open(self.path, "rb").open())
+            self._zip = zipfile.ZipFile(self.location.fs.open(self.location.path, "rb"))
             self._owner = os.getpid()
         return self._zip.read(self.prefix + self.names[i])
 
@@ -207,7 +206,8 @@ class Archive(EncodedConfig):
         inside = self.held_out if held_out and self.held_out is not None else self.inside
         prefix = f"{PurePosixPath(inside)}/" if inside else ""
         place = f"{self.path}!{inside}" if inside else self.path
-        members, dataset = _members(self.path, prefix)
+        location = Location(self.path, "data.path")
+        members, dataset = _members(location, prefix)
         paths = [m for m in members if not m.endswith("/") and not m.startswith((".", "__MAC"))]
         folders = sorted({m.partition("/")[0] for m in members if m.endswith("/")})
         values, source = None, self.labels or f"{place}/{DATASET_JSON}"
@@ -224,26 +224,28 @@ class Archive(EncodedConfig):
                 paths, folders, place, "data.path", everything=self.classes == 0
             )
             classes = len(class_names)
-        fetch = ZipBytes(self.path, prefix, names)
+        fetch = ZipBytes(location, prefix, names)
         return Listing(place, names, labels, classes, class_names, fetch)
 
 
-def _members(path: str, prefix: str) -> tuple[list[str], bytes | None]:
+def _members(location: Location, prefix: str) -> tuple[list[str], bytes | None]:
     """Names below a folder of a zip, folders with a slash at the end, and its dataset.json."""
-    if not Location(path, "data.path").is_file():
+    path = location.url
+    if not location.is_file():
         raise DataError(f"data.path: no file {path}. Expected the path or URL of a zip")
-    try:
-        with fsspec.open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            found = [i for i in archive.infolist() if i.filename.startswith(prefix)]
-            for info in found:
-                _check_member(path, info)
-            names = [i.filename[len(prefix) :] for i in found if i.filename != prefix]
-            dataset = archive.read(prefix + DATASET_JSON) if DATASET_JSON in names else None
-            return names, dataset
-    except (*DAMAGED, OSError, ValueError) as error:
-        raise DataError(
-            f"data.path: {path} cannot be read as a zip: {error}; fetch it again"
-        ) from error
+    with location.opened(location.path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                found = [i for i in archive.infolist() if i.filename.startswith(prefix)]
+                for info in found:
+                    _check_member(path, info)
+                names = [i.filename[len(prefix) :] for i in found if i.filename != prefix]
+                dataset = archive.read(prefix + DATASET_JSON) if DATASET_JSON in names else None
+                return names, dataset
+        except (*DAMAGED, OSError, ValueError) as error:
+            raise DataError(
+                f"data.path: {path} cannot be read as a zip: {error}; fetch it again"
+            ) from error
 
 
 def _check_member(path: str, info: zipfile.ZipInfo) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import attrs
 import fsspec
@@ -87,6 +88,23 @@ class Location:
         except Exception as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
         return data
+
+    @contextmanager
+    def opened(self, path: str) -> Iterator[BinaryIO]:
+        """A file to read from; closed afterwards.
+
+        Raises:
+            DataError: It cannot be opened, or not be read in the body.
+        """
+        try:
+            file = self.fs.open(path, "rb")
+        except Exception as error:
+            raise DataError(_refused(self.option, path, error)) from error
+        with file:
+            try:
+                yield file
+            except OSError as error:
+                raise DataError(_refused(self.option, path, error)) from error
 
     def glob(self, pattern: str) -> list[str]:
         """Sorted paths that a pattern of the file system stands for.

@@ -97,7 +97,7 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
     """The index of a tar of class tars, of several class tars, or of a tar of images alone."""
     found, option = _Columns(), location.option
     for number, outer in enumerate(files):
-        with location.fs.open(outer.path, "rb") as file:
+        with location.opened(outer.path) as file:
             for member in members(file, outer.path, option):
                 if is_image(member.name):
                     name = PurePosixPath(member.name).name
@@ -170,7 +170,7 @@ class TarShards(EncodedConfig):
     def _samples(self, location: Location, shard: File) -> dict[str, _Sample]:
         """Samples of one shard by key, in order."""
         found: dict[str, _Sample] = {}
-        with location.fs.open(shard.path, "rb") as file:
+        with location.opened(shard.path) as file:
             for member in members(file, shard.path, location.option):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
