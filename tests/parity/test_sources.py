@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from pictures import as_class_tars, tar_bytes, write_tree
@@ -100,6 +101,26 @@ def test_an_index_is_kept_beside_the_data_and_made_again_when_they_change(tmp_pa
     assert len(config.open()) == 8
     as_class_tars(tree, path)
     assert torch.equal(config.open().read(range(5))[0], first)
+
+
+@pytest.mark.parametrize("kind", ["tar of class tars", "shards with cls", "parquet"])
+def test_files_may_be_links_and_are_noticed_when_what_they_point_to_changes(
+    kind: str, place: Path, tmp_path: Path
+) -> None:
+    """As the cache of Hugging Face's hub has them."""
+    config = make(kind, place, tmp_path)
+    plain, links = config.open(), tmp_path / "links"
+    links.mkdir()
+    files = [p for p in tmp_path.rglob("*") if p.suffix in (".tar", ".parquet")]
+    for path in files:
+        (links / path.name).symlink_to(path)
+    name = Path(config.path).name if Path(config.path).name != "x" else ""
+    linked = attrs.evolve(config, path=str(links / name))
+    assert torch.equal(linked.open().labels(), plain.labels())
+    assert torch.equal(linked.open().read(range(9))[0], plain.read(range(9))[0])
+    files[0].write_bytes(b"x" * 1024)
+    with pytest.raises(DataError, match=r"cannot be read as"):
+        linked.open()
 
 
 def test_an_index_lies_in_the_cache_where_the_data_cannot_be_written(tmp_path, cache) -> None:

@@ -215,6 +215,8 @@ def _listed(location: Location, paths: Sequence[str]) -> dict[str, File]:
         for entry in entries:
             path = str(entry["name"])
             path = path if path in wanted else f"/{path.lstrip('/')}"
+            if path in wanted and entry.get("islink"):
+                entry = location.fs.info(path)  # a list tells of the link, not of the file
             if path in wanted and entry["type"] == "file":
                 # Of a local file "created" is the time of its inode, which nobody can set.
                 arrived = str(entry.get("created") or "")
