@@ -50,8 +50,16 @@ def source_config(
         return config
     try:
         return attrs.evolve(config, size=size)  # type: ignore[misc]
-    except (TypeError, ValueError, attrs.exceptions.NotAnAttrsClassError) as error:
-        raise DataError(f"{address}: cannot be cropped to {size} pixels: {error}") from error
+    except (TypeError, attrs.exceptions.NotAnAttrsClassError) as error:
+        raise DataError(
+            f"{address}: cannot be cropped to {size} pixels: its source has no option 'size', its "
+            f"images have {config.image.height}"
+        ) from error
+    except ValueError as error:
+        # attrs' validators put the attribute and the options behind the message.
+        raise DataError(
+            f"{address}: cannot be cropped to {size} pixels: {error.args[0]}"
+        ) from error
 
 
 def _from_yaml(host: Host, path: str, overrides: Sequence[str]) -> SourceConfig:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from e2ediff.data import DataSource
-from e2ediff.errors import BadImageError, DataError
+from e2ediff.errors import BadImageError, DataError, ResourceError
 from e2ediff.parts.sources.index import Index, column
 from e2ediff.parts.sources.listing import Names
 from e2ediff.parts.sources.location import Location
@@ -41,6 +41,8 @@ from e2ediff.run.storage import Store
 
 Format = Literal["png", "jpeg", "raw"]
 SETTINGS = "parts/settings.json"
+_DST = "DST"  # what the command line calls the folder
+_Part = dict[str, Any] | str | ResourceError  # what is noted of a shard, or why it is not made
 _HEADER = 512  # bytes of a tar member's header
 
 
@@ -99,16 +101,16 @@ def prepare(
         DataError: An image is damaged and `skip` is off, or the folder holds something else.
         ResourceError: The disk is full or read-only.
     """
-    store = Store(folder)
+    store = Store(folder, _DST)
     _claim(store, settings)
-    location = Location(folder, "DST")
+    location = Location(folder, _DST)
     with ThreadPoolExecutor(8) as pool:
         numbers = range(settings.shards)
         before = pool.map(lambda k: _finished(store, location, k), numbers)
         parts = {k: part for k, part in zip(numbers, before, strict=True) if part}
     kept = len(parts)
     todo = [k for k in range(settings.shards) if k not in parts]
-    items: Iterable[dict[str, Any] | str] = DataLoader(
+    items: Iterable[_Part] = DataLoader(
         _Shards(source, settings, folder),
         sampler=todo,
         batch_size=None,
@@ -117,6 +119,8 @@ def prepare(
         generator=torch.Generator(),
     )
     for k, part in zip(todo, items, strict=True):
+        if isinstance(part, ResourceError):
+            raise part
         if isinstance(part, str):
             raise DataError(part)
         parts[k] = part
@@ -176,8 +180,12 @@ def _finished(store: Store, location: Location, k: int) -> dict[str, Any] | None
     return None
 
 
-class _Shards(Dataset[dict[str, Any] | str]):
-    """Item k makes shard k, and is what is noted of it; what worker processes hold."""
+class _Shards(Dataset[_Part]):
+    """Item k makes shard k, and is what is noted of it; what worker processes hold.
+
+    An item that cannot be made is the reason: an exception that crosses a process arrives as a
+    page of traceback.
+    """
 
     def __init__(self, source: DataSource, settings: Settings, folder: str) -> None:
         self.source = source
@@ -185,8 +193,16 @@ class _Shards(Dataset[dict[str, Any] | str]):
         self.folder = folder
         self.labels = source.labels() if settings.classes else None
 
-    def __getitem__(self, k: int) -> dict[str, Any] | str:
-        s, store = self.settings, Store(self.folder)
+    def __getitem__(self, k: int) -> _Part:
+        try:
+            return self._made(k)
+        except ResourceError as error:
+            return error
+        except DataError as error:
+            return str(error)
+
+    def _made(self, k: int) -> dict[str, Any]:
+        s, store = self.settings, Store(self.folder, _DST)
         kept: list[tuple[int, Tensor]] = []
         left_out = []
         for i in range(k * s.each, min((k + 1) * s.each, s.images)):
@@ -194,10 +210,8 @@ class _Shards(Dataset[dict[str, Any] | str]):
                 kept.append((i, self.source.read([i])[0][0]))
             except BadImageError as error:
                 if not s.skip:
-                    return str(error)
+                    raise
                 left_out.append([error.place, error.what])
-            except DataError as error:
-                return str(error)
         write = self._array if s.format == "raw" else self._tar
         name, data, rows = write(k, kept)
         store.write(name, data)

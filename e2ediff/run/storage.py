@@ -35,13 +35,15 @@ class Store:
 
     Reading raises OSError (the caller knows what a missing file means); writing raises
     ResourceError; `rename_dir`, `remove_dir` and `remove_file` return the error instead.
+    `option` is what the command line calls the address, for messages.
 
     Raises:
         RunDirectoryError: no file system for this address is installed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, option: str = "--out") -> None:
         self.url = url.rstrip("/") or url
+        self.option = option
         try:
             self._fs, root = url_to_fs(url)
         except (ValueError, ImportError) as error:
@@ -292,11 +294,14 @@ class Store:
         free = self.free_bytes()
         space = "unknown" if free is None else f"{free:,} bytes"
         if code in _FULL:
-            advice = "Free space there, or choose another --out; what was saved before is intact."
+            advice = (
+                f"Free space there, or choose another {self.option}; what was saved before is "
+                "intact."
+            )
         elif code in _DENIED:
-            advice = "Choose an --out that you may write to."
+            advice = f"Choose another {self.option}, one that you may write to."
         else:
-            advice = "Check that the disk or store is reachable, or choose another --out."
+            advice = f"Check that the disk or store is reachable, or choose another {self.option}."
         return ResourceError(
             f"{self.where(path)}: cannot write: {reason} "
             f"(needed: {needed:,} bytes, free: {space}). {advice}"

@@ -127,7 +127,7 @@ def test_a_disk_that_refuses_is_told_with_needs_and_ways_out() -> None:
     for code, reason, advice in (
         (28, "No space left on device", "Free space there, or choose another --out; "
          "what was saved before is intact."),
-        (30, "Read-only file system", "Choose an --out that you may write to."),
+        (30, "Read-only file system", "Choose another --out, one that you may write to."),
         (5, "Input/output error", "Check that the disk or store is reachable, "
          "or choose another --out."),
     ):  # fmt: skip

@@ -90,6 +90,22 @@ def test_a_tar_that_the_disk_does_not_give_is_said(kind: str, tmp_path: Path) ->
         getattr(sources, kind)(path=str(tmp_path / "x.tar"), size=8, classes=1).open()
 
 
+def test_class_tars_without_images_are_named(tmp_path: Path) -> None:
+    images = tar_bytes([("a_0.JPEG", b"x")])
+    inner = {"n01.tar": images, "n02.tar": tar_bytes([]), "n03.tar": tar_bytes([("x.txt", b"x")])}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(list(inner.items())))
+    (tmp_path / "folder").mkdir()
+    for name, data in inner.items():
+        (tmp_path / "folder" / name).write_bytes(data)
+    for path in ("x.tar", "folder"):
+        with pytest.raises(DataError) as caught:
+            sources.ClassTars(path=str(tmp_path / path), size=8, classes=1).open()
+        assert str(caught.value) == (
+            f"data.path: 2 class tars in {tmp_path}/{path} hold no images (n02.tar, n03.tar); "
+            "fetch them again, or pack without them"
+        )
+
+
 def test_a_shard_and_a_class_tar_that_were_cut_are_named(tmp_path: Path) -> None:
     whole = tar_bytes([("0.jpg", b"x"), ("0.cls", b"0"), ("1.jpg", b"x"), ("1.cls", b"1")])
     (tmp_path / "x.tar").write_bytes(whole[: 4 * BLOCK])

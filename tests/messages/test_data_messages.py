@@ -95,6 +95,22 @@ def test_empty_class_folders_are_named() -> None:
     assert refused(block("archive", "x.zip")) == "data.path: " + said.format("x.zip")
 
 
+def test_images_beside_class_folders_are_named() -> None:
+    for name in ("a.png", "b.JPEG"):
+        Path("tree", name).write_bytes(Path("tree/n00000000/n00000000_0.JPEG").read_bytes())
+    said = (
+        "2 images lie beside the class folders of {} (a.png, b.JPEG); nobody can tell their "
+        "class: move them into one or away, or `--set data.classes=0` to take all images without "
+        "classes"
+    )
+    assert refused("workers=0") == "data.root: " + said.format("tree")
+    as_zip(Path("tree"), Path("x.zip"))
+    assert refused(block("archive", "x.zip")) == "data.path: " + said.format("x.zip")
+    assert (
+        len(source_config(load(entry_points=False), "tiny.yaml", ["data.classes=0"]).open()) == 22
+    )
+
+
 def test_a_label_file_that_does_not_match_is_said() -> None:
     paths = sorted(Path("tree").rglob("*.JPEG"))
     rows = [f"{path.name} {path.parent.name}" for path in paths]
@@ -343,6 +359,32 @@ def test_a_path_that_is_nothing_known_is_said() -> None:
     done = e2ediff("data", "check", "tree", "--set", "sise=3")
     assert done.code == 3
     assert "unknown option 'sise'. Did you mean 'size'?" in done.err
+
+
+def test_a_size_that_a_source_cannot_have_is_said() -> None:
+    Path("b.yaml").write_text("name: fashion_mnist\n")
+    done = e2ediff("data", "prepare", "b.yaml", "out", "--size", 20, "--workers", 0)
+    assert (done.code, done.err) == (
+        5, "error: b.yaml: cannot be cropped to 20 pixels: 'size' must be in (28, 32) (got 20)\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_place_that_cannot_be_written_is_called_what_the_command_calls_it(workers) -> None:
+    Path("file").touch()
+    done = e2ediff("data", "prepare", "tree", "file", "--size", 16, "--workers", workers)
+    assert done.code == 8
+    assert done.err.startswith("error: file/parts/settings.json: cannot write: Not a directory (")
+    assert done.err.endswith("is reachable, or choose another DST.\n")
+    words = ("data", "prepare", "tree", "out", "--size", 16, "--each", 6, "--workers", workers)
+    assert e2ediff(*words).code == 0
+    Path("out/shard-00001.tar").unlink()
+    Path("out/shard-00001.tar/x").mkdir(parents=True)
+    done = e2ediff(*words)
+    assert done.code == 8
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: out/shard-00001.tar: cannot write: Is a directory (")
+    assert done.err.splitlines()[-1] == line
 
 
 def test_prepare_prints_how_to_read_what_it_wrote() -> None:

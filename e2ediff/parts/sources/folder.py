@@ -88,7 +88,7 @@ def class_folders(
     With `everything` images outside of class folders are taken too, and folders may be empty.
 
     Raises:
-        DataError: There are none, or a class folder is empty.
+        DataError: There are none, a class folder is empty, or images lie beside the folders.
     """
     images = sorted(p for p in paths if is_image(p) and (everything or "/" in p))
     if not images:
@@ -106,6 +106,14 @@ def class_folders(
             f"{option}: {len(empty)} of {len(folders)} class folders in {place} hold no images "
             f"({shown}); put images ({', '.join(SUFFIXES)}) there, or remove the folders and "
             f"`--set data.classes={len(folders) - len(empty)}`"
+        )
+    beside = [] if everything else sorted(p for p in paths if is_image(p) and "/" not in p)
+    if beside:
+        shown = ", ".join(beside[:5]) + (", ..." if len(beside) > 5 else "")
+        raise DataError(
+            f"{option}: {len(beside)} images lie beside the class folders of {place} ({shown}); "
+            "nobody can tell their class: move them into one or away, or `--set data.classes=0` "
+            "to take all images without classes"
         )
     if "" in classes:
         return Names(images), torch.zeros(len(images), dtype=torch.int64), ()

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import ClassVar
+from tarfile import TarInfo
+from typing import BinaryIO, ClassVar
 
 import attrs
 
@@ -95,26 +96,33 @@ class ClassTars(EncodedConfig):
 
 def _scan(location: Location, files: Sequence[File]) -> Index:
     """The index of a tar of class tars, of several class tars, or of a tar of images alone."""
-    found, option = _Columns(), location.option
+    found, option, empty = _Columns(), location.option, list[str]()
     for number, outer in enumerate(files):
+        before = len(found.names)
         with location.opened(outer.path) as file:
             for member in members(file, outer.path, option):
                 if is_image(member.name):
                     name = PurePosixPath(member.name).name
                     name = f"{outer.name[:-4]}/{name}" if len(files) > 1 else name
                     found.add(name, number, member.offset_data, member.size)
-                if not member.name.endswith(".tar"):
-                    continue
-                place, label = f"{outer.path}/{member.name}", PurePosixPath(member.name).stem
-                for inner in members(inside(file, member), place, option):
-                    if is_image(inner.name):
-                        name = f"{label}/{PurePosixPath(inner.name).name}"
-                        start = member.offset_data + inner.offset_data
-                        found.add(name, number, start, inner.size)
+                if member.name.endswith(".tar"):
+                    held = len(found.names)
+                    _add_class(found, number, file, member, outer, option)
+                    if len(found.names) == held:
+                        empty.append(member.name)
+        if len(found.names) == before:
+            empty.append(outer.name)
     if not found.names:
         raise DataError(
             f"{option}: {files[0].path} holds no images (looked for class tars with "
             f"{', '.join(SUFFIXES)}, such as n01440764.tar)"
+        )
+    if empty:
+        place = files[0].path if len(files) == 1 else files[0].path.rpartition("/")[0]
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise DataError(
+            f"{option}: {len(empty)} class tars in {place} hold no images ({shown}); fetch "
+            "them again, or pack without them"
         )
     found = found.sorted()
     classed = all("/" in name for name in found.names)
@@ -126,6 +134,22 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
     names = sorted(set(values))
     labels = column([names.index(value) for value in values])
     return attrs.evolve(index, labels=labels, classes=len(names), class_names=tuple(names))
+
+
+def _add_class(
+    found: _Columns,
+    number: int,
+    file: BinaryIO,
+    member: TarInfo,
+    outer: File,
+    option: str,
+) -> None:
+    """The images of a class tar that is a member of another tar."""
+    label = PurePosixPath(member.name).stem
+    for inner in members(inside(file, member), f"{outer.path}/{member.name}", option):
+        if is_image(inner.name):
+            name = f"{label}/{PurePosixPath(inner.name).name}"
+            found.add(name, number, member.offset_data + inner.offset_data, inner.size)
 
 
 @attrs.frozen(kw_only=True)
