@@ -55,7 +55,7 @@ def _class_lines(source: DataSource, config: SourceConfig, per: Tensor) -> Itera
     if low == 0:
         empty = (per == 0).nonzero()[:, 0].tolist()
         shown = ", ".join(map(word, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        yield f"            {len(empty):,} classes have no image ({shown})"
+        yield f"            {len(empty):,} of {len(per):,} classes without an image ({shown})"
     yield f"imbalance   {high / max(1, low):.1f} times as many in the largest as in the smallest"
 
 

@@ -100,9 +100,9 @@ def test_images_beside_class_folders_are_named() -> None:
     for name in ("a.png", "b.JPEG"):
         Path("tree", name).write_bytes(Path("tree/n00000000/n00000000_0.JPEG").read_bytes())
     said = (
-        "2 images lie beside the class folders of {} (a.png, b.JPEG); nobody can tell their "
-        "class: move them into one or away, or `--set data.classes=0` to take all images without "
-        "classes"
+        "2 of 22 images lie beside the class folders of {} (a.png, b.JPEG); nobody can tell "
+        "their class: move them into one or away, or `--set data.classes=0` to take all images "
+        "without classes"
     )
     assert refused("workers=0") == "data.root: " + said.format("tree")
     as_zip(Path("tree"), Path("x.zip"))
@@ -343,7 +343,7 @@ def test_stats_list_every_class_and_those_without_images() -> None:
     figures, _, rest = done.out.partition("\n# images, label and name of every class\n")
     assert figures.splitlines()[1:3] == [
         "classes     4, of 0 (eel) to 12 (cat) images, median 1",
-        "            1 classes have no image (eel)",
+        "            1 of 4 classes without an image (eel)",
     ]
     listed = [line.split() for line in rest.partition("\n\n")[0].splitlines()]
     assert listed == [["12", "0", "cat"], ["7", "1", "dog"], ["0", "2", "eel"], ["1", "3", "3"]]
