@@ -147,20 +147,31 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
 @click.option(
     "--images", type=click.IntRange(1), default=2000, show_default=True, help="To look at."
 )
+@click.option("--classes", is_flag=True, help="Print a line for each class, empty ones too.")
+@click.option("--json", "as_text", is_flag=True, help="Print JSON, with every class.")
 @_WORKERS
 @_SET
-def stats_command(address: str, images: int, workers: int, overrides: tuple[str, ...]) -> None:
+def stats_command(
+    address: str,
+    images: int,
+    classes: bool,
+    as_text: bool,
+    workers: int,
+    overrides: tuple[str, ...],
+) -> None:
     """Count classes, measure sizes and channels, and propose a data block.
 
     Classes are counted over all images; sizes, means and standard deviations are those of a
     fixed random choice of them.
     """
+    import json
+
     import torch
 
     from e2ediff.host.plugins import load
     from e2ediff.prepare.address import source_config
     from e2ediff.prepare.examine import examine
-    from e2ediff.prepare.figures import lines, proposal
+    from e2ediff.prepare.figures import as_json, every_class, lines, proposal
     from e2ediff.run.progress import Progress
 
     host = load()
@@ -175,8 +186,15 @@ def stats_command(address: str, images: int, workers: int, overrides: tuple[str,
             workers=workers,
             progress=progress.update,
         )
+    if as_text:
+        click.echo(json.dumps(as_json(host, source, config, seen), indent=1))
+        return
     for line in lines(source, config, seen):
         click.echo(line)
     for place, what in seen.bad:
         click.echo(f"            {place}: {what}")
+    if classes and config.image.classes:
+        click.echo("\n# images, label and name of every class")
+        for label, name, count in every_class(source, config):
+            click.echo(f"{count:>11,} {label:>7} {name}")
     click.echo("\n# proposed\n" + proposal(host, source, config, seen), nl=False)

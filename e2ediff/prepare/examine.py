@@ -18,7 +18,7 @@ from e2ediff.errors import BadImageError, DataError
 from e2ediff.parts.sources import Shards
 from e2ediff.parts.sources.location import Location
 from e2ediff.parts.sources.shards import read_prepared, verify_hashes
-from e2ediff.run.loader import processes, quiet_worker
+from e2ediff.run.loader import processes, quiet_worker, readers
 
 _EACH = 64
 
@@ -105,6 +105,7 @@ def examine(
 
     Raises:
         DataError: The place where they lie cannot be read.
+        ResourceError: The system killed a process that reads.
     """
     chunks = -(-len(indices) // _EACH)
     items: Iterable[_Seen | str] = DataLoader(
@@ -117,12 +118,13 @@ def examine(
     )
     seen: list[_Seen] = []
     count = broken = 0
-    for item in items:
-        if isinstance(item, str):
-            raise DataError(item)
-        seen.append(item)
-        count, broken = count + item.looked_at, broken + len(item.bad)
-        progress(f"{count:,} of {len(indices):,} images, {broken:,} broken")
+    with readers("--workers"):
+        for item in items:
+            if isinstance(item, str):
+                raise DataError(item)
+            seen.append(item)
+            count, broken = count + item.looked_at, broken + len(item.bad)
+            progress(f"{count:,} of {len(indices):,} images, {broken:,} broken")
     mean, std = _moments([s for s in seen if s.decoded])
     return Examined(
         count,

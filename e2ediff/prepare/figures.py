@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -45,23 +46,62 @@ def lines(source: DataSource, config: SourceConfig, seen: Examined) -> Iterator[
 
 
 def _class_lines(source: DataSource, config: SourceConfig, per: Tensor) -> Iterator[str]:
-    names = source.class_names or config.image.class_names
-
-    def word(label: Tensor) -> str:
-        return names[int(label)] if names else str(int(label))
-
+    word = partial(_word, _names(source, config))
     low, high = int(per.min()), int(per.max())
     yield (
-        f"classes     {len(per):,}, of {low:,} ({word(per.argmin())}) to {high:,} "
-        f"({word(per.argmax())}) images, median {int(per.median()):,}"
+        f"classes     {len(per):,}, of {low:,} ({word(int(per.argmin()))}) to {high:,} "
+        f"({word(int(per.argmax()))}) images, median {int(per.median()):,}"
     )
     if low == 0:
-        yield f"            {int((per == 0).sum()):,} classes have no image"
+        empty = (per == 0).nonzero()[:, 0].tolist()
+        shown = ", ".join(map(word, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        yield f"            {len(empty):,} of {len(per):,} classes without an image ({shown})"
     yield f"imbalance   {high / max(1, low):.1f} times as many in the largest as in the smallest"
 
 
-def proposal(host: Host, source: DataSource, config: SourceConfig, seen: Examined) -> str:
-    """A data block, and settings that follow from the number of images and classes, as YAML."""
+def _names(source: DataSource, config: SourceConfig) -> Sequence[str]:
+    return source.class_names or config.image.class_names
+
+
+def _word(names: Sequence[str], label: int) -> str:
+    """A class in words: its name, or its number if it has none."""
+    return names[label] if label < len(names) else str(label)
+
+
+def every_class(source: DataSource, config: SourceConfig) -> Iterator[tuple[int, str, int]]:
+    """Label, name (or the label again) and number of images of every class, by label."""
+    names = _names(source, config)
+    per = counts(source, config.image.classes).tolist() if config.image.classes else []
+    for label, count in enumerate(per):
+        yield label, _word(names, label), count
+
+
+def as_json(
+    host: Host, source: DataSource, config: SourceConfig, seen: Examined
+) -> dict[str, Any]:
+    """All that `lines` and `proposal` say, and every class and broken image.
+
+    Sizes are pixels of the shorter side, of the images looked at; `mean` and `std` those of
+    channels in [-1, 1].
+    """
+    shorter = seen.sizes.min(dim=1).values.sort().values if len(seen.sizes) else None
+    found: dict[str, Any] = {"images": len(source), "looked_at": seen.count}
+    found["classes"] = [
+        {"label": label, "name": name, "images": count}
+        for label, name, count in every_class(source, config)
+    ]
+    if shorter is not None:
+        middle = int(shorter[len(shorter) // 2])
+        found["sizes"] = {"min": int(shorter[0]), "median": middle, "max": int(shorter[-1])}
+    found |= {"mean": seen.mean, "std": seen.std}
+    found["broken"] = [{"image": place, "what": what} for place, what in seen.bad]
+    return {**found, "proposed": proposed(host, source, config, seen)}
+
+
+def proposed(
+    host: Host, source: DataSource, config: SourceConfig, seen: Examined
+) -> dict[str, Any]:
+    """A data block, and settings that follow from the number of images and classes."""
     changes: dict[str, Any] = {}
     options = {field.name for field in attrs.fields(type(config))}  # type: ignore[arg-type]
     told = unstructure(host, config, SourceConfig)
@@ -88,4 +128,9 @@ def proposal(host: Host, source: DataSource, config: SourceConfig, seen: Examine
     rest: dict[str, Any] = {"batch": batch}
     if config.image.classes:
         rest["preview"] = {"rows": 4, "classes": min(10, config.image.classes)}
-    return dump_yaml({"data": block, **rest})
+    return {"data": block, **rest}
+
+
+def proposal(host: Host, source: DataSource, config: SourceConfig, seen: Examined) -> str:
+    """What is proposed, as YAML."""
+    return dump_yaml(proposed(host, source, config, seen))

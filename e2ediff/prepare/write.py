@@ -36,7 +36,7 @@ from e2ediff.parts.sources.shards import (
     sha256,
     verified_key,
 )
-from e2ediff.run.loader import processes, quiet_worker
+from e2ediff.run.loader import processes, quiet_worker, readers
 from e2ediff.run.storage import Store
 
 Format = Literal["png", "jpeg", "raw"]
@@ -99,7 +99,7 @@ def prepare(
 
     Raises:
         DataError: An image is damaged and `skip` is off, or the folder holds something else.
-        ResourceError: The disk is full or read-only.
+        ResourceError: The disk is full or read-only, or the system killed a process that crops.
     """
     store = Store(folder, _DST)
     _claim(store, settings)
@@ -118,13 +118,14 @@ def prepare(
         worker_init_fn=quiet_worker,
         generator=torch.Generator(),
     )
-    for k, part in zip(todo, items, strict=True):
-        if isinstance(part, ResourceError):
-            raise part
-        if isinstance(part, str):
-            raise DataError(part)
-        parts[k] = part
-        progress(f"shard {len(parts)} of {settings.shards}")
+    with readers("--workers"):
+        for k, part in zip(todo, items, strict=True):
+            if isinstance(part, ResourceError):
+                raise part
+            if isinstance(part, str):
+                raise DataError(part)
+            parts[k] = part
+            progress(f"shard {len(parts)} of {settings.shards}")
     location.fs.invalidate_cache()
     names = source.class_names if len(source.class_names) == settings.classes else ()
     return _finish(store, location, settings, names, [parts[k] for k in sorted(parts)], kept)

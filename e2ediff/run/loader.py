@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from e2ediff.data import Batch, DataSource, Sampling
-from e2ediff.errors import DataError
+from e2ediff.errors import DataError, ResourceError
 from e2ediff.run.bad_images import Skipped, taken
 from e2ediff.run.order import Order
 from e2ediff.run.seeds import generator
@@ -187,6 +188,50 @@ def quiet_worker(worker: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def readers(option: str) -> Iterator[None]:
+    """The body uses worker processes, whose number `option` sets.
+
+    torch tells of a killed worker by a signal, which may arrive anywhere in the main process.
+
+    Raises:
+        ResourceError: The system killed one of them.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = lost_reader(error, option)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def lost_reader(error: BaseException, option: str) -> ResourceError | None:
+    """What torch's complaint about a dead worker process means; None for any other error."""
+    if not _of_a_worker(error):
+        return None
+    # Where torch notices it while it waits, the signal's name is in the cause.
+    told = error.__cause__ if error.__cause__ and _of_a_worker(error.__cause__) else error
+    said = " ".join(str(told).split()).rstrip(".")
+    if "Bus error" in said:
+        why = (
+            "the shared memory is full, through which images travel: give more of it (docker run "
+            f"--shm-size=8g), or lower {option}"
+        )
+    elif "Segmentation fault" in said or "Aborted" in said:
+        why = f"with {option} 0 this process reads the images itself, and shows at which it ends"
+    else:
+        why = (
+            "the system kills when memory runs out, and each such process holds images for two "
+            f"batches: lower {option}, or give more memory"
+        )
+    return ResourceError(f"a process that reads images died ({said}): {why}")
+
+
+def _of_a_worker(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def fixed_images(

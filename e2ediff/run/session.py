@@ -22,7 +22,7 @@ from e2ediff.run.continuation import refuse_other_recipe
 from e2ediff.run.directory import RunDirectory, State, latest_run
 from e2ediff.run.engine import Engine
 from e2ediff.run.environment import describe_environment
-from e2ediff.run.loader import check_enough
+from e2ediff.run.loader import check_enough, lost_reader
 from e2ediff.run.progress import Progress
 from e2ediff.run.signals import Stop
 from e2ediff.run.update import check_shares
@@ -116,6 +116,8 @@ def train(
 
 def _in_words(error: BaseException) -> BaseException:
     """What the machine refuses outside of a training step, as the user's error that it is."""
+    if lost := lost_reader(error, "data.workers"):
+        return ResourceError(f"{lost}. What was saved is intact: continue with --resume")
     if not isinstance(error, torch.OutOfMemoryError):
         return error
     return ResourceError(

@@ -101,8 +101,8 @@ def test_class_tars_without_images_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             sources.ClassTars(path=str(tmp_path / path), size=8, classes=1).open()
         assert str(caught.value) == (
-            f"data.path: 2 class tars in {tmp_path}/{path} hold no images (n02.tar, n03.tar); "
-            "fetch them again, or pack without them"
+            f"data.path: class tars without images in {tmp_path}/{path}: n02.tar, n03.tar; fetch "
+            "them again, or pack without them"
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from command_line import e2ediff
 from pictures import (
     as_class_tars,
@@ -99,9 +100,9 @@ def test_images_beside_class_folders_are_named() -> None:
     for name in ("a.png", "b.JPEG"):
         Path("tree", name).write_bytes(Path("tree/n00000000/n00000000_0.JPEG").read_bytes())
     said = (
-        "2 images lie beside the class folders of {} (a.png, b.JPEG); nobody can tell their "
-        "class: move them into one or away, or `--set data.classes=0` to take all images without "
-        "classes"
+        "2 of 22 images lie beside the class folders of {} (a.png, b.JPEG); nobody can tell "
+        "their class: move them into one or away, or `--set data.classes=0` to take all images "
+        "without classes"
     )
     assert refused("workers=0") == "data.root: " + said.format("tree")
     as_zip(Path("tree"), Path("x.zip"))
@@ -323,6 +324,49 @@ def test_stats_count_measure_and_propose_a_block_that_reads_the_data() -> None:
     config = source_config(load(entry_points=False), "block.yaml")
     assert (config.image.height, config.image.classes, config.image.channels) == (32, 3, 3)
     assert (config.sampling, config.on_bad_image) == ("class_balanced", "skip")
+
+
+def a_class_without_images() -> None:
+    """Labels 0 to 3 of the tree's images, none of them 2, and names of three of the four."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [path.read_bytes() for path in sorted(Path("tree").rglob("*.JPEG"))]
+    names = {"label": {"names": ["cat", "dog", "eel"], "_type": "ClassLabel"}}
+    told = {"huggingface": json.dumps({"info": {"features": names}})}
+    table = pa.table({"image": images, "label": [0] * 12 + [1] * 7 + [3]})
+    pq.write_table(table.replace_schema_metadata(told), "x.parquet")
+
+
+def test_stats_list_every_class_and_those_without_images() -> None:
+    a_class_without_images()
+    done = e2ediff("data", "stats", "x.parquet", "--classes", "--workers", "0")
+    assert done.code == 0, done
+    figures, _, rest = done.out.partition("\n# images, label and name of every class\n")
+    assert figures.splitlines()[1:3] == [
+        "classes     4, of 0 (eel) to 12 (cat) images, median 1",
+        "            1 of 4 classes without an image (eel)",
+    ]
+    listed = [line.split() for line in rest.partition("\n\n")[0].splitlines()]
+    assert listed == [["12", "0", "cat"], ["7", "1", "dog"], ["0", "2", "eel"], ["1", "3", "3"]]
+
+
+def test_stats_as_json_say_what_the_text_says() -> None:
+    a_class_without_images()
+    done = e2ediff("data", "stats", "x.parquet", "--json", "--images", "6", "--workers", "0")
+    found = json.loads(done.out)
+    assert [list(c.values()) for c in found["classes"]] == [
+        [0, "cat", 12], [1, "dog", 7], [2, "eel", 0], [3, "3", 1]
+    ]  # fmt: skip
+    assert (found["images"], found["looked_at"], found["broken"]) == (20, 6, [])
+    assert 20 <= found["sizes"]["min"] <= found["sizes"]["median"] <= found["sizes"]["max"] < 28
+    assert len(found["mean"]) == len(found["std"]) == 3
+    text = e2ediff("data", "stats", "x.parquet", "--images", "6", "--workers", "0").out
+    assert yaml.safe_load(text.partition("# proposed\n")[2]) == found["proposed"]
+    damage(Path("tree/n00000001/n00000001_3.JPEG"))
+    done = e2ediff("data", "stats", "tree", "--json", "--workers", "0")
+    (broken,) = json.loads(done.out)["broken"]
+    assert broken["image"] == "tree/n00000001/n00000001_3.JPEG"
+    done = e2ediff("data", "stats", "tree", "--json", "--workers", "0", "--set", "classes=0")
+    assert json.loads(done.out)["classes"] == []
 
 
 def as_cifar(tree: Path, path: Path) -> Path:

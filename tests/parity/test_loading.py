@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
 from pathlib import Path
+from types import ModuleType
 
 import attrs
 import pytest
@@ -11,14 +15,21 @@ import torch
 from pictures import damage, write_tree
 from PIL import Image
 from source_kinds import COUNTS, SIZE, TOTAL, folder, make
+from tiny_recipe import tiny
 
+from e2ediff import hookimpl
 from e2ediff.data import DataSource, SourceConfig
-from e2ediff.errors import BadImageError, DataError
+from e2ediff.errors import BadImageError, DataError, ResourceError
+from e2ediff.host.plugins import load
 from e2ediff.parts import sources
 from e2ediff.parts.sources.folder import FolderBytes
+from e2ediff.prepare.examine import examine
+from e2ediff.prepare.write import Settings, prepare
 from e2ediff.run.bad_images import BadImages, Skipped, Skipping, open_source
 from e2ediff.run.loader import batches
 from e2ediff.run.order import Order
+from e2ediff.run.progress import Progress
+from e2ediff.run.session import train
 from e2ediff.run.storage import Store
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -54,6 +65,74 @@ def test_workers_and_a_resume_in_mid_epoch_see_the_same_images(kind, place, tmp_
     assert_same(seen(config, workers=0), whole)
     assert_same(seen(config, workers=1), whole)
     assert_same(seen(config, workers=2, first=4), whole[4:])
+
+
+# Killed processes
+
+
+@attrs.frozen(kw_only=True)
+class Fatal(sources.ImageFolder):
+    """A folder whose images end the worker process that reads them, as `signal` would."""
+
+    signal: int = int(signal.SIGKILL)
+
+    def open(self, *, held_out: bool = False) -> DataSource:
+        source = super().open(held_out=held_out)
+        source.listing = attrs.evolve(source.listing, fetch=Ending(source.listing.fetch, self))
+        return source
+
+
+@attrs.frozen
+class Ending:
+    fetch: object
+    config: Fatal
+
+    def __call__(self, i: int) -> bytes:
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), self.config.signal)
+        return self.fetch(i)
+
+
+def fatal(place, **options) -> Fatal:
+    return Fatal(root=str(place / "tree"), size=SIZE, classes=len(COUNTS), **options)
+
+
+def test_a_run_whose_reading_process_was_killed_says_what_to_lower(place, tmp_path) -> None:
+    module = ModuleType("fatal")
+    module.register_sources = hookimpl(lambda add: add("fatal", Fatal))
+    host = load(module, entry_points=False)
+    block = f"{{name: fatal, root: {place / 'tree'}, size: 16, classes: 30, workers: 1}}"
+    (tmp_path / "x.yaml").write_text(tiny(steps="2", batch="4", data=block))
+    with pytest.raises(ResourceError) as caught:
+        train(host, str(tmp_path / "x.yaml"), (), str(tmp_path / "run"),
+              progress=Progress(io.StringIO()))  # fmt: skip
+    said = str(caught.value)
+    assert "a process that reads images died (DataLoader worker (pid" in said
+    assert "lower data.workers, or give more memory. What was saved is intact: continue" in said
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 8)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGKILL, "lower --workers, or give more memory"),
+     (signal.SIGBUS, "the shared memory is full"),
+     (signal.SIGSEGV, "with --workers 0 this process reads the images itself")],
+    ids=["killed", "bus error", "crash"],
+)  # fmt: skip
+def test_commands_on_data_say_what_to_lower_when_a_process_was_killed(
+    number, said, place, tmp_path
+) -> None:
+    config = fatal(place, signal=number)
+    source = config.open()
+    with pytest.raises(ResourceError, match=said):
+        examine(source, range(4), quick=False, workers=1, progress=lambda line: None)
+    settings = Settings(
+        source="", images=4, size=SIZE, channels=3, classes=0, format="png", quality=95, each=2,
+        skip=False,
+    )  # fmt: skip
+    with pytest.raises(ResourceError, match=said):
+        prepare(source, settings, str(tmp_path / "x"), workers=1, progress=lambda line: None)
 
 
 @pytest.mark.parametrize("sampling", ["natural", "class_balanced"])

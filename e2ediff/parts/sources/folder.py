@@ -111,9 +111,9 @@ def class_folders(
     if beside:
         shown = ", ".join(beside[:5]) + (", ..." if len(beside) > 5 else "")
         raise DataError(
-            f"{option}: {len(beside)} images lie beside the class folders of {place} ({shown}); "
-            "nobody can tell their class: move them into one or away, or `--set data.classes=0` "
-            "to take all images without classes"
+            f"{option}: {len(beside)} of {len(beside) + len(images)} images lie beside the class "
+            f"folders of {place} ({shown}); nobody can tell their class: move them into one or "
+            "away, or `--set data.classes=0` to take all images without classes"
         )
     if "" in classes:
         return Names(images), torch.zeros(len(images), dtype=torch.int64), ()

@@ -121,8 +121,8 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
         place = files[0].path if len(files) == 1 else files[0].path.rpartition("/")[0]
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         raise DataError(
-            f"{option}: {len(empty)} class tars in {place} hold no images ({shown}); fetch "
-            "them again, or pack without them"
+            f"{option}: class tars without images in {place}: {shown}; fetch them again, or pack "
+            "without them"
         )
     found = found.sorted()
     classed = all("/" in name for name in found.names)
