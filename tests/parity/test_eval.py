@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from e2ediff.errors import UnlikeScoresError
 from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passes import Pass, View
-from e2ediff.evaluate.passport import read_card
+from e2ediff.evaluate.passport import read_card, write_card
 from e2ediff.evaluate.ranking import differences, rank
 from e2ediff.evaluate.reference import open_reference, reference_features
 from e2ediff.evaluate.subject import draw_labels
@@ -386,6 +387,28 @@ def test_a_bootstrap_gives_every_comparison_an_interval_in_print_and_in_the_card
         assert differences([plain, drawn], name) == {}  # an error is no way of measuring
     assert values(plain) == pytest.approx(values(drawn), rel=1e-12)
     assert plain.scores["KD-RandomProjection6"].error > 0  # of few images, without any bootstrap
+
+
+def test_compare_notes_other_versions_and_ranks_all_the_same(run, tmp_path) -> None:
+    words = (run, *NETWORK, "--metrics", "{name: kid, subsets: 5, size: 10}")
+    card = scored(*words, "--out", tmp_path)["e2ediff"]
+    machine = json.loads(json.dumps(card.passport.machine))
+    own = machine["versions"]["torch"]
+    machine["versions"]["torch"] = "1.13"
+    del machine["libraries"]["pillow"]
+    machine["git"] = {**(machine["git"] or {"dirty": False}), "commit": "abc"}
+    other = attrs.evolve(card, passport=attrs.evolve(card.passport, machine=machine))
+    place = write_card(str(tmp_path / "other"), other)
+    assert e2ediff("compare", card.place, card.place).err == ""
+    done = e2ediff("compare", card.place, place)
+    assert done.code == 0
+    assert len(done.out.splitlines()) == 3
+    notes = done.err.splitlines()
+    assert f"note: torch differs: {own} ({card.place}), 1.13 ({place})" in notes
+    assert any(n.startswith("note: git commit differs: ") and f"abc ({place})" in n for n in notes)
+    pillow = [note for note in notes if note.startswith("note: pillow differs: ")]
+    assert [note.endswith(f"unknown ({place})") for note in pillow] == [True]
+    assert not [note for note in notes if "torchvision" in note]  # which is the same
 
 
 def test_a_report_has_the_scores_of_a_run(run, host) -> None:
