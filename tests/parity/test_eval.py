@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import attrs
@@ -13,13 +14,14 @@ from command_line import e2ediff
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from e2ediff.errors import UnlikeScoresError
+from e2ediff.errors import DataError, UnlikeScoresError
 from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passes import Pass, View
 from e2ediff.evaluate.passport import read_card, write_card
 from e2ediff.evaluate.ranking import differences, rank
+from e2ediff.evaluate.reconstruction import reconstruct
 from e2ediff.evaluate.reference import open_reference, reference_features
-from e2ediff.evaluate.subject import draw_labels
+from e2ediff.evaluate.subject import draw_labels, run_subject
 from e2ediff.metric import moments_of
 from e2ediff.parts.features import Inception, RandomProjection
 from e2ediff.parts.inception import Inception2015
@@ -181,6 +183,12 @@ def test_a_network_that_guides_is_pinned_by_its_content(run, tmp_path, host, tin
     done = e2ediff("compare", *(card.place for card in cards))
     assert done.code == 9
     assert "  guided_by: " in done.err
+    given = [f"guidance={{name: autoguidance, run: {weak}}}"]
+    sent = pickle.dumps(run_subject(host, run, 3, "balanced", overrides=given).images)
+    assert len(list(pickle.loads(sent).batches(0, 3, 3))) == 1
+    train(host, str(tmp_path / "tiny.yaml"), ["steps=6"], str(weak), resume=True)
+    with pytest.raises(DataError, match=r"has changed while images .* guidance.checkpoint=images"):
+        next(pickle.loads(sent).batches(0, 3, 3))
     own = scored(*words, "guidance={name: autoguidance, scale: 2.0}", "--out", tmp_path / "own")
     passport = own["e2ediff"].passport
     assert "guided_by" not in passport.protocol
@@ -341,6 +349,19 @@ def test_inception_scores_with_other_weights_are_never_called_fid(tmp_path, host
     done = e2ediff("eval", *broken)
     assert done.code == 5
     assert "these are other weights" in done.err
+
+
+def test_images_that_are_not_finite_are_refused_and_not_scored_as_black_ones(run) -> None:
+    model = load_model(run, device="cpu")
+    samples = Samples(run, [0] * 40, model=model)
+    for weight in model.net.parameters():
+        weight.data.fill_(torch.nan)
+    with pytest.raises(DataError, match=r"samples are not finite, .* number 32: the weights"):
+        next(samples.batches(33, 40, 64))
+    work = Pass(RandomProjection(width=6).build(), ("pool",), ())
+    source = model.recipe.data.open(held_out=True)
+    with pytest.raises(DataError, match="reconstructions of held-out images are not finite"):
+        reconstruct(model, source, 8, work, View("nearest", "network"))
 
 
 def test_scores_are_ranked_only_if_they_were_measured_in_the_same_way(run, tmp_path) -> None:
