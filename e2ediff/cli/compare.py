@@ -24,7 +24,8 @@ def command(
     Runs whose recipes differ in nothing but the seed are seeds of one cell.
     The first RUN is what the others are compared with.
     SCORES are JSON files of `e2ediff eval`; they are ranked only if they were measured in the
-    same way, else the fields that differ are named.
+    same way, else the fields that differ are named. Where they were measured by other versions
+    of a library or of the code, a note says so.
     """
     if len(runs) < 2:
         raise click.UsageError("give two runs or more; `e2ediff report` is for one")
@@ -55,13 +56,16 @@ def _rank(places: tuple[str, ...], *, regardless: bool) -> None:
     """Rank every score that all files have; exit code 9 if one was measured in unlike ways."""
     from e2ediff.errors import DataError
     from e2ediff.evaluate.passport import read_card
-    from e2ediff.evaluate.ranking import rank, shared_scores
+    from e2ediff.evaluate.ranking import other_versions, rank, shared_scores
 
     cards = [read_card(place) for place in places]
     names = shared_scores(cards)
     if not names:
         has = "; ".join(f"{card.place}: {', '.join(card.scores)}" for card in cards)
         raise DataError(f"these files have no score in common. {has}")
+    for what, versions in other_versions(cards).items():
+        listed = ", ".join(f"{v} ({c.place})" for v, c in zip(versions, cards, strict=True))
+        click.echo(f"note: {what} differs: {listed}", err=True)
     for name in names:
         for line in rank(cards, name, regardless=regardless):
             click.echo(line)

@@ -252,11 +252,27 @@ class SomeImages(SourceImages):
             yield self.source.read(self.chosen[first : min(first + size, stop)])[0]
 
 
+def check_finite(x: Tensor, what: str, first: int) -> None:
+    """Refuse images (B, C, H, W) that bytes would make black.
+
+    Raises:
+        DataError: One is not finite; `first` is the number of x's first.
+    """
+    broken = (~x.isfinite()).flatten(1).any(dim=1)
+    if broken.any():
+        number = first + int(broken.nonzero()[0])
+        raise DataError(
+            f"{what} are not finite, the first of them is number {number}: the weights or the "
+            "sampling have diverged; choose another --checkpoint, sampler or guidance"
+        )
+
+
 @attrs.define(eq=False, slots=False)
 class Samples(ImageSet):
     """Images that a run's model makes, one for each of `labels`; image i by (seed, i) alone.
 
     The model is loaded where it is needed first, so that processes load their own.
+    `guides` are hashes of the networks that guidance asks, which must be the same in all.
     """
 
     place: str
@@ -267,6 +283,7 @@ class Samples(ImageSet):
     device: str = "auto"
     overrides: Sequence[str] = ()
     _model: Model | None = None
+    guides: tuple[str, ...] | None = None
 
     @property
     def model(self) -> Model:
@@ -279,7 +296,17 @@ class Samples(ImageSet):
                 device=self.device,
                 overrides=self.overrides,
             )
+            self._check_guides(self._model)
         return self._model
+
+    def _check_guides(self, model: Model) -> None:
+        for i, other in enumerate(model.others):
+            if self.guides is not None and self.guides[i] != other.origin.sha256:
+                raise DataError(
+                    f"{other.origin.run}: its newest checkpoint has changed while images that it "
+                    "guides were made; name one: --set guidance.checkpoint="
+                    f"{other.origin.checkpoint}"
+                )
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_model": None}
@@ -311,6 +338,7 @@ class Samples(ImageSet):
         for first in range(start - start % rows, stop, whole):
             last = min(first + whole, -(-stop // rows) * rows, self.count)
             x = self.model.sample(self.labels[first:last], seed=self.seed, first=first)
+            check_finite(x, f"{self.place}: samples", first)
             yield from torch.split(x[max(start - first, 0) : stop - first], size)
 
     def sha256(self) -> str:

@@ -35,6 +35,29 @@ def differences(cards: Sequence[Card], score: str) -> dict[str, tuple[JSON, JSON
     return found
 
 
+def other_versions(cards: Sequence[Card]) -> dict[str, list[str]]:
+    """Of each library, and of the code, that is not the same for all cards: every card's version.
+
+    They say nothing of how a score was measured, but may move it.
+    """
+    each = [_versions(card) for card in cards]
+    found = {
+        name: [str(one.get(name, "unknown")) for one in each]
+        for name in dict.fromkeys(name for one in each for name in one)
+    }
+    return {name: versions for name, versions in found.items() if len(set(versions)) > 1}
+
+
+def _versions(card: Card) -> dict[str, JSON]:
+    machine = card.passport.machine
+    found: dict[str, JSON] = {}
+    for section in ("versions", "libraries"):
+        own = machine.get(section)
+        found |= own if isinstance(own, dict) else {}
+    git = machine.get("git")
+    return found | ({f"git {k}": v for k, v in git.items()} if isinstance(git, dict) else {})
+
+
 def best_first(score: str) -> bool:
     """Whether less is better."""
     return is_distance(score) or score.partition("-")[0] in ("LPIPS", "perceptual", "copied")

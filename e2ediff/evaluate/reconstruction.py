@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
-from e2ediff.evaluate.images import PixelHash
+from e2ediff.evaluate.images import PixelHash, check_finite
 from e2ediff.evaluate.passes import Pass, View
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import Estimate, FeatureSet
@@ -129,6 +129,7 @@ def _pairs(
     for first in range(0, count, whole):
         pixels = source.read(range(first, min(first + whole, count)))[0]
         x_hat = model.reconstruct(pixels.float() / 127.5 - 1)
+        check_finite(x_hat, "reconstructions of held-out images", first)
         yield from zip(torch.split(pixels, size), torch.split(x_hat, size), strict=True)
 
 

@@ -105,6 +105,7 @@ def run_subject(
     opened = open_checkpoint(directory.store, checkpoint)
     samples = Samples(place, (), seed, weights, opened.name, device, overrides, model)
     model = samples.model
+    samples.guides = tuple(other.origin.sha256 for other in model.others)
     recipe, classes = model.recipe, max(1, model.recipe.data.image.classes)
     samples.labels = draw_labels(law, classes, count, seed)
     name = weights or (recipe.ema[0].name if recipe.ema else "target")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -12,13 +14,14 @@ from command_line import e2ediff
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from e2ediff.errors import UnlikeScoresError
+from e2ediff.errors import DataError, UnlikeScoresError
 from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passes import Pass, View
-from e2ediff.evaluate.passport import read_card
+from e2ediff.evaluate.passport import read_card, write_card
 from e2ediff.evaluate.ranking import differences, rank
+from e2ediff.evaluate.reconstruction import reconstruct
 from e2ediff.evaluate.reference import open_reference, reference_features
-from e2ediff.evaluate.subject import draw_labels
+from e2ediff.evaluate.subject import draw_labels, run_subject
 from e2ediff.metric import moments_of
 from e2ediff.parts.features import Inception, RandomProjection
 from e2ediff.parts.inception import Inception2015
@@ -180,6 +183,12 @@ def test_a_network_that_guides_is_pinned_by_its_content(run, tmp_path, host, tin
     done = e2ediff("compare", *(card.place for card in cards))
     assert done.code == 9
     assert "  guided_by: " in done.err
+    given = [f"guidance={{name: autoguidance, run: {weak}}}"]
+    sent = pickle.dumps(run_subject(host, run, 3, "balanced", overrides=given).images)
+    assert len(list(pickle.loads(sent).batches(0, 3, 3))) == 1
+    train(host, str(tmp_path / "tiny.yaml"), ["steps=6"], str(weak), resume=True)
+    with pytest.raises(DataError, match=r"has changed while images .* guidance.checkpoint=images"):
+        next(pickle.loads(sent).batches(0, 3, 3))
     own = scored(*words, "guidance={name: autoguidance, scale: 2.0}", "--out", tmp_path / "own")
     passport = own["e2ediff"].passport
     assert "guided_by" not in passport.protocol
@@ -342,6 +351,19 @@ def test_inception_scores_with_other_weights_are_never_called_fid(tmp_path, host
     assert "these are other weights" in done.err
 
 
+def test_images_that_are_not_finite_are_refused_and_not_scored_as_black_ones(run) -> None:
+    model = load_model(run, device="cpu")
+    samples = Samples(run, [0] * 40, model=model)
+    for weight in model.net.parameters():
+        weight.data.fill_(torch.nan)
+    with pytest.raises(DataError, match=r"samples are not finite, .* number 32: the weights"):
+        next(samples.batches(33, 40, 64))
+    work = Pass(RandomProjection(width=6).build(), ("pool",), ())
+    source = model.recipe.data.open(held_out=True)
+    with pytest.raises(DataError, match="reconstructions of held-out images are not finite"):
+        reconstruct(model, source, 8, work, View("nearest", "network"))
+
+
 def test_scores_are_ranked_only_if_they_were_measured_in_the_same_way(run, tmp_path) -> None:
     metrics = ("--metrics", "{name: kid, subsets: 5, size: 10}")
     scored(run, *NETWORK, *metrics, "--out", tmp_path / "a")
@@ -386,6 +408,28 @@ def test_a_bootstrap_gives_every_comparison_an_interval_in_print_and_in_the_card
         assert differences([plain, drawn], name) == {}  # an error is no way of measuring
     assert values(plain) == pytest.approx(values(drawn), rel=1e-12)
     assert plain.scores["KD-RandomProjection6"].error > 0  # of few images, without any bootstrap
+
+
+def test_compare_notes_other_versions_and_ranks_all_the_same(run, tmp_path) -> None:
+    words = (run, *NETWORK, "--metrics", "{name: kid, subsets: 5, size: 10}")
+    card = scored(*words, "--out", tmp_path)["e2ediff"]
+    machine = json.loads(json.dumps(card.passport.machine))
+    own = machine["versions"]["torch"]
+    machine["versions"]["torch"] = "1.13"
+    del machine["libraries"]["pillow"]
+    machine["git"] = {**(machine["git"] or {"dirty": False}), "commit": "abc"}
+    other = attrs.evolve(card, passport=attrs.evolve(card.passport, machine=machine))
+    place = write_card(str(tmp_path / "other"), other)
+    assert e2ediff("compare", card.place, card.place).err == ""
+    done = e2ediff("compare", card.place, place)
+    assert done.code == 0
+    assert len(done.out.splitlines()) == 3
+    notes = done.err.splitlines()
+    assert f"note: torch differs: {own} ({card.place}), 1.13 ({place})" in notes
+    assert any(n.startswith("note: git commit differs: ") and f"abc ({place})" in n for n in notes)
+    pillow = [note for note in notes if note.startswith("note: pillow differs: ")]
+    assert [note.endswith(f"unknown ({place})") for note in pillow] == [True]
+    assert not [note for note in notes if "torchvision" in note]  # which is the same
 
 
 def test_a_report_has_the_scores_of_a_run(run, host) -> None:
