@@ -116,4 +116,4 @@ class _Exported(FeatureNetwork):
                 f"it returns {y.shape[1]} tokens, and without the first {skip} these are no "
                 "square; set `skip` to the number of tokens that are no patches"
             )
-        return patches.mT.unflatten(2, (side, side))
+        return patches.mT.reshape(len(y), -1, side, side)

@@ -16,6 +16,7 @@ GROUPS = {
     "encode": ("embed_pixels", "trunks.encode", "head_latent"),
     "decode": ("embed_decode", "trunks.decode", "head_pixels"),
     "denoise": ("embed_denoise", "trunks.denoise", "head_denoise"),
+    "heads": ("heads.",),
 }
 VIT = ViTConfig(
     width=16, depth=2, heads=2, patch=8, latent_dim=4, latent_norm="batch", trunks="three"
@@ -28,7 +29,7 @@ def shaken_nets(objective, vit=VIT, **options):
     nets = make_nets(vit, objective, **options)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in nets.online.parameters():
+        for p in [*nets.online.parameters(), *nets.heads.parameters()]:
             p += 0.1 * torch.randn(p.shape, generator=g)
     return nets
 
@@ -36,6 +37,7 @@ def shaken_nets(objective, vit=VIT, **options):
 def reached(nets, loss) -> set[str]:
     """Groups in which some parameter has a gradient other than zero."""
     named = dict(nets.online.named_parameters())
+    named |= {f"heads.{k}": p for k, p in nets.heads.named_parameters()}
     grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
     moved = [k for k, g in zip(named, grads, strict=True) if g is not None and g.abs().sum() > 0]
     return {group for group, own in GROUPS.items() if any(k.startswith(own) for k in moved)}
@@ -52,7 +54,20 @@ CASES = [
     ),
     (TwoStage(decode_noise=NOISY), "autoencoder", {"reconstruction": AUTOENCODER}),
     (TwoStage(draws=2), "denoiser", {"denoising": {"denoise"}}),
-    (KL(), "joint", {"reconstruction": AUTOENCODER, "denoising": {"denoise"}, "kl": {"encode"}}),
+    (
+        KL(),
+        "joint",
+        {
+            "reconstruction": {*AUTOENCODER, "heads"},
+            "denoising": {"denoise"},
+            "kl": {"encode", "heads"},
+        },
+    ),
+    (
+        KL(std=0.1),
+        "joint",
+        {"reconstruction": AUTOENCODER, "denoising": {"denoise"}, "kl": {"encode"}},
+    ),
 ]
 
 
@@ -60,7 +75,15 @@ CASES = [
 @pytest.mark.parametrize(
     ("objective", "phase", "expected"),
     CASES,
-    ids=["coupled", "detached", "detached, more options", "first stage", "second stage", "kl"],
+    ids=[
+        "coupled",
+        "detached",
+        "detached, more options",
+        "first stage",
+        "second stage",
+        "kl",
+        "kl of fixed std",
+    ],
 )
 def test_each_loss_reaches_exactly_its_modules(objective, phase, expected, predicts) -> None:
     nets, batch = shaken_nets(objective, predicts=predicts), make_batch()

@@ -6,17 +6,26 @@ forgets to fails here, for none is left out.
 
 from __future__ import annotations
 
+import io
+import tempfile
+from functools import lru_cache
+
 import attrs
 import pytest
 import torch
+from command_line import needs
 from torch import Tensor
 
+from e2ediff.backbone import Denoise
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.interpolant import KINDS
 from e2ediff.objective import Objective
 from e2ediff.run.assembly import build_nets, problems
-from e2ediff.testing import make_batch, make_draw
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.engine import Engine
+from e2ediff.run.progress import Progress
+from e2ediff.testing import check_objective, make_batch, make_draw
 from e2ediff.testing.trials import RECIPE
 from e2ediff.times import TimeSampler
 
@@ -70,3 +79,86 @@ def test_a_loss_that_has_no_bound_next_to_noise_is_refused_and_no_other(name, pr
     found = problems(recipe)
     assert {problem.where for problem in found} <= {"predicts"}
     assert bool(found) == (largest_loss(recipe, recipe.objective, 1e-4) > 1e3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_installed_objective_keeps_its_contract(name) -> None:
+    recipe = recipe_of(name)
+    check_objective(recipe.objective, recipe.backbone)
+
+
+# Cells of an ablation differ in their objective and share their seed.
+
+
+@attrs.frozen(eq=False)
+class Seen:
+    """What a step was given, and what it asked the denoiser: `z_t`, `t` and `label`, if it did.
+
+    `rest` is the state of the generator from which everything else is drawn.
+    """
+
+    x: Tensor
+    t: Tensor
+    label: Tensor
+    rest: Tensor
+    asked: list[Denoise] = attrs.field(factory=list)
+
+
+@lru_cache
+def seen(name: str, *changes: str, seed: int = 0) -> list[Seen]:
+    """Two steps of a run of the engine, in the objective's first phase."""
+    recipe = recipe_of(name, *changes, f"seed={seed}")
+    found: list[Seen] = []
+    with tempfile.TemporaryDirectory() as folder:
+        directory = RunDirectory.create(f"{folder}/run", recipe.name, "", "", {})
+        sources = (recipe.data.open(), recipe.data.open(held_out=True))
+        quiet = Progress(io.StringIO())
+        engine = Engine(HOST, recipe, directory, torch.device("cpu"), sources, quiet)
+        step, outputs = engine.parts.step, engine.parts.nets.online.outputs
+
+        def given(module, args):
+            batch, draw, _ = args
+            rest = draw.generator.get_state()
+            found.append(Seen(batch.x, draw.t, draw.label, rest))
+
+        def asked(*passes):
+            found[-1].asked.extend(p for p in passes if isinstance(p, Denoise))
+            return outputs(*passes)
+
+        step.register_forward_pre_hook(given)
+        engine.parts.nets.online.outputs = asked
+        for batch, _ in zip(engine._batches(), range(2), strict=False):
+            engine.advance(batch)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cells_of_a_seed_are_given_the_same_images_times_labels_and_noise(name) -> None:
+    mine, theirs = seen(name), seen("detached")
+    assert len(mine) == len(theirs) == 2
+    for a, b in zip(mine, theirs, strict=True):
+        for what in ("x", "t", "label", "rest"):
+            assert torch.equal(getattr(a, what), getattr(b, what)), what
+    for a, b in zip(mine, seen(name, seed=1), strict=True):
+        assert not torch.equal(a.t, b.t)
+        assert not torch.equal(a.rest, b.rest)
+
+
+PLAIN = ("objective.augmentation={mask_probability: 0}",)
+# Whose first draw from the generator is the noise of the denoiser.
+ALIKE = [
+    pytest.param("coupled", (), id="coupled"),
+    pytest.param("dsd", PLAIN, id="dsd", marks=needs("e2ediff-dsd")),
+    pytest.param("unite", (), id="unite", marks=needs("e2ediff-unite")),
+    pytest.param("tweedie", (), id="tweedie", marks=needs("e2ediff-rivals")),
+    pytest.param("repa_e", (), id="repa_e", marks=needs("e2ediff-rivals")),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), ALIKE)
+def test_cells_of_a_seed_ask_the_denoiser_about_the_same_noise(name, changes) -> None:
+    """At the first step weights are equal too, and with them the noised latents, to the bit."""
+    mine, theirs = seen(name, *changes)[0].asked[0], seen("detached")[0].asked[0]
+    assert torch.equal(mine.t, theirs.t)
+    assert torch.equal(mine.label, theirs.label)
+    assert torch.equal(mine.z_t, theirs.z_t)

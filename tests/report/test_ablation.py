@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +17,11 @@ from command_line import e2ediff
 from e2ediff.report.group import Group
 from e2ediff.report.plan import make_plan
 from e2ediff.report.train import exit_code, train_all
+from e2ediff.run.checkpoint import open_checkpoint
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.progress import Progress
 from e2ediff.run.signals import Stop
+from e2ediff.run.storage import Store
 
 
 def runs(group: Path) -> dict[str, str]:
@@ -164,3 +171,69 @@ def test_a_stopped_ablation_saves_what_is_training_and_starts_nothing_more(
     assert runs(Path(group.path)) == {"coupled-seed0": "preempted"}
     assert RunDirectory.open(group.run("coupled-seed0")).status()["last_checkpoint"]
     assert "coupled-seed0: saved after" in capsys.readouterr().err
+
+
+def until(ready, seconds: float = 120) -> None:
+    """Wait for it, looking often."""
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "nothing came of it"
+        time.sleep(0.005)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the lock names the process on Linux")
+def test_an_ablation_killed_in_the_middle_of_a_cell_ends_as_the_undisturbed_one(
+    tmp_path, monkeypatch, tiny_text
+):
+    """SIGKILL to the command and to the run that it has started, as when a machine fails."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny_text)
+    often = "cadence={log: 1, diagnose: 20, preview: 1000, checkpoint: 20}"
+    words = ["ablate", "tiny.yaml", "--vary", "objective=detached", "--seeds", "3"]
+    words += ["--threads", "1", "--set", "steps=120", "--set", often]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = e2ediff(*words, "--out", whole)
+    assert done.code == 0, done.err
+
+    run = broken / "runs" / "detached-seed3"
+    command = subprocess.Popen(
+        [sys.executable, "-m", "e2ediff", *words, "--out", str(broken)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until(lambda: len([*run.glob("checkpoints/images-*/MANIFEST.json")]) > 1)
+    os.kill(int((run / ".lock").read_text().split()[0]), signal.SIGKILL)
+    command.kill()
+    command.wait()
+    steps = len((run / "metrics.jsonl").read_text().splitlines())
+    assert 40 <= steps < 120
+    assert not RunDirectory.open(str(run)).status().get("exit_code")
+
+    done = e2ediff(*words, "--out", broken, "--resume")
+    assert done.code == 0, done.err
+    undisturbed, continued = (result(out / "runs" / "detached-seed3") for out in (whole, broken))
+    assert len(undisturbed["metrics"]) > 120
+    assert continued == undisturbed
+    kinds = [e["kind"] for e in RunDirectory.open(str(run)).read_events()]
+    assert kinds.count("kernels") == 2, "it was resumed, not begun again"
+    figures = []
+    for out in (whole, broken):
+        (cell,) = json.loads((out / "report.json").read_text())["cells"]
+        figures.append({k: v for k, v in cell["figures"].items() if not k.startswith("wall_")})
+    assert figures[0] == figures[1]
+    assert figures[0]["psnr"]["n"] == 1
+
+
+def result(run: Path) -> dict[str, object]:
+    """What a run computed: its figures but for times of the clock, and all tensors' bytes."""
+    lines = RunDirectory.open(str(run)).read_metrics()
+    last = open_checkpoint(Store(str(run)))
+    return {
+        "metrics": [{k: v for k, v in m.items() if not k.startswith("wall_")} for m in lines],
+        "step": last.step,
+        **{
+            f"{file}:{name}": hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()
+            for file in last.files
+            for name, t in last.tensors(file).items()
+        },
+    }

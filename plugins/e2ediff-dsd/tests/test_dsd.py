@@ -36,6 +36,7 @@ def gradient(objective, nets, loss: str, seed: int = 2) -> dict[str, torch.Tenso
     batch = make_batch()
     terms = objective.terms(nets, batch, make_draw(batch, seed=seed), "joint")
     named = dict(nets.online.named_parameters())
+    named |= {f"heads.{k}": p for k, p in nets.heads.named_parameters()}
     grads = torch.autograd.grad(terms.losses[loss], list(named.values()), allow_unused=True)
     pairs = zip(named.items(), grads, strict=True)
     return {k: torch.zeros_like(p) if g is None else g for (k, p), g in pairs}
@@ -182,6 +183,7 @@ GROUPS = {
     "encode": ("embed_pixels", "trunks.encode", "head_latent", "mask_token"),
     "decode": ("embed_decode", "trunks.decode", "head_pixels"),
     "denoise": ("embed_denoise", "trunks.denoise", "head_denoise"),
+    **{f"{head} head": (f"heads.{head}.",) for head in ("align", "repr", "class")},
 }
 
 
@@ -205,9 +207,9 @@ def test_each_loss_reaches_exactly_its_modules() -> None:
     assert reached == {
         "reconstruction": {"encode", "decode"},
         "denoising": {"encode", "denoise"},
-        "align": {"encode", "denoise"},
-        "repr": {"encode"},
-        "class": {"encode"},
+        "align": {"encode", "denoise", "align head"},
+        "repr": {"encode", "repr head"},
+        "class": {"encode", "class head"},
     }
 
 

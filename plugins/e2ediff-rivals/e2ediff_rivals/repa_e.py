@@ -168,7 +168,8 @@ class RepaE(Objective):
         grid = nets.online.latent.grid
         assert grid is not None
         if x.is_meta:
-            return x.new_zeros(len(x), grid[0] * grid[1], nets.heads["align"][-1].out_features)
+            *_, bias = nets.heads["align"].parameters()
+            return x.new_zeros(len(x), grid[0] * grid[1], len(bias))
         with torch.no_grad():
             last: Tensor = nets.frozen["features"](x)[-1].float()  # (B, K, h, w)
         placed = functional.interpolate(last, grid, mode="bilinear", align_corners=False)
