@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from e2ediff import __version__
-from e2ediff.errors import E2EDiffError
+from e2ediff.errors import E2EDiffError, PluginError
 
 # Command, its module below this package, and what the overview says of it.
 _COMMANDS = {
@@ -95,4 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
+    except Exception:
+        from e2ediff.host.discovery import spoiled
+
+        if not (why := spoiled()):
+            raise
+        click.echo(f"error: {why}", err=True)
+        sys.exit(PluginError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

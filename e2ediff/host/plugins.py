@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 import e2ediff
 from e2ediff.errors import PluginError
 from e2ediff.host import hookspecs
-from e2ediff.host.discovery import BUILTIN, Entry, installed, words
+from e2ediff.host.discovery import BUILTIN, Entry, installed, version_of, words
 from e2ediff.host.guard import cause, guarded, time_limit
 from e2ediff.host.registry import KINDS, Plugin, Registry, closest, did_you_mean
 from e2ediff.host.survey import Finding, survey
@@ -139,11 +139,13 @@ class Host:
             return ""
         install = f"Run: pip install {shlex.quote(requirement)}"
         try:
-            found = metadata.distribution(wanted.name)
+            found = version_of(wanted.name)
         except metadata.PackageNotFoundError:
             return f"{wanted.name} is not installed. {install}"
-        if not wanted.specifier.contains(found.version, prereleases=True):
-            return f"{wanted.name} {found.version} is installed, not {requirement}. {install}"
+        except PluginError as exc:
+            return f"{exc}."
+        if not wanted.specifier.contains(found, prereleases=True):
+            return f"{wanted.name} {found} is installed, not {requirement}. {install}"
         for entry in self.entries:
             if canonicalize_name(entry.distribution) == canonicalize_name(wanted.name):
                 self.load_plugin(entry.name)
