@@ -7,7 +7,9 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -87,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = group.main(arguments, prog_name="e2ediff", standalone_mode=False)
     except E2EDiffError as error:
+        if os.environ.get("E2EDIFF_TRACE") == "1" and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
