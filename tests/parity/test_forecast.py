@@ -269,7 +269,6 @@ def test_time_is_work_over_the_pace_of_all_devices(plan: Plan) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        ["cadence.diagnose=2", "cadence.survey=6", "steps=13"],
         ["cadence.diagnose=4", "cadence.survey=3", "scores.every=20"],
         ["cadence.diagnose=5", "scores.every=3", "probe.glance=99", "diagnostics=[spread]"],
     ],
