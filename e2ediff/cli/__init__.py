@@ -7,13 +7,15 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
 
 from e2ediff import __version__
-from e2ediff.errors import E2EDiffError
+from e2ediff.errors import E2EDiffError, PluginError
 
 # Command, its module below this package, and what the overview says of it.
 _COMMANDS = {
@@ -87,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = group.main(arguments, prog_name="e2ediff", standalone_mode=False)
     except E2EDiffError as error:
+        if os.environ.get("E2EDIFF_TRACE") == "1" and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -95,4 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
+    except Exception:
+        from e2ediff.host.discovery import spoiled
+
+        if not (why := spoiled()):
+            raise
+        click.echo(f"error: {why}", err=True)
+        sys.exit(PluginError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

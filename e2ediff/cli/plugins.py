@@ -99,7 +99,7 @@ def info(name: str) -> None:
     for entry in _named(name, host.entries):
         origin = f"{entry.distribution} {entry.version}".strip()
         click.secho(f"{entry.name}  {origin}", bold=True)
-        if entry.distribution:
+        if entry.distribution and not entry.fault:
             said = metadata.metadata(entry.distribution)
             if "Summary" in said:
                 click.echo(f"  {'summary':<9} {said['Summary']}")

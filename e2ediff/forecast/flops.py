@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from e2ediff.backbone import Backbone, Decode, Denoise, Encode, Output, Pass
-from e2ediff.data import Batch
+from e2ediff.data import Batch, ImageSpec
 from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw, Nets
@@ -66,15 +66,7 @@ def count_passes(recipe: Recipe) -> dict[str, PhaseCost]:
     Raises:
         DataError: A feature network cannot be built here.
     """
-    nets = meta_nets(recipe)
-    step = Step(recipe.objective, nets, torch.float32, recipe.regularizers)
-    image = recipe.data.image
-    batch = Batch(
-        x=torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META),
-        label=torch.zeros(_ROWS, dtype=torch.long, device=_META),
-    )
-    times = torch.zeros(_ROWS, device=_META)
-    draw = Draw(t=times, label=batch.label, generator=None, times=recipe.times)
+    nets, step, batch, draw = _meta_step(recipe)
     found = {}
     for phase in recipe.objective.phases:
         ledger = _Ledger()
@@ -87,6 +79,42 @@ def count_passes(recipe: Recipe) -> dict[str, PhaseCost]:
         losses = sum(weight != 0 for weight in terms.weights.values())
         found[phase] = PhaseCost(ledger.costs(), losses)
     return found
+
+
+def _meta_step(recipe: Recipe) -> tuple[Nets, Step, Batch, Draw]:
+    """Networks, a step of theirs and what it is called with, on the meta device."""
+    nets = meta_nets(recipe)
+    step = Step(recipe.objective, nets, torch.float32, recipe.regularizers)
+    image = recipe.data.image
+    batch = Batch(
+        x=torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META),
+        label=torch.zeros(_ROWS, dtype=torch.long, device=_META),
+    )
+    times = torch.zeros(_ROWS, device=_META)
+    draw = Draw(t=times, label=batch.label, generator=None, times=recipe.times)
+    return nets, step, batch, draw
+
+
+def count_latent_gradients(recipe: Recipe) -> float:
+    """FLOPs of an image's gradients of every loss at the latents, in the costliest phase.
+
+    Raises:
+        DataError: A feature network cannot be built here.
+    """
+    _, step, batch, draw = _meta_step(recipe)
+    most = 0
+    for phase in recipe.objective.phases:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            terms = step(batch, draw, phase)
+            for name, loss in terms.losses.items():
+                weight = terms.weights[name]
+                if weight and terms.z.requires_grad and loss.requires_grad:
+                    torch.autograd.grad(
+                        weight * loss, terms.z, retain_graph=True, allow_unused=True
+                    )
+        most = max(most, counter.get_total_flops())
+    return most / _ROWS
 
 
 def count_inference(recipe: Recipe) -> dict[str, float]:
@@ -108,6 +136,21 @@ def count_inference(recipe: Recipe) -> dict[str, float]:
             call()
         found[name] = counter.get_total_flops() / _ROWS
     return found
+
+
+def count_features(config: FeatureConfig, image: ImageSpec) -> float:
+    """FLOPs of an image's features.
+
+    Raises:
+        DataError: The network cannot be built here.
+    """
+    with _META:
+        network = config.blank()
+    counter = FlopCounterMode(display=False)
+    pixels = torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META)
+    with counter, torch.no_grad():
+        network.to(_META).vectors(pixels)
+    return counter.get_total_flops() / _ROWS
 
 
 def meta_nets(recipe: Recipe) -> Nets:

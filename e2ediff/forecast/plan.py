@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import attrs
@@ -9,16 +10,22 @@ import torch
 
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.forecast.devices import GPUS, Device, cpu
-from e2ediff.forecast.flops import PhaseCost, count_inference, count_passes
+from e2ediff.forecast.flops import (
+    PhaseCost,
+    count_features,
+    count_inference,
+    count_latent_gradients,
+    count_passes,
+)
 from e2ediff.forecast.measure import Measured, measured_device, measured_step
 from e2ediff.forecast.memory import Memory, follow
 from e2ediff.forecast.sampling import Calls, count_calls
 from e2ediff.forecast.spread import spread
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
-from e2ediff.run.alarm import looks_of, surveys_of
 from e2ediff.run.assembly import build_nets, profiles
 from e2ediff.run.count import Count, count
+from e2ediff.run.generate import ROWS
 from e2ediff.run.probing import GRADIENT_IMAGES, chosen_diagnostics
 
 EVALUATED = 50_000
@@ -91,7 +98,7 @@ class Plan:
 
     @property
     def looking_seconds(self) -> float:
-        """Seconds of diagnoses, previews and calibrations, on one device while others wait."""
+        """Seconds of looks, scores and calibrations, on one device while others wait."""
         return sum(look.times * look.flops for look in self.looks.values()) / self.pace
 
     @property
@@ -203,35 +210,63 @@ def make_plan(
 
 
 def _looks(host: Host, plan: Plan) -> dict[str, Look]:
-    """Diagnoses, surveys, previews, and the calibrations of batch statistics before saving."""
+    """What `run.lookout` looks at, and the calibrations of batch statistics before saving."""
     r, cost = plan.recipe, plan.inference
-    image, asked = r.data.image, {what for d in chosen_diagnostics(host, r) for what in d.asks}
     online = build_nets(r, torch.device("meta"))[0].online
-    calibration = r.probe.calibration * cost["encode"] if online.latent_norm.has_statistics else 0
+    statistics = online.latent_norm.has_statistics
+    calibration = r.probe.calibration * cost["encode"] if statistics else 0.0
+    trained = r.probe.trained * cost["encode"] if online.latent.learned else 0.0
     both = cost["encode"] + cost["decode"]
-    few = min(r.probe.glance, r.probe.images)
-    diagnose = (few + online.latent.learned * r.probe.trained) * cost["encode"]
-    survey = diagnose
-    if "many" in asked:
-        survey += (r.probe.images - few) * cost["encode"]
-    if "x_hat" in asked:
-        survey += few * cost["decode"]
-    if "denoised" in asked:
-        survey += few * len(r.probe.times) * cost["denoise"]
-    if "gradients" in asked:
-        survey += min(GRADIENT_IMAGES, r.probe.images) * max(
-            c.per_image.forward + c.losses * c.per_image.backward for c in plan.phases.values()
-        )
-    surveys = len(surveys_of(r))
-    sheet = r.preview.rows * max(1, min(r.preview.classes, image.classes))
+    sheet = r.preview.rows * max(1, min(r.preview.classes, r.data.image.classes))
     preview = sheet * plan.sample_flops + _RECONSTRUCTIONS * both + 2 * calibration
     weights = 2 + len(r.ema) + len(profiles(r))  # online, target and the further averages
-    return {
-        "diagnose": Look(len(looks_of(r)) - surveys, diagnose),
-        "survey": Look(surveys + 1, survey),  # and before the first step
+    every = r.cadence.survey or 10 * r.cadence.diagnose
+    found = {
+        "diagnose": Look(_diagnoses(r, every), _glance(r) * cost["encode"] + trained),
+        "survey": Look(_times(r, every) + 1, _survey(host, plan) + trained),  # and at first
         "preview": Look(_times(r, r.cadence.preview), preview),
         "checkpoint": Look(_times(r, r.cadence.checkpoint), weights * calibration),
     }
+    if r.scores is not None:
+        features = count_features(r.scores.features, r.data.image)
+        tiled = -(-r.scores.images // ROWS) * ROWS
+        made = tiled * (both + plan.sample_flops)
+        made += 2 * r.scores.images * features + calibration
+        found["scores"] = Look(_scorings(r), made)
+        found["scores' reference"] = Look(1, r.scores.images * features)
+    return found
+
+
+def _glance(recipe: Recipe) -> int:
+    return min(recipe.probe.glance, recipe.probe.images)
+
+
+def _diagnoses(recipe: Recipe, survey: int) -> int:
+    """Diagnoses that are no surveys: between the first step and the last."""
+    steps, every = recipe.total_steps - 1, recipe.cadence.diagnose
+    return steps // every - steps // math.lcm(every, survey)
+
+
+def _survey(host: Host, plan: Plan) -> float:
+    """FLOPs of what all diagnostics together ask for."""
+    r, cost, few = plan.recipe, plan.inference, _glance(plan.recipe)
+    asked = {what for d in chosen_diagnostics(host, r) for what in d.asks}
+    flops = (r.probe.images if "many" in asked else few) * cost["encode"]
+    if "x_hat" in asked:
+        flops += few * cost["decode"]
+    if "denoised" in asked:
+        flops += few * len(r.probe.times) * cost["denoise"]
+    if "gradients" in asked:
+        flops += min(GRADIENT_IMAGES, r.probe.images) * count_latent_gradients(r)
+    return flops
+
+
+def _scorings(recipe: Recipe) -> int:
+    """How often a run is scored: at multiples of `scores.every` images, and at the end."""
+    assert recipe.scores is not None
+    every, seen = recipe.scores.every, recipe.total_steps * recipe.batch
+    before = seen - recipe.batch  # at the last but one step
+    return min(recipe.total_steps - 1, before // every) + 1
 
 
 def _times(recipe: Recipe, every: int) -> int:

@@ -137,7 +137,8 @@ def assumptions(plan: Plan) -> list[str]:
         "attention keeps no matrix of scores, as flash kernels do.",
         "The device's share of the batch lies on it in float32.",
         "Waiting for data and for the disk is left out, and so are validation runs of your own.",
-        "An evaluation's feature network is left out; a solver that chooses its steps is counted "
+        "What diagnostics and metrics compute from latents and features is left out, and so is an "
+        "evaluation's feature network; a solver that chooses its steps is counted "
         "on a denoiser that answers zero.",
     ]
     if plan.device.usable < plan.device.memory:
@@ -149,7 +150,7 @@ def assumptions(plan: Plan) -> list[str]:
     if plan.gpus > 1:
         what = (
             f"{plan.gpus} devices are {plan.gpus} times as fast: gradients travel during the "
-            "backward pass. Diagnoses and previews are made on one while "
+            "backward pass. Diagnoses, previews and scores are made on one while "
             "the others wait."
         )
         found.append(what)

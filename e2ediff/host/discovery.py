@@ -1,17 +1,25 @@
-"""Which plugins are installed, read from metadata alone: nothing of theirs is imported here."""
+"""Which plugins are installed, read from metadata alone: nothing of theirs is imported here.
+
+Metadata is a stranger's, too: what cannot be read is the fault of one distribution alone.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 
 import attrs
+from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from e2ediff import __version__
+from e2ediff.errors import PluginError
+from e2ediff.host.guard import cause
 
 GROUP = "e2ediff"
 """The entry point group of plugins."""
@@ -26,6 +34,7 @@ class Entry:
 
     `name` is unique among all that are installed; `entry` is the name that its distribution
     gave it, `value` the module (or `module:object`), `requires` the distribution's requirements.
+    `fault` is what is wrong with its metadata, in one line, "" if nothing.
     """
 
     name: str
@@ -34,6 +43,7 @@ class Entry:
     distribution: str = ""
     version: str = ""
     requires: tuple[str, ...] = ()
+    fault: str = ""
 
     def answers(self, word: str) -> bool:
         """Whether a user who writes `word` can mean this plugin."""
@@ -45,13 +55,17 @@ class Entry:
         return metadata.EntryPoint(self.entry, self.value, GROUP).load()
 
     def refusal(self) -> str:
-        """Why this plugin is not imported at all: blocked, or for another e2ediff; "" if it is.
+        """Why this plugin is not imported at all, "" if it is.
+
+        It is blocked, or its metadata is damaged, or it is for another e2ediff.
 
         Plugins are blocked by the environment variable E2EDIFF_BLOCK, which lists entry points
         and distributions, separated by commas.
         """
         if any(self.answers(word) for word in words("E2EDIFF_BLOCK")):
             return "blocked by E2EDIFF_BLOCK"
+        if self.fault:
+            return self.fault
         for line in self.requires:
             try:
                 wanted = Requirement(line)
@@ -75,7 +89,7 @@ class Entry:
                 wanted = Requirement(line)
                 if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
                     metadata.distribution(wanted.name)
-            except InvalidRequirement:
+            except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName):
                 continue
             except metadata.PackageNotFoundError:
                 return line
@@ -99,12 +113,94 @@ def installed() -> list[Entry]:
     ]
 
 
+def version_of(name: str) -> str:
+    """The version of an installed distribution.
+
+    Raises:
+        PackageNotFoundError: There is none of this name.
+        PluginError: Its metadata cannot be read, or has no version as pip takes it.
+    """
+    found = metadata.distribution(name)
+    try:
+        return str(Version(found.version))
+    except Exception as exc:  # a stranger's metadata
+        raise PluginError(_fault("METADATA", _folder(found), exc)) from exc
+
+
+def spoiled() -> str:
+    """Which distribution keeps others from reading any entry point, torch among them; "" if none.
+
+    Such a file ends `import torch` itself, so nothing here can go on without its repair.
+    """
+    try:
+        metadata.entry_points(group=GROUP)
+    except Exception as failed:  # a stranger's metadata, as below
+        for distribution in metadata.distributions():
+            try:
+                _ = distribution.entry_points
+            except Exception as exc:
+                fault = _fault("entry_points.txt", _folder(distribution), exc)
+                return f"torch cannot be imported: {fault}"
+        return f"torch cannot be imported: the metadata of a distribution is damaged ({failed!r})"
+    return ""
+
+
 def _entries() -> Iterator[Entry]:
-    for point in metadata.entry_points(group=GROUP):
-        if point.dist is None:
-            yield Entry(point.name, point.name, point.value)
-            continue
-        requires = tuple(point.dist.requires or ())
-        yield Entry(
-            point.name, point.name, point.value, point.dist.name, point.dist.version, requires
-        )
+    """All entry points of the group; of equal distributions the first on Python's path counts."""
+    seen: set[str] = set()
+    for distribution in metadata.distributions():
+        found = _entries_of(distribution)
+        names = {canonicalize_name(e.distribution) for e in found}
+        if not names & seen and not any(_shadowed(distribution, name) for name in names):
+            yield from found
+        seen |= names
+
+
+def _entries_of(distribution: metadata.Distribution) -> Sequence[Entry]:
+    """Its entry points of the group; with a fault where they or its metadata cannot be read."""
+    if f"[{GROUP}]" not in _declared(distribution):
+        return ()
+    folder = _folder(distribution)
+    own = folder.name.partition("-")[0]
+    try:
+        points = list(distribution.entry_points.select(group=GROUP))
+        if len({p.name for p in points}) < len(points):
+            raise ValueError("two entry points have one name")
+    except Exception as exc:  # a stranger's metadata, here and below
+        return [Entry(own, own, "", own, fault=_fault("entry_points.txt", folder, exc))]
+    try:
+        name, version = distribution.metadata["Name"], distribution.version or ""
+        requires = tuple(distribution.requires or ())
+        if not name:
+            raise ValueError("there is no Name")
+    except Exception as exc:
+        fault = _fault("METADATA", folder, exc)
+        return [Entry(p.name, p.name, p.value, own, fault=fault) for p in points]
+    return [Entry(p.name, p.name, p.value, name, version, requires) for p in points]
+
+
+def _declared(distribution: metadata.Distribution) -> str:
+    """The text of its entry points, whatever bytes are in it."""
+    try:
+        return distribution.read_text("entry_points.txt") or ""
+    except UnicodeDecodeError as exc:
+        return exc.object.decode(errors="replace")
+    except OSError:
+        return ""  # as importlib.metadata takes a file that may not be read
+
+
+def _folder(distribution: metadata.Distribution) -> Path:
+    """Where its metadata lies; importlib.metadata has no public name for it."""
+    return Path(getattr(distribution, "_path", "unknown"))
+
+
+def _fault(file: str, folder: Path, exc: Exception) -> str:
+    return (
+        f"{folder / file} cannot be read ({cause(exc)}); reinstall its distribution or remove it"
+    )
+
+
+def _shadowed(distribution: metadata.Distribution, name: str) -> bool:
+    """Whether a distribution of this name comes earlier on Python's path."""
+    first = next(iter(metadata.distributions(name=name)), distribution)
+    return first.locate_file("") != distribution.locate_file("")

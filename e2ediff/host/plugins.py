@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
@@ -19,7 +20,7 @@ from packaging.utils import canonicalize_name
 import e2ediff
 from e2ediff.errors import PluginError
 from e2ediff.host import hookspecs
-from e2ediff.host.discovery import BUILTIN, Entry, installed, words
+from e2ediff.host.discovery import BUILTIN, Entry, installed, version_of, words
 from e2ediff.host.guard import cause, guarded, time_limit
 from e2ediff.host.registry import KINDS, Plugin, Registry, closest, did_you_mean
 from e2ediff.host.survey import Finding, survey
@@ -139,11 +140,13 @@ class Host:
             return ""
         install = f"Run: pip install {shlex.quote(requirement)}"
         try:
-            found = metadata.distribution(wanted.name)
+            found = version_of(wanted.name)
         except metadata.PackageNotFoundError:
             return f"{wanted.name} is not installed. {install}"
-        if not wanted.specifier.contains(found.version, prereleases=True):
-            return f"{wanted.name} {found.version} is installed, not {requirement}. {install}"
+        except PluginError as exc:
+            return f"{exc}."
+        if not wanted.specifier.contains(found, prereleases=True):
+            return f"{wanted.name} {found} is installed, not {requirement}. {install}"
         for entry in self.entries:
             if canonicalize_name(entry.distribution) == canonicalize_name(wanted.name):
                 self.load_plugin(entry.name)
@@ -168,6 +171,26 @@ class Host:
                 raise
             except BaseException as exc:  # the plugin boundary
                 self.broken[plugin.name] = cause(exc)
+
+    def owner_of(self, error: BaseException) -> str:
+        """The plugin in whose code an exception was raised, with file and line; "" for none.
+
+        Also where its code called ours or torch's, and these raised.
+        """
+        owners = {
+            part.cls.__module__.partition(".")[0]: part.plugin
+            for registry in self.registries.values()
+            for part in registry
+            if part.plugin.name != BUILTIN
+        }
+        if isinstance(error, KeyboardInterrupt | GeneratorExit):
+            return ""
+        for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+            owner = owners.get(str(frame.f_globals.get("__name__")).partition(".")[0])
+            if owner:
+                file = os.path.basename(frame.f_code.co_filename)
+                return f"plugin {owner}, {file} line {line}"
+        return ""
 
     def observe(self, hook: str, **arguments: object) -> list[tuple[str, BaseException]]:
         """Call an observer hook of every plugin, and return who raised what.
@@ -225,7 +248,8 @@ def load(*modules: object, entry_points: bool = True, builtins: bool = True) -> 
     Plugins named in the environment variable E2EDIFF_BLOCK (by entry point or distribution,
     separated by commas) are left out, those in E2EDIFF_LOAD are imported at once.
     An installed plugin that fails is recorded in `Host.broken` and hurts nobody else.
-    E2EDIFF_TRACE=1 reports every hook call on stderr.
+    E2EDIFF_TRACE=1 reports every hook call on stderr, and at the command line the traceback of
+    what a plugin raised in a run.
 
     Args:
         modules: Further plugins: modules, or any objects with hooks.

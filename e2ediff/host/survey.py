@@ -26,7 +26,7 @@ from typing import IO, Any
 import attrs
 
 import e2ediff
-from e2ediff.host.discovery import Entry
+from e2ediff.host.discovery import Entry, spoiled
 from e2ediff.host.guard import time_limit
 
 START_LIMIT = 180.0
@@ -116,8 +116,9 @@ def _messages(names: Sequence[str]) -> Sequence[dict[str, Any]]:
                 if len(ends) == len(names):
                     return ends
     if not current and not ends:
-        # No plugin's fault; each says so, and nobody waits for ever.
-        return [{"end": name, "broken": f"the process that looks at it {why}"} for name in names]
+        # No fault of these; each says so, and nobody waits for ever.
+        why = spoiled() or f"the process that looks at it {why}"
+        return [{"end": name, "broken": why} for name in names]
     if current:
         ends.append({"end": current, "broken": why})
     return ends

@@ -27,6 +27,8 @@ class Autoguidance(Guidance):
     for sampling).
     Its latents must be those of the network that is sampled; of an end-to-end model that is an
     earlier checkpoint or another average of the same run, or a run that shares its autoencoder.
+    Another run is refused unless both keep one latent contract, the statistics of the latent norm
+    included; within a run these may differ, as they move while it trains.
     `scale` 1 is no guidance and costs one pass.
     Pictures during training are made without it.
 

@@ -299,9 +299,17 @@ class Engine:
         seconds = time.perf_counter() - began
         self._record({**found, timed: round(seconds, 4)})
         self._notify("diagnosed", step=self.step, values=found)
+        self._tell_failures()
+
+    def _tell_failures(self) -> None:
+        """Say which diagnostics and metrics failed since this was called last."""
+        for kind, text in self.lookout.observer.onlookers.told():
+            self._tell(kind, text)
 
     def _judge(self, figures: Mapping[str, float]) -> None:
-        found = self.watch.look(figures, self.lookout.observer.verdict(figures))
+        verdict = self.lookout.observer.verdict(figures)
+        self._tell_failures()
+        found = self.watch.look(figures, verdict)
         said, signs = "; ".join(found.signs), [*found.signs]
         if found.change:
             self.directory.event(found.change, step=self.step, images=self.images, signs=signs)

@@ -18,7 +18,7 @@ from typing import Any
 
 from e2ediff.errors import ResourceError
 
-ENDED = "E2EDIFF_ENDED"
+ENDED = "_E2EDIFF_ENDED"
 """Environment variable: the file for the exit code."""
 
 PATIENCE = 600

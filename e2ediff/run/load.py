@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import attrs
@@ -57,7 +58,8 @@ def load_model(
         CheckpointError: It has no such checkpoint or weights, they are damaged, or the width
             cannot be reconstructed.
         LatentError: The recipe's backbone has other latents than those weights.
-        RecipeError: An override is wrong, or guidance asks a network of other latents.
+        RecipeError: An override is wrong, or guidance asks a network of another path or classes.
+        LatentError: Guidance asks another run, whose latents are others.
     """
     host, warn = host or load(), warn or logging.warning
     target = choose_device(device)
@@ -73,7 +75,7 @@ def load_model(
         for reference in guidance.references:
             place = reference.run or run
             found = open_one(place, reference.checkpoint or None, reference.weights or None)
-            others[reference] = _other(recipe, net, place, found)
+            others[reference] = _other(recipe, net, place, run, found)
         given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
         guidance = guidance.given(given)
     return Model(recipe, net, guidance, tuple(others.values()), origin, rows, precision, latent)
@@ -146,14 +148,29 @@ def _refuse_others(overrides: Sequence[str]) -> None:
         raise RecipeError("sampling", [attrs.evolve(p, hint=hint) for p in wrong])
 
 
-def _other(recipe: Recipe, net: Backbone, run: str, found: Opened) -> Other:
-    """A network that guidance asks, once its latents are known to be of the same kind."""
+def _other(recipe: Recipe, net: Backbone, run: str, own: str, found: Opened) -> Other:
+    """A network that guidance asks, once it is known to keep the contract of these latents.
+
+    Args:
+        recipe: That of the run that is sampled.
+        net: Its network, whose latents the other is to denoise.
+        run: The other's run.
+        own: The run that is sampled. Its own earlier checkpoints and averages are taken though
+            statistics of the latent norm differ: the latents have moved, as the weights have.
+        found: The other.
+
+    Raises:
+        RecipeError: It has another interpolant or other classes.
+        LatentError: It is of another run, and latents mean something else there.
+    """
     theirs, weak, origin, _ = found
-    here = (net.latent, recipe.interpolant, recipe.data.image.classes)
-    there = (weak.latent, theirs.interpolant, theirs.data.image.classes)
-    for what, a, b in zip(("latents", "interpolant", "classes"), here, there, strict=True):
+    here = (recipe.interpolant, recipe.data.image.classes)
+    there = (theirs.interpolant, theirs.data.image.classes)
+    for what, a, b in zip(("interpolant", "classes"), here, there, strict=True):
         if a != b:
             text = f"{run} has other {what}: {b} there, {a} here."
             hint = "Give a run that was trained on the same latents."
             raise RecipeError("sampling", [Problem("guidance", text, hint=hint)])
+    if os.path.abspath(run) != os.path.abspath(own):
+        weak.contract().accept(net.contract(), f"{own}, which {run} is to guide,")
     return Other(Plain(weak, theirs.interpolant, theirs.predicts), origin)

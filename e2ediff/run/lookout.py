@@ -18,6 +18,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.run.assembly import Assembly
 from e2ediff.run.ema import in_use
+from e2ediff.run.onlookers import Onlookers
 from e2ediff.run.probing import Observer, chosen_diagnostics
 from e2ediff.run.scores import Scorer
 from e2ediff.run.world import World
@@ -59,9 +60,11 @@ class Lookout:
             DataError: A feature network's weights are missing, or the images too few.
         """
         training, held_out = sources
-        chosen = chosen_diagnostics(host, recipe)
-        observer = Observer.open(recipe, chosen, training, held_out, device)
-        return cls(recipe, parts, world, observer, Scorer.open(recipe, held_out, device))
+        onlookers = Onlookers()
+        chosen = chosen_diagnostics(host, recipe, onlookers)
+        observer = Observer.open(recipe, chosen, training, held_out, device, onlookers)
+        scorer = Scorer.open(recipe, held_out, device, onlookers)
+        return cls(recipe, parts, world, observer, scorer)
 
     def due(self, step: int) -> bool:
         """Whether diagnostics are due after this step."""

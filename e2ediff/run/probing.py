@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,10 +17,12 @@ from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.errors import DivergedError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
+from e2ediff.host.registry import options
 from e2ediff.run.draws import draw_for
 from e2ediff.run.ema import at_rest, in_use, normalised, own_latents
 from e2ediff.run.generate import Model
 from e2ediff.run.loader import fixed_images
+from e2ediff.run.onlookers import Onlookers, numbers
 from e2ediff.run.seeds import generator
 from e2ediff.run.step import Step
 
@@ -30,12 +33,16 @@ GRADIENT_IMAGES = 16
 
 @attrs.frozen(eq=False)
 class Observer:
-    """Fixed images, noise and labels on which a run is looked at."""
+    """Fixed images, noise and labels on which a run is looked at.
+
+    A diagnostic that raises is left out from then on, and `onlookers` knows why.
+    """
 
     recipe: Recipe
     diagnostics: Sequence[Diagnostic]
     probe: Batch
     calibration: Tensor
+    onlookers: Onlookers = attrs.field(factory=Onlookers)
 
     @classmethod
     def open(
@@ -45,13 +52,14 @@ class Observer:
         training: DataSource,
         held_out: DataSource,
         device: torch.device,
+        onlookers: Onlookers | None = None,
     ) -> Observer:
         """Read the probe from the held-out images, the calibration from the training ones."""
         count, seed = recipe.probe.images, recipe.seed
         probe = fixed_images(held_out, count, seed, "probe", device)
         count = recipe.probe.calibration
         calibration = fixed_images(training, count, seed, "calibration", device)
-        return cls(recipe, diagnostics, probe, calibration.x)
+        return cls(recipe, diagnostics, probe, calibration.x, onlookers or Onlookers())
 
     @torch.no_grad()
     def measure(self, step: Step, phases: Sequence[str], *, survey: bool) -> dict[str, float]:
@@ -68,6 +76,7 @@ class Observer:
             DivergedError: What the networks make of the probe is not finite.
         """
         chosen = [d for d in self.diagnostics if survey or not d.asks]
+        # Those that failed count here: another process may have them still, and must not wait.
         asked = set(chain.from_iterable(d.asks for d in chosen))
         first = self.recipe.probe.glance
         with at_rest(step.nets.target) as net:
@@ -85,8 +94,14 @@ class Observer:
         for diagnostic in chosen:
             own = {k: v for k, v in costly.items() if k in diagnostic.asks}
             probe = many if "many" in diagnostic.asks else few
-            figures.update(diagnostic.measure(attrs.evolve(probe, z_online=trained, **own)))
+            figures |= self._ask(diagnostic, attrs.evolve(probe, z_online=trained, **own))
         return figures
+
+    def _ask(self, diagnostic: Diagnostic, probe: Probe) -> dict[str, float]:
+        """The figures of one diagnostic; none if it fails."""
+        return self.onlookers.ask(
+            "diagnostic", diagnostic, lambda: numbers(diagnostic.measure(probe)), {}
+        )
 
     def _encoded(self, net: Backbone, count: int) -> Probe:
         """The first `count` images and their latents."""
@@ -143,7 +158,11 @@ class Observer:
 
     def verdict(self, figures: Mapping[str, float]) -> list[str]:
         """What the diagnostics make of their figures; empty for healthy latents."""
-        return [sign for d in self.diagnostics for sign in d.verdict(figures)]
+        signs: list[str] = []
+        for d in self.diagnostics:
+            said = partial(lambda d: [str(sign) for sign in d.verdict(figures)], d)
+            signs += self.onlookers.ask("diagnostic", d, said, [])
+        return signs
 
     def _denoise(self, net: Backbone, z: Tensor, label: Tensor, t: float) -> Tensor:
         """The clean estimate (P, N, D) of the probe's latents, noised to time t."""
@@ -181,21 +200,25 @@ def _first(net: Backbone, many: Probe, count: int) -> Probe:
     return attrs.evolve(many, x=many.x[:count], label=many.label[:count], z=z, raw=raw)
 
 
-def chosen_diagnostics(host: Host, recipe: Recipe) -> Sequence[Diagnostic]:
+def chosen_diagnostics(
+    host: Host, recipe: Recipe, onlookers: Onlookers | None = None
+) -> Sequence[Diagnostic]:
     """The recipe's diagnostics; without any, all that are registered, with their defaults.
 
     Those of a plugin are when the recipe requires the plugin or names a part of it.
+    One that refuses its own defaults is left out, and `onlookers` knows why.
     """
+    onlookers = onlookers or Onlookers()
     if recipe.diagnostics is not None:
         return recipe.diagnostics
     found: list[Diagnostic] = []
     for part in host.registries["diagnostics"]:
-        try:
-            made = part.cls()
-        except TypeError:
-            continue  # it has options without defaults: a recipe must name it
-        assert isinstance(made, Diagnostic)
-        found.append(made)
+        if any(option.required for option in options(part.cls).values()):
+            continue  # a recipe must name it
+        made = onlookers.ask("diagnostic", part.cls, part.cls, None)
+        if made is not None:
+            assert isinstance(made, Diagnostic)
+            found.append(made)
     return found
 
 

@@ -9,6 +9,7 @@ Shapes: M images, C H W image.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import attrs
 import torch
@@ -19,9 +20,10 @@ from e2ediff.data import DataSource
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureNetwork
 from e2ediff.host.recipe import Recipe, Scores
-from e2ediff.metric import FeatureSet, is_distance, names_of, taps_of
+from e2ediff.metric import FeatureSet, Metric, is_distance, names_of, taps_of
 from e2ediff.run.generate import Model
 from e2ediff.run.loader import fixed_images
+from e2ediff.run.onlookers import Onlookers, numbers
 from e2ediff.run.pixels import features_of, network_title, to_pixels
 
 _BATCH = 64
@@ -29,16 +31,26 @@ _BATCH = 64
 
 @attrs.frozen(eq=False)
 class Scorer:
-    """Fixed held-out images with their features, and the network that makes them."""
+    """Fixed held-out images with their features, and the network that makes them.
+
+    A metric that raises is left out from then on, and `onlookers` knows why.
+    """
 
     recipe: Recipe
     settings: Scores
     network: FeatureNetwork
     x: Tensor
     real: FeatureSet
+    onlookers: Onlookers = attrs.field(factory=Onlookers)
 
     @classmethod
-    def open(cls, recipe: Recipe, held_out: DataSource, device: torch.device) -> Scorer | None:
+    def open(
+        cls,
+        recipe: Recipe,
+        held_out: DataSource,
+        device: torch.device,
+        onlookers: Onlookers | None = None,
+    ) -> Scorer | None:
         """Read the images and their features; None if the recipe asks for no scores.
 
         Raises:
@@ -62,7 +74,7 @@ class Scorer:
                     f"in scores.features, not {network_title(network)}"
                 )
         real = _features(settings, network, x)
-        return cls(recipe, settings, network, x, real)
+        return cls(recipe, settings, network, x, real, onlookers or Onlookers())
 
     def due(self, step: int) -> bool:
         """Whether a multiple of `every` images was passed in this step, or it is the last one."""
@@ -90,11 +102,18 @@ class Scorer:
 
     def _figures(self, kind: str, x: Tensor) -> Mapping[str, float]:
         made = _features(self.settings, self.network, x.to(self.x.device))
+        found: dict[str, float] = {}
+        for metric in self.settings.metrics:
+            work = partial(self._measured, metric, made, kind)
+            found |= self.onlookers.ask("metric", metric, work, dict[str, float]())
+        return found
+
+    def _measured(self, metric: Metric, made: FeatureSet, kind: str) -> dict[str, float]:
         title, published = network_title(self.network), self.network.published
+        values = {n: e.value for n, e in metric.measure(made, self.real).items()}
         return {
-            _prefixed(kind, names_of(metric, name, title, published=published)): estimate.value
-            for metric in self.settings.metrics
-            for name, estimate in metric.measure(made, self.real).items()
+            _prefixed(kind, names_of(metric, name, title, published=published)): value
+            for name, value in numbers(values).items()
         }
 
 

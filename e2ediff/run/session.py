@@ -11,7 +11,13 @@ import fsspec
 import torch
 
 from e2ediff.data import DataSource
-from e2ediff.errors import E2EDiffError, ResourceError, RunDirectoryError
+from e2ediff.errors import (
+    E2EDiffError,
+    PluginError,
+    ResourceError,
+    RunDirectoryError,
+)
+from e2ediff.host.guard import cause
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.run.alarm import deaf
@@ -26,7 +32,7 @@ from e2ediff.run.loader import check_enough, lost_reader
 from e2ediff.run.progress import Progress
 from e2ediff.run.signals import Stop
 from e2ediff.run.update import check_shares
-from e2ediff.run.world import ElsewhereError, World
+from e2ediff.run.world import ElsewhereError, World, is_broken_collective
 
 _GRACE = 5.0  # seconds in which one request to stop may reach a process twice
 
@@ -103,7 +109,7 @@ def train(
             _greet(shown, engine)
             engine.run(stop)
         except BaseException as caught:
-            error = world.judge(_in_words(caught))
+            error = world.judge(_in_words(host, caught))
             code = error.exit_code if isinstance(error, E2EDiffError) else 1
             code = 130 if isinstance(error, KeyboardInterrupt) else code
             name = "" if isinstance(error, ElsewhereError) else f"{type(error).__name__}: "
@@ -114,12 +120,18 @@ def train(
         return _end(directory, engine, stop)
 
 
-def _in_words(error: BaseException) -> BaseException:
-    """What the machine refuses outside of a training step, as the user's error that it is."""
+def _in_words(host: Host, error: BaseException) -> BaseException:
+    """What the machine refuses outside of a training step, or a plugin did, as a user's error."""
     if lost := lost_reader(error, "data.workers"):
         return ResourceError(f"{lost}. What was saved is intact: continue with --resume")
     if not isinstance(error, torch.OutOfMemoryError):
-        return error
+        known = isinstance(error, E2EDiffError) or is_broken_collective(error)
+        if known or not (owner := host.owner_of(error)):
+            return error
+        return PluginError(
+            f"{owner}: {cause(error)}. What was saved is intact; E2EDIFF_TRACE=1 prints the "
+            "traceback"
+        )
     return ResourceError(
         f"out of memory: {str(error).partition('. ')[0]}. A look takes probe.images and "
         "preview.rows x preview.classes images at once; lower these, or use parallel: fsdp2 on "

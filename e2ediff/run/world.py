@@ -159,7 +159,7 @@ class World:
         if self.size == 1 or self._store is None or isinstance(error, ElsewhereError):
             self._speaks = not isinstance(error, ElsewhereError)
             return error
-        lost = _is_broken_collective(error)
+        lost = is_broken_collective(error)
         if lost:
             with contextlib.suppress(RuntimeError):  # nobody said why
                 self._store.wait(["failed"], timedelta(seconds=2))
@@ -207,7 +207,8 @@ class World:
             dist.destroy_process_group()
 
 
-def _is_broken_collective(error: BaseException) -> bool:
+def is_broken_collective(error: BaseException) -> bool:
+    """Whether a collective failed, which says that another process is gone."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()

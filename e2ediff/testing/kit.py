@@ -40,9 +40,22 @@ class Verdict:
 
 # Title, check, and what to change where an exception does not say it itself.
 _ALWAYS: tuple[tuple[str, Callable[[Trial], None], str], ...] = (
-    ("documentation", documentation, ""),
-    ("contract", contract, ""),
-    ("recipe round trip", round_trip, ""),
+    (
+        "documentation",
+        documentation,
+        "give the class a docstring: a sentence on what it is for, and every option by name",
+    ),
+    (
+        "contract",
+        contract,
+        "it is called as docs/reference/contracts.md says: take those arguments, return those "
+        "shapes and types",
+    ),
+    (
+        "recipe round trip",
+        round_trip,
+        "make it a frozen attrs class whose options alone, as YAML has them, make it equal",
+    ),
     (
         "save and resume",
         save_and_resume,
@@ -59,7 +72,8 @@ _TRAINED = (
     (
         "compile",
         compiled,
-        "torch.compile must be able to trace it: no numbers read from tensors in a step",
+        "torch.compile must be able to trace blocks and heads, and give what an untraced step "
+        "gives",
     ),
 )
 
@@ -125,11 +139,10 @@ def _problem(check: Callable[[], None], advice: str) -> str:
     except AssertionError as error:
         if str(error):
             return " ".join(str(error).split())
-        return f"AssertionError at {_place(error)}"
+        return f"AssertionError at {_place(error)}; {advice}"
     except BaseException as error:  # the plugin boundary
-        way_out = f"; {advice}" if advice else ""
         place = "" if isinstance(error, E2EDiffError) else f" at {_place(error)}"
-        return f"{cause(error)}{place}{way_out}"
+        return f"{cause(error)}{place}; {advice}"
     return ""
 
 

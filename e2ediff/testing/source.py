@@ -11,6 +11,9 @@ from pathlib import Path
 
 import attrs
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import Specifier
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from e2ediff.errors import PluginError
 from e2ediff.host.discovery import GROUP
@@ -101,11 +104,18 @@ def unbounded(requires: tuple[str, ...]) -> Iterator[str]:
         except InvalidRequirement:
             yield f"{line!r} is no requirement as pip takes it"
             continue
-        if wanted.name == "e2ediff":
-            if not any(s.operator in ("<", "<=", "==", "~=") for s in wanted.specifier):
+        if canonicalize_name(wanted.name) == "e2ediff":
+            if not any(_keeps_minor(s) for s in wanted.specifier):
                 yield (
-                    f"{line!r} has no upper bound; below 1.0 a minor version may change "
-                    "contracts: write e2ediff>=0.1,<0.2"
+                    f"{line!r} has no upper bound below the next minor version, which may change "
+                    "contracts below 1.0: write e2ediff>=0.1,<0.2"
                 )
             return
     yield "it does not depend on e2ediff; add e2ediff>=0.1,<0.2 to its dependencies"
+
+
+def _keeps_minor(specifier: Specifier) -> bool:
+    """Whether it refuses the versions after some minor one; `~=0.1` goes on to 1.0."""
+    if specifier.operator in ("<", "<=", "==", "==="):
+        return specifier.version != "0.*"
+    return specifier.operator == "~=" and len(Version(specifier.version).release) > 2

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
+import os
 import re
 import signal
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2ediff import hookimpl
 from e2ediff.data import Batch
@@ -54,6 +60,9 @@ attribute:
 
     trial: ClassVar[tuple[str, ...]] = ("backbone.latent_norm=none", "objective.width=8")
 """
+
+
+_LOSS = "loss of "
 
 
 @attrs.frozen
@@ -197,33 +206,105 @@ def latent_contract(trial: Trial) -> None:
 
 
 def half_precision(trial: Trial) -> None:
-    """A step in bfloat16 has finite losses and gradients."""
+    """A run in bfloat16, and a step of every phase, have finite losses and gradients."""
     trial.train("bfloat16", precision="bfloat16", steps=1)
+    recipe, losses = attrs.evolve(trial.recipe, precision="bfloat16"), dict[str, Tensor]()
+    found = gradients(recipe, assemble(recipe, torch.device("cpu")), losses)
+    for key, value in {**losses, **found}.items():
+        assert value.isfinite().all(), (
+            f"in bfloat16 {_title(key)} is not finite; take losses in float32, with .float()"
+        )
 
 
 def compiled(trial: Trial) -> None:
-    """A step whose blocks and heads are compiled has the gradients of the plain one."""
-    plain = gradients(trial.recipe, assemble(trial.recipe, torch.device("cpu")))
-    parts = assemble(trial.recipe, torch.device("cpu"))
-    try:
-        for module in [*parts.nets.online.blocks(), *parts.nets.heads.values()]:
+    """Compiled, by blocks or as a whole, a step has the losses and gradients of the plain one."""
+    losses, parts = dict[str, Tensor](), assemble(trial.recipe, torch.device("cpu"))
+    gradients(trial.recipe, parts)  # constants may be computed once, and be kept
+    plain, others = gradients(trial.recipe, parts, losses, around=_NoNumbers), dict[str, Tensor]()
+    # Frames that torch cannot trace run as they are, and would not be seen to ask.
+    found = gradients(trial.recipe, parts, others, around=_as_if_compiling)
+    compare({**losses, **plain}, {**others, **found}, "torch.compiler.is_compiling()")
+    for whole in (False, True):
+        parts, others = assemble(trial.recipe, torch.device("cpu")), dict[str, Tensor]()
+        nets = parts.nets
+        modules = [parts.step] if whole else [*nets.online.blocks(), *nets.heads.values()]
+        for module in modules:
             module.compile(backend="aot_eager")  # traces as on a GPU, without a C++ compiler
-        compare(plain, gradients(trial.recipe, parts), "torch.compile")
+        with _untraced(allowed=whole):
+            found = gradients(trial.recipe, parts, others)
+        compare({**losses, **plain}, {**others, **found}, "torch.compile")
+
+
+@contextlib.contextmanager
+def _untraced(*, allowed: bool) -> Iterator[None]:
+    """What cannot be traced runs as it is, silently, as under `compile: step`; or is an error."""
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with torch._dynamo.config.patch(suppress_errors=allowed):
+            yield
     finally:
+        logger.setLevel(level)
         torch._dynamo.reset()
 
 
-def gradients(recipe: Recipe, parts: Assembly, shards: int = 2) -> dict[str, Tensor]:
-    """Gradients of one step of every phase by name, from `shards` shares of a batch."""
-    batch, found = trial_batch(recipe), dict[str, Tensor]()
+@contextlib.contextmanager
+def _as_if_compiling() -> Iterator[None]:
+    """`torch.compiler.is_compiling()` is true, and nothing is compiled."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+class _NoNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to read a number from a tensor, for which a step on a GPU would wait."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError(
+                "a step reads a number from a tensor, by .item(), float(), bool() or an `if`; "
+                f"compute with the tensor itself, torch.where for `if` ({_caller()})"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    """File and line of the code outside of torch that runs now."""
+    frames = [f for f in traceback.extract_stack()[:-2] if f"{os.sep}torch{os.sep}" not in f[0]]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+
+
+def gradients(
+    recipe: Recipe,
+    parts: Assembly,
+    losses: dict[str, Tensor] | None = None,
+    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> dict[str, Tensor]:
+    """Gradients of one step of every phase by name, from two shares of a batch.
+
+    The losses, summed over the shares, are added to `losses`; they are computed in `around()`.
+    """
+    batch, found, shards = trial_batch(recipe), dict[str, Tensor](), 2
     size = len(batch.x) // shards
+    losses = {} if losses is None else losses
     for phase in recipe.objective.phases:
         parts.nets.online.zero_grad()
         parts.nets.heads.zero_grad()
         for shard in range(shards):
             part = share(batch, shard, size)
             draw = draw_for(recipe, part.label, f"trial-{phase}", 0, shard)
-            (parts.step(part, draw, phase).total / shards).backward()
+            with around():
+                terms = parts.step(part, draw, phase)
+            (terms.total / shards).backward()
+            for name, loss in terms.losses.items():
+                key = f"{_LOSS}{phase}: {name}"
+                losses[key] = losses.get(key, torch.zeros(())) + loss.detach()
         found |= {f"{phase}: {k}": g for k, g in gradients_of(parts.nets.online)}
         found |= {f"{phase}: heads.{k}": g for k, g in gradients_of(parts.nets.heads)}
     return found
@@ -248,17 +329,23 @@ def share(batch: Batch, shard: int, size: int) -> Batch:
 
 
 def compare(plain: dict[str, Tensor], other: dict[str, Tensor], where: str) -> None:
-    """Fail where gradients differ by more than sums in another order do."""
+    """Fail where losses or gradients differ by more than sums in another order do."""
     assert set(plain) == set(other), (
-        f"{where} gives gradients to {sorted(set(plain) ^ set(other))[0]} on one side only"
+        f"there is {_title(sorted(set(plain) ^ set(other))[0])} with {where} or without it, not "
+        "both; let nothing hang on how a step is run"
     )
     for key, mine in plain.items():
         # float32: 1e-4 of the largest entry is a hundred times what reordering costs
         gap, size = (mine - other[key]).abs().max(), mine.abs().max()
         assert gap <= 1e-4 * size + 1e-7, (
-            f"{where} changes the gradient of {key} by {float(gap / size):.1g} of its size; "
+            f"{where} changes {_title(key)} by {float(gap / size):.1g} of its size; "
             "make the part a function of its arguments alone"
         )
+
+
+def _title(key: str) -> str:
+    """What `gradients` found, in words."""
+    return f"the {key}" if key.startswith(_LOSS) else f"the gradient of {key}"
 
 
 def _figures(path: Path) -> list[dict[str, float]]:

@@ -139,12 +139,40 @@ def test_a_weak_network_of_other_latents_is_refused(run: str) -> None:
     Path("other.yaml").write_text(text.replace("latent_dim: 4", "latent_dim: 8"))
     assert e2ediff("run", "other.yaml", "--out", "other").code == 0
     auto = "guidance={name: autoguidance, run: other}"
-    (_, line) = refused(3, "sample", run, "--set", auto)
-    assert line.startswith("  guidance: other has other latents: LatentSpec(tokens=16, dim=8")
+    first, theirs, expected, way_out = refused(6, "sample", run, "--set", auto)
+    assert first == (
+        "latents of run, which other is to guide, differ in dim from what is expected here."
+    )
+    assert theirs.startswith("  theirs:   16 tokens x 4 on a grid of 4 x 4, norm layer")
+    assert expected.startswith("  expected: 16 tokens x 8 on a grid of 4 x 4, norm layer")
+    assert way_out.startswith("Decode and denoise latents with the weights that encoded them")
+    Path("paths.yaml").write_text(text.replace("name: linear", "name: cosine"))
+    assert e2ediff("run", "paths.yaml", "--out", "paths").code == 0
+    (_, line) = refused(3, "sample", run, "--set", "guidance={name: autoguidance, run: paths}")
+    assert line.startswith("  guidance: paths has other interpolant: Cosine()")
     assert line.endswith("Give a run that was trained on the same latents.")
     auto = "guidance={name: autoguidance, run: nowhere}"
     (line,) = refused(6, "sample", run, "--set", auto)
     assert line.startswith("nowhere: not a run directory")
+
+
+def test_statistics_of_the_norm_may_differ_within_a_run_and_not_between_runs(run: str) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        changes = ("--set", "backbone.latent_norm=batch", "--set", f"seed={seed}")
+        assert e2ediff("run", Path(run, "recipe.yaml"), *changes, "--out", name).code == 0
+    shutil.copytree("one", "copy")
+    own = e2ediff("sample", "one", "--count", 1, "--weights", "online", "--out", "own")
+    assert own.code == 0
+    for weak, weights, code in (
+        ("two", "target", 6),
+        ("copy", "target", 0),  # the same latents, in another place
+        ("copy", "online", 6),
+        ("./one", "online", 0),  # the run itself, whose averages have statistics of their own
+    ):
+        auto = f"guidance={{name: autoguidance, run: {weak}, weights: {weights}}}"
+        out = f"{weak}-{weights}"
+        done = e2ediff("sample", "one", "--count", 1, "--set", auto, "--out", out)
+        assert (done.code, "differ in statistics from" in done.err) == (code, code == 6), done.err
 
 
 # Where they go

@@ -49,6 +49,8 @@ RUNS = {
         # the norm cancels the bias before it: without this, Adam makes steps of its rounding
         "optimizer.eps=0.001",
     ],
+    # two optimizers as one, of which one multiplies whole matrices
+    "muon": ["optimizer={name: muon, lr: 0.01, exclude: [embed, head, modulation]}", "steps=1"],
 }
 
 
@@ -124,7 +126,7 @@ def test_two_processes_equal_one_with_two_micro_shards_bit_for_bit(
     assert files(tmp_path / "run") == files(alone(name))
 
 
-@pytest.mark.parametrize("name", ["coupled", "dsd"])
+@pytest.mark.parametrize("name", ["coupled", "dsd", "muon"])
 def test_fsdp2_equals_one_process_and_saves_whole_tensors(
     name, alone, tiny_recipe, tmp_path
 ) -> None:
@@ -135,6 +137,12 @@ def test_fsdp2_equals_one_process_and_saves_whole_tensors(
     ours, theirs = tensors(out), tensors(alone(name))
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
+        if name == "muon" and value.is_floating_point():
+            # It makes matrices orthogonal in bfloat16, whose last bits may flip. Were shares of
+            # a matrix made orthogonal each, a step would move it by percents elsewhere.
+            gap = (ours[key] - value).norm() / value.norm().clamp(min=1e-6)
+            assert gap < 2e-3, f"{key}: {gap:.2g}"
+            continue
         # blocks that are called twice add their gradients in another order
         torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6, msg=key)
     assert load_model(str(out), device="cpu").sample([0], seed=1).shape == (1, 3, 16, 16)

@@ -36,6 +36,15 @@ class Site:
         (info / "METADATA").write_text("\n".join(lines) + "\n")
         (info / "entry_points.txt").write_text(f"[e2ediff]\n{entry or name} = {module}\n")
 
+    def damage(self, name: str, about: bytes | None, entries: bytes) -> Path:
+        """Metadata of these bytes, {name} in them replaced: METADATA and entry_points.txt."""
+        info = self.path / f"{name.replace('-', '_')}-1.2.dist-info"
+        info.mkdir()
+        for file, said in (("METADATA", about), ("entry_points.txt", entries)):
+            if said is not None:
+                (info / file).write_bytes(said.replace(b"{name}", name.encode()))
+        return info
+
     def python(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """A Python process."""
         path = os.pathsep.join(filter(None, [str(self.path), os.environ.get("PYTHONPATH")]))

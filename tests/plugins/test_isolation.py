@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 
+import attrs
 import pytest
 from command_line import e2ediff
 
@@ -61,16 +63,43 @@ BAD = {
         "'bad-takes-our-name' (bad-takes-our-name 1.2); register one of them under another name",
     ),
 }
+# Of each the bytes of METADATA, those of entry_points.txt, and what `plugins list` says of it.
+NAMED = b"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n"
+ENTRY = b"[e2ediff]\n{name} = nowhere\n"
+DAMAGED = {
+    "bad-nameless": (
+        b"Metadata-Version: 2.1\n",
+        ENTRY,
+        "METADATA",
+        "ValueError: there is no Name",
+    ),
+    "bad-bare": (None, ENTRY, "METADATA", "ValueError: there is no Name"),
+    "bad-latin": (
+        NAMED + b"Summary: \xff\n",
+        ENTRY,
+        "METADATA",
+        "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 60: "
+        "invalid start byte",
+    ),
+    "bad-twice": (
+        NAMED,
+        ENTRY + ENTRY[10:],
+        "entry_points.txt",
+        "ValueError: two entry points have one name",
+    ),
+}
 PRINTS = "import os\nprint('hello')\nos.write(1, b'raw')\n" + GOOD.format(name="chatty")
 
 
 @pytest.fixture
 def crowd(inside, tiny_text, monkeypatch):
-    """Ten bad plugins, one that prints, and two good ones."""
+    """Fourteen bad plugins, one that prints, and two good ones."""
     monkeypatch.setenv("E2EDIFF_PLUGIN_TIMEOUT", "1")
     for name, (source, _) in BAD.items():
         requires = "e2ediff>=99" if name == "bad-version" else ""
         inside.install(name, source, requires=requires)
+    for name, (about, entries, _, _) in DAMAGED.items():
+        inside.damage(name, about, entries)
     inside.install("bad-prints", PRINTS)
     inside.install("good-one", GOOD.format(name="one"))
     inside.install("good-two", GOOD.format(name="two"))
@@ -78,7 +107,7 @@ def crowd(inside, tiny_text, monkeypatch):
     return inside
 
 
-def test_ten_bad_plugins_are_each_named_once_and_two_good_ones_train(crowd) -> None:
+def test_fourteen_bad_plugins_are_each_named_once_and_two_good_ones_train(crowd) -> None:
     done = e2ediff("plugins", "list")
     assert done.code == 0, done.err
     lines = [re.split("  +", line, maxsplit=3) for line in done.out.splitlines()]
@@ -87,6 +116,13 @@ def test_ten_bad_plugins_are_each_named_once_and_two_good_ones_train(crowd) -> N
     for name, (_, why) in BAD.items():
         state = "refused" if name == "bad-version" else "broken"
         assert rows[name] == (state, why)
+    for name, (_, _, file, why) in DAMAGED.items():
+        state, what = rows[name if file == "METADATA" else name.replace("-", "_")]
+        place = crowd.path / f"{name.replace('-', '_')}-1.2.dist-info" / file
+        assert (state, what) == (
+            "refused",
+            f"{place} cannot be read ({why}); reinstall its distribution or remove it",
+        )
     assert rows["bad-prints"] == ("prints", "objectives: chatty  (to stdout, at import: 'hello')")
     assert rows["good-one"] == ("ok", "objectives: one")
     # The second is required, so that no other is even looked at.
@@ -99,6 +135,50 @@ def test_ten_bad_plugins_are_each_named_once_and_two_good_ones_train(crowd) -> N
         assert "bad-" not in done.err
         record = json.loads((crowd.cwd / name / "run.json").read_text())
         assert set(record["plugins"]) == {"e2ediff", f"good-{name}"}, "no other was imported"
+
+
+def test_metadata_that_torch_cannot_read_either_ends_in_one_line(site) -> None:
+    """Any distribution's: `import torch` reads all entry points, and nothing goes without it."""
+    (site.cwd / "empty.yaml").write_text("")
+    for name, entries, why in (
+        ("bad-line", b"[console_scripts]\nfoo\n", "TypeError: "),
+        ("bad-bytes", b"[e2ediff]\nfoo = f\xff\n", "UnicodeDecodeError: "),
+    ):
+        folder = site.damage(name, NAMED, entries)
+        done = site.e2ediff("check", "empty.yaml")
+        start = (
+            f"error: torch cannot be imported: {folder / 'entry_points.txt'} cannot be read ({why}"
+        )
+        assert (done.returncode, done.stderr[: len(start)]) == (4, start)
+        assert done.stderr.count("\n") == 1
+        shutil.rmtree(folder)
+    site.damage("bad-line", NAMED, b"[e2ediff]\nfoo\n")
+    site.install("good-one", GOOD.format(name="one"))
+    done = site.e2ediff("plugins", "list", E2EDIFF_BLOCK=OURS)
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert "refused" in rows["bad_line"], done.stderr
+    assert "torch cannot be imported: " in rows["good-one"]
+
+
+def test_a_recipe_that_requires_a_damaged_distribution_is_told_so(inside) -> None:
+    """And of two distributions of one name, the one that Python would import counts."""
+    folder = inside.damage("bad-latin", *DAMAGED["bad-latin"][:2])
+    inside.damage("bad-number", NAMED.replace(b"1.2", b"x.y"), ENTRY)
+    later = inside.path / "later"
+    later.mkdir()
+    inside.install("good-one", GOOD.format(name="one"))
+    attrs.evolve(inside, path=later).install("good-one", "raise RuntimeError", version="2")
+    sys.path.append(str(later))
+    try:
+        host = load()
+    finally:
+        sys.path.remove(str(later))
+    file = folder / "METADATA"
+    assert host.unmet("bad-latin").startswith(f"{file} cannot be read (UnicodeDecodeError: ")
+    assert "InvalidVersion: " in host.unmet("bad-number>1")
+    assert [(e.name, e.version) for e in host.entries if e.name == "good-one"] == [
+        ("good-one", "1.2")
+    ]
 
 
 def test_help_and_check_of_a_recipe_that_needs_no_plugin_import_none(inside, tiny_text) -> None:

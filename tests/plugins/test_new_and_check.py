@@ -22,11 +22,15 @@ from e2ediff.host.registry import KINDS as REGISTRIES
 from e2ediff.host.registry import Plugin
 from e2ediff.host.scaffold import assignment, template_kinds, write_plugin
 from e2ediff.objective import Terms
-from e2ediff.parts.objectives import Detached
+from e2ediff.parts.objectives import Detached, TwoStage
 from e2ediff.parts.optim import SGD
 from e2ediff.testing.kinds import KINDS
 from e2ediff.testing.source import Source, unbounded
 from e2ediff.testing.trials import Trial
+
+OURS = ("dsd", "unite", "jit", "rivals", "varfloor")
+TITLES = ("documentation", "contract", "recipe round trip", "save and resume", "latent contract",
+          "bfloat16")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -81,14 +85,12 @@ def test_a_new_plugin_of_any_kind_passes_the_checks(folder, monkeypatch, kind) -
 
 def test_the_command_checks_a_folder_and_says_what_it_checked(folder, monkeypatch) -> None:
     """The tutorial's test runs it with compiled blocks and two processes."""
-    titles = ["documentation", "contract", "recipe round trip", "save and resume",
-              "latent contract", "bfloat16"]  # fmt: skip
-    only(monkeypatch, *titles)
+    only(monkeypatch, *TITLES)
     done = e2ediff("plugins", "check", folder("objective"))
     assert done.code == 0, done.out + done.err
     *checks, last = done.out.splitlines()
     found = [line.removeprefix("ok    objective my_objective  ") for line in checks]
-    assert found == [*titles, "two processes"]
+    assert found == [*TITLES, "two processes"]
     assert last == "7 checks passed"
 
 
@@ -143,6 +145,48 @@ class Overflows(Detached):
         return terms
 
 
+@attrs.frozen(kw_only=True)
+class OverflowsLate(TwoStage):
+    """So is that of its second phase, which no first step has."""
+
+    trial: ClassVar[Sequence[str]] = ("backbone.trunks=denoiser_apart",)
+
+    def terms(self, nets, batch, draw, phase):
+        terms = super().terms(nets, batch, draw, phase)
+        if torch.is_autocast_enabled("cpu") and phase != self.phases[0]:
+            return Terms({k: v / 0 for k, v in terms.losses.items()}, terms.weights, terms.z)
+        return terms
+
+
+@attrs.frozen(kw_only=True)
+class Reads(Detached):
+    """Reads a number from a tensor in every step."""
+
+    def terms(self, nets, batch, draw, phase):
+        terms = super().terms(nets, batch, draw, phase)
+        assert terms.z.mean().item() < 1e9
+        return terms
+
+
+@attrs.frozen(kw_only=True)
+class Asks(Detached):
+    """Weighs losses otherwise where it is compiled."""
+
+    def terms(self, nets, batch, draw, phase):
+        terms = super().terms(nets, batch, draw, phase)
+        factor = 5 if torch.compiler.is_compiling() else 1
+        losses = {k: factor * v for k, v in terms.losses.items()}
+        return Terms(losses, terms.weights, terms.z)
+
+
+@attrs.frozen(kw_only=True)
+class TakesLess(Detached):
+    """Lacks an argument."""
+
+    def terms(self, nets, batch):
+        return None
+
+
 @pytest.mark.parametrize(
     ("part", "plural", "check", "says"),
     [
@@ -150,6 +194,15 @@ class Overflows(Detached):
         (LeaksGradient, "objectives", "contract", "wrap its latent in sg(...), or take it out"),
         (Counts, "optimizers", "save and resume", "keep no state but buffers"),
         (Overflows, "objectives", "bfloat16", "take losses in float32"),
+        (
+            OverflowsLate,
+            "objectives",
+            "bfloat16",
+            "in bfloat16 the loss of denoiser: denoising is",
+        ),
+        (Reads, "objectives", "compile", "(test_new_and_check.py:1"),
+        (Asks, "objectives", "compile", "is_compiling() changes the loss of joint: "),
+        (TakesLess, "objectives", "contract", "it is called as docs/reference/contracts.md says"),
     ],
 )
 def test_a_broken_part_fails_its_check_and_is_told_what_to_change(
@@ -215,7 +268,7 @@ def test_a_part_says_what_it_is_tried_in_and_set_has_the_last_word(monkeypatch, 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=needs(f"e2ediff-{n}")) for n in ("dsd", "unite", "jit", "rivals")],
+    [pytest.param(n, marks=needs(f"e2ediff-{n}")) for n in OURS],
 )
 def test_every_part_of_our_plugins_fits_the_small_recipe_and_keeps_its_contract(
     monkeypatch, name
@@ -227,6 +280,23 @@ def test_every_part_of_our_plugins_fits_the_small_recipe_and_keeps_its_contract(
     verdicts = list(kit.check_plugin(host, name))
     assert verdicts
     assert [v for v in verdicts if v.problem] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=needs(f"e2ediff-{n}")) for n in OURS],
+)
+def test_a_part_of_each_of_our_plugins_passes_what_trains(monkeypatch, name) -> None:
+    """Two processes and compiled steps, which take longest, are in the tutorial's test."""
+    only(monkeypatch, *TITLES)
+    host = load()
+    host.load_plugin(name)
+    parts = [p.name for r in host.registries.values() for p in r if p.plugin.name == name]
+    part = min(parts, key=parts.count)  # a backbone and an objective share one
+    done = e2ediff("plugins", "check", name, "--part", part)
+    assert done.code == 0, done.out + done.err
+    found = [line.rpartition("  ")[2] for line in done.out.splitlines()[:-1]]
+    assert found == [*TITLES, "two processes"] * parts.count(part)
 
 
 def test_the_command_names_what_fails_and_ends_with_4(folder, monkeypatch) -> None:
@@ -281,7 +351,13 @@ def test_new_does_not_write_into_a_folder_that_holds_something(tmp_path, monkeyp
     [
         (["torch", "e2ediff>=0.1,<0.2"], []),
         (["e2ediff~=0.1.0"], []),
+        (["E2EDiff<=0.1.9"], []),
+        (["e2ediff===0.1.0"], []),
+        (["e2ediff==0.1.*"], []),
+        (["e2ediff==0.*"], ["has no upper bound"]),
+        (["e2ediff~=0.1"], ["has no upper bound"]),
         (["e2ediff>=0.1"], ["has no upper bound"]),
+        (["e2ediff !!"], ["is no requirement as pip takes it", "does not depend on e2ediff"]),
         ([], ["does not depend on e2ediff"]),
     ],
 )

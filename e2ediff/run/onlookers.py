@@ -1,0 +1,71 @@
+"""Parts that only look at a run, diagnostics and metrics: one that fails stops no training."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import attrs
+import torch
+
+from e2ediff.host.guard import cause
+
+T = TypeVar("T")
+
+
+@attrs.frozen(eq=False)
+class Onlookers:
+    """Calls parts; one that raises is not called again in this run.
+
+    `failed` maps the event of each failure, such as `diagnostic_off`, to what is to be said, as
+    long as nobody has told it.
+    """
+
+    failed: list[tuple[str, str]] = attrs.field(factory=list)
+    _off: list[object] = attrs.field(factory=list)
+
+    def ask(self, kind: str, part: object, work: Callable[[], T], otherwise: T) -> T:
+        """What `work` returns; `otherwise` if it fails, or if the part has failed before.
+
+        Args:
+            kind: What the part is, such as `diagnostic`.
+            part: The part, or its class.
+            work: Calls it.
+            otherwise: Stands in for its answer.
+
+        Raises:
+            torch.OutOfMemoryError: Memory is nobody's bug, and the caller knows what to lower.
+        """
+        if any(part is other for other in self._off):
+            return otherwise
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            raise
+        except (Exception, SystemExit) as exc:  # the plugin boundary
+            cls = part if isinstance(part, type) else type(part)
+            frame = traceback.extract_tb(exc.__traceback__)[-1]
+            self._off.append(part)
+            text = (
+                f"{kind} {cls.__module__}.{cls.__qualname__} failed, and the run goes on without "
+                f"it: {cause(exc)} ({Path(frame.filename).name}:{frame.lineno})"
+            )
+            self.failed.append((f"{kind}_off", text))
+            return otherwise
+
+    def told(self) -> list[tuple[str, str]]:
+        """The failures that are to be told now, each of them once."""
+        found = [*self.failed]
+        self.failed.clear()
+        return found
+
+
+def numbers(figures: Mapping[str, float]) -> dict[str, float]:
+    """A stranger's figures, as what can be written and plotted.
+
+    Raises:
+        TypeError, ValueError: They are no mapping of names to numbers.
+    """
+    return {str(k): v if isinstance(v, int | float) else float(v) for k, v in figures.items()}
