@@ -315,7 +315,7 @@ def test_a_zip_that_does_not_serve_is_said(folder: Path) -> None:
         "data.path: no file none.zip. Expected the path or URL of a zip"
     ]
     assert refused(5, *given, "data.path=tiny.yaml") == [
-        "data.path: tiny.yaml cannot be read as a zip: File is not a zip file"
+        "data.path: tiny.yaml cannot be read as a zip: File is not a zip file; fetch it again"
     ]
     (line,) = refused(5, *given, "data.inside=pictures")
     assert line.startswith("data.path: images.zip!pictures holds no images in class folders")
