@@ -56,7 +56,7 @@ GUIDANCE = (
 
 
 # Of an average's profile over the training time, as in `ema:0.08`.
-WIDTHS = (0.03, 0.05, 0.1, 0.2, 0.289)
+WIDTHS = (0.03, 0.05, 0.1, 0.2, 0.25)
 
 # A case's scores, by name.
 Row = dict[str, Any]

@@ -137,7 +137,10 @@ def test_a_file_of_weights_for_a_network_that_reads_none_is_refused(folder, name
     assert done.code == 5
     bare = name.strip("{}").removeprefix("name: ").partition(",")[0]
     assert f"--weights-file: {bare} takes no file, its weights come with it; leave" in done.err
-    assert "name a network that reads one: clip, dinov2, inception2015, torchvision" in done.err
+    assert (
+        "name a network that reads one: clip, dinov2, exported, inception2015, torchvision"
+        in done.err
+    )
 
 
 def test_weights_of_another_network_are_refused_in_a_few_words(folder) -> None:
