@@ -23,7 +23,7 @@ ROOT = Path(e2ediff.__file__).parent
 CONTRACTS = sorted(
     f"e2ediff.{path.stem}" for path in ROOT.glob("*.py") if not path.stem.startswith("_")
 )
-PAGES = ROOT.parent / "docs" / "reference"
+PAGES = Path(__file__).parents[2] / "docs" / "reference"
 MODULES = ["e2ediff", *CONTRACTS, "e2ediff.host.hookspecs", "e2ediff.testing"]
 
 
