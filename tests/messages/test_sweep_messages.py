@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import e2ediff, trained
+from tiny_recipe import tiny
 
 from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passport import read_card
@@ -21,25 +22,15 @@ from e2ediff.sweep import search
 from e2ediff.sweep.axes import parse_axes
 from e2ediff.sweep.candidates import open_run
 
-TINY = """\
-e2ediff: 1
-name: tiny
-steps: 12
-batch: 8
-data: {name: fashion_mnist, size: 32}
-backbone: {name: vit, width: 16, depth: 1, heads: 1, patch: 8, latent_dim: 4}
-interpolant: linear
-times: uniform
-objective: detached
-post_hoc: {every: 1}
-optimizer: {name: adamw, lr: 0.01}
-sampler: {name: euler, steps: 4}
-guidance: {name: classifier_free, scale: 1.5}
-cadence: {log: 12, diagnose: 100, preview: 100, checkpoint: 100}
-probe: {images: 8, times: [0.5], calibration: 8}
-preview: {rows: 1, classes: 2}
-device: cpu
-"""
+TINY = tiny(
+    steps="12",
+    data="{name: fashion_mnist, size: 32}",
+    post_hoc="{every: 1}",
+    optimizer="{name: adamw, lr: 0.01}",
+    sampler="{name: euler, steps: 4}",
+    guidance="{name: classifier_free, scale: 1.5}",
+    cadence="{log: 12, diagnose: 100, preview: 100, checkpoint: 100}",
+)
 FEW = ("--count", 8, "--features", "random_projection")
 
 
