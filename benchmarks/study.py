@@ -15,11 +15,14 @@ A study is a YAML file:
 
 Leaves `results.json`, `table.md`, `grids.png` and `curves.png` in DIR, the runs in DIR/runs.
 Runs that are done are not trained again; unfinished ones are resumed.
+`--sample-set sampler.spacing=uniform` scores the same runs in another way, and leaves its files
+beside the others, with the setting in their names.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,38 +151,54 @@ def draw_curves(
     figure.savefig(file, facecolor="white")
 
 
+def _suffix(sampling: Sequence[str]) -> str:
+    """What is put into the names of files that hold scores: nothing, or the settings."""
+    return "".join("-" + re.sub(r"[^\w.=]+", "_", setting) for setting in sampling)
+
+
 @click.command()
 @click.argument("study_path", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where all goes.")
 @click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--only", default="", help="Names of variants, commas between; else all.")
+@click.option("--only", multiple=True, metavar="NAME", help="This variant; else all.")
 @click.option("--jobs", default=1, type=click.IntRange(1), help="Runs trained at once.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads of each run.")
 @click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="As of `e2ediff run`.")
+@click.option(
+    "--sample-set",
+    "sampling",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Of scores alone, as of `e2ediff sample --set`.",
+)
 @click.option("--count", default=500, type=click.IntRange(2), help="Images generated a run.")
 @click.option("--judge-epochs", default=EPOCHS, type=click.IntRange(1))
 def main(
     study_path: Path,
     out: Path,
     seeds: str,
-    only: str,
+    only: tuple[str, ...],
     jobs: int,
     threads: int,
     sets: tuple[str, ...],
+    sampling: tuple[str, ...],
     count: int,
     judge_epochs: int,
 ) -> None:
     """Train and score every variant of a study."""
     host, study = load(), Study.read(study_path)
     if only:
-        chosen = {name: study.variants[name] for name in only.split(",")}
+        unknown = [name for name in only if name not in study.variants]
+        if unknown:
+            raise click.BadParameter(f"the study has no variant {', '.join(map(repr, unknown))}")
+        chosen = {name: study.variants[name] for name in only}
         study = attrs.evolve(study, variants=chosen)
     numbers = [int(word) for word in seeds.split(",")]
     torch.set_num_threads(jobs * threads)
     try:
         planned = study.jobs(host, numbers, sets)
         for job, path in planned.items():
-            load_recipe(host, path, job.overrides)  # all fit before one is trained
+            load_recipe(host, path, [*job.overrides, *sampling])  # all fit before one is trained
     except E2EDiffError as error:
         raise click.ClickException(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
@@ -189,8 +208,8 @@ def main(
     for job, problem in failed.items():
         click.echo(f"{job.place}: {problem}", err=True)
 
-    base = load_recipe(host, study.recipe, [*study.set, *sets])
-    data = Data.open(base.data)
+    base = load_recipe(host, study.recipe, [*study.set, *sets, *sampling])
+    data, suffix = Data.open(base.data), _suffix(sampling)
     real, runs, histories = {}, [], dict[str, list[Any]]()
     for seed in numbers:
         judge = train_judge(seed, out / "judges", base.data, epochs=judge_epochs)
@@ -201,9 +220,11 @@ def main(
             if job in failed:
                 entry["problem"] = failed[job]
             else:
-                place, cache = out / job.place, out / f"{job.place}.scores.json"
+                place, cache = out / job.place, out / f"{job.place}{suffix}.scores.json"
                 if not cache.exists():
-                    figures = score_run(place, judge, data, count=count, seed=seed)
+                    figures = score_run(
+                        place, judge, data, count=count, seed=seed, sampling=sampling
+                    )
                     cache.write_text(json.dumps(figures))
                 entry["figures"] = json.loads(cache.read_text())
                 metrics = RunDirectory.open(str(place)).read_metrics()
@@ -221,18 +242,19 @@ def main(
         "real": real,
         "runs": runs,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "table.md").write_text(table(results))
+    (out / f"results{suffix}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / f"table{suffix}.md").write_text(table(results))
     draw_curves(histories, out / "curves.png")
     image, seed = base.data.image, numbers[0]
     label = balanced_labels(GRID_ROWS * image.classes, image.classes)
     samples = {}
     for run in (r for r in runs if r["seed"] == seed and "figures" in r):
         title = f"{run['objective']}: Fréchet distance {run['figures']['frechet']:.0f}"
-        samples[title] = load_model(str(out / run["place"])).sample(label, seed=seed)
+        model = load_model(str(out / run["place"]), overrides=sampling)
+        samples[title] = model.sample(label, seed=seed)
     names = image.class_names or [str(i) for i in range(image.classes)]
     real_images = one_of_each(data.held_out, image.classes, GRID_ROWS)
-    draw_grids(samples, real_images, names, out / "grids.png")
+    draw_grids(samples, real_images, names, out / f"grids{suffix}.png")
     click.echo(table(results))
     if failed:
         sys.exit(1)
