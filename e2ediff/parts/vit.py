@@ -50,6 +50,10 @@ _TRUNK_OF: Mapping[Trunks, Mapping[Mode, str]] = {
     "three": {"encode": "encode", "decode": "decode", "denoise": "denoise"},
 }
 
+# Of mode embeddings that nothing stands beside: with DiT's 0.02 the modulation they drive starts
+# so near zero that autoencoding learns slower (docs/results/search.md).
+_OWN_STD = 0.5
+
 
 @attrs.frozen(kw_only=True)
 class ViTConfig(BackboneConfig):
@@ -65,6 +69,10 @@ class ViTConfig(BackboneConfig):
     `qk_norm` normalises queries and keys; `position` is how tokens know their place.
     `modulation` places the adaLN weights in each block, in one layer for all, or in one layer
     plus a layer of rank `modulation_rank` in each block.
+    `mode_conditioning` is what encode and decode passes are conditioned on in a trunk that
+    denoises too: `time`, the denoiser's t = 1 without a class and an embedding of the mode, or
+    `own`, that embedding alone, which then begins large. With `time` what the two learn is also
+    heard by the denoiser near t = 1, where few training times lie.
     `refine` is the number of channels of two 3x3 convolutions after the patches are put
     together, which smooth the seams; 0 leaves them out.
     `norm_prediction` normalises the denoiser's output as the encoder's; off by default, because
@@ -89,6 +97,7 @@ class ViTConfig(BackboneConfig):
     position: Literal["sincos", "learned", "rope"] = "sincos"
     modulation: Modulation = "block"
     modulation_rank: int = attrs.field(default=128, validator=validators.gt(0))
+    mode_conditioning: Literal["time", "own"] = "time"
     refine: int = attrs.field(default=0, validator=validators.ge(0))
     norm_prediction: bool = False
     attention: Backend = "auto"
@@ -182,6 +191,9 @@ class ViT(Backbone):
         heads = [self.head_denoise] if config.refine else [self.head_denoise, self.head_pixels]
         small = (self.embed_label.weight, self.mask_token, *self.embed_mode.values())
         initialise(self, small, heads)
+        if config.mode_conditioning == "own":
+            for embedding in self.embed_mode.values():
+                nn.init.normal_(embedding, std=_OWN_STD)
 
     def _trunk(self) -> Trunk:
         c = self.config
@@ -218,12 +230,11 @@ class ViT(Backbone):
         elif self.config.position == "sincos":
             tokens = tokens + self.positions
         c = self.embed_mode[mode].expand(len(tokens), -1)
-        if trunk == trunk_of["denoise"]:
-            if isinstance(p, Denoise):
-                t, label = p.t, p.label
-            else:  # the clean end of time, without a class
-                t = torch.ones(len(tokens), device=tokens.device)
-                label = torch.full_like(t, self.image.null_label, dtype=torch.long)
+        if isinstance(p, Denoise):
+            c = c + self.embed_time(p.t) + self.embed_label(p.label)
+        elif trunk == trunk_of["denoise"] and self.config.mode_conditioning == "time":
+            t = torch.ones(len(tokens), device=tokens.device)  # the clean end, without a class
+            label = torch.full_like(t, self.image.null_label, dtype=torch.long)
             c = c + self.embed_time(t) + self.embed_label(label)
         return mode, tokens, c
 

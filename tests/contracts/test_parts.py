@@ -124,6 +124,7 @@ VARIANTS = {
     "low rank, refined": {"modulation": "lowrank", "modulation_rank": 4, "refine": 4},
     "relu2, raw q and k": {"mlp": "relu2", "qk_norm": False},
     "normed prediction": {"norm_prediction": True},
+    "modes of their own": {"mode_conditioning": "own"},
 }
 
 
