@@ -7,9 +7,13 @@ import click
 
 @click.command("parts")
 @click.argument("kind", required=False)
-def command(kind: str | None) -> None:
-    """List the parts of KIND (objectives, backbones, ...), or of all kinds, with their options."""
-    from e2ediff.host.listing import part_lines
+@click.argument("name", required=False)
+def command(kind: str | None, name: str | None) -> None:
+    """List the parts of KIND (objectives, backbones, ...), or of all kinds, with their options.
+
+    With NAME, one part with all that its documentation says.
+    """
+    from e2ediff.host.listing import part_lines, part_page
     from e2ediff.host.plugins import load
     from e2ediff.host.registry import did_you_mean
 
@@ -18,6 +22,14 @@ def command(kind: str | None) -> None:
     if kind is not None and kind not in kinds:
         raise click.UsageError(f"unknown kind '{kind}'. {did_you_mean(kind, [*host.registries])}")
     host.load_all()
+    if kind and name:
+        known = {part.name: part for part in kinds[kind]}
+        if name not in known:
+            what = f"unknown {kinds[kind].kind} '{name}'. {did_you_mean(name, known)}"
+            raise click.UsageError(what)
+        for line in part_page(known[name]):
+            click.echo(line)
+        return
     for registry in [kinds[kind]] if kind else host.registries.values():
         click.secho(registry.plural, bold=True)
         for part in sorted(registry, key=lambda p: p.name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import attrs
@@ -31,6 +32,14 @@ def part_lines(part: Part) -> Iterator[str]:
     yield f"{part.name}  [{part.plugin.name}]  {summary(part)}"
     for name, kind, default in option_rows(part.cls):
         yield f"    {name}: {kind} = {default}"
+
+
+def part_page(part: Part) -> Iterator[str]:
+    """Lines of a part's whole documentation and its options."""
+    lines = (inspect.getdoc(part.cls) or "").splitlines() or [""]
+    yield f"{part.name}  [{part.plugin.name}]  {lines[0]}"
+    yield from (f"    {line}".rstrip() for line in lines[1:])
+    yield from ("", *[*part_lines(part)][1:])
 
 
 def _written(default: object) -> str:

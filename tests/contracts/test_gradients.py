@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
 
@@ -118,8 +119,6 @@ def test_coupled_reaches_the_encoder_through_input_and_target_alike() -> None:
 
 @pytest.mark.parametrize("objective", [Coupled(), Detached()], ids=["coupled", "detached"])
 def test_a_weight_of_zero_keeps_the_loss_and_drops_its_gradient(objective) -> None:
-    import attrs
-
     silent = attrs.evolve(objective, denoising_weight=0.0)
     nets, batch = shaken_nets(silent), make_batch()
     terms = silent.terms(nets, batch, make_draw(batch), "joint")
@@ -156,3 +155,17 @@ def test_the_denoiser_is_told_the_null_label_where_the_draw_says_so() -> None:
     terms = objective.terms(nets, batch, draw, "joint")
     (grad,) = torch.autograd.grad(terms.losses["denoising"], table)
     assert (grad.abs().sum(dim=1) > 0).nonzero().flatten().tolist() == [2, null]
+
+
+@pytest.mark.parametrize("how", ["time", "own"])
+def test_encoder_and_decoder_touch_the_denoisers_conditioning_only_where_told_to(how) -> None:
+    """In one trunk: with `own`, what they learn leaves time and class embeddings alone."""
+    nets = shaken_nets(Detached(), attrs.evolve(VIT, trunks="one", mode_conditioning=how))
+    batch = make_batch()
+    losses = Detached().terms(nets, batch, make_draw(batch), "joint").losses
+    embeddings = [
+        p for k, p in nets.online.named_parameters() if k.startswith(("embed_time", "embed_label"))
+    ]
+    for name, heard in {"reconstruction": how == "time", "denoising": True}.items():
+        found = torch.autograd.grad(losses[name], embeddings, retain_graph=True, allow_unused=True)
+        assert any(g is not None and bool(g.any()) for g in found) == heard

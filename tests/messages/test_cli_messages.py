@@ -150,6 +150,17 @@ def test_an_unknown_kind_of_parts_suggests_the_one_that_was_meant() -> None:
     assert "unknown kind 'objektives'. Did you mean 'objectives'?" in done.err
 
 
+def test_parts_shows_one_part_with_its_documentation_and_suggests_the_one_that_was_meant() -> None:
+    shown = e2ediff("parts", "objectives", "detached").out
+    assert shown.startswith("detached  [e2ediff]  The denoiser learns the latents, and ")
+    assert "\n    denoising_weight: float = 1.0\n" in shown
+    assert "\n    `draws` " in shown
+    assert "coupled" not in shown.split("\n")[0]
+    done = e2ediff("parts", "objectives", "detatched")
+    assert done.code == 2
+    assert "unknown objective 'detatched'. Did you mean 'detached'?" in done.err
+
+
 # Recipes
 
 
