@@ -14,7 +14,8 @@ from e2ediff.evaluate.ranking import cards_of, figures_of
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.report.cost import Cost, cost_of
-from e2ediff.report.group import SPEC, Group, leaves_of, places
+from e2ediff.report.group import SPEC, Group, places
+from e2ediff.report.leaves import leaves_of
 from e2ediff.report.train import STOPPED
 from e2ediff.run.directory import RESOLVED, RunDirectory
 from e2ediff.run.storage import Store

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from e2ediff.errors import Problem, RecipeError, RunDirectoryError
-from e2ediff.host.yaml import Node, parse_yaml
+from e2ediff.report.leaves import leaves_of
 from e2ediff.report.plan import Job, Plan
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.lock import LOCK, acquire
@@ -184,36 +184,6 @@ class Group:
             return
         self.spec = {**self.spec, "seeds": list(plan.seeds), "command": plan.command()}
         self.store.write(SPEC, json.dumps(self.spec, indent=1).encode() + b"\n")
-
-
-def leaves(node: Node, path: str = "") -> dict[str, str]:
-    """Path and text of every value of a tree that is no block."""
-    if isinstance(node.value, dict) and node.value:
-        found: dict[str, str] = {}
-        for key, child in node.value.items():
-            found |= leaves(child, f"{path}.{key}" if path else key)
-        return found
-    return {path: _text(node)}
-
-
-def leaves_of(text: str, source: str) -> dict[str, str]:
-    """`leaves` of a YAML text.
-
-    Raises:
-        RecipeError: It is no YAML.
-    """
-    root, _ = parse_yaml(text, source)
-    return leaves(root) if root else {}
-
-
-def _text(node: Node) -> str:
-    if isinstance(node.value, list):
-        return f"[{', '.join(_text(item) for item in node.value)}]"
-    if isinstance(node.value, dict):
-        return f"{{{', '.join(f'{k}: {_text(v)}' for k, v in node.value.items())}}}"
-    if isinstance(node.value, bool) or node.value is None:
-        return json.dumps(node.value)
-    return str(node.value)
 
 
 def _flat(spec: Mapping[str, Any]) -> dict[str, str]:

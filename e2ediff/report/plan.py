@@ -24,6 +24,7 @@ from e2ediff.report.grid import (
     parse_axis,
     parse_seeds,
 )
+from e2ediff.report.leaves import leaves_of
 from e2ediff.run.assembly import problems
 
 Match = Literal["steps", "compute"]
@@ -78,7 +79,10 @@ class Plan:
         return [*words, "--baseline", self.baseline, "--match", self.match]
 
     def remarks(self) -> list[str]:
-        """What the cells' recipes leave out that the report would say more with."""
+        """What makes the cells compare less than they could."""
+        return [*self._unscored(), *self._reset()]
+
+    def _unscored(self) -> list[str]:
         silent = [name for name, text in self.resolved.items() if not _has_scores(text)]
         if not silent:
             return []
@@ -87,6 +91,35 @@ class Plan:
             f"{some} no `scores`, so that cells are judged by their reconstructions and not by "
             "their samples; to measure both, add: --set 'scores={every: 100000, features: "
             "random_projection, metrics: [kid]}'"
+        ]
+
+    def _reset(self) -> list[str]:
+        """Options that cells share with the baseline and lost when a part was named."""
+        leaves = {name: leaves_of(text, name) for name, text in self.resolved.items()}
+        base, changes = leaves[self.baseline], {j.cell: j.overrides for j in self.jobs}
+        lost: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for cell, own in leaves.items():
+            texts = dict(change.split("=", 1) for change in changes[cell])
+            given = {  # what blocks say themselves, by path
+                f"{path}.{key}" for path, text in texts.items() for key in leaves_of(text, path)
+            } | set(texts)
+            found = tuple(
+                (path, value)
+                for path, value in own.items()
+                if base.get(path, value) != value
+                and not path.endswith("name")
+                and path not in given
+                and any(path.startswith(f"{part}.") for part in texts)
+            )
+            if found:
+                lost.setdefault(found, []).append(cell)
+        return [
+            f"{'cell' if len(cells) == 1 else 'cells'} {', '.join(cells)}: not as in "
+            f"{self.baseline}, because a part that is named begins with its own defaults: "
+            + ", ".join(f"{path} {value} (not {base[path]})" for path, value in found)
+            + "; to keep them, let the value bring them: "
+            + "".join(f"+{path}={base[path]}" for path, _ in found)
+            for found, cells in lost.items()
         ]
 
     def spec(self) -> dict[str, Any]:

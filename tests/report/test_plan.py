@@ -145,3 +145,18 @@ def test_cells_that_do_not_measure_samples_are_remarked_with_what_would():
     assert "judged by their reconstructions" in done.err
     done = e2ediff(*words, "--set", setting, "--set", "data.count=600")
     assert (done.code, "scores" in done.err) == (0, False), done.err
+
+
+def test_options_that_a_named_part_loses_are_remarked_with_what_would_keep_them():
+    words = ("ablate", "tiny.yaml", "--set", "objective={name: coupled, denoising_weight: 0.1}")
+    grid = ("--vary", "backbone.latent_dim=4,6", "--dry-run")
+    plain = "objective={name: coupled, denoising_weight: 0.1},detached"
+    done = e2ediff(*words, "--vary", plain, *grid)
+    (line,) = [line for line in done.err.splitlines() if "its own defaults" in line]
+    assert "objective.denoising_weight 1.0 (not 0.1)" in line
+    assert line.startswith("cells detached-latent_dim=4, detached-latent_dim=6: not as in ")
+    keep = line.rpartition(": ")[2]
+    assert keep == "+objective.denoising_weight=0.1"
+    for kept in (plain + keep, plain.replace("detached", "{name: detached, denoising_weight: 1}")):
+        done = e2ediff(*words, "--vary", kept, *grid)
+        assert (done.code, "its own defaults" in done.err) == (0, False), done.err
