@@ -264,7 +264,11 @@ def _check(
         raise RecipeError(
             recipe,
             [
-                attrs.evolve(p, line=f"{_who(names, grid)}{', ' if p.line else ''}{p.line}")
+                attrs.evolve(
+                    p,
+                    line=f"{_who(names, grid)}{', ' if p.line else ''}{p.line}",
+                    hint=f"{p.hint} {_alone(p)}".strip() if len(names) < len(grid) else p.hint,
+                )
                 for p, names in wrong.items()
             ],
         )
@@ -275,6 +279,12 @@ def _who(names: Sequence[str], grid: Sequence[Cell]) -> str:
     if len(names) == len(grid) > 1:
         return "every cell"
     return f"cell{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _alone(problem: Problem) -> str:
+    """How one value of an axis gets what all would get by the `--set` that is advised."""
+    advised = re.search(r"`--set ([^`\s]+)`", f"{problem.what} {problem.hint}")
+    return f"(In --vary, let the value bring it: +{advised[1]}.)" if advised else ""
 
 
 def _origin(line: str, changes: Sequence[Assignment]) -> str:

@@ -160,3 +160,12 @@ def test_options_that_a_named_part_loses_are_remarked_with_what_would_keep_them(
     for kept in (plain + keep, plain.replace("detached", "{name: detached, denoising_weight: 1}")):
         done = e2ediff(*words, "--vary", kept, *grid)
         assert (done.code, "its own defaults" in done.err) == (0, False), done.err
+
+
+def test_advice_to_set_an_option_says_how_one_value_gets_it():
+    words = ("ablate", "tiny.yaml", "--dry-run", "--vary")
+    done = e2ediff(*words, "objective=coupled,two_stage")
+    (advised,) = re.findall(r"\(In --vary, let the value bring it: (\+\S+)\.\)", done.err)
+    assert done.code == 3
+    assert e2ediff(*words, f"objective=coupled,two_stage{advised}").code == 0
+    assert "In --vary" not in e2ediff(*words, "objective=two_stage").err
