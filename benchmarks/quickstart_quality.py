@@ -38,6 +38,8 @@ from judge import (
     frechet_distance,
     load_images,
     nearest_distance,
+    pixel_components,
+    pixel_distance,
     train_judge,
 )
 from torch import Tensor
@@ -196,6 +198,9 @@ class Data:
 
     train: Images
     held_out: Images
+    basis: tuple[Tensor, Tensor] = attrs.field(
+        default=attrs.Factory(lambda self: pixel_components(self.train.x), takes_self=True)
+    )
 
     @classmethod
     def open(cls, source: SourceConfig) -> Data:
@@ -211,6 +216,7 @@ def real_figures(judge: Judge, data: Data, count: int) -> dict[str, float]:
         "accuracy": accuracy(judge, real.x, real.label),
         "frechet": frechet_distance(features(judge, seen.x), theirs),
         "frechet_images": len(seen),
+        "pixel_frechet": pixel_distance(seen.x, data.train.x, data.basis),
         "nearest": nearest_distance(seen.x, data.train.x),
     }
 
@@ -228,6 +234,7 @@ def score_images(x: Tensor, label: Tensor, judge: Judge, data: Data) -> dict[str
         "agreement": agreement,
         "agreement_to_real": agreement / accuracy(judge, real.x, real.label),
         "frechet": frechet_distance(features(judge, x), features(judge, data.train.x)),
+        "pixel_frechet": pixel_distance(x, data.train.x, data.basis),
         "nearest": nearest_distance(x, data.train.x),
     }
 
@@ -320,6 +327,7 @@ _COLUMNS: Mapping[str, tuple[str, str, float]] = {
     "agreement": ("label agreement", ".3f", 1),
     "agreement_to_real": ("of real accuracy", ".3f", 1),
     "frechet": ("Fréchet distance", ".1f", 1),
+    "pixel_frechet": ("of pixels", ".1f", 1),
     "nearest": ("nearest training image", ".2f", 1),
     "psnr": ("reconstruction PSNR, dB", ".2f", 1),
 }
@@ -369,6 +377,7 @@ def table(results: Mapping[str, Any]) -> str:
         "agreement": summary([r["accuracy"] for r in real], ".3f"),
         "agreement_to_real": "1",
         "frechet": summary([r["frechet"] for r in real], ".1f"),
+        "pixel_frechet": summary([r["pixel_frechet"] for r in real], ".1f"),
         "nearest": summary([r["nearest"] for r in real], ".2f"),
     }
     lines.append(_row(["*held-out images*", *(floor.get(key, "") for key in _COLUMNS)]))

@@ -81,6 +81,22 @@ def test_frechet_distance_agrees_with_scipy_where_covariances_do_not_commute(
     assert found == pytest.approx(expected, rel=1e-7)
 
 
+def test_the_distance_of_pixels_sees_brightness_and_is_the_whole_one_with_all_components(
+    judge: ModuleType,
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    train = torch.randn(400, 1, 3, 4, generator=g)
+    brighter = train[:200] + 0.5
+    found = judge.pixel_distance(brighter, train, judge.pixel_components(train, 12))
+    whole = judge.frechet_distance(*(x.flatten(1).double() for x in (brighter, train)))
+    assert found == pytest.approx(whole, rel=1e-6)  # an orthogonal change of coordinates
+    assert whole > 12 * 0.5**2 * 0.9
+    # Along one axis, what the mean moved by is the square of its part on that axis.
+    mean, axes = judge.pixel_components(train, 1)
+    shifted = judge.pixel_distance(train + 0.5, train, (mean, axes))
+    assert shifted == pytest.approx(float(0.5 * axes[:, 0].sum()) ** 2, rel=1e-6)
+
+
 def test_frechet_distance_of_a_set_to_itself_is_zero_even_if_its_covariance_is_singular(
     judge: ModuleType,
 ) -> None:
