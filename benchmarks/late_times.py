@@ -13,6 +13,7 @@ import click
 import torch
 from judge import load_images
 
+from e2ediff.errors import E2EDiffError
 from e2ediff.run.load import load_model
 
 TIMES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.998)
@@ -53,7 +54,10 @@ def main(runs: tuple[str, ...], count: int, seed: int) -> None:
     click.echo("|---" * (len(TIMES) + 1) + "|")
     nothing: list[float] = []
     for run in runs:
-        errors, biases, nothing = late_errors(run, count, seed)
+        try:
+            errors, biases, nothing = late_errors(run, count, seed)
+        except E2EDiffError as error:
+            raise click.ClickException(str(error)) from error
         cells = [f"{e:.4f} ({b:.3f})" for e, b in zip(errors, biases, strict=True)]
         click.echo(f"| {run} | " + " | ".join(cells) + " |")
     click.echo("| *nothing done* | " + " | ".join(f"{e:.2g}" for e in nothing) + " |")

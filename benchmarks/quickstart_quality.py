@@ -501,6 +501,15 @@ def _numbers(text: str) -> list[int]:
         raise click.BadParameter(f"{text!r}: expected numbers such as 0,1,2") from None
 
 
+sample_set = click.option(
+    "--sample-set",
+    "sampling",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Of scores alone, as of `e2ediff sample --set`.",
+)
+
+
 @click.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where all goes.")
 @click.option(
@@ -511,13 +520,7 @@ def _numbers(text: str) -> list[int]:
 @click.option("--jobs", default=1, type=click.IntRange(1), help="Runs trained at once.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads of each run.")
 @click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="As of `e2ediff run`.")
-@click.option(
-    "--sample-set",
-    "sampling",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Of scores alone, as of `e2ediff sample --set`.",
-)
+@sample_set
 @click.option("--count", default=1000, type=click.IntRange(2), help="Images generated a run.")
 @click.option(
     "--match-compute",

@@ -43,6 +43,7 @@ from quickstart_quality import (
     one_of_each,
     provenance,
     real_figures,
+    sample_set,
     score_run,
     shared_objective,
     table,
@@ -164,13 +165,7 @@ def _suffix(sampling: Sequence[str]) -> str:
 @click.option("--jobs", default=1, type=click.IntRange(1), help="Runs trained at once.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads of each run.")
 @click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="As of `e2ediff run`.")
-@click.option(
-    "--sample-set",
-    "sampling",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Of scores alone, as of `e2ediff sample --set`.",
-)
+@sample_set
 @click.option("--count", default=500, type=click.IntRange(2), help="Images generated a run.")
 @click.option("--judge-epochs", default=EPOCHS, type=click.IntRange(1))
 def main(

@@ -51,7 +51,7 @@ _TRUNK_OF: Mapping[Trunks, Mapping[Mode, str]] = {
 }
 
 # Of mode embeddings that nothing stands beside: with DiT's 0.02 the modulation they drive starts
-# so near zero that autoencoding learns slower (docs/results/search.md).
+# so near zero that autoencoding learns slower (docs/results/late-times.md).
 _OWN_STD = 0.5
 
 
