@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
@@ -31,6 +32,8 @@ if TYPE_CHECKING:  # half a second to import, for FSDP2 alone
     from torch.distributed.tensor import DTensor
 
 Kind = Literal["one", "ddp", "fsdp2"]
+
+_PIECE = 2**16  # gradients whose squares are added in float32 on a CPU
 
 
 class Unit(nn.Module):
@@ -192,8 +195,9 @@ def mine(values: Sequence[Tensor]) -> list[Tensor]:
 def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: World) -> Tensor:
     """Scale all gradients so that their common norm is at most `largest`; returns the norm.
 
-    As torch's `clip_grad_norm_`, but the squares are added in float64, so that the norm does not
-    depend on how the gradients are grouped or split.
+    As torch's `clip_grad_norm_`, but norms of pieces are taken in float32 and their squares added
+    in float64, so that the norm depends on how the gradients are grouped or split in its sixth
+    digit at most, whatever their number.
 
     Returns:
         The norm before clipping, a scalar in float64.
@@ -203,11 +207,32 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: Wo
         return torch.zeros((), dtype=torch.float64)
     grads = mine(with_gradient)
     # pieces of a split gradient may be empty
-    norms = torch._foreach_norm([g for g in grads if g.numel()] or grads, 2, dtype=torch.float64)
-    squares = torch.stack(list(norms)).square().sum()
+    pieces = [piece for g in grads if g.numel() for piece in _pieces(g)] or grads
+    norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=_norm_dtype(grads)))
+    squares = norms.double().square().sum()
     if any(is_split(g) for g in with_gradient):
         squares = world.total(squares)
     norm = squares.sqrt()
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+    # On a GPU the look would wait for the step, and on tensors without values there is none.
+    known = norm.device.type == "cpu" and type(norm) is Tensor
+    if not (known and factor >= 1):
+        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
     return norm
+
+
+def _pieces(gradient: Tensor) -> Sequence[Tensor]:
+    """Views of a gradient, each short enough for a sum of its squares in float32.
+
+    A CPU adds squares up one after another: one sum over millions has four right digits, or
+    fewer. A GPU adds them in pairs.
+    """
+    if gradient.device.type != "cpu" or gradient.numel() <= _PIECE:
+        return (gradient,)
+    rows = max(1, _PIECE * len(gradient) // gradient.numel())
+    return gradient.split(rows)
+
+
+def _norm_dtype(gradients: Sequence[Tensor]) -> torch.dtype:
+    """Float32, or the widest type of the gradients where that is wider."""
+    return reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
