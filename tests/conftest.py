@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Processes that tests start have one thread as well; it is read when torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from e2ediff.cli.threads import threads_option
+
 
 @click.command("ablate")
 @click.argument("recipe")
@@ -19,7 +21,7 @@ import click
 )
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads a run. Default: cores/jobs.")
+@threads_option
 @click.option("--out", metavar="DIR", help="Where it lies. Default: groups/<recipe's name>.")
 @click.option(
     "--baseline", metavar="CELL", help="What cells are compared with. Default: the first."
@@ -90,15 +92,16 @@ def command(
             argv=plan.command(),
         )
         group = Group.create(out, plan, environment)
-    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    share = max(1, (os.cpu_count() or 1) // jobs)
     with group, Progress() as progress, Stop() as stop:
         group.extend(plan)
         progress.say(f"ablation {group.path}: {len(plan.cells)} cells, {len(plan.jobs)} runs")
         for line in plan.remarks():
             progress.say(line)
         ended = train_all(
-            group, plan.jobs, at_once=jobs, threads=threads, progress=progress, stop=stop
-        )
+            group, plan.jobs, at_once=jobs, threads=threads, share=share, progress=progress,
+            stop=stop,
+        )  # fmt: skip
         code = exit_code(ended, stop)
         progress.say("writing the report")
         written, sentences = write_report(gather(host, group.path))

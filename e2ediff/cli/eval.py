@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_option
+
 if TYPE_CHECKING:
     from e2ediff.evaluate.evaluate import Request
     from e2ediff.evaluate.passport import Card
@@ -69,10 +71,11 @@ if TYPE_CHECKING:
 @click.option("--lpips-heads", metavar="PATH|URL", help="LPIPS's linear weights for VGG16.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True)
+@threads_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--cache", metavar="DIR", help="Features of references. Default: $E2EDIFF_CACHE.")
 @click.option("--out", metavar="DIR", help="Default: RUN/scores, or TARGET.scores.")
-def command(target: str, out: str | None, **given: object) -> None:
+def command(target: str, out: str | None, threads: int | None, **given: object) -> None:
     """Score a RUN's samples, or the images of a FOLDER or NPZ, against a reference.
 
     Prints each score with its standard error where there is one and with --bootstrap its 95 %
@@ -80,6 +83,7 @@ def command(target: str, out: str | None, **given: object) -> None:
     Fréchet distance is called FID only in the published Inception features; without their weights
     it is named after its network.
     """
+    let_waiting_threads_sleep()
     from e2ediff.evaluate.evaluate import evaluate
     from e2ediff.evaluate.passport import write_card
     from e2ediff.evaluate.subject import is_run
@@ -87,9 +91,11 @@ def command(target: str, out: str | None, **given: object) -> None:
     from e2ediff.run.progress import Progress
 
     host = load()
+    set_threads(threads)
+    given["choose_threads"] = threads is None
     with Progress() as progress:
         request = _request(host, target, given)
-        cards = evaluate(host, request, progress.update)
+        cards = evaluate(host, request, progress.update, progress.say)
     plain = target.rstrip("/")
     folder = out or (f"{plain}/scores" if is_run(target) else f"{plain}.scores")
     for card in cards:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
+
+from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_option
 
 
 @click.command("interpolate")
@@ -30,6 +34,7 @@ import click
 )
 @click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@threads_option
 @click.option("--out", metavar="FILE", help="Default: RUN/samples/interpolation-A-B.png.")
 def command(
     run: str,
@@ -41,6 +46,7 @@ def command(
     weights: str | None,
     checkpoint: str | None,
     device: str,
+    threads: int | None,
     out: str | None,
 ) -> None:
     """Write a strip of images between two seeds, or between two of your own IMAGES.
@@ -49,14 +55,18 @@ def command(
     Between images the encoder's latents are mixed in equal steps, and every frame is decoded;
     the ends are the images' reconstructions.
     """
+    let_waiting_threads_sleep()
     import torch
 
     from e2ediff.parts.own_images import list_images, read_images
+    from e2ediff.run.generate import denoise_once
     from e2ediff.run.load import load_model
     from e2ediff.run.pictures import grid_png
     from e2ediff.run.progress import Progress
     from e2ediff.run.storage import Store
+    from e2ediff.run.threads import threads_for
 
+    set_threads(threads)
     if bool(images) == bool(seeds) or len(images) not in (0, 2):
         raise click.UsageError("give --seeds A B, or two images")
     if images and (names or overrides):
@@ -80,9 +90,12 @@ def command(
             assert seeds is not None
             labels = [model.label_of(text) for text in names or ("none",)]
             strips = []
-            for label in labels:
-                strips.append(model.interpolate(seeds, label, frames=frames))
-                progress.update(f"{len(strips)}/{len(labels)} strips")
+            attempt, fixed = partial(denoise_once, model), threads is not None
+            with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
+                for label in labels:
+                    strips.append(model.interpolate(seeds, label, frames=frames))
+                    progress.update(f"{len(strips)}/{len(labels)} strips")
+                    finished(len(strips))
             x, title = torch.cat(strips), f"{seeds[0]}-{seeds[1]}"
     folder, _, name = (out or f"{run}/samples/interpolation-{title}.png").rpartition("/")
     store = Store(folder or ".")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@threads_option
 @click.option(
     "--out", metavar="DIR", help="Where to write. Default: RUN/samples, or RUN/reconstructions."
 )
@@ -34,6 +38,7 @@ def command(
     weights: str | None,
     checkpoint: str | None,
     device: str,
+    threads: int | None,
     out: str | None,
 ) -> None:
     """Pass images through RUN's encoder and decoder.
@@ -44,6 +49,7 @@ def command(
     Writes `reconstructions.png`, each of the first 64 images followed by its reconstruction, and
     prints the mean PSNR in decibels and the file.
     """
+    let_waiting_threads_sleep()
     import torch
 
     from e2ediff.parts.own_images import list_images, read_images
@@ -53,7 +59,9 @@ def command(
     from e2ediff.run.pictures import grid_png, png
     from e2ediff.run.progress import Progress
     from e2ediff.run.storage import Store
+    from e2ediff.run.threads import threads_for
 
+    set_threads(threads)
     with Progress() as progress:
         model = load_model(
             run, weights=weights, checkpoint=checkpoint, device=device, warn=progress.say
@@ -69,18 +77,23 @@ def command(
         else:
             source, cpu = open_source(model.recipe.data, held_out=True), torch.device("cpu")
             parts = [fixed_images(source, count, model.recipe.seed, "reconstruct", cpu).x]
-        for x in parts:
-            x_hat = model.reconstruct(x)
-            error = ((x_hat - x) / 2).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
-            shown += torch.stack([x, x_hat], dim=1)[: 64 - len(shown)]
-            for psnr, one in zip((-10 * error.log10()).tolist(), x_hat, strict=True):
-                number = len(entries)
-                entries.append({"number": number, "psnr": psnr})
-                if images:
-                    file = f"images/{number:06d}.png"
-                    entries[-1] |= {"image": places[number], "file": file}
-                    store.write(file, png(one))
-            progress.update(f"{len(entries)} images")
+        image = model.recipe.data.image
+        blank = torch.zeros(size, image.channels, image.height, image.width)
+        attempt, fixed = partial(model.reconstruct, blank), threads is not None
+        with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
+            for x in parts:
+                x_hat = model.reconstruct(x)
+                error = ((x_hat - x) / 2).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
+                shown += torch.stack([x, x_hat], dim=1)[: 64 - len(shown)]
+                for psnr, one in zip((-10 * error.log10()).tolist(), x_hat, strict=True):
+                    number = len(entries)
+                    entries.append({"number": number, "psnr": psnr})
+                    if images:
+                        file = f"images/{number:06d}.png"
+                        entries[-1] |= {"image": places[number], "file": file}
+                        store.write(file, png(one))
+                progress.update(f"{len(entries)} images")
+                finished(len(entries))
     if images:
         store.write("psnr.json", json.dumps(entries, indent=1).encode())
     store.write("reconstructions.png", grid_png(torch.cat(shown), 16))

@@ -8,6 +8,8 @@ import traceback
 
 import click
 
+from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_option
+
 
 @click.command("run")
 @click.argument("recipe")
@@ -22,11 +24,7 @@ import click
     "--out", metavar="DIR", help="The run's directory or URL. Default: runs/<recipe's name>."
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest one.")
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    help="CPU threads of each process. Default: all cores, shared.",
-)
+@threads_option
 @click.option(
     "--nproc",
     metavar="N|auto",
@@ -55,8 +53,7 @@ def command(
     Ctrl-C saves and ends; --resume continues.
     Under `torchrun -m e2ediff run RECIPE` each process joins the others by itself.
     """
-    import torch
-
+    let_waiting_threads_sleep()
     count = _count(nproc)
     if nnodes > 1 and not rdzv:
         raise click.UsageError("--nnodes needs --rdzv HOST:PORT, the same on every machine")
@@ -66,14 +63,14 @@ def command(
         from e2ediff.run.launch import launch
 
         share = threads or max(1, (os.cpu_count() or 1) // count)
-        words = ["run", recipe, "--threads", str(share)]
+        os.environ["OMP_NUM_THREADS"] = str(share)  # of which each takes all or one
+        words = ["run", recipe, "--threads", str(threads or "auto")]
         words += [word for change in overrides for word in ("--set", change)]
         words += ["--out", out] if out else []
         words += ["--resume"] if resume else []
         return launch(words, count, nnodes, rdzv)
-    if threads:
-        torch.set_num_threads(threads)
-    return _train(recipe, overrides, out, resume=resume)
+    set_threads(threads)
+    return _train(recipe, overrides, out, resume=resume, choose_threads=threads is None)
 
 
 def _count(nproc: str) -> int:
@@ -91,7 +88,14 @@ def _count(nproc: str) -> int:
     return int(nproc)
 
 
-def _train(recipe: str, overrides: tuple[str, ...], out: str | None, *, resume: bool) -> int:
+def _train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: str | None,
+    *,
+    resume: bool,
+    choose_threads: bool,
+) -> int:
     """Train in this process, which may be one of several; one of them says how it ended."""
     from e2ediff.errors import E2EDiffError
     from e2ediff.host.plugins import load
@@ -101,7 +105,10 @@ def _train(recipe: str, overrides: tuple[str, ...], out: str | None, *, resume: 
 
     world = World.join()
     try:
-        outcome = train(load(), recipe, overrides, out, resume=resume, world=world)
+        outcome = train(
+            load(), recipe, overrides, out, resume=resume, world=world,
+            choose_threads=choose_threads,
+        )  # fmt: skip
         if world.leads:
             if outcome.exit_code:
                 click.echo(f"{outcome.path}: {outcome.reason}", err=True)

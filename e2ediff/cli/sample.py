@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from e2ediff.cli.threads import let_waiting_threads_sleep, threads_option
+
 
 @click.command("sample")
 @click.argument("run")
@@ -75,7 +77,7 @@ import click
     show_default=True,
     help="Processes that compute, on all GPUs in turn.",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of each. Default: shared.")
+@threads_option
 def command(
     run: str,
     names: tuple[str, ...],
@@ -105,6 +107,7 @@ def command(
     Image i of a seed is the same in every set that gives it the same class.
     A command that was interrupted goes on where it stopped when it is given again.
     """
+    let_waiting_threads_sleep()
     from e2ediff.host.plugins import load
     from e2ediff.run.directory import RunDirectory
     from e2ediff.run.labels import label_of, labels_of, lay_out
@@ -145,6 +148,7 @@ def command(
             host,
             processes=processes,
             threads=threads,
+            choose_threads=threads is None,
             overwrite=overwrite,
             say=progress.say,
             update=progress.update,

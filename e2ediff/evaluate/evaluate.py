@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 
 import attrs
+import torch
 
 from e2ediff.data import SourceConfig
 from e2ediff.distances import self_test
@@ -33,6 +34,7 @@ from e2ediff.run.assembly import choose_device
 from e2ediff.run.environment import describe_environment
 from e2ediff.run.pixels import network_title, weights_sha256
 from e2ediff.run.storage import JSON
+from e2ediff.run.threads import threads_for
 
 Say = Callable[[str], None]
 
@@ -49,6 +51,7 @@ class Request:
     `e2ediff.evaluate.sections.SECTIONS`.
     `count` and `labels` are the first convention's where they are None.
     `bootstrap` is the number of resampled sets from which errors and intervals are taken.
+    `choose_threads` takes one CPU thread or all, whichever is faster by timing.
     """
 
     target: str
@@ -69,6 +72,7 @@ class Request:
     cache: str = attrs.field(factory=default_cache)
     perceptual: Perceptual | None = None
     bootstrap: int = 0
+    choose_threads: bool = False
 
 
 def default_metrics(host: Host, network: FeatureNetwork) -> list[Metric]:
@@ -86,13 +90,14 @@ def default_metrics(host: Host, network: FeatureNetwork) -> list[Metric]:
     return found
 
 
-def evaluate(host: Host, request: Request, say: Say = _quiet) -> list[Card]:
+def evaluate(host: Host, request: Request, say: Say = _quiet, report: Say = _quiet) -> list[Card]:
     """Score a run's samples, or stored images, under each convention; one card a convention.
 
     Args:
         host: What knows the parts.
         request: What to do.
         say: Told how far it is.
+        report: Told what should stay to be read, as the number of threads that was chosen.
 
     Raises:
         DataError: Images are missing, too few, of another size, or the metrics do not fit.
@@ -116,22 +121,33 @@ def evaluate(host: Host, request: Request, say: Say = _quiet) -> list[Card]:
     rows |= {"pool"} if "memorisation" in request.sections else frozenset()
     resampling = Resampling(sets=request.bootstrap, say=say)
     rows |= resampling.taps(request.metrics)
-    work = Pass(request.network, moments, rows, request.batch, device)
+    work = Pass(
+        request.network, moments, rows, request.batch, device,
+        choose_threads=request.choose_threads and request.processes > 1,
+    )  # fmt: skip
     views = {c.name: View(c.rounding, c.resize) for c in request.conventions}
     if subject.model is None:  # bytes already
         views = {name: View("nearest", v.resize) for name, v in views.items()}
     made: Mapping[View, FeatureSet] = {}
-    if moments or rows:
-        made = feature_pass(
-            work, subject.images, list(dict.fromkeys(views.values())), subject.count,
-            processes=request.processes,
-            progress=lambda n: say(f"{n}/{subject.count} images"),
-        )  # fmt: skip
-    sections = Sections(host, request, subject, work, resampling)
-    return [
-        _card(host, request, sections, c, views[c.name], made, references.get(c.name))
-        for c in request.conventions
-    ]
+    fixed = not request.choose_threads or request.processes > 1
+    with threads_for(
+        work.attempt(subject.images), report, torch.device(device), fixed=fixed
+    ) as finished:
+
+        def progress(n: int) -> None:
+            say(f"{n}/{subject.count} images")
+            finished(n)
+
+        if moments or rows:
+            made = feature_pass(
+                work, subject.images, list(dict.fromkeys(views.values())), subject.count,
+                processes=request.processes, progress=progress,
+            )  # fmt: skip
+        sections = Sections(host, request, subject, work, resampling)
+        return [
+            _card(host, request, sections, c, views[c.name], made, references.get(c.name))
+            for c in request.conventions
+        ]
 
 
 def _check_metrics(request: Request) -> None:

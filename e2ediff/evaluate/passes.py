@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import attrs
@@ -16,10 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from e2ediff.evaluate.conventions import Resize
-from e2ediff.evaluate.images import ImageSet
+from e2ediff.evaluate.images import ImageSet, Samples
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import FeatureSet
+from e2ediff.run.generate import denoise_once
 from e2ediff.run.pixels import Collector, Rounding, to_pixels
+from e2ediff.run.threads import threads_for
+
+_ATTEMPT = 16  # images whose features are timed
 
 
 @attrs.frozen
@@ -32,13 +37,30 @@ class View:
 
 @attrs.frozen(eq=False)
 class Pass:
-    """What is collected, by which network, and where."""
+    """What is collected, by which network, and where.
+
+    Each of several processes chooses its CPU threads by timing where `choose_threads` is set.
+    """
 
     network: FeatureNetwork
     moments: Collection[str]
     rows: Collection[str]
     batch: int = 64
     device: str = "cpu"
+    choose_threads: bool = False
+
+    def attempt(self, images: ImageSet) -> Callable[[], object]:
+        """A small piece of a pass over these images, for the time that it takes."""
+        if isinstance(images, Samples):
+            return partial(denoise_once, images.model)
+        pixels = torch.zeros(min(self.batch, _ATTEMPT), *images.shape, dtype=torch.uint8)
+
+        def attempt() -> None:
+            Collector(self.network.to(self.device), self.moments, self.rows).add(
+                pixels.to(self.device)
+            )
+
+        return attempt
 
     def shown(self, x: Tensor, view: View) -> Tensor:
         """Images (B, C, H, W), uint8 or in [-1, 1], as a view has them, from 0 to 255."""
@@ -112,7 +134,10 @@ def _share(
     work, images, views, span = part
     if work.device.startswith("cuda"):
         torch.cuda.set_device(work.device)  # a model that is loaded here goes there, too
-    return work.collect(images, views, span)
+    unsaid, device = (lambda line: None), torch.device(work.device)
+    attempt, fixed = work.attempt(images), not work.choose_threads
+    with threads_for(attempt, unsaid, device, fixed=fixed) as finished:
+        return work.collect(images, views, span, finished)
 
 
 def _device(device: str, i: int) -> str:

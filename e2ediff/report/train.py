@@ -46,7 +46,8 @@ def train_all(
     jobs: Sequence[Job],
     *,
     at_once: int,
-    threads: int,
+    threads: int | None,
+    share: int,
     progress: Progress,
     stop: Stop,
 ) -> list[Ended]:
@@ -59,7 +60,8 @@ def train_all(
         group: Where they lie.
         jobs: The runs, in the order in which they start.
         at_once: Processes at a time.
-        threads: CPU threads of each.
+        threads: CPU threads of each; None leaves the choice of one or `share` to it.
+        share: How many it may have.
         progress: Where to say how it goes.
         stop: Whether to stop.
 
@@ -84,7 +86,7 @@ def train_all(
                 if _skip(group, job, progress):
                     total -= 1
                     continue
-                active.append(_start(group, job, threads))
+                active.append(_start(group, job, threads, share))
                 progress.say(f"{job.place}: training ({total - len(pending)}/{total})")
             if stop.asked and active:
                 _stop_all(active, progress)
@@ -125,18 +127,18 @@ def _holder(group: Group, job: Job) -> str:
     return ""
 
 
-def _start(group: Group, job: Job, threads: int) -> _Active:
+def _start(group: Group, job: Job, threads: int | None, share: int) -> _Active:
     command = [sys.executable, "-m", "e2ediff", "run", f"{group.path}/{RECIPE}"]
     for change in job.overrides:
         command += ["--set", change]
-    command += ["--out", group.run(job.place), "--threads", str(threads)]
+    command += ["--out", group.run(job.place), "--threads", str(threads or "auto")]
     if group.store.exists(f"runs/{job.place}/run.json"):
         command.append("--resume")
     elif group.store.exists(f"runs/{job.place}"):
         shutil.rmtree(group.store.local_path(f"runs/{job.place}") or "")  # killed at its birth
     log = group.log(job.place)
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads or share)}
     with log.open("ab") as file:
         process = subprocess.Popen(  # noqa: S603 - our own command
             command,

@@ -39,6 +39,7 @@ from e2ediff.run.signals import Stop
 from e2ediff.run.sinks import Sinks
 from e2ediff.run.snapshot import put_back, take
 from e2ediff.run.storage import JSON
+from e2ediff.run.threads import Threads, former_threads
 from e2ediff.run.update import Update
 from e2ediff.run.world import World
 
@@ -55,7 +56,10 @@ class Engine:
         sources: tuple[DataSource, DataSource],
         progress: Progress,
         world: World | None = None,
+        *,
+        choose_threads: bool = False,
     ) -> None:
+        """Build what the recipe asks for; `choose_threads` is `train`'s."""
         self.host = host
         self.recipe = recipe
         self.directory = directory
@@ -77,6 +81,9 @@ class Engine:
         self.health: dict[str, float] = {}
         self.watch = Watch(recipe.alarm)
         self.clock = Clock()
+        self.choose_threads = choose_threads and device.type == "cpu"
+        self.threads: Threads | None = None
+        self._latest: Batch | None = None
 
     # Running
 
@@ -120,7 +127,12 @@ class Engine:
         self.clock.start(self.step)
         try:
             for batch in self._batches():
+                self._latest = batch
+                if self.threads is None:
+                    self.threads = self._open_threads()
+                began = time.perf_counter()
                 self.advance(batch)
+                self._count_pace(time.perf_counter() - began)
                 if self.lookout.due(self.step):
                     self.look()
                 if self.lookout.preview_due(self.step):
@@ -180,6 +192,39 @@ class Engine:
             report=self.skip,
             rows=self.update.rows,
         )
+
+    # Threads
+
+    def _open_threads(self) -> Threads:
+        """Take the number of CPU threads: the one set, the former one, or the faster one."""
+        count, pace = (0, 0.0) if self.step == 0 else former_threads(self.directory, self.images)
+        if not self.choose_threads and count not in (0, now := torch.get_num_threads()):
+            self.directory.event("threads", step=self.step, images=self.images, count=now)
+        threads = Threads(
+            self._attempt,
+            self._tell_threads,
+            world=self.world,
+            count=self.world.share(count),
+            pace=pace / self.recipe.batch,
+            fixed=not self.choose_threads,
+        )
+        with self.clock.paused():
+            threads.begin()
+        return threads
+
+    def _count_pace(self, seconds: float) -> None:
+        if self.threads is not None:
+            with self.clock.paused():
+                self.threads.done(1.0, seconds)
+
+    def _attempt(self) -> None:
+        """A piece of a step, for its time alone."""
+        assert self._latest is not None
+        phase = self._active()[0]
+        self.update.attempt(self._latest, phase, partial(self._draw, phase))
+
+    def _tell_threads(self, line: str, count: int, of: int) -> None:
+        self._tell("threads", line, count=count, of=of)
 
     def skip(self, found: Sequence[Skipped]) -> None:
         """List damaged images that were not used; the first one is also said."""

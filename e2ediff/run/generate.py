@@ -304,6 +304,16 @@ class Model:
         return label_of(self.recipe.data.image, text)
 
 
+@torch.no_grad()
+def denoise_once(model: Model) -> None:
+    """Call a model's denoiser on one tile, for the time that it takes."""
+    image, spec = model.recipe.data.image, model.net.latent
+    z_t = torch.zeros(model.rows, spec.tokens, spec.dim, device=model.device)
+    label = torch.full((model.rows,), image.null_label, device=model.device)
+    with model._autocast():
+        model.denoiser()(z_t, 0.5, label)
+
+
 def _own_noise(seed: int, numbers: Sequence[int]) -> Noise:
     """Noise whose row i belongs to image `numbers[i]` of this seed, drawn on the CPU."""
     generators = [generator(_CPU, seed, "image", i) for i in numbers]

@@ -113,10 +113,15 @@ class Parallel:
         return losses, info
 
     def rehearse(self, part: Batch, draw: Draw, phase: str) -> None:
-        """Forward and backward of some images for their memory alone; gradients are dropped."""
-        total, _, _ = self.unit(part, draw, phase)
-        total.backward()
+        """Forward and backward of some images for their memory or time alone: nothing changes."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.unit.buffers()]
+        with torch.random.fork_rng():
+            total, _, _ = self.unit(part, draw, phase)
+            total.backward()
         self.unit.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -230,7 +235,7 @@ def _pieces(gradient: Tensor) -> Sequence[Tensor]:
     if gradient.device.type != "cpu" or gradient.numel() <= _PIECE:
         return (gradient,)
     rows = max(1, _PIECE * len(gradient) // gradient.numel())
-    return gradient.split(rows)
+    return torch.split(gradient, rows)
 
 
 def _norm_dtype(gradients: Sequence[Tensor]) -> torch.dtype:

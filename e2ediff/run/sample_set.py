@@ -14,8 +14,9 @@ from e2ediff.run.generate import Model
 from e2ediff.run.outputs import Output
 from e2ediff.run.progress import duration
 from e2ediff.run.set_record import check_space, describe, finish, own_place, prepare
+from e2ediff.run.threads import restored_threads
 from e2ediff.run.wish import Cost, Wish
-from e2ediff.run.workers import in_processes
+from e2ediff.run.workers import in_processes, make_blocks
 
 
 def make_set(
@@ -24,6 +25,7 @@ def make_set(
     *,
     processes: int = 1,
     threads: int | None = None,
+    choose_threads: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None],
     update: Callable[[str], None],
@@ -35,6 +37,7 @@ def make_set(
         host: What knows the parts.
         processes: How many compute, each with a copy of the model.
         threads: CPU threads of each; by default the machine's, shared among them.
+        choose_threads: Take as many in each or one, whichever is faster by timing.
         overwrite: Replace another set that lies there.
         say: Told of damaged checkpoints, and of what was found.
         update: Told of progress.
@@ -60,9 +63,12 @@ def make_set(
     began, cost = time.monotonic(), Cost()
     workers: AbstractContextManager[Iterator[Cost]]
     if processes > 1 and len(blocks) > 1:
-        workers = in_processes(wish, blocks, min(processes, len(blocks)), threads)
+        workers = in_processes(
+            wish, blocks, min(processes, len(blocks)), threads, choose=choose_threads
+        )
     else:
-        workers = nullcontext(_here(wish, model, output, blocks, threads))
+        report = say if choose_threads else None
+        workers = nullcontext(_here(wish, model, output, blocks, threads, report))
     with workers as costs:
         for one in costs:
             cost += one
@@ -71,15 +77,17 @@ def make_set(
 
 
 def _here(
-    wish: Wish, model: Model, output: Output, blocks: Sequence[range], threads: int
+    wish: Wish,
+    model: Model,
+    output: Output,
+    blocks: Sequence[range],
+    threads: int,
+    report: Callable[[str], None] | None,
 ) -> Iterator[Cost]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for block in blocks:
-            yield from wish.make(model, output, block)
-    finally:
-        torch.set_num_threads(before)
+    """Make blocks in this process; `report` is told of threads that are chosen."""
+    with restored_threads():
+        torch.set_num_threads(threads)
+        yield from make_blocks(wish, model, output, blocks, report)
 
 
 def _line(done: int, total: int, made: int, seconds: float) -> str:

@@ -31,6 +31,7 @@ from e2ediff.run.environment import describe_environment
 from e2ediff.run.loader import check_enough, lost_reader
 from e2ediff.run.progress import Progress
 from e2ediff.run.signals import Stop
+from e2ediff.run.threads import restored_threads
 from e2ediff.run.update import check_shares
 from e2ediff.run.world import ElsewhereError, World, is_broken_collective
 
@@ -55,6 +56,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     world: World | None = None,
+    choose_threads: bool = False,
 ) -> Outcome:
     """Train by a recipe, from the start or from a run's last checkpoint.
 
@@ -67,6 +69,8 @@ def train(
         progress: Where to show progress; by default stderr.
         world: The processes that train together; by default this one alone. All of them call
             this with the same arguments; the first one writes.
+        choose_threads: Take one CPU thread or all, whichever is faster by timing; by default
+            torch's number stays.
 
     Raises:
         E2EDiffError: Whatever is wrong with the recipe, the data, the directory or the machine;
@@ -100,10 +104,14 @@ def train(
     path = world.lead(begin)
     directory = locked[0] if locked else RunDirectory.open(path, silent=True)
     progress = progress or Progress(None if world.leads else _Nowhere())
-    with directory, progress as shown, Stop(_GRACE if world.size > 1 else 0.0) as stop:
+    grace = _GRACE if world.size > 1 else 0.0
+    with directory, progress as shown, Stop(grace) as stop, restored_threads():
         engine = None
         try:
-            engine = Engine(host, recipe, directory, device, sources, shown, world)
+            engine = Engine(
+                host, recipe, directory, device, sources, shown, world,
+                choose_threads=choose_threads,
+            )  # fmt: skip
             if resume:
                 _restore(engine, directory, shown)
             _greet(shown, engine)

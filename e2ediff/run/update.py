@@ -5,6 +5,7 @@ Shapes: B images of the step that this process has, S images of a micro-shard.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -153,6 +154,18 @@ class Update:
             return images, draw
         part = _rows(images, start, count)
         return part, part_of(draw, slice(start, start + len(part.x)))
+
+    def attempt(self, batch: Batch, phase: str, draw_of: DrawOf) -> None:
+        """Compute the gradients of a micro-shard for their time alone: nothing changes.
+
+        Blocks are not compiled for it: a compiled one is made for a number of threads.
+        """
+        compiled = self.recipe.compile != "off"
+        eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+        images = _rows(batch, 0, self.size)
+        part, draw = self._part(images, 0, self._at_once.get(phase, self.size), 0, draw_of)
+        with eager:
+            self.parts.parallel.rehearse(part, draw, phase)
 
     # Memory
 

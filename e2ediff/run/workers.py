@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -16,12 +17,15 @@ import attrs
 import torch
 
 from e2ediff.errors import E2EDiffError, ResourceError
+from e2ediff.run.generate import Model, denoise_once
+from e2ediff.run.outputs import Output
+from e2ediff.run.threads import threads_for
 from e2ediff.run.wish import Cost, Wish
 
 
 @contextlib.contextmanager
 def in_processes(
-    wish: Wish, blocks: Sequence[range], processes: int, threads: int
+    wish: Wish, blocks: Sequence[range], processes: int, threads: int, *, choose: bool
 ) -> Iterator[Iterator[Cost]]:
     """Costs of the tiles, as they are made; process k of P makes every P-th from the k-th.
 
@@ -35,7 +39,7 @@ def in_processes(
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
             target=work,
-            args=(_placed(wish, k), list(blocks[k::processes]), threads, theirs),
+            args=(_placed(wish, k), list(blocks[k::processes]), threads, choose, theirs),
             daemon=True,
         )
         process.start()
@@ -78,7 +82,30 @@ def _costs(started: dict[Connection, BaseProcess], images: int) -> Iterator[Cost
             yield found
 
 
-def work(wish: Wish, blocks: Sequence[range], threads: int, report: Connection) -> None:
+def make_blocks(
+    wish: Wish,
+    model: Model,
+    output: Output,
+    blocks: Sequence[range],
+    report: Callable[[str], None] | None,
+) -> Iterator[Cost]:
+    """The costs of the tiles of some blocks, as they are made.
+
+    Where `report` is given, threads are chosen by timing and it is told of the choice.
+    """
+    tell, attempt = report or (lambda line: None), partial(denoise_once, model)
+    with threads_for(attempt, tell, model.device, fixed=report is None) as done:
+        images = 0
+        for block in blocks:
+            for cost in wish.make(model, output, block):
+                yield cost
+                images += cost.images
+                done(images)
+
+
+def work(
+    wish: Wish, blocks: Sequence[range], threads: int, choose: bool, report: Connection
+) -> None:
     """Make these blocks and report the cost of each, or what went wrong; runs in a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and ends this one
     torch.set_num_threads(threads)
@@ -86,8 +113,11 @@ def work(wish: Wish, blocks: Sequence[range], threads: int, report: Connection) 
         try:
             model = wish.load()
             output = wish.output(model)
-            for block in blocks:
-                for cost in wish.make(model, output, block):
-                    report.send(cost)
+            for cost in make_blocks(wish, model, output, blocks, _unsaid if choose else None):
+                report.send(cost)
         except E2EDiffError as error:
             report.send(error)
+
+
+def _unsaid(line: str) -> None:
+    """Leave out what every process would say."""

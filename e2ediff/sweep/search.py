@@ -18,7 +18,7 @@ from e2ediff.evaluate.subject import run_subject
 from e2ediff.report.grid import Axis
 from e2ediff.run.assembly import choose_device
 from e2ediff.run.bad_images import open_source
-from e2ediff.run.generate import Model
+from e2ediff.run.generate import Model, denoise_once
 from e2ediff.run.load import load_model
 from e2ediff.run.pixels import network_title, weights_sha256
 from e2ediff.run.set_record import differences
@@ -156,10 +156,20 @@ class Search:
             self.say(f"{mean.value:.6g} +- {mean.error:.2g}  {candidate.words}")
         return self.found[key]
 
+    def attempt(self) -> None:
+        """Call the denoiser of the recipe's own candidate once, for the time that it takes."""
+        if self._loaded is None:
+            self._model(self.run.candidate([]))
+        assert self._loaded is not None
+        denoise_once(self._loaded[1])
+
     def _measure(self, candidate: Candidate, key: str) -> None:
         r = attrs.evolve(self.request, weights=candidate.weights, overrides=candidate.overrides)
         one = r.conventions[0]
-        work = Pass(r.network, (), ("pool",), r.batch, str(choose_device(r.device)))
+        work = Pass(
+            r.network, (), ("pool",), r.batch, str(choose_device(r.device)),
+            choose_threads=r.choose_threads and r.processes > 1,
+        )  # fmt: skip
         view = View(one.rounding, one.resize)
         if self._proxy is None:
             real = reference_features(

@@ -165,7 +165,9 @@ def test_a_stopped_ablation_saves_what_is_training_and_starts_nothing_more(
     group = Group.create(None, plan, {})
     with Progress() as progress, _StopsOnce(tmp_path / group.run("coupled-seed0") /
                                             "metrics.jsonl") as stop:  # fmt: skip
-        ended = train_all(group, plan.jobs, at_once=1, threads=1, progress=progress, stop=stop)
+        ended = train_all(
+            group, plan.jobs, at_once=1, threads=1, share=1, progress=progress, stop=stop
+        )
         assert exit_code(ended, stop) == 75
     assert [(e.job.place, e.exit_code) for e in ended] == [("coupled-seed0", 75)]
     assert runs(Path(group.path)) == {"coupled-seed0": "preempted"}

@@ -1,0 +1,204 @@
+"""How many CPU threads compute: one or all, whichever is faster where and when it runs.
+
+The threads of an operation wait for one another at its end, and spin while they wait. On cores
+that other processes use as well, all threads can be ten times slower than one; small networks
+gain nothing from them on idle cores either. Which is faster is found by timing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.world import World
+
+GAIN = 1.05
+"""How much faster another number of threads must be to be taken."""
+
+PERIOD = 600.0
+"""Seconds after which the numbers are timed again, whatever the pace."""
+
+_TRIAL = 0.5  # seconds that a comparison takes, so that other processes have their turns in it
+_WINDOW = 1.0  # seconds of work over which the pace is measured
+_SHARED_WINDOW = 20  # calls of `done` instead, where several processes measure together
+
+
+class Threads:
+    """Sets torch's number of threads to one or all, and again when the pace falls by half.
+
+    A comparison runs `attempt` with each number in turn. One thread is taken unless all are more
+    than 5 % faster, and a number that was taken stays until another is more than 5 % faster, so
+    that chance does not decide.
+    """
+
+    def __init__(
+        self,
+        attempt: Callable[[], object],
+        report: Callable[[str, int, int], None],
+        *,
+        world: World | None = None,
+        count: int = 0,
+        pace: float = 0.0,
+        fixed: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Take what is to be timed; torch's number of threads now is that of all.
+
+        Args:
+            attempt: A piece of the work, for its time alone: it changes nothing.
+            report: Called with a line, the number of threads taken, and that of all.
+            world: The processes that compute together: they take the same number.
+            count: The number to begin with, as where a run is resumed; 0 compares first.
+            pace: Pieces a second that the work had with that number.
+            fixed: Leave the number as it is.
+            clock: Seconds from any moment on.
+        """
+        self.attempt = attempt
+        self.report = report
+        self.world = world or World()
+        self.all = torch.get_num_threads()
+        self.count = count if count <= self.all else 0
+        self.fixed = fixed or self.all == 1
+        self._pace = pace if self.count else 0.0
+        self.clock = clock
+        self._next = clock() + PERIOD
+        self._begin_window()
+
+    def begin(self) -> None:
+        """Take the number to begin with."""
+        if self.fixed:
+            return
+        if self.count:
+            torch.set_num_threads(self.count)
+            self._report("as before")
+        else:
+            self._compare()
+
+    def done(self, pieces: float, seconds: float) -> None:
+        """Count finished work, and compare anew if it took more than twice as long as before."""
+        if self.fixed:
+            return
+        self._pieces += pieces
+        self._seconds += seconds
+        self._calls += 1
+        shared = self.world.size > 1
+        if self._calls < _SHARED_WINDOW if shared else self._seconds < _WINDOW:
+            return
+        pace = self._pieces / max(self._seconds, 1e-9)
+        fell = 2 * pace < self._pace
+        self._pace = max(self._pace, pace)
+        self._begin_window()
+        if self.world.highest(int(fell or self.clock() >= self._next)):
+            self._compare()
+
+    def _begin_window(self) -> None:
+        self._pieces = self._seconds = 0.0
+        self._calls = 0
+
+    def _compare(self) -> None:
+        """Time each number by equal work, in turns, and take the fastest."""
+        began, before = self.clock(), self.count
+        current = before or 1
+        numbers = sorted({1, current, self.all})
+        self._round(numbers)  # allocates, and starts threads
+        seconds, rounds = dict.fromkeys(numbers, 0.0), 0
+        while rounds == 0 or (sum(seconds.values()) < _TRIAL and rounds < 50):
+            for n, taken in self._round(numbers).items():
+                seconds[n] += taken
+            rounds += 1
+        best = min(numbers, key=seconds.__getitem__)
+        self.count = best if seconds[best] * GAIN < seconds[current] else current
+        torch.set_num_threads(self.count)
+        if self.count != before:
+            times = [f"{1e3 * s / rounds:.3g} ms with {n}" for n, s in seconds.items()]
+            self._report(f"by time: {', '.join(times)}")
+        # At most a hundredth of the time goes into comparing.
+        self._next = self.clock() + max(PERIOD, 100 * (self.clock() - began))
+        self._pace = 0.0
+        self._begin_window()
+
+    def _round(self, numbers: list[int]) -> dict[int, float]:
+        """Seconds of one attempt with each number."""
+        found = {}
+        for n in numbers:
+            torch.set_num_threads(n)
+            start = self.clock()
+            self.attempt()
+            taken = self.clock() - start
+            # Processes that compute together are as fast as the slowest one.
+            found[n] = self.world.highest(round(1e6 * taken)) / 1e6
+        return found
+
+    def _report(self, why: str) -> None:
+        self.report(f"CPU threads: {self.count} of {self.all}, {why}", self.count, self.all)
+
+
+@contextlib.contextmanager
+def threads_for(
+    attempt: Callable[[], object],
+    report: Callable[[str], None],
+    device: torch.device,
+    *,
+    fixed: bool = False,
+) -> Iterator[Callable[[float], None]]:
+    """Within it, work has the number of CPU threads that suits it; then the former one again.
+
+    Args:
+        attempt: A piece of the work, for its time alone: it changes nothing.
+        report: Called with a line whenever a number is taken.
+        device: Where the work is done; where that is no CPU, the number stays as it is.
+        fixed: Leave the number as it is.
+
+    Yields:
+        What to call with the number of pieces that are finished so far.
+    """
+    with restored_threads():
+        fixed = fixed or device.type != "cpu"
+        threads = Threads(attempt, lambda line, count, of: report(line), fixed=fixed)
+        threads.begin()
+        finished, since = 0.0, time.perf_counter()
+
+        def done(total: float) -> None:
+            nonlocal finished, since
+            threads.done(total - finished, time.perf_counter() - since)
+            finished, since = total, time.perf_counter()
+
+        yield done
+
+
+@contextlib.contextmanager
+def restored_threads() -> Iterator[None]:
+    """Put torch's number of threads back on leaving."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def former_threads(directory: RunDirectory, images: int) -> tuple[int, float]:
+    """The number of threads that a run had at a checkpoint, and its images a second there.
+
+    The number decides the last bits of what is trained: a run goes on with its own. On a machine
+    with another number of cores it is 0, which chooses anew.
+
+    Args:
+        directory: The run's.
+        images: Those that the checkpoint had seen.
+    """
+    hardware = directory.environment().get("hardware", {})
+    if hardware.get("cpus") != os.cpu_count():
+        return 0, 0.0
+    count = hardware.get("threads", 0)
+    for event in directory.read_events():
+        if event.get("kind") == "threads" and event.get("images", 0) <= images:
+            count = event.get("count", count)
+    rates = [line.get("wall_images_per_second") for line in directory.read_metrics()[-200:]]
+    known = [float(rate) for rate in rates if isinstance(rate, int | float)]
+    return int(count), statistics.median(known[-10:]) if known else 0.0
