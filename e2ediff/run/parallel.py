@@ -13,7 +13,6 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
@@ -33,7 +32,7 @@ if TYPE_CHECKING:  # half a second to import, for FSDP2 alone
 
 Kind = Literal["one", "ddp", "fsdp2"]
 
-_PIECE = 2**16  # gradients whose squares are added in float32 on a CPU
+_PIECE = 2**16  # gradients whose squares are added up in float32 on a CPU
 
 
 class Unit(nn.Module):
@@ -200,9 +199,8 @@ def mine(values: Sequence[Tensor]) -> list[Tensor]:
 def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: World) -> Tensor:
     """Scale all gradients so that their common norm is at most `largest`; returns the norm.
 
-    As torch's `clip_grad_norm_`, but norms of pieces are taken in float32 and their squares added
-    in float64, so that the norm depends on how the gradients are grouped or split in its sixth
-    digit at most, whatever their number.
+    As torch's `clip_grad_norm_`, but squares are added in float64, so that the norm depends on how
+    the gradients are grouped or split in its seventh digit at most.
 
     Returns:
         The norm before clipping, a scalar in float64.
@@ -211,33 +209,37 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: Wo
     if not with_gradient:
         return torch.zeros((), dtype=torch.float64)
     grads = mine(with_gradient)
-    # pieces of a split gradient may be empty
-    pieces = [piece for g in grads if g.numel() for piece in _pieces(g)] or grads
-    norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=_norm_dtype(grads)))
-    squares = norms.double().square().sum()
+    computes = grads[0].device.type == "cpu" and type(grads[0]) is Tensor  # not shapes alone
+    squares = _squares(grads) if computes else _squares_at_once(grads)
     if any(is_split(g) for g in with_gradient):
         squares = world.total(squares)
     norm = squares.sqrt()
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    # On a GPU the look would wait for the step, and on tensors without values there is none.
-    known = norm.device.type == "cpu" and type(norm) is Tensor
-    if not (known and factor >= 1):
+    # A GPU would have to be waited for.
+    if not (computes and factor >= 1):
         torch._foreach_mul_(grads, factor.to(grads[0].dtype))
     return norm
 
 
-def _pieces(gradient: Tensor) -> Sequence[Tensor]:
-    """Views of a gradient, each short enough for a sum of its squares in float32.
+def _squares(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of all squares in float64, on a CPU.
 
-    A CPU adds squares up one after another: one sum over millions has four right digits, or
-    fewer. A GPU adds them in pairs.
+    Added up in float32 piece by piece: one sum over millions has four right digits there, and a
+    norm in float64 converts every number first, which takes three times as long.
     """
-    if gradient.device.type != "cpu" or gradient.numel() <= _PIECE:
-        return (gradient,)
-    rows = max(1, _PIECE * len(gradient) // gradient.numel())
-    return torch.split(gradient, rows)
+    sums = []
+    for gradient in gradients:
+        flat = gradient.flatten()
+        if gradient.dtype.itemsize < 4:
+            flat = flat.float()
+        pieces = torch.split(flat, _PIECE) if len(flat) > _PIECE else (flat,)
+        sums += [torch.dot(piece, piece) for piece in pieces]
+    return torch.stack(sums).double().sum()
 
 
-def _norm_dtype(gradients: Sequence[Tensor]) -> torch.dtype:
-    """Float32, or the widest type of the gradients where that is wider."""
-    return reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
+def _squares_at_once(gradients: list[Tensor]) -> Tensor:
+    """The sum of all squares in float64, by one operation on a GPU."""
+    # pieces of a split gradient may be empty
+    filled = [g for g in gradients if g.numel()] or gradients
+    norms = torch._foreach_norm(filled, 2, dtype=torch.float64)
+    return torch.stack(list(norms)).square().sum()

@@ -342,7 +342,7 @@ def test_clipping_is_torchs_own_with_squares_added_in_float64(largest) -> None:
     expected = nn.utils.clip_grad_norm_(theirs, largest)
     exact = torch.cat([p.grad.double().flatten() for p in gradients()[:-1]]).norm()
     assert norm.dtype == torch.float64
-    torch.testing.assert_close(norm, exact, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(norm, exact, rtol=1e-7, atol=0.0)
     torch.testing.assert_close(norm.float(), expected, rtol=1e-6, atol=0.0)
     for a, b in zip(ours[:-1], theirs[:-1], strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0.0)
@@ -350,14 +350,14 @@ def test_clipping_is_torchs_own_with_squares_added_in_float64(largest) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-def test_the_norm_of_millions_of_gradients_has_five_right_digits(transposed) -> None:
-    """One sum in float32 over as many is 4e-5 too small, or more where it is not vectorised."""
+def test_the_norm_of_millions_of_gradients_has_seven_right_digits(transposed) -> None:
+    """One sum in float32 over as many, as torch's own, is 4e-5 too small."""
     g = torch.Generator().manual_seed(0)
     values = torch.randn(3072, 768, generator=g)
     p = nn.Parameter(torch.zeros(values.T.shape if transposed else values.shape))
     p.grad = values.T if transposed else values
     norm = clip_gradients([p], 1e9, World())
-    torch.testing.assert_close(norm, values.double().norm(), rtol=5e-6, atol=0.0)
+    torch.testing.assert_close(norm, values.double().norm(), rtol=1e-7, atol=0.0)
 
 
 def test_gradients_below_the_bound_are_left_and_others_are_not() -> None:
