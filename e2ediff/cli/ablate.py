@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import click
 
-from e2ediff.cli.threads import threads_option
-
 
 @click.command("ablate")
 @click.argument("recipe")
@@ -21,7 +19,13 @@ from e2ediff.cli.threads import threads_option
 )
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once.")
-@threads_option
+@click.option(
+    "--threads",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
+)
 @click.option("--out", metavar="DIR", help="Where it lies. Default: groups/<recipe's name>.")
 @click.option(
     "--baseline", metavar="CELL", help="What cells are compared with. Default: the first."
@@ -47,7 +51,7 @@ def command(
     seeds: str,
     overrides: tuple[str, ...],
     jobs: int,
-    threads: int | None,
+    threads: str,
     out: str | None,
     baseline: str | None,
     match: str,
@@ -72,10 +76,11 @@ def command(
     from e2ediff.report.train import STOPPED, exit_code, train_all
     from e2ediff.report.write import write_report
     from e2ediff.run.environment import describe_environment
+    from e2ediff.run.openmp import threads_of
     from e2ediff.run.progress import Progress
     from e2ediff.run.signals import Stop
 
-    host = load()
+    number, host = threads_of(threads), load()
     plan = make_plan(host, recipe, vary, seeds, overrides, baseline, cast(Match, match))
     if dry_run:
         for line in plan_lines(plan):
@@ -99,7 +104,7 @@ def command(
         for line in plan.remarks():
             progress.say(line)
         ended = train_all(
-            group, plan.jobs, at_once=jobs, threads=threads, share=share, progress=progress,
+            group, plan.jobs, at_once=jobs, threads=number, share=share, progress=progress,
             stop=stop,
         )  # fmt: skip
         code = exit_code(ended, stop)

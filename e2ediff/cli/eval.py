@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_option
-
 if TYPE_CHECKING:
     from e2ediff.evaluate.evaluate import Request
     from e2ediff.evaluate.passport import Card
@@ -71,11 +69,17 @@ if TYPE_CHECKING:
 @click.option("--lpips-heads", metavar="PATH|URL", help="LPIPS's linear weights for VGG16.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True)
-@threads_option
+@click.option(
+    "--threads",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--cache", metavar="DIR", help="Features of references. Default: $E2EDIFF_CACHE.")
 @click.option("--out", metavar="DIR", help="Default: RUN/scores, or TARGET.scores.")
-def command(target: str, out: str | None, threads: int | None, **given: object) -> None:
+def command(target: str, out: str | None, threads: str, **given: object) -> None:
     """Score a RUN's samples, or the images of a FOLDER or NPZ, against a reference.
 
     Prints each score with its standard error where there is one and with --bootstrap its 95 %
@@ -83,7 +87,9 @@ def command(target: str, out: str | None, threads: int | None, **given: object) 
     Fréchet distance is called FID only in the published Inception features; without their weights
     it is named after its network.
     """
-    let_waiting_threads_sleep()
+    from e2ediff.run.openmp import prepare_threads
+
+    number = prepare_threads(threads)
     from e2ediff.evaluate.evaluate import evaluate
     from e2ediff.evaluate.passport import write_card
     from e2ediff.evaluate.subject import is_run
@@ -91,8 +97,7 @@ def command(target: str, out: str | None, threads: int | None, **given: object) 
     from e2ediff.run.progress import Progress
 
     host = load()
-    set_threads(threads)
-    given["choose_threads"] = threads is None
+    given["choose_threads"] = number is None
     with Progress() as progress:
         request = _request(host, target, given)
         cards = evaluate(host, request, progress.update, progress.say)

@@ -6,8 +6,6 @@ from functools import partial
 
 import click
 
-from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_option
-
 
 @click.command("interpolate")
 @click.argument("run")
@@ -34,7 +32,13 @@ from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_
 )
 @click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@threads_option
+@click.option(
+    "--threads",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
+)
 @click.option("--out", metavar="FILE", help="Default: RUN/samples/interpolation-A-B.png.")
 def command(
     run: str,
@@ -46,7 +50,7 @@ def command(
     weights: str | None,
     checkpoint: str | None,
     device: str,
-    threads: int | None,
+    threads: str,
     out: str | None,
 ) -> None:
     """Write a strip of images between two seeds, or between two of your own IMAGES.
@@ -55,7 +59,9 @@ def command(
     Between images the encoder's latents are mixed in equal steps, and every frame is decoded;
     the ends are the images' reconstructions.
     """
-    let_waiting_threads_sleep()
+    from e2ediff.run.openmp import prepare_threads
+
+    number = prepare_threads(threads)
     import torch
 
     from e2ediff.parts.own_images import list_images, read_images
@@ -66,7 +72,6 @@ def command(
     from e2ediff.run.storage import Store
     from e2ediff.run.threads import threads_for
 
-    set_threads(threads)
     if bool(images) == bool(seeds) or len(images) not in (0, 2):
         raise click.UsageError("give --seeds A B, or two images")
     if images and (names or overrides):
@@ -90,7 +95,7 @@ def command(
             assert seeds is not None
             labels = [model.label_of(text) for text in names or ("none",)]
             strips = []
-            attempt, fixed = partial(denoise_once, model), threads is not None
+            attempt, fixed = partial(denoise_once, model), number is not None
             with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
                 for label in labels:
                     strips.append(model.interpolate(seeds, label, frames=frames))

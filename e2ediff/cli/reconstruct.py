@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_option
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,7 +25,13 @@ if TYPE_CHECKING:
 )
 @click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@threads_option
+@click.option(
+    "--threads",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
+)
 @click.option(
     "--out", metavar="DIR", help="Where to write. Default: RUN/samples, or RUN/reconstructions."
 )
@@ -38,7 +42,7 @@ def command(
     weights: str | None,
     checkpoint: str | None,
     device: str,
-    threads: int | None,
+    threads: str,
     out: str | None,
 ) -> None:
     """Pass images through RUN's encoder and decoder.
@@ -49,7 +53,9 @@ def command(
     Writes `reconstructions.png`, each of the first 64 images followed by its reconstruction, and
     prints the mean PSNR in decibels and the file.
     """
-    let_waiting_threads_sleep()
+    from e2ediff.run.openmp import prepare_threads
+
+    given = prepare_threads(threads)
     import torch
 
     from e2ediff.parts.own_images import list_images, read_images
@@ -61,7 +67,6 @@ def command(
     from e2ediff.run.storage import Store
     from e2ediff.run.threads import threads_for
 
-    set_threads(threads)
     with Progress() as progress:
         model = load_model(
             run, weights=weights, checkpoint=checkpoint, device=device, warn=progress.say
@@ -79,7 +84,7 @@ def command(
             parts = [fixed_images(source, count, model.recipe.seed, "reconstruct", cpu).x]
         image = model.recipe.data.image
         blank = torch.zeros(size, image.channels, image.height, image.width)
-        attempt, fixed = partial(model.reconstruct, blank), threads is not None
+        attempt, fixed = partial(model.reconstruct, blank), given is not None
         with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
             for x in parts:
                 x_hat = model.reconstruct(x)

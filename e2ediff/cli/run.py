@@ -8,8 +8,6 @@ import traceback
 
 import click
 
-from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_option
-
 
 @click.command("run")
 @click.argument("recipe")
@@ -24,7 +22,13 @@ from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_
     "--out", metavar="DIR", help="The run's directory or URL. Default: runs/<recipe's name>."
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest one.")
-@threads_option
+@click.option(
+    "--threads",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
+)
 @click.option(
     "--nproc",
     metavar="N|auto",
@@ -42,7 +46,7 @@ def command(
     overrides: tuple[str, ...],
     out: str | None,
     resume: bool,
-    threads: int | None,
+    threads: str,
     nproc: str,
     nnodes: int,
     rdzv: str,
@@ -53,7 +57,9 @@ def command(
     Ctrl-C saves and ends; --resume continues.
     Under `torchrun -m e2ediff run RECIPE` each process joins the others by itself.
     """
-    let_waiting_threads_sleep()
+    from e2ediff.run.openmp import prepare_threads
+
+    number = prepare_threads(threads)
     count = _count(nproc)
     if nnodes > 1 and not rdzv:
         raise click.UsageError("--nnodes needs --rdzv HOST:PORT, the same on every machine")
@@ -62,15 +68,14 @@ def command(
     if count * nnodes > 1:
         from e2ediff.run.launch import launch
 
-        share = threads or max(1, (os.cpu_count() or 1) // count)
+        share = number or max(1, (os.cpu_count() or 1) // count)
         os.environ["OMP_NUM_THREADS"] = str(share)  # of which each takes all or one
-        words = ["run", recipe, "--threads", str(threads or "auto")]
+        words = ["run", recipe, "--threads", threads]
         words += [word for change in overrides for word in ("--set", change)]
         words += ["--out", out] if out else []
         words += ["--resume"] if resume else []
         return launch(words, count, nnodes, rdzv)
-    set_threads(threads)
-    return _train(recipe, overrides, out, resume=resume, choose_threads=threads is None)
+    return _train(recipe, overrides, out, resume=resume, choose_threads=number is None)
 
 
 def _count(nproc: str) -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import click
 
-from e2ediff.cli.threads import let_waiting_threads_sleep, threads_option
-
 
 @click.command("sample")
 @click.argument("run")
@@ -77,7 +75,13 @@ from e2ediff.cli.threads import let_waiting_threads_sleep, threads_option
     show_default=True,
     help="Processes that compute, on all GPUs in turn.",
 )
-@threads_option
+@click.option(
+    "--threads",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
+)
 def command(
     run: str,
     names: tuple[str, ...],
@@ -98,7 +102,7 @@ def command(
     precision: str,
     device: str,
     processes: int,
-    threads: int | None,
+    threads: str,
 ) -> None:
     """Make images with RUN, the directory that `e2ediff run` printed.
 
@@ -107,7 +111,9 @@ def command(
     Image i of a seed is the same in every set that gives it the same class.
     A command that was interrupted goes on where it stopped when it is given again.
     """
-    let_waiting_threads_sleep()
+    from e2ediff.run.openmp import prepare_threads
+
+    number = prepare_threads(threads)
     from e2ediff.host.plugins import load
     from e2ediff.run.directory import RunDirectory
     from e2ediff.run.labels import label_of, labels_of, lay_out
@@ -147,8 +153,8 @@ def command(
             wish,
             host,
             processes=processes,
-            threads=threads,
-            choose_threads=threads is None,
+            threads=number,
+            choose_threads=number is None,
             overwrite=overwrite,
             say=progress.say,
             update=progress.update,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import click
 
-from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_option
-
 
 @click.command("sweep")
 @click.argument("run")
@@ -41,7 +39,13 @@ from e2ediff.cli.threads import let_waiting_threads_sleep, set_threads, threads_
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True)
-@threads_option
+@click.option(
+    "--threads",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--cache", metavar="DIR", help="Features of references. Default: $E2EDIFF_CACHE.")
 @click.option("--dry-run", is_flag=True, help="Check everything and list axes; score nothing.")
@@ -68,7 +72,7 @@ def command(
     seed: int,
     batch: int,
     processes: int,
-    threads: int | None,
+    threads: str,
     device: str,
     cache: str | None,
     dry_run: bool,
@@ -84,7 +88,9 @@ def command(
     Writes `sweep.csv` and a score file for each candidate, and prints the table and the command
     of a full evaluation of the best; `--full N` runs it.
     """
-    let_waiting_threads_sleep()
+    from e2ediff.run.openmp import prepare_threads
+
+    number = prepare_threads(threads)
     from e2ediff.evaluate.conventions import convention as named
     from e2ediff.evaluate.evaluate import Request
     from e2ediff.evaluate.network import feature_network
@@ -101,7 +107,6 @@ def command(
 
     if sha256 and not weights_file:
         raise click.UsageError("--sha256 is the hash of --weights-file; give both")
-    set_threads(threads)
     host, rules = load(), named(convention)
     with Progress() as progress:
         swept = open_run(host, run, checkpoint, sets, weights, progress.say)
@@ -125,7 +130,7 @@ def command(
             batch=batch,
             processes=processes,
             cache=cache or default_cache(),
-            choose_threads=threads is None,
+            choose_threads=number is None,
         )
         store = Store(out or f"{run.rstrip('/')}/sweep")
         real = open_subset(swept, reference, 10 * count, seed)
@@ -137,12 +142,12 @@ def command(
             if grid
             else one_by_one(swept, axes, rounds, search.score)
         )
-        fixed = threads is not None or processes > 1
+        fixed = number is not None or processes > 1
         on = choose_device(device)
         with threads_for(search.attempt, progress.say, on, fixed=fixed) as finished:
-            for number, _ in enumerate(scored, 1):
+            for scored_so_far, _ in enumerate(scored, 1):
                 store.write("sweep.csv", as_csv(ranked([*search.found.values()])).encode())
-                finished(number)
+                finished(scored_so_far)
     rows = ranked([*search.found.values()])
     for line in lines(rows):
         click.echo(line)
