@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -86,6 +87,8 @@ def group() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one message and its exit code."""
+    # Images have a limit of their own (`e2ediff.files.images`), whose message names the file.
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
         code = group.main(arguments, prog_name="e2ediff", standalone_mode=False)
     except E2EDiffError as error:

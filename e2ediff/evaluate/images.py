@@ -19,18 +19,17 @@ import fsspec
 import numpy as np
 import torch
 from fsspec.core import url_to_fs
-from PIL import Image
 from torch import Tensor
 
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
+from e2ediff.files.images import MAX_PIXELS, SUFFIXES, is_image, opened, to_tensor
 from e2ediff.run.generate import Model
 from e2ediff.run.load import load_model
 from e2ediff.run.seeds import generator
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CHUNK = 1 << 22
-_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_BATCH_PIXELS = 4 * MAX_PIXELS
 _IMAGES = "uint8 (n, height, width, 1 or 3)"
 _DAMAGED = (
     *(ValueError, EOFError, OSError, KeyError, OverflowError, MemoryError),  # sizes and places
@@ -73,23 +72,24 @@ class FolderImages(ImageSet):
             raise DataError(f"{root}: cannot be opened: {error}") from error
         if files is None:
             raise DataError(f"{root}: no such folder; give a run, a folder of images or an npz")
-        self.files = sorted(f for f in files if f.lower().endswith(SUFFIXES))
+        self.files = sorted(f for f in files if is_image(f))
         if not self.files:
             raise DataError(f"{root}: holds no images (looked for {', '.join(SUFFIXES)})")
         self.count = len(self.files)
         self.mode = "RGB"
-        with self._opened(self.files[0]) as first:
+        with opened(self._content(self.files[0]), self.files[0]) as first:
             self.mode = "L" if first.mode in ("L", "1") else "RGB"
             self.shape = (1 if self.mode == "L" else 3, first.height, first.width)
 
-    def _opened(self, file: str) -> Image.Image:
+    def _content(self, file: str) -> bytes:
         try:
-            return Image.open(io.BytesIO(self.fs.cat_file(file)))
-        except _BROKEN as error:
-            raise DataError(f"{file}: damaged image ({error}); remove or replace it") from error
+            data: bytes = self.fs.cat_file(file)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: cannot be read: {error}") from error
+        return data
 
     def _read(self, file: str) -> Tensor:
-        with self._opened(file) as image:
+        with opened(self._content(file), file) as image:
             if (image.height, image.width) != self.shape[1:]:
                 raise DataError(
                     f"{file}: {image.width} x {image.height} pixels, the first image has "
@@ -97,14 +97,11 @@ class FolderImages(ImageSet):
                     "as a data source, which crops: --reference '{name: image_folder, root: ..., "
                     "size: ..., classes: ...}'"
                 )
-            try:
-                pixels = torch.from_numpy(np.array(image.convert(self.mode)))
-            except _BROKEN as error:
-                raise DataError(f"{file}: damaged image ({error}); replace it") from error
-        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+            return to_tensor(np.array(image.convert(self.mode)))
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
         """Decoded images, uint8."""
+        size = max(1, min(size, _BATCH_PIXELS // (self.shape[1] * self.shape[2])))
         for first in range(start, stop, size):
             chosen = self.files[first : min(first + size, stop)]
             yield torch.stack([self._read(file) for file in chosen])
@@ -113,7 +110,7 @@ class FolderImages(ImageSet):
         """Of all files' content, in order; names do not count."""
         content = hashlib.sha256()
         for file in self.files:
-            content.update(hashlib.sha256(self.fs.cat_file(file)).digest())
+            content.update(hashlib.sha256(self._content(file)).digest())
         return content.hexdigest()
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import attrs
 from PIL import Image
 
+from e2ediff.errors import DataError
+from e2ediff.files.images import opened
 from e2ediff.report.gather import Run
 from e2ediff.report.summary import number
 
@@ -116,19 +118,22 @@ def _sheet(choice: Choice, kind: str, most: int) -> Sheet:
     alt = f"{what}: {run.cell}, {caption}"
     assert run.store is not None
     try:
-        uri = data_uri(run.store.read(choice.file), most)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        data = run.store.read(choice.file)
+        uri = data_uri(data, most, f"{choice.file} cannot be shown")
+    except OSError as error:
         return Sheet(run.cell, caption, alt, "", f"{choice.file} cannot be shown: {error}")
+    except DataError as error:
+        return Sheet(run.cell, caption, alt, "", str(error))
     return Sheet(run.cell, caption, alt, uri)
 
 
-def data_uri(data: bytes, most: int) -> str:
+def data_uri(data: bytes, most: int, place: str) -> str:
     """A PNG as it is, or, where it is longer than `most` bytes, smaller as WebP.
 
     Raises:
-        OSError: It is no picture.
+        DataError: It is no PNG, a damaged one, or one of too many pixels.
     """
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+    with opened(data, place, formats=("PNG",)) as image:
         image.load()
         if len(data) <= most:
             return _uri("png", data)

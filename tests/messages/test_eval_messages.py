@@ -81,7 +81,7 @@ def said(code, *words):
         ("no.npz", "made.npz", "cannot be read as an npz"),
         ("missing.npz", "made.npz", "cannot be read as an npz"),
         ("nowhere", "made.npz", "no such folder; give a run, a folder of images or an npz"),
-        ("empty", "made.npz", "holds no images (looked for .png"),
+        ("empty", "made.npz", "holds no images (looked for .jpg"),
         ("mixed", "made.npz", "20 x 20 pixels, the first image has 16 x 16"),
         ("made.npz", "large.npz", "its images have 32 x 32 pixels, those of"),
         ("made.npz", "statistics.npz", "its statistics are of Inception features, and the network "

@@ -15,6 +15,7 @@ import pytest
 from command_line import e2ediff
 from PIL import Image
 
+from e2ediff.errors import DataError
 from e2ediff.report.charts import Line, chart, ticks
 from e2ediff.report.gather import final_figures, gather, gather_runs
 from e2ediff.report.sheets import data_uri, rows
@@ -348,12 +349,12 @@ def test_pictures_are_made_to_fit(tmp_path):
     noise = Image.effect_noise((1500, 900), 90)
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
-    assert data_uri(buffer.getvalue(), 10**7).startswith("data:image/png;base64,")
-    small = data_uri(buffer.getvalue(), 60_000)
+    assert data_uri(buffer.getvalue(), 10**7, "x.png").startswith("data:image/png;base64,")
+    small = data_uri(buffer.getvalue(), 60_000, "x.png")
     assert small.startswith("data:image/webp;base64,")
     assert len(small) < 80_100
-    with pytest.raises(OSError, match="cannot identify"):
-        data_uri(b"no picture", 100)
+    with pytest.raises(DataError, match=r"^x\.png: damaged image"):
+        data_uri(b"no picture", 100, "x.png")
 
 
 def test_pictures_at_equal_compute_are_of_earlier_steps_where_steps_cost_more(group, host):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
 from e2ediff.errors import DataError
-from e2ediff.parts.images import centre_crop, to_tensor
+from e2ediff.files.images import centre_crop, to_tensor
 from e2ediff.parts.sources.damage import DAMAGED
 from e2ediff.parts.sources.listing import MOST_CLASSES
 from e2ediff.parts.sources.location import Location

@@ -12,7 +12,7 @@ import attrs
 import torch
 
 from e2ediff.errors import DataError
-from e2ediff.parts.images import SUFFIXES, is_image
+from e2ediff.files.images import SUFFIXES, is_image
 from e2ediff.parts.sources.damage import DAMAGED
 from e2ediff.parts.sources.labels import labelled, read_labels
 from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
@@ -147,8 +147,9 @@ class ImageFolder(EncodedConfig):
     `flip` mirrors half of the training images.
     `sampling` `class_balanced` shows all classes equally often, `natural` as often as they occur.
     `on_bad_image` is what follows from an image that is damaged or has more than `max_pixels`
-    pixels (width times height; it is never decoded): `stop` ends the run and names it, `skip`
-    takes the next readable image of its class instead, and lists it in the run's directory.
+    pixels (width times height, as stored or resized; it is never decoded): `stop` ends the run
+    and names it, `skip` takes the next readable image of its class instead, and lists it in the
+    run's directory.
     `channels` is 3 for colour, 1 for grey.
     `held_out` is a second such folder for the probe and for scores.
     `workers` processes read and decode.

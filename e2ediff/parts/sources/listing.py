@@ -18,7 +18,7 @@ from torch import Tensor
 
 from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
 from e2ediff.errors import BadImageError, DataError
-from e2ediff.parts.images import decode, opened, to_tensor
+from e2ediff.files.images import MAX_PIXELS, Limit, decode, opened, to_tensor
 from e2ediff.parts.sources.damage import DAMAGED
 
 MOST_CLASSES = 100_000_000
@@ -159,10 +159,10 @@ def fitted(listing: Listing, classes: int, option: str, word: str = "classes") -
 class EncodedImages(DataSource):
     """Encoded or raw images, decoded and cropped when they are read."""
 
-    def __init__(self, listing: Listing, image: ImageSpec, max_pixels: int) -> None:
+    def __init__(self, listing: Listing, image: ImageSpec, limit: Limit) -> None:
         self.listing = listing
         self.image = image
-        self.max_pixels = max_pixels
+        self.limit = limit
 
     def __len__(self) -> int:
         return len(self.listing.names)
@@ -190,7 +190,7 @@ class EncodedImages(DataSource):
         place, data = self.listing.path(index), self._bytes(index)
         if self.listing.raw:
             return Stored(self.listing.raw[1], self.listing.raw[0])
-        with opened(data, place, self.max_pixels) as image:
+        with opened(data, place, self.image.height, self.limit) as image:
             return Stored(image.width, image.height)
 
     def _bytes(self, i: int) -> bytes:
@@ -205,7 +205,7 @@ class EncodedImages(DataSource):
         data = self._bytes(i)
         if self.listing.raw is None:
             size = self.image.height
-            return decode(data, self.listing.path(i), self.image.channels, size, self.max_pixels)
+            return decode(data, self.listing.path(i), self.image.channels, size, self.limit)
         pixels = np.frombuffer(data, np.uint8)
         if pixels.size != np.prod(self.listing.raw):
             raise BadImageError(self.listing.path(i), "damaged image (its file is cut short)")
@@ -231,7 +231,7 @@ class EncodedConfig(SourceConfig):
     on_bad_image: Literal["stop", "skip"] = "stop"
     held_out: str | None = None
     workers: int = attrs.field(default=4, validator=validators.ge(0))
-    max_pixels: int = attrs.field(default=64_000_000, validator=validators.gt(0))
+    max_pixels: int = attrs.field(default=MAX_PIXELS, validator=validators.gt(0))
 
     @property
     def image(self) -> ImageSpec:
@@ -260,4 +260,4 @@ class EncodedConfig(SourceConfig):
         other = held_out and self.has_held_out
         listing = self.listing(held_out=other)
         fit = fitted(listing, self.classes, self.option(held_out=other), self.word)
-        return EncodedImages(fit, self.image, self.max_pixels)
+        return EncodedImages(fit, self.image, Limit(self.max_pixels, "data.max_pixels"))

@@ -12,7 +12,7 @@ from typing import BinaryIO, ClassVar
 import attrs
 
 from e2ediff.errors import DataError
-from e2ediff.parts.images import SUFFIXES, is_image
+from e2ediff.files.images import SUFFIXES, is_image
 from e2ediff.parts.sources.index import Index, RangeBytes, column, stored_index
 from e2ediff.parts.sources.labels import labelled, read_labels
 from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered

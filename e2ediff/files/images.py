@@ -1,0 +1,149 @@
+"""Images from files: the only place where one is opened, and ADM's centre crop.
+
+Every image that the program reads passes here. Pillow is given the formats that it may try, since
+one of the dozens that it knows runs Ghostscript, and the pixels are counted from the header: a
+file of some kilobytes can hold a picture of many gigabytes.
+
+Shapes: C H W image.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import attrs
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from e2ediff.errors import BadImageError, DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+MAX_PIXELS = 64_000_000
+"""Width times height of the largest picture that is decoded, unless a recipe says otherwise."""
+
+
+@attrs.frozen
+class Limit:
+    """The most pixels of a picture, and the recipe's key that says so; empty for no recipe."""
+
+    pixels: int = MAX_PIXELS
+    option: str = ""
+
+    def __str__(self) -> str:
+        if self.option:
+            return f"{self.option}: {self.pixels}"
+        return f"the {self.pixels:,} that are ever decoded"
+
+
+# Pillow raises SyntaxError for broken PNG, OSError for most other damage.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image which can be decoded here."""
+    return name.lower().endswith(SUFFIXES)
+
+
+@contextmanager
+def opened(
+    data: bytes,
+    place: str,
+    size: int = 0,
+    limit: Limit = Limit(),
+    formats: tuple[str, ...] = FORMATS,
+) -> Iterator[Image.Image]:
+    """An image whose header is read and whose pixels are not.
+
+    Args:
+        data: The file's content.
+        place: Its path, for messages.
+        size: Length to which the shorter side will be brought, which may make a long picture
+            enormous; 0 if it stays as it is.
+        limit: Of the pixels as stored, and of those after the resize.
+        formats: Those that are tried, in Pillow's words.
+
+    Raises:
+        BadImageError: No image, a damaged one (also when the body decodes it), or one of more
+            pixels than the limit.
+        DataError: The same, where the limit is of no recipe.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            if too_many := _too_many(image.size, size, limit.pixels):
+                raise _refusal(place, f"{too_many}, more than {limit}", limit)
+            yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        what = f"more pixels than {limit}, or than Pillow ever decodes"
+        raise _refusal(place, what, limit) from error
+    except UnidentifiedImageError as error:
+        # Its own text has an address in memory.
+        what = "no JPEG, PNG, WebP or BMP" if data else "empty file"
+        raise _refusal(place, f"damaged image ({what})", limit) from error
+    except _DAMAGED as error:
+        raise _refusal(place, f"damaged image ({error})", limit) from error
+
+
+def _too_many(stored: tuple[int, int], size: int, most: int) -> str:
+    """Why a picture has too many pixels, as stored or after the resize; empty if it has not."""
+    width, height = stored
+    if width * height > most:
+        return f"{width} x {height} pixels"
+    wide, high = resized(stored, size)
+    if wide * high > most:
+        return f"{width} x {height} pixels, {wide} x {high} with a shorter side of {size}"
+    return ""
+
+
+def _refusal(place: str, what: str, limit: Limit) -> DataError:
+    if limit.option:
+        return BadImageError(place, what)
+    return DataError(f"{place}: {what}; remove or replace it")
+
+
+def resized(stored: tuple[int, int], size: int) -> tuple[int, int]:
+    """Width and height once the shorter side is `size`; as stored for 0."""
+    scale = size / min(stored) if size and min(stored) else 1.0
+    return round(stored[0] * scale), round(stored[1] * scale)
+
+
+def decode(
+    data: bytes,
+    place: str,
+    channels: int,
+    size: int,
+    limit: Limit = Limit(),
+) -> Tensor:
+    """Pixels (C, size, size), uint8, of an encoded image, cropped as ADM does.
+
+    Raises:
+        BadImageError, DataError: As `opened`.
+    """
+    with opened(data, place, size, limit) as image:
+        array = np.array(centre_crop(image.convert("L" if channels == 1 else "RGB"), size))
+    return to_tensor(array)
+
+
+def to_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor:
+    """Pixels (H, W) or (H, W, C) as (C, H, W)."""
+    pixels = torch.from_numpy(array)
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The square of `size` pixels at the centre, after ADM's resize.
+
+    Source: `center_crop_arr` of ADM (Dhariwal & Nichol 2021, released code), on which the
+    ImageNet scores of DiT and SiT rest.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = image.resize(resized(image.size, size), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
