@@ -23,7 +23,7 @@ from torch import Tensor
 
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
-from e2ediff.files.images import MAX_PIXELS, SUFFIXES, is_image, opened, to_tensor
+from e2ediff.files.images import MAX_PIXELS, SUFFIXES, is_grey, is_image, opened, to_mode, to_tensor
 from e2ediff.run.generate import Model
 from e2ediff.run.load import load_model
 from e2ediff.run.seeds import generator
@@ -61,7 +61,10 @@ class ImageSet(ABC):
 
 
 class FolderImages(ImageSet):
-    """The image files below a folder, sorted by path; all of one size."""
+    """The image files below a folder, sorted by path; all of one size.
+
+    They are grey if all of them are stored so, and else colour.
+    """
 
     def __init__(self, root: str) -> None:
         self.place = root
@@ -76,10 +79,10 @@ class FolderImages(ImageSet):
         if not self.files:
             raise DataError(f"{root}: holds no images (looked for {', '.join(SUFFIXES)})")
         self.count = len(self.files)
-        self.mode = "RGB"
+        # Up to the first that has colour: in a set of colour images that is the first one.
+        grey = all(self._is_grey(file) for file in self.files)
         with opened(self._content(self.files[0]), self.files[0]) as first:
-            self.mode = "L" if first.mode in ("L", "1") else "RGB"
-            self.shape = (1 if self.mode == "L" else 3, first.height, first.width)
+            self.shape = (1 if grey else 3, first.height, first.width)
 
     def _content(self, file: str) -> bytes:
         try:
@@ -87,6 +90,10 @@ class FolderImages(ImageSet):
         except (OSError, ValueError) as error:
             raise DataError(f"{file}: cannot be read: {error}") from error
         return data
+
+    def _is_grey(self, file: str) -> bool:
+        with opened(self._content(file), file) as image:
+            return is_grey(image)
 
     def _read(self, file: str) -> Tensor:
         with opened(self._content(file), file) as image:
@@ -97,7 +104,7 @@ class FolderImages(ImageSet):
                     "as a data source, which crops: --reference '{name: image_folder, root: ..., "
                     "size: ..., classes: ...}'"
                 )
-            return to_tensor(np.array(image.convert(self.mode)))
+            return to_tensor(np.array(to_mode(image, self.shape[0])))
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
         """Decoded images, uint8."""

@@ -39,6 +39,7 @@ from e2ediff.run.pixels import network_title, weights_sha256
 from e2ediff.run.storage import Store
 
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+_CACHED = 2  # 1 read 16-bit grey as white, and sets of colour by their first image
 _STATISTICS = "numbers, a mean (F,) and a covariance (F, F)"
 
 
@@ -195,7 +196,7 @@ def _cached(
     progress: Callable[[int], None] | None,
 ) -> FeatureSet:
     assert reference.images is not None
-    what = [1, reference.sha256, weights_sha256(work.network), view.resize]
+    what = [_CACHED, reference.sha256, weights_sha256(work.network), view.resize]
     what += [sorted(work.moments), sorted(work.rows)]
     name = f"features-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.safetensors"
     store = Store(cache)

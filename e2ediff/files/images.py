@@ -28,6 +28,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000
 """Width times height of the largest picture that is decoded, unless a recipe says otherwise."""
 
+_GREY = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")
+_COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+
 
 @attrs.frozen
 class Limit:
@@ -70,14 +73,17 @@ def opened(
         formats: Those that are tried, in Pillow's words.
 
     Raises:
-        BadImageError: No image, a damaged one (also when the body decodes it), or one of more
-            pixels than the limit.
+        BadImageError: No image, a damaged one (also when the body decodes it), one of more
+            pixels than the limit, or of a mode that is not read.
         DataError: The same, where the limit is of no recipe.
     """
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             if too_many := _too_many(image.size, size, limit.pixels):
                 raise _refusal(place, f"{too_many}, more than {limit}", limit)
+            if image.mode not in (*_GREY, *_COLOUR):
+                what = f"mode {image.mode} is not read; expected grey of 8 or 16 bits, or colour"
+                raise _refusal(place, what, limit)
             yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         what = f"more pixels than {limit}, or than Pillow ever decodes"
@@ -126,8 +132,31 @@ def decode(
         BadImageError, DataError: As `opened`.
     """
     with opened(data, place, size, limit) as image:
-        array = np.array(centre_crop(image.convert("L" if channels == 1 else "RGB"), size))
+        array = np.array(centre_crop(to_mode(image, channels), size))
     return to_tensor(array)
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether a picture is stored without colour, by its header."""
+    return image.mode in _GREY
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """A picture in bytes, grey (`L`) for one channel and `RGB` for three.
+
+    Of 16 bits the upper eight are kept, as Pillow does by itself for colour; a palette's colours
+    are looked up; transparency is left out, and so shows what is stored beneath it.
+
+    Raises:
+        ValueError: Grey values of more than 16 bits.
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"mode {image.mode} with values beyond 16 bits is not read")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    image.info.pop("transparency", None)  # Pillow would warn of what is left out
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def to_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor:
