@@ -23,7 +23,16 @@ from torch import Tensor
 
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
-from e2ediff.files.images import MAX_PIXELS, SUFFIXES, is_grey, is_image, opened, to_mode, to_tensor
+from e2ediff.files.images import (
+    MAX_PIXELS,
+    SUFFIXES,
+    is_grey,
+    is_image,
+    opened,
+    to_mode,
+    to_tensor,
+)
+from e2ediff.files.names import files_below
 from e2ediff.run.generate import Model
 from e2ediff.run.load import load_model
 from e2ediff.run.seeds import generator
@@ -61,7 +70,7 @@ class ImageSet(ABC):
 
 
 class FolderImages(ImageSet):
-    """The image files below a folder, sorted by path; all of one size.
+    """The image files below a folder, sorted by path, without hidden ones; all of one size.
 
     They are grey if all of them are stored so, and else colour.
     """
@@ -70,12 +79,12 @@ class FolderImages(ImageSet):
         self.place = root
         try:
             self.fs, path = url_to_fs(root)
-            files = [str(f) for f in self.fs.find(path)] if self.fs.isdir(path) else None
+            files = files_below(self.fs, path) if self.fs.isdir(path) else None
         except (ImportError, ValueError, OSError) as error:
             raise DataError(f"{root}: cannot be opened: {error}") from error
         if files is None:
             raise DataError(f"{root}: no such folder; give a run, a folder of images or an npz")
-        self.files = sorted(f for f in files if is_image(f))
+        self.files = [f for f in files if is_image(f)]
         if not self.files:
             raise DataError(f"{root}: holds no images (looked for {', '.join(SUFFIXES)})")
         self.count = len(self.files)

@@ -14,10 +14,13 @@ from torch import Tensor
 from e2ediff.data import ImageSpec
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, decode, is_image
+from e2ediff.files.names import files_below
 
 
 def list_images(places: Sequence[str]) -> list[str]:
     """Paths or URLs of all images in these files and, at any depth, in these folders; sorted.
+
+    Hidden files in a folder do not count.
 
     Raises:
         DataError: A place is missing, or holds no images.
@@ -26,13 +29,13 @@ def list_images(places: Sequence[str]) -> list[str]:
     for place in places:
         try:
             fs, root = fsspec.core.url_to_fs(place)
-            folder = fs.isdir(root)
-            inside = fs.find(root) if folder else [root] if fs.exists(root) else []
+            folder, there = fs.isdir(root), fs.exists(root)
+            inside = files_below(fs, root) if folder else [root]
         except (ImportError, ValueError, OSError) as error:
             raise DataError(f"{place}: cannot be opened: {error}") from error
-        images = sorted(p for p in inside if is_image(p))
+        images = [p for p in inside if there and is_image(p)]
         if not images:
-            what = "holds no images" if inside else "no such file or folder"
+            what = "holds no images" if there else "no such file or folder"
             raise DataError(f"{place}: {what} (looked for {', '.join(SUFFIXES)})")
         found += [fs.unstrip_protocol(p) if "://" in place else p for p in images]
     return found

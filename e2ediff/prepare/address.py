@@ -10,13 +10,14 @@ import fsspec
 
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError, Problem, RecipeError
+from e2ediff.files.names import is_hidden
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import load_recipe
 from e2ediff.host.structure import Structurer
 from e2ediff.host.yaml import Node, parse_yaml, set_value
 from e2ediff.parts.sources import Arrays
 from e2ediff.parts.sources.listing import EncodedConfig
-from e2ediff.parts.sources.location import Location, expand
+from e2ediff.parts.sources.location import Location
 from e2ediff.parts.sources.shards import PREPARED, read_prepared
 from e2ediff.parts.sources.tar_members import members
 
@@ -124,8 +125,7 @@ def recognise(address: str) -> dict[str, Any]:
         DataError: Nothing is there, or nothing that is known.
     """
     location = Location(address, "data")
-    first = expand(address)[0]
-    if first != address or "*" in address:
+    if location.is_pattern():
         kind = "parquet" if address.endswith(".parquet") else "tar_shards"
         return {"name": kind, "path": address}
     if location.is_folder():
@@ -150,6 +150,7 @@ def recognise(address: str) -> dict[str, Any]:
 def _folder(location: Location) -> dict[str, Any]:
     entries = location.fs.ls(location.path, detail=False)
     names = [str(path).rstrip("/").rpartition("/")[2] for path in entries]
+    names = [name for name in names if not is_hidden(name)]
     if PREPARED in names:
         told = read_prepared(location)
         options = {key: told[key] for key in ("size", "channels", "classes")}

@@ -118,7 +118,7 @@ def test_the_checks_for_authors_import_contracts_and_parts_alone() -> None:
 
 
 def test_what_opens_files_of_others_imports_errors_alone() -> None:
-    others = {"torch", "attrs", "numpy", "PIL", "fsspec"}
+    others = {"torch", "attrs", "numpy", "PIL"}
     ours = {"e2ediff.errors", "e2ediff.files."}
     assert broken_by(sources(CORE / "files"), ours, others) == {}
 

@@ -6,11 +6,13 @@ import io
 import json
 import os
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from command_line import e2ediff
 from pictures import (
@@ -231,6 +233,47 @@ def test_a_zip_with_a_member_that_leads_out_is_refused(kind: str) -> None:
         info.external_attr = 0o120777 << 16 if type_ else 0
         file.writestr(info, b"x")
     assert f"member {name!r} {what}" in refused(block("archive", "x.zip"))
+
+
+@pytest.mark.parametrize("second", ["0.jpg", "./0.jpg"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_tar_that_holds_a_member_twice_is_refused(second: str, nested: bool) -> None:
+    data = tar_bytes([("0.jpg", b"one"), ("1.jpg", b"x"), (second, b"two")])
+    Path("x.tar").write_bytes(tar_bytes([("n01.tar", data)]) if nested else data)
+    line = refused(block("class_tars" if nested else "tar_shards", "x.tar"))
+    assert f"member {second!r} is there twice; expected" in line
+
+
+def test_a_class_tar_that_is_there_twice_is_refused() -> None:
+    data = tar_bytes([("0.jpg", b"one")])
+    Path("x.tar").write_bytes(tar_bytes([("n01.tar", data), ("n01.tar", data)]))
+    assert "member 'n01.tar' is there twice" in refused(block("class_tars", "x.tar"))
+
+
+@pytest.mark.parametrize("second", ["cat/0.jpg", "./cat/0.jpg", "cat//0.jpg"])
+def test_a_zip_that_holds_a_member_twice_is_refused(second: str) -> None:
+    with zipfile.ZipFile("x.zip", "w") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's own, of the second
+        for name in ("cat/0.jpg", "dog/0.jpg", second, ".x/0.jpg", ".x/0.jpg"):
+            file.writestr(name, b"x")
+    assert refused(block("archive", "x.zip")) == (
+        f"data.path: x.zip: member {second!r} is there twice; expected each name once. Pack the "
+        "images again without one of them"
+    )
+
+
+def test_a_zip_that_was_packed_from_its_folder_is_read() -> None:
+    """Its names begin with `./`, which is neither hidden nor a class."""
+    with zipfile.ZipFile("x.zip", "w") as file:
+        for path in sorted(Path("tree").rglob("*.JPEG")):
+            file.writestr(f"./{path.relative_to('tree')}", path.read_bytes())
+    (tree, packed) = (
+        source_config(load(entry_points=False), place, ["size=16"]).open()
+        for place in ("tree", "x.zip")
+    )
+    assert packed.class_names == tree.class_names
+    assert torch.equal(packed.labels(), tree.labels())
+    assert torch.equal(packed.read([0, 5])[0], tree.read([0, 5])[0])
 
 
 def test_a_compressed_or_damaged_tar_is_said() -> None:

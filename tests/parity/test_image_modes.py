@@ -119,7 +119,10 @@ def test_cmyk_is_read_as_colour_by_all(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "mode",
-    "1 L LA P PA RGB RGBA RGBX CMYK YCbCr HSV I I;16 I;16L I;16B I;16N".split(),
+    [
+        *("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"),
+        *("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"),
+    ],
 )
 def test_modes_that_are_read_end_as_bytes(mode: str) -> None:
     image = Image.new(mode, (4, 4))

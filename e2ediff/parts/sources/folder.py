@@ -13,6 +13,7 @@ import torch
 
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, is_image
+from e2ediff.files.names import below, files_below, is_hidden
 from e2ediff.parts.sources.damage import DAMAGED
 from e2ediff.parts.sources.labels import labelled, read_labels
 from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
@@ -37,9 +38,8 @@ class FolderBytes:
 class ZipBytes:
     """Members of a zip, by number; each process opens it for itself."""
 
-    def __init__(self, location: Location, prefix: str, names: Names) -> None:
+    def __init__(self, location: Location, names: Names) -> None:
         self.location = location
-        self.prefix = prefix
         self.names = names
         self._zip: zipfile.ZipFile | None = None
         self._owner = -1
@@ -52,32 +52,31 @@ class ZipBytes:
         if self._zip is None or self._owner != os.getpid():
             self._zip = zipfile.ZipFile(self.location.fs.open(self.location.path, "rb"))
             self._owner = os.getpid()
-        return self._zip.read(self.prefix + self.names[i])
+        return self._zip.read(self.names[i])
 
 
 def walk(location: Location) -> tuple[list[str], list[str]]:
-    """Paths of all files below a folder, and the names of the folders in it.
+    """Paths of all files below a folder, and the names of the folders in it, no hidden ones.
 
-    Local folders are walked directly, which is much faster, and may be links; names that begin
-    with a dot are left out.
+    Local folders are walked directly, which is much faster, and may be links.
     """
+    root = location.path
     if not location.local:
-        start = len(location.below(""))
-        paths = [str(path)[start:] for path in location.fs.find(location.path)]
-        entries = location.fs.ls(location.path, detail=True)
-        folders = [e["name"].rstrip("/")[start:] for e in entries if e["type"] == "directory"]
-    else:
-        paths, folders = [], []
-        with os.scandir(location.path) as found:
-            for entry in found:
+        paths = [below(root, path) for path in files_below(location.fs, root)]
+        entries = location.fs.ls(root, detail=True)
+        found = [below(root, e["name"].rstrip("/")) for e in entries if e["type"] == "directory"]
+        return paths, sorted(name for name in found if name and not is_hidden(name))
+    paths, folders = list[str](), list[str]()
+    with os.scandir(root) as scanned:
+        for entry in scanned:
+            if not is_hidden(entry.name):
                 (folders if entry.is_dir() else paths).append(entry.name)
-        for folder in folders:
-            top = os.path.join(location.path, folder)
-            for place, _, names in os.walk(top):
-                inner = place[len(location.path.rstrip("/")) + 1 :]
-                paths += [f"{inner}/{name}" for name in names]
-    seen = [p for p in paths if not p.startswith(".")]
-    return seen, sorted(f for f in folders if not f.startswith("."))
+    for folder in folders:
+        for place, inner, names in os.walk(os.path.join(root, folder)):
+            inner[:] = [name for name in inner if not is_hidden(name)]  # not walked, either
+            here = below(root, place)
+            paths += [f"{here}/{name}" for name in names if not is_hidden(name)]
+    return paths, sorted(folders)
 
 
 def class_folders(
@@ -216,9 +215,8 @@ class Archive(EncodedConfig):
         prefix = f"{PurePosixPath(inside)}/" if inside else ""
         place = f"{self.path}!{inside}" if inside else self.path
         location = Location(self.path, "data.path")
-        members, dataset = _members(location, prefix)
-        paths = [m for m in members if not m.endswith("/") and not m.startswith((".", "__MAC"))]
-        folders = sorted({m.partition("/")[0] for m in members if m.endswith("/")})
+        members, folders, dataset = _members(location, prefix)
+        paths = list(members)
         values, source = None, self.labels or f"{place}/{DATASET_JSON}"
         if self.labels and not held_out:
             values = read_labels(self.labels)
@@ -233,24 +231,40 @@ class Archive(EncodedConfig):
                 paths, folders, place, "data.path", everything=self.classes == 0
             )
             classes = len(class_names)
-        fetch = ZipBytes(location, prefix, names)
+        fetch = ZipBytes(location, Names(members[name] for name in names))
         return Listing(place, names, labels, classes, class_names, fetch)
 
 
-def _members(location: Location, prefix: str) -> tuple[list[str], bytes | None]:
-    """Names below a folder of a zip, folders with a slash at the end, and its dataset.json."""
+def _members(location: Location, prefix: str) -> tuple[dict[str, str], list[str], bytes | None]:
+    """Files below a folder of a zip with their members, the folders in it, its dataset.json.
+
+    Hidden members are left out before anything is checked.
+    """
     path = location.url
     if not location.is_file():
         raise DataError(f"data.path: no file {path}. Expected the path or URL of a zip")
     with location.opened(location.path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                found = [i for i in archive.infolist() if i.filename.startswith(prefix)]
-                for info in found:
+                files, folders = dict[str, str](), set[str]()
+                for info in archive.infolist():
+                    # Some write `./cat/0.jpg`.
+                    name = "/".join(p for p in info.filename.split("/") if p not in ("", "."))
+                    inner = f"{name}/".removeprefix(prefix)[:-1]
+                    if not f"{name}/".startswith(prefix) or not inner or is_hidden(inner):
+                        continue
                     _check_member(path, info)
-                names = [i.filename[len(prefix) :] for i in found if i.filename != prefix]
-                dataset = archive.read(prefix + DATASET_JSON) if DATASET_JSON in names else None
-                return names, dataset
+                    if info.is_dir():
+                        folders.add(inner.partition("/")[0])
+                    elif inner in files:
+                        raise DataError(
+                            f"data.path: {path}: member {info.filename!r} is there twice; "
+                            "expected each name once. Pack the images again without one of them"
+                        )
+                    else:
+                        files[inner] = info.filename
+                told = files.get(DATASET_JSON)
+                return files, sorted(folders), None if told is None else archive.read(told)
         except (*DAMAGED, OSError, ValueError) as error:
             raise DataError(
                 f"data.path: {path} cannot be read as a zip: {error}; fetch it again"

@@ -14,6 +14,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from e2ediff.errors import DataError
+from e2ediff.files.names import is_hidden
 
 
 class Location:
@@ -106,18 +107,46 @@ class Location:
             except OSError as error:
                 raise DataError(_refused(self.option, path, error)) from error
 
-    def glob(self, pattern: str) -> list[str]:
-        """Sorted paths that a pattern of the file system stands for.
+    def is_pattern(self) -> bool:
+        """Whether the address has braces or `*`, and nothing lies there as it is written."""
+        plain = "*" not in self.url and expand(self.url) == [self.url]
+        return not (plain or self.is_file() or self.is_folder())
+
+    def matching(self, folder: str, pattern: str) -> list[str]:
+        """Sorted paths below a folder that a pattern stands for.
+
+        `*` is any text within a name and `**` any folders, hidden ones left out; all else is
+        itself. In fsspec's own patterns `[1]` and `?` stand for other characters, too.
 
         Raises:
             DataError: The store refuses to say.
         """
+        here, _, rest = pattern.partition("/")
+        entries = self._entries(folder)
+        if here in entries:
+            entries = {here: entries[here]}
+        elif "*" in here:
+            entries = {name: entry for name, entry in entries.items() if not is_hidden(name)}
+        known = re.compile(".*".join(map(re.escape, here.split("*"))), re.DOTALL)
+        found = self.matching(folder, rest) if here == "**" and rest else []
+        for name, (path, kind) in entries.items():
+            if here == "**":
+                found += self.matching(path, pattern) if kind == "directory" else []
+            elif known.fullmatch(name):
+                found += self.matching(path, rest) if rest else [path]
+        return sorted(found)
+
+    def _entries(self, folder: str) -> dict[str, tuple[str, str]]:
+        """By name, path and type of all that lies in a folder; empty if there is none."""
         try:
-            return sorted(str(path) for path in self.fs.glob(pattern))
-        except FileNotFoundError:
-            return []
+            listed = self.fs.ls(folder, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
         except Exception as error:
             raise DataError(_refused(self.option, self.url, error)) from error
+        found = [(str(entry["name"]).rstrip("/"), str(entry["type"])) for entry in listed]
+        # Stores list a folder among what is in it, and a file as being in itself.
+        return {p.rpartition("/")[2]: (p, kind) for p, kind in found if p != folder.rstrip("/")}
 
 
 def _refused(option: str, url: str, error: Exception) -> str:
@@ -180,14 +209,17 @@ def find_files(pattern: str, option: str, suffix: str) -> tuple[Location, list[F
     """
     location = Location(pattern, option)
     paths: list[str] = []
-    for text in expand(pattern):
+    is_pattern = location.is_pattern()
+    for text in expand(pattern) if is_pattern else [pattern]:
         one = Location(text, option)
-        if "*" in one.path:
-            paths += one.glob(one.path)
+        if is_pattern and "*" in one.path:
+            folder, slash, _ = one.path[: one.path.index("*")].rpartition("/")
+            paths += one.matching(folder or slash, one.path[len(folder + slash) :])
         elif text.endswith(suffix) or one.is_file():
             paths.append(one.path)
         else:
-            paths += one.glob(one.below(f"*{suffix}"))
+            paths += one.matching(one.path, f"*{suffix}")
+    paths = list(dict.fromkeys(paths))
     known = _listed(location, paths)
     missing = [path for path in paths if path not in known]
     if missing or not paths:

@@ -8,6 +8,10 @@ from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
 from e2ediff.errors import DataError
+from e2ediff.files.names import is_hidden
+
+RULES = 2
+"""Changes with what counts in a tar: an index that was made by other rules is made again."""
 
 _END = bytes(2 * tarfile.BLOCKSIZE)  # POSIX: two blocks of zeros, then whatever padding
 
@@ -37,26 +41,36 @@ class _Part:
 def members(file: BinaryIO, place: str, option: str) -> Iterator[tarfile.TarInfo]:
     """Plain files of an uncompressed tar; `offset_data` and `size` say where they lie.
 
+    Hidden members are left out before anything is checked.
+
     Raises:
         DataError: No tar, a damaged one, one that is cut short, also between two members, or one
-            with a member that is a link or a device, or whose name leads out of the archive.
+            with a member that is a link or a device, is there twice, or whose name leads out of
+            the archive.
     """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
+            seen: set[PurePosixPath] = set()
             for member in tar:
+                path = PurePosixPath(member.name)
+                if is_hidden(member.name):
+                    continue
                 what = ""
-                if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+                if member.name.startswith("/") or ".." in path.parts:
                     what = "lies outside of the archive"
                 elif member.issym() or member.islnk():
                     what = "is a link"
                 elif member.sparse is not None or not (member.isreg() or member.isdir()):
                     what = "is no plain file"
+                elif member.isreg() and path in seen:
+                    what = "is there twice"
                 if what:
                     raise DataError(
                         f"{option}: {place}: member {member.name!r} {what}; expected plain "
                         "files below the top. Pack the images again without it"
                     )
                 if member.isreg():
+                    seen.add(path)
                     yield member
             _check_end(file, tar, place, option)
     except tarfile.TarError as error:

@@ -17,7 +17,7 @@ from e2ediff.parts.sources.index import Index, RangeBytes, column, stored_index
 from e2ediff.parts.sources.labels import labelled, read_labels
 from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
 from e2ediff.parts.sources.location import File, Location, find_files, fingerprint
-from e2ediff.parts.sources.tar_members import inside, members, read_member
+from e2ediff.parts.sources.tar_members import RULES, inside, members, read_member
 
 
 @attrs.define
@@ -81,7 +81,7 @@ class ClassTars(EncodedConfig):
         option = self.option(held_out=held_out)
         path = self.held_out if held_out and self.held_out else self.path
         location, files = find_files(path, option, ".tar")
-        key = fingerprint(files, "class tars")
+        key = fingerprint(files, "class tars", RULES)
         name = files[0].name if len(files) == 1 else "class-tars"
         aside = files[0].beside(f"{name}.index.safetensors")
         index = stored_index(location, aside, key, lambda: _scan(location, files))
@@ -177,7 +177,7 @@ class TarShards(EncodedConfig):
         option = self.option(held_out=held_out)
         pattern = self.held_out if held_out and self.held_out else self.path
         location, files = find_files(pattern, option, ".tar")
-        key = fingerprint(files, self.image_suffix, self.label, self.label_key)
+        key = fingerprint(files, self.image_suffix, self.label, self.label_key, RULES)
         aside = files[0].beside(f"shards-{fingerprint(files)[:8]}.index.safetensors")
 
         def build() -> Index:
