@@ -16,7 +16,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -213,7 +213,7 @@ class Store:
                 _sync_dir(os.path.dirname(self._full(new)))
             else:
                 with _as_oserror():
-                    self._fs.mv(self._full(old), self._full(new), recursive=True)
+                    _move_tree(self._fs, self._full(old), self._full(new))
         except OSError as error:
             return error
         return None
@@ -225,7 +225,7 @@ class Store:
                 shutil.rmtree(self._full(path))
             else:
                 with _as_oserror():
-                    self._fs.rm(self._full(path), recursive=True)
+                    _remove_tree(self._fs, self._full(path))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -338,6 +338,34 @@ class Store:
                 os.unlink(temporary)
             raise
         _sync_dir(folder)
+
+
+def _move_tree(fs: Any, old: str, new: str) -> None:
+    """Move a directory of a store, file by file where `mv` would take its name for a pattern."""
+    if not set("*?[") & {*old, *new}:
+        fs.mv(old, new, recursive=True)
+        return
+    for path in fs.find(old):
+        target = new + str(path)[len(old) :]
+        fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        fs.cp_file(path, target)
+    _remove_tree(fs, old)
+
+
+def _remove_tree(fs: Any, path: str) -> None:
+    """Delete a directory of a store, file by file where `rm` would take its name for a pattern."""
+    if not set("*?[") & {*path}:
+        fs.rm(path, recursive=True)
+        return
+    if not fs.exists(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    inside = fs.find(path, withdirs=True, detail=True)
+    for found in sorted(inside, key=len, reverse=True):
+        if inside[found]["type"] != "directory":
+            fs.rm_file(found)
+        else:
+            with contextlib.suppress(OSError):  # object stores have none, or have it no more
+                fs.rmdir(found)
 
 
 @contextlib.contextmanager
