@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from e2ediff.errors import DataError
+from e2ediff.files.images import SUFFIXES
+from e2ediff.files.names import is_hidden
 from e2ediff.parts.sources.location import Location
 
 _EXPECTED = (
@@ -15,14 +18,19 @@ _EXPECTED = (
     '{"labels": [["<image>", <number>], ...]}'
 )
 
+_SUFFIX = "|".join(map(re.escape, SUFFIXES))
+_ROW = re.compile(rf"(.+?(?:{_SUFFIX})|[^\s,]+)(?:\s*(,)\s*|\s+)(.+)", re.IGNORECASE)
+_BOXES = re.compile(r"(n\d{8})(\s+\d+){4}(\s+n\d{8}(\s+\d+){4})*")
+
 
 def read_labels(
     url: str, location: Location | None = None, data: bytes | None = None
 ) -> dict[str, str] | None:
     """Label by image of a label file; None if a dataset.json says that there are none.
 
-    A text line is `<image> <class>` or `<image>,<class>`; what follows in it is ignored, so
-    that ImageNet's `LOC_val_solution.csv` serves as it is.
+    A text line is `<image> <class>` or `<image>,<class>`, where a class may have spaces. What
+    follows another comma is ignored, and so is what follows a class number after a space, and
+    the boxes of ImageNet's `LOC_val_solution.csv`, which serves as it is.
 
     Raises:
         DataError: The file is not there, or is neither of the two.
@@ -34,9 +42,9 @@ def read_labels(
         except (OSError, ValueError) as error:
             raise DataError(f"data.labels: cannot read {url}: {error}; {_EXPECTED}") from error
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")  # spreadsheets begin a file with a byte order mark
         return _from_json(json.loads(text)) if url.endswith(".json") else _from_lines(text)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise DataError(f"data.labels: {url}: {error}; {_EXPECTED}") from error
 
 
@@ -46,25 +54,44 @@ def _from_json(value: object) -> dict[str, str] | None:
         if isinstance(value, dict) and "labels" in value:
             return None
         raise ValueError("has no key 'labels'")
-    found = {}
+    found: dict[str, str] = {}
     for name, label in rows:
         if type(label) is not int or label < 0:
             raise ValueError(f"the label of {name} is {label!r}, no class number")
-        found[str(name)] = str(label)
+        _add(found, str(name), str(label))
     return found
 
 
 def _from_lines(text: str) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        name, *rest = re.split(r"\s*,\s*|\s+", line.strip())
-        if not rest or not rest[0]:
+        name, label = _row(line.strip())
+        if not name or not label:
             raise ValueError(f"line {number} is {line.strip()[:60]!r}")
         if (name, number) != ("ImageId", 1):
-            found[name] = rest[0]
+            _add(found, name, label)
     return found
+
+
+def _row(line: str) -> tuple[str, str]:
+    """Image and class of a line; both empty if it has not both."""
+    if line.startswith('"'):
+        name, label, *_ = [*next(csv.reader([line], skipinitialspace=True)), "", ""]
+        return name.strip(), label.strip()
+    match = _ROW.fullmatch(line)
+    if match is None:
+        return "", ""
+    name, comma, rest = match.groups()
+    label = next(csv.reader([rest]))[0].strip()
+    first = label.split()[0] if label else ""
+    return name, first if _BOXES.fullmatch(label) or (not comma and first.isdecimal()) else label
+
+
+def _add(found: dict[str, str], name: str, label: str) -> None:
+    if found.setdefault(name, label) != label:
+        raise ValueError(f"{name} has two labels, {found[name]} and {label}")
 
 
 def labelled(
@@ -73,18 +100,25 @@ def labelled(
     """The label of each image, found by its path, its name, or its name without suffix.
 
     Raises:
-        DataError: An image has no label, or a label no image.
+        DataError: An image has no label, a label no image, or one that is not written with its
+            path has several.
     """
-    found, missing, used = [], [], set()
+    found, missing, used = [], [], dict[str, str]()
     for path in images:
         name = PurePosixPath(path)
         key = next((k for k in (path, name.name, name.stem) if k in values), None)
         if key is None:
             missing.append(path)
-        else:
-            used.add(key)
-            found.append(values[key])
-    strange = [key for key in values if key not in used]
+            continue
+        if key in used:
+            raise DataError(
+                f"{option}: {source} does not match {place}: '{key}' may be {used[key]} or "
+                f"{path}; expected a label for each. Write their paths, relative to {place}"
+            )
+        used[key] = path
+        found.append(values[key])
+    # A list that was made with hidden files in it names what is not looked at.
+    strange = [key for key in values if key not in used and not is_hidden(key)]
     if missing or strange or not images:
         parts = []
         if missing:
