@@ -103,35 +103,45 @@ def refuse_other_recipe(
     other = tuple(path.removesuffix("name") for path in changed if path.endswith(".name"))
     changed = [p for p in changed if p.endswith(".name") or not p.startswith(other)]
     moved = [path for path in changed if path in _ADDRESSES]
-    why = _unlike(directory, images) if moved else ""
+    why = _unlike(directory, images, sure=not moved)
+    hint = "Give the same recipe and --set as before, or start another run."
     problems = [
         Problem(
             path,
             f"was {before.get(path, 'not given')} in {directory.path}, "
             f"is {now.get(path, 'not given')} here{why if path in moved else ''}.",
-            hint="Give the same recipe and --set as before, or start another run.",
+            hint=hint,
         )
         for path in changed
         if why or path not in moved
     ]
+    if why and not moved:
+        what = f"has the same address as in {directory.path} and other content{why}."
+        hint = "Give it the images that the run began with, or start another run."
+        problems.append(Problem("data", what, hint=hint))
     if problems:
         raise RecipeError(f"{source} (--resume)", problems)
     return {path: [before.get(path), now.get(path)] for path in differ}
 
 
-def _unlike(directory: RunDirectory, images: Sequence[DataSource]) -> str:
-    """How images differ from those of the run's checkpoints; empty if they do not."""
+def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool) -> str:
+    """How images differ from those of the run's checkpoints; empty if they do not.
+
+    With `sure` also empty where nobody can tell.
+    """
     if not list_checkpoints(directory.store):
         return ""  # it begins again
     # What a damaged one is passed over for is said when it is restored.
     found = open_checkpoint(directory.store, verify=False, warn=lambda text: None)
     noted = found.state.get("data")
     if not isinstance(noted, list) or len(noted) != len(images):
-        return f", and {found.name} does not say of which images it is"
+        return "" if sure else f", and {found.name} does not say of which images it is"
     for kind, old, new in zip(("training", "held-out"), noted, describe(images), strict=True):
         assert isinstance(new, Mapping)
         if old["images"] != new["images"]:
             return f", which holds {new['images']} {kind} images instead of {old['images']}"
+        if sure and None in (old["labels"], new["labels"]):
+            continue
         if old["labels"] != new["labels"]:
             return f", whose {kind} images have other labels or another order"
         if new["labels"] is None:

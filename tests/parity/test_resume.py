@@ -245,6 +245,35 @@ def test_other_images_at_another_address_are_refused(
     ]
 
 
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [(other_labels, ", whose training images have other labels or another order."),
+     (fewer, ", which holds 23 training images instead of 24.")],
+)  # fmt: skip
+def test_other_images_at_the_same_address_are_refused(
+    harm, said, stopped, tree, tiny_recipe
+) -> None:
+    harm(tree)
+    with pytest.raises(RecipeError) as caught:
+        run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(tree), resume=True)
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"data: has the same address as in {stopped} and other content{said} Give it the images "
+        "that the run began with, or start another run."
+    ]
+
+
+def test_hidden_files_that_came_later_do_not_keep_a_run_from_going_on(
+    stopped, tree, tiny_recipe, tmp_path
+) -> None:
+    run(tiny_recipe, tmp_path / "whole", *RUNS["coupled"], FOLDER.format(tree))
+    for path in [*tree.rglob("*.JPEG")]:
+        (path.parent / ".thumbnails").mkdir(exist_ok=True)
+        (path.parent / ".thumbnails" / path.name).write_bytes(path.read_bytes())
+        path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
+    run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(tree), resume=True)
+    assert_same_run(tmp_path / "whole", stopped)
+
+
 def test_other_held_out_images_are_refused(stopped, tree, tiny_recipe, tmp_path) -> None:
     write_tree(tmp_path / "few", [1, 1, 1], size=(16, 20))
     change = f"data.held_out={tmp_path / 'few'}"
