@@ -23,12 +23,14 @@ from torch import Tensor
 
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
+from e2ediff.files.arrays import large_images, npy_header
 from e2ediff.files.images import (
     MAX_PIXELS,
     SUFFIXES,
     is_grey,
     is_image,
     opened,
+    read_file,
     to_mode,
     to_tensor,
 )
@@ -95,10 +97,9 @@ class FolderImages(ImageSet):
 
     def _content(self, file: str) -> bytes:
         try:
-            data: bytes = self.fs.cat_file(file)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from error
-        return data
+            return read_file(self.fs, file)
+        except _DAMAGED as error:
+            raise DataError(f"{file}: cannot be read: {error}; replace it") from error
 
     def _is_grey(self, file: str) -> bool:
         with opened(self._content(file), file) as image:
@@ -117,7 +118,7 @@ class FolderImages(ImageSet):
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
         """Decoded images, uint8."""
-        size = max(1, min(size, _BATCH_PIXELS // (self.shape[1] * self.shape[2])))
+        size = _at_once(size, self.shape)
         for first in range(start, stop, size):
             chosen = self.files[first : min(first + size, stop)]
             yield torch.stack([self._read(file) for file in chosen])
@@ -130,13 +131,18 @@ class FolderImages(ImageSet):
         return content.hexdigest()
 
 
+def _at_once(size: int, shape: tuple[int, int, int]) -> int:
+    """Images (C, H, W) of a batch, at most `size`, and fewer of very large ones."""
+    return max(1, min(size, _BATCH_PIXELS // (shape[1] * shape[2])))
+
+
 class NpzImages(ImageSet):
     """The array `arr_0` (n, H, W, C) of bytes in an npz, as ADM stores samples; streamed."""
 
     def __init__(self, place: str) -> None:
         self.place = place
         with readable(place, "arr_0", _IMAGES), self._array() as file:
-            shape, order, dtype = _header(file)
+            shape, order, dtype = npy_header(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or order:
             raise DataError(f"{place}: arr_0 is {dtype} {shape}, expected {_IMAGES}")
         if min(shape) < 1:
@@ -145,6 +151,8 @@ class NpzImages(ImageSet):
             )
         self.count = shape[0]
         self.shape = (shape[3], shape[1], shape[2])
+        if large := large_images(shape):
+            raise DataError(f"{place}: arr_0 holds {large}; write smaller ones")
 
     def _array(self) -> io.BufferedIOBase:
         archive = zipfile.ZipFile(fsspec.open(self.place, "rb").open())
@@ -154,10 +162,11 @@ class NpzImages(ImageSet):
         """Rows of the array, uint8."""
         c, h, w = self.shape
         with readable(self.place, "arr_0", _IMAGES), self._array() as file:
-            _header(file)
+            npy_header(file)
             left = start * c * h * w
             while left:
                 left -= len(_exactly(file, min(left, _CHUNK)))
+            size = _at_once(size, self.shape)
             for first in range(start, stop, size):
                 n = min(size, stop - first)
                 data = bytearray(_exactly(file, n * c * h * w))
@@ -191,13 +200,6 @@ def _exactly(file: io.BufferedIOBase, count: int) -> bytes:
     if len(data) < count:
         raise EOFError(f"it ends {count - len(data)} bytes early")
     return data
-
-
-def _header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
 
 
 def file_sha256(place: str) -> str:

@@ -40,6 +40,7 @@ from e2ediff.run.storage import Store
 
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _CACHED = 2  # 1 read 16-bit grey as white, and sets of colour by their first image
+_MOST = 1 << 31  # bytes: a covariance of 16,000 features
 _STATISTICS = "numbers, a mean (F,) and a covariance (F, F)"
 
 
@@ -118,6 +119,9 @@ def _of_npz(place: str) -> Reference:
 
 def _arrays(place: str, names: Sequence[str]) -> list[np.ndarray]:
     with fsspec.open(place, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        for name in names:
+            if (size := arrays.zip.getinfo(f"{name}.npy").file_size) > _MOST:
+                raise ValueError(f"{name} has {size:,} bytes once unpacked, more than {_MOST:,}")
         return [arrays[name] for name in names]
 
 

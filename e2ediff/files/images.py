@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import io
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import attrs
 import numpy as np
@@ -27,6 +29,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000
 """Width times height of the largest picture that is decoded, unless a recipe says otherwise."""
+MAX_BYTES = 1 << 29
+"""Length to which a member of an archive is unpacked for one image: 8 bytes for each pixel."""
 
 _GREY = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -54,6 +58,30 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
+def check_unpacked(size: int) -> None:
+    """Refuse a member of an archive that would be longer than any image, before it is unpacked.
+
+    Raises:
+        zipfile.BadZipFile: It would.
+    """
+    if size > MAX_BYTES:
+        raise zipfile.BadZipFile(f"{size:,} bytes once unpacked, an image has {MAX_BYTES:,}")
+
+
+def read_file(fs: Any, path: str) -> bytes:
+    """Content of an image's file on a file system of fsspec.
+
+    Raises:
+        OSError: It is not there, or cannot be read.
+        zipfile.BadZipFile: It lies in an archive, and would be longer than any image.
+    """
+    own = fs.protocol
+    if {"zip", "tar", "libarchive"} & {*((own,) if isinstance(own, str) else own)}:
+        check_unpacked(fs.info(path)["size"])
+    data: bytes = fs.cat_file(path)
+    return data
+
+
 @contextmanager
 def opened(
     data: bytes,
@@ -79,8 +107,8 @@ def opened(
     """
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            if too_many := _too_many(image.size, size, limit.pixels):
-                raise _refusal(place, f"{too_many}, more than {limit}", limit)
+            if large := too_many(image.size, size, limit.pixels):
+                raise _refusal(place, f"{large}, more than {limit}", limit)
             if image.mode not in (*_GREY, *_COLOUR):
                 what = f"mode {image.mode} is not read; expected grey of 8 or 16 bits, or colour"
                 raise _refusal(place, what, limit)
@@ -96,8 +124,14 @@ def opened(
         raise _refusal(place, f"damaged image ({error})", limit) from error
 
 
-def _too_many(stored: tuple[int, int], size: int, most: int) -> str:
-    """Why a picture has too many pixels, as stored or after the resize; empty if it has not."""
+def too_many(stored: tuple[int, int], size: int = 0, most: int = MAX_PIXELS) -> str:
+    """Which size of a picture has too many pixels, stored or resized; empty if neither has.
+
+    Args:
+        stored: Width and height.
+        size: Length to which the shorter side will be brought; 0 if it stays as it is.
+        most: The most pixels.
+    """
     width, height = stored
     if width * height > most:
         return f"{width} x {height} pixels"

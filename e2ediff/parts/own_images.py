@@ -13,8 +13,9 @@ from torch import Tensor
 
 from e2ediff.data import ImageSpec
 from e2ediff.errors import DataError
-from e2ediff.files.images import SUFFIXES, decode, is_image
+from e2ediff.files.images import SUFFIXES, decode, is_image, read_file
 from e2ediff.files.names import files_below
+from e2ediff.parts.sources.damage import DAMAGED
 
 
 def list_images(places: Sequence[str]) -> list[str]:
@@ -37,7 +38,9 @@ def list_images(places: Sequence[str]) -> list[str]:
         if not images:
             what = "holds no images" if there else "no such file or folder"
             raise DataError(f"{place}: {what} (looked for {', '.join(SUFFIXES)})")
-        found += [fs.unstrip_protocol(p) if "://" in place else p for p in images]
+        outer, chained, inner = place.partition("::")
+        remote = "://" in outer
+        found += [fs.unstrip_protocol(p) + chained + inner if remote else p for p in images]
     return found
 
 
@@ -56,8 +59,7 @@ def read_images(paths: Sequence[str], image: ImageSpec) -> Tensor:
 
 def _read(path: str, image: ImageSpec) -> Tensor:
     try:
-        with fsspec.open(path, "rb") as file:
-            data = file.read()
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        data = read_file(*fsspec.core.url_to_fs(path))
+    except (*DAMAGED, OSError, ValueError, ImportError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; replace it") from error
     return decode(data, path, image.channels, image.height).float() / 127.5 - 1

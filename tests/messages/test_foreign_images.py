@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import Done, e2ediff, trained
 from pictures import as_class_tars, as_parquet, as_shards, as_zip, write_tree
@@ -13,7 +17,7 @@ from PIL import Image
 from tiny_recipe import tiny
 
 from e2ediff.data import SourceConfig
-from e2ediff.errors import BadImageError
+from e2ediff.errors import BadImageError, DataError
 from e2ediff.parts import sources
 
 SIZE = 32
@@ -204,3 +208,97 @@ def test_a_report_says_that_it_cannot_be_shown(
     page = (run / "report.html").read_text()
     assert f"{shown.name} cannot be shown: " in page
     assert SAID[kind] in page
+
+
+# What is packed
+
+
+def promising(path: str, size: int) -> None:
+    """A zip whose second member says that it has so many bytes once unpacked."""
+    tree = write_tree(Path("tree"), [2, 2], size=(40, 40))
+    as_zip(tree, Path(path))
+    promise(path, b"n00000000/n00000000_1.JPEG", size)
+
+
+def promise(path: str, member: bytes, size: int) -> None:
+    data = bytearray(Path(path).read_bytes())
+    entry = data.index(member, data.index(b"PK\1\2")) - 46
+    data[entry + 24 : entry + 28] = size.to_bytes(4, "little")
+    Path(path).write_bytes(data)
+
+
+def test_a_member_of_an_archive_is_not_unpacked_to_more_than_an_image(finished: Path) -> None:
+    promising("x.zip", 4_000_000_000)
+    what = "4,000,000,000 bytes once unpacked, an image has 536,870,912"
+    for config in (
+        sources.Archive(path="x.zip", size=SIZE, classes=2),
+        sources.ImageFolder(root="zip://::x.zip", size=SIZE, classes=2),
+    ):
+        with pytest.raises(BadImageError, match=what):
+            config.open().read([1])
+    address, features = "zip://::x.zip", ("--features", "random_projection")
+    for words in (
+        ("eval", address, "--reference", address, *features),
+        ("reconstruct", finished, address, "--out", "made"),
+    ):
+        done = e2ediff(*words)
+        assert done.code == 5, done.err
+        assert "n00000000_1.JPEG" in done.err
+        assert f": cannot be read: {what}" in done.err
+
+
+def test_images_in_a_zip_are_one_s_own_too(finished: Path) -> None:
+    as_zip(write_tree(Path("tree"), [2, 2], size=(40, 40)), Path("x.zip"))
+    found = []
+    for out, place in (("a", "tree"), ("b", "zip://::x.zip")):
+        done = e2ediff("reconstruct", finished, place, "--out", out)
+        assert done.code == 0, done.err
+        found.append([row["psnr"] for row in json.loads(Path(out, "psnr.json").read_text())])
+    assert found[0] == found[1]
+
+
+def header(*shape: int) -> bytes:
+    """The beginning of an npy file of bytes."""
+    out = io.BytesIO()
+    told = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, told)
+    return out.getvalue()
+
+
+def test_arrays_of_enormous_images_are_refused_by_their_headers() -> None:
+    for key, shape in (("images", (1, 13_000, 13_000)), ("arr_0", (4, 13_000, 13_000, 3))):
+        with zipfile.ZipFile(f"{key}.npz", "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr(f"{key}.npy", header(*shape) + bytes(1000))
+    idx = b"\0\0\x08\3" + b"".join(n.to_bytes(4, "big") for n in (1, 13_000, 13_000))
+    Path("x-ubyte.gz").write_bytes(gzip.compress(idx + bytes(1000)))
+    said = "images of 13000 x 13000 pixels, more than the 64,000,000 that are ever decoded"
+    for address in ("images.npz", "x-ubyte.gz"):
+        with pytest.raises(DataError, match=said):
+            sources.Arrays(images=address, size=SIZE, classes=0).open()
+    words = ("arr_0.npz", "--reference", "arr_0.npz", "--features", "random_projection")
+    done = e2ediff("eval", *words)
+    assert (done.code, said in done.err) == (5, True)
+
+
+def test_arrays_that_the_crop_would_make_enormous_are_refused() -> None:
+    np.savez("x.npz", images=np.zeros((2, 70_000, 1), np.uint8))
+    with pytest.raises(DataError, match="1 x 70000 pixels, 32 x 2240000 with a shorter side"):
+        sources.Arrays(images="x.npz", size=SIZE, classes=0).open()
+
+
+def test_statistics_are_not_unpacked_without_end() -> None:
+    with zipfile.ZipFile("x.npz", "w") as file:
+        file.writestr("mu.npy", header(3) + bytes(3))
+        file.writestr("sigma.npy", header(3, 3) + bytes(9))
+    promise("x.npz", b"sigma.npy", 4_000_000_000)
+    np.savez("made.npz", arr_0=np.zeros((8, 16, 16, 3), np.uint8))
+    done = e2ediff("eval", "made.npz", "--reference", "x.npz", "--features", "random_projection")
+    assert done.code == 5
+    assert "sigma has 4,000,000,000 bytes once unpacked, more than 2,147,483,648" in done.err
+
+
+def test_what_is_no_array_in_an_npz_is_said() -> None:
+    with zipfile.ZipFile("x.npz", "w") as file:
+        file.writestr("images", b"no npy")
+    with pytest.raises(DataError, match=r"x\.npz: .*images"):
+        sources.Arrays(images="x.npz", size=SIZE, classes=0).open()

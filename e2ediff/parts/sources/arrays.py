@@ -20,6 +20,7 @@ from torch import Tensor
 
 from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
 from e2ediff.errors import DataError
+from e2ediff.files.arrays import large_images, npy_header
 from e2ediff.files.images import centre_crop, to_tensor
 from e2ediff.parts.sources.damage import DAMAGED
 from e2ediff.parts.sources.listing import MOST_CLASSES
@@ -74,26 +75,31 @@ def read_idx(data: bytes, source: str) -> Tensor:
         DataError: Not an IDX file of bytes, or not all of it.
     """
     try:
-        raw = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        packed = data[:2] == b"\x1f\x8b"
+        with gzip.open(io.BytesIO(data)) if packed else io.BytesIO(data) as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:3] != b"\x00\x00\x08":
+                raise DataError(f"{source}: not an IDX file of bytes (starts with {start.hex()})")
+            rank = start[3]
+            sizes = file.read(4 * rank)
+            if len(sizes) < 4 * rank:
+                raise DataError(
+                    f"{source}: its header is cut short: {4 + len(sizes)} bytes, expected "
+                    f"{4 + 4 * rank} for an array of rank {rank}; fetch it again"
+                )
+            shape = [int.from_bytes(sizes[4 * i : 4 * i + 4], "big") for i in range(rank)]
+            if large := large_images(shape):
+                raise DataError(f"{source}: holds {large}; write smaller ones")
+            size = math.prod(shape)
+            pixels = bytearray(file.read(size))
+            found = len(pixels) + sum(map(len, iter(lambda: file.read(1 << 20), b"")))
     except (*DAMAGED, OSError) as error:
         raise DataError(f"{source}: damaged gzip file ({error}); fetch it again") from error
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise DataError(f"{source}: not an IDX file of bytes (starts with {raw[:4].hex()})")
-    rank = raw[3]
-    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
-    start, size = 4 + 4 * rank, math.prod(shape)
-    if len(raw) < start:
+    if found != size:
         raise DataError(
-            f"{source}: its header is cut short: {len(raw)} bytes, expected {start} for an array "
-            f"of rank {rank}; fetch it again"
+            f"{source}: {found} bytes of data, expected {size} for shape {shape}; fetch it again"
         )
-    if len(raw) - start != size:
-        raise DataError(
-            f"{source}: {len(raw) - start} bytes of data, expected {size} for shape {shape}; "
-            "fetch it again"
-        )
-    array = np.frombuffer(bytearray(raw[start:]), np.uint8)
-    return torch.from_numpy(array).reshape(shape)
+    return torch.from_numpy(np.frombuffer(pixels, np.uint8)).reshape(shape)
 
 
 @attrs.frozen(kw_only=True)
@@ -171,6 +177,8 @@ class Arrays(SourceConfig):
             )
         if not len(x):
             raise DataError(f"{options[0]}: {images} holds no images; expected one or more")
+        if large := large_images(x.shape, self.size):
+            raise DataError(f"{options[0]}: {images} holds {large}; write others")
         x = _with_channels(x.permute(0, 3, 1, 2), self.channels)
         if labels is None:
             return x, None
@@ -214,9 +222,14 @@ def read_array(address: str, option: str, key: str) -> Tensor:
                 f"{option}: {path} has no array '{name}', it has {', '.join(arrays.files)}; name "
                 f"one with `--set '{option}={path}!NAME'`"
             )
+        assert arrays.zip is not None  # until it is closed
         try:
+            with arrays.zip.open(f"{name}.npy") as file:
+                large = large_images(npy_header(file)[0])
+            if large:
+                raise DataError(f"{option}: {address} holds {large}; write smaller ones")
             return torch.from_numpy(arrays[name])
-        except _UNREADABLE as error:
+        except (*_UNREADABLE, KeyError) as error:  # no npy, for all its name
             raise DataError(f"{option}: {address}: {error}; fetch it again") from error
     data = _content(path, option)
     if not path.endswith(".npy"):

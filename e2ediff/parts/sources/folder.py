@@ -12,7 +12,7 @@ import attrs
 import torch
 
 from e2ediff.errors import DataError
-from e2ediff.files.images import SUFFIXES, is_image
+from e2ediff.files.images import SUFFIXES, check_unpacked, is_image, read_file
 from e2ediff.files.names import below, files_below, is_hidden
 from e2ediff.parts.sources.damage import DAMAGED
 from e2ediff.parts.sources.labels import labelled, read_labels
@@ -32,7 +32,12 @@ class FolderBytes:
 
     def __call__(self, i: int) -> bytes:
         """Content of one file."""
-        return self.location.read(self.location.below(self.names[i]))
+        try:
+            return read_file(self.location.fs, self.location.below(self.names[i]))
+        except (*DAMAGED, OSError, ValueError):
+            raise
+        except Exception as error:  # drivers of stores raise what they like
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class ZipBytes:
@@ -52,7 +57,9 @@ class ZipBytes:
         if self._zip is None or self._owner != os.getpid():
             self._zip = zipfile.ZipFile(self.location.fs.open(self.location.path, "rb"))
             self._owner = os.getpid()
-        return self._zip.read(self.names[i])
+        member = self._zip.getinfo(self.names[i])
+        check_unpacked(member.file_size)
+        return self._zip.read(member)
 
 
 def walk(location: Location) -> tuple[list[str], list[str]]:
