@@ -14,6 +14,7 @@ import torch
 from command_line import e2ediff
 from pictures import as_class_tars, as_npz, as_parquet, as_shards, as_zip, write_tree
 from PIL import Image
+from safetensors.torch import save
 from source_kinds import separate_tars
 from tiny_recipe import tiny
 
@@ -23,6 +24,7 @@ from e2ediff.evaluate.images import FolderImages
 from e2ediff.parts import sources
 from e2ediff.parts.own_images import list_images, read_images
 from e2ediff.parts.sources.location import find_files
+from e2ediff.parts.weights import read_weights
 from e2ediff.prepare.address import recognise
 from e2ediff.run.storage import Store
 
@@ -229,6 +231,9 @@ def test_a_run_is_made_continued_sampled_and_scored_below_odd_names(
     done = e2ediff("reconstruct", run, f"{ODD}/tree", "--out", f"{run}/made[1]")
     assert done.code == 0, done.err
     assert len(json.loads(Store(f"{run}/made[1]").read("psnr.json"))) == 6
+    done = e2ediff("report", run, "--out", f"{where}/{ODD}/report[1]*?.html")
+    assert done.code == 0, done.err
+    assert "report[1]*?.html" in Store(f"{where}/{ODD}").list()
     assert Store(neighbour).read("checkpoints/images-x/keep") == b"keep"
 
 
@@ -250,6 +255,14 @@ def test_directories_of_a_store_are_moved_and_removed_by_their_names(
     assert store.remove_dir(name) is None  # gone already
     assert {*store.list()} == {*left, "newer"}
     assert all(store.read(f"{one}/deep/file") == one.encode() for one in left)
+
+
+def test_weights_below_an_odd_name_are_read(tmp_path: Path) -> None:
+    data = save({"x": torch.ones(2)})
+    for place in (f"{tmp_path}/{ODD}", f"memory:/{tmp_path}/{ODD}"):
+        Store(place).write("w[1]*?.safetensors", data)
+        state, _ = read_weights(f"{place}/w[1]*?.safetensors")
+        assert torch.equal(state["x"], torch.ones(2))
 
 
 def test_an_npz_below_an_odd_name_is_a_reference(tmp_path: Path) -> None:
