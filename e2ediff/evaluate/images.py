@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from tokenize import TokenError
 
 import attrs
-import fsspec
 import numpy as np
 import torch
-from fsspec.core import url_to_fs
 from torch import Tensor
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import large_images, npy_header
@@ -77,10 +77,10 @@ class FolderImages(ImageSet):
     They are grey if all of them are stored so, and else colour.
     """
 
-    def __init__(self, root: str) -> None:
-        self.place = root
+    def __init__(self, root: Address) -> None:
+        self.place = root = addresses.plain(root)
         try:
-            self.fs, path = url_to_fs(root)
+            self.fs, path = addresses.file_system(root, typed=True)
             files = files_below(self.fs, path) if self.fs.isdir(path) else None
         except (ImportError, ValueError, OSError) as error:
             raise DataError(f"{root}: cannot be opened: {error}") from error
@@ -139,8 +139,8 @@ def _at_once(size: int, shape: tuple[int, int, int]) -> int:
 class NpzImages(ImageSet):
     """The array `arr_0` (n, H, W, C) of bytes in an npz, as ADM stores samples; streamed."""
 
-    def __init__(self, place: str) -> None:
-        self.place = place
+    def __init__(self, place: Address) -> None:
+        self.place = place = addresses.plain(place)
         with readable(place, "arr_0", _IMAGES), self._array() as file:
             shape, order, dtype = npy_header(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or order:
@@ -155,7 +155,7 @@ class NpzImages(ImageSet):
             raise DataError(f"{place}: arr_0 holds {large}; write smaller ones")
 
     def _array(self) -> io.BufferedIOBase:
-        archive = zipfile.ZipFile(fsspec.open(self.place, "rb").open())
+        archive = zipfile.ZipFile(addresses.open_file(self.place, typed=True))
         return archive.open("arr_0.npy")  # type: ignore[return-value]
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
@@ -202,10 +202,10 @@ def _exactly(file: io.BufferedIOBase, count: int) -> bytes:
     return data
 
 
-def file_sha256(place: str) -> str:
+def file_sha256(place: Address) -> str:
     """Hash of a file's bytes."""
     content = hashlib.sha256()
-    with fsspec.open(place, "rb") as file:
+    with addresses.open_file(place, typed=True) as file:
         while chunk := file.read(_CHUNK):
             content.update(chunk)
     return content.hexdigest()
@@ -290,7 +290,7 @@ class Samples(ImageSet):
     `guides` are hashes of the networks that guidance asks, which must be the same in all.
     """
 
-    place: str
+    place: str = attrs.field(converter=addresses.plain)
     labels: Sequence[int]
     seed: int = 0
     weights: str | None = None

@@ -12,13 +12,14 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 
 import attrs
-import fsspec
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError, RecipeError
 from e2ediff.evaluate.images import (
@@ -54,7 +55,7 @@ class Reference:
     images: ImageSet | None = None
 
 
-def open_reference(place: str, host: Host, data: SourceConfig | None) -> Reference:
+def open_reference(place: Address, host: Host, data: SourceConfig | None) -> Reference:
     """A reference from what a user says.
 
     Args:
@@ -66,6 +67,7 @@ def open_reference(place: str, host: Host, data: SourceConfig | None) -> Referen
         DataError: There is no such file, or it holds neither statistics nor images.
         RecipeError: The block is wrong.
     """
+    place = addresses.plain(place)
     if place in ("data", "held-out"):
         if data is None:
             raise DataError(f"--reference {place}: only a run has data; give images or an npz")
@@ -87,14 +89,14 @@ def _of_images(images: ImageSet) -> Reference:
     return Reference(images.place, images.sha256(), images=images)
 
 
-def npz_keys(place: str) -> list[str]:
+def npz_keys(place: Address) -> list[str]:
     """Names of the arrays in an npz.
 
     Raises:
         DataError: It is missing or no npz.
     """
     try:
-        with fsspec.open(place, "rb") as file, zipfile.ZipFile(file) as archive:
+        with addresses.open_file(place, typed=True) as file, zipfile.ZipFile(file) as archive:
             return [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
     except (OSError, ValueError, ImportError, zipfile.BadZipFile) as error:
         raise DataError(f"{place}: cannot be read as an npz: {error}") from error
@@ -118,7 +120,10 @@ def _of_npz(place: str) -> Reference:
 
 
 def _arrays(place: str, names: Sequence[str]) -> list[np.ndarray]:
-    with fsspec.open(place, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+    with (
+        addresses.open_file(place, typed=True) as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):
         for name in names:
             if (size := arrays.zip.getinfo(f"{name}.npy").file_size) > _MOST:
                 raise ValueError(f"{name} has {size:,} bytes once unpacked, more than {_MOST:,}")

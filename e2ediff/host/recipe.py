@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import attrs
-import fsspec
 from attrs.validators import deep_iterable, ge, gt, le, lt, min_len, optional
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.backbone import BackboneConfig
 from e2ediff.data import SourceConfig
 from e2ediff.denoiser import Guidance
@@ -321,7 +321,7 @@ class Recipe:
         return self.post_hoc.every or max(1, self.total_steps // 32)
 
 
-def load_recipe(host: Host, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(host: Host, path: Address, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a file or from any URL that fsspec knows.
 
     Args:
@@ -333,9 +333,11 @@ def load_recipe(host: Host, path: str | os.PathLike[str], overrides: Sequence[st
         RecipeError: The recipe is wrong; has every problem, with its line.
         DuplicateNameError: A name in it is registered by two plugins.
     """
-    source = os.fspath(path)
+    source = addresses.plain(path)
+    if what := addresses.refusal(source, typed=True):
+        raise RecipeError(source, [Problem("recipe", f"cannot be read: {what}.", source)])
     try:
-        with fsspec.open(source, "rb") as file:
+        with addresses.open_file(source, typed=True) as file:
             data = file.read(MAX_BYTES + 1)
     except Exception as exc:  # a file system's implementation, of which fsspec has dozens
         what = "there is no such file." if isinstance(exc, FileNotFoundError) else ""

@@ -11,6 +11,7 @@ import attrs
 from attrs import validators
 from torch import Tensor
 
+from e2ediff import addresses
 from e2ediff.denoiser import Denoiser, Guidance, Reference
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.interpolant import Estimate, Interpolant
@@ -36,7 +37,7 @@ class Autoguidance(Guidance):
     """
 
     scale: float = attrs.field(default=1.5, validator=validators.ge(0))
-    run: str = ""
+    run: str = attrs.field(default="", converter=addresses.plain, validator=addresses.allowed)
     checkpoint: str = ""
     weights: str = ""
 

@@ -15,6 +15,7 @@ from attrs import validators
 from torch import Tensor
 from torch.nn import functional
 
+from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.parts.program import Program
@@ -41,7 +42,7 @@ class Exported(FeatureConfig):
     Source: the format is that of torch's `torch._export.serde.schema`.
     """
 
-    weights: str
+    weights: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     sha256: str | None = None
     size: int = attrs.field(default=224, validator=validators.ge(1))
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

@@ -11,9 +11,11 @@ from typing import Any
 import attrs
 import torch
 from attrs import validators
+from attrs.converters import optional
 from torch import Tensor, nn
 from torch.nn import functional
 
+from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.parts.inception import SHA256, Inception2015
@@ -38,7 +40,9 @@ class TorchvisionFeatures(FeatureConfig):
     """
 
     model: str = "vgg16"
-    weights: str | None = None
+    weights: str | None = attrs.field(
+        default=None, converter=optional(addresses.plain), validator=addresses.allowed
+    )
     sha256: str | None = None
     nodes: tuple[str, ...] = (
         "features.3",
@@ -191,7 +195,7 @@ class Inception(FeatureConfig):
     Source: `e2ediff/parts/inception.py` says what differs from torchvision's Inception v3.
     """
 
-    weights: str
+    weights: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     sha256: str | None = None
 
     def build(self) -> FeatureNetwork:

@@ -15,6 +15,7 @@ from attrs import validators
 from torch import Tensor, nn
 from torch.nn import functional
 
+from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.parts.weights import fill, read_weights
@@ -219,7 +220,7 @@ class DINOv2(FeatureConfig):
     2306.04675) uses ViT-L/14 at 224 pixels.
     """
 
-    weights: str
+    weights: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     sha256: str | None = None
     size: int = attrs.field(default=224, validator=validators.ge(14))
     title: str = "DINOv2"
@@ -253,7 +254,7 @@ class CLIP(FeatureConfig):
     2401.09603).
     """
 
-    weights: str
+    weights: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     sha256: str | None = None
     title: str = "CLIP"
 

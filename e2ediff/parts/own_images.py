@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import fsspec
 import torch
 from torch import Tensor
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.data import ImageSpec
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, decode, is_image, read_file
@@ -18,7 +19,7 @@ from e2ediff.files.names import files_below
 from e2ediff.parts.sources.damage import DAMAGED
 
 
-def list_images(places: Sequence[str]) -> list[str]:
+def list_images(places: Sequence[Address]) -> list[str]:
     """Paths or URLs of all images in these files and, at any depth, in these folders; sorted.
 
     Hidden files in a folder do not count.
@@ -27,9 +28,9 @@ def list_images(places: Sequence[str]) -> list[str]:
         DataError: A place is missing, or holds no images.
     """
     found: list[str] = []
-    for place in places:
+    for place in map(addresses.plain, places):
         try:
-            fs, root = fsspec.core.url_to_fs(place)
+            fs, root = addresses.file_system(place, typed=True)
             folder, there = fs.isdir(root), fs.exists(root)
             inside = files_below(fs, root) if folder else [root]
         except (ImportError, ValueError, OSError) as error:
@@ -44,7 +45,7 @@ def list_images(places: Sequence[str]) -> list[str]:
     return found
 
 
-def read_images(paths: Sequence[str], image: ImageSpec) -> Tensor:
+def read_images(paths: Sequence[Address], image: ImageSpec) -> Tensor:
     """Images, centre-cropped to the size of `image`, (M, C, H, W) in [-1, 1].
 
     Raises:
@@ -54,12 +55,12 @@ def read_images(paths: Sequence[str], image: ImageSpec) -> Tensor:
         raise DataError(
             f"images are cropped to squares, and this network's are {image.height} x {image.width}"
         )
-    return torch.stack([_read(path, image) for path in paths])
+    return torch.stack([_read(addresses.plain(path), image) for path in paths])
 
 
 def _read(path: str, image: ImageSpec) -> Tensor:
     try:
-        data = read_file(*fsspec.core.url_to_fs(path))
+        data = read_file(*addresses.file_system(path, typed=True))
     except (*DAMAGED, OSError, ValueError, ImportError) as error:
         raise DataError(f"{path}: cannot be read: {error}; replace it") from error
     return decode(data, path, image.channels, image.height).float() / 127.5 - 1

@@ -6,16 +6,17 @@ import hashlib
 import io
 import pickle
 
-import fsspec
 import torch
 from torch import Tensor, nn
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import DataError
 
 _SHOWN = 3
 
 
-def read_file(place: str, sha256: str | None = None) -> tuple[bytes, str]:
+def read_file(place: Address, sha256: str | None = None) -> tuple[bytes, str]:
     """A file's bytes and their sha256.
 
     Args:
@@ -25,9 +26,10 @@ def read_file(place: str, sha256: str | None = None) -> tuple[bytes, str]:
     Raises:
         DataError: The file is missing or has another hash.
     """
+    place = addresses.plain(place)
     try:
-        with fsspec.open(place, "rb") as file:
-            data: bytes = file.read()
+        with addresses.open_file(place) as file:
+            data = file.read()
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"feature network: cannot read the weights at {place}: {error}") from error
     found = hashlib.sha256(data).hexdigest()
@@ -39,7 +41,7 @@ def read_file(place: str, sha256: str | None = None) -> tuple[bytes, str]:
     return data, found
 
 
-def read_weights(place: str, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
+def read_weights(place: Address, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
     """A state dict, and the sha256 of its file.
 
     Args:
@@ -50,7 +52,7 @@ def read_weights(place: str, sha256: str | None = None) -> tuple[dict[str, Tenso
         DataError: The file is missing, has another hash, or holds more than tensors.
     """
     data, found = read_file(place, sha256)
-    return _parse(data, place), found
+    return _parse(data, addresses.plain(place)), found
 
 
 def _parse(data: bytes, place: str) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
-import fsspec
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError, Problem, RecipeError
 from e2ediff.files.names import is_hidden
@@ -29,7 +30,7 @@ _KINDS = (
 
 
 def source_config(
-    host: Host, address: str, overrides: Sequence[str] = (), size: int | None = None
+    host: Host, address: Address, overrides: Sequence[str] = (), size: int | None = None
 ) -> SourceConfig:
     """The data block of a recipe or a YAML file, or one for the data at a path or URL.
 
@@ -43,6 +44,7 @@ def source_config(
         RecipeError: The block is wrong.
         DataError: There is nothing at the address, or nothing that can be recognised.
     """
+    address = addresses.plain(address)
     if address.endswith((".yaml", ".yml")):
         config = _from_yaml(host, address, overrides)
     else:
@@ -65,7 +67,7 @@ def source_config(
 
 def _from_yaml(host: Host, path: str, overrides: Sequence[str]) -> SourceConfig:
     try:
-        with fsspec.open(path, "rb") as file:
+        with addresses.open_file(path, typed=True) as file:
             text = file.read().decode("utf-8-sig")
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
@@ -118,12 +120,13 @@ def _counted(host: Host, block: Mapping[str, Any], overrides: Sequence[str]) -> 
     return attrs.evolve(config, classes=found)
 
 
-def recognise(address: str) -> dict[str, Any]:
+def recognise(address: Address) -> dict[str, Any]:
     """A data block for what lies at a path, URL or pattern, without its number of classes.
 
     Raises:
         DataError: Nothing is there, or nothing that is known.
     """
+    address = addresses.plain(address)
     location = Location(address, "data")
     if location.is_pattern():
         kind = "parquet" if address.endswith(".parquet") else "tar_shards"

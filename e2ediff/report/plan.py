@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
-import fsspec
 import yaml
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
@@ -150,7 +151,7 @@ def _has_scores(resolved: str) -> bool:
 
 def make_plan(
     host: Host,
-    recipe: str,
+    recipe: Address,
     vary: Sequence[str],
     seeds: str,
     sets: Sequence[str] = (),
@@ -173,6 +174,7 @@ def make_plan(
         GridError: The grid itself is wrong, or two of its cells are the same.
         RecipeError: Cells are no recipes; has the problems of all of them.
     """
+    recipe = addresses.plain(recipe)
     axes, numbers = [parse_axis(text) for text in vary], parse_seeds(seeds)
     grid = cells(axes)
     base = find_cell(baseline, grid)
@@ -194,7 +196,7 @@ def make_plan(
     for job in jobs[: len(grid)]:
         one = attrs.evolve(load_recipe(host, recipe, job.overrides), seed=0)
         resolved[job.cell] = dump_recipe(host, one)
-    with fsspec.open(recipe, "rb") as file:
+    with addresses.open_file(recipe, typed=True) as file:
         text = file.read().decode("utf-8-sig")
     name = found[base.name].name
     given = tuple(sets), tuple(vary)

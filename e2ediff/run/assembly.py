@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from e2ediff import addresses
 from e2ediff.backbone import Backbone
 from e2ediff.errors import Problem, RecipeError, ResourceError
 from e2ediff.host.recipe import Recipe
@@ -154,8 +155,12 @@ def problems(recipe: Recipe) -> list[Problem]:
 
 
 def guidance_problems(recipe: Recipe) -> list[Problem]:
-    """What the recipe's sampler would make of its guidance."""
-    found = recipe.guidance.problems(recipe.sampler) if recipe.guidance else ()
+    """What the recipe's sampler would make of its guidance, and runs that it may not ask."""
+    if recipe.guidance is None:
+        return []
+    found = [*recipe.guidance.problems(recipe.sampler)]
+    refused = (addresses.refusal(reference.run) for reference in recipe.guidance.references)
+    found += [("run", f"{what}.") for what in refused if what]
     return [Problem(f"guidance.{field}", what) for field, what in found]
 
 

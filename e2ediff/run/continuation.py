@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from e2ediff.addresses import Address
 from e2ediff.data import DataSource
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.plugins import Host
@@ -76,7 +77,7 @@ def refuse_other_recipe(
     host: Host,
     recipe: Recipe,
     directory: RunDirectory,
-    source: str,
+    source: Address,
     images: Sequence[DataSource],
 ) -> dict[str, JSON]:
     """Refuse a recipe that would not compute what the run computed so far.

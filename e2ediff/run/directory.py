@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import RunDirectoryError
 from e2ediff.run.lock import LOCK, acquire
 from e2ediff.run.storage import JSON, Store
@@ -46,7 +48,7 @@ class RunDirectory:
     @classmethod
     def create(
         cls,
-        out: str | None,
+        out: Address | None,
         name: str,
         recipe_text: str,
         resolved: str,
@@ -67,7 +69,7 @@ class RunDirectory:
         if out is None:
             runs = Store(_runs())
             out = runs.where(runs.create_unique_dir(name))
-        directory = cls(Store(out), out)
+        directory = cls(Store(out), addresses.plain(out))
         directory.lock()
         try:
             directory._refuse_if_taken()
@@ -82,12 +84,13 @@ class RunDirectory:
         return directory
 
     @classmethod
-    def open(cls, path: str, *, silent: bool = False) -> RunDirectory:
+    def open(cls, path: Address, *, silent: bool = False) -> RunDirectory:
         """Open the directory of an existing run, for reading; `lock` it before training on.
 
         Raises:
             RunDirectoryError: there is no run in it.
         """
+        path = addresses.plain(path)
         directory = cls(Store(path), path, silent=silent)
         found = directory.store.list()
         if RUN not in found:

@@ -7,9 +7,10 @@ import signal
 from collections.abc import Sequence
 
 import attrs
-import fsspec
 import torch
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.data import DataSource
 from e2ediff.errors import (
     E2EDiffError,
@@ -49,9 +50,9 @@ class Outcome:
 
 def train(
     host: Host,
-    recipe_path: str,
+    recipe_path: Address,
     overrides: Sequence[str] = (),
-    out: str | None = None,
+    out: Address | None = None,
     *,
     resume: bool = False,
     progress: Progress | None = None,
@@ -76,6 +77,7 @@ def train(
         E2EDiffError: Whatever is wrong with the recipe, the data, the directory or the machine;
             once a directory exists its `status.json` has it too.
     """
+    recipe_path = addresses.plain(recipe_path)
     world = world or World()
     recipe = load_recipe(host, recipe_path, overrides)
     check_fits(recipe, recipe_path)
@@ -157,8 +159,8 @@ class _Nowhere(io.StringIO):
 def _continued(
     host: Host,
     recipe: Recipe,
-    recipe_path: str,
-    out: str | None,
+    recipe_path: Address,
+    out: Address | None,
     sources: tuple[DataSource, DataSource],
 ) -> RunDirectory:
     """The directory of a run to go on with, locked."""
@@ -173,14 +175,14 @@ def _continued(
 def _new(
     host: Host,
     recipe: Recipe,
-    recipe_path: str,
-    out: str | None,
+    recipe_path: Address,
+    out: Address | None,
     device: torch.device,
     world: World,
 ) -> RunDirectory:
     """A new run's directory, locked."""
-    with fsspec.open(recipe_path, "r") as file:
-        text = file.read()
+    with addresses.open_file(recipe_path, typed=True) as file:
+        text = file.read().decode()
     environment = describe_environment(
         seeds={"seed": recipe.seed},
         plugins={p.distribution or p.name: p.version for p in host.plugins},
@@ -262,7 +264,7 @@ def _set_status(
     )
 
 
-def _find(recipe: Recipe, out: str | None) -> RunDirectory:
+def _find(recipe: Recipe, out: Address | None) -> RunDirectory:
     path = out or latest_run(recipe.name)
     if path is None:
         raise RunDirectoryError(

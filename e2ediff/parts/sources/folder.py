@@ -10,7 +10,9 @@ from typing import ClassVar
 
 import attrs
 import torch
+from attrs.converters import optional
 
+from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, check_unpacked, is_image, read_file
 from e2ediff.files.names import below, files_below, is_hidden
@@ -164,8 +166,10 @@ class ImageFolder(EncodedConfig):
     address: ClassVar[str] = "root"
     word: ClassVar[str] = "class folders"
 
-    root: str
-    labels: str | None = None
+    root: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
+    labels: str | None = attrs.field(
+        default=None, converter=optional(addresses.plain), validator=addresses.allowed
+    )
 
     def listing(self, *, held_out: bool) -> Listing:
         """Every image below the folder."""
@@ -208,9 +212,11 @@ class Archive(EncodedConfig):
 
     word: ClassVar[str] = "class folders"
 
-    path: str
+    path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     inside: str = ""
-    labels: str | None = None
+    labels: str | None = attrs.field(
+        default=None, converter=optional(addresses.plain), validator=addresses.allowed
+    )
 
     def option(self, *, held_out: bool) -> str:
         """Always the zip."""

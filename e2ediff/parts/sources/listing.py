@@ -14,8 +14,10 @@ import attrs
 import numpy as np
 import torch
 from attrs import validators
+from attrs.converters import optional
 from torch import Tensor
 
+from e2ediff import addresses
 from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.files.images import MAX_PIXELS, Limit, decode, opened, to_tensor
@@ -229,7 +231,9 @@ class EncodedConfig(SourceConfig):
     flip: bool = True
     sampling: Sampling = "natural"
     on_bad_image: Literal["stop", "skip"] = "stop"
-    held_out: str | None = None
+    held_out: str | None = attrs.field(
+        default=None, converter=optional(addresses.plain), validator=addresses.allowed
+    )
     workers: int = attrs.field(default=4, validator=validators.ge(0))
     max_pixels: int = attrs.field(default=MAX_PIXELS, validator=validators.gt(0))
 

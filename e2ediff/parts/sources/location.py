@@ -6,13 +6,14 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import attrs
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import DataError
 from e2ediff.files.names import is_hidden
 
@@ -23,28 +24,30 @@ class Location:
     `option` is the recipe's key that has the address, for messages.
 
     Raises:
-        DataError: No file system for this address is installed.
+        DataError: A recipe may not have this address, or no file system for it is installed.
     """
 
-    def __init__(self, url: str, option: str) -> None:
-        self.url = url
+    def __init__(self, url: Address, option: str) -> None:
+        self.url = url = addresses.plain(url)
         self.option = option
         self._fs: Any = None
         self._owner = -1
+        if what := addresses.refusal(url):
+            raise DataError(f"{option}: cannot open {url}: {what}")
         try:
-            self._fs, self.path = fsspec.core.url_to_fs(url)
+            self._fs, self.path = addresses.file_system(url)
         except ImportError as error:
             raise DataError(f"{option}: cannot open {url}: {error}.{_install(error)}") from error
         except Exception as error:  # drivers of stores raise what they like
             raise DataError(_refused(option, url, error)) from error
         self._owner = os.getpid()
-        self.local = isinstance(self._fs, LocalFileSystem)
+        self.local = addresses.is_local(self._fs)
 
     @property
     def fs(self) -> Any:
         """The file system; a forked process must not use its parent's connections."""
         if self._owner != os.getpid():
-            self._fs, _ = fsspec.core.url_to_fs(self.url)
+            self._fs, _ = addresses.file_system(self.url)
             self._owner = os.getpid()
         return self._fs
 
@@ -201,12 +204,13 @@ def expand(pattern: str) -> list[str]:
     return [text for one in inner for text in expand(f"{head}{one}{tail}")]
 
 
-def find_files(pattern: str, option: str, suffix: str) -> tuple[Location, list[File]]:
+def find_files(pattern: Address, option: str, suffix: str) -> tuple[Location, list[File]]:
     """Files of a pattern with braces and `*`, in its order, or those of a folder, sorted.
 
     Raises:
         DataError: One of them, or any, is not there.
     """
+    pattern = addresses.plain(pattern)
     location = Location(pattern, option)
     paths: list[str] = []
     is_pattern = location.is_pattern()
@@ -287,11 +291,10 @@ class Aside:
     def read(self) -> list[bytes]:
         """What lies beside the data and what lies in the cache, as far as they exist."""
         found = []
-        for place, path in ((self.location.fs, self.path), (LocalFileSystem(), self.cached)):
-            try:
-                found.append(place.cat_file(path))
-            except (OSError, ValueError, NotImplementedError):
-                continue
+        with suppress(OSError, ValueError, NotImplementedError):
+            found.append(self.location.fs.cat_file(self.path))
+        with suppress(OSError):
+            found.append(Path(self.cached).read_bytes())
         return found
 
     def write(self, data: bytes) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import torch
 
+from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.parts.sources.index import Index, column, stored_index
 from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
@@ -95,7 +96,7 @@ class Parquet(EncodedConfig):
     The other options are those of `image_folder`.
     """
 
-    path: str
+    path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     image_column: str = "image"
     label_column: str = "label"
 

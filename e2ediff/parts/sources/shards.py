@@ -18,6 +18,7 @@ from typing import Any
 
 import attrs
 
+from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.parts.sources.index import Index, RangeBytes
 from e2ediff.parts.sources.listing import EncodedConfig, Listing
@@ -42,7 +43,7 @@ class Shards(EncodedConfig):
     The other options are those of `image_folder`.
     """
 
-    path: str
+    path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     verify: bool = True
 
     def listing(self, *, held_out: bool) -> Listing:

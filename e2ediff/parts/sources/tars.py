@@ -10,7 +10,9 @@ from tarfile import TarInfo
 from typing import BinaryIO, ClassVar
 
 import attrs
+from attrs.converters import optional
 
+from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, is_image
 from e2ediff.parts.sources.index import Index, RangeBytes, column, stored_index
@@ -73,8 +75,10 @@ class ClassTars(EncodedConfig):
 
     word: ClassVar[str] = "class tars"
 
-    path: str
-    held_out_labels: str | None = None
+    path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
+    held_out_labels: str | None = attrs.field(
+        default=None, converter=optional(addresses.plain), validator=addresses.allowed
+    )
 
     def listing(self, *, held_out: bool) -> Listing:
         """Every image of every class tar."""
@@ -167,7 +171,7 @@ class TarShards(EncodedConfig):
     The other options are those of `image_folder`.
     """
 
-    path: str
+    path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     image_suffix: str | None = None
     label: str | None = None
     label_key: str = "label"

@@ -1,0 +1,139 @@
+"""Addresses of files and folders: which are allowed, and the only place where they are opened.
+
+An address is a path, or a URL that fsspec knows, given as text or as a `pathlib.Path`.
+Recipes, runs and data sets travel, so a stranger may have written the addresses in them: there,
+only protocols are allowed that read or write the bytes at an address and nothing else.
+An address that a person typed may have any protocol but `reference`, whose files say what else
+is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, BinaryIO
+
+from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import available_protocols, registry
+
+Address = str | os.PathLike[str]
+
+STORES = (
+    *("file", "local", "memory", "http", "https", "s3", "s3a", "gs", "gcs"),
+    *("az", "abfs", "abfss", "hf"),
+)
+"""Protocols that are allowed in files; a path has none of them and is allowed too."""
+
+ARCHIVES = ("zip", "tar")
+"""Protocols of archives, allowed in files around an address: `zip://inside::s3://bucket/x.zip`."""
+
+NEVER = ("reference", "generic")
+"""Protocols whose content, or rest, names further addresses that nobody could check."""
+
+
+def plain(address: Address) -> str:
+    """The address as text: what every function begins with that a user may give one.
+
+    Raises:
+        TypeError: It is neither text nor a path.
+    """
+    text = os.fspath(address)
+    if not isinstance(text, str):
+        raise TypeError(f"an address is text or a path, not {type(text).__name__}: {text!r}")
+    return text
+
+
+def refusal(address: Address, *, typed: bool = False) -> str:
+    """Why an address is not opened, and what to do; empty if it may be. Nothing is accessed.
+
+    Args:
+        address: The address.
+        typed: Whether a person typed it at this command, rather than a file has it.
+    """
+    *outer, last = plain(address).split("::")
+    known = {*available_protocols(), *registry}  # of packages, and of this process
+    own = split_protocol(last)[0] or ""
+    if outer and (last in known or re.fullmatch("[a-z]+", last)):
+        own = last  # so fsspec reads it at the end of a chain
+    before = [split_protocol(link)[0] or link for link in outer]
+    for protocol in (*before, own):
+        if protocol.strip().lower() in NEVER:
+            return (
+                f"protocol {_short(protocol)} is never opened: what lies there chooses which "
+                "other places are read, and could run code. Copy the files to a folder or a "
+                "store, and give its address"
+            )
+    further = {*_further(), *(known if typed else ())}
+    chain = f"expected {' or '.join(ARCHIVES)} before '::', or a path without it"
+    single = f"expected a path, or {', '.join(STORES)}"
+    rules = [*((one, ARCHIVES, chain) for one in before), (own, ("", *STORES), single)]
+    for protocol, listed, expected in rules:
+        if protocol in listed or protocol in further:
+            continue
+        if protocol not in known:
+            return f"protocol not known: {_short(protocol)}; {expected}"
+        return (
+            f"protocol {_short(protocol)} is not allowed here; {expected}. Copy the files there, "
+            f"or allow it on this machine with E2EDIFF_PROTOCOLS={protocol}"
+        )
+    return ""
+
+
+def _further() -> list[str]:
+    """Protocols that the user allows on this machine, wherever an address is from."""
+    return [name.strip() for name in os.environ.get("E2EDIFF_PROTOCOLS", "").split(",") if name]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+
+
+def allowed(part: object, field: object, value: Any) -> None:
+    """Validator of a part's option that holds an address, or None.
+
+    `root: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)` refuses a
+    recipe before anything is opened, with the line of the address.
+
+    Raises:
+        ValueError: Files may not have this address.
+    """
+    what = "" if value is None else refusal(value)
+    if what:
+        raise ValueError(f"{what}.")
+
+
+def file_system(address: Address, *, typed: bool = False) -> tuple[Any, str]:
+    """The fsspec file system of an address, and the path in it.
+
+    Args:
+        address: The address.
+        typed: Whether a person typed it at this command, rather than a file has it.
+
+    Raises:
+        ValueError: The address is not allowed; nothing was opened.
+        ImportError: The package of its protocol is not installed.
+    """
+    text = plain(address)
+    if what := refusal(text, typed=typed):
+        raise ValueError(what)
+    fs, path = url_to_fs(text)
+    return fs, str(path)
+
+
+def open_file(address: Address, *, typed: bool = False) -> BinaryIO:
+    """The file at an address, to read from; close it, or use it in `with`.
+
+    Raises:
+        ValueError: The address is not allowed; nothing was opened.
+        ImportError: The package of its protocol is not installed.
+        OSError: It is not there, or cannot be read.
+    """
+    fs, path = file_system(address, typed=typed)
+    file: BinaryIO = fs.open(path, "rb")
+    return file
+
+
+def is_local(fs: object) -> bool:
+    """Whether a file system is that of this machine."""
+    return isinstance(fs, LocalFileSystem)
