@@ -2,7 +2,7 @@
 
 The vocabulary lies at the top of this package, one contract a file: `data`, `interpolant`,
 `times`, `latent`, `backbone`, `objective`, `regularizer`, `denoiser`, `sampler`, `features`,
-`metric`, `distances`, `diagnostic`, `optimizer`, `tracker`, `errors`.
+`metric`, `distances`, `diagnostic`, `optimizer`, `tracker`, `addresses`, `errors`.
 This module itself imports nothing heavy, so that the command line answers at once.
 """
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from e2ediff.addresses import Address
     from e2ediff.run.generate import Model
     from e2ediff.run.pipeline import Pipeline
 
@@ -22,9 +23,10 @@ hookimpl = pluggy.HookimplMarker("e2ediff")
 """Marks a function of a plugin as one of the hooks of `e2ediff.host.hookspecs`."""
 
 
-def load(run: str, **options: Any) -> Model:
+def load(run: Address, **options: Any) -> Model:
     """A trained model from a run's directory: `e2ediff.load("runs/quickstart").sample([0, 9])`.
 
+    The directory is text, a URL or a `pathlib.Path`.
     Options are those of `e2ediff.run.load.load_model`.
     """
     from e2ediff.run.load import load_model
@@ -32,7 +34,7 @@ def load(run: str, **options: Any) -> Model:
     return load_model(run, **options)
 
 
-def pipeline(run: str, **options: Any) -> Pipeline:
+def pipeline(run: Address, **options: Any) -> Pipeline:
     """A trained model as a diffusers pipeline: `e2ediff.pipeline(run)(["cat", 3]).images`.
 
     Options are those of `e2ediff.run.load.load_model`.

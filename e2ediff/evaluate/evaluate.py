@@ -11,6 +11,8 @@ from importlib import metadata
 import attrs
 import torch
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.data import SourceConfig
 from e2ediff.distances import self_test
 from e2ediff.errors import DataError
@@ -43,6 +45,10 @@ def _quiet(text: str) -> None:
     """The default of `evaluate`'s progress."""
 
 
+def _plain_places(places: Mapping[str, Address]) -> dict[str, str]:
+    return {name: addresses.plain(place) for name, place in places.items()}
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class Request:
     """What is judged, by what.
@@ -54,12 +60,12 @@ class Request:
     `choose_threads` takes one CPU thread or all, whichever is faster by timing.
     """
 
-    target: str
+    target: str = attrs.field(converter=addresses.plain)
     network: FeatureNetwork
     metrics: Sequence[Metric]
     conventions: Sequence[Convention]
     sections: Sequence[str] = ()
-    references: Mapping[str, str] = attrs.field(factory=dict)
+    references: Mapping[str, str] = attrs.field(factory=dict, converter=_plain_places)
     count: int | None = None
     labels: Labels | None = None
     seed: int = 0
@@ -69,7 +75,7 @@ class Request:
     device: str = "auto"
     batch: int = 64
     processes: int = 1
-    cache: str = attrs.field(factory=default_cache)
+    cache: str = attrs.field(factory=default_cache, converter=addresses.plain)
     perceptual: Perceptual | None = None
     bootstrap: int = 0
     choose_threads: bool = False

@@ -13,6 +13,8 @@ from typing import Any
 
 import attrs
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import DataError
 from e2ediff.run.storage import JSON, Store
 
@@ -93,12 +95,13 @@ class Card:
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
-def read_card(place: str) -> Card:
+def read_card(place: Address) -> Card:
     """A score file.
 
     Raises:
         DataError: It is missing, or is none.
     """
+    place = addresses.plain(place)
     parent, _, name = place.rpartition("/")
     try:
         return parse_card(Store(parent or ".").read(name), place)
@@ -138,7 +141,7 @@ def unlike(a: Card, b: Card, score: str) -> dict[str, tuple[JSON, JSON]]:
     }
 
 
-def write_card(folder: str, card: Card) -> str:
+def write_card(folder: Address, card: Card) -> str:
     """Write a score file into a folder; returns where it lies.
 
     Its name has the convention, the network and the digest, so nothing is overwritten but the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, UnlikeScoresError
 from e2ediff.evaluate.passport import Card, parse_card, unlike
 from e2ediff.metric import is_distance
@@ -13,7 +14,7 @@ FOLDER = "scores"
 """Where `e2ediff eval` leaves its files in a run's directory."""
 
 
-def cards_of(run: str) -> list[Card]:
+def cards_of(run: Address) -> list[Card]:
     """The score files of a run, by name; those that cannot be read are left out."""
     store, found = Store(run), []
     for name in store.list(FOLDER):

@@ -13,6 +13,8 @@ import attrs
 import torch
 
 import e2ediff
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.denoiser import Guidance
 from e2ediff.errors import DataError
 from e2ediff.evaluate.conventions import Labels
@@ -44,17 +46,19 @@ class Subject:
     model: Model | None = None
 
 
-def is_run(place: str) -> bool:
+def is_run(place: Address) -> bool:
     """Whether a run lies there."""
+    place = addresses.plain(place)
     return not place.endswith(".npz") and Store(place).exists("run.json")
 
 
-def stored_subject(place: str, count: int | None) -> Subject:
+def stored_subject(place: Address, count: int | None) -> Subject:
     """A folder's or an npz's images.
 
     Raises:
         DataError: There are none, or fewer than `count`.
     """
+    place = addresses.plain(place)
     if place.endswith(".npz") and "arr_0" not in (keys := npz_keys(place)):
         raise DataError(
             f"{place}: holds {', '.join(keys) or 'nothing'}; expected images in arr_0, uint8 "
@@ -73,7 +77,7 @@ def stored_subject(place: str, count: int | None) -> Subject:
 
 def run_subject(
     host: Host,
-    place: str,
+    place: Address,
     count: int,
     law: Labels,
     *,
@@ -101,6 +105,7 @@ def run_subject(
     Raises:
         RunDirectoryError, CheckpointError: The run or its weights cannot be used.
     """
+    place = addresses.plain(place)
     directory = RunDirectory.open(place)
     opened = open_checkpoint(directory.store, checkpoint)
     samples = Samples(place, (), seed, weights, opened.name, device, overrides, model)

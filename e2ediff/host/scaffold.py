@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 
 from e2ediff import __version__
+from e2ediff.addresses import Address
 from e2ediff.errors import PluginError
 
 _CHECKS = {"time_sampler": "check_times", "feature": "check_features"}
@@ -77,7 +78,7 @@ def version_range() -> str:
     return f">={major}.{minor},<{major}.{minor + 1}" if major == 0 else f">={major},<{major + 1}"
 
 
-def write_plugin(kind: str, name: str, out: str | None) -> Path:
+def write_plugin(kind: str, name: str, out: Address | None) -> Path:
     """Write a plugin's files into a folder that is new or empty, and return it.
 
     Raises:

@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.data import DataSource
 from e2ediff.errors import BadImageError, DataError, ResourceError
 from e2ediff.parts.sources.index import Index, column
@@ -83,7 +85,7 @@ class Done:
 def prepare(
     source: DataSource,
     settings: Settings,
-    folder: str,
+    folder: Address,
     *,
     workers: int,
     progress: Callable[[str], None],
@@ -101,6 +103,7 @@ def prepare(
         DataError: An image is damaged and `skip` is off, or the folder holds something else.
         ResourceError: The disk is full or read-only, or the system killed a process that crops.
     """
+    folder = addresses.plain(folder)
     store = Store(folder, _DST)
     _claim(store, settings)
     location = Location(folder, _DST)

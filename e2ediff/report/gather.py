@@ -9,6 +9,8 @@ from typing import Any
 
 import attrs
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, RunDirectoryError
 from e2ediff.evaluate.ranking import cards_of, figures_of
 from e2ediff.host.plugins import Host
@@ -94,12 +96,13 @@ class Gathered:
         return [run for runs in self.cells.values() for run in runs]
 
 
-def gather(host: Host, path: str) -> Gathered:
+def gather(host: Host, path: Address) -> Gathered:
     """Read a run's or an ablation's directory.
 
     Raises:
         RunDirectoryError: It is neither, or damaged.
     """
+    path = addresses.plain(path)
     store = Store(path)
     if not store.exists(SPEC):
         if not store.exists("run.json"):
@@ -132,15 +135,15 @@ def gather(host: Host, path: str) -> Gathered:
     )
 
 
-def gather_runs(host: Host, paths: Sequence[str]) -> Gathered:
+def gather_runs(host: Host, paths: Sequence[Address]) -> Gathered:
     """Read runs; those whose recipes differ in nothing but the seed are seeds of one cell.
 
     Raises:
         RunDirectoryError: One of them is no run, or damaged.
         RecipeError: A resolved recipe is no YAML.
     """
-    costs: dict[str, Cost] = {}
-    runs = [read_run(host, path, "", costs) for path in paths]
+    texts, costs = [*map(addresses.plain, paths)], dict[str, Cost]()
+    runs = [read_run(host, place, "", costs) for place in texts]
     cells: dict[str, list[Run]] = {}
     keys: dict[str, object] = {}
     for run in runs:
@@ -163,11 +166,11 @@ def gather_runs(host: Host, paths: Sequence[str]) -> Gathered:
     return Gathered(
         kind="run" if len(runs) == 1 else "compare",
         name=runs[0].name if len(runs) == 1 else "comparison of runs",
-        place=paths[0],
+        place=texts[0],
         cells=cells,
         recipes={name: found[0].leaves for name, found in cells.items()},
         baseline=next(iter(cells)),
-        command=["e2ediff", *(argv[1:] if len(runs) == 1 else ["compare", *paths])],
+        command=["e2ediff", *(argv[1:] if len(runs) == 1 else ["compare", *texts])],
         created=str(runs[0].environment.get("created", "")) if len(runs) == 1 else "",
     )
 
@@ -194,7 +197,7 @@ def _read_of_group(
     return run
 
 
-def read_run(host: Host, path: str, cell: str, costs: dict[str, Cost]) -> Run:
+def read_run(host: Host, path: Address, cell: str, costs: dict[str, Cost]) -> Run:
     """Read a run's directory.
 
     Args:
@@ -207,6 +210,7 @@ def read_run(host: Host, path: str, cell: str, costs: dict[str, Cost]) -> Run:
         RunDirectoryError: It is no run, or damaged.
         RecipeError: Its resolved recipe is no YAML.
     """
+    path = addresses.plain(path)
     directory = RunDirectory.open(path)
     resolved = directory.resolved()
     leaves = leaves_of(resolved, directory.store.where(RESOLVED))

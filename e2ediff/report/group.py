@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import Problem, RecipeError, RunDirectoryError
 from e2ediff.report.leaves import leaves_of
 from e2ediff.report.plan import Job, Plan
@@ -27,14 +29,14 @@ class Group:
     Make one with `create` or `open`; train in it inside of `with`.
     """
 
-    def __init__(self, path: str, spec: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Address, spec: Mapping[str, Any]) -> None:
+        self.path = addresses.plain(path)
         self.store = Store(path)
         self.spec = spec
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, out: str | None, plan: Plan, environment: Mapping[str, Any]) -> Group:
+    def create(cls, out: Address | None, plan: Plan, environment: Mapping[str, Any]) -> Group:
         """Make the directory of a new ablation.
 
         Args:
@@ -50,7 +52,7 @@ class Group:
             groups = Store("groups")
             out = groups.where(groups.create_unique_dir(plan.name))
         store = _local(out)
-        local = store.local_path() or out
+        local = store.local_path() or store.url
         taken = os.path.lexists(local) and not os.path.isdir(local)
         if taken or set(store.list()) - {LOCK}:
             raise RunDirectoryError(
@@ -71,7 +73,7 @@ class Group:
         return cls(out, spec)
 
     @classmethod
-    def open(cls, path: str) -> Group:
+    def open(cls, path: Address) -> Group:
         """Open the directory of an ablation.
 
         Raises:
@@ -219,7 +221,7 @@ def places(spec: Mapping[str, Any]) -> Iterator[Job]:
             yield Job(cell, seed, ())
 
 
-def _local(path: str) -> Store:
+def _local(path: Address) -> Store:
     store = Store(path)
     if not store.local:
         raise RunDirectoryError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import RunDirectoryError
 from e2ediff.report.gather import Gathered
 from e2ediff.report.grid import GridError
@@ -15,7 +17,7 @@ from e2ediff.run.storage import Store
 
 
 def write_report(
-    gathered: Gathered, out: str | None = None, judged: str | None = None
+    gathered: Gathered, out: Address | None = None, judged: str | None = None
 ) -> tuple[Written, list[str]]:
     """Write a report.
 
@@ -35,7 +37,7 @@ def write_report(
     summary: Summary = summarize(gathered, judged)
     sentences = verdict(gathered, summary)
     written = datetime.now(UTC).isoformat(timespec="seconds")
-    folder, names = _names(gathered, out)
+    folder, names = _names(gathered, None if out is None else addresses.plain(out))
     store = Store(folder)
     document = as_json(gathered, summary, sentences, written)
     texts = {

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import attrs
 import torch
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.backbone import Backbone
 from e2ediff.denoiser import Denoiser, Plain, Reference
 from e2ediff.errors import CheckpointError, Problem, RecipeError
@@ -28,7 +30,7 @@ _MAY_CHANGE = ("sampler", "guidance")
 
 
 def load_model(
-    run: str,
+    run: Address,
     *,
     weights: str | None = None,
     checkpoint: str | None = None,
@@ -61,6 +63,7 @@ def load_model(
         RecipeError: An override is wrong, or guidance asks a network of another path or classes.
         LatentError: Guidance asks another run, whose latents are others.
     """
+    run = addresses.plain(run)
     host, warn = host or load(), warn or logging.warning
     target = choose_device(device)
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from e2ediff.addresses import Address
 from e2ediff.run.generate import Model
 from e2ediff.run.load import load_model
 from e2ediff.run.pictures import to_bytes
@@ -32,7 +33,7 @@ class Pipeline:
         self.model = model
 
     @classmethod
-    def from_run(cls, run: str, **options: Any) -> Pipeline:
+    def from_run(cls, run: Address, **options: Any) -> Pipeline:
         """The pipeline of a run; options are those of `e2ediff.load`, and so are the errors."""
         return cls(load_model(run, **options))
 

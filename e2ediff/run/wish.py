@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from e2ediff import addresses
 from e2ediff.host.plugins import Host
 from e2ediff.run.generate import ROWS, Model, Precision
 from e2ediff.run.labels import LabelLaw
@@ -25,7 +26,7 @@ class Wish:
     is how many images are made and stored together.
     """
 
-    run: str
+    run: str = attrs.field(converter=addresses.plain)
     weights: str | None = None
     checkpoint: str | None = None
     device: str = "auto"
@@ -36,7 +37,7 @@ class Wish:
     law: LabelLaw = "repeated"
     labels: tuple[int, ...] = ()
     format: Format = "png"
-    out: str = ""
+    out: str = attrs.field(default="", converter=addresses.plain)
     batch: int = 256
 
     def load(self, host: Host | None = None, warn: Callable[[str], None] | None = None) -> Model:

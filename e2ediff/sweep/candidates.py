@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
+from e2ediff.addresses import Address
 from e2ediff.denoiser import Guidance
 from e2ediff.errors import CheckpointError
 from e2ediff.host.plugins import Host
@@ -93,7 +94,7 @@ def _quiet(text: str) -> None:
 
 def open_run(
     host: Host,
-    run: str,
+    run: Address,
     checkpoint: str | None,
     sets: Sequence[str],
     weights: str | None,

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import DataError, RunDirectoryError
 from e2ediff.evaluate.evaluate import Request, passport_of
 from e2ediff.evaluate.images import SomeImages
@@ -49,12 +51,13 @@ class Result:
         return float(self.card.passport.protocol["network_calls"])  # type: ignore[arg-type]
 
 
-def open_subset(run: SweptRun, place: str, count: int, seed: int) -> Reference:
+def open_subset(run: SweptRun, place: Address, count: int, seed: int) -> Reference:
     """What samples are compared with; of a run's data a random part, of others all images.
 
     Raises:
         DataError: There is no such reference, or it has fewer than two images.
     """
+    place = addresses.plain(place)
     if place in ("data", "held-out"):
         source = open_source(run.recipe.data, held_out=place == "held-out")
         images = SomeImages(source, place, count, seed)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES
 from e2ediff.files.names import is_hidden
@@ -24,7 +26,7 @@ _BOXES = re.compile(r"(n\d{8})(\s+\d+){4}(\s+n\d{8}(\s+\d+){4})*")
 
 
 def read_labels(
-    url: str, location: Location | None = None, data: bytes | None = None
+    url: Address, location: Location | None = None, data: bytes | None = None
 ) -> dict[str, str] | None:
     """Label by image of a label file; None if a dataset.json says that there are none.
 
@@ -35,6 +37,7 @@ def read_labels(
     Raises:
         DataError: The file is not there, or is neither of the two.
     """
+    url = addresses.plain(url)
     if data is None:
         place = location or Location(url, "data.labels")
         try:
