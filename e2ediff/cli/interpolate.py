@@ -93,7 +93,7 @@ def command(
             title = "images"
         else:
             assert seeds is not None
-            labels = [model.label_of(text) for text in names or ("none",)]
+            labels = [model.label_of(text) for text in names] or [model.image.null_label]
             strips = []
             attempt, fixed = partial(denoise_once, model), number is not None
             with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:

@@ -117,7 +117,7 @@ def command(
     from e2ediff.host.plugins import load
     from e2ediff.run.directory import RunDirectory
     from e2ediff.run.labels import label_of, labels_of, lay_out
-    from e2ediff.run.load import recipe_of
+    from e2ediff.run.load import image_of, recipe_of
     from e2ediff.run.progress import Progress
     from e2ediff.run.sample_set import make_set
     from e2ediff.run.wish import Wish
@@ -127,7 +127,8 @@ def command(
     host = load()
     if steps is not None:
         overrides = (*overrides, f"sampler.steps={steps}")
-    image = recipe_of(host, RunDirectory.open(run), overrides).data.image
+    directory = RunDirectory.open(run)
+    image = image_of(recipe_of(host, directory, overrides), directory)
     classes = [label_of(image, text) for text in names]
     classes += [k for text in lists for k in labels_of(image, text)]
     classes = classes or list(range(max(1, image.classes)))

@@ -117,7 +117,7 @@ def _words(value: object) -> str:
 def _environments(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """What the runs' environments agree in, and what differs, by run.
 
-    Command, seeds and the time of start differ by nature.
+    Command, seeds and the time of start differ by nature; names of classes are the data's.
     """
     own = {run: _flat(run.environment) for run in runs if run.environment}
     paths = {path: None for facts in own.values() for path in facts}
@@ -136,7 +136,7 @@ def _environments(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, dict[s
 def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for key, value in tree.items():
-        if not path and key in ("argv", "seeds", "created", "name"):
+        if not path and key in ("argv", "seeds", "created", "name", "class_names"):
             continue
         where = f"{path}.{key}" if path else str(key)
         if isinstance(value, dict):

@@ -120,9 +120,30 @@ def refuse_other_recipe(
         what = f"has the same address as in {directory.path} and other content{why}."
         hint = "Give it the images that the run began with, or start another run."
         problems.append(Problem("data", what, hint=hint))
-    if problems:
+    if problems := problems or _renamed(recipe, directory, images):
         raise RecipeError(f"{source} (--resume)", problems)
     return {path: [before.get(path), now.get(path)] for path in differ}
+
+
+def class_names(recipe: Recipe, training: DataSource) -> tuple[str, ...]:
+    """Names of a recipe's classes, by label: those of the data, else those that it has itself."""
+    return training.class_names or recipe.data.image.class_names
+
+
+def _renamed(
+    recipe: Recipe, directory: RunDirectory, images: Sequence[DataSource]
+) -> list[Problem]:
+    """What tells that a label meant another class; numbers instead of names tell nothing."""
+    before = directory.class_names() if images else ()
+    now = class_names(recipe, images[0]) if before else ()
+    if not now or before == now:
+        return []
+    what = f"had {len(before)} classes in {directory.path}, has {len(now)} here."
+    for label, (old, new) in enumerate(zip(before, now, strict=False)):
+        if old != new:
+            what = f"class {label} was called {old!r} in {directory.path}, is {new!r} here."
+            break
+    return [Problem("data", what, hint="Give the images of the run, or start another run.")]
 
 
 def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool) -> str:

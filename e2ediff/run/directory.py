@@ -160,6 +160,22 @@ class RunDirectory:
         """What `create` was told of the machine, with `name` and `created`."""
         return self._read_json(RUN)
 
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by label, as the training images had them when the run began.
+
+        Empty if they had none, and for runs from before this was kept.
+
+        Raises:
+            RunDirectoryError: They are no names.
+        """
+        found = self.environment().get("class_names", [])
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise RunDirectoryError(
+                f"{self.store.where(RUN)}: class_names is no list of names. Remove it to go by "
+                "the classes' numbers."
+            )
+        return tuple(found)
+
     def status(self) -> dict[str, Any]:
         """The last status; empty before the first."""
         return self._read_json(STATUS) if self.store.exists(STATUS) else {}

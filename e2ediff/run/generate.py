@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
+from e2ediff.data import ImageSpec
 from e2ediff.denoiser import Denoiser, Guidance, Plain
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.recipe import Recipe
@@ -78,6 +79,7 @@ class Model:
     `guidance` is the recipe's with the networks it asks, which are `others`.
     `precision` is the networks'; samplers and guidance compute in float32.
     `latent` is the latent contract as its checkpoint has it.
+    `image` is the images' shape and classes; `image.class_names` are those of the training data.
     """
 
     recipe: Recipe
@@ -90,6 +92,9 @@ class Model:
     rows: int = attrs.field(default=ROWS, validator=attrs.validators.ge(1))
     precision: Precision = "float32"
     latent: LatentContract | None = None
+    image: ImageSpec = attrs.field(
+        default=attrs.Factory(lambda self: self.recipe.data.image, takes_self=True)
+    )
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +115,7 @@ class Model:
     def _guided(self, plain: Plain) -> Denoiser:
         if self.guidance is None:
             return plain
-        return self.guidance.wrap(plain, self.recipe.data.image.null_label)
+        return self.guidance.wrap(plain, self.image.null_label)
 
     @torch.no_grad()
     def sample(
@@ -141,15 +146,15 @@ class Model:
             done += len(tile.x)
             if progress is not None:
                 progress(done)
-        image = self.recipe.data.image
+        image = self.image
         return torch.cat([torch.empty(0, image.channels, image.height, image.width), *finished])
 
     def tiles(
         self, labels: Tensor | Sequence[int | str], *, seed: int = 0, first: int = 0
     ) -> Iterator[Tile]:
         """As `sample`, tile by tile."""
-        image, r = self.recipe.data.image, self.rows
-        chosen = [class_of(image, k) for k in labels]
+        r = self.rows
+        chosen = [class_of(self.image, k) for k in labels]
         last = first + len(chosen)
         for start in range(first - first % r, last, r):
             numbers = range(max(start, first), min(start + r, last))
@@ -181,9 +186,8 @@ class Model:
             LatentError: Weights encoded them whose latents mean something else.
             DataError: There is no such class.
         """
-        image = self.recipe.data.image
         z_t = self.accept(latents).to(self.device)
-        label = torch.tensor([class_of(image, k) for k in labels], dtype=torch.long)
+        label = torch.tensor([class_of(self.image, k) for k in labels], dtype=torch.long)
         x0 = self.denoiser()(z_t, t, label.to(self.device)).x0
         return Latents(x0.cpu(), self.contract)
 
@@ -207,7 +211,7 @@ class Model:
         The ends are the images that `sample` makes with these seeds.
         """
         made: list[Tensor] = []
-        kind = class_of(self.recipe.data.image, label)
+        kind = class_of(self.image, label)
         for start in range(0, frames, self.rows):
             shares = [i / max(1, frames - 1) for i in range(start, start + self.rows)]
             pair = [_own_noise(seed, [0]) for seed in seeds]
@@ -301,7 +305,7 @@ class Model:
         Raises:
             DataError: There is no such class.
         """
-        return label_of(self.recipe.data.image, text)
+        return label_of(self.image, text)
 
 
 @torch.no_grad()

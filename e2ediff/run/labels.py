@@ -16,36 +16,59 @@ from e2ediff.run.seeds import generator
 
 LabelLaw = Literal["repeated", "balanced", "random"]
 
+_MOST = 20  # names that a message lists
+
 
 def label_of(image: ImageSpec, text: str, option: str = "--label") -> int:
     """The class index that a user's text means: an index, a name, or `none`.
 
+    `name:2` is the class that is called 2, and `index:2` that of this index; where these are two,
+    2 alone is refused, as is any number that is the index of a class called by another number.
+
     Raises:
-        DataError: There is no such class.
+        DataError: There is no such class, or the text is ambiguous.
     """
-    # isdigit takes a superscript for a digit, which int refuses, as it does thousands of them.
-    if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < _classes(image):
-        return int(text)
-    if text == "none":
-        return image.null_label
-    if text in image.class_names:
-        return image.class_names.index(text)
-    close = difflib.get_close_matches(text, image.class_names, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    names = f" or one of {', '.join(image.class_names)}" if image.class_names else ""
-    raise DataError(
-        f"{option} {text}: no such class.{hint} Expected an index from 0 to "
-        f"{_classes(image) - 1}{names}, or 'none'."
-    )
+    means = _meanings(image, text)
+    number = _number(text)
+    other = number is not None and _called_otherwise(image, range(number, number + 1))
+    if len({*means.values()}) > 1 or (means and other and text not in image.class_names):
+        ways = [f"{way} for {_called(image, label)}" for way, label in means.items()]
+        raise _ambiguous(option, text, ways)
+    for label in means.values():
+        return label
+    raise _unknown(image, text, option)
+
+
+def _meanings(image: ImageSpec, text: str) -> dict[str, int]:
+    """Labels that a text may mean, each by a text that means it alone."""
+    kind, _, rest = text.partition(":")
+    found: dict[str, int] = {}
+    for name in (text, rest) if kind == "name" else (text,):
+        known = enumerate(image.class_names[: _classes(image)])
+        same = [label for label, own in known if own == name]
+        found |= {f"name:{name}" if len(same) == 1 else f"index:{k}": k for k in same}
+    index = rest if kind == "index" else text
+    if (label := _index(image, index)) is not None:
+        found[f"index:{label}"] = label
+    if index == "none":
+        found["index:none"] = image.null_label
+    return found
+
+
+def _index(image: ImageSpec, text: str) -> int | None:
+    """The class of this index; None if there is none, or the text is no number."""
+    number = _number(text)
+    return number if number is not None and number < _classes(image) else None
 
 
 def class_of(image: ImageSpec, label: object, option: str = "label") -> int:
     """As `label_of`, of what a program gives: text, or an integer of any kind.
 
-    The null label is an index, too.
+    An integer is always an index; the null label is one, too.
 
     Raises:
-        DataError: There is no such class, or it is neither text nor an integer.
+        DataError: There is no such class, the text is ambiguous, or it is neither text nor an
+            integer.
     """
     if isinstance(label, str):
         return label_of(image, label, option)
@@ -54,7 +77,7 @@ def class_of(image: ImageSpec, label: object, option: str = "label") -> int:
     except TypeError:
         found = -1
     if not 0 <= found <= image.null_label:
-        names = f"one of {', '.join(image.class_names)}, " if image.class_names else ""
+        names = f"one of {_listed(image)}, " if image.class_names else ""
         raise DataError(
             f"{option} {label!r}: no such class. Expected an integer from 0 to "
             f"{_classes(image) - 1}, {names}or {image.null_label} or 'none' for no class."
@@ -68,23 +91,87 @@ def _classes(image: ImageSpec) -> int:
 
 
 def labels_of(image: ImageSpec, text: str, option: str = "--labels") -> list[int]:
-    """Classes from a list such as `0-9,cat,none`: indices, ranges with both ends, names, `all`.
+    """Classes from a list such as `0-9,cat,none`: indices, ranges of them, names, `all`.
+
+    A range has both its ends; `index:0-9` is one also where classes are called by numbers.
 
     Raises:
-        DataError: One of them is no class, or a range runs backwards.
+        DataError: One of them is no class or ambiguous, or a range runs backwards.
     """
     found: list[int] = []
     for item in (part.strip() for part in text.split(",")):
-        if item == "all":
+        every = item == "all"
+        span = re.fullmatch(r"(index:)?(\d{1,9})-(\d{1,9})", item)
+        if item in image.class_names and (every or span):
+            one = f"name:{item} for {_called(image, image.class_names.index(item))}"
+            several = f"index:0-{_classes(image) - 1} for all" if every else f"index:{item}"
+            raise _ambiguous(option, item, [one, several])
+        if every:
             found += range(_classes(image))
-        elif match := re.fullmatch(r"(\d+)-(\d+)", item):
-            first, last = (label_of(image, end, option) for end in match.groups())
-            if last < first:
-                raise DataError(f"{option} {item}: runs backwards; write {last}-{first}.")
-            found += range(first, last + 1)
+        elif span:
+            found += _span(image, span, option)
         else:
             found.append(label_of(image, item, option))
     return found
+
+
+def _span(image: ImageSpec, span: re.Match[str], option: str) -> range:
+    """The classes of a range."""
+    first, last = int(span[2]), int(span[3])
+    found = range(first, last + 1)
+    if not span[1] and _called_otherwise(image, found):
+        raise _ambiguous(option, span[0], ["index:FIRST-LAST for indices", "the names"])
+    for end in span.groups()[1:]:
+        if _index(image, end) is None:
+            raise _unknown(image, end, option)
+    if last < first:
+        raise DataError(f"{option} {span[0]}: runs backwards; write {last}-{first}.")
+    return found
+
+
+def _called_otherwise(image: ImageSpec, numbers: range) -> bool:
+    """Whether the classes that are called by these numbers are not those of these indices."""
+    own = [_number(name) for name in image.class_names[: _classes(image)]]
+    called = [label for label, number in enumerate(own) if number in numbers]
+    return called != [k for k in numbers[: len(own)] if k < len(own) and own[k] is not None]
+
+
+def _number(name: str) -> int | None:
+    # isdigit takes a superscript for a digit, which int refuses, as it does thousands of them.
+    return int(name) if name.isascii() and name.isdecimal() and len(name) < 10 else None
+
+
+def _ambiguous(option: str, text: str, ways: Sequence[str]) -> DataError:
+    return DataError(f"{option} {_shown(text)}: is ambiguous. Write {_shown(' or '.join(ways))}.")
+
+
+def _unknown(image: ImageSpec, text: str, option: str) -> DataError:
+    close = difflib.get_close_matches(text, image.class_names, n=1)
+    hint = f" Did you mean '{_shown(close[0])}'?" if close and close[0] != text else ""
+    names = f" or one of {_listed(image)}" if image.class_names else ""
+    return DataError(
+        f"{option} {_shown(text)}: no such class.{hint} Expected an index from 0 to "
+        f"{_classes(image) - 1}{names}, or 'none'."
+    )
+
+
+def _called(image: ImageSpec, label: int) -> str:
+    if label == image.null_label:
+        return "no class"
+    names = image.class_names[label : label + 1]
+    return " ".join([f"class {label}", *(f"({name})" for name in names)])
+
+
+def _listed(image: ImageSpec) -> str:
+    """The classes' names, of many the first ones."""
+    names = image.class_names
+    more = f", ... ({len(names):,} in all)" if len(names) > _MOST else ""
+    return ", ".join(map(_shown, names[:_MOST])) + more
+
+
+def _shown(text: str) -> str:
+    """Text that a terminal may have: names are what a stranger called the folders."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def lay_out(classes: Sequence[int], images: int, law: LabelLaw, seed: int) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.backbone import Backbone
+from e2ediff.data import ImageSpec
 from e2ediff.denoiser import Denoiser, Plain, Reference
 from e2ediff.errors import CheckpointError, Problem, RecipeError
 from e2ediff.host.plugins import Host, load
@@ -24,7 +25,7 @@ from e2ediff.run.directory import RunDirectory
 from e2ediff.run.generate import ROWS, Model, Origin, Other, Precision
 from e2ediff.run.post_hoc import Basis, reconstruct, stored_weights, width_of
 
-Opened = tuple[Recipe, Backbone, Origin, LatentContract | None]
+Opened = tuple[Recipe, Backbone, Origin, LatentContract | None, ImageSpec]
 
 _MAY_CHANGE = ("sampler", "guidance")
 
@@ -72,7 +73,7 @@ def load_model(
     ) -> Opened:
         return _open(host, place, checkpoint, weights, given, target, precision, warn)
 
-    recipe, net, origin, latent = open_one(run, checkpoint, weights, overrides)
+    recipe, net, origin, latent, image = open_one(run, checkpoint, weights, overrides)
     guidance, others = recipe.guidance, dict[Reference, Other]()
     if guidance is not None:
         for reference in guidance.references:
@@ -81,7 +82,8 @@ def load_model(
             others[reference] = _other(recipe, net, place, run, found)
         given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
         guidance = guidance.given(given)
-    return Model(recipe, net, guidance, tuple(others.values()), origin, rows, precision, latent)
+    asked = tuple(others.values())
+    return Model(recipe, net, guidance, asked, origin, rows, precision, latent, image)
 
 
 def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
@@ -96,6 +98,16 @@ def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()
     if found := guidance_problems(recipe):
         raise RecipeError(place, found)
     return recipe
+
+
+def image_of(recipe: Recipe, directory: RunDirectory) -> ImageSpec:
+    """Shape and classes of a run's images, with the names that its classes had in training.
+
+    Raises:
+        RunDirectoryError: The record of the names is damaged.
+    """
+    image = recipe.data.image
+    return attrs.evolve(image, class_names=directory.class_names() or image.class_names)
 
 
 def _open(
@@ -136,7 +148,7 @@ def _open(
         sha256=sha256,
         recipe_sha256=hashlib.sha256(directory.resolved().encode()).hexdigest(),
     )
-    return recipe, net, origin, latent
+    return recipe, net, origin, latent, image_of(recipe, directory)
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:
@@ -166,7 +178,7 @@ def _other(recipe: Recipe, net: Backbone, run: str, own: str, found: Opened) -> 
         RecipeError: It has another interpolant or other classes.
         LatentError: It is of another run, and latents mean something else there.
     """
-    theirs, weak, origin, _ = found
+    theirs, weak, origin, *_ = found
     here = (recipe.interpolant, recipe.data.image.classes)
     there = (theirs.interpolant, theirs.data.image.classes)
     for what, a, b in zip(("interpolant", "classes"), here, there, strict=True):

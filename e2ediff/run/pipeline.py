@@ -45,7 +45,7 @@ class Pipeline:
     @property
     def labels(self) -> dict[str, int]:
         """Class indices by name; empty for classes without names."""
-        return {name: i for i, name in enumerate(self.model.recipe.data.image.class_names)}
+        return {name: i for i, name in enumerate(self.model.image.class_names)}
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Move the weights, and return this pipeline."""

@@ -25,7 +25,7 @@ from e2ediff.run.alarm import deaf
 from e2ediff.run.assembly import check_fits, check_precision, choose_device
 from e2ediff.run.bad_images import BAD_IMAGES, open_source
 from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
-from e2ediff.run.continuation import refuse_other_recipe
+from e2ediff.run.continuation import class_names, refuse_other_recipe
 from e2ediff.run.directory import RunDirectory, State, latest_run
 from e2ediff.run.engine import Engine
 from e2ediff.run.environment import describe_environment
@@ -100,7 +100,8 @@ def train(
         if resume:
             locked.append(_continued(host, recipe, recipe_path, out, sources))
         else:
-            locked.append(_new(host, recipe, recipe_path, out, device, world))
+            names = class_names(recipe, training)
+            locked.append(_new(host, recipe, recipe_path, out, device, world, names))
         return locked[0].path
 
     path = world.lead(begin)
@@ -179,6 +180,7 @@ def _new(
     out: Address | None,
     device: torch.device,
     world: World,
+    names: Sequence[str],
 ) -> RunDirectory:
     """A new run's directory, locked."""
     with addresses.open_file(recipe_path, typed=True) as file:
@@ -189,9 +191,8 @@ def _new(
         device=str(device),
     )
     resolved = dump_recipe(host, recipe)
-    return RunDirectory.create(
-        out, recipe.name, text, resolved, {**environment, "processes": world.size}
-    )
+    record = {**environment, "processes": world.size, "class_names": list(names)}
+    return RunDirectory.create(out, recipe.name, text, resolved, record)
 
 
 def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> None:
