@@ -12,7 +12,7 @@ import click
     "names",
     multiple=True,
     metavar="CLASS",
-    help="One class by index or name, or 'none'; may be repeated. Default: every class.",
+    help="One class by index or name (index:2, name:2), or 'none'; may be repeated. Default: all.",
 )
 @click.option(
     "--labels",
