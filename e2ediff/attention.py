@@ -1,5 +1,9 @@
 """Attention by xformers or by torch, chosen by running and timing a small one.
 
+A network is asked in more types than one: steps compute in the recipe's precision, and what looks
+at a run, calibrates, scores or samples in float32. Some kernels exist for half types alone, so
+each type has a kernel of its own.
+
 Shapes: B batch, N tokens, H heads, K head width.
 """
 
@@ -9,6 +13,7 @@ import logging
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
@@ -18,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from e2ediff.errors import ResourceError
+from e2ediff.errors import KernelError, ResourceError
 
 Backend = Literal["auto", "sdpa", "xformers", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -135,12 +140,11 @@ def choose_attention(
         timer: What measures; by default events on CUDA and the clock elsewhere.
 
     Raises:
-        ResourceError: The kernel that was asked for by name, or every one, does not run here or
-            disagrees.
+        KernelError: The kernel that was asked for by name does not run here or disagrees.
+        ResourceError: None does.
     """
     asked = backend != "auto"
-    if type(torch.empty(0, device=device)) is not Tensor:
-        # Only shapes are followed, as a forecast does: nothing runs, so nothing can be measured.
+    if not _computes(device):
         return Attention("sdpa", "nothing is computed here", sdpa)
     if known is None:
         known = candidates()
@@ -150,18 +154,22 @@ def choose_attention(
     attends: dict[str, Attend] = {}
     refused: dict[str, str] = {}
     for name in names:
-        try:
-            attends[name] = known[name]()
-            check_agreement(attends[name], device, dtype, head_dim, tokens)
-        except (ImportError, OSError, NotImplementedError, ValueError, RuntimeError) as error:
-            attends.pop(name, None)
-            refused[name] = str(error).strip().partition("\n")[0] or repr(error)
+        found = _tried(known[name], device, dtype, head_dim, tokens, explained=asked)
+        if isinstance(found, str):
+            refused[name] = found
+        else:
+            attends[name] = found
+    if not attends and not asked:
+        # `auto` ends no run that torch's own would serve.
+        found = _tried(lambda: sdpa, device, dtype, head_dim, tokens)
+        if not isinstance(found, str):
+            return Attention("sdpa", "no other kernel runs here", sdpa, refused=refused)
     if not attends:
         said = "; ".join(f"'{name}' does not run: {why}" for name, why in refused.items())
-        raise ResourceError(
-            f"attention on {device.type} in {str(dtype).removeprefix('torch.')} with head width "
-            f"{head_dim}: {said}. Set backbone.attention: auto"
-        )
+        what = f"attention on {device.type} in {_name(dtype)} with head width {head_dim}: {said}"
+        if backend in ("auto", "sdpa"):
+            raise ResourceError(f"{what}. Set backbone.attention: auto")
+        raise KernelError(what)
     if asked:
         return Attention(backend, "asked for", attends[backend])
     if len(known) == 1:
@@ -181,20 +189,27 @@ def choose_attention(
 def use_attention(
     net: nn.Module, backend: Backend, device: torch.device, dtype: torch.dtype, tokens: int
 ) -> Mapping[str, str]:
-    """Give every module of `net` that attends the kernel chosen for its shape.
+    """Give every module of `net` that attends the kernels chosen for its shape.
 
     Such a module has attributes `attend`, which is replaced, `head_dim` and `heads`;
     `SelfAttention` of `e2ediff.layers` is one.
     `tokens` is the number of tokens that it mostly sees.
 
+    What `attend` becomes computes by the type of q: in `dtype` by the kernel that
+    `choose_attention` finds; in float32, which whatever is outside the training step asks for, by
+    the same kernel if it runs and agrees there too, and else by `sdpa`; in any other type, and on
+    another kind of device, by `sdpa`, which torch has for all of them.
+    Only `dtype` is timed: outside the step no speed depends on the choice.
+
     Returns:
-        What was chosen and why, as `Backbone.prepare` returns it.
+        What was chosen and why, for each type, as `Backbone.prepare` returns it.
 
     Raises:
-        ResourceError: As `choose_attention`.
+        ResourceError: As `choose_attention`; the modules are as they were.
     """
     said: dict[str, str] = {}
-    chosen: dict[tuple[int, int], Attention] = {}
+    chosen: dict[tuple[int, int], Attend] = {}
+    found: list[tuple[nn.Module, Attend]] = []
     for module in net.modules():
         head_dim, heads = getattr(module, "head_dim", None), getattr(module, "heads", None)
         if not (
@@ -202,12 +217,84 @@ def use_attention(
         ):
             continue
         if (head_dim, heads) not in chosen:
-            kernel = choose_attention(backend, device, dtype, head_dim, tokens=tokens, heads=heads)
             where = f" of {heads} heads of width {head_dim}" if chosen else ""
+            kernel = choose_attention(backend, device, dtype, head_dim, tokens=tokens, heads=heads)
             said |= {f"{topic}{where}": text for topic, text in kernel.record().items()}
-            chosen[head_dim, heads] = kernel
-        module.attend = chosen[head_dim, heads].attend  # type: ignore[assignment]
+            kernels = {dtype: kernel.attend}
+            if dtype != torch.float32 and _computes(device):
+                other = _in_float32(kernel, dtype, device, head_dim, tokens)
+                said[f"attention in float32{where}"] = f"{other.name} ({other.reason})"
+                kernels[torch.float32] = other.attend
+            chosen[head_dim, heads] = _by_type(kernels, device.type)
+        found.append((module, chosen[head_dim, heads]))
+    for module, attend in found:
+        module.attend = attend  # type: ignore[assignment]
     return said
+
+
+def _in_float32(
+    chosen: Attention, dtype: torch.dtype, device: torch.device, head_dim: int, tokens: int
+) -> Attention:
+    """The kernel chosen for another type if it serves float32 too, or else `sdpa`.
+
+    Raises:
+        ResourceError: Not even that one does.
+    """
+    why = _tried(lambda: chosen.attend, device, torch.float32, head_dim, tokens)
+    if not isinstance(why, str):
+        return Attention(chosen.name, f"as in {_name(dtype)}", chosen.attend)
+    refused = _tried(lambda: sdpa, device, torch.float32, head_dim, tokens)
+    if isinstance(refused, str):
+        raise ResourceError(
+            f"attention on {device.type} in float32 with head width {head_dim}: 'sdpa' does not "
+            f"run: {refused}"
+        )
+    return Attention("sdpa", f"'{chosen.name}' does not run: {why}", sdpa)
+
+
+def _by_type(kernels: Mapping[torch.dtype, Attend], device: str) -> Attend:
+    """Attention by the kernel that was chosen for the type of q on this kind of device."""
+    if all(kernel is sdpa for kernel in kernels.values()):
+        return sdpa
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kernel = kernels.get(q.dtype, sdpa) if q.device.type == device else sdpa
+        return kernel(q, k, v)
+
+    return attend
+
+
+def _tried(
+    load: Callable[[], Attend],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    tokens: int,
+    *,
+    explained: bool = False,
+) -> Attend | str:
+    """A kernel that runs and agrees, or the reason against it.
+
+    Torch warns of each reason that one of its kernels has; `explained` lets these through.
+    """
+    with warnings.catch_warnings():
+        if not explained:
+            warnings.simplefilter("ignore")
+        try:
+            attend = load()
+            check_agreement(attend, device, dtype, head_dim, tokens)
+        except Exception as error:  # kernels refuse in every way that there is
+            return str(error).strip().partition("\n")[0] or repr(error)
+    return attend
+
+
+def _computes(device: torch.device) -> bool:
+    """Whether anything runs there, and not shapes alone are followed, as a forecast does."""
+    return type(torch.empty(0, device=device)) is Tensor
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, rounds: int = 7) -> float:

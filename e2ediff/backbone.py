@@ -181,10 +181,18 @@ class Backbone(nn.Module, ABC):
         return ()
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
-        """Choose kernels for this device and compute type; called once, after the move.
+        """Choose kernels for this device and compute type; called after each move.
+
+        Training steps compute in `dtype`, and the same network is asked in float32 too, without
+        autocast: by looks, previews, calibration and scores. `e2ediff.attention.use_attention`
+        chooses for both.
 
         Returns:
             What was chosen and why, by topic, to be recorded in the run.
+
+        Raises:
+            KernelError: A kernel that the recipe asks for by name does not run here. A run then
+                ends before its first step; a trained network is used as it was built.
         """
         return {}
 

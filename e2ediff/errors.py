@@ -125,3 +125,14 @@ class ResourceError(E2EDiffError):
     """The machine refused: no such device, no space on the disk, not enough memory."""
 
     exit_code = 8
+
+
+class KernelError(ResourceError):
+    """A kernel that a recipe asks for by name does not run on this machine.
+
+    `what` is the complaint; the text is that and the way out.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(f"{what}. Set backbone.attention: auto")

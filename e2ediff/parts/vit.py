@@ -78,7 +78,8 @@ class ViTConfig(BackboneConfig):
     `norm_prediction` normalises the denoiser's output as the encoder's; off by default, because
     a posterior mean has less variance than the latents.
     `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
-    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere.
+    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere. Beside a kernel
+    for half types alone, `sdpa` computes what is asked in float32.
 
     Source: DSD (arXiv 2511.14716) uses one ViT for the three roles; its inner shape is not
     public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748).

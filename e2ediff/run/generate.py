@@ -6,6 +6,7 @@ Shapes: B batch, C H W image, M images, N latent tokens, D latent channels, R ro
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from e2ediff.backbone import Backbone
 from e2ediff.data import ImageSpec
 from e2ediff.denoiser import Denoiser, Guidance, Plain
-from e2ediff.errors import Problem, RecipeError
+from e2ediff.errors import KernelError, Problem, RecipeError
 from e2ediff.host.recipe import Recipe
 from e2ediff.latent import LatentContract, Latents
 from e2ediff.run.labels import class_of, label_of
@@ -105,7 +106,7 @@ class Model:
         """The same model on another device; the weights themselves are moved."""
         for net in (self.net, *(other.denoiser.net for other in self.others)):
             net.to(device)
-            net.prepare(self.device, getattr(torch, self.precision))
+            choose_kernels(net, self.device, self.precision)
         return self
 
     def denoiser(self) -> Denoiser:
@@ -316,6 +317,23 @@ def denoise_once(model: Model) -> None:
     label = torch.full((model.rows,), image.null_label, device=model.device)
     with model._autocast():
         model.denoiser()(z_t, 0.5, label)
+
+
+def choose_kernels(
+    net: Backbone,
+    device: torch.device,
+    precision: Precision,
+    warn: Callable[[str], None] = logging.warning,
+) -> None:
+    """Choose the kernels of a trained network.
+
+    What its recipe asks for by name was there where it was trained; it is used on other machines
+    and in other types too, where it computes by what it was built with, and `warn` is told.
+    """
+    try:
+        net.prepare(device, getattr(torch, precision))
+    except KernelError as error:
+        warn(f"{error.what}; the network computes by the attention that it was built with")
 
 
 def _own_noise(seed: int, numbers: Sequence[int]) -> Noise:

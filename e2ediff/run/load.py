@@ -19,10 +19,10 @@ from e2ediff.errors import CheckpointError, Problem, RecipeError
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.latent import LatentContract
-from e2ediff.run.assembly import DTYPES, build_nets, choose_device, guidance_problems
+from e2ediff.run.assembly import build_nets, choose_device, guidance_problems
 from e2ediff.run.checkpoint import load_weights, open_checkpoint
 from e2ediff.run.directory import RunDirectory
-from e2ediff.run.generate import ROWS, Model, Origin, Other, Precision
+from e2ediff.run.generate import ROWS, Model, Origin, Other, Precision, choose_kernels
 from e2ediff.run.post_hoc import Basis, reconstruct, stored_weights, width_of
 
 Opened = tuple[Recipe, Backbone, Origin, LatentContract | None, ImageSpec]
@@ -54,7 +54,7 @@ def load_model(
         rows: Images that are computed at once; it may move their last bits.
         precision: Type that the networks compute in.
         host: What knows the parts; by default everything installed.
-        warn: Told of damaged checkpoints that were passed over.
+        warn: Told of damaged checkpoints that were passed over, and of kernels that are not here.
 
     Raises:
         RunDirectoryError: There is no run there.
@@ -132,7 +132,7 @@ def _open(
         )
     nets, _ = build_nets(recipe, device)
     net = nets.online.eval().requires_grad_(requires_grad=False)
-    net.prepare(device, DTYPES[precision])
+    choose_kernels(net, device, precision, warn)
     if width is None:
         load_weights(net, opened, name)
         sha256, latent = opened.sha256(name), opened.latent(name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -170,6 +170,21 @@ def _same_latents(name: str, net: Backbone) -> None:
         )
 
 
+def _same_in_float32(
+    name: str, net: Backbone, passes: Sequence[Pass], expected: Sequence[Output]
+) -> None:
+    """A network prepared for bfloat16 answers in float32 as before, as looks and samples ask."""
+    advice = "choose kernels for both types, as `use_attention` does"
+    net.prepare(torch.device("cpu"), torch.bfloat16)
+    for p, before in zip(passes, expected, strict=True):
+        what = f"{name}: prepared for bfloat16 and asked in float32, {type(p).__name__}"
+        try:
+            (after,) = net.outputs(p)
+        except Exception as error:
+            raise AssertionError(f"{what} raises {error!r}; {advice}") from error
+        assert near(before.value, after.value), f"{what} has another value; {advice}"
+
+
 def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> None:
     """Shapes, repeatable and independent passes, fused as single, finite gradients."""
     image = image or IMAGE
@@ -213,6 +228,7 @@ def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> No
     both = sorted((reached[0] | reached[1]) & (reached[2] | reached[3]))
     apart = not (online.denoiser_apart and both)
     assert apart, f"{name}: denoiser_apart is True, yet denoise shares {', '.join(both)}"
+    _same_in_float32(name, twin.online, passes, fused)
     wrote = [k for k, v in online.state_dict().items() if not torch.equal(v, before[k])]
     assert not wrote, f"{name}: a pass changed {', '.join(wrote)}"
     online.eval()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from e2ediff import testing
+from e2ediff.attention import sdpa
 from e2ediff.data import DataSource
 from e2ediff.denoiser import Denoiser
 from e2ediff.objective import Terms
@@ -19,7 +20,7 @@ from e2ediff.parts.regularizers import VarianceExpansion
 from e2ediff.parts.samplers import Euler
 from e2ediff.parts.sources import Synthetic
 from e2ediff.parts.times import Uniform
-from e2ediff.parts.vit import ViTConfig
+from e2ediff.parts.vit import ViT, ViTConfig
 from e2ediff.testing.tiny import _Tiny
 
 WRONG = []
@@ -278,6 +279,40 @@ class NoRaw(testing.TinyBackbone):
 
     def build(self, image):
         return _NoRaw(self, image)
+
+
+class _OneKernel(ViT):
+    def prepare(self, device, dtype):
+        def attend(q, k, v):
+            if q.dtype != dtype:
+                raise RuntimeError("no kernel")
+            return sdpa(q, k, v)
+
+        for block in self.blocks():
+            block.attention.attend = attend
+        return {}
+
+
+@wrong(testing.check_backbone, "asked in float32, Encode raises .*no kernel.*both types")
+class OneKernel(ViTConfig):
+    def __init__(self):
+        super().__init__(width=16, depth=1, heads=2, patch=4, latent_dim=4)
+
+    def build(self, image):
+        return _OneKernel(self, image)
+
+
+class _Cast(_Tiny):
+    def prepare(self, device, dtype):
+        for p in self.parameters():
+            p.data = p.data.to(dtype).to(p.dtype)
+        return {}
+
+
+@wrong(testing.check_backbone, "asked in float32, Encode has another value")
+class Cast(testing.TinyBackbone):
+    def build(self, image):
+        return _Cast(self, image)
 
 
 @pytest.mark.parametrize(("check", "part", "message"), WRONG)

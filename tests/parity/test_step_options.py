@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import attrs
 import pytest
 import torch
+from half_only import offer_half_only
 from processes import together
 from torch import nn
 
@@ -115,6 +116,16 @@ def test_without_memory_a_micro_shard_is_computed_in_parts_to_the_same_result(
         (0, 8, 2),
     ]
     assert events(tmp_path / "all", "memory") == []
+
+
+def test_that_parts_change_nothing_is_found_in_float32_beside_a_kernel_for_half_types(
+    tiny_recipe, tmp_path, monkeypatch
+) -> None:
+    kernel = offer_half_only(monkeypatch)
+    run(tiny_recipe, tmp_path / "run", *HUNGRY, "objective={name: hungry, most: 3}",
+        "precision=bfloat16", "steps=1")  # fmt: skip
+    assert [e["images_at_once"] for e in events(tmp_path / "run", "memory")] == [4, 2]
+    assert set(kernel.answered) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

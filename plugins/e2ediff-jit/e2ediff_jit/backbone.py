@@ -41,7 +41,8 @@ class JiTConfig(BackboneConfig):
     out.
     `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
     `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
-    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere.
+    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere. Beside a kernel
+    for half types alone, `sdpa` computes what is asked in float32.
 
     Encoding and decoding have no weights and lose nothing, so every trained weight is the
     denoiser's, and the latent is not normalised: pixels lie in [-1, 1].

@@ -54,7 +54,8 @@ class UniteConfig(BackboneConfig):
     `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
     `decoder` has the shape of the decoder, by default the trunk's.
     `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
-    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere.
+    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere. Beside a kernel
+    for half types alone, `sdpa` computes what is asked in float32.
 
     Source: UNITE (arXiv 2603.22283), and its released code for the shapes: adaLN-zero with RMSNorm
     before and after each block, SwiGLU, qk-norm, rotary positions on a line, sine-cosine
