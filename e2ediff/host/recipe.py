@@ -235,7 +235,8 @@ class Recipe:
     `precision` is the network's; losses, averages and conversions are always float32.
     `compile` has torch.compile work on the backbone's blocks, or on the whole step.
     `checkpoint_activations` computes the blocks' activations again in the backward pass instead
-    of keeping them: less memory, about a third more time, the same gradients.
+    of keeping them: less memory, about a third more time, the same gradients. Both go together:
+    a compiled block is one graph, activations computed again or not.
     `parallel` is how several processes share the work: `ddp` keeps all weights in each, `fsdp2`
     splits weights, averages and optimizer state over them; one process needs neither.
     `device` is where the run takes place; `auto` takes a GPU if there is one.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 
 import attrs
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from e2ediff import addresses
 from e2ediff.backbone import Backbone
@@ -17,6 +14,7 @@ from e2ediff.errors import Problem, RecipeError, ResourceError
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Nets
 from e2ediff.regularizer import names_of
+from e2ediff.run.compiling import compile_blocks, compile_step, recompute
 from e2ediff.run.ema import Average
 from e2ediff.run.parallel import Parallel, Unit
 from e2ediff.run.profiles import Profile
@@ -210,15 +208,11 @@ def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -
     nets = Nets(online, target, recipe.interpolant, recipe.predicts, heads, frozen)
     step = Step(recipe.objective, nets, precision, recipe.regularizers)
     if recipe.checkpoint_activations:
-        recompute(online.blocks())
+        recompute(online.blocks(), compiled=recipe.compile != "off")
     if recipe.compile == "blocks":
-        for block in [*online.blocks(), *target.blocks()]:
-            block.compile()
+        compile_blocks(step, [*online.blocks(), *target.blocks()])
     elif recipe.compile == "step":
-        # Values and generators cannot be traced: they run as they are, between compiled pieces.
-        torch._dynamo.config.suppress_errors = True
-        logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
-        step.compile()
+        compile_step(step)
     unit = Unit(step, {name: average.net for name, average in averages.items()})
     parallel = Parallel(unit, recipe.parallel if world.size > 1 else "one", world, device)
     for average in averages.values():
@@ -236,9 +230,3 @@ def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -
 def profiles(recipe: Recipe) -> list[Profile]:
     """Those of the averages that `post_hoc` asks for."""
     return [] if recipe.post_hoc is None else [Profile(w) for w in recipe.post_hoc.widths]
-
-
-def recompute(blocks: Sequence[nn.Module]) -> None:
-    """Have blocks compute their activations again in the backward pass; names stay."""
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

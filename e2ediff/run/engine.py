@@ -24,11 +24,12 @@ from e2ediff.run.assembly import Assembly, assemble
 from e2ediff.run.bad_images import BAD_IMAGES, BadImages, Skipped, taken
 from e2ediff.run.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
 from e2ediff.run.clock import Clock
+from e2ediff.run.compiling import uncompiled
 from e2ediff.run.continuation import describe
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
 from e2ediff.run.loader import batches
-from e2ediff.run.lookout import Lookout, uncompiled
+from e2ediff.run.lookout import Lookout
 from e2ediff.run.manifest import Checkpoint
 from e2ediff.run.notify import RunView, notify
 from e2ediff.run.pictures import curves_png, grid_png

@@ -17,6 +17,7 @@ from e2ediff.data import DataSource
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.run.assembly import Assembly
+from e2ediff.run.compiling import uncompiled
 from e2ediff.run.ema import in_use
 from e2ediff.run.onlookers import Onlookers
 from e2ediff.run.probing import Observer, chosen_diagnostics
@@ -125,11 +126,3 @@ class Lookout:
         """Whole weights, and nothing compiled anew for the sizes of a look."""
         with self.parts.parallel.whole(), uncompiled(self.recipe):
             yield
-
-
-def uncompiled(recipe: Recipe) -> contextlib.AbstractContextManager[object]:
-    """What a recipe compiles runs as it is written in here, at sizes that no step has."""
-    if recipe.compile == "off":
-        return contextlib.nullcontext()  # the other imports the compiler
-    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance

@@ -27,6 +27,7 @@ from e2ediff.host.recipe import Recipe, dump_recipe, parse_recipe
 from e2ediff.host.registry import Part, Plugin, options
 from e2ediff.run.assembly import Assembly, assemble, check_fits
 from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.run.compiling import recompute
 from e2ediff.run.draws import draw_for
 from e2ediff.run.load import load_model
 from e2ediff.run.loader import fixed_images
@@ -217,22 +218,28 @@ def half_precision(trial: Trial) -> None:
 
 
 def compiled(trial: Trial) -> None:
-    """Compiled, by blocks or as a whole, a step has the losses and gradients of the plain one."""
+    """A step has the losses and gradients of the plain one, compiled as a whole or by blocks.
+
+    Compiled blocks are tried with activations that are kept and that are computed again.
+    """
     losses, parts = dict[str, Tensor](), assemble(trial.recipe, torch.device("cpu"))
     gradients(trial.recipe, parts)  # constants may be computed once, and be kept
     plain, others = gradients(trial.recipe, parts, losses, around=_NoNumbers), dict[str, Tensor]()
     # Frames that torch cannot trace run as they are, and would not be seen to ask.
     found = gradients(trial.recipe, parts, others, around=_as_if_compiling)
     compare({**losses, **plain}, {**others, **found}, "torch.compiler.is_compiling()")
-    for whole in (False, True):
+    for whole, again in ((False, False), (False, True), (True, False)):
         parts, others = assemble(trial.recipe, torch.device("cpu")), dict[str, Tensor]()
         nets = parts.nets
+        if again:
+            recompute(nets.online.blocks())
         modules = [parts.step] if whole else [*nets.online.blocks(), *nets.heads.values()]
         for module in modules:
             module.compile(backend="aot_eager")  # traces as on a GPU, without a C++ compiler
         with _untraced(allowed=whole):
             found = gradients(trial.recipe, parts, others)
-        compare({**losses, **plain}, {**others, **found}, "torch.compile")
+        where = "torch.compile with checkpoint_activations" if again else "torch.compile"
+        compare({**losses, **plain}, {**others, **found}, where)
 
 
 @contextlib.contextmanager

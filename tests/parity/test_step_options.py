@@ -261,8 +261,10 @@ def test_compiling_changes_no_name_in_a_checkpoint(what, tiny_text) -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_block_computes_what_it_does_uncompiled(tiny_text) -> None:
     answers = []
-    for kind in ("off", "blocks"):
-        parts = assemble(parse_recipe(load(), tiny_text, "t", [f"compile={kind}"]), CPU)
+    for changes in ([], ["compile=blocks"], ["compile=blocks", "checkpoint_activations=true"]):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        parts = assemble(parse_recipe(load(), tiny_text, "t", changes), CPU)
         block, g = parts.nets.online.blocks()[0], torch.Generator().manual_seed(0)
         with torch.no_grad():  # gates that are zero would hide the rest
             for p in block.parameters():
@@ -271,9 +273,10 @@ def test_a_compiled_block_computes_what_it_does_uncompiled(tiny_text) -> None:
         out = block(x, c, None, None)
         out.square().sum().backward()
         answers.append([out.detach(), *(p.grad for p in block.parameters())])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    for a, b in zip(*answers, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # fused kernels round otherwise
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == int(bool(changes))
+    for a, *others in zip(*answers, strict=True):
+        for b in others:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # fused kernels round otherwise
 
 
 def test_blocks_are_asked_for_where_there_are_none(tiny_text, monkeypatch) -> None:

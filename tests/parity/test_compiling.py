@@ -1,0 +1,289 @@
+"""Blocks that are compiled and computed again in the backward pass: both together, counted.
+
+Graphs go to a backend that counts them and runs torch's own kernels, so that no C++ compiler is
+needed and values can be compared.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from functools import partial
+
+import pytest
+import torch
+from command_line import needs_dsd
+from half_only import offer_half_only
+from processes import together
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.profiler import profile
+
+from e2ediff.host.plugins import load
+from e2ediff.host.recipe import parse_recipe
+from e2ediff.run.assembly import assemble
+from e2ediff.run.checkpoint import open_checkpoint
+from e2ediff.run.compiling import recompute
+from e2ediff.run.draws import draw_for
+from e2ediff.run.progress import Progress
+from e2ediff.run.session import train
+from e2ediff.run.storage import Store
+from e2ediff.run.world import World
+from e2ediff.testing import make_batch
+
+CPU = torch.device("cpu")
+AGAIN = "checkpoint_activations=true"
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
+DSD = ["objective={name: dsd, draws: 2}", "backbone.latent_norm=layer"]
+
+
+class Counter:
+    """Counts graphs; `breaks` are the places where a compiler gave up and went on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.backend = CompileCounterWithBackend("aot_eager")
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=self.backend))
+
+    def restart(self) -> None:
+        torch._dynamo.reset()
+        counters.clear()
+        self.backend.clear()
+
+    @property
+    def graphs(self) -> int:
+        return self.backend.frame_count
+
+    @property
+    def breaks(self) -> int:
+        return sum(counters["graph_break"].values())
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch):
+    found = Counter(monkeypatch)
+    found.restart()
+    yield found
+    torch._dynamo.reset()
+
+
+def assembled(text, *changes):
+    """The parts, and a function that computes the loss of one step."""
+    recipe = parse_recipe(load(), text, "tiny", list(changes))
+    parts = assemble(recipe, CPU)
+    # Zero-initialised gates would leave most of the blocks' weights without a gradient.
+    with torch.no_grad():
+        for i, p in enumerate(parts.nets.online.parameters()):
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    batch = make_batch(recipe.data.image, size=8)
+    draw = partial(draw_for, recipe, batch.label, "draw")
+    return parts, lambda: parts.step(batch, draw(), "joint").total
+
+
+def gradients(parts, loss):
+    loss().backward()
+    named = parts.step.named_parameters()
+    return {k: p.grad.clone() for k, p in named if p.grad is not None}
+
+
+def assert_near(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(
+            ours[key], value, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+# One process
+
+
+@pytest.mark.parametrize(
+    ("what", "precision", "changes"),
+    [
+        ("blocks", "float32", ["backbone.depth=10"]),  # which share one graph
+        ("blocks", "bfloat16", []),
+        pytest.param("blocks", "float32", DSD, marks=needs_dsd),
+        ("step", "float32", []),
+        pytest.param("step", "bfloat16", [], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_as_many_graphs_are_compiled_whether_or_not_they_are_computed_again(
+    what, precision, changes, counter, tiny_text, monkeypatch
+) -> None:
+    """Where attention chooses its kernel by type, too."""
+    if precision == "bfloat16":
+        offer_half_only(monkeypatch)
+    changes = [*changes, f"precision={precision}"]
+    plain = gradients(*assembled(tiny_text, *changes))
+    assert counter.graphs == 0
+    found = []
+    for more in ([], [AGAIN]):
+        counter.restart()
+        parts, loss = assembled(tiny_text, *changes, f"compile={what}", *more)
+        found.append((gradients(parts, loss), counter.graphs, counter.breaks))
+    (kept, *counts), (again, *counts_again) = found
+    assert counts_again == counts
+    assert counts[0] > 0
+    if what == "blocks":
+        assert counts[1] == 0
+    assert_near(again, kept, 1e-6)
+    if precision == "float32":  # in bfloat16 a compiler rounds less often
+        assert_near(again, plain, 1e-5)
+
+
+@pytest.mark.parametrize("what", ["blocks", pytest.param("step", marks=pytest.mark.slow)])
+def test_compiled_blocks_save_nothing_but_their_inputs_and_compute_the_rest_again(
+    what, counter, tiny_text
+) -> None:
+    saved, products = {}, {}
+    for kind in ("off", what):
+        for more in ([], [AGAIN]):
+            parts, loss = assembled(tiny_text, f"compile={kind}", *more)
+            loss().backward()  # compiles
+            weights, sizes = {p.data_ptr() for p in parts.step.parameters()}, {}
+
+            def pack(t, weights=weights, sizes=sizes):
+                if t.data_ptr() not in weights:
+                    sizes[t.untyped_storage().data_ptr()] = t  # kept: no address is used twice
+                return t
+
+            with saved_tensors_hooks(pack, lambda t: t), profile() as calls:
+                loss().backward()
+            saved[kind, bool(more)] = sum(t.untyped_storage().nbytes() for t in sizes.values())
+            count = {event.key: event.count for event in calls.key_averages()}
+            products[kind, bool(more)] = count["aten::_scaled_dot_product_flash_attention_for_cpu"]
+    assert saved["off", True] < 0.4 * saved["off", False]
+    assert saved[what, True] < 0.4 * saved[what, False]
+    assert saved[what, True] < 1.1 * saved["off", True]
+    assert products["off", False] == products[what, False]
+    assert products["off", True] == products[what, True] > products[what, False]
+
+
+def test_names_stay_with_both(counter, tiny_text) -> None:
+    plain, _ = assembled(tiny_text)
+    for what in ("blocks", "step"):
+        parts, _ = assembled(tiny_text, f"compile={what}", AGAIN)
+        assert parts.step.state_dict().keys() == plain.step.state_dict().keys()
+        names = [dict(p.parallel.unit.named_parameters()).keys() for p in (parts, plain)]
+        assert names[0] == names[1]
+
+
+def test_without_gradients_compiled_blocks_compute_once(counter, tiny_text) -> None:
+    _, loss = assembled(tiny_text, "compile=blocks", AGAIN)
+    _, wanted = assembled(tiny_text)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(), wanted(), rtol=1e-5, atol=1e-6)
+    assert counter.graphs > 0
+    assert counter.breaks == 0
+
+
+class InTwo(nn.Module):
+    """A block in the middle of which a compiler has to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, *, scale=1.0):
+        h = torch.tanh(self.one(x))
+        torch._dynamo.graph_break()
+        return x + scale * self.two(h)
+
+
+def test_a_block_that_is_compiled_in_pieces_is_so_when_computed_again(counter) -> None:
+    found = []
+    for again in (False, True):
+        counter.restart()
+        torch.manual_seed(0)
+        block = InTwo()
+        if again:
+            recompute([block], compiled=True)
+        block.compile()
+        for size in (3, 5, 2):  # a compiler makes sizes dynamic at the second
+            block(torch.ones(size, 4), scale=torch.tensor(0.5)).square().sum().backward()
+        found.append((counter.graphs, block.one.weight.grad))
+    assert found[0][0] == found[1][0] > 0
+    assert torch.equal(found[0][1], found[1][1])
+
+
+# Settings of the compiler
+
+
+def failing(graph, inputs):
+    raise NotImplementedError("this compiler compiles nothing")
+
+
+def test_what_blocks_fail_on_is_an_error_and_a_step_goes_on_without(
+    tiny_text, monkeypatch
+) -> None:
+    """A block that was silently left uncompiled would look like one that is slow."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=failing))
+    logger = logging.getLogger("torch._dynamo")
+    before = logger.level, torch._dynamo.config.suppress_errors, torch._dynamo.config.optimize_ddp
+    plain = gradients(*assembled(tiny_text))
+    assert_near(gradients(*assembled(tiny_text, "compile=step", AGAIN)), plain, 1e-6)
+    torch._dynamo.reset()  # what fails once is not tried again
+    _, loss = assembled(tiny_text, "compile=blocks", AGAIN)  # in the same process, afterwards
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="compiles nothing"):
+        loss()
+    after = logger.level, torch._dynamo.config.suppress_errors, torch._dynamo.config.optimize_ddp
+    assert after == before
+    torch._dynamo.reset()
+
+
+# Runs
+
+
+def run(recipe, out, *changes, world=None):
+    """Train two steps, with looks before and after; the last checkpoint's tensors."""
+    lines = ["steps=2", "microshards=2", "optimizer.eps=0.001", "cadence.preview=1",
+             "preview.rows=1", *changes]  # fmt: skip
+    train(load(), recipe, lines, str(out), progress=Progress(io.StringIO()), world=world)
+    opened = open_checkpoint(Store(str(out)))
+    return {f"{file}:{k}": t for file in opened.files for k, t in opened.tensors(file).items()}
+
+
+WIDE = ["backbone.width=192"]  # a block has more than the megabyte that DDP sends first
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("one", ["compile=blocks"]),
+        pytest.param("one", ["compile=step"], marks=pytest.mark.slow),
+        ("ddp", ["compile=blocks"]),
+        ("ddp", ["compile=blocks", *WIDE]),
+        pytest.param("ddp", ["compile=step"], marks=pytest.mark.slow),
+        ("fsdp2", ["compile=blocks"]),
+        pytest.param("fsdp2", ["compile=step"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_compiles_and_computes_again_however_it_is_spread(
+    kind, changes, counter, tiny_recipe, tmp_path
+) -> None:
+    counts = []
+    for name, more in (("kept", []), ("again", [AGAIN])):
+        counter.restart()
+        if kind == "one":
+            run(tiny_recipe, tmp_path / name, *changes, *more)
+            counts.append(counter.graphs)
+            continue
+
+        def act(rank, name=name, more=more):
+            world = World.join()
+            lines = [*changes, *more, f"parallel={kind}"]
+            run(tiny_recipe, tmp_path / name, *lines, world=world)
+            world.leave()
+            return counter.graphs
+
+        counts.append(together(act, seconds=600))
+    assert counts[0] == counts[1]
+    one = counts[0] if kind == "one" else counts[0][0]
+    assert one == 2 if "compile=blocks" in changes else one > 2  # the network, and its average
+    theirs = run(tiny_recipe, tmp_path / "plain", *(c for c in changes if "compile" not in c))
+    opened = open_checkpoint(Store(str(tmp_path / "again")))
+    ours = {f"{file}:{k}": t for file in opened.files for k, t in opened.tensors(file).items()}
+    assert_near(ours, theirs, 1e-5)
