@@ -19,7 +19,7 @@ from torch import nn
 
 import e2ediff as package
 from e2ediff import attention
-from e2ediff.attention import choose_attention, sdpa, use_attention
+from e2ediff.attention import BACKENDS, choose_attention, sdpa, use_attention
 from e2ediff.errors import KernelError, ResourceError
 from e2ediff.forecast.memory import follow
 from e2ediff.host.plugins import load
@@ -280,3 +280,21 @@ def test_a_compiled_network_chooses_by_type_without_a_break_in_its_graph(
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours, theirs = compiled(x), net(x)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # torch's reasons against a kernel that was asked for
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_on_a_gpu_every_kernel_for_bfloat16_leaves_float32_answered(kernel) -> None:
+    net, device = Foreign().cuda(), torch.device("cuda")
+    x = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)).cuda()
+    expected = net(x)
+    try:
+        said = use_attention(net, kernel, device, torch.bfloat16, 64)
+    except KernelError as refused:
+        pytest.skip(str(refused))
+    assert "attention in float32" in said
+    torch.testing.assert_close(net(x), expected, rtol=0.0, atol=2e-3)  # TF32 products
+    with torch.autocast("cuda", torch.bfloat16):
+        torch.testing.assert_close(net(x).float(), expected, rtol=0.0, atol=0.03)
