@@ -5,7 +5,6 @@ Shapes: B images of the step that this process has, S images of a micro-shard.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ from e2ediff.errors import Problem, RecipeError, ResourceError
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw, Terms
 from e2ediff.run.assembly import Assembly
+from e2ediff.run.compiling import uncompiled
 from e2ediff.run.draws import UnclearDrawError, part_of
 from e2ediff.run.parallel import clip_gradients
 from e2ediff.run.world import World
@@ -160,11 +160,9 @@ class Update:
 
         Blocks are not compiled for it: a compiled one is made for a number of threads.
         """
-        compiled = self.recipe.compile != "off"
-        eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
         images = _rows(batch, 0, self.size)
         part, draw = self._part(images, 0, self._at_once.get(phase, self.size), 0, draw_of)
-        with eager:
+        with uncompiled(self.recipe):
             self.parts.parallel.rehearse(part, draw, phase)
 
     # Memory
