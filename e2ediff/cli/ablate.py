@@ -88,7 +88,7 @@ def command(
         for line in plan.remarks():
             click.echo(line, err=True)
         return 0
-    if resume:
+    if resume and not (out and Group.is_unborn(out)):
         group = Group.open(out) if out else Group.latest(plan.name)
         group.refuse_other(plan)
     else:

@@ -23,6 +23,11 @@ import click
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest one.")
 @click.option(
+    "--restart",
+    is_flag=True,
+    help="Begin again in --out, or in the newest run; what is there moves to its attempts/.",
+)
+@click.option(
     "--threads",
     default="auto",
     show_default=True,
@@ -46,6 +51,7 @@ def command(
     overrides: tuple[str, ...],
     out: str | None,
     resume: bool,
+    restart: bool,
     threads: str,
     nproc: str,
     nnodes: int,
@@ -54,12 +60,16 @@ def command(
     """Train by RECIPE, a YAML file or URL.
 
     The run's directory is printed at the end, on stdout.
-    Ctrl-C saves and ends; --resume continues.
+    Ctrl-C saves and ends; --resume continues, --restart begins again.
     Under `torchrun -m e2ediff run RECIPE` each process joins the others by itself.
     """
     from e2ediff.run.openmp import prepare_threads
 
     number = prepare_threads(threads)
+    if resume and restart:
+        raise click.UsageError(
+            "--resume continues a run and --restart begins it again; give one of them"
+        )
     count = _count(nproc)
     if nnodes > 1 and not rdzv:
         raise click.UsageError("--nnodes needs --rdzv HOST:PORT, the same on every machine")
@@ -73,9 +83,11 @@ def command(
         words = ["run", recipe, "--threads", threads]
         words += [word for change in overrides for word in ("--set", change)]
         words += ["--out", out] if out else []
-        words += ["--resume"] if resume else []
+        words += ["--resume"] if resume else ["--restart"] if restart else []
         return launch(words, count, nnodes, rdzv)
-    return _train(recipe, overrides, out, resume=resume, choose_threads=number is None)
+    return _train(
+        recipe, overrides, out, resume=resume, restart=restart, choose_threads=number is None
+    )
 
 
 def _count(nproc: str) -> int:
@@ -99,6 +111,7 @@ def _train(
     out: str | None,
     *,
     resume: bool,
+    restart: bool,
     choose_threads: bool,
 ) -> int:
     """Train in this process, which may be one of several; one of them says how it ended."""
@@ -111,7 +124,7 @@ def _train(
     world = World.join()
     try:
         outcome = train(
-            load(), recipe, overrides, out, resume=resume, world=world,
+            load(), recipe, overrides, out, resume=resume, restart=restart, world=world,
             choose_threads=choose_threads,
         )  # fmt: skip
         if world.leads:

@@ -146,7 +146,7 @@ def _claim(store: Store, settings: Settings) -> None:
                 f"{store.url}: holds shards that were prepared otherwise ({told}); give another "
                 "folder, or remove this one"
             )
-    elif store.list():
+    elif not store.is_vacant():
         raise DataError(f"{store.url}: is not empty; give a new folder for the shards")
     else:
         store.write(SETTINGS, now.encode())

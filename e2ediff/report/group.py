@@ -50,11 +50,11 @@ class Group:
         """
         if out is None:
             groups = Store("groups")
-            out = groups.where(groups.create_unique_dir(plan.name))
+            out = groups.where(groups.create_unique_dir(plan.name, LOCK))
         store = _local(out)
         local = store.local_path() or store.url
         taken = os.path.lexists(local) and not os.path.isdir(local)
-        if taken or set(store.list()) - {LOCK}:
+        if taken or not _is_vacant(store) or _holds_other(store, plan.text):
             raise RunDirectoryError(
                 f"{out}: exists and is not empty. Choose another --out, or continue the "
                 "ablation in it with --resume."
@@ -71,6 +71,12 @@ class Group:
         # Last: it makes this a group.
         store.write(SPEC, json.dumps(spec, indent=1).encode() + b"\n")
         return cls(out, spec)
+
+    @classmethod
+    def is_unborn(cls, path: Address) -> bool:
+        """Whether an ablation was killed here before it had begun: `create` takes it up."""
+        store = _local(path)
+        return bool(store.list()) and _is_vacant(store)
 
     @classmethod
     def open(cls, path: Address) -> Group:
@@ -197,6 +203,14 @@ def _flat(spec: Mapping[str, Any]) -> dict[str, str]:
         for path, text in leaves_of(cell["resolved"], name).items():
             found[f"cells.{name}.{path}"] = text
     return found
+
+
+def _is_vacant(store: Store) -> bool:
+    return store.is_vacant({LOCK, RECIPE})
+
+
+def _holds_other(store: Store, text: str) -> bool:
+    return store.exists(RECIPE) and store.read(RECIPE) != text.encode()
 
 
 def _whole(spec: Mapping[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -134,8 +133,6 @@ def _start(group: Group, job: Job, threads: int | None, share: int) -> _Active:
     command += ["--out", group.run(job.place), "--threads", str(threads or "auto")]
     if group.store.exists(f"runs/{job.place}/run.json"):
         command.append("--resume")
-    elif group.store.exists(f"runs/{job.place}"):
-        shutil.rmtree(group.store.local_path(f"runs/{job.place}") or "")  # killed at its birth
     log = group.log(job.place)
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads or share)}

@@ -124,6 +124,19 @@ def list_checkpoints(store: Store) -> list[str]:
     return [name for _, _, name in sorted(known)]
 
 
+def finished_checkpoints(store: Store) -> list[str]:
+    """As `list_checkpoints`, without those that have no manifest: their save never finished.
+
+    Raises:
+        CheckpointError: the directory cannot be read.
+    """
+    names = list_checkpoints(store)
+    try:
+        return [name for name in names if store.exists(f"{FOLDER}/{name}/{MANIFEST}")]
+    except OSError as error:
+        raise CheckpointError(f"{store.where(FOLDER)}: cannot be read: {error}") from error
+
+
 def checkpoint_at(store: Store, images: int) -> str:
     """Name of the checkpoint after this many training images, be it there or not."""
     name = f"images-{images:012d}"

@@ -15,7 +15,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.host.structure import unstructure
 from e2ediff.run.bad_images import Skipping
-from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
+from e2ediff.run.checkpoint import finished_checkpoints, open_checkpoint
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.storage import JSON
 
@@ -151,8 +151,8 @@ def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool
 
     With `sure` also empty where nobody can tell.
     """
-    if not list_checkpoints(directory.store):
-        return ""  # it begins again
+    if not finished_checkpoints(directory.store):
+        return ""  # it begins again, if at all
     # What a damaged one is passed over for is said when it is restored.
     found = open_checkpoint(directory.store, verify=False, warn=lambda text: None)
     noted = found.state.get("data")

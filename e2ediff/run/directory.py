@@ -1,7 +1,8 @@
 """The directory of a run, which explains itself to whoever finds it later.
 
 `recipe.yaml` as given, `resolved.yaml` with every default, `run.json` (where it ran),
-`status.json` (how it stands), `metrics.jsonl`, `events.jsonl`, `samples/`, `checkpoints/`.
+`status.json` (how it stands), `metrics.jsonl`, `events.jsonl`, `samples/`, `checkpoints/`,
+`attempts/` (what was replaced).
 Nothing in it is absolute: it may be copied, packed or deleted as a whole.
 """
 
@@ -12,14 +13,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import RunDirectoryError
+from e2ediff.run.attempts import ATTEMPTS, PICTURE, later_files, move, next_place, numbers
 from e2ediff.run.lock import LOCK, acquire
 from e2ediff.run.storage import JSON, Store
 
@@ -27,6 +30,10 @@ State = Literal["running", "done", "interrupted", "preempted", "failed"]
 
 RECIPE, RESOLVED, RUN, STATUS = "recipe.yaml", "resolved.yaml", "run.json", "status.json"
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+
+_BORN = {LOCK, RECIPE, RESOLVED, ATTEMPTS}  # what there is before RUN, which makes it a run
+_RECORDS = (RECIPE, RESOLVED, RUN, STATUS, METRICS, EVENTS)
+_WRITTEN = {*_RECORDS, "bad_images.jsonl", "curves.png"}  # by whoever holds the lock alone
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -43,6 +50,7 @@ class RunDirectory:
         self.store = store
         self.path = path
         self.silent = silent
+        self.kept = ""  # the attempt to which `create` moved what lay here
         self._lock: int | None = None
 
     @classmethod
@@ -53,8 +61,12 @@ class RunDirectory:
         recipe_text: str,
         resolved: str,
         environment: Mapping[str, JSON],
+        *,
+        restart: bool = False,
     ) -> RunDirectory:
         """Start a new run's directory, locked for this process.
+
+        One in which a run was killed before it had begun is taken up.
 
         Args:
             out: Where; None is `name`, `name-2`, ... in $E2EDIFF_RUNS, or in `runs`.
@@ -62,26 +74,40 @@ class RunDirectory:
             recipe_text: The recipe as given, comments and all.
             resolved: The recipe with every default spelled out.
             environment: What `describe_environment` of `e2ediff.run.environment` returned.
+            restart: Move a run that lies in `out` to its `attempts/`; `kept` says where.
 
         Raises:
             RunDirectoryError: `out` is not empty, or another process is at it.
         """
         if out is None:
             runs = Store(_runs())
-            out = runs.where(runs.create_unique_dir(name))
+            out = runs.where(runs.create_unique_dir(name, LOCK))
         directory = cls(Store(out), addresses.plain(out))
+        texts = {RECIPE: recipe_text.encode(), RESOLVED: resolved.encode()}
+        directory._refuse_if_taken(texts, restart=restart)  # a lock is a file in it, too
         directory.lock()
         try:
-            directory._refuse_if_taken()
+            directory._refuse_if_taken(restart=restart)
+            directory.kept = directory._move_aside(texts)
             created = datetime.now(UTC).isoformat(timespec="seconds")
-            directory.store.write(RECIPE, recipe_text.encode())
-            directory.store.write(RESOLVED, resolved.encode())
+            for file, text in texts.items():
+                directory.store.write(file, text)
             # Last: it makes this a run directory.
             directory._write_json(RUN, {"name": name, "created": created, **environment})
+            if directory.kept:
+                directory.event("restarted", kept=directory.kept)
         except BaseException:
             directory.unlock()
             raise
         return directory
+
+    @classmethod
+    def is_unborn(cls, path: Address) -> bool:
+        """Whether a run was killed here before it had begun: `create` takes the place up."""
+        store = Store(path)
+        found = store.list()
+        ours = any(name in _BORN or name.startswith(".tmp-") for name in found)
+        return ours and RUN not in found and cls(store, addresses.plain(path))._is_vacant()
 
     @classmethod
     def open(cls, path: Address, *, silent: bool = False) -> RunDirectory:
@@ -95,10 +121,10 @@ class RunDirectory:
         found = directory.store.list()
         if RUN not in found:
             what = f"it has no {RUN}" if found else "no such directory, or it is empty"
-            raise RunDirectoryError(
-                f"{path}: not a run directory: {what}. "
-                "Give the directory that e2ediff printed when the run began."
-            )
+            way_out = "Give the directory that e2ediff printed when the run began."
+            if numbers(directory.store):
+                way_out = "If --restart was cut short here, give it again."
+            raise RunDirectoryError(f"{path}: not a run directory: {what}. {way_out}")
         directory.environment()
         return directory
 
@@ -107,7 +133,8 @@ class RunDirectory:
     def lock(self) -> None:
         """Keep other processes from training in this directory; the lock dies with the process.
 
-        Also repairs log lines that a crash cut short. Stores that are not local are not locked.
+        Also repairs log lines that a crash cut short, and removes temporary files that it left.
+        Stores that are not local are not locked.
 
         Raises:
             RunDirectoryError: another process is training in it.
@@ -117,6 +144,8 @@ class RunDirectory:
         self._lock = acquire(self.store, self.path)
         if self._lock is None:
             return
+        self.store.sweep("", _WRITTEN.__contains__)
+        self.store.sweep("samples", lambda name: PICTURE.fullmatch(name) is not None)
         for log in (METRICS, EVENTS):
             self.store.truncate_lines(log, keep=lambda line: True)
 
@@ -137,14 +166,79 @@ class RunDirectory:
     ) -> None:
         self.unlock()
 
-    def _refuse_if_taken(self) -> None:
+    # Beginning, and beginning again
+
+    def _is_vacant(self) -> bool:
+        ours = all(name.isdecimal() for name in self.store.list(ATTEMPTS))
+        return ours and self.store.is_vacant(_BORN)
+
+    def _refuse_if_taken(
+        self, texts: Mapping[str, bytes] | None = None, *, restart: bool = False
+    ) -> None:
+        """Refuse what is not vacant, or with `restart` neither that nor a run.
+
+        Before this process has locked it, `texts` tell a recipe of the user's own.
+        """
         local = self.store.local_path()
         is_file = local is not None and os.path.exists(local) and not os.path.isdir(local)
-        if is_file or set(self.store.list()) - {LOCK}:
-            raise RunDirectoryError(
-                f"{self.path}: exists and is not empty. "
-                "Choose another --out, or continue the run in it with --resume."
-            )
+        found = [] if is_file else self.store.list()
+        halfway = RUN not in found and bool(numbers(self.store))
+        if not is_file and restart and (RUN in found or halfway):
+            return
+        if not is_file and self._is_vacant() and not (texts and self._is_others(found, texts)):
+            return
+        way_out = "Choose another --out."
+        if RUN in found:
+            way_out = "Choose another --out, or continue the run in it with --resume."
+        elif halfway:
+            way_out = "If --restart was cut short here, give it again; else choose another --out."
+        raise RunDirectoryError(f"{self.path}: exists and is not empty. {way_out}")
+
+    def _is_others(self, found: Sequence[str], texts: Mapping[str, bytes]) -> bool:
+        """Whether a recipe lies in a folder that no run has locked, and is another."""
+        if LOCK in found or not self.store.local:
+            return False
+        return any(self._read(file) != text for file, text in texts.items() if file in found)
+
+    def _move_aside(self, texts: Mapping[str, bytes]) -> str:
+        """Move to an attempt what is not to be written over; returns where, "" for nothing."""
+        found = [name for name in self.store.list() if name not in (LOCK, ATTEMPTS)]
+        place = next_place(self.store)
+        if RUN in found:
+            # First: what a kill leaves is no run then, which might be resumed.
+            first = [file for file in (RUN, RECIPE, RESOLVED) if file in found]
+            names = [*first, *(name for name in found if name not in first)]
+        elif not self._is_vacant():
+            names, last = found, f"{ATTEMPTS}/{numbers(self.store)[-1]}"
+            there = self.store.list(last)
+            if RUN in there and not {*names} & {*there}:
+                place = last
+        else:
+            other = [file for file, text in texts.items() if file in found]
+            names = other if any(self._read(file) != texts[file] for file in other) else []
+        move(self.store, names, place)
+        return place if names else ""
+
+    def set_aside(self, images: int, step: int) -> str:
+        """Keep what is dropped or made anew by going back to a checkpoint of these counts.
+
+        The records are copied to a new attempt; later pictures and snapshots are moved there.
+
+        Returns:
+            The attempt, "" if nothing came later.
+        """
+        if self.silent:
+            return ""
+        later = later_files(self.store, images, step)
+        lines = self._read(METRICS).split(b"\n")[:-1] if self.store.exists(METRICS) else []
+        if not later and all(_is_until(images, line.decode(errors="replace")) for line in lines):
+            return ""
+        place = next_place(self.store)
+        for file in _RECORDS:
+            if self.store.exists(file):
+                self.store.write(f"{place}/{file}", self._read(file))
+        move(self.store, later, place)
+        return place
 
     # What it says about the run
 
@@ -238,14 +332,7 @@ class RunDirectory:
 
     def rewind(self, images: int) -> int:
         """Drop figures of more images than this, and damaged lines; returns how many went."""
-
-        def keep(line: str) -> bool:
-            try:
-                seen = json.loads(line).get("images", 0)
-            except (ValueError, AttributeError, RecursionError):
-                return False
-            return not isinstance(seen, int | float) or seen <= images
-
+        keep = partial(_is_until, images)
         return 0 if self.silent else self.store.truncate_lines(METRICS, keep)
 
     def write_picture(self, relative_path: str, png_bytes: bytes) -> str:
@@ -304,6 +391,15 @@ def latest_run(name: str) -> str | None:
             if RunDirectory.open(path).environment().get("name") == name:
                 return path
     return None
+
+
+def _is_until(images: int, line: str) -> bool:
+    """Whether a line of figures is whole, and not of more training images than these."""
+    try:
+        seen = json.loads(line).get("images", 0)
+    except (ValueError, AttributeError, RecursionError):
+        return False
+    return not isinstance(seen, int | float) or seen <= images
 
 
 def _runs() -> str:

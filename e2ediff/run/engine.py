@@ -104,6 +104,7 @@ class Engine:
         )
         already_done = self.step >= r.total_steps
         try:
+            self._refuse_spent()
             if already_done:
                 self._end_again()
             if self.step == 0:
@@ -154,6 +155,17 @@ class Engine:
             self.finish()
             raise
         return True
+
+    def _refuse_spent(self) -> None:
+        """End a run at once whose alarm ended it after its last return.
+
+        Raises:
+            CollapseError: It is such a run.
+        """
+        watch = self.watch
+        rollback = self.recipe.alarm.policy == "rollback"
+        if watch.on and rollback and watch.attempt and not watch.may_return:
+            raise CollapseError(f"step {self.step}: the latents have collapsed. {watch.advice()}")
 
     def _end_again(self) -> None:
         """What a run whose alarm sounded at its last step has left to do.
@@ -460,13 +472,18 @@ class Engine:
         """
         step, images, attempt = self.step, self.images, self.watch.attempt + 1
         store, anchor = self.directory.store, self.watch.anchor or 0
-        self.restore(open_checkpoint(store, checkpoint_at(store, anchor)))
+        found = open_checkpoint(store, checkpoint_at(store, anchor))
+        kept = self.directory.set_aside(found.images, found.step)
+        self.restore(found)
         self.watch.attempt = attempt
         place = self.last_checkpoint
-        self.directory.event("rewound", step=step, images=images, to=place, attempt=attempt)
+        self.directory.event(
+            "rewound", step=step, images=images, to=place, attempt=attempt, kept=kept
+        )
         self.progress.say(
             f"step {step}: went back to step {self.step} ({place}), to draw other noise; return "
-            f"{attempt} of at most {self.recipe.alarm.attempts}"
+            f"{attempt} of at most {self.recipe.alarm.attempts}. What was recorded since is kept "
+            f"in {store.where(kept)}"
         )
         # At once, so that a crash does not undo it; later checkpoints are set aside.
         self.save()

@@ -36,12 +36,8 @@ def acquire(store: Store, shown: str) -> int | None:
     import fcntl  # not on Windows
 
     path = Path(store.local_path() or "", LOCK)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
+    if not store.create_dir("", LOCK) and not path.parent.is_dir():
         return None  # the place is a file: the caller says so
-    except OSError as error:
-        raise store.refusal(LOCK, 0, error) from error
     while True:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -13,7 +13,14 @@ from e2ediff.host.plugins import Host
 from e2ediff.run.generate import Model
 from e2ediff.run.outputs import Output
 from e2ediff.run.progress import duration
-from e2ediff.run.set_record import check_space, describe, finish, own_place, prepare
+from e2ediff.run.set_record import (
+    FOLDERS,
+    check_space,
+    describe,
+    finish,
+    own_place,
+    prepare,
+)
 from e2ediff.run.threads import restored_threads
 from e2ediff.run.wish import Cost, Wish
 from e2ediff.run.workers import in_processes, make_blocks
@@ -60,7 +67,7 @@ def make_set(
     check_space(output.store, output.bytes_needed(todo))
     if todo < n:
         say(f"{output.store.where()}: {n - todo} of {n} images are there already")
-    began, cost = time.monotonic(), Cost()
+    began, since, cost = time.monotonic(), time.time(), Cost()
     workers: AbstractContextManager[Iterator[Cost]]
     if processes > 1 and len(blocks) > 1:
         workers = in_processes(
@@ -73,6 +80,8 @@ def make_set(
         for one in costs:
             cost += one
             update(_line(n - todo + cost.images, n, cost.images, time.monotonic() - began))
+    for folder in ("", *FOLDERS):
+        output.store.sweep(folder, lambda name: True, before=since)
     return finish(wish, output, spec, cost, time.monotonic() - began, threads)
 
 

@@ -13,6 +13,7 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource
 from e2ediff.errors import (
+    CheckpointError,
     E2EDiffError,
     PluginError,
     ResourceError,
@@ -23,15 +24,19 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.run.alarm import deaf
 from e2ediff.run.assembly import check_fits, check_precision, choose_device
+from e2ediff.run.attempts import ATTEMPTS
 from e2ediff.run.bad_images import BAD_IMAGES, open_source
-from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
+from e2ediff.run.checkpoint import finished_checkpoints, list_checkpoints, open_checkpoint
 from e2ediff.run.continuation import class_names, refuse_other_recipe
 from e2ediff.run.directory import RunDirectory, State, latest_run
 from e2ediff.run.engine import Engine
 from e2ediff.run.environment import describe_environment
 from e2ediff.run.loader import check_enough, lost_reader
+from e2ediff.run.manifest import Checkpoint
 from e2ediff.run.progress import Progress
+from e2ediff.run.records import former_status, images_of, newest_saved, refuse_vanished
 from e2ediff.run.signals import Stop
+from e2ediff.run.storage import JSON
 from e2ediff.run.threads import restored_threads
 from e2ediff.run.update import check_shares
 from e2ediff.run.world import ElsewhereError, World, is_broken_collective
@@ -55,6 +60,7 @@ def train(
     out: Address | None = None,
     *,
     resume: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
     world: World | None = None,
     choose_threads: bool = False,
@@ -65,8 +71,10 @@ def train(
         host: What knows the parts.
         recipe_path: Path or URL of a recipe.
         overrides: Assignments as given to `--set`.
-        out: The run's directory; by default `runs/<name>`, or with `resume` the newest such.
+        out: The run's directory; by default `runs/<name>`, or with `resume` or `restart` the
+            newest such.
         resume: Continue the run in that directory.
+        restart: Begin again in that directory; what is there moves to its `attempts/`.
         progress: Where to show progress; by default stderr.
         world: The processes that train together; by default this one alone. All of them call
             this with the same arguments; the first one writes.
@@ -96,27 +104,37 @@ def train(
 
     locked: list[RunDirectory] = []
 
-    def begin() -> str:
-        if resume:
-            locked.append(_continued(host, recipe, recipe_path, out, sources))
-        else:
-            names = class_names(recipe, training)
-            locked.append(_new(host, recipe, recipe_path, out, device, world, names))
-        return locked[0].path
-
-    path = world.lead(begin)
-    directory = locked[0] if locked else RunDirectory.open(path, silent=True)
     progress = progress or Progress(None if world.leads else _Nowhere())
+
+    def begin() -> list[JSON]:
+        place = out or (latest_run(recipe.name) if resume or restart else None)
+        begun_before = resume and not (place and RunDirectory.is_unborn(place))
+        if begun_before:
+            locked.append(_continued(host, recipe, recipe_path, place, sources))
+        else:
+            if resume:
+                progress.say(f"{place}: a run was killed here before it had begun: it begins")
+            names = class_names(recipe, training)
+            locked.append(
+                _new(host, recipe, recipe_path, place, device, world, names, restart=restart)
+            )
+            if locked[0].kept:
+                progress.say(f"what lay in {place} is kept in {place}/{locked[0].kept}")
+        return [locked[0].path, begun_before]
+
+    path, begun_before = world.lead(begin)
+    directory = locked[0] if locked else RunDirectory.open(str(path), silent=True)
     grace = _GRACE if world.size > 1 else 0.0
     with directory, progress as shown, Stop(grace) as stop, restored_threads():
         engine = None
         try:
-            engine = Engine(
+            ready = Engine(
                 host, recipe, directory, device, sources, shown, world,
                 choose_threads=choose_threads,
             )  # fmt: skip
-            if resume:
-                _restore(engine, directory, shown)
+            if begun_before:
+                _restore(ready, directory, shown)
+            engine = ready
             _greet(shown, engine)
             engine.run(stop)
         except BaseException as caught:
@@ -161,13 +179,24 @@ def _continued(
     host: Host,
     recipe: Recipe,
     recipe_path: Address,
-    out: Address | None,
+    place: Address | None,
     sources: tuple[DataSource, DataSource],
 ) -> RunDirectory:
     """The directory of a run to go on with, locked."""
-    directory = _find(recipe, out)
+    if place is None:
+        raise RunDirectoryError(
+            f"--resume: no run of '{recipe.name}' to continue; start one without --resume, or "
+            "name its directory with --out"
+        )
+    directory = RunDirectory.open(place)
     changes = refuse_other_recipe(host, recipe, directory, recipe_path, sources)
     directory.lock()
+    try:
+        if not finished_checkpoints(directory.store):
+            refuse_vanished(directory, recipe, changes)
+    except BaseException:
+        directory.unlock()
+        raise
     if changes:
         directory.event("continued", changes=changes)
     return directory
@@ -177,10 +206,12 @@ def _new(
     host: Host,
     recipe: Recipe,
     recipe_path: Address,
-    out: Address | None,
+    place: Address | None,
     device: torch.device,
     world: World,
     names: Sequence[str],
+    *,
+    restart: bool,
 ) -> RunDirectory:
     """A new run's directory, locked."""
     with addresses.open_file(recipe_path, typed=True) as file:
@@ -190,18 +221,27 @@ def _new(
         plugins={p.distribution or p.name: p.version for p in host.plugins},
         device=str(device),
     )
+    environment["processes"] = world.size
     resolved = dump_recipe(host, recipe)
-    record = {**environment, "processes": world.size, "class_names": list(names)}
-    return RunDirectory.create(out, recipe.name, text, resolved, record)
+    record = {**environment, "class_names": list(names)}
+    return RunDirectory.create(place, recipe.name, text, resolved, record, restart=restart)
 
 
 def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> None:
     """Continue from the newest whole checkpoint; a run that has none begins again."""
 
     def newest() -> str:
-        if not list_checkpoints(directory.store):
+        if not finished_checkpoints(directory.store):
             return ""
-        return open_checkpoint(directory.store, warn=progress.say).name
+        try:
+            found = open_checkpoint(directory.store, warn=progress.say)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}\n  Bring back one that is whole, or begin again with --restart, which "
+                f"keeps this attempt in {ATTEMPTS}/."
+            ) from error
+        _keep_figures(directory, found, progress)
+        return found.name
 
     name = engine.world.lead(newest)
     if name:
@@ -211,6 +251,20 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
     else:
         engine.rewind(-1)
         progress.say(f"{directory.path} has no checkpoint yet: it begins again")
+
+
+def _keep_figures(directory: RunDirectory, found: Checkpoint, progress: Progress) -> None:
+    """Where a later checkpoint is gone, keep what the run recorded after this one, and say so."""
+    lost = newest_saved(directory)
+    if images_of(lost) <= found.images:
+        return
+    kept = directory.set_aside(found.images, found.step)
+    directory.event("lost", name=lost, to=found.name, kept=kept)
+    state = "is damaged" if lost in list_checkpoints(directory.store) else "is not there"
+    where = f"; what was recorded since is kept in {directory.store.where(kept)}" if kept else ""
+    progress.say(
+        f"{lost}, which was saved later, {state}: the run goes back to {found.name}{where}"
+    )
 
 
 def _greet(progress: Progress, engine: Engine) -> None:
@@ -255,21 +309,13 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
 def _set_status(
     directory: RunDirectory, engine: Engine | None, state: State, code: int, reason: str
 ) -> None:
+    """Record how a run ended; one that had not got to training stands where it stood before."""
+    before = {} if engine else former_status(directory)
     directory.set_status(
         state,
-        images=engine.images if engine else 0,
-        step=engine.step if engine else 0,
+        images=engine.images if engine else before.get("images", 0),
+        step=engine.step if engine else before.get("step", 0),
         exit_code=code,
         reason=reason,
-        last_checkpoint=engine.last_checkpoint if engine else None,
+        last_checkpoint=engine.last_checkpoint if engine else before.get("last_checkpoint"),
     )
-
-
-def _find(recipe: Recipe, out: Address | None) -> RunDirectory:
-    path = out or latest_run(recipe.name)
-    if path is None:
-        raise RunDirectoryError(
-            f"--resume: no run of '{recipe.name}' to continue; start one without --resume, or "
-            "name its directory with --out"
-        )
-    return RunDirectory.open(path)

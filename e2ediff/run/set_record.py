@@ -25,6 +25,9 @@ from e2ediff.run.wish import Cost, Wish
 from e2ediff.sampler import Sampler
 
 SET, ENTRIES, GRID = "set.json", "samples.json", "grid.png"
+FOLDERS = ("images", "shards", "parts")
+"""What holds the images of a set, by format and until it is whole."""
+
 _GRID_COLUMNS = 16
 _GRID_ROWS = 16
 
@@ -104,7 +107,7 @@ def prepare(store: Store, spec: Mapping[str, JSON], *, overwrite: bool) -> None:
         RunDirectoryError: Something else lies there.
         ResourceError: The disk or store refused.
     """
-    present = store.list()
+    present = not store.is_vacant()
     found = _read(store)
     wrong = [] if found is None else differences(found, spec)
     if present and (found is None or wrong):
@@ -126,7 +129,7 @@ def prepare(store: Store, spec: Mapping[str, JSON], *, overwrite: bool) -> None:
 
 def _clear(store: Store) -> None:
     """Remove an old set, its description last: a crash leaves something that is still one."""
-    for folder in ("images", "shards", "parts"):
+    for folder in FOLDERS:
         store.remove_dir(folder)
     for name in ("samples.npz", "samples.zip", ENTRIES, GRID):
         store.remove_file(name)

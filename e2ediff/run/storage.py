@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -27,6 +28,7 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _CHUNK = 1 << 22
+_TEMPORARY = re.compile(r"\.tmp-(.+)-[0-9a-f]{8}")
 
 
 class Store:
@@ -117,6 +119,41 @@ class Store:
         # Some object stores list the prefix itself as an empty object.
         inside = [str(name).rstrip("/") for name in found]
         return sorted({n.rpartition("/")[2] for n in inside if n.strip("/") != full.strip("/")})
+
+    def is_vacant(self, besides: Collection[str] = ()) -> bool:
+        """Whether there is no file but these and what a killed write left, nor a folder with one.
+
+        `besides` are names at the top.
+        """
+        return all(
+            name in besides or name.startswith(".tmp-") or self._is_hollow(name)
+            for name in self.list()
+        )
+
+    def _is_hollow(self, path: str) -> bool:
+        full = self._full(path)
+        if self.local:
+            if os.path.islink(full) or not os.path.isdir(full):
+                return False
+            files = [name for _, _, found in os.walk(full) for name in found]
+        else:
+            with _as_oserror():
+                if not self._fs.isdir(full):
+                    return False
+                files = [name.rpartition("/")[2] for name in self._fs.find(full)]
+        return all(name.startswith(".tmp-") for name in files)
+
+    def sweep(self, path: str, ours: Callable[[str], bool], before: float = math.inf) -> None:
+        """Remove what killed writes left of the files in a directory whose names are `ours`.
+
+        Only what was written before this time, in seconds since 1970.
+        """
+        for name in self.list(path) if self.local else ():
+            full = self._full(f"{path}/{name}" if path else name)
+            if (match := _TEMPORARY.fullmatch(name)) and ours(match[1]):
+                with contextlib.suppress(OSError):
+                    if os.lstat(full).st_mtime < before:
+                        os.unlink(full)
 
     def write(self, path: str, data: bytes) -> None:
         """Replace a file: readers and crashes see the old content or the new, never a part.
@@ -225,6 +262,28 @@ class Store:
             return error
         return None
 
+    def move(self, old: str, new: str) -> None:
+        """Give a file or directory another path; a move that was cut short is finished by another.
+
+        Raises:
+            ResourceError: the disk or store refused; nothing is lost.
+        """
+        source, target = self._full(old), self._full(new)
+        with self._refusals(new, 0):
+            if self.local:
+                _make_dirs(os.path.dirname(target))
+                os.rename(source, target)
+                _sync_dir(os.path.dirname(target))
+                _sync_dir(os.path.dirname(source))
+                return
+            self._fs.invalidate_cache()
+            for file in self._fs.find(source):
+                place = target + str(file)[len(source) :]
+                self._fs.makedirs(place.rpartition("/")[0], exist_ok=True)
+                self._fs.mv(file, place)
+            if self._fs.exists(source):  # an empty directory
+                self._fs.rm(source, recursive=True)
+
     def remove_dir(self, path: str) -> OSError | None:
         """Delete a directory and all in it; what is gone already is no error."""
         try:
@@ -253,11 +312,43 @@ class Store:
             return error
         return None
 
-    def create_unique_dir(self, base: str) -> str:
+    def create_dir(self, path: str, holding: str) -> bool:
+        """Make a local directory with an empty file in it, both or neither; False if it is there.
+
+        So a kill leaves no empty directory, which nobody could tell from another empty one.
+
+        Raises:
+            ResourceError: the directory could not be made.
+        """
+        full = self._full(path)
+        if os.path.lexists(full):
+            return False
+        folder, name = os.path.split(full)
+        hidden = os.path.join(folder, f".tmp-{name}-{secrets.token_hex(4)}")
+        with self._refusals(path, 0):
+            _make_dirs(folder)
+            try:
+                os.mkdir(hidden)
+                with open(os.path.join(hidden, holding), "xb"):
+                    pass
+                os.rename(hidden, full)
+            except OSError:
+                shutil.rmtree(hidden, ignore_errors=True)
+                if not os.path.isdir(full):  # else another process was faster
+                    raise
+                return False
+            _sync_dir(folder)
+        with contextlib.suppress(OSError):  # a folder may be closed to being listed
+            for found in os.listdir(folder):  # of creations that were killed, or are too late now
+                if (match := _TEMPORARY.fullmatch(found)) and match[1] == name:
+                    shutil.rmtree(os.path.join(folder, found), ignore_errors=True)
+        return True
+
+    def create_unique_dir(self, base: str, holding: str) -> str:
         """Make directory `base`, or `base-2`, `base-3`, ... and return which it was.
 
-        Locally mkdir decides, so two processes never get the same. The number is above all
-        that exist, so that the highest is the newest.
+        Locally it has an empty file `holding`, and one process alone gets it. The number is above
+        all that exist, so that the highest is the newest.
 
         Raises:
             ResourceError: the directory could not be made.
@@ -269,14 +360,11 @@ class Store:
             number = max((int(match[1] or 1) for match in matches if match), default=0) + 1
             while True:
                 path = base if number == 1 else f"{base}-{number}"
-                full = self._full(path)
                 if self.local:
-                    _make_dirs(os.path.dirname(full))
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(full)
+                    if self.create_dir(path, holding):
                         return path
                 elif not self.list(path):
-                    self._fs.makedirs(full, exist_ok=True)
+                    self._fs.makedirs(self._full(path), exist_ok=True)
                     return path
                 number += 1
 

@@ -176,10 +176,31 @@ def test_rollback_returns_to_before_the_first_sign_and_draws_otherwise(trapped) 
     assert all(after[k] != before[k] for k in range(5, 13))
 
 
+def test_what_was_recorded_before_a_return_is_kept(trapped) -> None:
+    run = trapped(3, 4)
+    run.train("alarm.policy=rollback")
+    (event,) = run.events("rewound")
+    kept = run.out / event["kept"]
+    assert kept == run.out / "attempts" / "1"
+    lines = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
+    abandoned = {m["step"]: m["loss/denoising"] for m in lines if "loss/denoising" in m}
+    assert list(abandoned) == list(range(1, 9))
+    assert abandoned[8] != run.losses()[8]
+    assert RunDirectory.open(str(kept)).read_events()[-1]["kind"] == "collapse"
+    assert f"What was recorded since is kept in {kept}" in run.said.getvalue()
+
+
 def test_returns_are_counted_and_then_the_run_stops(trapped) -> None:
+    """And stands: resuming it takes no step."""
     run = trapped(*range(2, 1000))
+    rollback = "alarm={policy: rollback, attempts: 2}"
     with pytest.raises(CollapseError, match="went back twice and collapsed again"):
-        run.train("alarm={policy: rollback, attempts: 2}")
+        run.train(rollback)
+    steps, figures = run.steps, run.figures()
+    with pytest.raises(CollapseError, match="went back twice and collapsed again"):
+        run.train(rollback, resume=True)
+    assert (run.steps, run.figures()) == (steps, figures)
+    assert run.status()["exit_code"] == 7
     assert [e["attempt"] for e in run.events("rewound")] == [1, 2]
     assert run.status()["exit_code"] == 7
     assert len({e["to"] for e in run.events("rewound")}) == 1

@@ -1,0 +1,50 @@
+"""Former attempts of a run: whatever is replaced by beginning again, or by going back, is kept.
+
+`attempts/<n>/` is laid out as the run's own directory, so that all commands read it as a run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from e2ediff.run.manifest import FOLDER, NAME
+from e2ediff.run.storage import Store
+
+ATTEMPTS = "attempts"
+PICTURE = re.compile(r"(?:reconstructions-)?step-(\d{1,12})\.png")
+"""Names of the sheets in `samples/`."""
+
+
+def numbers(store: Store) -> list[int]:
+    """Numbers of the attempts that are kept, rising."""
+    found = [name for name in store.list(ATTEMPTS) if name.isdecimal()]
+    return sorted(int(name) for name in found if store.list(f"{ATTEMPTS}/{name}"))
+
+
+def next_place(store: Store) -> str:
+    """Where the next one goes: `attempts/3`."""
+    return f"{ATTEMPTS}/{max(numbers(store), default=0) + 1}"
+
+
+def move(store: Store, names: Iterable[str], place: str) -> None:
+    """Move these files and directories to an attempt, in this order.
+
+    Raises:
+        ResourceError: The disk or store refused; nothing is lost.
+    """
+    for name in names:
+        store.move(name, f"{place}/{name}")
+
+
+def later_files(store: Store, images: int, step: int) -> list[str]:
+    """Pictures and snapshots of more training images, or steps, than these."""
+    found = []
+    for name in store.list("samples"):
+        if (match := PICTURE.fullmatch(name)) and int(match[1]) > step:
+            found.append(f"samples/{name}")
+    snapshots = f"post_hoc/{FOLDER}"
+    for name in store.list(snapshots):
+        if (match := NAME.fullmatch(name)) and int(match[1]) > images:
+            found.append(f"{snapshots}/{name}")
+    return found

@@ -1,0 +1,100 @@
+"""What a run's records say was saved, for when its checkpoints are not there any more.
+
+They are read as far as they are whole: a damaged line hides none of the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from e2ediff.errors import CheckpointError, RunDirectoryError
+from e2ediff.host.recipe import Recipe
+from e2ediff.run.attempts import ATTEMPTS, later_files
+from e2ediff.run.directory import EVENTS, METRICS, STATUS, RunDirectory
+from e2ediff.run.manifest import FOLDER, NAME
+from e2ediff.run.storage import JSON
+
+
+def newest_saved(directory: RunDirectory) -> str:
+    """The name of the checkpoint that a run had last, returns to earlier ones counted in.
+
+    "" if nothing says that there was one.
+    """
+    name = ""
+    for event in _lines(directory, EVENTS):
+        if event.get("kind") == "saved":
+            name = str(event.get("name", ""))
+        elif event.get("kind") in ("rewound", "lost"):
+            name = str(event.get("to", ""))
+    return name or str(former_status(directory).get("last_checkpoint") or "")
+
+
+def images_of(name: str) -> int:
+    """The number of training images in a checkpoint's name; -1 if it is none."""
+    match = NAME.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def former_status(directory: RunDirectory) -> dict[str, Any]:
+    """The status that was written last; empty if there is none that can be read."""
+    try:
+        return directory.status()
+    except RunDirectoryError:
+        return {}
+
+
+def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[str, JSON]) -> None:
+    """Refuse to begin a run again that has had a checkpoint; called when there is none.
+
+    Args:
+        directory: The run's.
+        recipe: That of the continuation.
+        changes: What differs in it, as `refuse_other_recipe` returns it.
+
+    Raises:
+        CheckpointError: Its events, its status, its figures, pictures or snapshots say that it
+            had one.
+    """
+    events = list(_lines(directory, EVENTS))
+    due = max(_cadences([changes, *(e.get("changes") for e in events)], recipe))
+    steps = [former_status(directory), *_lines(directory, METRICS)]
+    step = max((s for line in steps if isinstance(s := line.get("step"), int)), default=0)
+    later = later_files(directory.store, due * recipe.batch, due)
+    if name := newest_saved(directory):
+        saved = any(e.get("kind") in ("saved", "rewound", "lost") for e in events)
+        why = f"{EVENTS if saved else STATUS} says that {name} was saved"
+    elif step > due or later:
+        seen = f"it was at step {step}" if step > due else f"{later[-1]} is there"
+        why = f"{seen}, and one was due at step {due}"
+    else:
+        return
+    raise CheckpointError(
+        f"{directory.store.where(FOLDER)}: there is no finished checkpoint, but {why}. Bring it "
+        "back (is a disk not mounted?), or begin again with --restart, which keeps what is left "
+        f"of this attempt in {ATTEMPTS}/."
+    )
+
+
+def _cadences(changes: Iterable[object], recipe: Recipe) -> Iterator[int]:
+    """Steps between checkpoints, of this recipe and of earlier ones of the run."""
+    yield recipe.cadence.checkpoint
+    for change in changes:
+        if isinstance(change, Mapping):
+            values = change.get("cadence.checkpoint")
+            for text in values if isinstance(values, list) else ():
+                if str(text).isdecimal():
+                    yield int(text)
+
+
+def _lines(directory: RunDirectory, file: str) -> Iterator[dict[str, Any]]:
+    if not directory.store.exists(file):
+        return
+    for line in directory.store.read(file).split(b"\n"):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict):
+            yield values

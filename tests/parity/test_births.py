@@ -1,0 +1,233 @@
+"""What is killed before it has begun is taken up by the same command, with and without --resume.
+
+A fork is killed before and after every file operation of a beginning, and in the middle of each
+write.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from command_line import e2ediff
+from tiny_recipe import tiny
+
+from e2ediff.errors import DataError, RunDirectoryError
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import dump_recipe, parse_recipe
+from e2ediff.prepare.write import Settings, _claim
+from e2ediff.run.directory import RunDirectory
+from e2ediff.run.set_record import prepare
+from e2ediff.run.storage import Store
+
+OPERATIONS = ("mkdir", "open", "write", "fsync", "close", "rename", "replace", "unlink")
+TEXT = tiny(steps="2", cadence="{log: 1, diagnose: 2, preview: 2, checkpoint: 1}")
+
+
+@contextmanager
+def killed_at(number: int, moment: str) -> Iterator[list[int]]:
+    """Count file operations, and end this process at one of them, if it is reached."""
+    count = [0]
+
+    def wrap(act: Callable[..., object], name: str) -> Callable[..., object]:
+        def wrapped(*given: object, **options: object) -> object:
+            count[0] += 1
+            mine = count[0] == number
+            if mine and moment == "before":
+                os._exit(9)
+            if mine and moment == "middle" and name == "write":
+                act(given[0], bytes(given[1])[: len(given[1]) // 2])  # type: ignore[arg-type, call-overload]
+                os._exit(9)
+            found = act(*given, **options)
+            if mine and moment == "after":
+                os._exit(9)
+            return found
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OPERATIONS:
+            patch.setattr(os, name, wrap(getattr(os, name), name))
+        patch.setattr(builtins, "open", wrap(builtins.open, "open"))
+        yield count
+
+
+def every_kill(act: Callable[[Path], object], place: Path) -> Iterator[tuple[str, Path]]:
+    """A directory for each moment at which a fork that did `act` there was killed."""
+    with killed_at(0, "") as count:
+        act(place / "whole")
+    assert count[0] > 10
+    for number in range(1, count[0] + 1):
+        for moment in ("before", "middle", "after"):
+            out = place / f"{number}-{moment}" / "run"
+            out.parent.mkdir()
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    with killed_at(number, moment):
+                        act(out)
+                    code = 0
+                finally:
+                    os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            assert code == 9 or (moment == "middle" and code == 0)
+            if code == 9:
+                yield f"{number} {moment}", out
+
+
+def state(out: Path) -> str:
+    """The names of what lies there, whatever numbers temporary files have."""
+    return re.sub(r"-[0-9a-f]{8}\b", "", repr(sorted(p.name for p in out.rglob("*"))))
+
+
+def figures(out: Path) -> list[dict[str, object]]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith("wall_")} for line in lines]
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    (newest,) = sorted((out / "checkpoints").glob("images-*"))[-1:]
+    return {p.name: p.read_bytes() for p in newest.iterdir() if p.name != "MANIFEST.json"}
+
+
+@pytest.fixture
+def begin(host: Host) -> Callable[[Path], None]:
+    """What `e2ediff run` does before it trains."""
+    resolved = dump_recipe(host, parse_recipe(host, TEXT, "tiny.yaml"))
+
+    def act(out: Path) -> None:
+        RunDirectory.create(str(out), "tiny", TEXT, resolved, {"seed": 0}).unlock()
+
+    return act
+
+
+def test_a_run_killed_at_any_file_operation_of_its_beginning_is_taken_up(begin, tmp_path) -> None:
+    """By both commands; of those that leave the same files, one is trained to its end."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TEXT)
+    assert e2ediff("run", recipe, "--out", tmp_path / "straight").code == 0
+    seen = set[str]()
+    for moment, out in every_kill(begin, tmp_path):
+        assert not out.exists() or any(out.iterdir()), f"{moment}: empty, as any directory may be"
+        if not out.exists() or (out / "run.json").exists():
+            continue
+        assert RunDirectory.is_unborn(str(out)), moment
+        copies = [shutil.copytree(out, out.parent / name) for name in ("run0", "run1")]
+        begin(out)
+        assert {*os.listdir(out)} == {".lock", "recipe.yaml", "resolved.yaml", "run.json"}
+        if (found := state(copies[0])) in seen:
+            continue
+        seen.add(found)
+        for copy, words in zip(copies, ([], ["--resume"]), strict=True):
+            done = e2ediff("run", recipe, "--out", copy, *words)
+            assert done.code == 0, (moment, found, done.err)
+            assert ("killed here before it had begun" in done.err) == bool(words)
+            assert figures(copy) == figures(tmp_path / "straight")
+            assert weights(copy) == weights(tmp_path / "straight")
+            assert sorted(os.listdir(copy)) == sorted(os.listdir(tmp_path / "straight"))
+    assert len(seen) > 5, "the kills missed the beginning"
+
+
+def test_what_is_left_beside_the_directory_goes_with_the_next_beginning(begin, tmp_path) -> None:
+    left = 0
+    for _, out in every_kill(begin, tmp_path):
+        left += bool(list(out.parent.glob(".tmp-run-*")))
+        if not out.exists():
+            begin(out)
+        assert not list(out.parent.glob(".tmp-run-*"))
+    assert left > 0
+
+
+def test_a_killed_beginning_on_an_object_store_is_taken_up(begin, tmp_path: Path) -> None:
+    """There a write is whole or absent, and nothing is locked."""
+    (tmp_path / "tiny.yaml").write_text(TEXT)
+    begin(tmp_path / "run")
+    for names in (["recipe.yaml"], ["recipe.yaml", "resolved.yaml"]):
+        store = Store(f"memory://births/{len(names)}")
+        for name in names:
+            store.write(name, (tmp_path / "run" / name).read_bytes())
+        words = ["--resume"] if len(names) == 2 else []
+        done = e2ediff("run", tmp_path / "tiny.yaml", "--out", store.url, *words)
+        assert (done.code, done.out) == (0, f"{store.url}\n"), done.err
+        assert not store.exists("attempts")
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "recipe.yaml", "samples/mine.png", ".hidden"])
+def test_a_directory_with_files_of_the_user_s_is_refused_and_left_alone(file, tmp_path) -> None:
+    """Also a recipe of another text; and not even a lock is left there."""
+    mine = tmp_path / "run" / file
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    (tmp_path / "tiny.yaml").write_text(TEXT)
+    for words in ([], ["--resume"], ["--restart"]):
+        done = e2ediff("run", tmp_path / "tiny.yaml", "--out", tmp_path / "run", *words)
+        assert done.code == 6
+    assert [str(p) for p in (tmp_path / "run").rglob("*") if p.is_file()] == [str(mine)]
+    assert mine.read_text() == "mine"
+
+
+def test_the_recipe_of_a_killed_beginning_is_kept_where_another_comes(begin, tmp_path) -> None:
+    out = tmp_path / "run"
+    begin(out)
+    (out / "run.json").unlink()
+    (out / "recipe.yaml").write_text("another")
+    (tmp_path / "tiny.yaml").write_text(TEXT)
+    done = e2ediff("run", tmp_path / "tiny.yaml", "--out", out)
+    assert done.code == 0
+    assert f"what lay in {out} is kept in {out}/attempts/1" in done.err
+    assert (out / "attempts/1/recipe.yaml").read_text() == "another"
+    assert (out / "recipe.yaml").read_text() == TEXT
+
+
+def test_an_empty_directory_is_no_run_that_was_killed(tmp_path) -> None:
+    """It may be where a disk is not mounted: `--resume` must not begin there."""
+    (tmp_path / "tiny.yaml").write_text(TEXT)
+    (tmp_path / "mount").mkdir()
+    for out in (tmp_path / "mount", tmp_path / "nowhere"):
+        done = e2ediff("run", tmp_path / "tiny.yaml", "--out", out, "--resume")
+        assert done.code == 6
+        assert "no such directory, or it is empty" in done.err
+    assert not any((tmp_path / "mount").iterdir())
+
+
+def test_an_ablation_killed_at_its_beginning_is_taken_up(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TEXT)
+    words = ("ablate", "tiny.yaml", "--vary", "optimizer.lr=0.001", "--seeds", "0", "--out", "g")
+    for more in ([], ["--resume"]):
+        Path("g").mkdir()
+        Path("g/.tmp-spec.json-0123abcd").write_text("{")
+        Path("g/recipe.yaml").write_text(TEXT)
+        assert e2ediff(*words, *more).code == 0
+        shutil.rmtree("g")
+    Path("g").mkdir()
+    Path("g/recipe.yaml").write_text("mine")
+    assert e2ediff(*words).code == 6
+
+
+def test_sets_of_images_and_shards_killed_at_their_beginning_are_taken_up(tmp_path) -> None:
+    """What they write first is whole or a temporary file."""
+    for folder in ("set", "shards/parts"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / ".tmp-x.json-0123abcd").write_text("{")
+    prepare(Store(str(tmp_path / "set")), {"images": 1}, overwrite=False)
+    assert json.loads((tmp_path / "set/set.json").read_text()) == {"images": 1}
+    kind = {"images": 1, "size": 8, "channels": 3, "classes": 1, "each": 1}
+    settings = Settings(source="", format="png", quality=9, skip=False, **kind)
+    _claim(Store(str(tmp_path / "shards")), settings)
+    for folder in ("set", "shards"):
+        shutil.rmtree(tmp_path / folder)
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="is not empty"):
+        prepare(Store(str(tmp_path / "set")), {"images": 1}, overwrite=False)
+    with pytest.raises(DataError, match="is not empty"):
+        _claim(Store(str(tmp_path / "shards")), settings)
