@@ -99,9 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        why = error.__cause__ or error  # click makes an Abort of every KeyboardInterrupt
+        click.echo(str(why) or "interrupted", err=True)
+        sys.exit(getattr(why, "exit_code", 130))
     except Exception:
         from e2ediff.host.discovery import spoiled
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import click
+
+_STOPPING = (
+    "stopping: runs that are training finish their step and save; again to end them at once "
+    "without saving"
+)
 
 
 @click.command("ablate")
@@ -45,7 +52,9 @@ import click
     is_flag=True,
     help="Continue the ablation in --out, or the newest one; --seeds may name more seeds.",
 )
+@click.pass_context
 def command(
+    context: click.Context,
     recipe: str,
     vary: tuple[str, ...],
     seeds: str,
@@ -66,7 +75,11 @@ def command(
     The group's directory is printed at the end, on stdout; `report.html` is in it.
     A run that fails is reported and does not stop the others; the exit code is then its own.
     """
-    import os
+    from e2ediff.run.signals import Stop
+
+    # First of all: what is imported below takes seconds.
+    stop = context.with_resource(Stop(at_once=True, words=_STOPPING))
+
     from typing import cast
 
     from e2ediff.host.plugins import load
@@ -78,7 +91,6 @@ def command(
     from e2ediff.run.environment import describe_environment
     from e2ediff.run.openmp import threads_of
     from e2ediff.run.progress import Progress
-    from e2ediff.run.signals import Stop
 
     number, host = threads_of(threads), load()
     plan = make_plan(host, recipe, vary, seeds, overrides, baseline, cast(Match, match))
@@ -98,7 +110,9 @@ def command(
         )
         group = Group.create(out, plan, environment)
     share = max(1, (os.cpu_count() or 1) // jobs)
-    with group, Progress() as progress, Stop() as stop:
+    with group, Progress() as progress:
+        stop.write = progress.interject
+        stop.defer()
         group.extend(plan)
         progress.say(f"ablation {group.path}: {len(plan.cells)} cells, {len(plan.jobs)} runs")
         for line in plan.remarks():

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from e2ediff.run.signals import Stop
 
 
 @click.command("run")
@@ -64,30 +70,50 @@ def command(
     Under `torchrun -m e2ediff run RECIPE` each process joins the others by itself.
     """
     from e2ediff.run.openmp import prepare_threads
+    from e2ediff.run.signals import Stop
 
-    number = prepare_threads(threads)
     if resume and restart:
         raise click.UsageError(
             "--resume continues a run and --restart begins it again; give one of them"
         )
-    count = _count(nproc)
     if nnodes > 1 and not rdzv:
         raise click.UsageError("--nnodes needs --rdzv HOST:PORT, the same on every machine")
-    if count * nnodes > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise click.UsageError("--nproc is for starting processes, and a launcher has done so")
-    if count * nnodes > 1:
-        from e2ediff.run.launch import launch
+    quiet = os.environ.get("RANK", "0") != "0"  # of several processes, the first one speaks
+    # First of all: what is imported below takes seconds.
+    with _leaving(quiet=quiet), Stop(at_once=True, quiet=quiet) as stop:
+        number = prepare_threads(threads)
+        count = _count(nproc)
+        if count * nnodes > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise click.UsageError("--nproc is for starting processes, and a launcher has done so")
+        if count * nnodes > 1:
+            from e2ediff.run.launch import launch
 
-        share = number or max(1, (os.cpu_count() or 1) // count)
-        os.environ["OMP_NUM_THREADS"] = str(share)  # of which each takes all or one
-        words = ["run", recipe, "--threads", threads]
-        words += [word for change in overrides for word in ("--set", change)]
-        words += ["--out", out] if out else []
-        words += ["--resume"] if resume else ["--restart"] if restart else []
-        return launch(words, count, nnodes, rdzv)
-    return _train(
-        recipe, overrides, out, resume=resume, restart=restart, choose_threads=number is None
-    )
+            share = number or max(1, (os.cpu_count() or 1) // count)
+            os.environ["OMP_NUM_THREADS"] = str(share)  # of which each takes all or one
+            words = ["run", recipe, "--threads", threads]
+            words += [word for change in overrides for word in ("--set", change)]
+            words += ["--out", out] if out else []
+            words += ["--resume"] if resume else ["--restart"] if restart else []
+            return launch(words, count, nnodes, rdzv)
+        return _train(
+            recipe, overrides, out, stop,
+            resume=resume, restart=restart, choose_threads=number is None,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _leaving(*, quiet: bool) -> Iterator[None]:
+    """Leave the code of a process that is stopped for its launcher, and the word to the first."""
+    from e2ediff.run.launch import note_end
+    from e2ediff.run.signals import exit_code_of
+
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        note_end(code := exit_code_of(error))
+        if quiet:
+            sys.exit(code)
+        raise
 
 
 def _count(nproc: str) -> int:
@@ -109,6 +135,7 @@ def _train(
     recipe: str,
     overrides: tuple[str, ...],
     out: str | None,
+    stop: Stop,
     *,
     resume: bool,
     restart: bool,
@@ -119,13 +146,15 @@ def _train(
     from e2ediff.host.plugins import load
     from e2ediff.run.launch import note_end
     from e2ediff.run.session import train
+    from e2ediff.run.signals import exit_code_of
     from e2ediff.run.world import World
 
-    world = World.join()
+    with stop.suspended():
+        world = World.join()
     try:
         outcome = train(
             load(), recipe, overrides, out, resume=resume, restart=restart, world=world,
-            choose_threads=choose_threads,
+            stop=stop, choose_threads=choose_threads,
         )  # fmt: skip
         if world.leads:
             if outcome.exit_code:
@@ -145,8 +174,7 @@ def _train(
         if world.size == 1:
             raise
         error = world.judge(caught)
-        code = error.exit_code if isinstance(error, E2EDiffError) else 1
-        code = 130 if isinstance(error, KeyboardInterrupt) else code
+        code = exit_code_of(error)
         note_end(code)
 
         def say() -> None:
@@ -154,6 +182,8 @@ def _train(
                 click.echo(f"error: {error}", err=True)
             elif code == 1:
                 traceback.print_exception(error)
+            else:
+                click.echo(str(error) or "interrupted", err=True)
             sys.stderr.flush()
 
         world.speak(say)

@@ -149,15 +149,20 @@ def command(
         out=out or "",
         batch=batch,
     )
-    with Progress() as progress:
-        place = make_set(
-            wish,
-            host,
-            processes=processes,
-            threads=number,
-            choose_threads=number is None,
-            overwrite=overwrite,
-            say=progress.say,
-            update=progress.update,
-        )
+    try:
+        with Progress() as progress:
+            place = make_set(
+                wish,
+                host,
+                processes=processes,
+                threads=number,
+                choose_threads=number is None,
+                overwrite=overwrite,
+                say=progress.say,
+                update=progress.update,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; the images that are stored stay, and the same command makes the others"
+        ) from None
     click.echo(place)

@@ -88,7 +88,7 @@ def train_all(
                 active.append(_start(group, job, threads, share))
                 progress.say(f"{job.place}: training ({total - len(pending)}/{total})")
             if stop.asked and active:
-                _stop_all(active, progress)
+                _stop_all(active)
             for one in [a for a in active if a.process.poll() is not None]:
                 active.remove(one)
                 ended.append(_end(group, one, progress))
@@ -148,9 +148,8 @@ def _start(group: Group, job: Job, threads: int | None, share: int) -> _Active:
     return _Active(job, process, time.monotonic())
 
 
-def _stop_all(active: Sequence[_Active], progress: Progress) -> None:
+def _stop_all(active: Sequence[_Active]) -> None:
     """Ask all to save and end, and wait for it."""
-    progress.say("stopping: what is training saves and ends")
     for one in active:
         if one.process.poll() is None:
             one.process.send_signal(signal.SIGTERM)

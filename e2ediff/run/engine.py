@@ -111,7 +111,7 @@ class Engine:
                 self.look()
             if r.alarm.policy == "rollback" and self.watch.anchor is None:
                 self.save()
-            while not (already_done or self._train(stop) or self._asked(stop)):
+            while not (already_done or self._asked(stop) or self._train(stop)):
                 pass
             if self._saved_at != self.images:
                 self.save()
@@ -187,6 +187,8 @@ class Engine:
         """Whether any process was asked to stop: all of them then stop after the same step."""
         agreed = self.world.highest(stop.signal or 0)
         if agreed:  # else a signal may have come while the processes agreed: it counts next time
+            if not stop.asked:
+                stop.note(agreed)
             stop.signal = agreed
         return bool(agreed)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from e2ediff.errors import ResourceError
+from e2ediff.run.signals import BEFORE, Stopped
 
 ENDED = "_E2EDIFF_ENDED"
 """Environment variable: the file for the exit code."""
@@ -39,6 +41,7 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
 
     Raises:
         ResourceError: The processes could not be started, or one was killed.
+        Stopped: A signal came before they had begun.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -62,12 +65,13 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
         ended = Path(folder, "code")
         os.environ[ENDED] = str(ended)
         failed: ChildFailedError | None = None
+        stopped: int | None = None
         try:
             elastic_launch(config, sys.executable)("-m", "e2ediff", *words)
         except ChildFailedError as error:
             failed = error
-        except SignalException:
-            pass  # handed on to the processes, which saved and left
+        except SignalException as error:
+            stopped = error.sigval  # handed on to the processes, which saved and left
         except (RuntimeError, OSError, ValueError, TimeoutError) as error:
             what = str(error).partition("\n")[0]
             raise ResourceError(f"the processes could not be started: {what}") from error
@@ -76,7 +80,7 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
         with contextlib.suppress(OSError, ValueError):
             return int(ended.read_text())
     if failed is None:
-        return 143  # stopped before it could say how it ended
+        raise Stopped(stopped or signal.SIGTERM, BEFORE)  # else they had said how it ended
     _, first = failed.get_first_failure()
     if first.exitcode > 0:
         return int(first.exitcode)

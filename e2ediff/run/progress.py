@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from e2ediff.run.signals import write_now
+
 if TYPE_CHECKING:
     from rich.live import Live
 
@@ -25,6 +27,7 @@ class Progress:
         self._live: Live | None = None
         self._last = -1e9
         self._pending = ""
+        self._rows = 1
 
     def __enter__(self) -> Progress:
         if self.stream.isatty():
@@ -54,13 +57,22 @@ class Progress:
         if self._live is not None:
             from rich.text import Text
 
-            self._live.update(Text(line))  # wrapped: a narrow terminal loses nothing
+            text, console = Text(line), self._live.console
+            self._rows = len(text.wrap(console, console.width))
+            self._live.update(text)  # wrapped: a narrow terminal loses nothing
             self._pending = line
         elif now - self._last >= self.plain_seconds:
             print(line, file=self.stream, flush=True)
             self._last, self._pending = now, ""
         else:
             self._pending = line
+
+    def interject(self, line: str) -> None:
+        """Write a line that stays, at once; also a signal handler may call it."""
+        # The live line is drawn again over as many rows as it has, from the last one upwards.
+        live = self._live is not None
+        text = "\r\x1b[2K" + line + "\n" * (self._rows + 1) if live else f"{line}\n"
+        write_now(self.stream, text)
 
     def say(self, line: str) -> None:
         """Write a line that stays."""

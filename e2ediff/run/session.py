@@ -35,12 +35,13 @@ from e2ediff.run.loader import check_enough, lost_reader
 from e2ediff.run.manifest import Checkpoint
 from e2ediff.run.progress import Progress
 from e2ediff.run.records import former_status, images_of, newest_saved, refuse_vanished
-from e2ediff.run.signals import Stop
+from e2ediff.run.signals import BEFORE, Stop, Stopped, exit_code_of
 from e2ediff.run.storage import JSON
 from e2ediff.run.threads import restored_threads
 from e2ediff.run.update import check_shares
 from e2ediff.run.world import ElsewhereError, World, is_broken_collective
 
+_STATES: dict[int, State] = {75: "preempted", 130: "interrupted"}
 _GRACE = 5.0  # seconds in which one request to stop may reach a process twice
 
 
@@ -63,6 +64,7 @@ def train(
     restart: bool = False,
     progress: Progress | None = None,
     world: World | None = None,
+    stop: Stop | None = None,
     choose_threads: bool = False,
 ) -> Outcome:
     """Train by a recipe, from the start or from a run's last checkpoint.
@@ -78,15 +80,28 @@ def train(
         progress: Where to show progress; by default stderr.
         world: The processes that train together; by default this one alone. All of them call
             this with the same arguments; the first one writes.
+        stop: What takes signals, in its `with`; by default one of its own.
         choose_threads: Take one CPU thread or all, whichever is faster by timing; by default
             torch's number stays.
 
     Raises:
+        Stopped: A signal came before training began, or a second one during it.
         E2EDiffError: Whatever is wrong with the recipe, the data, the directory or the machine;
             once a directory exists its `status.json` has it too.
     """
     recipe_path = addresses.plain(recipe_path)
     world = world or World()
+    progress = progress or Progress(None if world.leads else _Nowhere())
+    if stop is None:
+        with Stop(at_once=True) as stop:
+            return train(
+                host, recipe_path, overrides, out, resume=resume, restart=restart,
+                progress=progress, world=world, stop=stop, choose_threads=choose_threads,
+            )  # fmt: skip
+    if world.size > 1:  # they must agree to leave
+        stop.grace, stop.quiet = _GRACE, not world.leads
+        stop.defer()
+    stop.write = progress.interject
     recipe = load_recipe(host, recipe_path, overrides)
     check_fits(recipe, recipe_path)
     check_shares(recipe, world, recipe_path)
@@ -100,11 +115,11 @@ def train(
     if recipe.data.has_held_out:
         held_out = open_source(recipe.data, held_out=True)
     sources = (training, held_out)
-    world.highest(0)  # nor for one in which another process cannot
+    # Nor for one in which another process cannot, or that was asked to stop meanwhile.
+    if asked := world.highest(stop.signal or 0):
+        raise Stopped(asked, BEFORE)
 
     locked: list[RunDirectory] = []
-
-    progress = progress or Progress(None if world.leads else _Nowhere())
 
     def begin() -> list[JSON]:
         place = out or (latest_run(recipe.name) if resume or restart else None)
@@ -124,8 +139,7 @@ def train(
 
     path, begun_before = world.lead(begin)
     directory = locked[0] if locked else RunDirectory.open(str(path), silent=True)
-    grace = _GRACE if world.size > 1 else 0.0
-    with directory, progress as shown, Stop(grace) as stop, restored_threads():
+    with directory, progress as shown, restored_threads():
         engine = None
         try:
             ready = Engine(
@@ -136,13 +150,18 @@ def train(
                 _restore(ready, directory, shown)
             engine = ready
             _greet(shown, engine)
+            stop.defer()
             engine.run(stop)
         except BaseException as caught:
             error = world.judge(_in_words(host, caught))
-            code = error.exit_code if isinstance(error, E2EDiffError) else 1
-            code = 130 if isinstance(error, KeyboardInterrupt) else code
-            name = "" if isinstance(error, ElsewhereError) else f"{type(error).__name__}: "
-            _set_status(directory, engine, "failed", code, f"{name}{error}")
+            code = exit_code_of(error)
+            if isinstance(error, Stopped):
+                error.args = (f"{error}; continue with --resume",)
+            named = isinstance(error, Stopped | ElsewhereError)
+            reason = str(error) if named else f"{type(error).__name__}: {error}"
+            _set_status(directory, engine, _STATES.get(code, "failed"), code, reason)
+            if isinstance(error, Stopped):
+                error.args = (f"{directory.path}: {error}",)
             if error is caught:
                 raise
             raise error from caught

@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
+from typing import TextIO
+
+from e2ediff.errors import E2EDiffError
+
+SAVING = "stopping: finishing this step and saving; again to end at once without saving"
+BEFORE = "before training began"
+_NOTHING = "stopping: there is nothing to save yet"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(KeyboardInterrupt):
+    """The process leaves at once, because it has nothing to save or was asked a second time."""
+
+    def __init__(self, number: int, when: str) -> None:
+        self.number = number
+        verb = "interrupted" if number == signal.SIGINT else "terminated"
+        super().__init__(f"{verb} {when}")
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, else 75: run again with --resume."""
+        return 130 if self.number == signal.SIGINT else 75
 
 
 class Stop:
-    """Whether the run was asked to stop, and by which signal.
+    """Whether the process was asked to stop, and by which signal; it answers at once.
 
+    In `with`, signals are noted, and whoever works looks at `asked`. Before that, with `at_once`
+    and until `defer`, they end the process by `Stopped`; so does a second one at any time.
     Signals within `grace` seconds of the first one are the same request: a launcher hands on to
     its processes what a batch system has sent them as well.
+    `words` are the answer to the first signal, `quiet` leaves it to another process, and `write`
+    takes a line for it to stderr.
     """
 
-    def __init__(self, grace: float = 0.0) -> None:
+    def __init__(
+        self,
+        grace: float = 0.0,
+        *,
+        at_once: bool = False,
+        words: str = SAVING,
+        quiet: bool = False,
+    ) -> None:
         self.signal: int | None = None
         self.grace = grace
+        self.at_once = at_once
+        self.words = words
+        self.quiet = quiet
+        self.write: Callable[[str], None] = lambda line: write_now(sys.stderr, f"{line}\n")
         self._since = 0.0
         self._old: dict[int, object] = {}
 
@@ -26,20 +67,28 @@ class Stop:
         """True after the first signal."""
         return self.signal is not None
 
-    def __enter__(self) -> Stop:
-        # Only the main thread may set handlers; elsewhere (a notebook's worker) signals stay.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._old[number] = signal.signal(number, self._handle)
-        return self
+    def defer(self) -> None:
+        """From here on note signals: there is something to finish or to save."""
+        self.at_once = False
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and time.monotonic() - self._since < self.grace:
-            return
-        if self.asked:
-            signal.signal(number, signal.SIG_DFL)
-            raise KeyboardInterrupt
+    def note(self, number: int) -> None:
+        """Take a signal, or what another process of the run was sent, for a request to stop."""
         self.signal, self._since = number, time.monotonic()
+        if not self.quiet:
+            self.write(_NOTHING if self.at_once else self.words)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Signals act as they would without this: for calls that let no Python handler run."""
+        self._restore()
+        try:
+            yield
+        finally:
+            self._install()
+
+    def __enter__(self) -> Stop:
+        self._install()
+        return self
 
     def __exit__(
         self,
@@ -47,5 +96,43 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._restore()
+
+    def _install(self) -> None:
+        # Only the main thread may set handlers; elsewhere (a notebook's worker) signals stay.
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._old[number] = signal.signal(number, self._handle)
+
+    def _restore(self) -> None:
         for number, old in self._old.items():
             signal.signal(number, old)  # type: ignore[arg-type]
+        self._old.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            if time.monotonic() - self._since < self.grace:
+                return
+            signal.signal(number, signal.SIG_DFL)
+            raise Stopped(number, "a second time, without saving")
+        self.note(number)
+        if self.at_once:
+            raise Stopped(number, BEFORE)
+
+
+def write_now(stream: TextIO, text: str) -> None:
+    """Write past a stream's buffer, which the code that a signal interrupted may be filling."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+        try:
+            file = stream.fileno()
+        except (OSError, ValueError, AttributeError):  # a stream in memory
+            stream.write(text)
+        else:
+            os.write(file, text.encode(errors="replace"))
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a command that an error ends."""
+    if isinstance(error, E2EDiffError | Stopped):
+        return error.exit_code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

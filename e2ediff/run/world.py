@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from e2ediff.errors import E2EDiffError, ResourceError
+from e2ediff.run.signals import exit_code_of
 from e2ediff.run.storage import JSON
 
 T = TypeVar("T", bound=JSON)
@@ -168,9 +169,8 @@ class World:
                 f"killed or ran out of memory ({_first_line(error)}). What was saved is intact: "
                 "continue with --resume"
             )
-        code = error.exit_code if isinstance(error, E2EDiffError) else 1
-        code = 130 if isinstance(error, KeyboardInterrupt) else code
-        mine = json.dumps({"rank": self.rank, "code": code, "text": str(error)})
+        said = {"rank": self.rank, "code": exit_code_of(error), "text": str(error)}
+        mine = json.dumps(said)
         try:
             first = self._store.compare_set("failed", "", mine).decode()
         except RuntimeError:

@@ -321,6 +321,7 @@ def test_the_launcher_hands_on_a_signal_and_the_exit_code(tiny_recipe, tmp_path)
     assert "on 2 processes (ddp) on cpu" in said
     assert "Traceback" not in said
     assert said.count("continue with --resume") == 1
+    assert said.count("stopping: ") == 1
 
 
 def test_torchrun_needs_no_launcher_of_ours_and_one_process_speaks(tiny_recipe, tmp_path) -> None:
