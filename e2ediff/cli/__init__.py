@@ -100,9 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
-        why = error.__cause__ or error  # click makes an Abort of every KeyboardInterrupt
-        click.echo(str(why) or "interrupted", err=True)
-        sys.exit(getattr(why, "exit_code", 130))
+        cause = error.__cause__ or error  # click makes an Abort of every KeyboardInterrupt
+        click.echo(str(cause) or "interrupted", err=True)
+        sys.exit(getattr(cause, "exit_code", 130))
     except Exception:
         from e2ediff.host.discovery import spoiled
 

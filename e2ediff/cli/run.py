@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from e2ediff.run.session import Outcome
     from e2ediff.run.signals import Stop
 
 
@@ -157,14 +159,8 @@ def _train(
             stop=stop, choose_threads=choose_threads,
         )  # fmt: skip
         if world.leads:
-            if outcome.exit_code:
-                click.echo(f"{outcome.path}: {outcome.reason}", err=True)
-            else:
-                click.echo(
-                    f"done. Curves: {outcome.path}/curves.png, samples: {outcome.path}/samples/\n"
-                    f"next: e2ediff sample {outcome.path}",
-                    err=True,
-                )
+            for line in _last_lines(outcome, recipe, overrides):
+                click.echo(line, err=True)
             click.echo(outcome.path)
             sys.stdout.flush()
         code = outcome.exit_code
@@ -194,3 +190,26 @@ def _train(
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _last_lines(outcome: Outcome, recipe: str, overrides: tuple[str, ...]) -> Iterator[str]:
+    """How a run ended, and what to do next."""
+    path = outcome.path
+    if outcome.exit_code:
+        yield f"{path}: {outcome.reason}"
+        return
+    yield f"done. Curves: {path}/curves.png, samples: {path}/samples/"
+    if not outcome.collapsed:
+        yield f"next: e2ediff sample {shlex.quote(path)}"
+        return
+    yield (
+        f"LATENT COLLAPSE: {outcome.collapsed}. Do not trust its samples or scores. What shows it "
+        "is in docs/how-to/collapse-alarm.md, why it comes in docs/explanation/collapse.md"
+    )
+    if outcome.advice:
+        kept = [change for change in overrides if not change.startswith("objective")]
+        words = ["e2ediff", "run", recipe]
+        words += [word for change in (*kept, outcome.advice) for word in ("--set", change)]
+        yield f"next: {shlex.join(words)}"
+    else:
+        yield "next: try another objective, latent norm or learning rate"

@@ -167,7 +167,8 @@ def _end(group: Group, one: _Active, progress: Progress) -> Ended:
             error = f"killed by signal {-code}: {error}"
     group.record(job.place, code, error)
     if code == 0:
-        progress.say(f"{job.place}: done after {seconds}")
+        found = RunDirectory.open(group.run(job.place)).status().get("collapsed")
+        progress.say(f"{job.place}: done after {seconds}" + (f", but {found}" if found else ""))
     elif code in STOPPED:
         progress.say(f"{job.place}: saved after {seconds}")
     else:

@@ -66,14 +66,16 @@ class Watch:
     """What the alarm remembers of a run.
 
     `streak` counts diagnoses in a row with signs, `on` is whether the latents count as
-    collapsed, `best` has the largest figures so far, `mute` and `still` say of the newest logged
-    step that every loss or the gradient was next to nothing, `attempt` counts returns to a
-    checkpoint, and `anchor` is the images count of the checkpoint to return to.
+    collapsed, `since` the step at which they began to, `best` has the largest figures so far,
+    `mute` and `still` say of the newest logged step that every loss or the gradient was next to
+    nothing, `attempt` counts returns to a checkpoint, and `anchor` is the images count of the
+    checkpoint to return to.
     """
 
     alarm: Alarm
     streak: int = 0
     on: bool = False
+    since: int | None = None
     best: dict[str, float] = attrs.field(factory=dict)
     mute: bool = False
     still: bool = False
@@ -86,12 +88,13 @@ class Watch:
         self.mute = bool(losses) and max(losses) < self.alarm.silence
         self.still = record.get("grad_norm", 1.0) < self.alarm.silence
 
-    def look(self, figures: Mapping[str, float], verdict: Sequence[str]) -> Finding:
+    def look(self, figures: Mapping[str, float], verdict: Sequence[str], step: int = 0) -> Finding:
         """Judge the figures of a diagnosis.
 
         Args:
             figures: Those of all diagnostics.
             verdict: What the diagnostics themselves say of them.
+            step: The step that was taken last.
         """
         signs = [*verdict, *self._falls(figures)]
         complete = self.mute or (bool(signs) and (self.still or _is_dead(figures)))
@@ -101,10 +104,10 @@ class Watch:
             signs.append(f"the gradient's norm is below {self.alarm.silence:g}")
         self.streak = self.streak + 1 if signs else 0
         if not self.on and signs and (complete or self.streak >= self.alarm.window):
-            self.on = True
+            self.on, self.since = True, step
             return Finding(signs, "collapse")
         if self.on and not signs:
-            self.on = False
+            self.on, self.since = False, None
             return Finding(signs, "recovered")
         return Finding(signs, "")
 
@@ -135,6 +138,12 @@ class Watch:
         """Whether the run may go back to its anchor once more."""
         within = self.attempt < self.alarm.attempts
         return self.alarm.policy == "rollback" and within and self.anchor is not None
+
+    @property
+    def collapsed(self) -> str:
+        """That the latents have collapsed, and since when, in words; "" if they have not."""
+        since = "" if self.since is None else f" since step {self.since}"
+        return f"the latents have been collapsed{since}" if self.on else ""
 
     def advice(self) -> str:
         """What to do about an alarm that ends the run."""

@@ -283,6 +283,7 @@ class RunDirectory:
         exit_code: int | None = None,
         reason: str = "",
         last_checkpoint: str | None = None,
+        collapsed: str = "",
     ) -> None:
         """Replace `status.json`; whoever reads it sees the old one or the new."""
         self._write_json(
@@ -294,6 +295,7 @@ class RunDirectory:
                 "exit_code": exit_code,
                 "reason": reason,
                 "last_checkpoint": last_checkpoint,
+                "collapsed": collapsed,
                 "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             },
         )

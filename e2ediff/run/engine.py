@@ -26,7 +26,7 @@ from e2ediff.run.checkpoint import checkpoint_at, drop_after, open_checkpoint, s
 from e2ediff.run.clock import Clock
 from e2ediff.run.compiling import uncompiled
 from e2ediff.run.continuation import describe
-from e2ediff.run.directory import RunDirectory
+from e2ediff.run.directory import RunDirectory, State
 from e2ediff.run.draws import draw_for
 from e2ediff.run.loader import batches
 from e2ediff.run.lookout import Lookout
@@ -99,9 +99,7 @@ class Engine:
         r, error = self.recipe, None
         self.sinks.open()
         self._notify("run_started")
-        self.directory.set_status(
-            "running", images=self.images, step=self.step, last_checkpoint=self.last_checkpoint
-        )
+        self.set_status("running")
         already_done = self.step >= r.total_steps
         try:
             self._refuse_spent()
@@ -369,7 +367,7 @@ class Engine:
     def _judge(self, figures: Mapping[str, float]) -> None:
         verdict = self.lookout.observer.verdict(figures)
         self._tell_failures()
-        found = self.watch.look(figures, verdict)
+        found = self.watch.look(figures, verdict, self.step)
         said, signs = "; ".join(found.signs), [*found.signs]
         if found.change:
             self.directory.event(found.change, step=self.step, images=self.images, signs=signs)
@@ -384,6 +382,18 @@ class Engine:
             return
         metrics = self.directory.read_metrics()
         self.directory.store.write("curves.png", curves_png(metrics, self.recipe.name))
+
+    def set_status(self, state: State, code: int | None = None, reason: str = "") -> None:
+        """Replace `status.json` by how the run stands now."""
+        self.directory.set_status(
+            state,
+            images=self.images,
+            step=self.step,
+            exit_code=code,
+            reason=reason,
+            last_checkpoint=self.last_checkpoint,
+            collapsed=self.watch.collapsed,
+        )
 
     def _tell(self, kind: str, text: str, **fields: JSON) -> None:
         """Record an event, and say it."""
@@ -427,9 +437,7 @@ class Engine:
             self.directory.event(
                 "saved", step=self.step, images=self.images, name=self.last_checkpoint
             )
-            self.directory.set_status(
-                "running", images=self.images, step=self.step, last_checkpoint=self.last_checkpoint
-            )
+            self.set_status("running")
             self._notify("checkpoint_saved", path=self.last_checkpoint)
 
     def snapshot(self) -> None:

@@ -22,6 +22,7 @@ from e2ediff.errors import (
 from e2ediff.host.guard import cause
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
+from e2ediff.objective import Objective
 from e2ediff.run.alarm import deaf
 from e2ediff.run.assembly import check_fits, check_precision, choose_device
 from e2ediff.run.attempts import ATTEMPTS
@@ -47,11 +48,17 @@ _GRACE = 5.0  # seconds in which one request to stop may reach a process twice
 
 @attrs.frozen
 class Outcome:
-    """Where a run lies and how it ended; `exit_code` is 0 when it is done."""
+    """Where a run lies and how it ended; `exit_code` is 0 when it is done.
+
+    `collapsed` says since when its latents are collapsed, "" if they are not, and `advice` what
+    may be tried then, as an assignment for `--set`, "" where nothing is known.
+    """
 
     path: str
     exit_code: int
     reason: str
+    collapsed: str = ""
+    advice: str = ""
 
 
 def train(
@@ -318,23 +325,46 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
         state, code, reason = "interrupted", 130, "interrupted; saved, continue with --resume"
     else:
         state, code, reason = "preempted", 75, "terminated; saved, continue with --resume"
-    _set_status(directory, engine, state, code, reason)
+    if collapsed := engine.watch.collapsed:
+        reason = f"{reason}; {collapsed}"
+    engine.set_status(state, code, reason)
     if count := len(engine.bad_images.listed()):
         place = directory.store.where(BAD_IMAGES)
         engine.progress.say(f"skipped {count} damaged or too large images; see {place}")
-    return Outcome(directory.path, code, reason)
+    return Outcome(directory.path, code, reason, collapsed, _advice(engine) if collapsed else "")
+
+
+def _advice(engine: Engine) -> str:
+    """Where every loss reaches the encoder, an objective that keeps one from it."""
+    if _spares_encoder(engine.recipe.objective):
+        return ""
+    for part in engine.host.registries["objectives"]:
+        try:
+            if _spares_encoder(part.cls()):
+                return f"objective={part.name}"
+        except TypeError:  # an option that must be given
+            continue
+    return ""
+
+
+def _spares_encoder(objective: Objective) -> bool:
+    return any(objective.stops(phase) for phase in objective.phases)
 
 
 def _set_status(
     directory: RunDirectory, engine: Engine | None, state: State, code: int, reason: str
 ) -> None:
     """Record how a run ended; one that had not got to training stands where it stood before."""
-    before = {} if engine else former_status(directory)
+    if engine:
+        engine.set_status(state, code, reason)
+        return
+    before = former_status(directory)
     directory.set_status(
         state,
-        images=engine.images if engine else before.get("images", 0),
-        step=engine.step if engine else before.get("step", 0),
+        images=before.get("images", 0),
+        step=before.get("step", 0),
         exit_code=code,
         reason=reason,
-        last_checkpoint=engine.last_checkpoint if engine else before.get("last_checkpoint"),
+        last_checkpoint=before.get("last_checkpoint"),
+        collapsed=before.get("collapsed", ""),
     )

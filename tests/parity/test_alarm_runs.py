@@ -161,6 +161,61 @@ def test_the_command_says_it_in_a_sentence_and_exits_with_seven(tiny_recipe, tmp
     assert done.err.rstrip().endswith("--resume --set alarm.policy=warn.")
 
 
+STRICT = "diagnostics=[{name: latent_health, rank_fraction: 1.0}]"
+SINCE = "the latents have been collapsed since step"
+
+
+def test_a_run_that_ends_collapsed_says_so_last_in_its_status_and_when_it_is_resumed(
+    tiny_recipe, tmp_path
+) -> None:
+    """With the objective to try where every loss reaches the encoder, and general words else."""
+    out = tmp_path / "run"
+    words = ("run", tiny_recipe, "--out", out, "--set", STRICT, "--set", "objective=coupled")
+    for more in ((), ("--resume",)):
+        done = e2ediff(*words, *more)
+        assert done.code == 0
+        *_, ended, collapse, following = done.err.splitlines()
+        assert ended.startswith("done. Curves: ")
+        assert collapse.startswith(f"LATENT COLLAPSE: {SINCE} 8. Do not trust its samples or ")
+        for page in ("how-to/collapse-alarm.md", "explanation/collapse.md"):
+            assert f"docs/{page}" in collapse
+            assert (Path(__file__).parents[2] / "docs" / page).exists()
+        assert following == (
+            f"next: e2ediff run {tiny_recipe} --set '{STRICT}' --set objective=detached"
+        )
+        status = RunDirectory.open(str(out)).status()
+        assert (status["state"], status["collapsed"]) == ("done", f"{SINCE} 8")
+        assert status["reason"] == f"all steps done; {SINCE} 8"
+    other = ("run", tiny_recipe, "--out", tmp_path / "other", "--set", "objective=detached")
+    done = e2ediff(*other, "--set", STRICT)
+    assert done.err.splitlines()[-1] == "next: try another objective, latent norm or learning rate"
+
+
+def test_a_run_that_recovered_or_never_collapsed_says_nothing_of_it(trapped) -> None:
+    for signs, name in (((2, 3, 4), "recovered"), ((), "healthy")):
+        run = trapped(*signs, name=name)
+        ended = run.train()
+        assert (ended.collapsed, ended.advice, ended.reason) == ("", "", "all steps done")
+        assert (run.status()["collapsed"], run.status()["reason"]) == ("", "all steps done")
+
+
+def test_since_when_latents_are_collapsed_outlives_a_stop(trapped) -> None:
+    run = trapped(*range(2, 1000))
+    stopped = run.train(stop_after=9)
+    assert (stopped.exit_code, stopped.collapsed) == (130, f"{SINCE} 6")
+    assert stopped.reason == f"interrupted; saved, continue with --resume; {SINCE} 6"
+    assert run.train(resume=True).collapsed == f"{SINCE} 6"
+    assert [e["step"] for e in run.events("collapse")] == [6]
+
+
+def test_an_ablation_says_which_of_its_runs_ended_collapsed(tiny_recipe, tmp_path) -> None:
+    words = ("ablate", tiny_recipe, "--vary", "objective=coupled", "--seeds", "0")
+    done = e2ediff(*words, "--set", STRICT, "--threads", "1", "--out", tmp_path / "group")
+    assert done.code == 0
+    (line,) = [line for line in done.err.splitlines() if ": done after " in line]
+    assert line.endswith(f", but {SINCE} 8")
+
+
 def test_rollback_returns_to_before_the_first_sign_and_draws_otherwise(trapped) -> None:
     plain, run = trapped(name="plain"), trapped(3, 4)
     plain.train("alarm.policy=rollback")
