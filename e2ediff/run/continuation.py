@@ -10,7 +10,7 @@ import torch
 
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource
-from e2ediff.errors import Problem, RecipeError
+from e2ediff.errors import CheckpointError, Problem, RecipeError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.host.structure import unstructure
@@ -153,8 +153,11 @@ def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool
     """
     if not finished_checkpoints(directory.store):
         return ""  # it begins again, if at all
-    # What a damaged one is passed over for is said when it is restored.
-    found = open_checkpoint(directory.store, verify=False, warn=lambda text: None)
+    # What is wrong with damaged ones is said when one is restored.
+    try:
+        found = open_checkpoint(directory.store, verify=False, warn=lambda text: None)
+    except CheckpointError:
+        return ""
     noted = found.state.get("data")
     if not isinstance(noted, list) or len(noted) != len(images):
         return "" if sure else f", and {found.name} does not say of which images it is"
