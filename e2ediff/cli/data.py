@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import click
 
 _SET = click.option(
@@ -87,10 +90,13 @@ def prepare_command(
         for place, what in done.left_out:
             progress.say(f"left out {place}: {what}")
     kept = f", {done.kept} of them made before" if done.kept else ""
+    block = (
+        f"data={{name: shards, path: {json.dumps(dst)}, size: {size}, classes: {image.classes}, "
+        f"channels: {image.channels}}}"
+    )
     click.echo(
         f"{done.images:,} images in {done.shards} shards{kept}; {len(done.left_out)} left out\n"
-        f"read them with: --set 'data={{name: shards, path: {dst}, size: {size}, classes: "
-        f"{image.classes}, channels: {image.channels}}}'",
+        f"read them with: --set {shlex.quote(block)}",
         err=True,
     )
     click.echo(dst)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from e2ediff.host.discovery import Entry
+    from e2ediff.host.plugins import Host
     from e2ediff.host.survey import Finding
     from e2ediff.testing.kit import Verdict
 
@@ -96,7 +99,7 @@ def info(name: str) -> None:
     from e2ediff.host.plugins import load
 
     host = load()
-    for entry in _named(name, host.entries):
+    for entry in _named(name, host):
         origin = f"{entry.distribution} {entry.version}".strip()
         click.secho(f"{entry.name}  {origin}", bold=True)
         if entry.distribution and not entry.fault:
@@ -134,6 +137,7 @@ def new(name: str, kind: str, out: str | None) -> None:
 
     It passes `check` and trains as it stands; change it from there.
     """
+    from e2ediff.host.checkout import pip_install
     from e2ediff.host.scaffold import assignment, template_kinds, write_plugin
 
     kind = kind.replace("-", "_").replace(" ", "_")
@@ -141,11 +145,11 @@ def new(name: str, kind: str, out: str | None) -> None:
         raise click.UsageError(f"--kind {kind}: expected one of {', '.join(template_kinds())}")
     folder = write_plugin(kind, name, out)
     part = name.replace("-", "_")
-    words = assignment(kind, part)
-    quoted = f"'{words}'" if "[" in words else words
+    recipe = "recipes/quickstart.yaml"
+    recipe = recipe if os.path.exists(recipe) else "RECIPE.yaml"
     click.echo(
-        f"next: pip install {folder} && e2ediff plugins check {part}\n"
-        f"then: e2ediff run recipes/quickstart.yaml --set {quoted}",
+        f"next: {pip_install(folder)} && e2ediff plugins check {part}\n"
+        f"then: e2ediff run {recipe} --set {shlex.quote(assignment(kind, part))}",
         err=True,
     )
     click.echo(folder)
@@ -168,8 +172,6 @@ def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
     gradients, what stops them, determinism, resume, bfloat16, torch.compile, two processes.
     Each failure says what to change; the exit code is then 4.
     """
-    import os
-
     from e2ediff.errors import PluginError
     from e2ediff.host.plugins import load
     from e2ediff.testing.kit import Verdict, check_plugin
@@ -182,7 +184,7 @@ def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
         verdicts += [Verdict(source.name, "package", what) for what in source.problems()]
     else:
         host, names = load(), []
-        for entry in _named(plugin, host.entries):
+        for entry in _named(plugin, host):
             host.load_plugin(entry.name)
             if entry.name in host.broken:
                 raise PluginError(f"plugin {entry.name!r}: {host.broken[entry.name]}")
@@ -209,12 +211,10 @@ def _tell(verdict: Verdict) -> None:
     click.echo(f"{state:<4}  {verdict.part}  {verdict.check}{what}")
 
 
-def _named(name: str, entries: Sequence[Entry]) -> list[Entry]:
+def _named(name: str, host: Host) -> list[Entry]:
     from e2ediff.errors import PluginError
-    from e2ediff.host.registry import did_you_mean
 
-    found = [entry for entry in entries if entry.answers(name)]
+    found = [entry for entry in host.entries if entry.answers(name)]
     if not found:
-        known = did_you_mean(name, [entry.name for entry in entries], "Installed")
-        raise PluginError(f"there is no plugin and no folder {name!r}. {known}")
+        raise PluginError(f"there is no plugin and no folder {name!r}. {host.meant(name)}")
     return found

@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 import e2ediff
 from e2ediff.errors import PluginError
 from e2ediff.host import hookspecs
+from e2ediff.host.checkout import lying
 from e2ediff.host.discovery import BUILTIN, Entry, installed, version_of, words
 from e2ediff.host.guard import cause, guarded, time_limit
 from e2ediff.host.registry import KINDS, Plugin, Registry, closest, did_you_mean
@@ -75,7 +76,7 @@ class Host:
         except BaseException as exc:  # the plugin boundary: SystemExit and stranger ones, too
             what, missing = cause(exc), entry.missing()
             if isinstance(exc, ImportError) and missing:
-                what += f"; run: pip install {shlex.quote(missing)}"
+                what += f"; run: {_install(missing)}"
             self.broken[name], self.errors[name] = what, exc
         else:
             if aside.first:
@@ -120,16 +121,25 @@ class Host:
             if not kept or any(part.answers(name) for part in registry):
                 return
 
-    def why_unknown(self, registry: Registry, name: str) -> str:
-        """What to do about a name that a registry lacks, for the end of an error message."""
+    def why_unknown(self, registry: Registry, name: str, place: str = "") -> str:
+        """What to do about a name that a registry lacks, for the end of an error message.
+
+        `place` is where in a recipe the name stands.
+        """
         brought = [n for f in self._findings.values() for n in f.parts.get(registry.plural, ())]
         lost = [f" Plugin {n!r} was not loaded ({why})." for n, why in sorted(self.broken.items())]
+        bare = name.rpartition(":")[2]
+        for found in lying([_file(place)]):
+            if found.registers(registry.plural, bare):
+                lost.append(f" {found.name} brings it and is not installed. Run: {found.install}")
+                break
         return did_you_mean(name, {*registry.names(), *brought}) + "".join(lost)
 
-    def unmet(self, requirement: str) -> str:
+    def unmet(self, requirement: str, place: str = "") -> str:
         """Why this entry of a recipe's `requires` is not met, and the way out; "" if it is.
 
         The plugins of a distribution that is there are imported.
+        `place` is where in a recipe the entry stands.
         """
         try:
             wanted = Requirement(requirement)
@@ -138,7 +148,7 @@ class Host:
             return f"{requirement[:60]!r} is no requirement such as 'numpy>=2' ({reason})."
         if wanted.marker and not wanted.marker.evaluate():
             return ""
-        install = f"Run: pip install {shlex.quote(requirement)}"
+        install = f"Run: {_install(requirement, [_file(place)])}"
         try:
             found = version_of(wanted.name)
         except metadata.PackageNotFoundError:
@@ -153,6 +163,12 @@ class Host:
                 if entry.name in self.broken:
                     return f"plugin {entry.name!r} was not loaded ({self.broken[entry.name]})."
         return ""
+
+    def meant(self, word: str) -> str:
+        """Which plugins there are instead of one that is not installed, for an error message."""
+        known = did_you_mean(word, [entry.name for entry in self.entries], "Installed")
+        beside = next((found for found in lying() if found.answers(word)), None)
+        return f"{known} Run: {beside.install}" if beside else known
 
     # Hooks
 
@@ -289,8 +305,7 @@ def _load_listed(host: Host) -> None:
     for word in words("E2EDIFF_LOAD"):
         meant = [e.name for e in host.entries if e.answers(word)]
         if not meant:
-            known = did_you_mean(word, [e.name for e in host.entries], "Installed")
-            raise PluginError(f"E2EDIFF_LOAD: there is no plugin {word!r}. {known}")
+            raise PluginError(f"E2EDIFF_LOAD: there is no plugin {word!r}. {host.meant(word)}")
         for name in meant:
             host.load_plugin(name)
             if name in host.broken:
@@ -316,6 +331,21 @@ def _hooks(manager: pluggy.PluginManager, module: object) -> tuple[str, ...]:
     if not found:
         raise PluginError("has no hook: no function is marked with @e2ediff.hookimpl")
     return tuple(found)
+
+
+def _install(requirement: str, near: Sequence[str] = ()) -> str:
+    """The command that installs a distribution: from its folder, if that is known."""
+    with contextlib.suppress(InvalidRequirement):
+        wanted = Requirement(requirement)
+        for found in lying(near):
+            if found.satisfies(wanted):
+                return found.install
+    return f"pip install {shlex.quote(requirement)}"
+
+
+def _file(place: str) -> str:
+    """The file of a place such as `recipes/quickstart.yaml:7:12`."""
+    return place.rsplit(":", 2)[0]
 
 
 def _add(registry: Registry, plugin: Plugin, name: str, cls: type) -> None:

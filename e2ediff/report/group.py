@@ -55,10 +55,8 @@ class Group:
         local = store.local_path() or store.url
         taken = os.path.lexists(local) and not os.path.isdir(local)
         if taken or not _is_vacant(store) or _holds_other(store, plan.text):
-            raise RunDirectoryError(
-                f"{out}: exists and is not empty. Choose another --out, or continue the "
-                "ablation in it with --resume."
-            )
+            more = ", or continue the ablation in it with --resume" if store.exists(SPEC) else ""
+            raise RunDirectoryError(f"{out}: exists and is not empty. Choose another --out{more}.")
         spec = {
             "version": 1,
             "name": plan.name,

@@ -149,11 +149,13 @@ def open_checkpoint(
     name: str | None = None,
     verify: bool = True,
     warn: Callable[[str], None] = _warn,
+    use: str = "use --checkpoint {}",
 ) -> Checkpoint:
     """Open one checkpoint by name, or the newest that verifies.
 
     `verify` hashes every file now; without it the file set and the sizes are checked now,
     and each file's hash when `tensors` reads it.
+    `use` is what to do, in the error, with another one that verifies, its name in braces.
 
     Raises:
         CheckpointError: the named one is missing, damaged or of a newer format, or there is
@@ -163,7 +165,7 @@ def open_checkpoint(
         try:
             return open_one(store, name, verify)
         except CheckpointError as error:
-            raise CheckpointError(f"{error} {_way_out(store, name)}") from error
+            raise CheckpointError(f"{error} {_way_out(store, name, use)}") from error
     problems = []
     for candidate in reversed(list_checkpoints(store)):
         try:
@@ -208,12 +210,12 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
         ) from error
 
 
-def _way_out(store: Store, name: str) -> str:
+def _way_out(store: Store, name: str, use: str) -> str:
     names = [n for n in list_checkpoints(store) if n != name]
     older = [n for n in reversed(names) if n < name]
     for candidate in [*older, *(n for n in reversed(names) if n > name)]:
         if is_sound(store, candidate, verify=True):
-            return f"{candidate} verifies: use --checkpoint {candidate}."
+            return f"{candidate} verifies: {use.format(candidate)}."
     return "No other checkpoint of this run verifies."
 
 

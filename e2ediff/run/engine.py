@@ -482,7 +482,9 @@ class Engine:
         """
         step, images, attempt = self.step, self.images, self.watch.attempt + 1
         store, anchor = self.directory.store, self.watch.anchor or 0
-        found = open_checkpoint(store, checkpoint_at(store, anchor))
+        # The run has no option for another one, and goes on from the newest.
+        use = "continue with --resume"
+        found = open_checkpoint(store, checkpoint_at(store, anchor), use=use)
         kept = self.directory.set_aside(found.images, found.step)
         self.restore(found)
         self.watch.attempt = attempt

@@ -69,16 +69,18 @@ def load_model(
     target = choose_device(device)
 
     def open_one(
-        place: str, checkpoint: str | None, weights: str | None, given: Sequence[str] = ()
+        place: str, checkpoint: str | None, weights: str | None, given: Sequence[str], use: str
     ) -> Opened:
-        return _open(host, place, checkpoint, weights, given, target, precision, warn)
+        return _open(host, place, checkpoint, weights, given, target, precision, warn, use)
 
-    recipe, net, origin, latent, image = open_one(run, checkpoint, weights, overrides)
+    use = "use --checkpoint {}"
+    recipe, net, origin, latent, image = open_one(run, checkpoint, weights, overrides, use)
     guidance, others = recipe.guidance, dict[Reference, Other]()
     if guidance is not None:
         for reference in guidance.references:
             place = reference.run or run
-            found = open_one(place, reference.checkpoint or None, reference.weights or None)
+            named = (reference.checkpoint or None, reference.weights or None)
+            found = open_one(place, *named, (), "give the guidance checkpoint: {}")
             others[reference] = _other(recipe, net, place, run, found)
         given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
         guidance = guidance.given(given)
@@ -119,10 +121,11 @@ def _open(
     device: torch.device,
     precision: Precision,
     warn: Callable[[str], None],
+    use: str,
 ) -> Opened:
     directory = RunDirectory.open(run)
     recipe = recipe_of(host, directory, overrides)
-    opened = open_checkpoint(directory.store, checkpoint, warn=warn)
+    opened = open_checkpoint(directory.store, checkpoint, warn=warn, use=use)
     name = weights or (recipe.ema[0].name if recipe.ema else "target")
     width, known = width_of(name), stored_weights(opened)
     if width is None and name not in known:

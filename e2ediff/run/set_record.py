@@ -114,9 +114,8 @@ def prepare(store: Store, spec: Mapping[str, JSON], *, overwrite: bool) -> None:
         if not overwrite:
             what = "\n  ".join(["holds another set of images:", *wrong[:8]])
             what = what if wrong else "is not empty, and holds no set of images that began here."
-            raise RunDirectoryError(
-                f"{store.where()}: {what}\nChoose another --out, or give --overwrite."
-            )
+            more = "" if found is None else ", or give --overwrite"
+            raise RunDirectoryError(f"{store.where()}: {what}\nChoose another --out{more}.")
         if found is None:
             raise RunDirectoryError(
                 f"{store.where()}: holds no {SET}, so --overwrite leaves it alone; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import tarfile
 import warnings
 import zipfile
@@ -29,6 +30,7 @@ from pictures import (
 from tiny_recipe import tiny
 
 from e2ediff.host.plugins import load
+from e2ediff.host.recipe import load_recipe
 from e2ediff.prepare.address import source_config
 from e2ediff.run.directory import RunDirectory
 
@@ -472,6 +474,15 @@ def test_a_place_that_cannot_be_written_is_called_what_the_command_calls_it(work
     (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: out/shard-00001.tar: cannot write: Is a directory (")
     assert done.err.splitlines()[-1] == line
+
+
+@pytest.mark.parametrize("name", ["12", "it's, my: #1"])
+def test_prepare_prints_what_a_shell_and_a_recipe_take_for_any_folder(name) -> None:
+    words = ("prepare", "tree", name, "--size", "16", "--workers", "0", "--each", "6")
+    done = e2ediff("data", *words)
+    option, told = shlex.split(done.err.splitlines()[-1].removeprefix("read them with: "))
+    assert e2ediff("check", "tiny.yaml", option, told).code == 0
+    assert load_recipe(load(), "tiny.yaml", [told]).data.path == name
 
 
 def test_prepare_prints_how_to_read_what_it_wrote() -> None:

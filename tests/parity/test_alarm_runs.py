@@ -312,6 +312,21 @@ def test_a_return_to_a_checkpoint_that_is_gone_is_an_error_that_names_it(trapped
         run.train("alarm.policy=rollback", "checkpoint.keep=9")
 
 
+def test_a_damaged_checkpoint_to_return_to_is_said_with_what_a_run_can_do(trapped) -> None:
+    """It has no option for another one."""
+    run = trapped(3, 4)
+
+    def verdict(self, values):
+        if not values.get("trap"):
+            return []
+        (run.out / "checkpoints/images-000000000032/online.safetensors").write_bytes(b"")
+        return ["it snapped shut"]
+
+    run.trap.verdict = verdict
+    with pytest.raises(CheckpointError, match=r" verifies: continue with --resume\.$"):
+        run.train("alarm.policy=rollback", "checkpoint.keep=9")
+
+
 def test_looking_at_every_step_moves_no_weight(tiny_recipe, tmp_path) -> None:
     """All diagnostics, with gradients of every term, against none."""
     host, prints = load(), []

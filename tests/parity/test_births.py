@@ -170,6 +170,7 @@ def test_a_directory_with_files_of_the_user_s_is_refused_and_left_alone(file, tm
     for words in ([], ["--resume"], ["--restart"]):
         done = e2ediff("run", tmp_path / "tiny.yaml", "--out", tmp_path / "run", *words)
         assert done.code == 6
+        assert "continue the run in it" not in done.err
     assert [str(p) for p in (tmp_path / "run").rglob("*") if p.is_file()] == [str(mine)]
     assert mine.read_text() == "mine"
 
@@ -210,7 +211,11 @@ def test_an_ablation_killed_at_its_beginning_is_taken_up(tmp_path, monkeypatch) 
         shutil.rmtree("g")
     Path("g").mkdir()
     Path("g/recipe.yaml").write_text("mine")
-    assert e2ediff(*words).code == 6
+    done = e2ediff(*words)
+    assert (done.code, done.err) == (
+        6,
+        "error: g: exists and is not empty. Choose another --out.\n",
+    )
 
 
 def test_sets_of_images_and_shards_killed_at_their_beginning_are_taken_up(tmp_path) -> None:
@@ -227,7 +232,7 @@ def test_sets_of_images_and_shards_killed_at_their_beginning_are_taken_up(tmp_pa
         shutil.rmtree(tmp_path / folder)
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.txt").write_text("mine")
-    with pytest.raises(RunDirectoryError, match="is not empty"):
+    with pytest.raises(RunDirectoryError, match=r"is not empty(.|\n)*Choose another --out\.$"):
         prepare(Store(str(tmp_path / "set")), {"images": 1}, overwrite=False)
     with pytest.raises(DataError, match="is not empty"):
         _claim(Store(str(tmp_path / "shards")), settings)

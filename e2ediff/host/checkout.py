@@ -1,0 +1,144 @@
+"""Plugins that lie in a folder and are not installed: which there are, and how pip installs them.
+
+Their sources are read and not imported: whoever runs a command in a strange folder must not run
+what lies there.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import attrs
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from e2ediff.host.discovery import GROUP
+
+
+@attrs.frozen
+class Lying:
+    """A plugin's folder: its distribution, and its modules by the names of its entry points."""
+
+    folder: Path
+    name: str
+    version: str
+    modules: dict[str, str]
+
+    def answers(self, word: str) -> bool:
+        """Whether a user who writes `word` can mean this plugin."""
+        return word in self.modules or canonicalize_name(word) == canonicalize_name(self.name)
+
+    def satisfies(self, wanted: Requirement) -> bool:
+        """Whether installing it meets a requirement."""
+        same = canonicalize_name(wanted.name) == canonicalize_name(self.name)
+        return same and wanted.specifier.contains(self.version, prereleases=True)
+
+    def registers(self, plural: str, part: str) -> bool:
+        """Whether its hook for this kind adds a part of this name, as far as its text shows."""
+        for value in self.modules.values():
+            path = self.folder / value.partition(":")[0].replace(".", "/")
+            root = self.folder / "src" / path.relative_to(self.folder)
+            for file in (base.with_suffix(".py") for base in (path, root)):
+                if _adds(file, plural, part):
+                    return True
+            if any(_adds(base / "__init__.py", plural, part) for base in (path, root)):
+                return True
+        return False
+
+    @property
+    def install(self) -> str:
+        """The command that installs it, for the folder in which the user stands."""
+        inside = Path.cwd() in self.folder.parents
+        return pip_install(os.path.relpath(self.folder) if inside else str(self.folder))
+
+
+def pip_install(folder: str | os.PathLike[str]) -> str:
+    """The command that installs what lies in a folder, which pip would else look up by its name.
+
+    Quoted for a shell.
+    """
+    path = os.fspath(folder)
+    if re.search(r"[;\[\]]", path):  # in a path, to pip, they are marks of its own
+        path = Path(path).absolute().as_uri()
+    elif path not in (".", "..") and (os.sep not in path or path.startswith(("-", "~"))):
+        path = f".{os.sep}{path}"
+    return f"pip install {shlex.quote(path)}"
+
+
+def lying(near: Iterable[str] = ()) -> Iterator[Lying]:
+    """Plugins in a folder `plugins` that are not installed.
+
+    It is looked for in the current folder, in those of the files `near`, in the checkout from
+    which e2ediff was installed, and in all folders above these.
+    """
+    starts = [Path.cwd(), *(Path(file).absolute().parent for file in near if os.path.exists(file))]
+    seen = set[Path]()
+    for start in [*starts, *_own_checkout()]:
+        for folder in (start, *start.parents):
+            if folder in seen:
+                break
+            seen.add(folder)
+            for project in sorted(folder.glob("plugins/*/pyproject.toml")):
+                if (found := _read(project)) and not _is_installed(found.name):
+                    yield found
+
+
+def _own_checkout() -> Iterator[Path]:
+    """Where this e2ediff lies, and where pip took it from."""
+    yield Path(__file__).absolute().parent
+    try:
+        noted = json.loads(metadata.distribution("e2ediff").read_text("direct_url.json") or "{}")
+        url = urlsplit(str(noted.get("url", "")))
+    except (metadata.PackageNotFoundError, OSError, ValueError, AttributeError):
+        return
+    if url.scheme == "file":
+        yield Path(unquote(url.path))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    except ValueError:  # an empty name
+        return True
+    return True
+
+
+def _read(project: Path) -> Lying | None:
+    """What a pyproject.toml says, if it is a plugin's."""
+    try:
+        said = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        entries = {str(k): str(v) for k, v in said["entry-points"][GROUP].items()}
+        return Lying(project.parent, str(said["name"]), str(said.get("version", "0")), entries)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _adds(file: Path, plural: str, part: str) -> bool:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
+    hooks = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name == f"register_{plural}"
+    ]
+    return any(
+        isinstance(node, ast.Call)
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and node.args[0].value == part
+        for hook in hooks
+        for node in ast.walk(hook)
+    )

@@ -1,0 +1,222 @@
+"""Advice that works as printed: how a plugin is installed that lies in a folder."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from command_line import e2ediff
+from packaging.requirements import Requirement
+from tiny_recipe import tiny
+
+import e2ediff as package
+from e2ediff.cli import group
+from e2ediff.host.checkout import lying, pip_install
+from e2ediff.host.scaffold import write_plugin
+
+ROOT = Path(__file__).parents[2]
+FOREIGN = {
+    "--help",
+    "--no-optional-locks",
+    "--porcelain",
+    "--shm-size",
+}  # click's, git's, docker's
+OURS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of somebody else's: a recipe, and a plugin that is not installed."""
+    write_plugin("objective", "my_way", str(tmp_path / "plugins" / "e2ediff-my-way"))
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "tiny.yaml").write_text(tiny())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# What `plugins new` prints
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("", "pip install ./e2ediff-my-way"),
+        ("it's new", "pip install './it'\"'\"'s new'"),
+        ("-x", "pip install ./-x"),
+        ("below/that", "pip install below/that"),
+        ("a[b]", "pip install file://{}/here/a%5Bb%5D"),
+        ("{}/absolute", "pip install {}/absolute"),
+    ],
+    ids=["default", "quotes", "dash", "below", "brackets", "absolute"],
+)
+def test_what_new_prints_installs_what_it_wrote(out, words, tmp_path, monkeypatch) -> None:
+    """As a shell takes it, from the folder in which the user stands; pip fetches nothing."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    given = [f"--out={out.format(tmp_path)}"] if out else []
+    done = e2ediff("plugins", "new", "my-way", "--kind", "objective", *given)
+    assert done.code == 0
+    following, then = done.err.splitlines()
+    command, _, check = following.removeprefix("next: ").rpartition(" && ")
+    assert (command, check) == (words.format(tmp_path), "e2ediff plugins check my_way")
+    assert then == "then: e2ediff run RECIPE.yaml --set objective=my_way"
+    pip = tmp_path / "bin" / "pip"
+    pip.parent.mkdir()
+    options = "--no-deps --no-index --no-build-isolation --disable-pip-version-check --quiet"
+    target = tmp_path / "target"
+    pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@" {options} --target {target}\n')
+    pip.chmod(0o755)
+    path = f"{pip.parent}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(
+        ["sh", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (target / "e2ediff_my_way.py").exists()
+
+
+def test_new_names_a_recipe_that_is_there(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "quickstart.yaml").write_text(tiny())
+    done = e2ediff("plugins", "new", "mine", "--kind", "regularizer")
+    assert done.err.splitlines()[-1] == (
+        "then: e2ediff run recipes/quickstart.yaml --set 'regularizers=[mine]'"
+    )
+
+
+def test_a_path_that_pip_would_misread_is_given_as_it_takes_it() -> None:
+    assert pip_install("/a;b") == "pip install file:///a%3Bb"
+    assert pip_install(".") == "pip install ."
+    assert pip_install("~/x") == "pip install './~/x'"
+
+
+# Plugins that are not installed
+
+
+def test_a_required_plugin_that_lies_beside_is_named_with_its_folder(place) -> None:
+    """From the folder of the checkout, from one below, and from elsewhere by the recipe's."""
+    text = tiny(requires='["e2ediff-my-way>=0.1"]', objective="my_way")
+    (place / "recipes" / "mine.yaml").write_text(text)
+    line = "requires.0: e2ediff-my-way is not installed. Run: pip install "
+    (place / "elsewhere").mkdir()
+    for here, recipe, shown in (
+        (place, "recipes/mine.yaml", "plugins/e2ediff-my-way"),
+        (place / "recipes", "mine.yaml", f"{place}/plugins/e2ediff-my-way"),
+        (Path("/"), place / "recipes" / "mine.yaml", None),
+    ):
+        os.chdir(here)
+        done = e2ediff("check", recipe)
+        shown = shown or str(place / "plugins/e2ediff-my-way").lstrip("/")
+        assert done.code == 3
+        (found,) = done.err.splitlines()[1:]
+        assert found.endswith(f"{line}{shown}")
+        folder = Path(shlex.split(found)[-1])
+        assert (folder / "pyproject.toml").exists(), "as pip takes it from here"
+
+
+def test_another_version_than_the_one_that_lies_beside_is_not_promised(place) -> None:
+    (place / "mine.yaml").write_text(tiny(requires='["e2ediff-my-way>=2"]'))
+    done = e2ediff("check", "mine.yaml")
+    assert done.err.endswith("is not installed. Run: pip install 'e2ediff-my-way>=2'\n")
+
+
+def test_a_part_of_a_plugin_that_lies_beside_is_named_with_its_folder(place) -> None:
+    """For its own kind alone."""
+    done = e2ediff("check", "tiny.yaml", "--set", "objective=my_way")
+    assert done.code == 3
+    assert done.err.endswith(
+        " e2ediff-my-way brings it and is not installed. Run: pip install plugins/e2ediff-my-way\n"
+    )
+    done = e2ediff("check", "tiny.yaml", "--set", "sampler=my_way")
+    assert "brings it" not in done.err
+
+
+@pytest.mark.parametrize("words", [("info", "my_way"), ("check", "e2ediff-my-way")])
+def test_a_command_about_a_plugin_that_lies_beside_names_its_folder(place, words) -> None:
+    done = e2ediff("plugins", *words)
+    assert done.code == 4
+    assert done.err.endswith("Run: pip install plugins/e2ediff-my-way\n")
+
+
+def test_what_lies_beside_is_read_and_not_run(place) -> None:
+    """Nor does a damaged project keep the others from being found."""
+    module = place / "plugins/e2ediff-my-way/e2ediff_my_way.py"
+    module.write_text(f"{module.read_text()}\nopen('ran', 'w')\n")
+    for i, text in enumerate(["", "[", "[project]\nname = 1\n", "\0"]):
+        (place / f"plugins/bad{i}").mkdir()
+        (place / f"plugins/bad{i}/pyproject.toml").write_text(text)
+    (found,) = [one for one in lying() if one.folder.is_relative_to(place)]
+    assert found.registers("objectives", "my_way")
+    assert not found.registers("objectives", "other")
+    assert found.satisfies(Requirement("e2ediff_my.way==0.1.0"))
+    assert not (place / "ran").exists()
+
+
+@pytest.mark.parametrize("folder", OURS, ids=lambda path: path.name)
+def test_every_part_of_our_plugins_is_found_by_its_name(folder, monkeypatch, host) -> None:
+    """As it would be where they are not installed."""
+    from importlib import metadata
+
+    found_before = metadata.distribution
+
+    def distribution(name: str) -> metadata.Distribution:
+        if name.startswith("e2ediff-"):
+            raise metadata.PackageNotFoundError(name)
+        return found_before(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.chdir(ROOT)
+    (found,) = [one for one in lying() if one.folder == folder]
+    assert found.install == f"pip install plugins/{folder.name}"
+    host.load_all()
+    parts = [
+        (registry.plural, part.name)
+        for registry in host.registries.values()
+        for part in registry
+        if part.plugin.distribution == folder.name
+    ]
+    if not parts:
+        pytest.skip(f"needs `pip install plugins/{folder.name}`")
+    assert [one for one in parts if not found.registers(*one)] == []
+
+
+# All messages
+
+
+def test_every_command_and_option_that_a_message_advises_exists() -> None:
+    """Words after `e2ediff` are commands, and options are those of some command."""
+    options, commands = set[str](), set[str]()
+
+    def walk(command: click.Command, words: str) -> None:
+        commands.add(words)
+        for option in command.params:
+            options.update([*option.opts, *option.secondary_opts])
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                found = command.get_command(context, name)
+                assert found is not None
+                walk(found, f"{words} {name}")
+
+    walk(group, "e2ediff")
+    wrong = []
+    for path in Path(package.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                continue
+            for words in re.findall(
+                r"`e2ediff ([a-z]+(?: (?:prepare|check|stats|new|list))?)", node.value
+            ):
+                if f"e2ediff {words}" not in commands:
+                    wrong.append((path.name, words))
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", node.value):
+                if option not in options | FOREIGN:
+                    wrong.append((path.name, option))
+    assert wrong == []
