@@ -25,7 +25,7 @@ from e2ediff.host.discovery import GROUP
 
 
 @attrs.frozen
-class Lying:
+class UninstalledPlugin:
     """A plugin's folder: its distribution, and its modules by the names of its entry points."""
 
     folder: Path
@@ -74,7 +74,7 @@ def pip_install(folder: str | os.PathLike[str]) -> str:
     return f"pip install {shlex.quote(path)}"
 
 
-def lying(near: Iterable[str] = ()) -> Iterator[Lying]:
+def uninstalled_plugins(near: Iterable[str] = ()) -> Iterator[UninstalledPlugin]:
     """Plugins in a folder `plugins` that are not installed.
 
     It is looked for in the current folder, in those of the files `near`, in the checkout from
@@ -114,12 +114,14 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _read(project: Path) -> Lying | None:
+def _read(project: Path) -> UninstalledPlugin | None:
     """What a pyproject.toml says, if it is a plugin's."""
     try:
         said = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
         entries = {str(k): str(v) for k, v in said["entry-points"][GROUP].items()}
-        return Lying(project.parent, str(said["name"]), str(said.get("version", "0")), entries)
+        return UninstalledPlugin(
+            project.parent, str(said["name"]), str(said.get("version", "0")), entries
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 

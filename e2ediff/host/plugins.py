@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 import e2ediff
 from e2ediff.errors import PluginError
 from e2ediff.host import hookspecs
-from e2ediff.host.checkout import lying
+from e2ediff.host.checkout import uninstalled_plugins
 from e2ediff.host.discovery import BUILTIN, Entry, installed, version_of, words
 from e2ediff.host.guard import cause, guarded, time_limit
 from e2ediff.host.registry import KINDS, Plugin, Registry, closest, did_you_mean
@@ -129,7 +129,7 @@ class Host:
         brought = [n for f in self._findings.values() for n in f.parts.get(registry.plural, ())]
         lost = [f" Plugin {n!r} was not loaded ({why})." for n, why in sorted(self.broken.items())]
         bare = name.rpartition(":")[2]
-        for found in lying([_file(place)]):
+        for found in uninstalled_plugins([_file(place)]):
             if found.registers(registry.plural, bare):
                 lost.append(f" {found.name} brings it and is not installed. Run: {found.install}")
                 break
@@ -167,7 +167,7 @@ class Host:
     def meant(self, word: str) -> str:
         """Which plugins there are instead of one that is not installed, for an error message."""
         known = did_you_mean(word, [entry.name for entry in self.entries], "Installed")
-        beside = next((found for found in lying() if found.answers(word)), None)
+        beside = next((found for found in uninstalled_plugins() if found.answers(word)), None)
         return f"{known} Run: {beside.install}" if beside else known
 
     # Hooks
@@ -337,7 +337,7 @@ def _install(requirement: str, near: Sequence[str] = ()) -> str:
     """The command that installs a distribution: from its folder, if that is known."""
     with contextlib.suppress(InvalidRequirement):
         wanted = Requirement(requirement)
-        for found in lying(near):
+        for found in uninstalled_plugins(near):
             if found.satisfies(wanted):
                 return found.install
     return f"pip install {shlex.quote(requirement)}"

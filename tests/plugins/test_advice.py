@@ -18,7 +18,7 @@ from tiny_recipe import tiny
 
 import e2ediff as package
 from e2ediff.cli import group
-from e2ediff.host.checkout import lying, pip_install
+from e2ediff.host.checkout import uninstalled_plugins, pip_install
 from e2ediff.host.scaffold import write_plugin
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +152,7 @@ def test_what_lies_beside_is_read_and_not_run(place) -> None:
     for i, text in enumerate(["", "[", "[project]\nname = 1\n", "\0"]):
         (place / f"plugins/bad{i}").mkdir()
         (place / f"plugins/bad{i}/pyproject.toml").write_text(text)
-    (found,) = [one for one in lying() if one.folder.is_relative_to(place)]
+    (found,) = [one for one in uninstalled_plugins() if one.folder.is_relative_to(place)]
     assert found.registers("objectives", "my_way")
     assert not found.registers("objectives", "other")
     assert found.satisfies(Requirement("e2ediff_my.way==0.1.0"))
@@ -173,7 +173,7 @@ def test_every_part_of_our_plugins_is_found_by_its_name(folder, monkeypatch, hos
 
     monkeypatch.setattr(metadata, "distribution", distribution)
     monkeypatch.chdir(ROOT)
-    (found,) = [one for one in lying() if one.folder == folder]
+    (found,) = [one for one in uninstalled_plugins() if one.folder == folder]
     assert found.install == f"pip install plugins/{folder.name}"
     host.load_all()
     parts = [
