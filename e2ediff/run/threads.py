@@ -24,7 +24,7 @@ GAIN = 1.05
 PERIOD = 600.0
 """Seconds after which the numbers are timed again, whatever the pace."""
 
-_TRIAL = 0.5  # seconds that a comparison takes, so that other processes have their turns in it
+_TRIAL = 0.3  # seconds that a comparison takes, so that other processes have their turns in it
 _WINDOW = 1.0  # seconds of work over which the pace is measured
 _SHARED_WINDOW = 20  # calls of `done` instead, where several processes measure together
 
