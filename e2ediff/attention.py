@@ -167,7 +167,9 @@ def choose_attention(
     if not attends:
         said = "; ".join(f"'{name}' does not run: {why}" for name, why in refused.items())
         what = f"attention on {device.type} in {_name(dtype)} with head width {head_dim}: {said}"
-        if backend in ("auto", "sdpa"):
+        if not asked:
+            raise ResourceError(f"{what}. Set device: cpu, or another width of a head")
+        if backend == "sdpa":
             raise ResourceError(f"{what}. Set backbone.attention: auto")
         raise KernelError(what)
     if asked:

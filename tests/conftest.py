@@ -6,6 +6,8 @@ import os
 
 # Processes that tests start have one thread as well; it is read when torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Else commands would set it on a machine that is busy at that moment, for all tests after them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 _STOPPING = (
@@ -89,7 +87,7 @@ def command(
     from e2ediff.report.train import STOPPED, exit_code, train_all
     from e2ediff.report.write import write_report
     from e2ediff.run.environment import describe_environment
-    from e2ediff.run.openmp import threads_of
+    from e2ediff.run.openmp import all_threads, threads_of
     from e2ediff.run.progress import Progress
 
     number, host = threads_of(threads), load()
@@ -109,7 +107,7 @@ def command(
             argv=plan.command(),
         )
         group = Group.create(out, plan, environment)
-    share = max(1, (os.cpu_count() or 1) // jobs)
+    share = max(1, all_threads() // jobs)
     with group, Progress() as progress:
         stop.write = progress.interject
         stop.defer()

@@ -60,6 +60,7 @@ def command(
 
     from e2ediff.parts.own_images import list_images, read_images
     from e2ediff.run.bad_images import open_source
+    from e2ediff.run.generate import reconstruct_once
     from e2ediff.run.load import load_model
     from e2ediff.run.loader import fixed_images
     from e2ediff.run.pictures import grid_png, png
@@ -83,8 +84,8 @@ def command(
             source, cpu = open_source(model.recipe.data, held_out=True), torch.device("cpu")
             parts = [fixed_images(source, count, model.recipe.seed, "reconstruct", cpu).x]
         image = model.recipe.data.image
-        blank = torch.zeros(size, image.channels, image.height, image.width)
-        attempt, fixed = partial(model.reconstruct, blank), given is not None
+        blank = torch.zeros(-(-size // 2), image.channels, image.height, image.width)
+        attempt, fixed = partial(reconstruct_once, model, blank), given is not None
         with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
             for x in parts:
                 x_hat = model.reconstruct(x)

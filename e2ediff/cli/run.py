@@ -71,7 +71,7 @@ def command(
     Ctrl-C saves and ends; --resume continues, --restart begins again.
     Under `torchrun -m e2ediff run RECIPE` each process joins the others by itself.
     """
-    from e2ediff.run.openmp import prepare_threads
+    from e2ediff.run.openmp import all_threads, prepare_threads
     from e2ediff.run.signals import Stop
 
     if resume and restart:
@@ -90,7 +90,7 @@ def command(
         if count * nnodes > 1:
             from e2ediff.run.launch import launch
 
-            share = number or max(1, (os.cpu_count() or 1) // count)
+            share = number or max(1, all_threads() // count)
             os.environ["OMP_NUM_THREADS"] = str(share)  # of which each takes all or one
             words = ["run", recipe, "--threads", threads]
             words += [word for change in overrides for word in ("--set", change)]

@@ -118,7 +118,7 @@ class FolderImages(ImageSet):
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
         """Decoded images, uint8."""
-        size = _at_once(size, self.shape)
+        size = images_at_once(size, self.shape)
         for first in range(start, stop, size):
             chosen = self.files[first : min(first + size, stop)]
             yield torch.stack([self._read(file) for file in chosen])
@@ -131,7 +131,7 @@ class FolderImages(ImageSet):
         return content.hexdigest()
 
 
-def _at_once(size: int, shape: tuple[int, int, int]) -> int:
+def images_at_once(size: int, shape: tuple[int, int, int]) -> int:
     """Images (C, H, W) of a batch, at most `size`, and fewer of very large ones."""
     return max(1, min(size, _BATCH_PIXELS // (shape[1] * shape[2])))
 
@@ -166,7 +166,7 @@ class NpzImages(ImageSet):
             left = start * c * h * w
             while left:
                 left -= len(_exactly(file, min(left, _CHUNK)))
-            size = _at_once(size, self.shape)
+            size = images_at_once(size, self.shape)
             for first in range(start, stop, size):
                 n = min(size, stop - first)
                 data = bytearray(_exactly(file, n * c * h * w))

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from e2ediff.evaluate.conventions import Resize
-from e2ediff.evaluate.images import ImageSet, Samples
+from e2ediff.evaluate.images import ImageSet, Samples, images_at_once
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import FeatureSet
 from e2ediff.run.generate import denoise_once
@@ -53,7 +53,8 @@ class Pass:
         """A small piece of a pass over these images, for the time that it takes."""
         if isinstance(images, Samples):
             return partial(denoise_once, images.model)
-        pixels = torch.zeros(min(self.batch, _ATTEMPT), *images.shape, dtype=torch.uint8)
+        rows = images_at_once(min(self.batch, _ATTEMPT), images.shape)
+        pixels = torch.zeros(rows, *images.shape, dtype=torch.uint8)
 
         def attempt() -> None:
             Collector(self.network.to(self.device), self.moments, self.rows).add(
@@ -134,10 +135,13 @@ def _share(
     work, images, views, span = part
     if work.device.startswith("cuda"):
         torch.cuda.set_device(work.device)  # a model that is loaded here goes there, too
-    unsaid, device = (lambda line: None), torch.device(work.device)
-    attempt, fixed = work.attempt(images), not work.choose_threads
-    with threads_for(attempt, unsaid, device, fixed=fixed) as finished:
+    device, fixed = torch.device(work.device), not work.choose_threads
+    with threads_for(work.attempt(images), _discard, device, fixed=fixed) as finished:
         return work.collect(images, views, span, finished)
+
+
+def _discard(line: str) -> None:
+    """Leave out what every process would report."""
 
 
 def _device(device: str, i: int) -> str:

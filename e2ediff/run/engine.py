@@ -82,7 +82,7 @@ class Engine:
         self.health: dict[str, float] = {}
         self.watch = Watch(recipe.alarm)
         self.clock = Clock()
-        self.choose_threads = choose_threads and device.type == "cpu"
+        self.choose_threads = choose_threads
         self.threads: Threads | None = None
         self._latest: Batch | None = None
 
@@ -132,7 +132,8 @@ class Engine:
                     self.threads = self._open_threads()
                 began = time.perf_counter()
                 self.advance(batch)
-                self._count_pace(time.perf_counter() - began)
+                if self.step < total:
+                    self._count_pace(time.perf_counter() - began)
                 if self.lookout.due(self.step):
                     self.look()
                 if self.lookout.preview_due(self.step):
@@ -210,14 +211,19 @@ class Engine:
 
     def _open_threads(self) -> Threads:
         """Take the number of CPU threads: the one set, the former one, or the faster one."""
-        count, pace = (0, 0.0) if self.step == 0 else former_threads(self.directory, self.images)
+        if self.device.type != "cpu":
+            return Threads(self._attempt, self._report_threads, fixed=True)
+        former = [0, 0.0]
+        if self.step > 0:
+            former = self.world.lead(lambda: [*former_threads(self.directory, self.images)])
+        count, pace = int(former[0]), former[1]
         if not self.choose_threads and count not in (0, now := torch.get_num_threads()):
             self.directory.event("threads", step=self.step, images=self.images, count=now)
         threads = Threads(
             self._attempt,
-            self._tell_threads,
+            self._report_threads,
             world=self.world,
-            count=self.world.share(count),
+            count=count,
             pace=pace / self.recipe.batch,
             fixed=not self.choose_threads,
         )
@@ -233,10 +239,10 @@ class Engine:
     def _attempt(self) -> None:
         """A piece of a step, for its time alone."""
         assert self._latest is not None
-        phase = self._active()[0]
+        phase = self._active()[0]  # there is a next step
         self.update.attempt(self._latest, phase, partial(self._draw, phase))
 
-    def _tell_threads(self, line: str, count: int, of: int) -> None:
+    def _report_threads(self, line: str, count: int, of: int) -> None:
         self._tell("threads", line, count=count, of=of)
 
     def skip(self, found: Sequence[Skipped]) -> None:

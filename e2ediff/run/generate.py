@@ -311,12 +311,19 @@ class Model:
 
 @torch.no_grad()
 def denoise_once(model: Model) -> None:
-    """Call a model's denoiser on one tile, for the time that it takes."""
-    image, spec = model.recipe.data.image, model.net.latent
-    z_t = torch.zeros(model.rows, spec.tokens, spec.dim, device=model.device)
-    label = torch.full((model.rows,), image.null_label, device=model.device)
+    """Call a model's denoiser on half a tile, for the time that it takes."""
+    image, spec, rows = model.recipe.data.image, model.net.latent, -(-model.rows // 2)
+    z_t = torch.zeros(rows, spec.tokens, spec.dim, device=model.device)
+    label = torch.full((rows,), image.null_label, device=model.device)
     with model._autocast():
         model.denoiser()(z_t, 0.5, label)
+
+
+@torch.no_grad()
+def reconstruct_once(model: Model, x: Tensor) -> None:
+    """Pass images (M, C, H, W) through encoder and decoder, for the time that it takes."""
+    with model._autocast():
+        model.net.decode(model.net.encode(x.to(model.device)))
 
 
 def choose_kernels(

@@ -46,6 +46,14 @@ def prepare_threads(asked: str) -> int | None:
     return number
 
 
+def all_threads() -> int:
+    """How many threads OpenMP would use here: `OMP_NUM_THREADS`, or the cores of this process."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    return _cores() or os.cpu_count() or 1
+
+
 def let_waiting_threads_sleep() -> None:
     """On busy cores, have OpenMP's threads sleep while they wait.
 
@@ -57,10 +65,14 @@ def let_waiting_threads_sleep() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def _cores() -> int:
+    """The cores that this process may use; 0 where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+
+
 def _busy() -> bool:
     """Whether other processes compute on cores that all of this one's threads would need."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    free = (os.cpu_count() or 1) - cores
+    free = (os.cpu_count() or 1) - _cores()
     running = []
     try:
         for _ in range(_LOOKS):

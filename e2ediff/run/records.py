@@ -23,7 +23,7 @@ def newest_saved(directory: RunDirectory) -> str:
     "" if nothing says that there was one.
     """
     name = ""
-    for event in _lines(directory, EVENTS):
+    for event in whole_lines(directory, EVENTS):
         if event.get("kind") == "saved":
             name = str(event.get("name", ""))
         elif event.get("kind") in ("rewound", "lost"):
@@ -57,9 +57,9 @@ def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[st
         CheckpointError: Its events, its status, its figures, pictures or snapshots say that it
             had one.
     """
-    events = list(_lines(directory, EVENTS))
+    events = list(whole_lines(directory, EVENTS))
     due = max(_cadences([changes, *(e.get("changes") for e in events)], recipe))
-    steps = [former_status(directory), *_lines(directory, METRICS)]
+    steps = [former_status(directory), *whole_lines(directory, METRICS)]
     step = max((s for line in steps if isinstance(s := line.get("step"), int)), default=0)
     later = later_files(directory.store, due * recipe.batch, due)
     if name := newest_saved(directory):
@@ -88,7 +88,8 @@ def _cadences(changes: Iterable[object], recipe: Recipe) -> Iterator[int]:
                     yield int(text)
 
 
-def _lines(directory: RunDirectory, file: str) -> Iterator[dict[str, Any]]:
+def whole_lines(directory: RunDirectory, file: str) -> Iterator[dict[str, Any]]:
+    """The objects of a run's file of JSON lines; damaged lines are left out."""
     if not directory.store.exists(file):
         return
     for line in directory.store.read(file).split(b"\n"):

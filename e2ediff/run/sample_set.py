@@ -54,6 +54,7 @@ def make_set(
             What was stored before stays, and the same command goes on from there.
     """
     threads = threads or max(1, torch.get_num_threads() // processes)
+    taken: int | None = threads  # None where each of several processes chooses its own number
     model = wish.load(host, say)
     assert model.origin is not None
     # A run that is still training must not give its processes different checkpoints.
@@ -73,16 +74,19 @@ def make_set(
         workers = in_processes(
             wish, blocks, min(processes, len(blocks)), threads, choose=choose_threads
         )
+        taken = None if choose_threads else threads
     else:
         report = say if choose_threads else None
         workers = nullcontext(_here(wish, model, output, blocks, threads, report))
     with workers as costs:
         for one in costs:
             cost += one
+            if processes == 1:
+                taken = torch.get_num_threads()
             update(_line(n - todo + cost.images, n, cost.images, time.monotonic() - began))
     for folder in ("", *FOLDERS):
         output.store.sweep(folder, lambda name: True, before=since)
-    return finish(wish, output, spec, cost, time.monotonic() - began, threads)
+    return finish(wish, output, spec, cost, time.monotonic() - began, taken)
 
 
 def _here(

@@ -161,7 +161,12 @@ def check_space(store: Store, needed: int) -> None:
 
 
 def finish(
-    wish: Wish, output: Output, spec: Mapping[str, JSON], cost: Cost, seconds: float, threads: int
+    wish: Wish,
+    output: Output,
+    spec: Mapping[str, JSON],
+    cost: Cost,
+    seconds: float,
+    threads: int | None,
 ) -> str:
     """Assemble the set, write its grid and lists, and say where it lies.
 

@@ -11,11 +11,13 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from e2ediff.run.directory import RunDirectory
+from e2ediff.run.directory import EVENTS, METRICS, RunDirectory
+from e2ediff.run.records import whole_lines
 from e2ediff.run.world import World
 
 GAIN = 1.05
@@ -25,7 +27,9 @@ PERIOD = 600.0
 """Seconds after which the numbers are timed again, whatever the pace."""
 
 _TRIAL = 0.3  # seconds that a comparison takes, so that other processes have their turns in it
+_HOPELESS = 3.0  # times slower than the number taken: not timed further
 _WINDOW = 1.0  # seconds of work over which the pace is measured
+_SLOW_WINDOWS = 2  # in a row that make a fall of the pace: one is chance
 _SHARED_WINDOW = 20  # calls of `done` instead, where several processes measure together
 
 
@@ -62,12 +66,14 @@ class Threads:
         self.attempt = attempt
         self.report = report
         self.world = world or World()
-        self.all = torch.get_num_threads()
+        # Of processes on unlike machines all take what each of them has.
+        self.all = self.world.lowest(torch.get_num_threads())
         self.count = count if count <= self.all else 0
         self.fixed = fixed or self.all == 1
         self._pace = pace if self.count else 0.0
         self.clock = clock
-        self._next = clock() + PERIOD
+        self._soonest, self._next = clock(), clock() + PERIOD
+        self._slow = 0
         self._begin_window()
 
     def begin(self) -> None:
@@ -91,10 +97,12 @@ class Threads:
         if self._calls < _SHARED_WINDOW if shared else self._seconds < _WINDOW:
             return
         pace = self._pieces / max(self._seconds, 1e-9)
-        fell = 2 * pace < self._pace
+        self._slow = self._slow + 1 if 2 * pace < self._pace else 0
         self._pace = max(self._pace, pace)
         self._begin_window()
-        if self.world.highest(int(fell or self.clock() >= self._next)):
+        now = self.clock()
+        fell = self._slow >= _SLOW_WINDOWS and now >= self._soonest
+        if self.world.highest(int(fell or now >= self._next)):
             self._compare()
 
     def _begin_window(self) -> None:
@@ -106,21 +114,25 @@ class Threads:
         began, before = self.clock(), self.count
         current = before or 1
         numbers = sorted({1, current, self.all})
-        self._round(numbers)  # allocates, and starts threads
-        seconds, rounds = dict.fromkeys(numbers, 0.0), 0
-        while rounds == 0 or (sum(seconds.values()) < _TRIAL and rounds < 50):
-            for n, taken in self._round(numbers).items():
-                seconds[n] += taken
-            rounds += 1
+        seconds, rounds = self._round(numbers), 1  # allocates, and starts threads
+        numbers = [n for n in numbers if seconds[n] <= _HOPELESS * seconds[current]]
+        if len(numbers) > 1:
+            seconds, rounds = dict.fromkeys(numbers, 0.0), 0
+            while rounds == 0 or (sum(seconds.values()) < _TRIAL and rounds < 50):
+                for n, taken in self._round(numbers).items():
+                    seconds[n] += taken
+                rounds += 1
         best = min(numbers, key=seconds.__getitem__)
         self.count = best if seconds[best] * GAIN < seconds[current] else current
         torch.set_num_threads(self.count)
         if self.count != before:
             times = [f"{1e3 * s / rounds:.3g} ms with {n}" for n, s in seconds.items()]
             self._report(f"by time: {', '.join(times)}")
-        # At most a hundredth of the time goes into comparing.
-        self._next = self.clock() + max(PERIOD, 100 * (self.clock() - began))
-        self._pace = 0.0
+        # At most a twentieth of the time goes into comparing, and mostly a hundredth.
+        now = self.clock()
+        self._soonest = now + 20 * (now - began)
+        self._next = now + max(PERIOD, 100 * (now - began))
+        self._pace, self._slow = 0.0, 0
         self._begin_window()
 
     def _round(self, numbers: list[int]) -> dict[int, float]:
@@ -185,20 +197,21 @@ def restored_threads() -> Iterator[None]:
 def former_threads(directory: RunDirectory, images: int) -> tuple[int, float]:
     """The number of threads that a run had at a checkpoint, and its images a second there.
 
-    The number decides the last bits of what is trained: a run goes on with its own. On a machine
-    with another number of cores it is 0, which chooses anew.
+    The number decides the last bits of what is trained: a run goes on with its own. It is 0,
+    which chooses anew, on a machine with another number of cores and where no record tells it.
 
     Args:
-        directory: The run's.
+        directory: The run's; its records are read as far as they are whole.
         images: Those that the checkpoint had seen.
     """
-    hardware = directory.environment().get("hardware", {})
-    if hardware.get("cpus") != os.cpu_count():
+    hardware = directory.environment().get("hardware")
+    if not isinstance(hardware, Mapping) or hardware.get("cpus") != os.cpu_count():
         return 0, 0.0
-    count = hardware.get("threads", 0)
-    for event in directory.read_events():
-        if event.get("kind") == "threads" and event.get("images", 0) <= images:
+    count = hardware.get("threads")
+    for event in whole_lines(directory, EVENTS):
+        seen = event.get("images", 0)
+        if event.get("kind") == "threads" and isinstance(seen, int) and seen <= images:
             count = event.get("count", count)
-    rates = [line.get("wall_images_per_second") for line in directory.read_metrics()[-200:]]
-    known = [float(rate) for rate in rates if isinstance(rate, int | float)]
-    return int(count), statistics.median(known[-10:]) if known else 0.0
+    rates = (line.get("wall_images_per_second") for line in whole_lines(directory, METRICS))
+    known = deque((float(rate) for rate in rates if isinstance(rate, int | float)), maxlen=10)
+    return count if isinstance(count, int) else 0, statistics.median(known) if known else 0.0

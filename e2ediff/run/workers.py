@@ -91,10 +91,10 @@ def make_blocks(
 ) -> Iterator[Cost]:
     """The costs of the tiles of some blocks, as they are made.
 
-    Where `report` is given, threads are chosen by timing and it is told of the choice.
+    Where `report` is given, threads are chosen by timing, and it is called with each choice.
     """
-    tell, attempt = report or (lambda line: None), partial(denoise_once, model)
-    with threads_for(attempt, tell, model.device, fixed=report is None) as done:
+    attempt, fixed = partial(denoise_once, model), report is None or not blocks
+    with threads_for(attempt, report or _discard, model.device, fixed=fixed) as done:
         images = 0
         for block in blocks:
             for cost in wish.make(model, output, block):
@@ -113,11 +113,11 @@ def work(
         try:
             model = wish.load()
             output = wish.output(model)
-            for cost in make_blocks(wish, model, output, blocks, _unsaid if choose else None):
+            for cost in make_blocks(wish, model, output, blocks, _discard if choose else None):
                 report.send(cost)
         except E2EDiffError as error:
             report.send(error)
 
 
-def _unsaid(line: str) -> None:
-    """Leave out what every process would say."""
+def _discard(line: str) -> None:
+    """Leave out what every process would report."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from e2ediff.run.assembly import assemble
 from e2ediff.run.checkpoint import open_checkpoint
 from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
+from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
 from e2ediff.run.storage import Store
 from e2ediff.run.threads import PERIOD, Threads, threads_for
@@ -84,6 +86,9 @@ def test_threads_are_compared_anew_when_the_pace_falls_by_half_and_not_before() 
     threads.done(10.0, 1.9)  # slower, by less than half
     assert (work.runs, threads.count) == (before, 2)
     work.seconds = {1: 0.01, 2: 0.05}  # another process has taken a core
+    work.now += 60
+    threads.done(10.0, 2.1)
+    assert work.runs == before  # a single slow second is chance
     threads.done(10.0, 2.1)
     assert (threads.count, torch.get_num_threads()) == (1, 1)
     assert len(work.lines) == 2
@@ -91,7 +96,31 @@ def test_threads_are_compared_anew_when_the_pace_falls_by_half_and_not_before() 
     runs = work.runs
     threads.done(10.0, 4.0)
     threads.done(10.0, 7.9)
+    threads.done(10.0, 7.9)
     assert work.runs == runs
+
+
+def test_comparing_takes_at_most_a_twentieth_of_the_time_however_the_pace_goes() -> None:
+    work = Work({1: 3.0, 2: 2.0})
+    threads = work.chooser()
+    threads.begin()
+    began, spent = work.now, 0.0
+    for i in range(2000):
+        seconds = 2.0 if i % 4 < 2 else 6.0
+        work.now += seconds
+        before = work.now
+        threads.done(1.0, seconds)
+        spent += work.now - before
+    assert 0 < spent < 0.05 * (work.now - began)
+
+
+def test_a_number_that_is_hopeless_at_first_sight_is_timed_once() -> None:
+    work = Work({1: 0.01, 2: 0.5})
+    threads = work.chooser()
+    threads.begin()
+    assert threads.count == 1
+    assert work.runs == 2
+    assert work.lines == ["CPU threads: 1 of 2, by time: 10 ms with 1, 500 ms with 2"]
 
 
 def test_threads_are_compared_anew_after_a_while_whatever_the_pace() -> None:
@@ -112,8 +141,10 @@ def test_a_number_that_was_taken_stays_where_another_gains_less_than_five_percen
     threads = work.chooser()
     threads.begin()
     work.seconds = {1: 0.0196, 2: 0.02}
+    work.now += PERIOD + 60
+    runs = work.runs
     threads.done(10.0, 1.0)
-    threads.done(10.0, 5.0)
+    assert work.runs > runs
     assert threads.count == 2
     assert len(work.lines) == 1
 
@@ -151,12 +182,48 @@ def test_processes_that_train_together_take_the_same_number() -> None:
         threads.begin()
         first = threads.count
         work.seconds = {1: 0.03, 2: 0.01}
-        for i in range(40):  # the pace falls in process 1 alone
+        work.now += 60
+        for i in range(60):  # the pace falls in process 1 alone
             threads.done(1.0, 0.1 if rank == 0 or i < 20 else 0.5)
         world.leave()
         return [first, threads.count]
 
     assert together(act) == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("count", [0, 2, 4], ids=["new", "resumed", "resumed with more"])
+@pytest.mark.parametrize("there", [1, 3], ids=["one core there", "fewer there"])
+def test_processes_on_unlike_machines_take_what_each_of_them_has(there, count) -> None:
+    def act(rank: int) -> list[int]:
+        world = World.join()
+        torch.set_num_threads(4 if rank == 0 else there)
+        work = Work({1: 0.04, 2: 0.03, 3: 0.02, 4: 0.01})
+        threads = work.chooser(world=world, count=count)
+        threads.begin()
+        for _ in range(60):
+            work.now += 60
+            threads.done(1.0, 0.1)
+        world.leave()
+        return [threads.all, threads.count]
+
+    found = together(act)
+    assert found[0] == found[1]
+    assert found[0][0] == there
+
+
+def test_two_processes_of_a_run_choose_together_by_real_steps(tiny_recipe, tmp_path) -> None:
+    def act(rank: int) -> int:
+        world = World.join()
+        torch.set_num_threads(2)
+        out, quiet = str(tmp_path / "run"), Progress(io.StringIO())
+        done = train(load(), tiny_recipe, ["microshards=2"], out, world=world, progress=quiet,
+                     choose_threads=True)  # fmt: skip
+        world.leave()
+        return done.exit_code
+
+    assert together(act) == [0, 0]
+    event, *_ = chosen(tmp_path / "run")
+    assert (event["step"], event["of"]) == (0, 2)
 
 
 # In a run
@@ -228,6 +295,31 @@ def test_a_resumed_run_goes_on_with_its_own_number_of_threads(
     assert event["text"] == f"CPU threads: {former} of 2, as before"
 
 
+def test_a_run_whose_pace_falls_at_its_last_step_ends_as_any_other(
+    tiny_recipe, tmp_path, monkeypatch
+) -> None:
+    """Every step is a window, and every window asks for a comparison; after the last is none."""
+    monkeypatch.setattr("e2ediff.run.threads._WINDOW", 0.0)
+    monkeypatch.setattr("e2ediff.run.threads._TRIAL", 0.0)
+    monkeypatch.setattr("e2ediff.run.threads.PERIOD", -1e9)
+    out = str(tmp_path / "run")
+    assert train(load(), tiny_recipe, [], out, choose_threads=True).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "line", ["{torn", '{"kind": "threads", "images": "x"}', '{"kind": "threads", "count": "x"}']
+)
+def test_damaged_records_of_threads_keep_no_run_from_being_resumed(
+    line, tiny_recipe, tmp_path
+) -> None:
+    out = tmp_path / "run"
+    train(load(), tiny_recipe, ["steps=6"], str(out))
+    events = out / "events.jsonl"
+    events.write_text(f"{line}\n{events.read_text()}{line}\n")
+    done = train(load(), tiny_recipe, [], str(out), resume=True, choose_threads=True)
+    assert done.exit_code == 0
+
+
 def test_a_run_resumed_with_another_number_records_it(tiny_recipe, tmp_path) -> None:
     out = str(tmp_path / "run")
     train(load(), tiny_recipe, ["steps=6"], out)
@@ -279,8 +371,20 @@ def test_an_image_is_the_same_with_one_thread_and_with_two(tiny_recipe, tmp_path
         assert done.code == 0, done.err
         made = json.loads((out / "set.json").read_text())["made"]
         assert made["threads"] == n
+        torch.set_num_threads(ALL)
         sets.append(sorted(p.read_bytes() for p in (out / "images").rglob("*.png")))
     assert sets[0] == sets[1]
+
+
+def test_a_set_says_how_many_threads_were_chosen(tiny_recipe, tmp_path, steady) -> None:
+    run, out = tmp_path / "run", tmp_path / "set"
+    e2ediff("run", tiny_recipe, "--out", run, "--threads", 1)
+    torch.set_num_threads(ALL)
+    done = e2ediff("sample", run, "--count", 1, "--out", out)
+    made = json.loads((out / "set.json").read_text())["made"]
+    assert f"CPU threads: {made['threads']} of 2" in done.err
+    again = e2ediff("sample", run, "--count", 1, "--out", out)
+    assert "CPU threads" not in again.err  # there is nothing left to make
 
 
 # Waiting

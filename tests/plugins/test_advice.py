@@ -18,7 +18,7 @@ from tiny_recipe import tiny
 
 import e2ediff as package
 from e2ediff.cli import group
-from e2ediff.host.checkout import uninstalled_plugins, pip_install
+from e2ediff.host.checkout import pip_install, uninstalled_plugins
 from e2ediff.host.scaffold import write_plugin
 
 ROOT = Path(__file__).parents[2]
