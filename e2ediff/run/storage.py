@@ -276,13 +276,7 @@ class Store:
                 _sync_dir(os.path.dirname(target))
                 _sync_dir(os.path.dirname(source))
                 return
-            self._fs.invalidate_cache()
-            for file in self._fs.find(source):
-                place = target + str(file)[len(source) :]
-                self._fs.makedirs(place.rpartition("/")[0], exist_ok=True)
-                self._fs.mv(file, place)
-            if self._fs.exists(source):  # an empty directory
-                self._fs.rm(source, recursive=True)
+            _move_tree(self._fs, source, target)
 
     def remove_dir(self, path: str) -> OSError | None:
         """Delete a directory and all in it; what is gone already is no error."""
@@ -436,8 +430,13 @@ class Store:
 
 
 def _move_tree(fs: Any, old: str, new: str) -> None:
-    """Move a directory of a store, file by file where `mv` would take its name for a pattern."""
-    if not set("*?[") & {*old, *new}:
+    """Move a file or directory of a store; what was copied by a move cut short is copied again.
+
+    It goes file by file where `mv` would take a name for a pattern, or put `old` into `new`.
+    """
+    fs.invalidate_cache()
+    if not set("*?[") & {*old, *new} and not fs.exists(new):
+        fs.makedirs(new.rpartition("/")[0], exist_ok=True)
         fs.mv(old, new, recursive=True)
         return
     for path in fs.find(old):

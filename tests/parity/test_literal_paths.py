@@ -250,11 +250,36 @@ def test_directories_of_a_store_are_moved_and_removed_by_their_names(
     assert store.rename_dir("new [2]", "newer") is None
     left = names - {name}
     assert {*store.list()} == {*left, "newer"}
+    store.move("newer", name)
+    store.move(f"{name}/deep/file", "new [2]/file")
+    store.move("new [2]/file", f"{name}/deep/file")
+    assert store.read(f"{name}/deep/file") == name.encode()
+    store.move(name, "newer")
+    store.write(f"{name}/file", b"")  # as if that move had been cut short
+    store.move(name, "newer")
+    assert (store.list("newer"), store.list("newer/deep")) == (["deep", "file"], ["file"])
+    assert {*store.list()} - {"new [2]"} == {*left, "newer"}
+    store.remove_dir("new [2]")
     store.write(f"{name}/file", b"")
     assert store.remove_dir(name) is None
     assert store.remove_dir(name) is None  # gone already
     assert {*store.list()} == {*left, "newer"}
     assert all(store.read(f"{one}/deep/file") == one.encode() for one in left)
+
+
+def test_a_run_of_a_store_restarts_by_its_name_alone(tmp_path: Path) -> None:
+    run, neighbour = f"memory:/{tmp_path}/run [1]", f"memory:/{tmp_path}/run 1"
+    Path("r.yaml").write_text(tiny(steps="1"))
+    for place in (run, neighbour):
+        done = e2ediff("run", "r.yaml", "--out", place)
+        assert done.code == 0, done.err
+    before = [(name, Store(neighbour).list(name)) for name in Store(neighbour).list()]
+    config = Store(run).read("run.json")
+    done = e2ediff("run", "r.yaml", "--out", run, "--restart")
+    assert done.code == 0, done.err
+    assert Store(run).read("attempts/1/run.json") == config
+    assert Store(run).list("attempts/1/checkpoints") == Store(run).list("checkpoints")
+    assert [(name, Store(neighbour).list(name)) for name in Store(neighbour).list()] == before
 
 
 def test_weights_below_an_odd_name_are_read(tmp_path: Path) -> None:
