@@ -98,15 +98,16 @@ def command(
         for line in plan.remarks():
             click.echo(line, err=True)
         return 0
-    if resume and not (out and Group.is_unborn(out)):
-        group = Group.open(out) if out else Group.latest(plan.name)
+    place = Group.latest(plan.name) if resume and not out else out
+    if resume and place and not Group.is_unborn(place):
+        group = Group.open(place)
         group.refuse_other(plan)
     else:
         environment = describe_environment(
             plugins={p.distribution or p.name: p.version for p in host.plugins},
             argv=plan.command(),
         )
-        group = Group.create(out, plan, environment)
+        group = Group.create(place, plan, environment)
     share = max(1, all_threads() // jobs)
     with group, Progress() as progress:
         stop.write = progress.interject

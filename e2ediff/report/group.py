@@ -97,8 +97,8 @@ class Group:
         return cls(path, spec)
 
     @classmethod
-    def latest(cls, name: str) -> Group:
-        """The newest group of this name in `groups/`.
+    def latest(cls, name: str) -> str:
+        """Where the newest group of this name lies in `groups/`, or was killed at its beginning.
 
         Raises:
             RunDirectoryError: There is none.
@@ -106,8 +106,9 @@ class Group:
         pattern = re.compile(re.escape(name) + r"(?:-(\d{1,9}))?")
         matches = [(pattern.fullmatch(found), found) for found in Store("groups").list()]
         for _, found in sorted(((int(m[1] or 1), f) for m, f in matches if m), reverse=True):
-            if Store("groups").exists(f"{found}/{SPEC}"):
-                return cls.open(f"groups/{found}")
+            path = f"groups/{found}"
+            if Store(path).exists(SPEC) or cls.is_unborn(path):
+                return path
         raise RunDirectoryError(
             f"--resume: no ablation of '{name}' in groups/ to continue; start one without "
             "--resume, or name its directory with --out"

@@ -19,6 +19,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
+import yaml
+
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import RunDirectoryError
@@ -382,7 +384,10 @@ class RunDirectory:
 
 
 def latest_run(name: str) -> str | None:
-    """The newest run of this name in $E2EDIFF_RUNS, or `runs`; None if there is none."""
+    """The newest run of this name in $E2EDIFF_RUNS, or `runs`; None if there is none.
+
+    Also one that was killed before it had begun, or halfway through a restart.
+    """
     runs = Store(_runs())
     pattern = re.compile(re.escape(name) + r"(?:-(\d{1,9}))?")
     numbered = [(pattern.fullmatch(found), found) for found in runs.list()]
@@ -390,9 +395,23 @@ def latest_run(name: str) -> str | None:
         path = runs.where(found)
         # The second run of `flow` and the first of a recipe called `flow-2` look alike.
         with contextlib.suppress(RunDirectoryError):
-            if RunDirectory.open(path).environment().get("name") == name:
+            if _is_run_of(path, name):
                 return path
     return None
+
+
+def _is_run_of(path: str, name: str) -> bool:
+    """Whether a run of this name lies here, or may have been about to begin."""
+    store = Store(path)
+    if store.exists(RUN):
+        return RunDirectory.open(path).environment().get("name") == name
+    if not numbers(store) and not RunDirectory.is_unborn(path):
+        return False
+    try:
+        resolved = yaml.safe_load(store.read(RESOLVED))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return True  # killed before this was written, or after it was moved away
+    return isinstance(resolved, dict) and resolved.get("name") == name
 
 
 def _is_until(images: int, line: str) -> bool:

@@ -160,6 +160,58 @@ def test_a_killed_beginning_on_an_object_store_is_taken_up(begin, tmp_path: Path
         assert not store.exists("attempts")
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_without_out_the_newest_killed_beginning_is_taken_up(
+    older, begin, tmp_path, monkeypatch
+) -> None:
+    """Not an older run, and not what another recipe's name began."""
+    monkeypatch.setenv("E2EDIFF_RUNS", str(tmp_path / "runs"))
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TEXT)
+    killed = tmp_path / "runs" / ("tiny-2" if older else "tiny")
+    if older:
+        assert e2ediff("run", recipe).code == 0
+        before = state(tmp_path / "runs/tiny")
+    begin(tmp_path / "begun")
+    (tmp_path / "begun/run.json").unlink()
+    other = tmp_path / "runs/tiny-7"
+    other.mkdir(parents=True)
+    (other / "resolved.yaml").write_text("name: tiny-7\n")
+    whole = [".lock", "recipe.yaml", "resolved.yaml"]
+    for names, word in ((whole[:1], "--resume"), (whole, "--resume"), (whole, "--restart")):
+        killed.mkdir()
+        for name in names:
+            shutil.copy(tmp_path / "begun" / name, killed)
+        done = e2ediff("run", recipe, word)
+        assert (done.code, done.out) == (0, f"{killed}\n"), done.err
+        assert json.loads((killed / "status.json").read_text())["state"] == "done"
+        assert not (killed / "attempts").exists()
+        assert os.listdir(other) == ["resolved.yaml"]
+        shutil.rmtree(killed)
+    assert not older or state(tmp_path / "runs/tiny") == before
+
+
+def test_without_out_a_restart_cut_short_is_finished_by_another(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("E2EDIFF_RUNS", str(tmp_path / "runs"))
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TEXT)
+    for _ in range(2):
+        assert e2ediff("run", recipe).code == 0
+    old, cut = tmp_path / "runs/tiny", tmp_path / "runs/tiny-2"
+    before = state(old)
+    (cut / "attempts/1").mkdir(parents=True)
+    for name in ("run.json", "recipe.yaml", "resolved.yaml"):
+        (cut / name).rename(cut / "attempts/1" / name)
+    done = e2ediff("run", recipe, "--resume")
+    assert done.code == 6
+    assert "If --restart was cut short here, give it again" in done.err
+    done = e2ediff("run", recipe, "--restart")
+    assert (done.code, done.out) == (0, f"{cut}\n"), done.err
+    assert sorted(os.listdir(cut / "attempts")) == ["1"]
+    assert {"run.json", "metrics.jsonl", "checkpoints"} <= {*os.listdir(cut / "attempts/1")}
+    assert state(old) == before
+
+
 @pytest.mark.parametrize("file", ["notes.txt", "recipe.yaml", "samples/mine.png", ".hidden"])
 def test_a_directory_with_files_of_the_user_s_is_refused_and_left_alone(file, tmp_path) -> None:
     """Also a recipe of another text; and not even a lock is left there."""
@@ -209,6 +261,17 @@ def test_an_ablation_killed_at_its_beginning_is_taken_up(tmp_path, monkeypatch) 
         Path("g/recipe.yaml").write_text(TEXT)
         assert e2ediff(*words, *more).code == 0
         shutil.rmtree("g")
+    assert e2ediff(*words[:-2]).code == 0
+    before = state(Path("groups/tiny"))
+    for place in (Path("groups/tiny-2"), Path("groups/tiny")):
+        place.mkdir(parents=True)
+        (place / ".lock").touch()
+        (place / "recipe.yaml").write_text(TEXT)
+        assert e2ediff(*words[:-2], "--resume").code == 0
+        assert (place / "spec.json").exists()
+        if place.name == "tiny-2":
+            assert state(Path("groups/tiny")) == before
+            shutil.rmtree("groups")
     Path("g").mkdir()
     Path("g/recipe.yaml").write_text("mine")
     done = e2ediff(*words)
