@@ -95,7 +95,7 @@ def own_place(run: str, seed: int, spec: Mapping[str, JSON]) -> str:
     while True:
         place = base if number == 1 else f"{base}-{number}"
         store = Store(place)
-        if not store.list() or not differences(_read(store) or {}, spec):
+        if store.is_vacant() or not differences(_read(store) or {}, spec):
             return place
         number += 1
 

@@ -187,6 +187,15 @@ def test_without_out_each_set_has_its_own_place_and_the_same_command_the_same(ru
     )  # fmt: skip
 
 
+def test_without_out_a_set_killed_at_its_beginning_is_taken_up(run: str) -> None:
+    killed = Path("run/samples/seed-5")
+    killed.mkdir(parents=True)
+    (killed / ".tmp-set.json-0123abcd").write_text("{")
+    done = e2ediff("sample", run, "--count", 1, "--seed", 5)
+    assert (done.code, done.out) == (0, f"{killed}\n"), done.err
+    assert (killed / "images/000000.png").exists()
+
+
 def test_another_set_in_out_is_refused_field_by_field_and_replaced_when_told(run: str) -> None:
     sample = ("sample", run, "--label", 0, "--count", 3, "--out", "s")
     assert e2ediff(*sample).code == 0
