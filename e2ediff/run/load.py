@@ -81,7 +81,7 @@ def load_model(
             place = reference.run or run
             named = (reference.checkpoint or None, reference.weights or None)
             found = open_one(place, *named, (), "give the guidance checkpoint: {}")
-            others[reference] = _other(recipe, net, place, run, found)
+            others[reference] = _other(recipe, net, image, place, run, found)
         given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
         guidance = guidance.given(given)
     asked = tuple(others.values())
@@ -166,28 +166,37 @@ def _refuse_others(overrides: Sequence[str]) -> None:
         raise RecipeError("sampling", [attrs.evolve(p, hint=hint) for p in wrong])
 
 
-def _other(recipe: Recipe, net: Backbone, run: str, own: str, found: Opened) -> Other:
+def _other(
+    recipe: Recipe, net: Backbone, image: ImageSpec, run: str, own: str, found: Opened
+) -> Other:
     """A network that guidance asks, once it is known to keep the contract of these latents.
 
     Args:
         recipe: That of the run that is sampled.
         net: Its network, whose latents the other is to denoise.
+        image: Its images, with the names of their classes.
         run: The other's run.
         own: The run that is sampled. Its own earlier checkpoints and averages are taken though
             statistics of the latent norm differ: the latents have moved, as the weights have.
         found: The other.
 
     Raises:
-        RecipeError: It has another interpolant or other classes.
+        RecipeError: It has another interpolant or other classes, by number or by name.
         LatentError: It is of another run, and latents mean something else there.
     """
-    theirs, weak, origin, *_ = found
+    theirs, weak, origin, _, other = found
     here = (recipe.interpolant, recipe.data.image.classes)
     there = (theirs.interpolant, theirs.data.image.classes)
     for what, a, b in zip(("interpolant", "classes"), here, there, strict=True):
         if a != b:
             text = f"{run} has other {what}: {b} there, {a} here."
             hint = "Give a run that was trained on the same latents."
+            raise RecipeError("sampling", [Problem("guidance", text, hint=hint)])
+    names = zip(other.class_names, image.class_names, strict=False)  # a run may have none
+    for label, (a, b) in enumerate(names):
+        if a != b:
+            text = f"{run} has other classes: {label} is '{a}' there, '{b}' here."
+            hint = "Give a run whose classes have the same numbers."
             raise RecipeError("sampling", [Problem("guidance", text, hint=hint)])
     if os.path.abspath(run) != os.path.abspath(own):
         weak.contract().accept(net.contract(), f"{own}, which {run} is to guide,")

@@ -156,6 +156,23 @@ def test_a_weak_network_of_other_latents_is_refused(run: str) -> None:
     assert line.startswith("nowhere: not a run directory")
 
 
+def test_a_weak_network_of_classes_with_other_names_is_refused(run: str) -> None:
+    shutil.copytree(run, "other")
+    record = json.loads(Path(run, "run.json").read_text())
+    names = [f"class {i}" for i in range(10)]
+    swapped = [*names[:3], names[4], names[3], *names[5:]]
+    sample = ("sample", run, "--count", 1, "--set", "guidance={name: autoguidance, run: other}")
+    for place, given in ((run, names), ("other", swapped)):
+        Path(place, "run.json").write_text(json.dumps({**record, "class_names": given}))
+    assert refused(3, *sample) == [
+        "sampling: 1 problem",
+        "  guidance: other has other classes: 3 is 'class 4' there, 'class 3' here. "
+        "Give a run whose classes have the same numbers.",
+    ]
+    Path("other", "run.json").write_text(json.dumps({**record, "class_names": names}))
+    assert e2ediff(*sample).code == 0
+
+
 def test_statistics_of_the_norm_may_differ_within_a_run_and_not_between_runs(run: str) -> None:
     for name, seed in (("one", 0), ("two", 1)):
         changes = ("--set", "backbone.latent_norm=batch", "--set", f"seed={seed}")
