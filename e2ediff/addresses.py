@@ -3,8 +3,8 @@
 An address is a path, or a URL that fsspec knows, given as text or as a `pathlib.Path`.
 Recipes, runs and data sets travel, so a stranger may have written the addresses in them: there,
 only protocols are allowed that read or write the bytes at an address and nothing else.
-An address that a person typed may have any protocol but `reference`, whose files say what else
-is opened.
+An address that a person typed may have any protocol but `reference` and `generic`, which say what
+else is opened, where it is opened as `typed`; data and weights are not.
 """
 
 from __future__ import annotations
@@ -73,16 +73,18 @@ def refusal(address: Address, *, typed: bool = False) -> str:
             continue
         if protocol not in known:
             return f"protocol not known: {_short(protocol)}; {expected}"
+        more = ",".join([*_further(), protocol])
         return (
             f"protocol {_short(protocol)} is not allowed here; {expected}. Copy the files there, "
-            f"or allow it on this machine with E2EDIFF_PROTOCOLS={protocol}"
+            f"or allow it on this machine with E2EDIFF_PROTOCOLS={more}"
         )
     return ""
 
 
 def _further() -> list[str]:
     """Protocols that the user allows on this machine, wherever an address is from."""
-    return [name.strip() for name in os.environ.get("E2EDIFF_PROTOCOLS", "").split(",") if name]
+    names = os.environ.get("E2EDIFF_PROTOCOLS", "").split(",")
+    return [name.strip() for name in names if name.strip()]
 
 
 def _short(text: str) -> str:

@@ -159,6 +159,16 @@ def test_the_message_names_file_key_protocol_and_what_to_do(run: str) -> None:
     ) in e2ediff("sample", run).err
 
 
+def test_the_advice_keeps_the_protocols_that_are_allowed_already(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("E2EDIFF_PROTOCOLS", "sftp, simplecache,")
+    said = addresses.refusal("ftp://host/x")
+    assert said.endswith("on this machine with E2EDIFF_PROTOCOLS=sftp,simplecache,ftp")
+    monkeypatch.setenv("E2EDIFF_PROTOCOLS", "sftp,simplecache,ftp")
+    assert addresses.refusal("ftp://host/x") == ""
+
+
 def test_guidance_of_a_plugin_is_held_to_it_too(host, seen: list[str]) -> None:
     """Its option is plain text, of which nobody but its author knows that it is an address."""
 
