@@ -30,7 +30,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000
 """Width times height of the largest picture that is decoded, unless a recipe says otherwise."""
 MAX_BYTES = 1 << 29
-"""Length to which a member of an archive is unpacked for one image: 8 bytes for each pixel."""
+"""Length to which a member of an archive is unpacked, for one image or for a file of labels.
+
+For an image it is 8 bytes for each pixel.
+"""
 
 _GREY = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -58,18 +61,27 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def check_unpacked(size: int) -> None:
+def check_unpacked(size: int, what: str = "an image") -> None:
     """Refuse a member of an archive that would be longer than any image, before it is unpacked.
+
+    Args:
+        size: Its length, as the archive has it.
+        what: What it is, for the message.
 
     Raises:
         zipfile.BadZipFile: It would.
     """
     if size > MAX_BYTES:
-        raise zipfile.BadZipFile(f"{size:,} bytes once unpacked, an image has {MAX_BYTES:,}")
+        raise zipfile.BadZipFile(f"{size:,} bytes once unpacked, {what} has {MAX_BYTES:,}")
 
 
-def read_file(fs: Any, path: str) -> bytes:
-    """Content of an image's file on a file system of fsspec.
+def read_file(fs: Any, path: str, what: str = "an image") -> bytes:
+    """Content of a file of an image, or of labels, on a file system of fsspec.
+
+    Args:
+        fs: The file system.
+        path: The file's path in it.
+        what: What it is, for the message.
 
     Raises:
         OSError: It is not there, or cannot be read.
@@ -77,7 +89,7 @@ def read_file(fs: Any, path: str) -> bytes:
     """
     own = fs.protocol
     if {"zip", "tar", "libarchive"} & {*((own,) if isinstance(own, str) else own)}:
-        check_unpacked(fs.info(path)["size"])
+        check_unpacked(fs.info(path)["size"], what)
     data: bytes = fs.cat_file(path)
     return data
 

@@ -247,6 +247,47 @@ def test_a_member_of_an_archive_is_not_unpacked_to_more_than_an_image(finished: 
         assert f": cannot be read: {what}" in done.err
 
 
+def test_a_file_of_labels_in_an_archive_is_not_unpacked_without_end() -> None:
+    tree = write_tree(Path("tree"), [2, 2], size=(40, 40))
+    rows = [[str(p.relative_to(tree)), int(p.parent.name[1:])] for p in tree.rglob("*.JPEG")]
+    (tree / "dataset.json").write_text(json.dumps({"labels": rows}))
+    (tree / "labels.csv").write_text("".join(f"{path} {label}\n" for path, label in rows))
+    for path in ("whole.zip", "x.zip"):
+        as_zip(tree, Path(path))
+    for name in (b"dataset.json", b"labels.csv"):
+        promise("x.zip", name, 4_000_000_000)
+
+    def configs(path: str) -> list[tuple[str, SourceConfig]]:
+        block = {"size": SIZE, "classes": 2}
+        labels = f"zip://labels.csv::{path}"
+        return [
+            ("a dataset.json", sources.Archive(path=path, **block)),
+            ("a file of labels", sources.ImageFolder(root=f"zip://::{path}", **block)),
+            ("a file of labels", sources.ImageFolder(root="tree", labels=labels, **block)),
+        ]
+
+    for _, config in configs("whole.zip"):
+        assert config.open().labels().tolist() == [0, 0, 1, 1]
+    for what, config in configs("x.zip"):
+        said = f"4,000,000,000 bytes once unpacked, {what} has 536,870,912"
+        with pytest.raises(DataError, match=said):
+            config.open()
+
+
+def test_arrays_of_labels_are_not_unpacked_without_end() -> None:
+    images, labels = np.zeros((4, 16, 16), np.uint8), np.arange(4) % 2
+    np.savez_compressed("x.npz", images=images, labels=labels)
+    promise("x.npz", b"labels.npy", 4_000_000_000)
+    np.save("x.npy", images)
+    head = b"\0\0\x08\1" + (4_000_000_000).to_bytes(4, "big")
+    Path("y-ubyte.gz").write_bytes(gzip.compress(head + bytes(1000)))
+    said = "4,000,000,000 bytes once unpacked, an array of labels has 536,870,912"
+    for images_at, labels_at in (("x.npz", None), ("x.npy", "y-ubyte.gz")):
+        config = sources.Arrays(images=images_at, labels=labels_at, size=16, classes=2)
+        with pytest.raises(DataError, match=said):
+            config.open()
+
+
 def test_images_in_a_zip_are_one_s_own_too(finished: Path) -> None:
     as_zip(write_tree(Path("tree"), [2, 2], size=(40, 40)), Path("x.zip"))
     found = []

@@ -24,13 +24,14 @@ from e2ediff.addresses import Address
 from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import large_images, npy_header
-from e2ediff.files.images import centre_crop, to_tensor
+from e2ediff.files.images import centre_crop, check_unpacked, to_tensor
 from e2ediff.parts.sources.damage import DAMAGED
 from e2ediff.parts.sources.listing import MOST_CLASSES
 from e2ediff.parts.sources.location import Location
 
 # A damaged header may also promise more than the memory holds.
 _UNREADABLE = (*DAMAGED, OSError, ValueError, TypeError, MemoryError, TokenError)
+_LABELS = "an array of labels"
 
 
 class InMemory(DataSource):
@@ -71,8 +72,13 @@ class InMemory(DataSource):
         return to_tensor(np.array(centre_crop(image, size)))
 
 
-def read_idx(data: bytes, source: str) -> Tensor:
+def read_idx(data: bytes, source: str, what: str = "") -> Tensor:
     """The uint8 array of an IDX file (MNIST's format), gzipped or plain.
+
+    Args:
+        data: The file's content.
+        source: Its path, for messages.
+        what: What is unpacked to no more than `MAX_BYTES`; empty for images, which have no limit.
 
     Raises:
         DataError: Not an IDX file of bytes, or not all of it.
@@ -94,6 +100,8 @@ def read_idx(data: bytes, source: str) -> Tensor:
             if large := large_images(shape):
                 raise DataError(f"{source}: holds {large}; write smaller ones")
             size = math.prod(shape)
+            if what:
+                check_unpacked(size, what)
             pixels = bytearray(file.read(size))
             found = len(pixels) + sum(map(len, iter(lambda: file.read(1 << 20), b"")))
     except (*DAMAGED, OSError) as error:
@@ -191,7 +199,7 @@ class Arrays(SourceConfig):
         x = _with_channels(x.permute(0, 3, 1, 2), self.channels)
         if labels is None:
             return x, None
-        y = read_array(labels, options[1], "labels")
+        y = read_array(labels, options[1], "labels", _LABELS)
         if y.numel() != len(x) or y.is_floating_point() or y.is_complex():
             raise DataError(
                 f"{options[1]}: {labels} holds {tuple(y.shape)} of {y.dtype}, {images} "
@@ -216,8 +224,14 @@ def _with_channels(x: Tensor, channels: int) -> Tensor:
     return ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
 
 
-def read_array(address: Address, option: str, key: str) -> Tensor:
+def read_array(address: Address, option: str, key: str, what: str = "") -> Tensor:
     """The array at `path`, or `path.npz!key`.
+
+    Args:
+        address: The path, with the array's name or without.
+        option: The recipe's key that has it, for messages.
+        key: The array of an npz that is not named.
+        what: What is unpacked to no more than `MAX_BYTES`; empty for images, which have no limit.
 
     Raises:
         DataError: There is none, or it is damaged.
@@ -234,6 +248,8 @@ def read_array(address: Address, option: str, key: str) -> Tensor:
             )
         assert arrays.zip is not None  # until it is closed
         try:
+            if what:
+                check_unpacked(arrays.zip.getinfo(f"{name}.npy").file_size, what)
             with arrays.zip.open(f"{name}.npy") as file:
                 large = large_images(npy_header(file)[0])
             if large:
@@ -243,7 +259,7 @@ def read_array(address: Address, option: str, key: str) -> Tensor:
             raise DataError(f"{option}: {address}: {error}; fetch it again") from error
     data = _content(path, option)
     if not path.endswith(".npy"):
-        return read_idx(data, path)
+        return read_idx(data, path, what)
     try:
         return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
     except _UNREADABLE as error:

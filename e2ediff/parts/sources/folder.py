@@ -276,8 +276,12 @@ def _members(location: Location, prefix: str) -> tuple[dict[str, str], list[str]
                         )
                     else:
                         files[inner] = info.filename
-                told = files.get(DATASET_JSON)
-                return files, sorted(folders), None if told is None else archive.read(told)
+                dataset = None
+                if DATASET_JSON in files:
+                    member = archive.getinfo(files[DATASET_JSON])
+                    check_unpacked(member.file_size, f"a {DATASET_JSON}")
+                    dataset = archive.read(member)
+                return files, sorted(folders), dataset
         except (*DAMAGED, OSError, ValueError) as error:
             raise DataError(
                 f"data.path: {path} cannot be read as a zip: {error}; fetch it again"

@@ -41,7 +41,7 @@ def read_labels(
     if data is None:
         place = location or Location(url, "data.labels")
         try:
-            data = place.read(url if location else place.path)
+            data = place.read_labels(url if location else place.path)
         except (OSError, ValueError) as error:
             raise DataError(f"data.labels: cannot read {url}: {error}; {_EXPECTED}") from error
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import attrs
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import DataError
+from e2ediff.files.images import read_file
 from e2ediff.files.names import is_hidden
 
 
@@ -78,6 +80,21 @@ class Location:
         """The file system's path of a file below this folder."""
         folder = self.path.rstrip("/")
         return f"{folder}/{name}" if folder or self.path else name
+
+    def read_labels(self, path: str) -> bytes:
+        """Bytes of a file of labels.
+
+        Raises:
+            OSError: It is not there, cannot be read, or is too long once unpacked.
+        """
+        try:
+            return read_file(self.fs, path, "a file of labels")
+        except (OSError, ValueError):
+            raise
+        except zipfile.BadZipFile as error:
+            raise OSError(str(error)) from error
+        except Exception as error:  # drivers of stores raise what they like
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """Bytes of a file, or this range of them.
