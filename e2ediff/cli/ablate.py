@@ -99,7 +99,7 @@ def command(
             click.echo(line, err=True)
         return 0
     place = Group.latest(plan.name) if resume and not out else out
-    if resume and place and not Group.is_unborn(place):
+    if resume and place and not Group.never_began(place):
         group = Group.open(place)
         group.refuse_other(plan)
     else:

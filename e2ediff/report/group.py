@@ -71,7 +71,7 @@ class Group:
         return cls(out, spec)
 
     @classmethod
-    def is_unborn(cls, path: Address) -> bool:
+    def never_began(cls, path: Address) -> bool:
         """Whether an ablation was killed here before it had begun: `create` takes it up."""
         store = _local(path)
         return bool(store.list()) and _is_vacant(store)
@@ -107,7 +107,7 @@ class Group:
         matches = [(pattern.fullmatch(found), found) for found in Store("groups").list()]
         for _, found in sorted(((int(m[1] or 1), f) for m, f in matches if m), reverse=True):
             path = f"groups/{found}"
-            if Store(path).exists(SPEC) or cls.is_unborn(path):
+            if Store(path).exists(SPEC) or cls.never_began(path):
                 return path
         raise RunDirectoryError(
             f"--resume: no ablation of '{name}' in groups/ to continue; start one without "

@@ -33,7 +33,7 @@ State = Literal["running", "done", "interrupted", "preempted", "failed"]
 RECIPE, RESOLVED, RUN, STATUS = "recipe.yaml", "resolved.yaml", "run.json", "status.json"
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
-_BORN = {LOCK, RECIPE, RESOLVED, ATTEMPTS}  # what there is before RUN, which makes it a run
+_BEFORE_RUN = {LOCK, RECIPE, RESOLVED, ATTEMPTS}  # what there is before RUN, which makes it a run
 _RECORDS = (RECIPE, RESOLVED, RUN, STATUS, METRICS, EVENTS)
 _WRITTEN = {*_RECORDS, "bad_images.jsonl", "curves.png"}  # by whoever holds the lock alone
 
@@ -104,11 +104,11 @@ class RunDirectory:
         return directory
 
     @classmethod
-    def is_unborn(cls, path: Address) -> bool:
+    def never_began(cls, path: Address) -> bool:
         """Whether a run was killed here before it had begun: `create` takes the place up."""
         store = Store(path)
         found = store.list()
-        ours = any(name in _BORN or name.startswith(".tmp-") for name in found)
+        ours = any(name in _BEFORE_RUN or name.startswith(".tmp-") for name in found)
         return ours and RUN not in found and cls(store, addresses.plain(path))._is_vacant()
 
     @classmethod
@@ -172,7 +172,7 @@ class RunDirectory:
 
     def _is_vacant(self) -> bool:
         ours = all(name.isdecimal() for name in self.store.list(ATTEMPTS))
-        return ours and self.store.is_vacant(_BORN)
+        return ours and self.store.is_vacant(_BEFORE_RUN)
 
     def _refuse_if_taken(
         self, texts: Mapping[str, bytes] | None = None, *, restart: bool = False
@@ -405,7 +405,7 @@ def _is_run_of(path: str, name: str) -> bool:
     store = Store(path)
     if store.exists(RUN):
         return RunDirectory.open(path).environment().get("name") == name
-    if not numbers(store) and not RunDirectory.is_unborn(path):
+    if not numbers(store) and not RunDirectory.never_began(path):
         return False
     try:
         resolved = yaml.safe_load(store.read(RESOLVED))

@@ -130,7 +130,7 @@ def train(
 
     def begin() -> list[JSON]:
         place = out or (latest_run(recipe.name) if resume or restart else None)
-        begun_before = resume and not (place and RunDirectory.is_unborn(place))
+        begun_before = resume and not (place and RunDirectory.never_began(place))
         if begun_before:
             locked.append(_continued(host, recipe, recipe_path, place, sources))
         else:

@@ -119,7 +119,7 @@ def test_a_run_killed_at_any_file_operation_of_its_beginning_is_taken_up(begin, 
         assert not out.exists() or any(out.iterdir()), f"{moment}: empty, as any directory may be"
         if not out.exists() or (out / "run.json").exists():
             continue
-        assert RunDirectory.is_unborn(str(out)), moment
+        assert RunDirectory.never_began(str(out)), moment
         copies = [shutil.copytree(out, out.parent / name) for name in ("run0", "run1")]
         begin(out)
         assert {*os.listdir(out)} == {".lock", "recipe.yaml", "resolved.yaml", "run.json"}
@@ -151,7 +151,7 @@ def test_a_killed_beginning_on_an_object_store_is_taken_up(begin, tmp_path: Path
     (tmp_path / "tiny.yaml").write_text(TEXT)
     begin(tmp_path / "run")
     for names in (["recipe.yaml"], ["recipe.yaml", "resolved.yaml"]):
-        store = Store(f"memory://births/{len(names)}")
+        store = Store(f"memory://beginnings/{len(names)}")
         for name in names:
             store.write(name, (tmp_path / "run" / name).read_bytes())
         words = ["--resume"] if len(names) == 2 else []
