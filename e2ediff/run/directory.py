@@ -19,11 +19,10 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
-import yaml
-
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.errors import RunDirectoryError
+from e2ediff.errors import RecipeError, RunDirectoryError
+from e2ediff.host.yaml import parse_yaml
 from e2ediff.run.attempts import ATTEMPTS, PICTURE, later_files, move, next_place, numbers
 from e2ediff.run.lock import LOCK, acquire
 from e2ediff.run.storage import JSON, Store
@@ -408,10 +407,11 @@ def _is_run_of(path: str, name: str) -> bool:
     if not numbers(store) and not RunDirectory.never_began(path):
         return False
     try:
-        resolved = yaml.safe_load(store.read(RESOLVED))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        recipe, _ = parse_yaml(store.read(RESOLVED).decode(), store.where(RESOLVED))
+    except (OSError, UnicodeDecodeError, RecipeError):
         return True  # killed before this was written, or after it was moved away
-    return isinstance(resolved, dict) and resolved.get("name") == name
+    block = recipe.value if recipe else None
+    return isinstance(block, dict) and "name" in block and block["name"].value == name
 
 
 def _is_until(images: int, line: str) -> bool:
