@@ -158,12 +158,15 @@ def test_run_directories_that_are_none_or_taken_are_told() -> None:
     for path in ("full", "file"):
         with pytest.raises(RunDirectoryError) as caught:
             RunDirectory.create(path, "x", "", "", {})
-        assert str(caught.value) == (
-            f"{path}: exists and is not empty. "
-            "Choose another --out, or continue the run in it with --resume."
-        )
+        assert str(caught.value) == f"{path}: exists and is not empty. Choose another --out."
     RunDirectory.create("empty", "x", "", "", {}).unlock()
     assert RunDirectory.open("empty").status() == {}
+    with pytest.raises(RunDirectoryError) as caught:
+        RunDirectory.create("empty", "x", "", "", {})
+    assert str(caught.value) == (
+        "empty: exists and is not empty. "
+        "Choose another --out, or continue the run in it with --resume."
+    )
 
 
 def test_a_locked_run_is_told_with_the_process() -> None:
