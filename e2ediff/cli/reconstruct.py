@@ -84,7 +84,7 @@ def command(
             source, cpu = open_source(model.recipe.data, held_out=True), torch.device("cpu")
             parts = [fixed_images(source, count, model.recipe.seed, "reconstruct", cpu).x]
         image = model.recipe.data.image
-        blank = torch.zeros(-(-size // 2), image.channels, image.height, image.width)
+        blank = torch.zeros(size, image.channels, image.height, image.width)
         attempt, fixed = partial(reconstruct_once, model, blank), given is not None
         with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
             for x in parts:

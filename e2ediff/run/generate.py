@@ -311,10 +311,13 @@ class Model:
 
 @torch.no_grad()
 def denoise_once(model: Model) -> None:
-    """Call a model's denoiser on half a tile, for the time that it takes."""
-    image, spec, rows = model.recipe.data.image, model.net.latent, -(-model.rows // 2)
-    z_t = torch.zeros(rows, spec.tokens, spec.dim, device=model.device)
-    label = torch.full((rows,), image.null_label, device=model.device)
+    """Call a model's denoiser on a tile, for the time that it takes.
+
+    On a whole one: what threads gain depends on the size of tensors.
+    """
+    image, spec = model.recipe.data.image, model.net.latent
+    z_t = torch.zeros(model.rows, spec.tokens, spec.dim, device=model.device)
+    label = torch.full((model.rows,), image.null_label, device=model.device)
     with model._autocast():
         model.denoiser()(z_t, 0.5, label)
 

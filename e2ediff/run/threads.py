@@ -27,6 +27,8 @@ PERIOD = 600.0
 """Seconds after which the numbers are timed again, whatever the pace."""
 
 _TRIAL = 0.3  # seconds that a comparison takes, so that other processes have their turns in it
+_CLEAR_AFTER = 0.1  # seconds after which a clear difference ends a comparison
+_CLEAR = 1.25  # times slower than the fastest, which more rounds would not change
 _HOPELESS = 3.0  # times slower than the number taken: not timed further
 _WINDOW = 1.0  # seconds of work over which the pace is measured
 _SLOW_WINDOWS = 2  # in a row that make a fall of the pace: one is chance
@@ -118,7 +120,7 @@ class Threads:
         numbers = [n for n in numbers if seconds[n] <= _HOPELESS * seconds[current]]
         if len(numbers) > 1:
             seconds, rounds = dict.fromkeys(numbers, 0.0), 0
-            while rounds == 0 or (sum(seconds.values()) < _TRIAL and rounds < 50):
+            while rounds < 50 and not _is_settled(sorted(seconds.values()), rounds):
                 for n, taken in self._round(numbers).items():
                     seconds[n] += taken
                 rounds += 1
@@ -149,6 +151,13 @@ class Threads:
 
     def _report(self, why: str) -> None:
         self.report(f"CPU threads: {self.count} of {self.all}, {why}", self.count, self.all)
+
+
+def _is_settled(seconds: list[float], rounds: int) -> bool:
+    """Whether the times of some rounds, rising, tell the numbers apart."""
+    total = sum(seconds)
+    clear = rounds > 1 and total > _CLEAR_AFTER and seconds[1] > _CLEAR * seconds[0]
+    return rounds > 0 and (clear or total > _TRIAL)
 
 
 @contextlib.contextmanager
