@@ -5,20 +5,20 @@ Shapes: M images looked at, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import attrs
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from e2ediff.data import DataSource, SourceConfig
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.parts.sources import Shards
 from e2ediff.parts.sources.location import Location
 from e2ediff.parts.sources.shards import read_prepared, verify_hashes
-from e2ediff.run.loader import processes, quiet_worker, readers
+from e2ediff.run.loader import read, readers
 
 _EACH = 64
 
@@ -108,18 +108,10 @@ def examine(
         ResourceError: The system killed a process that reads.
     """
     chunks = -(-len(indices) // _EACH)
-    items: Iterable[_Seen | str] = DataLoader(
-        _Chunks(source, indices, quick=quick),
-        sampler=range(chunks),
-        batch_size=None,
-        num_workers=min(processes(workers), chunks),
-        worker_init_fn=quiet_worker,
-        generator=torch.Generator(),
-    )
     seen: list[_Seen] = []
     count = broken = 0
     with readers("--workers"):
-        for item in items:
+        for item in read(_Chunks(source, indices, quick=quick), range(chunks), workers):
             if isinstance(item, str):
                 raise DataError(item)
             seen.append(item)

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
@@ -38,7 +38,7 @@ from e2ediff.parts.sources.shards import (
     sha256,
     verified_key,
 )
-from e2ediff.run.loader import processes, quiet_worker, readers
+from e2ediff.run.loader import read, readers
 from e2ediff.run.storage import Store
 
 Format = Literal["png", "jpeg", "raw"]
@@ -113,15 +113,8 @@ def prepare(
         parts = {k: part for k, part in zip(numbers, before, strict=True) if part}
     kept = len(parts)
     todo = [k for k in range(settings.shards) if k not in parts]
-    items: Iterable[_Part] = DataLoader(
-        _Shards(source, settings, folder),
-        sampler=todo,
-        batch_size=None,
-        num_workers=min(processes(workers), len(todo)),
-        worker_init_fn=quiet_worker,
-        generator=torch.Generator(),
-    )
     with readers("--workers"):
+        items = read(_Shards(source, settings, folder), todo, workers)
         for k, part in zip(todo, items, strict=True):
             if isinstance(part, ResourceError):
                 raise part

@@ -10,9 +10,10 @@ Shapes: B batch, C H W image.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ from e2ediff.run.seeds import generator
 
 __all__ = ["Order", "batches", "check_enough", "fixed_images", "to_batch"]
 
+_T = TypeVar("_T")
 _CPU = torch.device("cpu")
 _ALL = slice(None)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Item(NamedTuple):
@@ -128,16 +131,8 @@ def batches(
     check_enough(source, batch)
     labels = source.labels() if sampling == "class_balanced" else None
     order = Order(len(source), seed, labels)
-    items: Iterable[_Item | str] = DataLoader(
-        _Steps(source, order, batch, flip=flip, rows=rows),
-        sampler=range(first, last),
-        batch_size=None,
-        num_workers=processes(workers),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=quiet_worker,
-        # Its own: drawing the workers' seed would move the global generator.
-        generator=torch.Generator(),
-    )
+    steps = _Steps(source, order, batch, flip=flip, rows=rows)
+    items = read(steps, range(first, last), workers, pin_memory=device.type == "cuda")
     yield from _ahead(_whole(items, report), device)
 
 
@@ -176,18 +171,38 @@ def _ahead(items: Iterator[_Item], device: torch.device) -> Iterator[Batch]:
         yield given
 
 
-def processes(wanted: int) -> int:
-    """As many as wanted, but no more than there are cores: nothing but speed depends on it."""
-    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+def read(
+    items: Dataset[_T], indices: Sequence[int], workers: int, *, pin_memory: bool = False
+) -> Iterator[_T]:
+    """Start to read these items, in order, in no more worker processes than there are cores.
+
+    Nothing but speed depends on how many read; with 0 this process does, when asked for an item.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    loader: DataLoader[_T] = DataLoader(
+        items,
+        sampler=indices,
+        batch_size=None,
+        num_workers=min(workers, cores, len(indices)),
+        pin_memory=pin_memory,
+        worker_init_fn=_quiet,
+        # Its own: drawing the workers' seed would move the global generator.
+        generator=torch.Generator(),
+    )
+    # A worker that a terminal's Ctrl-C reached before `_quiet` would end, and the run with it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def quiet_worker(worker: int) -> None:
+def _quiet(worker: int) -> None:
     """One thread a worker; signals are the main process's business."""
-    import signal
-
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 @contextmanager

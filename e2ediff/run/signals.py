@@ -43,6 +43,7 @@ class Stop:
     its processes what a batch system has sent them as well.
     `words` are the answer to the first signal, `quiet` leaves it to another process, and `write`
     takes a line for it to stderr.
+    In a fork of the process, which may be a plugin's own, signals act as they did before.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Stop:
         self.write: Callable[[str], None] = lambda line: write_now(sys.stderr, f"{line}\n")
         self._since = 0.0
         self._old: dict[int, object] = {}
+        self._process = 0
 
     @property
     def asked(self) -> bool:
@@ -101,6 +103,7 @@ class Stop:
     def _install(self) -> None:
         # Only the main thread may set handlers; elsewhere (a notebook's worker) signals stay.
         if threading.current_thread() is threading.main_thread():
+            self._process = os.getpid()
             for number in _SIGNALS:
                 self._old[number] = signal.signal(number, self._handle)
 
@@ -110,14 +113,20 @@ class Stop:
         self._old.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            if time.monotonic() - self._since < self.grace:
-                return
+        if os.getpid() != self._process:
+            self._restore()
+            signal.raise_signal(number)
+        elif self.asked:
+            self._ask_again(number)
+        else:
+            self.note(number)
+            if self.at_once:
+                raise Stopped(number, BEFORE)
+
+    def _ask_again(self, number: int) -> None:
+        if time.monotonic() - self._since >= self.grace:
             signal.signal(number, signal.SIG_DFL)
             raise Stopped(number, "a second time, without saving")
-        self.note(number)
-        if self.at_once:
-            raise Stopped(number, BEFORE)
 
 
 def write_now(stream: TextIO, text: str) -> None:

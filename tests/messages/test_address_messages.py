@@ -27,6 +27,8 @@ from e2ediff.run.assembly import guidance_problems
 from e2ediff.run.load import load_model, recipe_of
 from e2ediff.run.storage import Store
 
+# Of core alone: the default network needs an extra.
+FEATURES = ("--features", "random_projection")
 TINY = tiny(steps="2", guidance="{name: autoguidance, scale: 2}")
 
 # None of them may be opened for a file; `watched` is a protocol that a package registered.
@@ -117,7 +119,11 @@ def test_a_run_that_guides_by_a_strange_address_is_refused_unopened(
     run: str, seen: list[str], address: str
 ) -> None:
     line = write("guidance", guided(address))
-    for words in (("sample", run), ("interpolate", run, "--seeds", 1, 2), ("eval", run)):
+    for words in (
+        ("sample", run),
+        ("interpolate", run, "--seeds", 1, 2),
+        ("eval", run, *FEATURES),
+    ):
         done = e2ediff(*words)
         assert done.code == 3, done
         assert f"run/resolved.yaml:{line}:" in done.err
@@ -323,10 +329,12 @@ def test_a_typed_address_may_have_any_protocol_but_reference(run: str, seen: lis
     Store("simplecache::memory://x")
     for address in ("reference://::memory://x", "simplecache::reference://x", "REFERENCE://x"):
         for words in (
-            ("sample", address), ("report", address), ("eval", address), ("run", address),
+            ("sample", address), ("report", address), ("eval", address, *FEATURES),
+            ("run", address),
             ("check", address), ("sample", run, "--set", "guidance=null", "--out", address),
-            ("data", "check", address), ("eval", run, "--reference", address),
-            ("reconstruct", run, "--out", address), ("sweep", run, "--out", address),
+            ("data", "check", address), ("eval", run, "--reference", address, *FEATURES),
+            ("reconstruct", run, "--out", address),
+            ("sweep", run, "--out", address, *FEATURES),
         ):  # fmt: skip
             done = e2ediff(*words)
             assert done.code in (3, 5, 6), (words, done)

@@ -135,6 +135,26 @@ def test_commands_on_data_say_what_to_lower_when_a_process_was_killed(
         prepare(source, settings, str(tmp_path / "x"), workers=1, progress=lambda line: None)
 
 
+@pytest.fixture
+def raise_in_forks():
+    """Let this signal reach each new process before it runs a line of its own; 0 for none."""
+    numbers = [0]
+    os.register_at_fork(after_in_child=lambda: numbers[0] and signal.raise_signal(numbers[0]))
+    yield lambda number: numbers.__setitem__(0, int(number))
+    numbers[0] = 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_that_reaches_a_reading_process_as_it_starts_ends_nothing(
+    number, place, raise_in_forks
+) -> None:
+    """As when a terminal or a batch system sends it to all processes of a run."""
+    before, blocked = seen(folder(place)), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    raise_in_forks(number)
+    assert_same(seen(folder(place), workers=2), before)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+
+
 @pytest.mark.parametrize("sampling", ["natural", "class_balanced"])
 def test_rows_of_several_ranks_are_the_batch_of_one(place, sampling) -> None:
     config = folder(place, sampling=sampling)

@@ -293,6 +293,31 @@ def test_signals_act_as_before_once_the_run_is_over(recipe, tmp_path) -> None:
     assert [signal.getsignal(number) for number, *_ in CODES] == before
 
 
+@each_signal
+def test_a_signal_to_a_fork_of_the_run_acts_there_as_without_the_run(
+    number, code, state, recipe, tmp_path
+) -> None:
+    """A plugin's own process ends by it, says nothing, and the run goes on."""
+    ends = []
+
+    def step_ended(run, step):
+        if step == 2:
+            pid = os.fork()
+            if pid == 0:
+                with contextlib.suppress(KeyboardInterrupt):  # what Python makes of SIGINT
+                    signal.raise_signal(number)
+                    os._exit(1)
+                os._exit(2)
+            ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    said = io.StringIO()
+    host = load(plugin(step_ended=step_ended))
+    done = train(host, recipe, [], str(tmp_path / "run"), progress=Progress(said))
+    assert ends == [2 if number == signal.SIGINT else -number]
+    assert done.exit_code == 0
+    assert "stopping" not in said.getvalue()
+
+
 # Several processes
 
 
