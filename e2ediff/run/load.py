@@ -80,7 +80,7 @@ def load_model(
         for reference in guidance.references:
             place = reference.run or run
             named = (reference.checkpoint or None, reference.weights or None)
-            found = open_one(place, *named, (), "give the guidance checkpoint: {}")
+            found = open_one(place, *named, (), "give the guidance `checkpoint: {}`")
             others[reference] = _other(recipe, net, image, place, run, found)
         given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
         guidance = guidance.given(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import signal
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.objective import Objective
 from e2ediff.run.alarm import deaf
-from e2ediff.run.assembly import check_fits, check_precision, choose_device
+from e2ediff.run.assembly import check_fits, check_precision, choose_device, problems
 from e2ediff.run.attempts import ATTEMPTS
 from e2ediff.run.bad_images import BAD_IMAGES, open_source
 from e2ediff.run.checkpoint import finished_checkpoints, list_checkpoints, open_checkpoint
@@ -335,15 +336,18 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
 
 
 def _advice(engine: Engine) -> str:
-    """Where every loss reaches the encoder, an objective that keeps one from it."""
-    if _spares_encoder(engine.recipe.objective):
+    """Where every loss reaches the encoder, an objective that keeps one from it and would fit."""
+    recipe = engine.recipe
+    if _spares_encoder(recipe.objective):
         return ""
     for part in engine.host.registries["objectives"]:
-        try:
-            if _spares_encoder(part.cls()):
+        # One may lack an option that must be given; no plugin's fault ends a run that is done.
+        with contextlib.suppress(Exception):
+            objective = part.cls()
+            if _spares_encoder(objective) and not problems(
+                attrs.evolve(recipe, objective=objective)
+            ):
                 return f"objective={part.name}"
-        except TypeError:  # an option that must be given
-            continue
     return ""
 
 

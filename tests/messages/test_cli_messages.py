@@ -419,6 +419,15 @@ def test_a_damaged_checkpoint_asked_for_by_name_is_refused_with_one_that_serves(
     assert not Path("runs/tiny/samples/seed-0").exists()
 
 
+def test_a_damaged_checkpoint_that_guides_is_refused_with_what_to_write_in_the_guidance(
+    run: str,
+) -> None:
+    flip_bit(LAST)
+    guided = f"guidance={{name: autoguidance, scale: 2, checkpoint: {LAST}}}"
+    (line,) = refused(6, "sample", run, "--checkpoint", FIRST, "--set", guided)
+    assert line == f"{DAMAGED} {FIRST} verifies: give the guidance `checkpoint: {FIRST}`."
+
+
 def test_an_unknown_label_suggests_the_one_that_was_meant(run: str) -> None:
     (line,) = refused(5, "sample", run, "--label", "sneakr")
     assert line.startswith(

@@ -23,6 +23,7 @@ from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import CheckpointError, CollapseError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
+from e2ediff.parts.objectives import Coupled, Detached
 from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import assemble
 from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
@@ -189,6 +190,36 @@ def test_a_run_that_ends_collapsed_says_so_last_in_its_status_and_when_it_is_res
     other = ("run", tiny_recipe, "--out", tmp_path / "other", "--set", "objective=detached")
     done = e2ediff(*other, "--set", STRICT)
     assert done.err.splitlines()[-1] == "next: try another objective, latent norm or learning rate"
+
+
+def test_an_objective_that_the_recipe_would_refuse_is_not_the_one_to_try(
+    tiny_recipe, tmp_path
+) -> None:
+    """It names an optimizer for a phase that no built-in objective has."""
+
+    @attrs.frozen(kw_only=True)
+    class Alone(Coupled):
+        phases = ("alone",)
+
+    @attrs.frozen(kw_only=True)
+    class Spared(Detached):
+        phases = ("alone",)
+
+    def advice(*objectives: type, out: str) -> str:
+        @hookimpl
+        def register_objectives(add):
+            for cls in objectives:
+                add(cls.__name__.lower(), cls)
+
+        hooks = SimpleNamespace(__name__="alone", register_objectives=register_objectives)
+        changes = [STRICT, "objective=alone", "optimizers={alone: {name: adamw, lr: 0.002}}"]
+        ended = train(load(hooks, entry_points=False), tiny_recipe, changes, str(tmp_path / out),
+                      progress=Progress(io.StringIO()))  # fmt: skip
+        assert ended.collapsed
+        return ended.advice
+
+    assert advice(Alone, out="general") == ""
+    assert advice(Alone, Spared, out="fitting") == "objective=spared"
 
 
 def test_a_run_that_recovered_or_never_collapsed_says_nothing_of_it(trapped) -> None:
