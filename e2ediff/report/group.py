@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -107,7 +108,13 @@ class Group:
         matches = [(pattern.fullmatch(found), found) for found in Store("groups").list()]
         for _, found in sorted(((int(m[1] or 1), f) for m, f in matches if m), reverse=True):
             path = f"groups/{found}"
-            if Store(path).exists(SPEC) or cls.never_began(path):
+            if Store(path).exists(SPEC):
+                # A damaged one is no reason to take an older one: what opens it says so.
+                with contextlib.suppress(RunDirectoryError):
+                    if cls.open(path).spec["name"] != name:
+                        continue
+                return path
+            if cls.never_began(path):
                 return path
         raise RunDirectoryError(
             f"--resume: no ablation of '{name}' in groups/ to continue; start one without "

@@ -393,9 +393,8 @@ def latest_run(name: str) -> str | None:
     for _, found in sorted(((int(m[1] or 1), n) for m, n in numbered if m), reverse=True):
         path = runs.where(found)
         # The second run of `flow` and the first of a recipe called `flow-2` look alike.
-        with contextlib.suppress(RunDirectoryError):
-            if _is_run_of(path, name):
-                return path
+        if _is_run_of(path, name):
+            return path
     return None
 
 
@@ -403,8 +402,10 @@ def _is_run_of(path: str, name: str) -> bool:
     """Whether a run of this name lies here, or may have been about to begin."""
     store = Store(path)
     if store.exists(RUN):
-        return RunDirectory.open(path).environment().get("name") == name
-    if not numbers(store) and not RunDirectory.never_began(path):
+        # A damaged one is no reason to take an older run: what opens it says so.
+        with contextlib.suppress(RunDirectoryError):
+            return RunDirectory.open(path).environment().get("name") == name
+    elif not numbers(store) and not RunDirectory.never_began(path):
         return False
     try:
         recipe, _ = parse_yaml(store.read(RESOLVED).decode(), store.where(RESOLVED))

@@ -77,6 +77,19 @@ def test_runs_without_a_place_get_unique_ones(
     assert latest_run("flow") == "runs/flow"
 
 
+def test_a_damaged_newest_run_is_no_reason_to_take_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("E2EDIFF_RUNS", str(tmp_path))
+    newest = [create(None).path for _ in range(2)][1]
+    Path(newest, "resolved.yaml").write_text("name: flow\n")
+    for damage in ("", "{", "[]"):
+        Path(newest, "run.json").write_text(damage)
+        assert latest_run("flow") == newest
+        with pytest.raises(RunDirectoryError, match=r"flow-2/run\.json"):
+            RunDirectory.open(newest)
+
+
 def test_processes_that_start_together_never_share_a_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

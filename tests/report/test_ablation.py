@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from command_line import e2ediff
 
+from e2ediff.errors import RunDirectoryError
 from e2ediff.report.group import Group
 from e2ediff.report.plan import make_plan
 from e2ediff.report.train import exit_code, train_all
@@ -51,6 +52,20 @@ def test_failures_are_printed_and_the_exit_code_is_theirs(made):
     lines = [line for line in made.done.err.splitlines() if line.startswith("failed: ")]
     assert len(lines) == 2
     assert lines[0].endswith("`--set data.root=/path/to/train`.")
+
+
+def test_the_newest_ablation_is_that_of_the_recipe_s_name_even_if_it_is_damaged(group):
+    """The second ablation of `tiny` and the first of a recipe called `tiny-2` look alike."""
+    spec = json.loads((group / "spec.json").read_text())
+    newer = group.with_name("tiny-2")
+    newer.mkdir()
+    (newer / "spec.json").write_text(json.dumps({**spec, "name": "tiny-2"}))
+    assert Group.latest("tiny") == "groups/tiny"
+    assert Group.latest("tiny-2") == "groups/tiny-2"
+    (newer / "spec.json").write_text("{")
+    assert Group.latest("tiny") == "groups/tiny-2"
+    with pytest.raises(RunDirectoryError, match=r"tiny-2/spec\.json: is damaged"):
+        Group.open("groups/tiny-2")
 
 
 def test_cells_start_from_equal_weights_and_see_equal_data(made):
