@@ -76,7 +76,9 @@ class Heard:
     seconds: float
 
 
-def judge(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> dict:
+def judge(
+    metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """What a run's figures and events say, as fields of `Heard`."""
     looks = [m for m in metrics if "rank_fraction" in m and m["step"] > 0]
     best, relative = dict.fromkeys(NETWORKS, 0.0), [1.0]

@@ -92,13 +92,13 @@ def main(recipe_path: str, overrides: tuple[str, ...], repeats: int, threads: in
             x, label, z, raw, recipe.predicts, recipe.interpolant, x[:few], guesses, z[:few], pulls
         )
         less = attrs.evolve(more, x=x[:few], label=label[:few], z=z[:few], raw=raw[:few])
-    total = 0.0
+    whole = 0.0
     for diagnostic in chosen:
         probe = more if "many" in diagnostic.asks else less
         taken = seconds(lambda d=diagnostic, p=probe: d.measure(p), device, repeats)  # type: ignore[misc]
-        total += taken
+        whole += taken
         click.echo(f"  {taken * 1e3:8.1f} ms  {type(diagnostic).__name__}")
-    click.echo(f"  {total * 1e3:8.1f} ms  all diagnostics")
+    click.echo(f"  {whole * 1e3:8.1f} ms  all diagnostics")
 
 
 if __name__ == "__main__":
