@@ -28,8 +28,12 @@ PERIOD = 600.0
 
 _TRIAL = 0.3  # seconds that a comparison takes, so that other processes have their turns in it
 _CLEAR_AFTER = 0.1  # seconds after which a clear difference ends a comparison
-_CLEAR = 1.25  # times slower than the fastest, which more rounds would not change
-_HOPELESS = 3.0  # times slower than the number taken: not timed further
+_CLEAR = 1.25  # times slower than the fastest
+_SURE = 1.1  # times slower than the fastest: less may be chance, and is timed again soon
+_REST = 20  # times what a comparison took, before which none follows
+_SOON = 40  # times what a comparison took, after which one follows that was not sure
+_MORE_SELDOM = 4  # times as long until each further one
+_HOPELESS = 1.5  # times slower than the number taken, at first sight: not timed further for now
 _WINDOW = 1.0  # seconds of work over which the pace is measured
 _SLOW_WINDOWS = 2  # in a row that make a fall of the pace: one is chance
 _SHARED_WINDOW = 20  # calls of `done` instead, where several processes measure together
@@ -40,7 +44,9 @@ class Threads:
 
     A comparison runs `attempt` with each number in turn. One thread is taken unless all are more
     than 5 % faster, and a number that was taken stays until another is more than 5 % faster, so
-    that chance does not decide.
+    that chance does not decide. Where the fastest gained less than 10 %, and where one look was
+    enough, the next comparison comes soon, and then ever more seldom: for a moment a machine may
+    have no second core to give.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class Threads:
         self.clock = clock
         self._soonest, self._next = clock(), clock() + PERIOD
         self._slow = 0
+        self._patience = 0.0  # seconds to the next comparison, after one that was not sure
         self._begin_window()
 
     def begin(self) -> None:
@@ -132,8 +139,15 @@ class Threads:
             self._report(f"by time: {', '.join(times)}")
         # At most a twentieth of the time goes into comparing, and mostly a hundredth.
         now = self.clock()
-        self._soonest = now + 20 * (now - began)
-        self._next = now + max(PERIOD, 100 * (now - began))
+        cost = now - began
+        self._soonest = now + _REST * cost
+        later = max(PERIOD, 100 * cost)
+        fastest, second, *_ = sorted(seconds.values())
+        if len(numbers) > 1 and second > _SURE * fastest:
+            self._patience = 0.0
+        else:
+            self._patience = max(_SOON * cost, min(_MORE_SELDOM * self._patience, later))
+        self._next = now + (self._patience or later)
         self._pace, self._slow = 0.0, 0
         self._begin_window()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -121,6 +122,11 @@ def test_a_number_that_is_hopeless_at_first_sight_is_timed_once() -> None:
     assert threads.count == 1
     assert work.runs == 2
     assert work.lines == ["CPU threads: 1 of 2, by time: 10 ms with 1, 500 ms with 2"]
+    # One look may be chance: another follows soon.
+    work.seconds[2] = 0.005
+    work.now += 45 * 0.51
+    threads.done(10.0, 1.0)
+    assert threads.count == 2
 
 
 def test_threads_are_compared_anew_after_a_while_whatever_the_pace() -> None:
@@ -134,6 +140,34 @@ def test_threads_are_compared_anew_after_a_while_whatever_the_pace() -> None:
     work.now += PERIOD + 60
     threads.done(10.0, 1.0)
     assert threads.count == 2
+
+
+def test_a_comparison_that_is_not_sure_is_repeated_soon_and_then_ever_more_seldom() -> None:
+    """As where a machine had no second core to give for a moment."""
+    work = Work({1: 0.01, 2: 0.0098})
+    threads = work.chooser()
+    threads.begin()
+    compared, runs, began = [], work.runs, work.now
+    while work.now < began + 4 * PERIOD:
+        work.now += 1
+        threads.done(10.0, 1.0)
+        if work.runs > runs:
+            compared.append(work.now - began)
+            runs = work.runs
+    waits = [b - a for a, b in itertools.pairwise([0.0, *compared])]
+    assert 10 < waits[0] < 16
+    assert all(3 < b / a < 5 for a, b in itertools.pairwise(waits[:3]))
+    assert waits[-2:] == pytest.approx([PERIOD] * 2, rel=0.05)
+    assert threads.count == 1
+    work.seconds[2] = 0.007  # sure
+    work.now += PERIOD
+    threads.done(10.0, 1.0)
+    assert threads.count == 2
+    runs = work.runs
+    for _ in range(int(0.9 * PERIOD)):
+        work.now += 1
+        threads.done(14.0, 1.0)
+    assert work.runs == runs
 
 
 def test_a_number_that_was_taken_stays_where_another_gains_less_than_five_percent() -> None:
