@@ -98,7 +98,7 @@ def command(
         for line in plan.remarks():
             click.echo(line, err=True)
         return 0
-    place = Group.latest(plan.name) if resume and not out else out
+    place = Group.latest(plan) if resume and not out else out
     if resume and place and not Group.never_began(place):
         group = Group.open(place)
         group.refuse_other(plan)

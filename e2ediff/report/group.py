@@ -98,26 +98,28 @@ class Group:
         return cls(path, spec)
 
     @classmethod
-    def latest(cls, name: str) -> str:
-        """Where the newest group of this name lies in `groups/`, or was killed at its beginning.
+    def latest(cls, plan: Plan) -> str:
+        """Where the newest group of a plan's name lies in `groups/`, or began and was killed.
 
         Raises:
             RunDirectoryError: There is none.
         """
-        pattern = re.compile(re.escape(name) + r"(?:-(\d{1,9}))?")
+        pattern = re.compile(re.escape(plan.name) + r"(?:-(\d{1,9}))?")
         matches = [(pattern.fullmatch(found), found) for found in Store("groups").list()]
         for _, found in sorted(((int(m[1] or 1), f) for m, f in matches if m), reverse=True):
             path = f"groups/{found}"
-            if Store(path).exists(SPEC):
+            store = Store(path)
+            # The second of `flow` and the first of a recipe called `flow-2` look alike.
+            if store.exists(SPEC):
                 # A damaged one is no reason to take an older one: what opens it says so.
                 with contextlib.suppress(RunDirectoryError):
-                    if cls.open(path).spec["name"] != name:
+                    if cls.open(path).spec["name"] != plan.name:
                         continue
                 return path
-            if cls.never_began(path):
+            if cls.never_began(path) and not _holds_other(store, plan.text):
                 return path
         raise RunDirectoryError(
-            f"--resume: no ablation of '{name}' in groups/ to continue; start one without "
+            f"--resume: no ablation of '{plan.name}' in groups/ to continue; start one without "
             "--resume, or name its directory with --out"
         )
 

@@ -24,13 +24,13 @@ from e2ediff.errors import DataError, ResourceError
 from e2ediff.run.bad_images import Skipped, taken
 from e2ediff.run.order import Order
 from e2ediff.run.seeds import generator
+from e2ediff.run.signals import SIGNALS
 
 __all__ = ["Order", "batches", "check_enough", "fixed_images", "to_batch"]
 
 _T = TypeVar("_T")
 _CPU = torch.device("cpu")
 _ALL = slice(None)
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Item(NamedTuple):
@@ -190,7 +190,7 @@ def read(
         generator=torch.Generator(),
     )
     # A worker that a terminal's Ctrl-C reached before `_quiet` would end, and the run with it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return iter(loader)
     finally:
@@ -200,9 +200,9 @@ def read(
 def _quiet(worker: int) -> None:
     """One thread a worker; signals are the main process's business."""
     torch.set_num_threads(1)
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from e2ediff.errors import E2EDiffError
 SAVING = "stopping: finishing this step and saving; again to end at once without saving"
 BEFORE = "before training began"
 _NOTHING = "stopping: there is nothing to save yet"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Those that ask a run to stop."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -104,7 +105,7 @@ class Stop:
         # Only the main thread may set handlers; elsewhere (a notebook's worker) signals stay.
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 self._old[number] = signal.signal(number, self._handle)
 
     def _restore(self) -> None:

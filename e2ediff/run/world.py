@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from e2ediff.errors import E2EDiffError, ResourceError
-from e2ediff.run.signals import exit_code_of
+from e2ediff.run.signals import SIGNALS, exit_code_of
 from e2ediff.run.storage import JSON
 
 T = TypeVar("T", bound=JSON)
@@ -202,7 +202,7 @@ class World:
         """
         if self.size > 1:
             self.share(None)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             dist.destroy_process_group()
 

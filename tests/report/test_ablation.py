@@ -54,18 +54,29 @@ def test_failures_are_printed_and_the_exit_code_is_theirs(made):
     assert lines[0].endswith("`--set data.root=/path/to/train`.")
 
 
-def test_the_newest_ablation_is_that_of_the_recipe_s_name_even_if_it_is_damaged(group):
+def test_the_newest_ablation_is_that_of_the_recipe_s_name_even_if_it_is_damaged(group, host):
     """The second ablation of `tiny` and the first of a recipe called `tiny-2` look alike."""
+
+    def latest(name: str) -> str:
+        axes, changes = ["objective=coupled,detached"], [f"name={name}"]
+        return Group.latest(make_plan(host, "tiny.yaml", axes, "0", changes))
+
     spec = json.loads((group / "spec.json").read_text())
     newer = group.with_name("tiny-2")
     newer.mkdir()
     (newer / "spec.json").write_text(json.dumps({**spec, "name": "tiny-2"}))
-    assert Group.latest("tiny") == "groups/tiny"
-    assert Group.latest("tiny-2") == "groups/tiny-2"
+    assert latest("tiny") == "groups/tiny"
+    assert latest("tiny-2") == "groups/tiny-2"
     (newer / "spec.json").write_text("{")
-    assert Group.latest("tiny") == "groups/tiny-2"
+    assert latest("tiny") == "groups/tiny-2"
     with pytest.raises(RunDirectoryError, match=r"tiny-2/spec\.json: is damaged"):
         Group.open("groups/tiny-2")
+    # One that was killed at its beginning has a recipe alone.
+    (newer / "spec.json").unlink()
+    (newer / "recipe.yaml").write_bytes((group / "recipe.yaml").read_bytes())
+    assert latest("tiny") == "groups/tiny-2"
+    (newer / "recipe.yaml").write_text("name: tiny-2")
+    assert latest("tiny") == "groups/tiny"
 
 
 def test_cells_start_from_equal_weights_and_see_equal_data(made):
