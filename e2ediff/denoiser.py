@@ -1,4 +1,4 @@
-"""The denoiser: what a sampler asks, and what guidance wraps.
+"""The denoiser: what a sampler asks.
 
 Shapes: B batch, N latent tokens, D latent channels.
 """
@@ -6,18 +6,12 @@ Shapes: B batch, N latent tokens, D latent channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-import attrs
 import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
 from e2ediff.interpolant import Estimate, Interpolant, Kind
-
-if TYPE_CHECKING:
-    from e2ediff.sampler import Sampler
 
 
 class Denoiser(ABC):
@@ -71,40 +65,3 @@ class Plain(Denoiser):
         times = torch.full((len(z_t),), t, device=z_t.device)  # (B,)
         out = self.net.denoise(z_t, times, label)  # (B, N, D)
         return self._path.estimate(out, z_t, times, self.predicts)
-
-
-@attrs.frozen(kw_only=True)
-class Reference:
-    """Weights outside of the network that is sampled: a run, its checkpoint, one set of weights.
-
-    Empty strings stand for the run that is sampled, its newest checkpoint, and the weights that
-    are used for sampling by default.
-    """
-
-    run: str = ""
-    checkpoint: str = ""
-    weights: str = ""
-
-
-class Guidance(ABC):
-    """The recipe's `guidance:` block: wraps a denoiser into a guided one."""
-
-    @property
-    def references(self) -> tuple[Reference, ...]:
-        """Further networks that it asks; who samples loads them and calls `given` first."""
-        return ()
-
-    def given(self, others: Mapping[Reference, Denoiser]) -> Guidance:
-        """This guidance with the denoisers of its `references`."""
-        return self
-
-    def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
-        """Options that this sampler would make mean something else: (field, what and what to do).
-
-        Asked when a recipe is checked and before anything is sampled.
-        """
-        return ()
-
-    @abstractmethod
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
-        """The guided denoiser; `inner` itself where the guidance changes nothing."""

@@ -37,7 +37,7 @@ from e2ediff.files.images import (
 from e2ediff.files.names import files_below
 from e2ediff.run.generate import Model
 from e2ediff.run.load import load_model
-from e2ediff.run.seeds import generator
+from e2ediff.seeds import generator
 
 _CHUNK = 1 << 22
 _BATCH_PIXELS = 4 * MAX_PIXELS

@@ -15,11 +15,11 @@ import torch
 import e2ediff
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.denoiser import Guidance
 from e2ediff.errors import DataError
 from e2ediff.evaluate.conventions import Labels
 from e2ediff.evaluate.images import FolderImages, ImageSet, NpzImages, Samples
 from e2ediff.evaluate.reference import npz_keys
+from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.run.assembly import profiles
@@ -28,10 +28,10 @@ from e2ediff.run.directory import RunDirectory
 from e2ediff.run.generate import Model, Origin
 from e2ediff.run.pixels import weights_sha256
 from e2ediff.run.post_hoc import width_of
-from e2ediff.run.seeds import generator
 from e2ediff.run.set_record import origin_entry
 from e2ediff.run.storage import JSON, Store
 from e2ediff.sampler import Sampler
+from e2ediff.seeds import generator
 
 
 @attrs.frozen(eq=False)

@@ -64,7 +64,7 @@ def register_regularizers(add: Add) -> None:
 
 @hookspec
 def register_guidance(add: Add) -> None:
-    """Add subclasses of `e2ediff.denoiser.Guidance`."""
+    """Add subclasses of `e2ediff.guidance.Guidance`."""
 
 
 @hookspec

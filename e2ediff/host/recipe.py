@@ -13,10 +13,10 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.backbone import BackboneConfig
 from e2ediff.data import SourceConfig
-from e2ediff.denoiser import Guidance
 from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.features import FeatureConfig
+from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import Structurer, show, unstructure
 from e2ediff.host.yaml import MAX_BYTES, Node, dump_yaml, parse_yaml, path_join, set_value

@@ -14,10 +14,10 @@ import attrs
 
 from e2ediff.backbone import BackboneConfig
 from e2ediff.data import SourceConfig
-from e2ediff.denoiser import Guidance
 from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import DuplicateNameError, PluginError
 from e2ediff.features import FeatureConfig
+from e2ediff.guidance import Guidance
 from e2ediff.host.discovery import BUILTIN
 from e2ediff.interpolant import Interpolant
 from e2ediff.metric import Metric

@@ -12,8 +12,9 @@ from attrs import validators
 from torch import Tensor
 
 from e2ediff import addresses
-from e2ediff.denoiser import Denoiser, Guidance, Reference
+from e2ediff.denoiser import Denoiser
 from e2ediff.errors import Problem, RecipeError
+from e2ediff.guidance import Guidance, Reference
 from e2ediff.interpolant import Estimate, Interpolant
 from e2ediff.parts.guidance import ClassifierFree, Wrapped
 from e2ediff.sampler import Sampler

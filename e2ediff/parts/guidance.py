@@ -12,7 +12,8 @@ import torch
 from attrs import validators
 from torch import Tensor
 
-from e2ediff.denoiser import Denoiser, Guidance
+from e2ediff.denoiser import Denoiser
+from e2ediff.guidance import Guidance
 from e2ediff.interpolant import Estimate, Interpolant
 from e2ediff.sampler import Sampler
 

@@ -18,9 +18,9 @@ from e2ediff.run.compiling import compile_blocks, compile_step, recompute
 from e2ediff.run.ema import Average
 from e2ediff.run.parallel import Parallel, Unit
 from e2ediff.run.profiles import Profile
-from e2ediff.run.seeds import derive
 from e2ediff.run.step import Step
 from e2ediff.run.world import World
+from e2ediff.seeds import derive
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from e2ediff.errors import ShapeError
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
-from e2ediff.run.seeds import generator
+from e2ediff.seeds import generator
 
 
 def draw_for(recipe: Recipe, label: Tensor, purpose: str, *numbers: int) -> Draw:

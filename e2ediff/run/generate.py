@@ -16,13 +16,14 @@ from torch import Tensor
 
 from e2ediff.backbone import Backbone
 from e2ediff.data import ImageSpec
-from e2ediff.denoiser import Denoiser, Guidance, Plain
+from e2ediff.denoiser import Denoiser, Plain
 from e2ediff.errors import KernelError, Problem, RecipeError
+from e2ediff.guidance import Guidance
 from e2ediff.host.recipe import Recipe
 from e2ediff.latent import LatentContract, Latents
 from e2ediff.run.labels import class_of, label_of
-from e2ediff.run.seeds import generator
 from e2ediff.sampler import Noise
+from e2ediff.seeds import generator
 
 Precision = Literal["float32", "bfloat16"]
 

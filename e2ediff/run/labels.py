@@ -12,7 +12,7 @@ import torch
 
 from e2ediff.data import ImageSpec
 from e2ediff.errors import DataError
-from e2ediff.run.seeds import generator
+from e2ediff.seeds import generator
 
 LabelLaw = Literal["repeated", "balanced", "random"]
 

@@ -14,8 +14,9 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.backbone import Backbone
 from e2ediff.data import ImageSpec
-from e2ediff.denoiser import Denoiser, Plain, Reference
+from e2ediff.denoiser import Denoiser, Plain
 from e2ediff.errors import CheckpointError, Problem, RecipeError
+from e2ediff.guidance import Reference
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.latent import LatentContract

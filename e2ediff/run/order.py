@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from e2ediff.run.seeds import generator
+from e2ediff.seeds import generator
 
 _CPU = torch.device("cpu")
 

@@ -23,8 +23,8 @@ from e2ediff.run.ema import at_rest, in_use, normalised, own_latents
 from e2ediff.run.generate import Model
 from e2ediff.run.loader import fixed_images
 from e2ediff.run.onlookers import Onlookers, numbers
-from e2ediff.run.seeds import generator
 from e2ediff.run.step import Step
+from e2ediff.seeds import generator
 
 _CPU = torch.device("cpu")
 GRADIENT_IMAGES = 16

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from e2ediff.denoiser import Guidance
 from e2ediff.errors import ResourceError, RunDirectoryError
+from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.run.environment import versions

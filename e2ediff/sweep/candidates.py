@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from e2ediff.addresses import Address
-from e2ediff.denoiser import Guidance
 from e2ediff.errors import CheckpointError
+from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.host.structure import unstructure

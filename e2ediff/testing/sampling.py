@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from e2ediff.denoiser import Guidance
+from e2ediff.guidance import Guidance
 from e2ediff.parts.interpolants import Linear
 from e2ediff.sampler import Sampler
 from e2ediff.testing.claims import is_float32, own_randomness

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mixture import MEANS, NULL, STDS, MixtureDenoiser, normal_quantiles
 
-from e2ediff.denoiser import Denoiser, Reference
+from e2ediff.denoiser import Denoiser
 from e2ediff.errors import RecipeError
+from e2ediff.guidance import Reference
 from e2ediff.parts.adaptive import Dopri5
 from e2ediff.parts.combined import Autoguidance, Chain, Interval
 from e2ediff.parts.guidance import APG, CFGPlusPlus, CFGZeroStar, ClassifierFree

@@ -17,8 +17,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tiny_recipe import tiny
 
 from e2ediff import addresses
-from e2ediff.denoiser import Denoiser, Guidance, Reference
+from e2ediff.denoiser import Denoiser
 from e2ediff.errors import DataError, RecipeError, RunDirectoryError
+from e2ediff.guidance import Guidance, Reference
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.host.registry import options

@@ -16,7 +16,7 @@ from e2ediff.parts.sources import Synthetic
 from e2ediff.run.assembly import build_nets
 from e2ediff.run.generate import Model
 from e2ediff.run.loader import Order, batches, fixed_images
-from e2ediff.run.seeds import derive
+from e2ediff.seeds import derive
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_seed_is_the_same_in_every_process() -> None:
-    script = "from e2ediff.run.seeds import derive; print(derive(3, 'draw', 640, 1))"
+    script = "from e2ediff.seeds import derive; print(derive(3, 'draw', 640, 1))"
     found = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from e2ediff import hookimpl
 from e2ediff.data import DataSource, ImageSpec, SourceConfig
-from e2ediff.denoiser import Denoiser, Guidance
+from e2ediff.denoiser import Denoiser
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.features import FeatureConfig, FeatureNetwork
+from e2ediff.guidance import Guidance
 from e2ediff.interpolant import Estimate as Prediction
 from e2ediff.interpolant import Interpolant
 from e2ediff.losses import mean_clean_loss, noise_levels
