@@ -15,7 +15,7 @@ import json
 import click
 import torch
 
-from e2ediff.attention import (
+from e2ediff.nn.attention import (
     both_ways,
     candidates,
     check_agreement,

@@ -184,7 +184,7 @@ class Backbone(nn.Module, ABC):
         """Choose kernels for this device and compute type; called after each move.
 
         Training steps compute in `dtype`, and the same network is asked in float32 too, without
-        autocast: by looks, previews, calibration and scores. `e2ediff.attention.use_attention`
+        autocast: by looks, previews, calibration and scores. `e2ediff.nn.attention.use_attention`
         chooses for both.
 
         Returns:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from e2ediff import testing
-from e2ediff.attention import sdpa
 from e2ediff.data import DataSource
 from e2ediff.denoiser import Denoiser
+from e2ediff.nn.attention import sdpa
 from e2ediff.objective import Terms
 from e2ediff.parts.collapse import LatentHealth
 from e2ediff.parts.guidance import ClassifierFree

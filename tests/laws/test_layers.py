@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from e2ediff.layers import MLP, Block, Context, Rotary, Trunk, rotary_angles, rotate
+from e2ediff.nn.layers import MLP, Block, Context, Rotary, Trunk, rotary_angles, rotate
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from e2ediff.attention import candidates, check_agreement, choose_attention, sdpa
 from e2ediff.errors import ResourceError
+from e2ediff.nn.attention import candidates, check_agreement, choose_attention, sdpa
 from e2ediff.parts.vit import ViTConfig
 from e2ediff.testing import make_nets
 

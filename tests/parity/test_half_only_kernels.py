@@ -18,13 +18,13 @@ from tiny_recipe import tiny
 from torch import nn
 
 import e2ediff as package
-from e2ediff import attention
-from e2ediff.attention import BACKENDS, choose_attention, sdpa, use_attention
 from e2ediff.errors import KernelError, ResourceError
 from e2ediff.forecast.memory import follow
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
-from e2ediff.layers import SelfAttention
+from e2ediff.nn import attention
+from e2ediff.nn.attention import BACKENDS, choose_attention, sdpa, use_attention
+from e2ediff.nn.layers import SelfAttention
 
 CPU = torch.device("cpu")
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"

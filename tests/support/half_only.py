@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
-from e2ediff import attention
-from e2ediff.attention import candidates, sdpa
+from e2ediff.nn import attention
+from e2ediff.nn.attention import candidates, sdpa
 
 HALF = (torch.bfloat16, torch.float16)
 REFUSAL = "No available kernel. Aborting execution."

@@ -13,11 +13,11 @@ import torch
 from attrs import validators
 from torch import Tensor, nn
 
-from e2ediff.attention import Backend, use_attention
 from e2ediff.backbone import Backbone, BackboneConfig, LatentSpec
 from e2ediff.data import ImageSpec
 from e2ediff.latent import LatentNorm
-from e2ediff.layers import (
+from e2ediff.nn.attention import Backend, use_attention
+from e2ediff.nn.layers import (
     MLP,
     Block,
     Context,

@@ -14,7 +14,6 @@ import torch
 from attrs import validators
 from torch import Tensor, nn
 
-from e2ediff.attention import Backend, use_attention
 from e2ediff.backbone import (
     Backbone,
     BackboneConfig,
@@ -27,7 +26,8 @@ from e2ediff.backbone import (
 )
 from e2ediff.data import ImageSpec
 from e2ediff.latent import LatentNorm, NormKind
-from e2ediff.layers import (
+from e2ediff.nn.attention import Backend, use_attention
+from e2ediff.nn.layers import (
     Context,
     Rotary,
     TimeEmbedding,

@@ -13,7 +13,7 @@ from attrs import validators
 from torch import Tensor, nn
 from torch.nn import functional
 
-from e2ediff.layers import MLP, SelfAttention, sincos_positions, unpatchify
+from e2ediff.nn.layers import MLP, SelfAttention, sincos_positions, unpatchify
 
 _SIZE = validators.optional(validators.gt(0))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from e2ediff.layers import MLP, Block
+from e2ediff.nn.layers import MLP, Block
 
 
 class NormedBlock(Block):

@@ -194,7 +194,7 @@ def use_attention(
     """Give every module of `net` that attends the kernels chosen for its shape.
 
     Such a module has attributes `attend`, which is replaced, `head_dim` and `heads`;
-    `SelfAttention` of `e2ediff.layers` is one.
+    `SelfAttention` of `e2ediff.nn.layers` is one.
     `tokens` is the number of tokens that it mostly sees.
 
     What `attend` becomes computes by the type of q: in `dtype` by the kernel that

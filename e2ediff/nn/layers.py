@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from e2ediff.attention import Attend, sdpa
+from e2ediff.nn.attention import Attend, sdpa
 
 Modulation = Literal["block", "shared", "lowrank"]
 MLPKind = Literal["gelu", "relu2", "swiglu"]

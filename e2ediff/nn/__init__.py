@@ -1,0 +1,1 @@
+"""What transformers share: blocks, positions and attention kernels."""
