@@ -64,7 +64,7 @@ def command(
     number = prepare_threads(threads)
     import torch
 
-    from e2ediff.parts.own_images import list_images, read_images
+    from e2ediff.parts.sources.own_images import list_images, read_images
     from e2ediff.run.generate import denoise_once
     from e2ediff.run.load import load_model
     from e2ediff.run.pictures import grid_png

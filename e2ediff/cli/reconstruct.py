@@ -58,7 +58,7 @@ def command(
     given = prepare_threads(threads)
     import torch
 
-    from e2ediff.parts.own_images import list_images, read_images
+    from e2ediff.parts.sources.own_images import list_images, read_images
     from e2ediff.run.bad_images import open_source
     from e2ediff.run.generate import reconstruct_once
     from e2ediff.run.load import load_model

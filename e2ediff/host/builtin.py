@@ -6,29 +6,20 @@ from collections.abc import Callable
 
 from e2ediff import hookimpl
 from e2ediff.parts import (
-    adaptive,
-    collapse,
-    combined,
-    exported,
-    features,
-    foundation,
-    guidance,
+    backbones,
     interpolants,
-    kl,
     metrics,
-    multistep,
-    muon,
-    objectives,
-    observatory,
-    optim,
     regularizers,
-    samplers,
-    sde,
     sources,
-    times,
+    time_samplers,
     trackers,
-    vit,
 )
+from e2ediff.parts.diagnostics import latent_health, observatory
+from e2ediff.parts.features import exported, foundation, networks
+from e2ediff.parts.guidance import classifier_free, combined
+from e2ediff.parts.objectives import controls, kl
+from e2ediff.parts.optimizers import muon, scheduled
+from e2ediff.parts.samplers import adaptive, multistep, ode, sde
 
 Add = Callable[[str, type], None]
 
@@ -36,7 +27,7 @@ Add = Callable[[str, type], None]
 @hookimpl
 def register_backbones(add: Add) -> None:
     """The ViT with three modes."""
-    add("vit", vit.ViTConfig)
+    add("vit", backbones.ViTConfig)
 
 
 @hookimpl
@@ -50,17 +41,17 @@ def register_interpolants(add: Add) -> None:
 @hookimpl
 def register_time_samplers(add: Add) -> None:
     """Laws of training times."""
-    add("uniform", times.Uniform)
-    add("logit_normal", times.LogitNormal)
-    add("shifted", times.Shifted)
+    add("uniform", time_samplers.Uniform)
+    add("logit_normal", time_samplers.LogitNormal)
+    add("shifted", time_samplers.Shifted)
 
 
 @hookimpl
 def register_objectives(add: Add) -> None:
     """The controls."""
-    add("coupled", objectives.Coupled)
-    add("detached", objectives.Detached)
-    add("two_stage", objectives.TwoStage)
+    add("coupled", controls.Coupled)
+    add("detached", controls.Detached)
+    add("two_stage", controls.TwoStage)
     add("kl", kl.KL)
 
 
@@ -77,10 +68,10 @@ def register_regularizers(add: Add) -> None:
 @hookimpl
 def register_guidance(add: Add) -> None:
     """Guidance at sampling."""
-    add("classifier_free", guidance.ClassifierFree)
-    add("cfg_plus_plus", guidance.CFGPlusPlus)
-    add("cfg_zero_star", guidance.CFGZeroStar)
-    add("apg", guidance.APG)
+    add("classifier_free", classifier_free.ClassifierFree)
+    add("cfg_plus_plus", classifier_free.CFGPlusPlus)
+    add("cfg_zero_star", classifier_free.CFGZeroStar)
+    add("apg", classifier_free.APG)
     add("autoguidance", combined.Autoguidance)
     add("interval", combined.Interval)
     add("chain", combined.Chain)
@@ -89,10 +80,10 @@ def register_guidance(add: Add) -> None:
 @hookimpl
 def register_samplers(add: Add) -> None:
     """Solvers of the probability-flow ODE, and of the SDE with the same marginals."""
-    add("euler", samplers.Euler)
-    add("heun", samplers.Heun)
-    add("midpoint", samplers.Midpoint)
-    add("rk4", samplers.RK4)
+    add("euler", ode.Euler)
+    add("heun", ode.Heun)
+    add("midpoint", ode.Midpoint)
+    add("rk4", ode.RK4)
     add("dopri5", adaptive.Dopri5)
     add("dpmpp_2m", multistep.DPMSolverPP2M)
     add("unipc", multistep.UniPC)
@@ -116,17 +107,17 @@ def register_sources(add: Add) -> None:
 @hookimpl
 def register_optimizers(add: Add) -> None:
     """Optimizers with their schedules."""
-    add("adamw", optim.AdamW)
+    add("adamw", scheduled.AdamW)
     add("muon", muon.Muon)
-    add("sgd", optim.SGD)
+    add("sgd", scheduled.SGD)
 
 
 @hookimpl
 def register_diagnostics(add: Add) -> None:
     """Health of the latents, and what trains them."""
-    add("latent_health", collapse.LatentHealth)
-    add("rank_gap", collapse.RankGap)
-    add("reconstruction", collapse.Reconstruction)
+    add("latent_health", latent_health.LatentHealth)
+    add("rank_gap", latent_health.RankGap)
+    add("reconstruction", latent_health.Reconstruction)
     add("spectrum", observatory.Spectrum)
     add("spread", observatory.Spread)
     add("wiener", observatory.Wiener)
@@ -144,13 +135,13 @@ def register_trackers(add: Add) -> None:
 @hookimpl
 def register_features(add: Add) -> None:
     """Feature networks of losses and scores."""
-    add("torchvision", features.TorchvisionFeatures)
-    add("efficientnet_lite0", features.EfficientNetLite0)
-    add("inception2015", features.Inception)
+    add("torchvision", networks.TorchvisionFeatures)
+    add("efficientnet_lite0", networks.EfficientNetLite0)
+    add("inception2015", networks.Inception)
     add("dinov2", foundation.DINOv2)
     add("clip", foundation.CLIP)
     add("exported", exported.Exported)
-    add("random_projection", features.RandomProjection)
+    add("random_projection", networks.RandomProjection)
 
 
 @hookimpl

@@ -1,1 +1,1 @@
-"""The parts that ship with e2ediff, one family a file."""
+"""The parts that ship with e2ediff: a file, or a folder of files, for each registry."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from e2ediff.backbone import Backbone, BackboneConfig, Decode, Denoise, Encode, Output, Pass
 from e2ediff.data import Batch, ImageSpec
 from e2ediff.objective import Draw, Nets, Objective
-from e2ediff.parts.times import Uniform
+from e2ediff.parts.time_samplers import Uniform
 from e2ediff.regularizer import Regularizer
 from e2ediff.testing.claims import is_float32, near, own_randomness
 from e2ediff.testing.tiny import IMAGE, make_batch, make_draw, make_nets

@@ -18,7 +18,7 @@ from e2ediff.interpolant import Estimate, Interpolant, Kind, spread
 from e2ediff.latent import LatentNorm, NormKind
 from e2ediff.objective import Draw, Nets, Objective
 from e2ediff.parts.interpolants import Linear
-from e2ediff.parts.times import Uniform
+from e2ediff.parts.time_samplers import Uniform
 from e2ediff.times import TimeSampler
 
 IMAGE = ImageSpec(3, 16, 16, 4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from e2ediff.parts.exported import Exported
+from e2ediff.parts.features.exported import Exported
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

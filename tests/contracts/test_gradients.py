@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from e2ediff.losses import DecodeNoise
-from e2ediff.parts.kl import KL
-from e2ediff.parts.objectives import Coupled, Detached, TwoStage
-from e2ediff.parts.vit import ViTConfig
+from e2ediff.parts.backbones import ViTConfig
+from e2ediff.parts.objectives.controls import Coupled, Detached, TwoStage
+from e2ediff.parts.objectives.kl import KL
 from e2ediff.testing import make_batch, make_draw, make_nets
 
 # What belongs to one mode alone where trunks are `three`.

@@ -45,7 +45,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imports(tree: ast.AST, *, top: bool = False) -> Iterator[str]:
-    """Dotted names of what is imported: `e2ediff.parts.collapse`, `e2ediff.hookimpl`, `torch.nn`.
+    """Dotted names of what is imported: `e2ediff.parts.backbones`, `e2ediff.hookimpl`, `torch.nn`.
 
     With `top` only what importing the module imports, for type checkers excluded.
     """
@@ -413,13 +413,13 @@ def test_the_law_finds_what_breaks_it() -> None:
         "LIMIT = [1]\n"
         "def f():\n"
         "    '''Docstrings may name dsd.'''\n"
-        "    from e2ediff.parts.collapse import LatentHealth\n"
+        "    from e2ediff.parts.diagnostics.latent_health import LatentHealth\n"
         "    return pickle.loads(x), torch.load(x), torch.load(x, weights_only=True), 'dsd'\n"
         "def g(): pass\n"
     )
     assert strangers(tree, CONTRACTS, {"torch", "fsspec"}) == [
         "e2ediff.run.engine",
-        "e2ediff.parts.collapse.LatentHealth",
+        "e2ediff.parts.diagnostics.latent_health.LatentHealth",
     ]
     assert opening(tree) == ["fsspec.open"]
     assert opening(ast.parse("x.core.url_to_fs(y)")) == ["x.core.url_to_fs"]

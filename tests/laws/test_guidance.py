@@ -13,13 +13,13 @@ from mixture import MEANS, NULL, STDS, MixtureDenoiser, normal_quantiles
 from e2ediff.denoiser import Denoiser
 from e2ediff.errors import RecipeError
 from e2ediff.guidance import Reference
-from e2ediff.parts.adaptive import Dopri5
-from e2ediff.parts.combined import Autoguidance, Chain, Interval
-from e2ediff.parts.guidance import APG, CFGPlusPlus, CFGZeroStar, ClassifierFree
+from e2ediff.parts.guidance.classifier_free import APG, CFGPlusPlus, CFGZeroStar, ClassifierFree
+from e2ediff.parts.guidance.combined import Autoguidance, Chain, Interval
 from e2ediff.parts.interpolants import Cosine, Linear, VarianceExploding
-from e2ediff.parts.multistep import DPMSolverPP2M, UniPC
-from e2ediff.parts.samplers import RK4, Euler, Heun, Midpoint
-from e2ediff.parts.sde import SDE
+from e2ediff.parts.samplers.adaptive import Dopri5
+from e2ediff.parts.samplers.multistep import DPMSolverPP2M, UniPC
+from e2ediff.parts.samplers.ode import RK4, Euler, Heun, Midpoint
+from e2ediff.parts.samplers.sde import SDE
 from e2ediff.testing import GaussianDenoiser
 
 PATHS = [Linear(), Cosine(), VarianceExploding(sigma_max=10.0)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from e2ediff.diagnostic import Probe
 from e2ediff.errors import LatentError
 from e2ediff.latent import NORM_KINDS, TIME, LatentContract, LatentNorm
-from e2ediff.parts.collapse import (
+from e2ediff.parts.diagnostics.latent_health import (
     LatentHealth,
     content_std,
     effective_rank,

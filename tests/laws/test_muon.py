@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from e2ediff.data import ImageSpec
-from e2ediff.parts.muon import Muon, MuonRest
-from e2ediff.parts.optim import AdamW
-from e2ediff.parts.vit import ViTConfig
+from e2ediff.parts.backbones import ViTConfig
+from e2ediff.parts.optimizers.muon import Muon, MuonRest
+from e2ediff.parts.optimizers.scheduled import AdamW
 
 CONFIG = ViTConfig(
     width=16, depth=2, heads=2, patch=4, latent_dim=4, refine=2, modulation="shared"

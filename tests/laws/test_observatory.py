@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from e2ediff.diagnostic import Probe
-from e2ediff.parts.collapse import LatentHealth
-from e2ediff.parts.interpolants import Cosine, Linear
-from e2ediff.parts.observatory import (
+from e2ediff.parts.diagnostics.latent_health import LatentHealth
+from e2ediff.parts.diagnostics.observatory import (
     EncoderGradients,
     Neighbours,
     Spectrum,
@@ -24,6 +23,7 @@ from e2ediff.parts.observatory import (
     token_variances,
     wiener_error,
 )
+from e2ediff.parts.interpolants import Cosine, Linear
 
 TIMES = (0.2, 0.5, 0.8)
 

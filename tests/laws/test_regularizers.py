@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributions
 
-from e2ediff.parts.kl import KL, unit_normal_kl
+from e2ediff.parts.objectives.kl import KL, unit_normal_kl
 from e2ediff.parts.regularizers import (
     Dispersive,
     RankFilter,
@@ -116,7 +116,7 @@ def test_the_rank_filter_is_its_svd(of, power) -> None:
 
 
 def test_the_rank_filter_leaves_equal_modes_alone_and_raises_the_effective_rank() -> None:
-    from e2ediff.parts.collapse import effective_rank
+    from e2ediff.parts.diagnostics.latent_health import effective_rank
 
     q, _ = torch.linalg.qr(latents(4, (24, 5)) - latents(4, (24, 5)).mean(dim=0))
     q = q - q.mean(dim=0)

@@ -14,11 +14,11 @@ from mixture import MEANS, NULL, STDS, WEIGHTS, MixtureDenoiser, cdf, normal_qua
 
 from e2ediff.denoiser import Plain
 from e2ediff.errors import RecipeError
-from e2ediff.parts.adaptive import Dopri5, dormand_prince
 from e2ediff.parts.interpolants import Cosine, Linear, VarianceExploding
-from e2ediff.parts.multistep import DPMSolverPP2M, UniPC
-from e2ediff.parts.samplers import RK4, Euler, Heun, Midpoint
-from e2ediff.parts.sde import SDE
+from e2ediff.parts.samplers.adaptive import Dopri5, dormand_prince
+from e2ediff.parts.samplers.multistep import DPMSolverPP2M, UniPC
+from e2ediff.parts.samplers.ode import RK4, Euler, Heun, Midpoint
+from e2ediff.parts.samplers.sde import SDE
 from e2ediff.sampler import Karras
 from e2ediff.testing import GaussianDenoiser, make_nets
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from e2ediff.parts.optim import SGD, AdamW, schedule_factor
-from e2ediff.parts.times import LogitNormal, Shifted, Uniform
+from e2ediff.parts.optimizers.scheduled import SGD, AdamW, schedule_factor
+from e2ediff.parts.time_samplers import LogitNormal, Shifted, Uniform
 from e2ediff.times import MARGIN
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 from command_line import e2ediff
 from PIL import Image
 
-from e2ediff.parts.inception import Inception2015
+from e2ediff.parts.features.inception import Inception2015
 
 PLAIN = ("--features", "random_projection")
 

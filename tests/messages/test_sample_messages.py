@@ -21,7 +21,7 @@ from tiny_recipe import tiny
 
 from e2ediff.errors import ResourceError
 from e2ediff.host.plugins import load
-from e2ediff.parts.own_images import list_images, read_images
+from e2ediff.parts.sources.own_images import list_images, read_images
 from e2ediff.run.load import load_model
 from e2ediff.run.sample_set import make_set
 from e2ediff.run.set_record import check_space

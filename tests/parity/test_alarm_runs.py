@@ -23,7 +23,7 @@ from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import CheckpointError, CollapseError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
-from e2ediff.parts.objectives import Coupled, Detached
+from e2ediff.parts.objectives.controls import Coupled, Detached
 from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import assemble
 from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from e2ediff.errors import DataError
-from e2ediff.parts.exported import Exported
+from e2ediff.parts.features.exported import Exported
 
 SIDE = 16
 

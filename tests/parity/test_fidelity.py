@@ -8,9 +8,9 @@ import torch
 
 from e2ediff.errors import DataError
 from e2ediff.metric import FeatureSet, moments_of
-from e2ediff.parts.features import Inception
-from e2ediff.parts.foundation import CLIP, DINOv2
-from e2ediff.parts.inception import Inception2015, resize_tf1
+from e2ediff.parts.features.foundation import CLIP, DINOv2
+from e2ediff.parts.features.inception import Inception2015, resize_tf1
+from e2ediff.parts.features.networks import Inception
 from e2ediff.parts.metrics import FID, KID, InceptionScore, PrecisionRecall
 
 pytest.importorskip("torch_fidelity", reason="needs `pip install torch-fidelity`")

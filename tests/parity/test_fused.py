@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from e2ediff.backbone import Decode, Denoise, Encode
-from e2ediff.parts.vit import ViTConfig
+from e2ediff.parts.backbones import ViTConfig
 from e2ediff.testing import make_batch, make_draw, make_nets
 
 SIZES = {"width": 32, "depth": 3, "heads": 2, "patch": 8, "latent_dim": 6}

@@ -20,10 +20,10 @@ from e2ediff.errors import DataError
 from e2ediff.evaluate.images import FolderImages
 from e2ediff.files.names import is_hidden
 from e2ediff.parts import sources
-from e2ediff.parts.own_images import list_images
 from e2ediff.parts.sources.index import Index, column
 from e2ediff.parts.sources.listing import Names
 from e2ediff.parts.sources.location import find_files, fingerprint
+from e2ediff.parts.sources.own_images import list_images
 
 SIZE, COUNTS = 8, [3, 2]
 

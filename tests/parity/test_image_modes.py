@@ -24,8 +24,8 @@ from e2ediff.evaluate.reference import open_reference
 from e2ediff.files.images import Limit, opened, to_mode
 from e2ediff.host.plugins import load
 from e2ediff.parts import sources
-from e2ediff.parts.features import RandomProjection
-from e2ediff.parts.own_images import read_images
+from e2ediff.parts.features.networks import RandomProjection
+from e2ediff.parts.sources.own_images import read_images
 from e2ediff.run.pixels import weights_sha256
 
 SIDE = 48

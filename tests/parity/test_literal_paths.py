@@ -22,9 +22,9 @@ from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.evaluate.images import FolderImages
 from e2ediff.parts import sources
-from e2ediff.parts.own_images import list_images, read_images
+from e2ediff.parts.features.weights import read_weights
 from e2ediff.parts.sources.location import find_files
-from e2ediff.parts.weights import read_weights
+from e2ediff.parts.sources.own_images import list_images, read_images
 from e2ediff.prepare.address import recognise
 from e2ediff.run.storage import Store
 

@@ -28,10 +28,10 @@ from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.host.registry import options
 from e2ediff.host.scaffold import write_plugin
-from e2ediff.parts.own_images import list_images, read_images
+from e2ediff.parts.features.weights import read_file, read_weights
 from e2ediff.parts.sources.labels import read_labels
 from e2ediff.parts.sources.location import Location, find_files
-from e2ediff.parts.weights import read_file, read_weights
+from e2ediff.parts.sources.own_images import list_images, read_images
 from e2ediff.prepare.address import recognise, source_config
 from e2ediff.prepare.write import Settings, prepare
 from e2ediff.report.gather import gather, gather_runs, read_run

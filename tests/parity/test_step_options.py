@@ -21,7 +21,7 @@ from e2ediff import hookimpl
 from e2ediff.errors import ResourceError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
-from e2ediff.parts.objectives import Detached
+from e2ediff.parts.objectives.controls import Detached
 from e2ediff.run.assembly import assemble, check_precision, choose_device, problems
 from e2ediff.run.checkpoint import open_checkpoint
 from e2ediff.run.draws import UnclearDrawError, draw_for, part_of

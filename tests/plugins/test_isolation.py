@@ -24,7 +24,7 @@ OURS = "dsd,unite,jit,rivals,varfloor"  # the plugins of this repository
 GOOD = """
 import attrs
 from e2ediff import hookimpl
-from e2ediff.parts.objectives import Detached
+from e2ediff.parts.objectives.controls import Detached
 
 @attrs.frozen(kw_only=True)
 class Mine(Detached):

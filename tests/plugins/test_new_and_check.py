@@ -22,8 +22,8 @@ from e2ediff.host.registry import KINDS as REGISTRIES
 from e2ediff.host.registry import Plugin
 from e2ediff.host.scaffold import assignment, template_kinds, write_plugin
 from e2ediff.objective import Terms
-from e2ediff.parts.objectives import Detached, TwoStage
-from e2ediff.parts.optim import SGD
+from e2ediff.parts.objectives.controls import Detached, TwoStage
+from e2ediff.parts.optimizers.scheduled import SGD
 from e2ediff.testing.kinds import KINDS
 from e2ediff.testing.source import Source, unbounded
 from e2ediff.testing.trials import Trial

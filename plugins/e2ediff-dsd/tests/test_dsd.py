@@ -17,9 +17,9 @@ from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.latent import LatentNorm
 from e2ediff.losses import DecodeNoise
 from e2ediff.objective import Draw
-from e2ediff.parts.objectives import Coupled, Detached
-from e2ediff.parts.times import Uniform
-from e2ediff.parts.vit import ViTConfig
+from e2ediff.parts.backbones import ViTConfig
+from e2ediff.parts.objectives.controls import Coupled, Detached
+from e2ediff.parts.time_samplers import Uniform
 from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 
 PLAIN = Augmentation(mask_probability=0.0)

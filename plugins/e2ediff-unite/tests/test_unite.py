@@ -10,8 +10,8 @@ from e2ediff_unite.objective import Unite
 
 from e2ediff.host.plugins import load
 from e2ediff.losses import DecodeNoise
-from e2ediff.parts.objectives import Detached
-from e2ediff.parts.vit import ViTConfig
+from e2ediff.parts.backbones import ViTConfig
+from e2ediff.parts.objectives.controls import Detached
 from e2ediff.testing import TinyBackbone, make_batch, make_draw, make_nets
 
 VIT = ViTConfig(

@@ -18,7 +18,7 @@ from torch.nn import functional
 from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork
-from e2ediff.parts.weights import fill, read_weights
+from e2ediff.parts.features.weights import fill, read_weights
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Interpolant
-from e2ediff.parts.samplers import OnGrid
+from e2ediff.parts.samplers.ode import OnGrid
 from e2ediff.sampler import Noise, Stepper
 
 

@@ -16,7 +16,7 @@ from e2ediff.denoiser import Denoiser
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.guidance import Guidance, Reference
 from e2ediff.interpolant import Estimate, Interpolant
-from e2ediff.parts.guidance import ClassifierFree, Wrapped
+from e2ediff.parts.guidance.classifier_free import ClassifierFree, Wrapped
 from e2ediff.sampler import Sampler
 
 

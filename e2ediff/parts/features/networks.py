@@ -18,8 +18,8 @@ from torch.nn import functional
 from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork
-from e2ediff.parts.inception import SHA256, Inception2015
-from e2ediff.parts.weights import fill, read_weights
+from e2ediff.parts.features.inception import SHA256, Inception2015
+from e2ediff.parts.features.weights import fill, read_weights
 
 # ImageNet statistics of images in [0, 1], which torchvision's networks expect.
 _MEAN = (0.485, 0.456, 0.406)
@@ -192,7 +192,7 @@ class Inception(FeatureConfig):
     With other weights than those (their file's sha256 begins with 6726825d) scores are named
     after the network, `FD-Inception2015`, and never FID.
 
-    Source: `e2ediff/parts/inception.py` says what differs from torchvision's Inception v3.
+    Source: `parts/features/inception.py` says what differs from torchvision's Inception v3.
     """
 
     weights: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)

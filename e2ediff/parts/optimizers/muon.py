@@ -11,7 +11,7 @@ import torch
 from attrs import validators
 from torch import nn
 
-from e2ediff.parts.optim import Scheduled, decay_groups
+from e2ediff.parts.optimizers.scheduled import Scheduled, decay_groups
 
 
 @attrs.frozen(kw_only=True)

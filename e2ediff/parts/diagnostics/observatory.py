@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from e2ediff.diagnostic import Costly, Diagnostic, Probe
-from e2ediff.parts.collapse import singular_values
+from e2ediff.parts.diagnostics.latent_health import singular_values
 
 
 def token_variances(z: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Interpolant
-from e2ediff.parts.samplers import OnGrid
+from e2ediff.parts.samplers.ode import OnGrid
 from e2ediff.sampler import Noise
 
 Diffusion = Literal["sigma", "constant", "sin2", "sbdm"]

@@ -1,0 +1,1 @@
+"""Diagnostics: what is measured of a run while it trains."""

@@ -1,0 +1,1 @@
+"""Feature networks: what losses and scores compare images by."""

@@ -1,0 +1,1 @@
+"""Guidance: denoisers made of a denoiser asked several times, or of several."""

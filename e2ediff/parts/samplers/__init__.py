@@ -1,0 +1,1 @@
+"""Samplers: from noise to clean latents."""
