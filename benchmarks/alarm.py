@@ -22,9 +22,9 @@ import click
 import torch
 
 from e2ediff.host.plugins import Host, load
-from e2ediff.run.directory import RunDirectory
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
+from e2ediff.store.run_directory import RunDirectory
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 WINDOW = 25

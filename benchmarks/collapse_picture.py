@@ -23,8 +23,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from e2ediff.errors import E2EDiffError
-from e2ediff.run.directory import RunDirectory
 from e2ediff.run.load import load_model
+from e2ediff.store.run_directory import RunDirectory
 
 _COLUMNS = 8
 _PROBED = 256  # held-out images from whose tokens the principal components are taken

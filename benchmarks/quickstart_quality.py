@@ -51,9 +51,9 @@ from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.parts.diagnostics.latent_health import LatentHealth
 from e2ediff.parts.sources import FashionMNIST
 from e2ediff.run.count import count as count_cost
-from e2ediff.run.directory import RunDirectory
 from e2ediff.run.generate import Model
 from e2ediff.run.load import load_model
+from e2ediff.store.run_directory import RunDirectory
 
 HELD_OUT = 1000
 """Held-out images on which the judge's accuracy and reconstructions are measured."""

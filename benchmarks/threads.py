@@ -31,7 +31,7 @@ from typing import NamedTuple
 import click
 import torch
 
-from e2ediff.run.directory import RunDirectory
+from e2ediff.store.run_directory import RunDirectory
 
 
 @contextlib.contextmanager

@@ -86,9 +86,9 @@ def command(
     from e2ediff.report.plan import Match, make_plan, plan_lines
     from e2ediff.report.train import STOPPED, exit_code, train_all
     from e2ediff.report.write import write_report
-    from e2ediff.run.environment import describe_environment
     from e2ediff.run.openmp import all_threads, threads_of
     from e2ediff.run.progress import Progress
+    from e2ediff.store.environment import describe_environment
 
     number, host = threads_of(threads), load()
     plan = make_plan(host, recipe, vary, seeds, overrides, baseline, cast(Match, match))

@@ -69,8 +69,8 @@ def command(
     from e2ediff.run.load import load_model
     from e2ediff.run.pictures import grid_png
     from e2ediff.run.progress import Progress
-    from e2ediff.run.storage import Store
     from e2ediff.run.threads import threads_for
+    from e2ediff.store.storage import Store
 
     if bool(images) == bool(seeds) or len(images) not in (0, 2):
         raise click.UsageError("give --seeds A B, or two images")

@@ -65,8 +65,8 @@ def command(
     from e2ediff.run.loader import fixed_images
     from e2ediff.run.pictures import grid_png, png
     from e2ediff.run.progress import Progress
-    from e2ediff.run.storage import Store
     from e2ediff.run.threads import threads_for
+    from e2ediff.store.storage import Store
 
     with Progress() as progress:
         model = load_model(

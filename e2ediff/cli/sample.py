@@ -115,12 +115,12 @@ def command(
 
     number = prepare_threads(threads)
     from e2ediff.host.plugins import load
-    from e2ediff.run.directory import RunDirectory
     from e2ediff.run.labels import label_of, labels_of, lay_out
     from e2ediff.run.load import image_of, recipe_of
     from e2ediff.run.progress import Progress
     from e2ediff.run.sample_set import make_set
     from e2ediff.run.wish import Wish
+    from e2ediff.store.run_directory import RunDirectory
 
     if sum(n is not None for n in (count, balanced, drawn)) > 1:
         raise click.UsageError("give one of --count, --balanced and --random")

@@ -98,8 +98,8 @@ def command(
     from e2ediff.host.plugins import load
     from e2ediff.run.assembly import choose_device
     from e2ediff.run.progress import Progress
-    from e2ediff.run.storage import Store
     from e2ediff.run.threads import threads_for
+    from e2ediff.store.storage import Store
     from e2ediff.sweep.axes import check, default_axes, parse_axes
     from e2ediff.sweep.candidates import open_run
     from e2ediff.sweep.search import Search, every, one_by_one, open_subset

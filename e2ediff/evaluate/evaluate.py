@@ -33,10 +33,10 @@ from e2ediff.features import FeatureNetwork
 from e2ediff.host.plugins import Host
 from e2ediff.metric import FeatureSet, Metric, names_of, taps_of
 from e2ediff.run.assembly import choose_device
-from e2ediff.run.environment import describe_environment
 from e2ediff.run.pixels import network_title, weights_sha256
-from e2ediff.run.storage import JSON
 from e2ediff.run.threads import threads_for
+from e2ediff.store.environment import describe_environment
+from e2ediff.store.storage import JSON
 
 Say = Callable[[str], None]
 

@@ -17,7 +17,7 @@ from e2ediff.errors import DataError
 from e2ediff.metric import Estimate
 from e2ediff.run.generate import Model
 from e2ediff.run.loader import fixed_images
-from e2ediff.run.storage import JSON
+from e2ediff.store.storage import JSON
 
 _BATCH = 256
 _CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ import attrs
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import DataError
-from e2ediff.run.storage import JSON, Store
+from e2ediff.store.storage import JSON, Store
 
 VERSION = 1
 _SECTIONS = ("protocol", "subject", "machine")

@@ -8,7 +8,7 @@ from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, UnlikeScoresError
 from e2ediff.evaluate.passport import Card, parse_card, unlike
 from e2ediff.metric import is_distance
-from e2ediff.run.storage import JSON, Store
+from e2ediff.store.storage import JSON, Store
 
 FOLDER = "scores"
 """Where `e2ediff eval` leaves its files in a run's directory."""

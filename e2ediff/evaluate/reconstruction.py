@@ -21,7 +21,7 @@ from e2ediff.features import FeatureNetwork
 from e2ediff.metric import Estimate, FeatureSet
 from e2ediff.run.generate import Model
 from e2ediff.run.pixels import Collector, network_title, weights_sha256
-from e2ediff.run.storage import JSON
+from e2ediff.store.storage import JSON
 
 
 def psnr(x_hat: Tensor, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from e2ediff.host.structure import Structurer
 from e2ediff.host.yaml import parse_yaml
 from e2ediff.metric import FeatureSet, Moments
 from e2ediff.run.pixels import network_title, weights_sha256
-from e2ediff.run.storage import Store
+from e2ediff.store.storage import Store
 
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _CACHED = 2  # 1 read 16-bit grey as white, and sets of colour by their first image

@@ -27,7 +27,7 @@ from e2ediff.host.structure import unstructure
 from e2ediff.metric import Estimate, FeatureSet, Metric, is_distance, names_of
 from e2ediff.run.generate import Model
 from e2ediff.run.pixels import network_title
-from e2ediff.run.storage import JSON
+from e2ediff.store.storage import JSON
 
 if TYPE_CHECKING:
     from e2ediff.evaluate.evaluate import Request

@@ -23,15 +23,15 @@ from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.run.assembly import profiles
-from e2ediff.run.checkpoint import open_checkpoint
-from e2ediff.run.directory import RunDirectory
 from e2ediff.run.generate import Model, Origin
 from e2ediff.run.pixels import weights_sha256
 from e2ediff.run.post_hoc import width_of
 from e2ediff.run.set_record import origin_entry
-from e2ediff.run.storage import JSON, Store
 from e2ediff.sampler import Sampler
 from e2ediff.seeds import generator
+from e2ediff.store.checkpoint import open_checkpoint
+from e2ediff.store.run_directory import RunDirectory
+from e2ediff.store.storage import JSON, Store
 
 
 @attrs.frozen(eq=False)

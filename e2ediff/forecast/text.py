@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from e2ediff.forecast.devices import RESERVE
 from e2ediff.forecast.plan import EVALUATED, Plan
 from e2ediff.forecast.spread import BLOCKS
-from e2ediff.run.storage import JSON
+from e2ediff.store.storage import JSON
 
 _GB = 1e9
 

@@ -39,7 +39,7 @@ from e2ediff.parts.sources.shards import (
     verified_key,
 )
 from e2ediff.run.loader import read, readers
-from e2ediff.run.storage import Store
+from e2ediff.store.storage import Store
 
 Format = Literal["png", "jpeg", "raw"]
 SETTINGS = "parts/settings.json"

@@ -19,8 +19,8 @@ from e2ediff.report.cost import Cost, cost_of
 from e2ediff.report.group import SPEC, Group, places
 from e2ediff.report.leaves import leaves_of
 from e2ediff.report.train import STOPPED
-from e2ediff.run.directory import RESOLVED, RunDirectory
-from e2ediff.run.storage import Store
+from e2ediff.store.run_directory import RESOLVED, RunDirectory
+from e2ediff.store.storage import Store
 
 _NO_FIGURE = ("step", "images", "lr", "grad_norm")
 _PICTURE = re.compile(r"(reconstructions-)?step-(\d{1,12})\.png")

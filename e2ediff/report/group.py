@@ -17,9 +17,9 @@ from e2ediff.addresses import Address
 from e2ediff.errors import Problem, RecipeError, RunDirectoryError
 from e2ediff.report.leaves import leaves_of
 from e2ediff.report.plan import Job, Plan
-from e2ediff.run.directory import RunDirectory
-from e2ediff.run.lock import LOCK, acquire
-from e2ediff.run.storage import Store
+from e2ediff.store.lock import LOCK, acquire
+from e2ediff.store.run_directory import RunDirectory
+from e2ediff.store.storage import Store
 
 SPEC, OUTCOMES, RECIPE = "spec.json", "outcomes.json", "recipe.yaml"
 

@@ -13,7 +13,7 @@ from e2ediff.report.page import Written, render
 from e2ediff.report.summary import Summary, summarize
 from e2ediff.report.tables import as_json, csv_text, json_text, tex_text
 from e2ediff.report.verdict import verdict
-from e2ediff.run.storage import Store
+from e2ediff.store.storage import Store
 
 
 def write_report(

@@ -13,7 +13,7 @@ import attrs
 
 from e2ediff.diagnostic import Diagnostic
 from e2ediff.host.recipe import Alarm, Recipe
-from e2ediff.run.storage import JSON
+from e2ediff.store.storage import JSON
 
 # Beyond these nothing is left to wait for; healthy latents are far from them from step 1 on.
 _DEAD_RANK, _DEAD_STD, _ALL_POSITIONAL = 1.05, 0.01, 0.99

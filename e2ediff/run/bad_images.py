@@ -11,7 +11,7 @@ from torch import Tensor
 
 from e2ediff.data import DataSource, SourceConfig, Stored
 from e2ediff.errors import BadImageError, DataError
-from e2ediff.run.storage import Store
+from e2ediff.store.storage import Store
 
 BAD_IMAGES = "bad_images.jsonl"
 

@@ -15,9 +15,9 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.host.structure import unstructure
 from e2ediff.run.bad_images import Skipping
-from e2ediff.run.checkpoint import finished_checkpoints, open_checkpoint
-from e2ediff.run.directory import RunDirectory
-from e2ediff.run.storage import JSON
+from e2ediff.store.checkpoint import finished_checkpoints, open_checkpoint
+from e2ediff.store.run_directory import RunDirectory
+from e2ediff.store.storage import JSON
 
 # None of it moves a trained number by more than rounding, but for the length, whose schedule then
 # ends elsewhere, and under `alarm.policy: rollback` for what is looked at and saved, which decides

@@ -22,15 +22,12 @@ from e2ediff.objective import Draw
 from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import Assembly, assemble
 from e2ediff.run.bad_images import BAD_IMAGES, BadImages, Skipped, taken
-from e2ediff.run.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
 from e2ediff.run.clock import Clock
 from e2ediff.run.compiling import uncompiled
 from e2ediff.run.continuation import describe
-from e2ediff.run.directory import RunDirectory, State
 from e2ediff.run.draws import draw_for
 from e2ediff.run.loader import batches
 from e2ediff.run.lookout import Lookout
-from e2ediff.run.manifest import Checkpoint
 from e2ediff.run.notify import RunView, notify
 from e2ediff.run.pictures import curves_png, grid_png
 from e2ediff.run.post_hoc import snapshots, take_snapshot
@@ -39,10 +36,13 @@ from e2ediff.run.progress import Progress, training_line
 from e2ediff.run.signals import Stop
 from e2ediff.run.sinks import Sinks
 from e2ediff.run.snapshot import put_back, take
-from e2ediff.run.storage import JSON
 from e2ediff.run.threads import Threads, former_threads
 from e2ediff.run.update import Update
 from e2ediff.run.world import World
+from e2ediff.store.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
+from e2ediff.store.manifest import Checkpoint
+from e2ediff.store.run_directory import RunDirectory, State
+from e2ediff.store.storage import JSON
 
 
 class Engine:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from e2ediff.errors import CheckpointError
-from e2ediff.run.manifest import plain
 from e2ediff.run.parallel import is_split, split_as
-from e2ediff.run.storage import JSON
+from e2ediff.store.manifest import plain
+from e2ediff.store.storage import JSON
 
 # Which kernels step the optimizer is a matter of the machine at hand, not of the state.
 _KERNELS = frozenset({"foreach", "fused", "capturable", "differentiable"})

@@ -23,7 +23,7 @@ from PIL import Image
 
 from e2ediff.errors import ResourceError
 from e2ediff.files.images import opened
-from e2ediff.run.storage import Store
+from e2ediff.store.storage import Store
 
 Format = Literal["png", "npz", "zip", "tar"]
 Pixels = NDArray[np.uint8]

@@ -26,22 +26,22 @@ from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.objective import Objective
 from e2ediff.run.alarm import deaf
 from e2ediff.run.assembly import check_fits, check_precision, choose_device, problems
-from e2ediff.run.attempts import ATTEMPTS
 from e2ediff.run.bad_images import BAD_IMAGES, open_source
-from e2ediff.run.checkpoint import finished_checkpoints, list_checkpoints, open_checkpoint
 from e2ediff.run.continuation import class_names, refuse_other_recipe
-from e2ediff.run.directory import RunDirectory, State, latest_run
 from e2ediff.run.engine import Engine
-from e2ediff.run.environment import describe_environment
 from e2ediff.run.loader import check_enough, lost_reader
-from e2ediff.run.manifest import Checkpoint
 from e2ediff.run.progress import Progress
-from e2ediff.run.records import former_status, images_of, newest_saved, refuse_vanished
 from e2ediff.run.signals import BEFORE, Stop, Stopped, exit_code_of
-from e2ediff.run.storage import JSON
 from e2ediff.run.threads import restored_threads
 from e2ediff.run.update import check_shares
 from e2ediff.run.world import ElsewhereError, World, is_broken_collective
+from e2ediff.store.attempts import ATTEMPTS
+from e2ediff.store.checkpoint import finished_checkpoints, list_checkpoints, open_checkpoint
+from e2ediff.store.environment import describe_environment
+from e2ediff.store.manifest import Checkpoint
+from e2ediff.store.records import former_status, images_of, newest_saved, refuse_vanished
+from e2ediff.store.run_directory import RunDirectory, State, latest_run
+from e2ediff.store.storage import JSON
 
 _STATES: dict[int, State] = {75: "preempted", 130: "interrupted"}
 _GRACE = 5.0  # seconds in which one request to stop may reach a process twice

@@ -16,13 +16,13 @@ from e2ediff.errors import ResourceError, RunDirectoryError
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
-from e2ediff.run.environment import versions
 from e2ediff.run.generate import Model, Origin
 from e2ediff.run.outputs import Output
 from e2ediff.run.pictures import grid_png
-from e2ediff.run.storage import JSON, Store
 from e2ediff.run.wish import Cost, Wish
 from e2ediff.sampler import Sampler
+from e2ediff.store.environment import versions
+from e2ediff.store.storage import JSON, Store
 
 SET, ENTRIES, GRID = "set.json", "samples.json", "grid.png"
 FOLDERS = ("images", "shards", "parts")

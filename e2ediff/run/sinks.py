@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from e2ediff.errors import E2EDiffError
-from e2ediff.run.directory import RunDirectory
 from e2ediff.run.progress import Progress
+from e2ediff.store.run_directory import RunDirectory
 from e2ediff.tracker import Tracker, TrackerConfig
 
 

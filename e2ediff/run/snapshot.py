@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from e2ediff.backbone import Backbone
+from e2ediff.model.weights import load_weights
 from e2ediff.run.assembly import Assembly
-from e2ediff.run.checkpoint import load_weights
 from e2ediff.run.ema import calibrate
-from e2ediff.run.manifest import Checkpoint, plain
 from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
 from e2ediff.run.parallel import whole
-from e2ediff.run.storage import JSON
+from e2ediff.store.manifest import Checkpoint, plain
+from e2ediff.store.storage import JSON
 
 
 @attrs.frozen(eq=False)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from e2ediff.run.directory import EVENTS, METRICS, RunDirectory
-from e2ediff.run.records import whole_lines
 from e2ediff.run.world import World
+from e2ediff.store.records import whole_lines
+from e2ediff.store.run_directory import EVENTS, METRICS, RunDirectory
 
 GAIN = 1.05
 """How much faster another number of threads must be to be taken."""

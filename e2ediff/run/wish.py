@@ -15,7 +15,7 @@ from e2ediff.run.labels import LabelLaw
 from e2ediff.run.load import load_model
 from e2ediff.run.outputs import Format, Output, open_output
 from e2ediff.run.pictures import to_bytes
-from e2ediff.run.storage import Store
+from e2ediff.store.storage import Store
 
 
 @attrs.frozen(kw_only=True)

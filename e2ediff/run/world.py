@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from e2ediff.errors import E2EDiffError, ResourceError
 from e2ediff.run.signals import SIGNALS, exit_code_of
-from e2ediff.run.storage import JSON
+from e2ediff.store.storage import JSON
 
 T = TypeVar("T", bound=JSON)
 

@@ -24,7 +24,7 @@ from e2ediff.run.generate import Model, denoise_once
 from e2ediff.run.load import load_model
 from e2ediff.run.pixels import network_title, weights_sha256
 from e2ediff.run.set_record import differences
-from e2ediff.run.storage import JSON, Store
+from e2ediff.store.storage import JSON, Store
 from e2ediff.sweep.candidates import Candidate, SweptRun
 from e2ediff.sweep.proxy import Mean, Proxy
 

@@ -175,7 +175,7 @@ def test_no_gradient_on_degenerate_latents_is_heard_at_once() -> None:
 
 
 def test_the_state_is_json_and_restores_the_watch() -> None:
-    from e2ediff.run.manifest import plain
+    from e2ediff.store.manifest import plain
 
     watch = Watch(Alarm(), attempt=2, anchor=64)
     watch.look({"rank": 9.0, "latent_std": 1.0}, ["x"])

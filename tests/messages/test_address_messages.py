@@ -26,7 +26,7 @@ from e2ediff.host.registry import options
 from e2ediff.parts.features.weights import read_weights
 from e2ediff.run.assembly import guidance_problems
 from e2ediff.run.load import load_model, recipe_of
-from e2ediff.run.storage import Store
+from e2ediff.store.storage import Store
 
 # Of core alone: the default network needs an extra.
 FEATURES = ("--features", "random_projection")
@@ -382,7 +382,7 @@ def test_a_recipe_keeps_its_allowed_addresses(host) -> None:
 
 def test_reading_the_recipe_is_enough(run: str, host, seen: list[str]) -> None:
     """What asks for a run's recipe alone, as `sample` does for its classes, is held to it."""
-    from e2ediff.run.directory import RunDirectory
+    from e2ediff.store.run_directory import RunDirectory
 
     write("guidance", guided("watched://x"))
     with pytest.raises(RecipeError):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from e2ediff.errors import CheckpointError, DivergedError, ResourceError, RunDirectoryError
-from e2ediff.run import checkpoint as ck
-from e2ediff.run.directory import RunDirectory
-from e2ediff.run.storage import Store
+from e2ediff.store import checkpoint as ck
+from e2ediff.store.run_directory import RunDirectory
+from e2ediff.store.storage import Store
 
 A, B = "images-000000000100", "images-000000000200"
 

@@ -32,7 +32,7 @@ from tiny_recipe import tiny
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.prepare.address import source_config
-from e2ediff.run.directory import RunDirectory
+from e2ediff.store.run_directory import RunDirectory
 
 RECIPE = tiny(
     steps="6",

@@ -26,14 +26,14 @@ from e2ediff.host.recipe import load_recipe
 from e2ediff.parts.objectives.controls import Coupled, Detached
 from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import assemble
-from e2ediff.run.checkpoint import list_checkpoints, open_checkpoint
-from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
 from e2ediff.run.ema import at_rest, own_latents
 from e2ediff.run.probing import Observer, chosen_diagnostics
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
-from e2ediff.run.storage import Store
+from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
+from e2ediff.store.run_directory import RunDirectory
+from e2ediff.store.storage import Store
 
 CADENCE = "cadence={log: 1, diagnose: 2, preview: 1000, checkpoint: 2}"
 TRAPPED = ["objective=detached", "diagnostics=[trap, latent_health]", CADENCE]

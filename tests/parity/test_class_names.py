@@ -19,9 +19,9 @@ from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
 from e2ediff.parts import sources
 from e2ediff.run.continuation import class_names
-from e2ediff.run.directory import RunDirectory
 from e2ediff.run.generate import Model
 from e2ediff.run.labels import label_of, labels_of
+from e2ediff.store.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("cache")
 

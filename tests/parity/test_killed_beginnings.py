@@ -23,9 +23,9 @@ from e2ediff.errors import DataError, RunDirectoryError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.prepare.write import Settings, _claim
-from e2ediff.run.directory import RunDirectory
 from e2ediff.run.set_record import prepare
-from e2ediff.run.storage import Store
+from e2ediff.store.run_directory import RunDirectory
+from e2ediff.store.storage import Store
 
 OPERATIONS = ("mkdir", "open", "write", "fsync", "close", "rename", "replace", "unlink")
 TEXT = tiny(steps="2", cadence="{log: 1, diagnose: 2, preview: 2, checkpoint: 1}")

@@ -26,7 +26,7 @@ from e2ediff.parts.features.weights import read_weights
 from e2ediff.parts.sources.location import find_files
 from e2ediff.parts.sources.own_images import list_images, read_images
 from e2ediff.prepare.address import recognise
-from e2ediff.run.storage import Store
+from e2ediff.store.storage import Store
 
 SIZE = 16
 ODD = "se?t [1] {a,b} st*r"

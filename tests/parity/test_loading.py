@@ -30,7 +30,7 @@ from e2ediff.run.loader import batches
 from e2ediff.run.order import Order
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
-from e2ediff.run.storage import Store
+from e2ediff.store.storage import Store
 
 pytestmark = pytest.mark.usefixtures("cache")
 

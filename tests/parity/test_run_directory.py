@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from e2ediff.errors import ResourceError, RunDirectoryError
-from e2ediff.run.directory import RunDirectory, latest_run
-from e2ediff.run.environment import describe_environment
-from e2ediff.run.storage import Store
+from e2ediff.store.environment import describe_environment
+from e2ediff.store.run_directory import RunDirectory, latest_run
+from e2ediff.store.storage import Store
 
 
 def create(out: str | None, name: str = "flow") -> RunDirectory:

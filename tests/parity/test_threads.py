@@ -20,15 +20,15 @@ from processes import together
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.run.assembly import assemble
-from e2ediff.run.checkpoint import open_checkpoint
-from e2ediff.run.directory import RunDirectory
 from e2ediff.run.draws import draw_for
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
-from e2ediff.run.storage import Store
 from e2ediff.run.threads import PERIOD, Threads, threads_for
 from e2ediff.run.update import Update
 from e2ediff.run.world import World
+from e2ediff.store.checkpoint import open_checkpoint
+from e2ediff.store.run_directory import RunDirectory
+from e2ediff.store.storage import Store
 from e2ediff.testing import make_batch
 
 ALL = 2

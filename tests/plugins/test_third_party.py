@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from e2ediff.run.directory import RunDirectory
+from e2ediff.store.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 VARFLOOR = ROOT / "plugins" / "e2ediff-varfloor"

@@ -20,8 +20,8 @@ import torch
 from command_line import Done, e2ediff, needs_dsd
 from pictures import damage, write_tree
 
-from e2ediff.run.checkpoint import open_checkpoint
-from e2ediff.run.storage import Store
+from e2ediff.store.checkpoint import open_checkpoint
+from e2ediff.store.storage import Store
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "dsd_in256.yaml"
 # What a core cannot do in seconds; everything else is as it is shipped, 256 pixels included.

@@ -16,7 +16,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.host.yaml import Node, parse_yaml
 from e2ediff.run.assembly import check_fits
-from e2ediff.run.directory import RunDirectory
+from e2ediff.store.run_directory import RunDirectory
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 ALL = sorted(FOLDER.glob("*.yaml"))

@@ -24,9 +24,9 @@ from e2ediff.parts.features.exported import Exported
 from e2ediff.parts.objectives.controls import Coupled
 from e2ediff.run.assembly import problems
 from e2ediff.run.count import count
-from e2ediff.run.directory import RunDirectory
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
+from e2ediff.store.run_directory import RunDirectory
 from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 
 BATCH = make_batch()

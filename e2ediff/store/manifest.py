@@ -19,7 +19,7 @@ from torch import Tensor
 
 from e2ediff.errors import CheckpointError
 from e2ediff.latent import LatentContract
-from e2ediff.run.storage import JSON, Store
+from e2ediff.store.storage import JSON, Store
 
 FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"

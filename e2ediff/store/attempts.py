@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from e2ediff.run.manifest import FOLDER, NAME
-from e2ediff.run.storage import Store
+from e2ediff.store.manifest import FOLDER, NAME
+from e2ediff.store.storage import Store
 
 ATTEMPTS = "attempts"
 PICTURE = re.compile(r"(?:reconstructions-)?step-(\d{1,12})\.png")

@@ -23,9 +23,9 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import RecipeError, RunDirectoryError
 from e2ediff.host.yaml import parse_yaml
-from e2ediff.run.attempts import ATTEMPTS, PICTURE, later_files, move, next_place, numbers
-from e2ediff.run.lock import LOCK, acquire
-from e2ediff.run.storage import JSON, Store
+from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, move, next_place, numbers
+from e2ediff.store.lock import LOCK, acquire
+from e2ediff.store.storage import JSON, Store
 
 State = Literal["running", "done", "interrupted", "preempted", "failed"]
 
@@ -74,7 +74,7 @@ class RunDirectory:
             name: The recipe's name.
             recipe_text: The recipe as given, comments and all.
             resolved: The recipe with every default spelled out.
-            environment: What `describe_environment` of `e2ediff.run.environment` returned.
+            environment: What `describe_environment` of `e2ediff.store.environment` returned.
             restart: Move a run that lies in `out` to its `attempts/`; `kept` says where.
 
         Raises:

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from e2ediff.errors import RunDirectoryError
-from e2ediff.run.environment import machine
-from e2ediff.run.storage import Store
+from e2ediff.store.environment import machine
+from e2ediff.store.storage import Store
 
 LOCK = ".lock"
 

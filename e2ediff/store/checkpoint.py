@@ -17,16 +17,14 @@ import secrets
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
-import attrs
 import safetensors
 import torch
 from safetensors.torch import save as encode
-from torch import Tensor, nn
+from torch import Tensor
 
-from e2ediff.backbone import Backbone
 from e2ediff.errors import CheckpointError, DivergedError, E2EDiffError
-from e2ediff.run.environment import versions
-from e2ediff.run.manifest import (
+from e2ediff.store.environment import versions
+from e2ediff.store.manifest import (
     FOLDER,
     FORMAT_VERSION,
     MANIFEST,
@@ -39,8 +37,7 @@ from e2ediff.run.manifest import (
     plain,
     sealed,
 )
-from e2ediff.run.parallel import split_as
-from e2ediff.run.storage import JSON, Store
+from e2ediff.store.storage import JSON, Store
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _warn = logging.getLogger(__name__).warning
@@ -185,29 +182,6 @@ def drop_after(store: Store, images: int, warn: Callable[[str], None] = _warn) -
     for name in list_checkpoints(store):
         if int(name.split("-")[1]) > images:
             _discard(store, name, warn)
-
-
-def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
-    """Fill a module from one file of a checkpoint.
-
-    Raises:
-        LatentError: The file's latents are others than the module's.
-        CheckpointError: Names or shapes differ.
-    """
-    if isinstance(module, Backbone) and (theirs := checkpoint.latent(name)):
-        expected = attrs.evolve(module.contract(theirs.scale), statistics=theirs.statistics)
-        expected.accept(theirs, f"{checkpoint.path} ({name})")
-    own = module.state_dict()
-    tensors = {
-        k: split_as(v, own[k]) if k in own else v for k, v in checkpoint.tensors(name).items()
-    }
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise CheckpointError(
-            f"{checkpoint.path}: weights '{name}' do not fit the network of the recipe: {first}"
-        ) from error
 
 
 def _way_out(store: Store, name: str, use: str) -> str:

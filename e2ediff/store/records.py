@@ -11,10 +11,10 @@ from typing import Any
 
 from e2ediff.errors import CheckpointError, RunDirectoryError
 from e2ediff.host.recipe import Recipe
-from e2ediff.run.attempts import ATTEMPTS, later_files
-from e2ediff.run.directory import EVENTS, METRICS, STATUS, RunDirectory
-from e2ediff.run.manifest import FOLDER, NAME
-from e2ediff.run.storage import JSON
+from e2ediff.store.attempts import ATTEMPTS, later_files
+from e2ediff.store.manifest import FOLDER, NAME
+from e2ediff.store.run_directory import EVENTS, METRICS, STATUS, RunDirectory
+from e2ediff.store.storage import JSON
 
 
 def newest_saved(directory: RunDirectory) -> str:

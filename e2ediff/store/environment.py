@@ -15,7 +15,7 @@ import safetensors
 import torch
 
 import e2ediff
-from e2ediff.run.storage import JSON
+from e2ediff.store.storage import JSON
 
 _SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
 

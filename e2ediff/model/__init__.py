@@ -1,0 +1,1 @@
+"""A recipe's networks, built or trained, and what they are asked for."""

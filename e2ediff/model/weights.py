@@ -1,0 +1,34 @@
+"""Weights of a checkpoint into a network."""
+
+from __future__ import annotations
+
+import attrs
+from torch import nn
+
+from e2ediff.backbone import Backbone
+from e2ediff.errors import CheckpointError
+from e2ediff.run.parallel import split_as
+from e2ediff.store.manifest import Checkpoint
+
+
+def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
+    """Fill a module from one file of a checkpoint.
+
+    Raises:
+        LatentError: The file's latents are others than the module's.
+        CheckpointError: Names or shapes differ.
+    """
+    if isinstance(module, Backbone) and (theirs := checkpoint.latent(name)):
+        expected = attrs.evolve(module.contract(theirs.scale), statistics=theirs.statistics)
+        expected.accept(theirs, f"{checkpoint.path} ({name})")
+    own = module.state_dict()
+    tensors = {
+        k: split_as(v, own[k]) if k in own else v for k, v in checkpoint.tensors(name).items()
+    }
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise CheckpointError(
+            f"{checkpoint.path}: weights '{name}' do not fit the network of the recipe: {first}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Files of a run on disks and stores: whole or absent, locked, hashed. Knows no network."""
