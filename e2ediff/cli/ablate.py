@@ -73,20 +73,20 @@ def command(
     The group's directory is printed at the end, on stdout; `report.html` is in it.
     A run that fails is reported and does not stop the others; the exit code is then its own.
     """
-    from e2ediff.run.signals import Stop
+    from e2ediff.distributed.signals import Stop
 
     # First of all: what is imported below takes seconds.
     stop = context.with_resource(Stop(at_once=True, words=_STOPPING))
 
     from typing import cast
 
+    from e2ediff.distributed.openmp import all_threads, threads_of
     from e2ediff.host.plugins import load
     from e2ediff.report.gather import gather
     from e2ediff.report.group import Group
     from e2ediff.report.plan import Match, make_plan, plan_lines
     from e2ediff.report.train import STOPPED, exit_code, train_all
     from e2ediff.report.write import write_report
-    from e2ediff.run.openmp import all_threads, threads_of
     from e2ediff.run.progress import Progress
     from e2ediff.store.environment import describe_environment
 

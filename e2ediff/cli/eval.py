@@ -87,7 +87,7 @@ def command(target: str, out: str | None, threads: str, **given: object) -> None
     Fréchet distance is called FID only in the published Inception features; without their weights
     it is named after its network.
     """
-    from e2ediff.run.openmp import prepare_threads
+    from e2ediff.distributed.openmp import prepare_threads
 
     number = prepare_threads(threads)
     from e2ediff.evaluate.evaluate import evaluate

@@ -59,17 +59,17 @@ def command(
     Between images the encoder's latents are mixed in equal steps, and every frame is decoded;
     the ends are the images' reconstructions.
     """
-    from e2ediff.run.openmp import prepare_threads
+    from e2ediff.distributed.openmp import prepare_threads
 
     number = prepare_threads(threads)
     import torch
 
+    from e2ediff.distributed.threads import threads_for
     from e2ediff.parts.sources.own_images import list_images, read_images
     from e2ediff.run.generate import denoise_once
     from e2ediff.run.load import load_model
     from e2ediff.run.pictures import grid_png
     from e2ediff.run.progress import Progress
-    from e2ediff.run.threads import threads_for
     from e2ediff.store.storage import Store
 
     if bool(images) == bool(seeds) or len(images) not in (0, 2):

@@ -53,11 +53,12 @@ def command(
     Writes `reconstructions.png`, each of the first 64 images followed by its reconstruction, and
     prints the mean PSNR in decibels and the file.
     """
-    from e2ediff.run.openmp import prepare_threads
+    from e2ediff.distributed.openmp import prepare_threads
 
     given = prepare_threads(threads)
     import torch
 
+    from e2ediff.distributed.threads import threads_for
     from e2ediff.parts.sources.own_images import list_images, read_images
     from e2ediff.run.bad_images import open_source
     from e2ediff.run.generate import reconstruct_once
@@ -65,7 +66,6 @@ def command(
     from e2ediff.run.loader import fixed_images
     from e2ediff.run.pictures import grid_png, png
     from e2ediff.run.progress import Progress
-    from e2ediff.run.threads import threads_for
     from e2ediff.store.storage import Store
 
     with Progress() as progress:

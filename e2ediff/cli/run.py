@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from e2ediff.distributed.signals import Stop
     from e2ediff.run.session import Outcome
-    from e2ediff.run.signals import Stop
 
 
 @click.command("run")
@@ -71,8 +71,8 @@ def command(
     Ctrl-C saves and ends; --resume continues, --restart begins again.
     Under `torchrun -m e2ediff run RECIPE` each process joins the others by itself.
     """
-    from e2ediff.run.openmp import all_threads, prepare_threads
-    from e2ediff.run.signals import Stop
+    from e2ediff.distributed.openmp import all_threads, prepare_threads
+    from e2ediff.distributed.signals import Stop
 
     if resume and restart:
         raise click.UsageError(
@@ -88,7 +88,7 @@ def command(
         if count * nnodes > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
             raise click.UsageError("--nproc is for starting processes, and a launcher has done so")
         if count * nnodes > 1:
-            from e2ediff.run.launch import launch
+            from e2ediff.distributed.launch import launch
 
             share = number or max(1, all_threads() // count)
             os.environ["OMP_NUM_THREADS"] = str(share)  # of which each takes all or one
@@ -106,8 +106,8 @@ def command(
 @contextlib.contextmanager
 def _leaving(*, quiet: bool) -> Iterator[None]:
     """Leave the code of a process that is stopped for its launcher, and the word to the first."""
-    from e2ediff.run.launch import note_end
-    from e2ediff.run.signals import exit_code_of
+    from e2ediff.distributed.launch import note_end
+    from e2ediff.distributed.signals import exit_code_of
 
     try:
         yield
@@ -144,12 +144,12 @@ def _train(
     choose_threads: bool,
 ) -> int:
     """Train in this process, which may be one of several; one of them says how it ended."""
+    from e2ediff.distributed.launch import note_end
+    from e2ediff.distributed.signals import exit_code_of
+    from e2ediff.distributed.world import World
     from e2ediff.errors import E2EDiffError
     from e2ediff.host.plugins import load
-    from e2ediff.run.launch import note_end
     from e2ediff.run.session import train
-    from e2ediff.run.signals import exit_code_of
-    from e2ediff.run.world import World
 
     with stop.suspended():
         world = World.join()

@@ -111,7 +111,7 @@ def command(
     Image i of a seed is the same in every set that gives it the same class.
     A command that was interrupted goes on where it stopped when it is given again.
     """
-    from e2ediff.run.openmp import prepare_threads
+    from e2ediff.distributed.openmp import prepare_threads
 
     number = prepare_threads(threads)
     from e2ediff.host.plugins import load

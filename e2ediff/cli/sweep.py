@@ -88,9 +88,10 @@ def command(
     Writes `sweep.csv` and a score file for each candidate, and prints the table and the command
     of a full evaluation of the best; `--full N` runs it.
     """
-    from e2ediff.run.openmp import prepare_threads
+    from e2ediff.distributed.openmp import prepare_threads
 
     number = prepare_threads(threads)
+    from e2ediff.distributed.threads import threads_for
     from e2ediff.evaluate.conventions import convention as named
     from e2ediff.evaluate.evaluate import Request
     from e2ediff.evaluate.network import feature_network
@@ -98,7 +99,6 @@ def command(
     from e2ediff.host.plugins import load
     from e2ediff.run.assembly import choose_device
     from e2ediff.run.progress import Progress
-    from e2ediff.run.threads import threads_for
     from e2ediff.store.storage import Store
     from e2ediff.sweep.axes import check, default_axes, parse_axes
     from e2ediff.sweep.candidates import open_run

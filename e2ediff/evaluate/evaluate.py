@@ -15,6 +15,7 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import SourceConfig
 from e2ediff.distances import self_test
+from e2ediff.distributed.threads import threads_for
 from e2ediff.errors import DataError
 from e2ediff.evaluate.conventions import Convention, Labels
 from e2ediff.evaluate.passes import Pass, View, feature_pass
@@ -34,7 +35,6 @@ from e2ediff.host.plugins import Host
 from e2ediff.metric import FeatureSet, Metric, names_of, taps_of
 from e2ediff.run.assembly import choose_device
 from e2ediff.run.pixels import network_title, weights_sha256
-from e2ediff.run.threads import threads_for
 from e2ediff.store.environment import describe_environment
 from e2ediff.store.storage import JSON
 

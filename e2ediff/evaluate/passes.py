@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from e2ediff.distributed.threads import threads_for
 from e2ediff.evaluate.conventions import Resize
 from e2ediff.evaluate.images import ImageSet, Samples, images_at_once
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import FeatureSet
 from e2ediff.run.generate import denoise_once
 from e2ediff.run.pixels import Collector, Rounding, to_pixels
-from e2ediff.run.threads import threads_for
 
 _ATTEMPT = 16  # images whose features are timed
 

@@ -12,11 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from e2ediff.data import Batch
+from e2ediff.distributed.tensors import clip_gradients
+from e2ediff.distributed.world import World
 from e2ediff.host.recipe import Recipe
 from e2ediff.run.assembly import Assembly
 from e2ediff.run.draws import draw_for
-from e2ediff.run.parallel import clip_gradients
-from e2ediff.run.world import World
 
 
 @attrs.frozen

@@ -6,8 +6,8 @@ import attrs
 from torch import nn
 
 from e2ediff.backbone import Backbone
+from e2ediff.distributed.tensors import split_as
 from e2ediff.errors import CheckpointError
-from e2ediff.run.parallel import split_as
 from e2ediff.store.manifest import Checkpoint
 
 

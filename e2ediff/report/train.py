@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import attrs
 
+from e2ediff.distributed.signals import Stop
 from e2ediff.errors import RunDirectoryError
 from e2ediff.report.group import RECIPE, Group
 from e2ediff.report.plan import Job
 from e2ediff.run.progress import Progress, duration
-from e2ediff.run.signals import Stop
 from e2ediff.store.run_directory import RunDirectory
 
 _POLL_SECONDS = 0.2

@@ -10,6 +10,7 @@ from torch import nn
 
 from e2ediff import addresses
 from e2ediff.backbone import Backbone
+from e2ediff.distributed.world import World
 from e2ediff.errors import Problem, RecipeError, ResourceError
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Nets
@@ -19,7 +20,6 @@ from e2ediff.run.ema import Average
 from e2ediff.run.parallel import Parallel, Unit
 from e2ediff.run.profiles import Profile
 from e2ediff.run.step import Step
-from e2ediff.run.world import World
 from e2ediff.seeds import derive
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_ema import ExponentialMovingAverage
 
 from e2ediff.backbone import Backbone, Encode
-from e2ediff.run.parallel import mine
+from e2ediff.distributed.tensors import mine
 from e2ediff.run.profiles import Profile
 
 _CHUNK = 256  # images in one calibration pass

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from e2ediff.data import Batch, DataSource
+from e2ediff.distributed.signals import Stop
+from e2ediff.distributed.threads import Threads, former_threads
+from e2ediff.distributed.world import World
 from e2ediff.errors import CollapseError, DivergedError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
@@ -33,12 +36,9 @@ from e2ediff.run.pictures import curves_png, grid_png
 from e2ediff.run.post_hoc import snapshots, take_snapshot
 from e2ediff.run.probing import figures_line
 from e2ediff.run.progress import Progress, training_line
-from e2ediff.run.signals import Stop
 from e2ediff.run.sinks import Sinks
 from e2ediff.run.snapshot import put_back, take
-from e2ediff.run.threads import Threads, former_threads
 from e2ediff.run.update import Update
-from e2ediff.run.world import World
 from e2ediff.store.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
 from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.run_directory import RunDirectory, State

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from e2ediff.backbone import Backbone
 from e2ediff.data import DataSource
+from e2ediff.distributed.world import World
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.run.assembly import Assembly
@@ -22,7 +23,6 @@ from e2ediff.run.ema import in_use
 from e2ediff.run.onlookers import Onlookers
 from e2ediff.run.probing import Observer, chosen_diagnostics
 from e2ediff.run.scores import Scorer
-from e2ediff.run.world import World
 
 
 @attrs.frozen

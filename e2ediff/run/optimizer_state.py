@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from e2ediff.distributed.tensors import is_split, split_as
 from e2ediff.errors import CheckpointError
-from e2ediff.run.parallel import is_split, split_as
 from e2ediff.store.manifest import plain
 from e2ediff.store.storage import JSON
 

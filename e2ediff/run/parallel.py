@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,17 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from e2ediff.backbone import Backbone
 from e2ediff.data import Batch
+from e2ediff.distributed.world import World
 from e2ediff.objective import Draw
 from e2ediff.run.step import Step
-from e2ediff.run.world import World
 
 if TYPE_CHECKING:  # half a second to import, for FSDP2 alone
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
 Kind = Literal["one", "ddp", "fsdp2"]
-
-_PIECE = 2**16  # gradients whose squares are added up in float32 on a CPU
 
 
 class Unit(nn.Module):
@@ -167,79 +164,3 @@ def _sharded(unit: nn.Module) -> FSDPModule:
 
     assert isinstance(unit, FSDPModule)
     return unit
-
-
-def is_split(value: Tensor) -> TypeGuard[DTensor]:
-    """Whether each process holds a part of this tensor."""
-    return hasattr(value, "full_tensor")  # what no other tensor has
-
-
-def whole(value: Tensor) -> Tensor:
-    """The full tensor of one that may be split; all processes call it together."""
-    return value.full_tensor() if is_split(value) else value
-
-
-def split_as(value: Tensor, like: Tensor) -> Tensor:
-    """A full tensor that every process has, split as `like` is; itself if that is not split."""
-    if not is_split(like) or value.shape != like.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.to(like.device)
-    # Every process has read the value: nothing needs to be sent.
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def mine(values: Sequence[Tensor]) -> list[Tensor]:
-    """The part of each tensor that this process holds; shares its memory."""
-    return [v.to_local() if is_split(v) else v for v in values]
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: World) -> Tensor:
-    """Scale all gradients so that their common norm is at most `largest`; returns the norm.
-
-    As torch's `clip_grad_norm_`, but squares are added in float64, so that the norm depends on how
-    the gradients are grouped or split in its seventh digit at most.
-
-    Returns:
-        The norm before clipping, a scalar in float64.
-    """
-    with_gradient = [p.grad for p in parameters if p.grad is not None]
-    if not with_gradient:
-        return torch.zeros((), dtype=torch.float64)
-    grads = mine(with_gradient)
-    computes = grads[0].device.type == "cpu" and type(grads[0]) is Tensor  # not shapes alone
-    squares = _squares(grads) if computes else _squares_at_once(grads)
-    if any(is_split(g) for g in with_gradient):
-        squares = world.total(squares)
-    norm = squares.sqrt()
-    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    # A GPU would have to be waited for.
-    if not (computes and factor >= 1):
-        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
-    return norm
-
-
-def _squares(gradients: Sequence[Tensor]) -> Tensor:
-    """The sum of all squares in float64, on a CPU.
-
-    Added up in float32 piece by piece: one sum over millions has four right digits there, and a
-    norm in float64 converts every number first, which takes three times as long.
-    """
-    sums = []
-    for gradient in gradients:
-        flat = gradient.flatten()
-        if gradient.dtype.itemsize < 4:
-            flat = flat.float()
-        pieces = torch.split(flat, _PIECE) if len(flat) > _PIECE else (flat,)
-        sums += [torch.dot(piece, piece) for piece in pieces]
-    return torch.stack(sums).double().sum()
-
-
-def _squares_at_once(gradients: list[Tensor]) -> Tensor:
-    """The sum of all squares in float64, by one operation on a GPU."""
-    # pieces of a split gradient may be empty
-    filled = [g for g in gradients if g.numel()] or gradients
-    norms = torch._foreach_norm(filled, 2, dtype=torch.float64)
-    return torch.stack(list(norms)).square().sum()

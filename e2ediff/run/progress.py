@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from e2ediff.run.signals import write_now
+from e2ediff.distributed.signals import write_now
 
 if TYPE_CHECKING:
     from rich.live import Live

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import attrs
 import torch
 
+from e2ediff.distributed.threads import restored_threads
 from e2ediff.host.plugins import Host
 from e2ediff.run.generate import Model
 from e2ediff.run.outputs import Output
@@ -21,7 +22,6 @@ from e2ediff.run.set_record import (
     own_place,
     prepare,
 )
-from e2ediff.run.threads import restored_threads
 from e2ediff.run.wish import Cost, Wish
 from e2ediff.run.workers import in_processes, make_blocks
 

@@ -13,6 +13,9 @@ import torch
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource
+from e2ediff.distributed.signals import BEFORE, Stop, Stopped, exit_code_of
+from e2ediff.distributed.threads import restored_threads
+from e2ediff.distributed.world import ElsewhereError, World, is_broken_collective
 from e2ediff.errors import (
     CheckpointError,
     E2EDiffError,
@@ -31,10 +34,7 @@ from e2ediff.run.continuation import class_names, refuse_other_recipe
 from e2ediff.run.engine import Engine
 from e2ediff.run.loader import check_enough, lost_reader
 from e2ediff.run.progress import Progress
-from e2ediff.run.signals import BEFORE, Stop, Stopped, exit_code_of
-from e2ediff.run.threads import restored_threads
 from e2ediff.run.update import check_shares
-from e2ediff.run.world import ElsewhereError, World, is_broken_collective
 from e2ediff.store.attempts import ATTEMPTS
 from e2ediff.store.checkpoint import finished_checkpoints, list_checkpoints, open_checkpoint
 from e2ediff.store.environment import describe_environment

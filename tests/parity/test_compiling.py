@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.autograd.profiler import profile
 
+from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.run.assembly import assemble
@@ -28,7 +29,6 @@ from e2ediff.run.compiling import recompute
 from e2ediff.run.draws import draw_for
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
-from e2ediff.run.world import World
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 from e2ediff.testing import make_batch

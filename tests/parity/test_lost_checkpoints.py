@@ -20,10 +20,10 @@ from processes import together
 from tiny_recipe import tiny
 
 from e2ediff import hookimpl
+from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import Outcome, train
-from e2ediff.run.world import World
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 

@@ -22,15 +22,15 @@ import torch
 from processes import together
 
 from e2ediff import hookimpl
+from e2ediff.distributed.signals import Stop
+from e2ediff.distributed.world import World
 from e2ediff.errors import E2EDiffError, RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.run.load import load_model
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
-from e2ediff.run.signals import Stop
 from e2ediff.run.update import check_shares
-from e2ediff.run.world import World
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 

@@ -26,12 +26,12 @@ from tiny_recipe import tiny
 import e2ediff
 from e2ediff import hookimpl
 from e2ediff.data import DataSource, SourceConfig
+from e2ediff.distributed.signals import SAVING, Stop, Stopped
+from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
 from e2ediff.parts.sources import Synthetic
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
-from e2ediff.run.signals import SAVING, Stop, Stopped
-from e2ediff.run.world import World
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store

@@ -18,6 +18,8 @@ from processes import together
 from torch import nn
 
 from e2ediff import hookimpl
+from e2ediff.distributed.tensors import clip_gradients
+from e2ediff.distributed.world import World
 from e2ediff.errors import ResourceError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
@@ -25,11 +27,9 @@ from e2ediff.parts.objectives.controls import Detached
 from e2ediff.run.assembly import assemble, check_precision, choose_device, problems
 from e2ediff.run.draws import UnclearDrawError, draw_for, part_of
 from e2ediff.run.loader import batches
-from e2ediff.run.parallel import clip_gradients
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
 from e2ediff.run.update import Update
-from e2ediff.run.world import World
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 from e2ediff.testing import make_batch

@@ -17,15 +17,15 @@ import torch
 from command_line import e2ediff
 from processes import together
 
+from e2ediff.distributed.threads import PERIOD, Threads, threads_for
+from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.run.assembly import assemble
 from e2ediff.run.draws import draw_for
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
-from e2ediff.run.threads import PERIOD, Threads, threads_for
 from e2ediff.run.update import Update
-from e2ediff.run.world import World
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
@@ -288,7 +288,7 @@ def test_timing_a_step_changes_nothing(changes, tiny_recipe) -> None:
 @pytest.fixture
 def steady(monkeypatch) -> None:
     """A machine whose pace never falls, whatever else it does during the tests."""
-    monkeypatch.setattr("e2ediff.run.threads._WINDOW", float("inf"))
+    monkeypatch.setattr("e2ediff.distributed.threads._WINDOW", float("inf"))
 
 
 def bits(run: Path) -> dict[str, torch.Tensor]:
@@ -333,9 +333,9 @@ def test_a_run_whose_pace_falls_at_its_last_step_ends_as_any_other(
     tiny_recipe, tmp_path, monkeypatch
 ) -> None:
     """Every step is a window, and every window asks for a comparison; after the last is none."""
-    monkeypatch.setattr("e2ediff.run.threads._WINDOW", 0.0)
-    monkeypatch.setattr("e2ediff.run.threads._TRIAL", 0.0)
-    monkeypatch.setattr("e2ediff.run.threads.PERIOD", -1e9)
+    monkeypatch.setattr("e2ediff.distributed.threads._WINDOW", 0.0)
+    monkeypatch.setattr("e2ediff.distributed.threads._TRIAL", 0.0)
+    monkeypatch.setattr("e2ediff.distributed.threads.PERIOD", -1e9)
     out = str(tmp_path / "run")
     assert train(load(), tiny_recipe, [], out, choose_threads=True).exit_code == 0
 
@@ -424,7 +424,7 @@ def test_a_set_says_how_many_threads_were_chosen(tiny_recipe, tmp_path, steady) 
 # Waiting
 
 _ASK = (
-    "import os; from e2ediff.run.openmp import let_waiting_threads_sleep as f; f(); "
+    "import os; from e2ediff.distributed.openmp import let_waiting_threads_sleep as f; f(); "
     "print(os.environ.get('OMP_WAIT_POLICY'))"
 )
 
@@ -455,7 +455,9 @@ def test_waiting_threads_sleep_where_other_processes_compute() -> None:
 
 def test_the_policy_is_set_before_torch_is_loaded() -> None:
     """OpenMP reads it once."""
-    code = "import sys; from e2ediff.run.openmp import let_waiting_threads_sleep as f; f(); "
+    code = (
+        "import sys; from e2ediff.distributed.openmp import let_waiting_threads_sleep as f; f(); "
+    )
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr

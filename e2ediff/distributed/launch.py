@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from e2ediff.distributed.signals import BEFORE, Stopped
 from e2ediff.errors import ResourceError
-from e2ediff.run.signals import BEFORE, Stopped
 
 ENDED = "_E2EDIFF_ENDED"
 """Environment variable: the file for the exit code."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from e2ediff.distributed.signals import SIGNALS, exit_code_of
 from e2ediff.errors import E2EDiffError, ResourceError
-from e2ediff.run.signals import SIGNALS, exit_code_of
 from e2ediff.store.storage import JSON
 
 T = TypeVar("T", bound=JSON)

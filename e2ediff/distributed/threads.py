@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from e2ediff.run.world import World
+from e2ediff.distributed.world import World
 from e2ediff.store.records import whole_lines
 from e2ediff.store.run_directory import EVENTS, METRICS, RunDirectory
 
