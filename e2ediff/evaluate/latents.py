@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from e2ediff.data import Batch, DataSource
 from e2ediff.errors import DataError
+from e2ediff.loading.batches import fixed_images
 from e2ediff.metric import Estimate
 from e2ediff.run.generate import Model
-from e2ediff.run.loader import fixed_images
 from e2ediff.store.storage import JSON
 
 _BATCH = 256

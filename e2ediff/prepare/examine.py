@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from e2ediff.data import DataSource, SourceConfig
 from e2ediff.errors import BadImageError, DataError
+from e2ediff.loading.batches import read, readers
 from e2ediff.parts.sources import Shards
 from e2ediff.parts.sources.location import Location
 from e2ediff.parts.sources.shards import read_prepared, verify_hashes
-from e2ediff.run.loader import read, readers
 
 _EACH = 64
 

@@ -26,6 +26,7 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource
 from e2ediff.errors import BadImageError, DataError, ResourceError
+from e2ediff.loading.batches import read, readers
 from e2ediff.parts.sources.index import Index, column
 from e2ediff.parts.sources.listing import Names
 from e2ediff.parts.sources.location import Location
@@ -38,7 +39,6 @@ from e2ediff.parts.sources.shards import (
     sha256,
     verified_key,
 )
-from e2ediff.run.loader import read, readers
 from e2ediff.store.storage import Store
 
 Format = Literal["png", "jpeg", "raw"]

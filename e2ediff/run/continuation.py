@@ -14,7 +14,7 @@ from e2ediff.errors import CheckpointError, Problem, RecipeError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.host.structure import unstructure
-from e2ediff.run.bad_images import Skipping
+from e2ediff.loading.bad_images import Skipping
 from e2ediff.store.checkpoint import finished_checkpoints, open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import JSON

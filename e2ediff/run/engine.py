@@ -21,15 +21,15 @@ from e2ediff.distributed.world import World
 from e2ediff.errors import CollapseError, DivergedError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
+from e2ediff.loading.bad_images import BAD_IMAGES, BadImages, Skipped, taken
+from e2ediff.loading.batches import batches
 from e2ediff.objective import Draw
 from e2ediff.run.alarm import Watch
 from e2ediff.run.assembly import Assembly, assemble
-from e2ediff.run.bad_images import BAD_IMAGES, BadImages, Skipped, taken
 from e2ediff.run.clock import Clock
 from e2ediff.run.compiling import uncompiled
 from e2ediff.run.continuation import describe
 from e2ediff.run.draws import draw_for
-from e2ediff.run.loader import batches
 from e2ediff.run.lookout import Lookout
 from e2ediff.run.notify import RunView, notify
 from e2ediff.run.pictures import curves_png, grid_png

@@ -19,11 +19,11 @@ from e2ediff.backbone import Backbone
 from e2ediff.distributed.tensors import whole
 from e2ediff.errors import CheckpointError, DataError
 from e2ediff.host.recipe import WIDEST, Recipe
+from e2ediff.loading.bad_images import open_source
+from e2ediff.loading.batches import fixed_images
 from e2ediff.model.weights import load_weights
 from e2ediff.run.assembly import Assembly, profiles
-from e2ediff.run.bad_images import open_source
 from e2ediff.run.ema import calibrate
-from e2ediff.run.loader import fixed_images
 from e2ediff.run.profiles import TOLERANCE, Point, Profile, mixture, reachable
 from e2ediff.store.checkpoint import list_checkpoints
 from e2ediff.store.manifest import Checkpoint, open_one

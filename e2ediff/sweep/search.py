@@ -17,9 +17,9 @@ from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.evaluate.passport import Card, Score, parse_card, write_card
 from e2ediff.evaluate.reference import Reference, open_reference, reference_features
 from e2ediff.evaluate.subject import run_subject
+from e2ediff.loading.bad_images import open_source
 from e2ediff.report.grid import Axis
 from e2ediff.run.assembly import choose_device
-from e2ediff.run.bad_images import open_source
 from e2ediff.run.generate import Model, denoise_once
 from e2ediff.run.load import load_model
 from e2ediff.run.pixels import network_title, weights_sha256

@@ -207,7 +207,7 @@ def test_the_engine_imports_contracts_and_the_host_but_no_part() -> None:
 
 def test_preparing_data_needs_no_training() -> None:
     ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.parts.sources.",
-                        "e2ediff.prepare.", "e2ediff.run.loader.",
+                        "e2ediff.prepare.", "e2ediff.loading.batches.",
                         "e2ediff.store.storage."}  # fmt: skip
     others = {"torch", "attrs", "numpy", "PIL"}
     assert broken_by(sources(CORE / "prepare"), ours, others) == {}

@@ -21,13 +21,13 @@ from e2ediff import hookimpl
 from e2ediff.data import DataSource, SourceConfig
 from e2ediff.errors import BadImageError, DataError, ResourceError
 from e2ediff.host.plugins import load
+from e2ediff.loading.bad_images import BadImages, Skipped, Skipping, open_source
+from e2ediff.loading.batches import batches
+from e2ediff.loading.order import Order
 from e2ediff.parts import sources
 from e2ediff.parts.sources.folder import FolderBytes
 from e2ediff.prepare.examine import examine
 from e2ediff.prepare.write import Settings, prepare
-from e2ediff.run.bad_images import BadImages, Skipped, Skipping, open_source
-from e2ediff.run.loader import batches
-from e2ediff.run.order import Order
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
 from e2ediff.store.storage import Store

@@ -23,10 +23,10 @@ from e2ediff.distributed.world import World
 from e2ediff.errors import ResourceError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
+from e2ediff.loading.batches import batches
 from e2ediff.parts.objectives.controls import Detached
 from e2ediff.run.assembly import assemble, check_precision, choose_device, problems
 from e2ediff.run.draws import UnclearDrawError, draw_for, part_of
-from e2ediff.run.loader import batches
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
 from e2ediff.run.update import Update

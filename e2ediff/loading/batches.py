@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from e2ediff.data import Batch, DataSource, Sampling
 from e2ediff.distributed.signals import SIGNALS
 from e2ediff.errors import DataError, ResourceError
-from e2ediff.run.bad_images import Skipped, taken
-from e2ediff.run.order import Order
+from e2ediff.loading.bad_images import Skipped, taken
+from e2ediff.loading.order import Order
 from e2ediff.seeds import generator
 
 __all__ = ["Order", "batches", "check_enough", "fixed_images", "to_batch"]
