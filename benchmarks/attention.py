@@ -15,6 +15,7 @@ import json
 import click
 import torch
 
+from e2ediff.model.build import DTYPES, choose_device
 from e2ediff.nn.attention import (
     both_ways,
     candidates,
@@ -22,7 +23,6 @@ from e2ediff.nn.attention import (
     random_inputs,
     seconds_of,
 )
-from e2ediff.run.assembly import DTYPES, choose_device
 
 
 @click.command()

@@ -14,7 +14,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from e2ediff.addresses import Address
-    from e2ediff.run.generate import Model
+    from e2ediff.model.inference import Model
     from e2ediff.run.pipeline import Pipeline
 
 __version__ = "0.1.0"

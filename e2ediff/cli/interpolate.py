@@ -65,8 +65,8 @@ def command(
     import torch
 
     from e2ediff.distributed.threads import threads_for
+    from e2ediff.model.inference import denoise_once
     from e2ediff.parts.sources.own_images import list_images, read_images
-    from e2ediff.run.generate import denoise_once
     from e2ediff.run.load import load_model
     from e2ediff.run.pictures import grid_png
     from e2ediff.run.progress import Progress

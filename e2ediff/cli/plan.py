@@ -45,7 +45,7 @@ def command(
     from e2ediff.forecast.text import as_json, lines
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import load_recipe
-    from e2ediff.run.assembly import check_fits
+    from e2ediff.model.build import check_fits
 
     host = load()
     read = load_recipe(host, recipe, overrides)

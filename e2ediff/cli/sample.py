@@ -115,7 +115,7 @@ def command(
 
     number = prepare_threads(threads)
     from e2ediff.host.plugins import load
-    from e2ediff.run.labels import label_of, labels_of, lay_out
+    from e2ediff.model.labels import label_of, labels_of, lay_out
     from e2ediff.run.load import image_of, recipe_of
     from e2ediff.run.progress import Progress
     from e2ediff.run.sample_set import make_set

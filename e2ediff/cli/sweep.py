@@ -97,7 +97,7 @@ def command(
     from e2ediff.evaluate.network import feature_network
     from e2ediff.evaluate.reference import default_cache
     from e2ediff.host.plugins import load
-    from e2ediff.run.assembly import choose_device
+    from e2ediff.model.build import choose_device
     from e2ediff.run.progress import Progress
     from e2ediff.store.storage import Store
     from e2ediff.sweep.axes import check, default_axes, parse_axes

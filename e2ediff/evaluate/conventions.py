@@ -14,7 +14,7 @@ import attrs
 
 from e2ediff.errors import DataError
 from e2ediff.metric import Metric
-from e2ediff.run.pixels import Rounding
+from e2ediff.model.image_features import Rounding
 
 Labels = Literal["balanced", "uniform"]
 Resize = Literal["network", "pil_bicubic"]

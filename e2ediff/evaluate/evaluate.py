@@ -33,8 +33,8 @@ from e2ediff.evaluate.subject import Subject, is_run, run_subject, stored_subjec
 from e2ediff.features import FeatureNetwork
 from e2ediff.host.plugins import Host
 from e2ediff.metric import FeatureSet, Metric, names_of, taps_of
-from e2ediff.run.assembly import choose_device
-from e2ediff.run.pixels import network_title, weights_sha256
+from e2ediff.model.build import choose_device
+from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.store.environment import describe_environment
 from e2ediff.store.storage import JSON
 

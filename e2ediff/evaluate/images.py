@@ -35,7 +35,7 @@ from e2ediff.files.images import (
     to_tensor,
 )
 from e2ediff.files.names import files_below
-from e2ediff.run.generate import Model
+from e2ediff.model.inference import Model
 from e2ediff.run.load import load_model
 from e2ediff.seeds import generator
 

@@ -16,7 +16,7 @@ from e2ediff.data import Batch, DataSource
 from e2ediff.errors import DataError
 from e2ediff.loading.batches import fixed_images
 from e2ediff.metric import Estimate
-from e2ediff.run.generate import Model
+from e2ediff.model.inference import Model
 from e2ediff.store.storage import JSON
 
 _BATCH = 256

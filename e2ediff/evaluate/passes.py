@@ -21,8 +21,8 @@ from e2ediff.evaluate.conventions import Resize
 from e2ediff.evaluate.images import ImageSet, Samples, images_at_once
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import FeatureSet
-from e2ediff.run.generate import denoise_once
-from e2ediff.run.pixels import Collector, Rounding, to_pixels
+from e2ediff.model.image_features import Collector, Rounding, to_pixels
+from e2ediff.model.inference import denoise_once
 
 _ATTEMPT = 16  # images whose features are timed
 

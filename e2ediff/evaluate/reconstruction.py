@@ -19,8 +19,8 @@ from e2ediff.evaluate.images import PixelHash, check_finite
 from e2ediff.evaluate.passes import Pass, View
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import Estimate, FeatureSet
-from e2ediff.run.generate import Model
-from e2ediff.run.pixels import Collector, network_title, weights_sha256
+from e2ediff.model.image_features import Collector, network_title, weights_sha256
+from e2ediff.model.inference import Model
 from e2ediff.store.storage import JSON
 
 

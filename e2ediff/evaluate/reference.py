@@ -36,7 +36,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.structure import Structurer
 from e2ediff.host.yaml import parse_yaml
 from e2ediff.metric import FeatureSet, Moments
-from e2ediff.run.pixels import network_title, weights_sha256
+from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.store.storage import Store
 
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

@@ -25,8 +25,8 @@ from e2ediff.evaluate.subject import Subject
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.metric import Estimate, FeatureSet, Metric, is_distance, names_of
-from e2ediff.run.generate import Model
-from e2ediff.run.pixels import network_title
+from e2ediff.model.image_features import network_title
+from e2ediff.model.inference import Model
 from e2ediff.store.storage import JSON
 
 if TYPE_CHECKING:

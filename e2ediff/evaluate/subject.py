@@ -22,9 +22,9 @@ from e2ediff.evaluate.reference import npz_keys
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
-from e2ediff.run.assembly import profiles
-from e2ediff.run.generate import Model, Origin
-from e2ediff.run.pixels import weights_sha256
+from e2ediff.model.build import profiles
+from e2ediff.model.image_features import weights_sha256
+from e2ediff.model.inference import Model, Origin
 from e2ediff.run.post_hoc import width_of
 from e2ediff.run.set_record import origin_entry
 from e2ediff.sampler import Sampler

@@ -17,8 +17,8 @@ from e2ediff.backbone import Backbone, Decode, Denoise, Encode, Output, Pass
 from e2ediff.data import Batch, ImageSpec
 from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.host.recipe import Recipe
+from e2ediff.model.build import build_nets
 from e2ediff.objective import Draw, Nets
-from e2ediff.run.assembly import build_nets
 from e2ediff.run.step import Step
 
 _META = torch.device("meta")

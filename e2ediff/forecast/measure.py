@@ -12,7 +12,8 @@ import torch
 from e2ediff.forecast.devices import Device, memory_of_machine
 from e2ediff.forecast.rehearsal import blank_batch, optimizer_step
 from e2ediff.host.recipe import Recipe
-from e2ediff.run.assembly import DTYPES, assemble, choose_device
+from e2ediff.model.build import DTYPES, choose_device
+from e2ediff.step.assembly import assemble
 
 _SECONDS = 4.0  # about what a measured step may take on a CPU
 _ROUNDS = 5

@@ -23,9 +23,9 @@ from e2ediff.forecast.sampling import Calls, count_calls
 from e2ediff.forecast.spread import spread
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
-from e2ediff.run.assembly import build_nets, profiles
+from e2ediff.model.build import build_nets, profiles
+from e2ediff.model.inference import ROWS
 from e2ediff.run.count import Count, count
-from e2ediff.run.generate import ROWS
 from e2ediff.run.probing import GRADIENT_IMAGES, chosen_diagnostics
 
 EVALUATED = 50_000

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from e2ediff.backbone import Backbone
 from e2ediff.denoiser import Plain
 from e2ediff.host.recipe import Recipe
-from e2ediff.run.assembly import build_nets
-from e2ediff.run.generate import Model
+from e2ediff.model.build import build_nets
+from e2ediff.model.inference import Model
 
 
 @attrs.frozen

@@ -14,6 +14,7 @@ from e2ediff.addresses import Address
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
+from e2ediff.model.build import problems
 from e2ediff.report.cost import Cost, cost_of, matched_steps
 from e2ediff.report.grid import (
     Assignment,
@@ -26,7 +27,6 @@ from e2ediff.report.grid import (
     parse_seeds,
 )
 from e2ediff.report.leaves import leaves_of
-from e2ediff.run.assembly import problems
 
 Match = Literal["steps", "compute"]
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from e2ediff.backbone import LatentSpec
 from e2ediff.data import Batch
 from e2ediff.host.recipe import Recipe
+from e2ediff.model.build import build_nets, profiles
 from e2ediff.objective import Draw
-from e2ediff.run.assembly import build_nets, profiles
 from e2ediff.run.step import Step
 
 _META = torch.device("meta")

@@ -20,9 +20,9 @@ from e2ediff.guidance import Reference
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.latent import LatentContract
+from e2ediff.model.build import build_nets, choose_device, guidance_problems
+from e2ediff.model.inference import ROWS, Model, Origin, Other, Precision, choose_kernels
 from e2ediff.model.weights import load_weights
-from e2ediff.run.assembly import build_nets, choose_device, guidance_problems
-from e2ediff.run.generate import ROWS, Model, Origin, Other, Precision, choose_kernels
 from e2ediff.run.post_hoc import Basis, reconstruct, stored_weights, width_of
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from e2ediff.addresses import Address
-from e2ediff.run.generate import Model
+from e2ediff.model.inference import Model
 from e2ediff.run.load import load_model
 from e2ediff.run.pictures import to_bytes
 

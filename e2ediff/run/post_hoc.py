@@ -21,10 +21,11 @@ from e2ediff.errors import CheckpointError, DataError
 from e2ediff.host.recipe import WIDEST, Recipe
 from e2ediff.loading.bad_images import open_source
 from e2ediff.loading.batches import fixed_images
+from e2ediff.model.build import profiles
+from e2ediff.model.calibration import calibrate
+from e2ediff.model.power_averages import TOLERANCE, Point, Profile, mixture, reachable
 from e2ediff.model.weights import load_weights
-from e2ediff.run.assembly import Assembly, profiles
-from e2ediff.run.ema import calibrate
-from e2ediff.run.profiles import TOLERANCE, Point, Profile, mixture, reachable
+from e2ediff.step.assembly import Assembly
 from e2ediff.store.checkpoint import list_checkpoints
 from e2ediff.store.manifest import Checkpoint, open_one
 from e2ediff.store.storage import Store

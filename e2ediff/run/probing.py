@@ -19,9 +19,9 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.host.registry import options
 from e2ediff.loading.batches import fixed_images
+from e2ediff.model.calibration import at_rest, in_use, normalised, own_latents
+from e2ediff.model.inference import Model
 from e2ediff.run.draws import draw_for
-from e2ediff.run.ema import at_rest, in_use, normalised, own_latents
-from e2ediff.run.generate import Model
 from e2ediff.run.onlookers import Onlookers, numbers
 from e2ediff.run.step import Step
 from e2ediff.seeds import generator

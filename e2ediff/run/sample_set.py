@@ -11,7 +11,7 @@ import torch
 
 from e2ediff.distributed.threads import restored_threads
 from e2ediff.host.plugins import Host
-from e2ediff.run.generate import Model
+from e2ediff.model.inference import Model
 from e2ediff.run.outputs import Output
 from e2ediff.run.progress import duration
 from e2ediff.run.set_record import (

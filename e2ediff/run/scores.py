@@ -22,9 +22,9 @@ from e2ediff.features import FeatureNetwork
 from e2ediff.host.recipe import Recipe, Scores
 from e2ediff.loading.batches import fixed_images
 from e2ediff.metric import FeatureSet, Metric, is_distance, names_of, taps_of
-from e2ediff.run.generate import Model
+from e2ediff.model.image_features import features_of, network_title, to_pixels
+from e2ediff.model.inference import Model
 from e2ediff.run.onlookers import Onlookers, numbers
-from e2ediff.run.pixels import features_of, network_title, to_pixels
 
 _BATCH = 64
 

@@ -16,7 +16,7 @@ from e2ediff.errors import ResourceError, RunDirectoryError
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
-from e2ediff.run.generate import Model, Origin
+from e2ediff.model.inference import Model, Origin
 from e2ediff.run.outputs import Output
 from e2ediff.run.pictures import grid_png
 from e2ediff.run.wish import Cost, Wish

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from e2ediff.backbone import Backbone
 from e2ediff.distributed.tensors import whole
+from e2ediff.model.calibration import calibrate
 from e2ediff.model.weights import load_weights
-from e2ediff.run.assembly import Assembly
-from e2ediff.run.ema import calibrate
 from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
+from e2ediff.step.assembly import Assembly
 from e2ediff.store.manifest import Checkpoint, plain
 from e2ediff.store.storage import JSON
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from e2ediff import addresses
 from e2ediff.host.plugins import Host
-from e2ediff.run.generate import ROWS, Model, Precision
-from e2ediff.run.labels import LabelLaw
+from e2ediff.model.inference import ROWS, Model, Precision
+from e2ediff.model.labels import LabelLaw
 from e2ediff.run.load import load_model
 from e2ediff.run.outputs import Format, Output, open_output
 from e2ediff.run.pictures import to_bytes

@@ -18,11 +18,11 @@ from e2ediff.evaluate.passport import Card, Score, parse_card, write_card
 from e2ediff.evaluate.reference import Reference, open_reference, reference_features
 from e2ediff.evaluate.subject import run_subject
 from e2ediff.loading.bad_images import open_source
+from e2ediff.model.build import choose_device
+from e2ediff.model.image_features import network_title, weights_sha256
+from e2ediff.model.inference import Model, denoise_once
 from e2ediff.report.grid import Axis
-from e2ediff.run.assembly import choose_device
-from e2ediff.run.generate import Model, denoise_once
 from e2ediff.run.load import load_model
-from e2ediff.run.pixels import network_title, weights_sha256
 from e2ediff.run.set_record import differences
 from e2ediff.store.storage import JSON, Store
 from e2ediff.sweep.candidates import Candidate, SweptRun

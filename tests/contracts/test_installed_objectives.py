@@ -20,8 +20,8 @@ from e2ediff.backbone import Denoise
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.interpolant import KINDS
+from e2ediff.model.build import build_nets, problems
 from e2ediff.objective import Objective
-from e2ediff.run.assembly import build_nets, problems
 from e2ediff.run.engine import Engine
 from e2ediff.run.progress import Progress
 from e2ediff.store.run_directory import RunDirectory

@@ -10,11 +10,11 @@ from e2ediff import testing
 from e2ediff.errors import ShapeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
+from e2ediff.model.build import check_fits, problems
 from e2ediff.parts.objectives.controls import Coupled, Detached, TwoStage
 from e2ediff.parts.objectives.kl import KL
 from e2ediff.parts.regularizers import SIGReg, VarianceExpansion, VICReg
 from e2ediff.regularizer import Regularizer, names_of
-from e2ediff.run.assembly import check_fits, problems
 from e2ediff.run.step import Step
 
 BATCH = testing.make_batch()

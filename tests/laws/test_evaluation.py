@@ -15,7 +15,7 @@ from e2ediff.evaluate.passes import pil_bicubic
 from e2ediff.evaluate.reconstruction import Perceptual, psnr, ssim
 from e2ediff.evaluate.subject import draw_labels
 from e2ediff.features import FeatureNetwork
-from e2ediff.run.pixels import to_pixels
+from e2ediff.model.image_features import to_pixels
 
 G = torch.Generator()
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2ediff.run.ema import Average
-from e2ediff.run.profiles import (
+from e2ediff.model.averages import Average
+from e2ediff.model.power_averages import (
     TOLERANCE,
     Point,
     Profile,

@@ -23,8 +23,8 @@ from e2ediff.guidance import Guidance, Reference
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.host.registry import options
+from e2ediff.model.build import guidance_problems
 from e2ediff.parts.features.weights import read_weights
-from e2ediff.run.assembly import guidance_problems
 from e2ediff.run.load import load_model, recipe_of
 from e2ediff.store.storage import Store
 

@@ -17,10 +17,10 @@ import e2ediff as package
 from e2ediff.data import ImageSpec
 from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
+from e2ediff.model.inference import Model
+from e2ediff.model.labels import label_of, labels_of
 from e2ediff.parts import sources
 from e2ediff.run.continuation import class_names
-from e2ediff.run.generate import Model
-from e2ediff.run.labels import label_of, labels_of
 from e2ediff.store.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch_ema import ExponentialMovingAverage
 
-from e2ediff.run.ema import Average, calibrate, in_use
+from e2ediff.model.averages import Average
+from e2ediff.model.calibration import calibrate, in_use
 from e2ediff.testing import TinyBackbone, make_batch, make_draw, make_nets
 
 

@@ -23,10 +23,10 @@ from e2ediff.evaluate.reconstruction import reconstruct
 from e2ediff.evaluate.reference import open_reference, reference_features
 from e2ediff.evaluate.subject import draw_labels, run_subject
 from e2ediff.metric import moments_of
+from e2ediff.model.image_features import to_pixels
 from e2ediff.parts.features.inception import Inception2015
 from e2ediff.parts.features.networks import Inception, RandomProjection
 from e2ediff.run.load import load_model
-from e2ediff.run.pixels import to_pixels
 from e2ediff.run.session import train
 
 COUNT = 24

@@ -23,10 +23,10 @@ from e2ediff.evaluate.images import FolderImages
 from e2ediff.evaluate.reference import open_reference
 from e2ediff.files.images import Limit, opened, to_mode
 from e2ediff.host.plugins import load
+from e2ediff.model.image_features import weights_sha256
 from e2ediff.parts import sources
 from e2ediff.parts.features.networks import RandomProjection
 from e2ediff.parts.sources.own_images import read_images
-from e2ediff.run.pixels import weights_sha256
 
 SIDE = 48
 RAMP = np.linspace(0, 65535, SIDE * SIDE).round().astype(np.uint16).reshape(SIDE, SIDE)

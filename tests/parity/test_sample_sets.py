@@ -17,7 +17,7 @@ from tiny_recipe import tiny
 
 from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
-from e2ediff.run.generate import Model
+from e2ediff.model.inference import Model
 from e2ediff.run.load import load_model
 from e2ediff.run.sample_set import make_set
 from e2ediff.run.wish import Wish

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.loading.batches import Order, batches, fixed_images
+from e2ediff.model.build import build_nets
+from e2ediff.model.inference import Model
 from e2ediff.parts.sources import Synthetic
-from e2ediff.run.assembly import build_nets
-from e2ediff.run.generate import Model
 from e2ediff.seeds import derive
 
 CPU = torch.device("cpu")

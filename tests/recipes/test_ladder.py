@@ -11,7 +11,7 @@ from command_line import needs_dsd
 
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import load_recipe
-from e2ediff.run.assembly import check_fits
+from e2ediff.model.build import check_fits
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "ladder"

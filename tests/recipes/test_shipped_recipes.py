@@ -15,7 +15,7 @@ from command_line import e2ediff, needs, needs_dsd
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.host.yaml import Node, parse_yaml
-from e2ediff.run.assembly import check_fits
+from e2ediff.model.build import check_fits
 from e2ediff.store.run_directory import RunDirectory
 
 FOLDER = Path(__file__).parents[2] / "recipes"

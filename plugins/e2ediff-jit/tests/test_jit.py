@@ -15,7 +15,7 @@ from e2ediff_jit.objective import Pixel
 from e2ediff.data import ImageSpec
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
-from e2ediff.run.assembly import problems
+from e2ediff.model.build import problems
 from e2ediff.testing import (
     GaussianDenoiser,
     TinyBackbone,

@@ -19,10 +19,10 @@ from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.losses import noise_levels
+from e2ediff.model.build import problems
 from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.features.exported import Exported
 from e2ediff.parts.objectives.controls import Coupled
-from e2ediff.run.assembly import problems
 from e2ediff.run.count import count
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train

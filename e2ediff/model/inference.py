@@ -21,7 +21,7 @@ from e2ediff.errors import KernelError, Problem, RecipeError
 from e2ediff.guidance import Guidance
 from e2ediff.host.recipe import Recipe
 from e2ediff.latent import LatentContract, Latents
-from e2ediff.run.labels import class_of, label_of
+from e2ediff.model.labels import class_of, label_of
 from e2ediff.sampler import Noise
 from e2ediff.seeds import generator
 

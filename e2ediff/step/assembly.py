@@ -1,0 +1,68 @@
+"""From a recipe to all that a step works on: networks, optimizers and averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+
+from e2ediff.distributed.world import World
+from e2ediff.host.recipe import Recipe
+from e2ediff.model.averages import Average
+from e2ediff.model.build import DTYPES, fresh_nets, profiles
+from e2ediff.objective import Nets
+from e2ediff.run.compiling import compile_blocks, compile_step, recompute
+from e2ediff.run.parallel import Parallel, Unit
+from e2ediff.run.step import Step
+
+
+@attrs.frozen(eq=False)
+class Assembly:
+    """What a run trains: the step, one optimizer a phase, and the averages by name."""
+
+    step: Step
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    averages: Mapping[str, Average]
+    choices: Mapping[str, str]
+    parallel: Parallel
+
+    @property
+    def nets(self) -> Nets:
+        """The networks that the objective computes with."""
+        return self.step.nets
+
+
+def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -> Assembly:
+    """Everything that a run trains, on its device, spread over the processes of `world`."""
+    world = world or World()
+    online, heads, frozen = fresh_nets(recipe, device)
+    precision = DTYPES[recipe.precision]
+    # Before it is copied: the averages use the kernels that were chosen once.
+    choices = dict(online.prepare(device, precision))
+    averages = {"target": Average(online, recipe.target.decay, warmup=recipe.target.warmup)}
+    for extra in recipe.ema:
+        averages[extra.name] = Average(online, extra.decay, warmup=extra.warmup)
+    for profile in profiles(recipe):
+        averages[profile.name] = Average(online, profile)
+    target = averages["target"].net
+    nets = Nets(online, target, recipe.interpolant, recipe.predicts, heads, frozen)
+    step = Step(recipe.objective, nets, precision, recipe.regularizers)
+    if recipe.checkpoint_activations:
+        recompute(online.blocks(), compiled=recipe.compile != "off")
+    if recipe.compile == "blocks":
+        compile_blocks(step, [*online.blocks(), *target.blocks()])
+    elif recipe.compile == "step":
+        compile_step(step)
+    unit = Unit(step, {name: average.net for name, average in averages.items()})
+    parallel = Parallel(unit, recipe.parallel if world.size > 1 else "one", world, device)
+    for average in averages.values():
+        average.bind()
+    optimizers = {}
+    for phase in recipe.objective.phases:
+        config = recipe.optimizers.get(phase, recipe.optimizer)
+        optimizer = config.build(step.named_trained(phase))
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        optimizers[phase] = optimizer
+    return Assembly(step, optimizers, averages, choices, parallel)
