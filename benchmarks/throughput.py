@@ -28,9 +28,9 @@ from e2ediff.host.recipe import Recipe, load_recipe
 from e2ediff.model.build import DTYPES, choose_device
 from e2ediff.objective import Draw
 from e2ediff.run.count import count
-from e2ediff.run.draws import draw_for
-from e2ediff.run.update import Update
 from e2ediff.step.assembly import assemble
+from e2ediff.step.draws import draw_for
+from e2ediff.step.update import Update
 
 
 def synchronize(device: torch.device) -> None:

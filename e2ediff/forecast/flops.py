@@ -19,7 +19,7 @@ from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import build_nets
 from e2ediff.objective import Draw, Nets
-from e2ediff.run.step import Step
+from e2ediff.step.step import Step
 
 _META = torch.device("meta")
 _NAMES: Mapping[type, str] = {Encode: "encode", Decode: "decode", Denoise: "denoise"}

@@ -15,8 +15,8 @@ from e2ediff.data import Batch
 from e2ediff.distributed.tensors import clip_gradients
 from e2ediff.distributed.world import World
 from e2ediff.host.recipe import Recipe
-from e2ediff.run.draws import draw_for
 from e2ediff.step.assembly import Assembly
+from e2ediff.step.draws import draw_for
 
 
 @attrs.frozen

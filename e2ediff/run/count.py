@@ -14,7 +14,7 @@ from e2ediff.data import Batch
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import build_nets, profiles
 from e2ediff.objective import Draw
-from e2ediff.run.step import Step
+from e2ediff.step.step import Step
 
 _META = torch.device("meta")
 

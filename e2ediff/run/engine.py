@@ -26,9 +26,7 @@ from e2ediff.loading.batches import batches
 from e2ediff.objective import Draw
 from e2ediff.run.alarm import Watch
 from e2ediff.run.clock import Clock
-from e2ediff.run.compiling import uncompiled
 from e2ediff.run.continuation import describe
-from e2ediff.run.draws import draw_for
 from e2ediff.run.lookout import Lookout
 from e2ediff.run.notify import RunView, notify
 from e2ediff.run.pictures import curves_png, grid_png
@@ -37,8 +35,10 @@ from e2ediff.run.probing import figures_line
 from e2ediff.run.progress import Progress, training_line
 from e2ediff.run.sinks import Sinks
 from e2ediff.run.snapshot import put_back, take
-from e2ediff.run.update import Update
 from e2ediff.step.assembly import Assembly, assemble
+from e2ediff.step.compiling import uncompiled
+from e2ediff.step.draws import draw_for
+from e2ediff.step.update import Update
 from e2ediff.store.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
 from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.run_directory import RunDirectory, State

@@ -34,7 +34,7 @@ from e2ediff.run.alarm import deaf
 from e2ediff.run.continuation import class_names, refuse_other_recipe
 from e2ediff.run.engine import Engine
 from e2ediff.run.progress import Progress
-from e2ediff.run.update import check_shares
+from e2ediff.step.update import check_shares
 from e2ediff.store.attempts import ATTEMPTS
 from e2ediff.store.checkpoint import finished_checkpoints, list_checkpoints, open_checkpoint
 from e2ediff.store.environment import describe_environment

@@ -12,9 +12,9 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.model.averages import Average
 from e2ediff.model.build import DTYPES, fresh_nets, profiles
 from e2ediff.objective import Nets
-from e2ediff.run.compiling import compile_blocks, compile_step, recompute
-from e2ediff.run.parallel import Parallel, Unit
-from e2ediff.run.step import Step
+from e2ediff.step.compiling import compile_blocks, compile_step, recompute
+from e2ediff.step.parallel import Parallel, Unit
+from e2ediff.step.step import Step
 
 
 @attrs.frozen(eq=False)

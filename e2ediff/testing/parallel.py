@@ -21,9 +21,9 @@ from e2ediff.data import Batch
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.objective import Draw
-from e2ediff.run.draws import draw_for
-from e2ediff.run.step import Step
 from e2ediff.step.assembly import assemble
+from e2ediff.step.draws import draw_for
+from e2ediff.step.step import Step
 from e2ediff.testing.source import Source
 from e2ediff.testing.trials import Trial, compare, gradients, gradients_of, share, trial_batch
 

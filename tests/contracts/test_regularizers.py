@@ -15,7 +15,7 @@ from e2ediff.parts.objectives.controls import Coupled, Detached, TwoStage
 from e2ediff.parts.objectives.kl import KL
 from e2ediff.parts.regularizers import SIGReg, VarianceExpansion, VICReg
 from e2ediff.regularizer import Regularizer, names_of
-from e2ediff.run.step import Step
+from e2ediff.step.step import Step
 
 BATCH = testing.make_batch()
 HOST = load(entry_points=False)

@@ -26,11 +26,11 @@ from e2ediff.host.recipe import load_recipe
 from e2ediff.model.calibration import at_rest, own_latents
 from e2ediff.parts.objectives.controls import Coupled, Detached
 from e2ediff.run.alarm import Watch
-from e2ediff.run.draws import draw_for
 from e2ediff.run.probing import Observer, chosen_diagnostics
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
 from e2ediff.step.assembly import assemble
+from e2ediff.step.draws import draw_for
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store

@@ -30,7 +30,7 @@ from e2ediff.host.recipe import load_recipe
 from e2ediff.run.load import load_model
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
-from e2ediff.run.update import check_shares
+from e2ediff.step.update import check_shares
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 

@@ -21,11 +21,11 @@ from e2ediff.distributed.threads import PERIOD, Threads, threads_for
 from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
-from e2ediff.run.draws import draw_for
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
-from e2ediff.run.update import Update
 from e2ediff.step.assembly import assemble
+from e2ediff.step.draws import draw_for
+from e2ediff.step.update import Update
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store

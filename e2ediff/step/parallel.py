@@ -24,7 +24,7 @@ from e2ediff.backbone import Backbone
 from e2ediff.data import Batch
 from e2ediff.distributed.world import World
 from e2ediff.objective import Draw
-from e2ediff.run.step import Step
+from e2ediff.step.step import Step
 
 if TYPE_CHECKING:  # half a second to import, for FSDP2 alone
     from torch.distributed.fsdp import FSDPModule

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from e2ediff.host.recipe import Recipe
-from e2ediff.run.step import Step
+from e2ediff.step.step import Step
 
 
 def recompute(blocks: Sequence[nn.Module], *, compiled: bool = False) -> None:

@@ -16,9 +16,9 @@ from e2ediff.distributed.world import World
 from e2ediff.errors import Problem, RecipeError, ResourceError
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw, Terms
-from e2ediff.run.compiling import uncompiled
-from e2ediff.run.draws import UnclearDrawError, part_of
 from e2ediff.step.assembly import Assembly
+from e2ediff.step.compiling import uncompiled
+from e2ediff.step.draws import UnclearDrawError, part_of
 
 DrawOf = Callable[[Tensor, int], Draw]
 """The draw of a micro-shard, from the labels of its images and its number in the step."""
