@@ -21,7 +21,7 @@ from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.model.build import choose_device
 from e2ediff.model.calibration import at_rest, own_latents
-from e2ediff.run.probing import Observer, chosen_diagnostics
+from e2ediff.monitor.probe import Observer, chosen_diagnostics
 from e2ediff.step.assembly import assemble
 from e2ediff.step.draws import draw_for
 

@@ -18,10 +18,10 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import dump_recipe, load_recipe
     from e2ediff.model.build import check_fits
+    from e2ediff.monitor.alarm import deaf
+    from e2ediff.monitor.probe import chosen_diagnostics
     from e2ediff.regularizer import names_of
-    from e2ediff.run.alarm import deaf
     from e2ediff.run.count import count
-    from e2ediff.run.probing import chosen_diagnostics
 
     host = load()
     read = load_recipe(host, recipe, overrides)

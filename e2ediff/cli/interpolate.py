@@ -66,9 +66,9 @@ def command(
 
     from e2ediff.distributed.threads import threads_for
     from e2ediff.model.inference import denoise_once
+    from e2ediff.monitor.pictures import grid_png
     from e2ediff.parts.sources.own_images import list_images, read_images
     from e2ediff.run.load import load_model
-    from e2ediff.run.pictures import grid_png
     from e2ediff.run.progress import Progress
     from e2ediff.store.storage import Store
 

@@ -62,9 +62,9 @@ def command(
     from e2ediff.loading.bad_images import open_source
     from e2ediff.loading.batches import fixed_images
     from e2ediff.model.inference import reconstruct_once
+    from e2ediff.monitor.pictures import grid_png, png
     from e2ediff.parts.sources.own_images import list_images, read_images
     from e2ediff.run.load import load_model
-    from e2ediff.run.pictures import grid_png, png
     from e2ediff.run.progress import Progress
     from e2ediff.store.storage import Store
 

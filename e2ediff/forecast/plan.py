@@ -25,8 +25,8 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import build_nets, profiles
 from e2ediff.model.inference import ROWS
+from e2ediff.monitor.probe import GRADIENT_IMAGES, chosen_diagnostics
 from e2ediff.run.count import Count, count
-from e2ediff.run.probing import GRADIENT_IMAGES, chosen_diagnostics
 
 EVALUATED = 50_000
 """Images of an evaluation, as the papers' FID has it."""

@@ -23,15 +23,15 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.loading.bad_images import BAD_IMAGES, BadImages, Skipped, taken
 from e2ediff.loading.batches import batches
+from e2ediff.monitor.alarm import Watch
+from e2ediff.monitor.monitor import Lookout
+from e2ediff.monitor.pictures import curves_png, grid_png
+from e2ediff.monitor.probe import figures_line
 from e2ediff.objective import Draw
-from e2ediff.run.alarm import Watch
 from e2ediff.run.clock import Clock
 from e2ediff.run.continuation import describe
-from e2ediff.run.lookout import Lookout
 from e2ediff.run.notify import RunView, notify
-from e2ediff.run.pictures import curves_png, grid_png
 from e2ediff.run.post_hoc import snapshots, take_snapshot
-from e2ediff.run.probing import figures_line
 from e2ediff.run.progress import Progress, training_line
 from e2ediff.run.sinks import Sinks
 from e2ediff.run.snapshot import put_back, take

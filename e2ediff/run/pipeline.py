@@ -12,8 +12,8 @@ from torch import Tensor
 
 from e2ediff.addresses import Address
 from e2ediff.model.inference import Model
+from e2ediff.monitor.pictures import to_bytes
 from e2ediff.run.load import load_model
-from e2ediff.run.pictures import to_bytes
 
 
 @attrs.frozen(eq=False)

@@ -29,8 +29,8 @@ from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.loading.bad_images import BAD_IMAGES, open_source
 from e2ediff.loading.batches import check_enough, lost_reader
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
+from e2ediff.monitor.alarm import deaf
 from e2ediff.objective import Objective
-from e2ediff.run.alarm import deaf
 from e2ediff.run.continuation import class_names, refuse_other_recipe
 from e2ediff.run.engine import Engine
 from e2ediff.run.progress import Progress

@@ -9,9 +9,9 @@ import torch
 
 from e2ediff.diagnostic import Probe
 from e2ediff.host.recipe import Alarm, load_recipe
+from e2ediff.monitor.alarm import Watch, looks_of
+from e2ediff.monitor.monitor import Lookout
 from e2ediff.parts.diagnostics.latent_health import LatentHealth, content_std, effective_rank
-from e2ediff.run.alarm import Watch, looks_of
-from e2ediff.run.lookout import Lookout
 
 P, N, D = 64, 4, 16
 EVERY = 25  # steps between two diagnoses

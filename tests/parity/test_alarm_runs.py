@@ -24,9 +24,9 @@ from e2ediff.errors import CheckpointError, CollapseError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.model.calibration import at_rest, own_latents
+from e2ediff.monitor.alarm import Watch
+from e2ediff.monitor.probe import Observer, chosen_diagnostics
 from e2ediff.parts.objectives.controls import Coupled, Detached
-from e2ediff.run.alarm import Watch
-from e2ediff.run.probing import Observer, chosen_diagnostics
 from e2ediff.run.progress import Progress
 from e2ediff.run.session import train
 from e2ediff.step.assembly import assemble

@@ -9,7 +9,7 @@ import torch
 from command_line import e2ediff
 
 from e2ediff.errors import PluginError
-from e2ediff.run.onlookers import Onlookers
+from e2ediff.monitor.isolation import Onlookers
 
 ONLOOKERS = """
 import attrs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from e2ediff.run.pictures import curves_png
+from e2ediff.monitor.pictures import curves_png
 
 
 @pytest.mark.parametrize("own", [{}, {"rank": 0.0}, {"rank": 3.0}], ids=["fixed", "alike", "full"])

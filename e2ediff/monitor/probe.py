@@ -21,7 +21,7 @@ from e2ediff.host.registry import options
 from e2ediff.loading.batches import fixed_images
 from e2ediff.model.calibration import at_rest, in_use, normalised, own_latents
 from e2ediff.model.inference import Model
-from e2ediff.run.onlookers import Onlookers, numbers
+from e2ediff.monitor.isolation import Onlookers, numbers
 from e2ediff.seeds import generator
 from e2ediff.step.draws import draw_for
 from e2ediff.step.step import Step

@@ -24,7 +24,7 @@ from e2ediff.loading.batches import fixed_images
 from e2ediff.metric import FeatureSet, Metric, is_distance, names_of, taps_of
 from e2ediff.model.image_features import features_of, network_title, to_pixels
 from e2ediff.model.inference import Model
-from e2ediff.run.onlookers import Onlookers, numbers
+from e2ediff.monitor.isolation import Onlookers, numbers
 
 _BATCH = 64
 

@@ -18,9 +18,9 @@ from e2ediff.distributed.world import World
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.calibration import in_use
-from e2ediff.run.onlookers import Onlookers
-from e2ediff.run.probing import Observer, chosen_diagnostics
-from e2ediff.run.scores import Scorer
+from e2ediff.monitor.isolation import Onlookers
+from e2ediff.monitor.probe import Observer, chosen_diagnostics
+from e2ediff.monitor.scores import Scorer
 from e2ediff.step.assembly import Assembly
 from e2ediff.step.compiling import uncompiled
 
