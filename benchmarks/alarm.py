@@ -22,9 +22,9 @@ import click
 import torch
 
 from e2ediff.host.plugins import Host, load
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.store.run_directory import RunDirectory
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 WINDOW = 25

@@ -87,8 +87,8 @@ def command(
     from e2ediff.report.plan import Match, make_plan, plan_lines
     from e2ediff.report.train import STOPPED, exit_code, train_all
     from e2ediff.report.write import write_report
-    from e2ediff.run.progress import Progress
     from e2ediff.store.environment import describe_environment
+    from e2ediff.train.progress import Progress
 
     number, host = threads_of(threads), load()
     plan = make_plan(host, recipe, vary, seeds, overrides, baseline, cast(Match, match))

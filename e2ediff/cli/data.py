@@ -66,7 +66,7 @@ def prepare_command(
     from e2ediff.host.structure import unstructure
     from e2ediff.prepare.address import source_config
     from e2ediff.prepare.write import Format, Settings, prepare
-    from e2ediff.run.progress import Progress
+    from e2ediff.train.progress import Progress
 
     host = load()
     config = source_config(host, src, overrides, size)
@@ -117,7 +117,7 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
     from e2ediff.host.plugins import load
     from e2ediff.prepare.address import source_config
     from e2ediff.prepare.examine import compare_hashes, examine
-    from e2ediff.run.progress import Progress
+    from e2ediff.train.progress import Progress
 
     config = source_config(load(), address, overrides)
     sources = [config.open()]
@@ -178,7 +178,7 @@ def stats_command(
     from e2ediff.prepare.address import source_config
     from e2ediff.prepare.examine import examine
     from e2ediff.prepare.figures import as_json, every_class, lines, proposal
-    from e2ediff.run.progress import Progress
+    from e2ediff.train.progress import Progress
 
     host = load()
     config = source_config(host, address, overrides)

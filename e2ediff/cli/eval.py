@@ -94,7 +94,7 @@ def command(target: str, out: str | None, threads: str, **given: object) -> None
     from e2ediff.evaluate.passport import write_card
     from e2ediff.evaluate.subject import is_run
     from e2ediff.host.plugins import load
-    from e2ediff.run.progress import Progress
+    from e2ediff.train.progress import Progress
 
     host = load()
     given["choose_threads"] = number is None

@@ -69,8 +69,8 @@ def command(
     from e2ediff.monitor.pictures import grid_png
     from e2ediff.parts.sources.own_images import list_images, read_images
     from e2ediff.run.load import load_model
-    from e2ediff.run.progress import Progress
     from e2ediff.store.storage import Store
+    from e2ediff.train.progress import Progress
 
     if bool(images) == bool(seeds) or len(images) not in (0, 2):
         raise click.UsageError("give --seeds A B, or two images")

@@ -14,7 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from e2ediff.distributed.signals import Stop
-    from e2ediff.run.session import Outcome
+    from e2ediff.train.session import Outcome
 
 
 @click.command("run")
@@ -149,7 +149,7 @@ def _train(
     from e2ediff.distributed.world import World
     from e2ediff.errors import E2EDiffError
     from e2ediff.host.plugins import load
-    from e2ediff.run.session import train
+    from e2ediff.train.session import train
 
     with stop.suspended():
         world = World.join()

@@ -117,10 +117,10 @@ def command(
     from e2ediff.host.plugins import load
     from e2ediff.model.labels import label_of, labels_of, lay_out
     from e2ediff.run.load import image_of, recipe_of
-    from e2ediff.run.progress import Progress
     from e2ediff.run.sample_set import make_set
     from e2ediff.run.wish import Wish
     from e2ediff.store.run_directory import RunDirectory
+    from e2ediff.train.progress import Progress
 
     if sum(n is not None for n in (count, balanced, drawn)) > 1:
         raise click.UsageError("give one of --count, --balanced and --random")

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from e2ediff.forecast.flops import without_weights
 from e2ediff.forecast.rehearsal import Passage, blank_batch, optimizer_step
 from e2ediff.host.recipe import Recipe
-from e2ediff.run.snapshot import tensors_of
 from e2ediff.step.assembly import Assembly, assemble
+from e2ediff.train.snapshot import tensors_of
 
 _CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ from e2ediff.distributed.signals import Stop
 from e2ediff.errors import RunDirectoryError
 from e2ediff.report.group import RECIPE, Group
 from e2ediff.report.plan import Job
-from e2ediff.run.progress import Progress, duration
 from e2ediff.store.run_directory import RunDirectory
+from e2ediff.train.progress import Progress, duration
 
 _POLL_SECONDS = 0.2
 STOPPED = (75, 130, -signal.SIGTERM)

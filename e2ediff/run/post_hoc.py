@@ -16,47 +16,20 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
-from e2ediff.distributed.tensors import whole
 from e2ediff.errors import CheckpointError, DataError
 from e2ediff.host.recipe import WIDEST, Recipe
 from e2ediff.loading.bad_images import open_source
 from e2ediff.loading.batches import fixed_images
-from e2ediff.model.build import profiles
 from e2ediff.model.calibration import calibrate
 from e2ediff.model.power_averages import TOLERANCE, Point, Profile, mixture, reachable
 from e2ediff.model.weights import load_weights
-from e2ediff.step.assembly import Assembly
 from e2ediff.store.checkpoint import list_checkpoints
 from e2ediff.store.manifest import Checkpoint, open_one
 from e2ediff.store.storage import Store
+from e2ediff.train.snapshot import snapshots
 
 PREFIX = "ema:"
 """Weights that begin so are reconstructed: `ema:0.08`."""
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-
-def snapshots(store: Store) -> Store:
-    """Where a run keeps them."""
-    return Store(store.where("post_hoc"))
-
-
-def take_snapshot(
-    parts: Assembly, recipe: Recipe, *, keep: bool = True
-) -> dict[str, dict[str, Tensor]]:
-    """Parameters of the averages with a profile, by average, whole where they are split.
-
-    All processes of a run take it together; those that do not `keep` it get no tensors.
-    """
-    assert recipe.post_hoc is not None
-    found: dict[str, dict[str, Tensor]] = {}
-    for profile in profiles(recipe):
-        found[profile.name] = held = {}
-        for name, value in parts.averages[profile.name].net.named_parameters():
-            full = whole(value.detach())
-            if keep:
-                held[name] = full.to("cpu", _DTYPES[recipe.post_hoc.precision])
-    return found
 
 
 def width_of(weights: str) -> float | None:

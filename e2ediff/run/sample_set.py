@@ -13,7 +13,6 @@ from e2ediff.distributed.threads import restored_threads
 from e2ediff.host.plugins import Host
 from e2ediff.model.inference import Model
 from e2ediff.run.outputs import Output
-from e2ediff.run.progress import duration
 from e2ediff.run.set_record import (
     FOLDERS,
     check_space,
@@ -24,6 +23,7 @@ from e2ediff.run.set_record import (
 )
 from e2ediff.run.wish import Cost, Wish
 from e2ediff.run.workers import in_processes, make_blocks
+from e2ediff.train.progress import duration
 
 
 def make_set(

@@ -28,14 +28,14 @@ from e2ediff.host.registry import Part, Plugin, options
 from e2ediff.loading.batches import fixed_images
 from e2ediff.model.build import check_fits
 from e2ediff.run.load import load_model
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.compiling import recompute
 from e2ediff.step.draws import draw_for
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 from e2ediff.testing.kinds import kind_of
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 RECIPE = """\
 e2ediff: 1

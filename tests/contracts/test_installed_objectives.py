@@ -22,12 +22,12 @@ from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.interpolant import KINDS
 from e2ediff.model.build import build_nets, problems
 from e2ediff.objective import Objective
-from e2ediff.run.engine import Engine
-from e2ediff.run.progress import Progress
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.testing import check_objective, make_batch, make_draw
 from e2ediff.testing.trials import RECIPE
 from e2ediff.times import TimeSampler
+from e2ediff.train.engine import Engine
+from e2ediff.train.progress import Progress
 
 HOST = load()
 HOST.load_all()

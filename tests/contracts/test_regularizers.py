@@ -85,8 +85,8 @@ def test_a_recipe_lists_regularisers_and_the_run_logs_them(tiny_text, tmp_path) 
     import io
     import json
 
-    from e2ediff.run.progress import Progress
-    from e2ediff.run.session import train
+    from e2ediff.train.progress import Progress
+    from e2ediff.train.session import train
 
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_text)

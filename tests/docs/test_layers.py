@@ -422,12 +422,12 @@ def test_the_law_finds_what_breaks_it() -> None:
         "def g(): pass\n"
     )
     assert strangers(tree, CONTRACTS, {"torch", "fsspec"}) == [
-        "e2ediff.run.engine",
+        "e2ediff.train.engine",
         "e2ediff.parts.diagnostics.latent_health.LatentHealth",
     ]
     assert opening(tree) == ["fsspec.open"]
     assert opening(ast.parse("x.core.url_to_fs(y)")) == ["x.core.url_to_fs"]
-    assert strangers(tree, CONTRACTS, {"fsspec"}, top=True) == ["torch", "e2ediff.run.engine"]
+    assert strangers(tree, CONTRACTS, {"fsspec"}, top=True) == ["torch", "e2ediff.train.engine"]
     assert [name for _, name in mutable(tree)] == ["cache", "seen"]
     assert list(unsafe(tree)) == [(10, "pickle.loads"), (10, "torch.load")]
     assert list(undocumented(tree, methods=True)) == ["g"]

@@ -19,8 +19,8 @@ import torch
 
 from e2ediff import __version__
 from e2ediff.host.plugins import load
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 STORED = Path(__file__).with_name("tiny_dsd.json")
 RECIPE = """\

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from command_line import needs_dsd
 
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SMALL = [

@@ -25,11 +25,11 @@ from tiny_recipe import tiny
 
 from e2ediff import hookimpl
 from e2ediff.host.plugins import load
-from e2ediff.run.session import Outcome, train
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 from e2ediff.tracker import Tracker, TrackerConfig
+from e2ediff.train.session import Outcome, train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -27,13 +27,13 @@ from e2ediff.model.calibration import at_rest, own_latents
 from e2ediff.monitor.alarm import Watch
 from e2ediff.monitor.probe import Observer, chosen_diagnostics
 from e2ediff.parts.objectives.controls import Coupled, Detached
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.step.assembly import assemble
 from e2ediff.step.draws import draw_for
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 CADENCE = "cadence={log: 1, diagnose: 2, preview: 1000, checkpoint: 2}"
 TRAPPED = ["objective=detached", "diagnostics=[trap, latent_health]", CADENCE]

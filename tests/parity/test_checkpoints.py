@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e2ediff.errors import CheckpointError, DivergedError, ResourceError
-from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
 from e2ediff.store import checkpoint as ck
 from e2ediff.store.manifest import sealed
 from e2ediff.store.storage import JSON, Store
+from e2ediff.train.optimizer_state import flatten_optimizer, restore_optimizer
 
 FILES = ("online", "target", "optimizer-joint")
 

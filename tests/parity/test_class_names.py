@@ -20,8 +20,8 @@ from e2ediff.host.plugins import load
 from e2ediff.model.inference import Model
 from e2ediff.model.labels import label_of, labels_of
 from e2ediff.parts import sources
-from e2ediff.run.continuation import class_names
 from e2ediff.store.run_directory import RunDirectory
+from e2ediff.train.continuation import class_names
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -24,14 +24,14 @@ from torch.autograd.profiler import profile
 from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.step.assembly import assemble
 from e2ediff.step.compiling import recompute
 from e2ediff.step.draws import draw_for
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 from e2ediff.testing import make_batch
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 CPU = torch.device("cpu")
 AGAIN = "checkpoint_activations=true"

@@ -27,7 +27,7 @@ from e2ediff.model.image_features import to_pixels
 from e2ediff.parts.features.inception import Inception2015
 from e2ediff.parts.features.networks import Inception, RandomProjection
 from e2ediff.run.load import load_model
-from e2ediff.run.session import train
+from e2ediff.train.session import train
 
 COUNT = 24
 NETWORK = ("--features", "{name: random_projection, width: 6}", "--count", COUNT)

@@ -25,10 +25,10 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, load_recipe, parse_recipe
 from e2ediff.monitor.scores import Scorer
 from e2ediff.run.count import count
-from e2ediff.run.engine import Engine
-from e2ediff.run.progress import Progress
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
+from e2ediff.train.engine import Engine
+from e2ediff.train.progress import Progress
 
 CPU = torch.device("cpu")
 SIZES = (

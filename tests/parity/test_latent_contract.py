@@ -13,11 +13,11 @@ from e2ediff.errors import CheckpointError, LatentError
 from e2ediff.host.plugins import load
 from e2ediff.latent import TIME
 from e2ediff.run.load import load_model
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.manifest import sealed
 from e2ediff.store.storage import Store
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 HOST = load(entry_points=False)
 X = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

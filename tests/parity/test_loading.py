@@ -28,9 +28,9 @@ from e2ediff.parts import sources
 from e2ediff.parts.sources.folder import FolderBytes
 from e2ediff.prepare.examine import examine
 from e2ediff.prepare.write import Settings, prepare
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.store.storage import Store
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -22,10 +22,10 @@ from tiny_recipe import tiny
 from e2ediff import hookimpl
 from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import Outcome, train
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import Outcome, train
 
 STEPS = 6
 TEXT = tiny(steps=f"{STEPS}", post_hoc="{every: 2}", checkpoint="{keep: 3}")

@@ -40,13 +40,13 @@ from e2ediff.report.plan import make_plan
 from e2ediff.report.write import write_report
 from e2ediff.run.load import load_model
 from e2ediff.run.pipeline import Pipeline
-from e2ediff.run.progress import Progress
 from e2ediff.run.sample_set import make_set
-from e2ediff.run.session import train
 from e2ediff.run.wish import Wish
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 from e2ediff.sweep.candidates import open_run
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 TINY = tiny(steps="2", guidance="null")
 PAIRS = np.arange(2 * 16 * 16 * 3, dtype=np.uint8).reshape(2, 16, 16, 3)

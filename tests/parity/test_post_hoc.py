@@ -13,9 +13,9 @@ from command_line import e2ediff
 
 from e2ediff.host.plugins import load
 from e2ediff.run.load import load_model
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.store.storage import Store
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 SETS = ["post_hoc={widths: [0.05, 0.1], every: 3}", "steps=36", "cadence.checkpoint=10"]
 SETS += ["cadence.diagnose=100", "target={decay: 0.9}", "backbone.width=16", "backbone.depth=1"]

@@ -28,11 +28,11 @@ from e2ediff.errors import E2EDiffError, RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.run.load import load_model
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.step.update import check_shares
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 STEPS = 4
 EVERY = ["microshards=2", f"steps={STEPS}", "cadence.diagnose=3", "probe.images=8"]

@@ -24,12 +24,12 @@ from e2ediff import hookimpl
 from e2ediff.errors import RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, load_recipe
-from e2ediff.run.continuation import refuse_other_recipe
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.store.checkpoint import open_checkpoint, save
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
+from e2ediff.train.continuation import refuse_other_recipe
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 STEPS = 12
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -8,7 +8,7 @@ import pytest
 
 from e2ediff.errors import DataError, RecipeError
 from e2ediff.host.recipe import parse_recipe
-from e2ediff.run.session import train
+from e2ediff.train.session import train
 
 SCORES = """\
 scores:

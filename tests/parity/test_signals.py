@@ -30,11 +30,11 @@ from e2ediff.distributed.signals import SAVING, Stop, Stopped
 from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
 from e2ediff.parts.sources import Synthetic
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 CODES = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "preempted"),
          (signal.SIGUSR1, 75, "preempted")]  # fmt: skip

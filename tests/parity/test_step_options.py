@@ -26,14 +26,14 @@ from e2ediff.host.recipe import parse_recipe
 from e2ediff.loading.batches import batches
 from e2ediff.model.build import check_precision, choose_device, problems
 from e2ediff.parts.objectives.controls import Detached
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.step.assembly import assemble
 from e2ediff.step.draws import UnclearDrawError, draw_for, part_of
 from e2ediff.step.update import Update
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 from e2ediff.testing import make_batch
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 CPU = torch.device("cpu")
 DSD = [

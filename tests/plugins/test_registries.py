@@ -12,7 +12,7 @@ from part_checks import CHECKS
 from e2ediff.host.plugins import load
 from e2ediff.host.registry import BUILTIN, KINDS
 from e2ediff.run.load import load_model
-from e2ediff.run.session import train
+from e2ediff.train.session import train
 
 HOST = load(one_of_each, entry_points=False)
 PLURALS = [plural for plural, _, _ in KINDS]

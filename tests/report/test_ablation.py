@@ -19,10 +19,10 @@ from e2ediff.errors import RunDirectoryError
 from e2ediff.report.group import Group
 from e2ediff.report.plan import make_plan
 from e2ediff.report.train import exit_code, train_all
-from e2ediff.run.progress import Progress
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
+from e2ediff.train.progress import Progress
 
 
 def runs(group: Path) -> dict[str, str]:

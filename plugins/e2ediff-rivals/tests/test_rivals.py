@@ -24,10 +24,10 @@ from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.features.exported import Exported
 from e2ediff.parts.objectives.controls import Coupled
 from e2ediff.run.count import count
-from e2ediff.run.progress import Progress
-from e2ediff.run.session import train
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
+from e2ediff.train.progress import Progress
+from e2ediff.train.session import train
 
 BATCH = make_batch()
 VIT = ViTConfig(

@@ -28,13 +28,6 @@ from e2ediff.monitor.monitor import Lookout
 from e2ediff.monitor.pictures import curves_png, grid_png
 from e2ediff.monitor.probe import figures_line
 from e2ediff.objective import Draw
-from e2ediff.run.clock import Clock
-from e2ediff.run.continuation import describe
-from e2ediff.run.notify import RunView, notify
-from e2ediff.run.post_hoc import snapshots, take_snapshot
-from e2ediff.run.progress import Progress, training_line
-from e2ediff.run.sinks import Sinks
-from e2ediff.run.snapshot import put_back, take
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.compiling import uncompiled
 from e2ediff.step.draws import draw_for
@@ -43,6 +36,11 @@ from e2ediff.store.checkpoint import checkpoint_at, drop_after, open_checkpoint,
 from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.run_directory import RunDirectory, State
 from e2ediff.store.storage import JSON
+from e2ediff.train.clock import Clock
+from e2ediff.train.continuation import describe
+from e2ediff.train.observers import RunView, Sinks, notify
+from e2ediff.train.progress import Progress, training_line
+from e2ediff.train.snapshot import put_back, snapshots, take, take_snapshot
 
 
 class Engine:

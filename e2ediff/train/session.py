@@ -31,9 +31,6 @@ from e2ediff.loading.batches import check_enough, lost_reader
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
 from e2ediff.monitor.alarm import deaf
 from e2ediff.objective import Objective
-from e2ediff.run.continuation import class_names, refuse_other_recipe
-from e2ediff.run.engine import Engine
-from e2ediff.run.progress import Progress
 from e2ediff.step.update import check_shares
 from e2ediff.store.attempts import ATTEMPTS
 from e2ediff.store.checkpoint import finished_checkpoints, list_checkpoints, open_checkpoint
@@ -42,6 +39,9 @@ from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.records import former_status, images_of, newest_saved, refuse_vanished
 from e2ediff.store.run_directory import RunDirectory, State, latest_run
 from e2ediff.store.storage import JSON
+from e2ediff.train.continuation import class_names, refuse_other_recipe
+from e2ediff.train.engine import Engine
+from e2ediff.train.progress import Progress
 
 _STATES: dict[int, State] = {75: "preempted", 130: "interrupted"}
 _GRACE = 5.0  # seconds in which one request to stop may reach a process twice

@@ -1,4 +1,4 @@
-"""All that a checkpoint holds of an assembly, taken from it and put back."""
+"""What a checkpoint or a snapshot of averages holds of an assembly, taken and put back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from e2ediff.backbone import Backbone
 from e2ediff.distributed.tensors import whole
+from e2ediff.host.recipe import Recipe
+from e2ediff.model.build import profiles
 from e2ediff.model.calibration import calibrate
 from e2ediff.model.weights import load_weights
-from e2ediff.run.optimizer_state import flatten_optimizer, restore_optimizer
 from e2ediff.step.assembly import Assembly
 from e2ediff.store.manifest import Checkpoint, plain
-from e2ediff.store.storage import JSON
+from e2ediff.store.storage import JSON, Store
+from e2ediff.train.optimizer_state import flatten_optimizer, restore_optimizer
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @attrs.frozen(eq=False)
@@ -109,3 +113,26 @@ def put_back(parts: Assembly, checkpoint: Checkpoint, device: torch.device) -> N
 
 def _names(parts: Assembly) -> dict[nn.Parameter, str]:
     return {p: name for name, p in parts.step.named_parameters()}
+
+
+def snapshots(store: Store) -> Store:
+    """Where a run keeps them."""
+    return Store(store.where("post_hoc"))
+
+
+def take_snapshot(
+    parts: Assembly, recipe: Recipe, *, keep: bool = True
+) -> dict[str, dict[str, Tensor]]:
+    """Parameters of the averages with a profile, by average, whole where they are split.
+
+    All processes of a run take it together; those that do not `keep` it get no tensors.
+    """
+    assert recipe.post_hoc is not None
+    found: dict[str, dict[str, Tensor]] = {}
+    for profile in profiles(recipe):
+        found[profile.name] = held = {}
+        for name, value in parts.averages[profile.name].net.named_parameters():
+            full = whole(value.detach())
+            if keep:
+                held[name] = full.to("cpu", _DTYPES[recipe.post_hoc.precision])
+    return found

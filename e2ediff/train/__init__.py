@@ -1,0 +1,1 @@
+"""A run in time: begun, trained, observed, saved, stopped and continued."""
