@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from e2ediff.errors import E2EDiffError
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 from e2ediff.store.run_directory import RunDirectory
 
 _COLUMNS = 8

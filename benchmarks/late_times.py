@@ -14,7 +14,7 @@ import torch
 from judge import load_images
 
 from e2ediff.errors import E2EDiffError
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 
 TIMES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.998)
 

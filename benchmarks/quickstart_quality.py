@@ -46,13 +46,13 @@ from torch import Tensor
 
 from e2ediff.data import SourceConfig
 from e2ediff.errors import E2EDiffError
+from e2ediff.forecast.count import count as count_cost
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.model.inference import Model
 from e2ediff.parts.diagnostics.latent_health import LatentHealth
 from e2ediff.parts.sources import FashionMNIST
-from e2ediff.run.count import count as count_cost
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 from e2ediff.store.run_directory import RunDirectory
 
 HELD_OUT = 1000

@@ -26,9 +26,9 @@ import torch
 from judge import accuracy, features, frechet_distance, load_images, train_judge
 
 from e2ediff.host.plugins import load
-from e2ediff.run.load import load_model
-from e2ediff.run.sample_set import make_set
-from e2ediff.run.wish import Wish
+from e2ediff.sample.load import load_model
+from e2ediff.sample.request import Wish
+from e2ediff.sample.sample_set import make_set
 
 # Network calls of a step, and how many fewer the whole has for its last one.
 CALLS_OF_A_STEP: Mapping[str, tuple[int, int]] = {

@@ -54,7 +54,7 @@ from quickstart_quality import (
 from e2ediff.errors import E2EDiffError
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import load_recipe
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 from e2ediff.store.run_directory import RunDirectory
 
 CURVES = {

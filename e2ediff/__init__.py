@@ -15,7 +15,7 @@ import pluggy
 if TYPE_CHECKING:
     from e2ediff.addresses import Address
     from e2ediff.model.inference import Model
-    from e2ediff.run.pipeline import Pipeline
+    from e2ediff.sample.pipeline import Pipeline
 
 __version__ = "0.1.0"
 
@@ -27,9 +27,9 @@ def load(run: Address, **options: Any) -> Model:
     """A trained model from a run's directory: `e2ediff.load("runs/quickstart").sample([0, 9])`.
 
     The directory is text, a URL or a `pathlib.Path`.
-    Options are those of `e2ediff.run.load.load_model`.
+    Options are those of `e2ediff.sample.load.load_model`.
     """
-    from e2ediff.run.load import load_model
+    from e2ediff.sample.load import load_model
 
     return load_model(run, **options)
 
@@ -37,8 +37,8 @@ def load(run: Address, **options: Any) -> Model:
 def pipeline(run: Address, **options: Any) -> Pipeline:
     """A trained model as a diffusers pipeline: `e2ediff.pipeline(run)(["cat", 3]).images`.
 
-    Options are those of `e2ediff.run.load.load_model`.
+    Options are those of `e2ediff.sample.load.load_model`.
     """
-    from e2ediff.run.pipeline import Pipeline
+    from e2ediff.sample.pipeline import Pipeline
 
     return Pipeline.from_run(run, **options)

@@ -68,7 +68,7 @@ def command(
     from e2ediff.model.inference import denoise_once
     from e2ediff.monitor.pictures import grid_png
     from e2ediff.parts.sources.own_images import list_images, read_images
-    from e2ediff.run.load import load_model
+    from e2ediff.sample.load import load_model
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 

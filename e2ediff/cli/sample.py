@@ -116,9 +116,9 @@ def command(
     number = prepare_threads(threads)
     from e2ediff.host.plugins import load
     from e2ediff.model.labels import label_of, labels_of, lay_out
-    from e2ediff.run.load import image_of, recipe_of
-    from e2ediff.run.sample_set import make_set
-    from e2ediff.run.wish import Wish
+    from e2ediff.sample.load import image_of, recipe_of
+    from e2ediff.sample.request import Wish
+    from e2ediff.sample.sample_set import make_set
     from e2ediff.store.run_directory import RunDirectory
     from e2ediff.train.progress import Progress
 

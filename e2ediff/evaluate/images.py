@@ -36,7 +36,7 @@ from e2ediff.files.images import (
 )
 from e2ediff.files.names import files_below
 from e2ediff.model.inference import Model
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 from e2ediff.seeds import generator
 
 _CHUNK = 1 << 22

@@ -25,8 +25,8 @@ from e2ediff.host.structure import unstructure
 from e2ediff.model.build import profiles
 from e2ediff.model.image_features import weights_sha256
 from e2ediff.model.inference import Model, Origin
-from e2ediff.run.post_hoc import width_of
-from e2ediff.run.set_record import origin_entry
+from e2ediff.sample.post_hoc import width_of
+from e2ediff.sample.set_record import origin_entry
 from e2ediff.sampler import Sampler
 from e2ediff.seeds import generator
 from e2ediff.store.checkpoint import open_checkpoint

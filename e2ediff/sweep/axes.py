@@ -14,7 +14,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.host.structure import unstructure
 from e2ediff.report.grid import Axis, GridError, parse_axis
-from e2ediff.run.post_hoc import stored_weights
+from e2ediff.sample.post_hoc import stored_weights
 from e2ediff.sampler import Sampler
 from e2ediff.sweep.candidates import Candidate, SweptRun
 

@@ -15,8 +15,8 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.host.structure import unstructure
 from e2ediff.report.grid import Value
-from e2ediff.run.load import recipe_of
-from e2ediff.run.post_hoc import Basis, stored_weights, width_of
+from e2ediff.sample.load import recipe_of
+from e2ediff.sample.post_hoc import Basis, stored_weights, width_of
 from e2ediff.sampler import Sampler
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.manifest import Checkpoint

@@ -22,8 +22,8 @@ from e2ediff.model.build import choose_device
 from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.model.inference import Model, denoise_once
 from e2ediff.report.grid import Axis
-from e2ediff.run.load import load_model
-from e2ediff.run.set_record import differences
+from e2ediff.sample.load import load_model
+from e2ediff.sample.set_record import differences
 from e2ediff.store.storage import JSON, Store
 from e2ediff.sweep.candidates import Candidate, SweptRun
 from e2ediff.sweep.proxy import Mean, Proxy

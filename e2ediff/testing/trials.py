@@ -27,7 +27,7 @@ from e2ediff.host.recipe import Recipe, dump_recipe, parse_recipe
 from e2ediff.host.registry import Part, Plugin, options
 from e2ediff.loading.batches import fixed_images
 from e2ediff.model.build import check_fits
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.compiling import recompute
 from e2ediff.step.draws import draw_for

@@ -24,7 +24,7 @@ CONTRACTS = {
 PUBLIC = CONTRACTS | {"e2ediff.nn", "e2ediff.testing"}
 # What runs, trained or not.
 ENGINE = {f"e2ediff.{room}." for room in (
-    "run", "store", "distributed", "loading", "model", "step", "monitor", "train", "sample"
+    "store", "distributed", "loading", "model", "step", "monitor", "train", "sample"
 )}  # fmt: skip
 # Of the checks for authors, those that run a whole plugin.
 KIT = ("kit.py", "kinds.py", "trials.py", "parallel.py", "source.py")
@@ -410,7 +410,7 @@ def test_the_law_finds_what_breaks_it() -> None:
     """Else all of the above would pass on anything."""
     tree = ast.parse(
         "import pickle, torch\n"
-        "from e2ediff.run import engine\n"
+        "from e2ediff.train import engine\n"
         "from fsspec import open as look\n"
         "cache = {}\n"
         "seen: list[int] = list()\n"

@@ -25,7 +25,7 @@ from e2ediff.host.recipe import parse_recipe
 from e2ediff.host.registry import options
 from e2ediff.model.build import guidance_problems
 from e2ediff.parts.features.weights import read_weights
-from e2ediff.run.load import load_model, recipe_of
+from e2ediff.sample.load import load_model, recipe_of
 from e2ediff.store.storage import Store
 
 # Of core alone: the default network needs an extra.

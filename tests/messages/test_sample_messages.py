@@ -22,10 +22,10 @@ from tiny_recipe import tiny
 from e2ediff.errors import ResourceError
 from e2ediff.host.plugins import load
 from e2ediff.parts.sources.own_images import list_images, read_images
-from e2ediff.run.load import load_model
-from e2ediff.run.sample_set import make_set
-from e2ediff.run.set_record import check_space
-from e2ediff.run.wish import Wish
+from e2ediff.sample.load import load_model
+from e2ediff.sample.request import Wish
+from e2ediff.sample.sample_set import make_set
+from e2ediff.sample.set_record import check_space
 
 TINY = tiny(
     steps="2",

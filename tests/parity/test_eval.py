@@ -26,7 +26,7 @@ from e2ediff.metric import moments_of
 from e2ediff.model.image_features import to_pixels
 from e2ediff.parts.features.inception import Inception2015
 from e2ediff.parts.features.networks import Inception, RandomProjection
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 from e2ediff.train.session import train
 
 COUNT = 24

@@ -23,7 +23,7 @@ from e2ediff.errors import DataError, RunDirectoryError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.prepare.write import Settings, _claim
-from e2ediff.run.set_record import prepare
+from e2ediff.sample.set_record import prepare
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 

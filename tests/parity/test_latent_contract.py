@@ -12,7 +12,7 @@ import torch
 from e2ediff.errors import CheckpointError, LatentError
 from e2ediff.host.plugins import load
 from e2ediff.latent import TIME
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.manifest import sealed
 from e2ediff.store.storage import Store

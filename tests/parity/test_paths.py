@@ -38,10 +38,10 @@ from e2ediff.report.gather import gather, gather_runs, read_run
 from e2ediff.report.group import Group
 from e2ediff.report.plan import make_plan
 from e2ediff.report.write import write_report
-from e2ediff.run.load import load_model
-from e2ediff.run.pipeline import Pipeline
-from e2ediff.run.sample_set import make_set
-from e2ediff.run.wish import Wish
+from e2ediff.sample.load import load_model
+from e2ediff.sample.pipeline import Pipeline
+from e2ediff.sample.request import Wish
+from e2ediff.sample.sample_set import make_set
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 from e2ediff.sweep.candidates import open_run

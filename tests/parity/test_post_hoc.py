@@ -12,7 +12,7 @@ import torch
 from command_line import e2ediff
 
 from e2ediff.host.plugins import load
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 from e2ediff.store.storage import Store
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train

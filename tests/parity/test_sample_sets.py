@@ -18,9 +18,9 @@ from tiny_recipe import tiny
 from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
 from e2ediff.model.inference import Model
-from e2ediff.run.load import load_model
-from e2ediff.run.sample_set import make_set
-from e2ediff.run.wish import Wish
+from e2ediff.sample.load import load_model
+from e2ediff.sample.request import Wish
+from e2ediff.sample.sample_set import make_set
 
 TINY = tiny(
     data="{name: synthetic, size: 16, classes: 5, count: 64}",

@@ -11,7 +11,7 @@ from part_checks import CHECKS
 
 from e2ediff.host.plugins import load
 from e2ediff.host.registry import BUILTIN, KINDS
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 from e2ediff.train.session import train
 
 HOST = load(one_of_each, entry_points=False)
@@ -38,7 +38,7 @@ def test_the_plugin_uses_what_a_stranger_may_use() -> None:
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     ours = {m for m in modules if m.startswith("e2ediff")}
     assert ours
-    assert not [m for m in ours if m.count(".") > 1 or m in ("e2ediff.host", "e2ediff.run")]
+    assert not [m for m in ours if m.count(".") > 1 or m in ("e2ediff.host", "e2ediff.train")]
 
 
 RECIPE = """\

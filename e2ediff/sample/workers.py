@@ -19,8 +19,8 @@ import torch
 from e2ediff.distributed.threads import threads_for
 from e2ediff.errors import E2EDiffError, ResourceError
 from e2ediff.model.inference import Model, denoise_once
-from e2ediff.run.outputs import Output
-from e2ediff.run.wish import Cost, Wish
+from e2ediff.sample.outputs import Output
+from e2ediff.sample.request import Cost, Wish
 
 
 @contextlib.contextmanager

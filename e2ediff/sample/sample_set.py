@@ -12,8 +12,9 @@ import torch
 from e2ediff.distributed.threads import restored_threads
 from e2ediff.host.plugins import Host
 from e2ediff.model.inference import Model
-from e2ediff.run.outputs import Output
-from e2ediff.run.set_record import (
+from e2ediff.sample.outputs import Output
+from e2ediff.sample.request import Cost, Wish
+from e2ediff.sample.set_record import (
     FOLDERS,
     check_space,
     describe,
@@ -21,8 +22,7 @@ from e2ediff.run.set_record import (
     own_place,
     prepare,
 )
-from e2ediff.run.wish import Cost, Wish
-from e2ediff.run.workers import in_processes, make_blocks
+from e2ediff.sample.workers import in_processes, make_blocks
 from e2ediff.train.progress import duration
 
 

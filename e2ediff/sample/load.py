@@ -23,7 +23,7 @@ from e2ediff.latent import LatentContract
 from e2ediff.model.build import build_nets, choose_device, guidance_problems
 from e2ediff.model.inference import ROWS, Model, Origin, Other, Precision, choose_kernels
 from e2ediff.model.weights import load_weights
-from e2ediff.run.post_hoc import Basis, reconstruct, stored_weights, width_of
+from e2ediff.sample.post_hoc import Basis, reconstruct, stored_weights, width_of
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from e2ediff.addresses import Address
 from e2ediff.model.inference import Model
 from e2ediff.monitor.pictures import to_bytes
-from e2ediff.run.load import load_model
+from e2ediff.sample.load import load_model
 
 
 @attrs.frozen(eq=False)

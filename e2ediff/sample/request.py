@@ -13,8 +13,8 @@ from e2ediff.host.plugins import Host
 from e2ediff.model.inference import ROWS, Model, Precision
 from e2ediff.model.labels import LabelLaw
 from e2ediff.monitor.pictures import to_bytes
-from e2ediff.run.load import load_model
-from e2ediff.run.outputs import Format, Output, open_output
+from e2ediff.sample.load import load_model
+from e2ediff.sample.outputs import Format, Output, open_output
 from e2ediff.store.storage import Store
 
 

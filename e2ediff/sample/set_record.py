@@ -18,8 +18,8 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.model.inference import Model, Origin
 from e2ediff.monitor.pictures import grid_png
-from e2ediff.run.outputs import Output
-from e2ediff.run.wish import Cost, Wish
+from e2ediff.sample.outputs import Output
+from e2ediff.sample.request import Cost, Wish
 from e2ediff.sampler import Sampler
 from e2ediff.store.environment import versions
 from e2ediff.store.storage import JSON, Store

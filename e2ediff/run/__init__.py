@@ -1,1 +1,0 @@
-"""Running: the engine, its directory on disk, and its checkpoints."""
