@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, cast
 import click
 
 if TYPE_CHECKING:
-    from e2ediff.evaluate.evaluate import Request
     from e2ediff.evaluate.passport import Card
     from e2ediff.evaluate.reconstruction import Perceptual
+    from e2ediff.evaluate.request import Request
     from e2ediff.host.plugins import Host
     from e2ediff.metric import Metric
 
@@ -128,9 +128,10 @@ def _show(card: Card) -> None:
 def _request(host: Host, target: str, given: dict[str, object]) -> Request:
     """What the options ask for."""
     from e2ediff.evaluate.conventions import CONVENTIONS, convention
-    from e2ediff.evaluate.evaluate import Request, default_metrics
+    from e2ediff.evaluate.evaluate import default_metrics
     from e2ediff.evaluate.network import feature_network
     from e2ediff.evaluate.reference import default_cache
+    from e2ediff.evaluate.request import Request
     from e2ediff.evaluate.sections import SECTIONS
 
     names = given.pop("conventions") or ("e2ediff",)

@@ -93,9 +93,9 @@ def command(
     number = prepare_threads(threads)
     from e2ediff.distributed.threads import threads_for
     from e2ediff.evaluate.conventions import convention as named
-    from e2ediff.evaluate.evaluate import Request
     from e2ediff.evaluate.network import feature_network
     from e2ediff.evaluate.reference import default_cache
+    from e2ediff.evaluate.request import Request
     from e2ediff.host.plugins import load
     from e2ediff.model.build import choose_device
     from e2ediff.store.storage import Store

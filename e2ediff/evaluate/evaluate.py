@@ -5,28 +5,25 @@ Shapes: n images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 
 import attrs
 import torch
 
-from e2ediff import addresses
-from e2ediff.addresses import Address
 from e2ediff.data import SourceConfig
 from e2ediff.distances import self_test
 from e2ediff.distributed.threads import threads_for
 from e2ediff.errors import DataError
-from e2ediff.evaluate.conventions import Convention, Labels
+from e2ediff.evaluate.conventions import Convention
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.evaluate.passport import Card, Passport, Score
-from e2ediff.evaluate.reconstruction import Perceptual
 from e2ediff.evaluate.reference import (
     Reference,
-    default_cache,
     open_reference,
     reference_features,
 )
+from e2ediff.evaluate.request import Request, Say, quiet
 from e2ediff.evaluate.resampling import Resampling
 from e2ediff.evaluate.sections import Sections, options_of, score_of
 from e2ediff.evaluate.subject import Subject, is_run, run_subject, stored_subject
@@ -37,48 +34,6 @@ from e2ediff.model.build import choose_device
 from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.store.environment import describe_environment
 from e2ediff.store.storage import JSON
-
-Say = Callable[[str], None]
-
-
-def _quiet(text: str) -> None:
-    """The default of `evaluate`'s progress."""
-
-
-def _plain_places(places: Mapping[str, Address]) -> dict[str, str]:
-    return {name: addresses.plain(place) for name, place in places.items()}
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Request:
-    """What is judged, by what.
-
-    `references` are places by convention's name, "" for all others; `sections` of
-    `e2ediff.evaluate.sections.SECTIONS`.
-    `count` and `labels` are the first convention's where they are None.
-    `bootstrap` is the number of resampled sets from which errors and intervals are taken.
-    `choose_threads` takes one CPU thread or all, whichever is faster by timing.
-    """
-
-    target: str = attrs.field(converter=addresses.plain)
-    network: FeatureNetwork
-    metrics: Sequence[Metric]
-    conventions: Sequence[Convention]
-    sections: Sequence[str] = ()
-    references: Mapping[str, str] = attrs.field(factory=dict, converter=_plain_places)
-    count: int | None = None
-    labels: Labels | None = None
-    seed: int = 0
-    weights: str | None = None
-    checkpoint: str | None = None
-    overrides: Sequence[str] = ()
-    device: str = "auto"
-    batch: int = 64
-    processes: int = 1
-    cache: str = attrs.field(factory=default_cache, converter=addresses.plain)
-    perceptual: Perceptual | None = None
-    bootstrap: int = 0
-    choose_threads: bool = False
 
 
 def default_metrics(host: Host, network: FeatureNetwork) -> list[Metric]:
@@ -96,7 +51,7 @@ def default_metrics(host: Host, network: FeatureNetwork) -> list[Metric]:
     return found
 
 
-def evaluate(host: Host, request: Request, say: Say = _quiet, report: Say = _quiet) -> list[Card]:
+def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet) -> list[Card]:
     """Score a run's samples, or stored images, under each convention; one card a convention.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
@@ -20,6 +20,7 @@ from e2ediff.evaluate.passes import Pass, View
 from e2ediff.evaluate.passport import Score
 from e2ediff.evaluate.reconstruction import reconstruct
 from e2ediff.evaluate.reference import open_reference, reference_features
+from e2ediff.evaluate.request import Request
 from e2ediff.evaluate.resampling import Resampling
 from e2ediff.evaluate.subject import Subject
 from e2ediff.host.plugins import Host
@@ -28,9 +29,6 @@ from e2ediff.metric import Estimate, FeatureSet, Metric, is_distance, names_of
 from e2ediff.model.image_features import network_title
 from e2ediff.model.inference import Model
 from e2ediff.store.storage import JSON
-
-if TYPE_CHECKING:
-    from e2ediff.evaluate.evaluate import Request
 
 SECTIONS = ("reconstruction", "latents", "memorisation")
 """What is asked for beside metrics; a run alone has them."""

@@ -11,11 +11,12 @@ import attrs
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import DataError, RunDirectoryError
-from e2ediff.evaluate.evaluate import Request, passport_of
+from e2ediff.evaluate.evaluate import passport_of
 from e2ediff.evaluate.images import SomeImages
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.evaluate.passport import Card, Score, parse_card, write_card
 from e2ediff.evaluate.reference import Reference, open_reference, reference_features
+from e2ediff.evaluate.request import Request
 from e2ediff.evaluate.subject import run_subject
 from e2ediff.loading.bad_images import open_source
 from e2ediff.model.build import choose_device

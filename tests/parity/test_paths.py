@@ -18,11 +18,12 @@ from tiny_recipe import tiny
 import e2ediff
 from e2ediff import addresses
 from e2ediff.evaluate.conventions import CONVENTIONS
-from e2ediff.evaluate.evaluate import Request, evaluate
+from e2ediff.evaluate.evaluate import evaluate
 from e2ediff.evaluate.images import FolderImages, NpzImages, file_sha256
 from e2ediff.evaluate.passport import read_card, write_card
 from e2ediff.evaluate.ranking import cards_of
 from e2ediff.evaluate.reference import npz_keys, open_reference
+from e2ediff.evaluate.request import Request
 from e2ediff.evaluate.subject import is_run, stored_subject
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import load_recipe

@@ -1,0 +1,57 @@
+"""What an evaluation is asked: the judged, the metrics, the conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import attrs
+
+from e2ediff import addresses
+from e2ediff.addresses import Address
+from e2ediff.evaluate.conventions import Convention, Labels
+from e2ediff.evaluate.reconstruction import Perceptual
+from e2ediff.evaluate.reference import default_cache
+from e2ediff.features import FeatureNetwork
+from e2ediff.metric import Metric
+
+Say = Callable[[str], None]
+
+
+def quiet(text: str) -> None:
+    """The default of `evaluate`'s progress."""
+
+
+def _plain_places(places: Mapping[str, Address]) -> dict[str, str]:
+    return {name: addresses.plain(place) for name, place in places.items()}
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Request:
+    """What is judged, by what.
+
+    `references` are places by convention's name, "" for all others; `sections` of
+    `e2ediff.evaluate.sections.SECTIONS`.
+    `count` and `labels` are the first convention's where they are None.
+    `bootstrap` is the number of resampled sets from which errors and intervals are taken.
+    `choose_threads` takes one CPU thread or all, whichever is faster by timing.
+    """
+
+    target: str = attrs.field(converter=addresses.plain)
+    network: FeatureNetwork
+    metrics: Sequence[Metric]
+    conventions: Sequence[Convention]
+    sections: Sequence[str] = ()
+    references: Mapping[str, str] = attrs.field(factory=dict, converter=_plain_places)
+    count: int | None = None
+    labels: Labels | None = None
+    seed: int = 0
+    weights: str | None = None
+    checkpoint: str | None = None
+    overrides: Sequence[str] = ()
+    device: str = "auto"
+    batch: int = 64
+    processes: int = 1
+    cache: str = attrs.field(factory=default_cache, converter=addresses.plain)
+    perceptual: Perceptual | None = None
+    bootstrap: int = 0
+    choose_threads: bool = False
