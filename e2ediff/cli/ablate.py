@@ -80,12 +80,12 @@ def command(
 
     from typing import cast
 
+    from e2ediff.ablate.group import Group
+    from e2ediff.ablate.plan import Match, make_plan, plan_lines
+    from e2ediff.ablate.train import STOPPED, exit_code, train_all
     from e2ediff.distributed.openmp import all_threads, threads_of
     from e2ediff.host.plugins import load
     from e2ediff.report.gather import gather
-    from e2ediff.report.group import Group
-    from e2ediff.report.plan import Match, make_plan, plan_lines
-    from e2ediff.report.train import STOPPED, exit_code, train_all
     from e2ediff.report.write import write_report
     from e2ediff.store.environment import describe_environment
     from e2ediff.train.progress import Progress

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
+from e2ediff.ablate.grid import GridError
 from e2ediff.metric import is_distance
 from e2ediff.report.gather import Gathered, Run
-from e2ediff.report.grid import GridError
 from e2ediff.report.statistics import Difference, paired, spread
 
 MINUS = "\N{MINUS SIGN}"

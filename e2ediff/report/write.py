@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from e2ediff import addresses
+from e2ediff.ablate.grid import GridError
 from e2ediff.addresses import Address
 from e2ediff.errors import RunDirectoryError
 from e2ediff.report.gather import Gathered
-from e2ediff.report.grid import GridError
 from e2ediff.report.page import Written, render
 from e2ediff.report.summary import Summary, summarize
 from e2ediff.report.tables import as_json, csv_text, json_text, tex_text

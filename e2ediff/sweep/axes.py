@@ -9,11 +9,11 @@ from typing import Any
 
 import attrs
 
+from e2ediff.ablate.grid import Axis, GridError, parse_axis
 from e2ediff.errors import E2EDiffError, Problem, RecipeError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.host.structure import unstructure
-from e2ediff.report.grid import Axis, GridError, parse_axis
 from e2ediff.sample.post_hoc import stored_weights
 from e2ediff.sampler import Sampler
 from e2ediff.sweep.candidates import Candidate, SweptRun

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
+from e2ediff.ablate.grid import Value
 from e2ediff.addresses import Address
 from e2ediff.errors import CheckpointError
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.host.structure import unstructure
-from e2ediff.report.grid import Value
 from e2ediff.sample.load import recipe_of
 from e2ediff.sample.post_hoc import Basis, stored_weights, width_of
 from e2ediff.sampler import Sampler

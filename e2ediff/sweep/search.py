@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import attrs
 
 from e2ediff import addresses
+from e2ediff.ablate.grid import Axis
 from e2ediff.addresses import Address
 from e2ediff.errors import DataError, RunDirectoryError
 from e2ediff.evaluate.evaluate import passport_of
@@ -22,7 +23,6 @@ from e2ediff.loading.bad_images import open_source
 from e2ediff.model.build import choose_device
 from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.model.inference import Model, denoise_once
-from e2ediff.report.grid import Axis
 from e2ediff.sample.load import load_model
 from e2ediff.sample.set_record import differences
 from e2ediff.store.storage import JSON, Store

@@ -223,7 +223,7 @@ def test_scoring_imports_contracts_the_host_and_the_engine_but_no_part() -> None
 
 def test_a_sweep_imports_scoring_and_the_grids_of_ablations_but_no_part() -> None:
     ours = CONTRACTS | ENGINE | {"e2ediff.host.", "e2ediff.evaluate.", "e2ediff.sweep.",
-                                 "e2ediff.report.grid."}  # fmt: skip
+                                 "e2ediff.ablate.grid."}  # fmt: skip
     assert broken_by(sources(CORE / "sweep"), ours, {"torch", "attrs", "numpy"}) == {}
 
 

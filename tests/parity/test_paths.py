@@ -17,6 +17,8 @@ from tiny_recipe import tiny
 
 import e2ediff
 from e2ediff import addresses
+from e2ediff.ablate.group import Group
+from e2ediff.ablate.plan import make_plan
 from e2ediff.evaluate.conventions import CONVENTIONS
 from e2ediff.evaluate.evaluate import evaluate
 from e2ediff.evaluate.images import FolderImages, NpzImages, file_sha256
@@ -36,8 +38,6 @@ from e2ediff.parts.sources.own_images import list_images, read_images
 from e2ediff.prepare.address import recognise, source_config
 from e2ediff.prepare.write import Settings, prepare
 from e2ediff.report.gather import gather, gather_runs, read_run
-from e2ediff.report.group import Group
-from e2ediff.report.plan import make_plan
 from e2ediff.report.write import write_report
 from e2ediff.sample.load import load_model
 from e2ediff.sample.pipeline import Pipeline

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from command_line import e2ediff
 
+from e2ediff.ablate.group import Group
+from e2ediff.ablate.plan import make_plan
+from e2ediff.ablate.train import exit_code, train_all
 from e2ediff.distributed.signals import Stop
 from e2ediff.errors import RunDirectoryError
-from e2ediff.report.group import Group
-from e2ediff.report.plan import make_plan
-from e2ediff.report.train import exit_code, train_all
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from e2ediff.report.grid import GridError, cells, find_cell, parse_axis, parse_seeds
+from e2ediff.ablate.grid import GridError, cells, find_cell, parse_axis, parse_seeds
 
 
 def values(text: str) -> list[list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import e2ediff
 
-from e2ediff.report.plan import make_plan
+from e2ediff.ablate.plan import make_plan
 
 NOWHERE = "{name: image_folder, root: /nowhere, size: 16, classes: 4}"
 

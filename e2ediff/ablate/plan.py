@@ -10,13 +10,8 @@ import attrs
 import yaml
 
 from e2ediff import addresses
-from e2ediff.addresses import Address
-from e2ediff.errors import Problem, RecipeError
-from e2ediff.host.plugins import Host
-from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
-from e2ediff.model.build import problems
-from e2ediff.report.cost import Cost, cost_of, matched_steps
-from e2ediff.report.grid import (
+from e2ediff.ablate.cost import Cost, cost_of, matched_steps
+from e2ediff.ablate.grid import (
     Assignment,
     Axis,
     Cell,
@@ -26,7 +21,12 @@ from e2ediff.report.grid import (
     parse_axis,
     parse_seeds,
 )
-from e2ediff.report.leaves import leaves_of
+from e2ediff.ablate.leaves import leaves_of
+from e2ediff.addresses import Address
+from e2ediff.errors import Problem, RecipeError
+from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
+from e2ediff.model.build import problems
 
 Match = Literal["steps", "compute"]
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import attrs
 
+from e2ediff.ablate.group import RECIPE, Group
+from e2ediff.ablate.plan import Job
 from e2ediff.distributed.signals import Stop
 from e2ediff.errors import RunDirectoryError
-from e2ediff.report.group import RECIPE, Group
-from e2ediff.report.plan import Job
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.train.progress import Progress, duration
 
