@@ -1,1 +1,1 @@
-"""Ablations and reports: many runs by one grid, and one static page that compares runs."""
+"""One static page that compares runs: curves, tables, samples side by side, and a verdict."""

