@@ -488,7 +488,7 @@ def provenance(host: Host, base: Recipe) -> dict[str, Any]:
         "machine": machine(),
         "versions": {name: metadata.version(name) for name in ("e2ediff", "torch", "numpy")}
         | {"python": platform.python_version()},
-        "plugins": {p.distribution or p.name: p.version for p in host.plugins},
+        "plugins": {p.distribution or p.name: p.version for p in host.used},
         "recipe": text,
         "sampler": sampler if isinstance(sampler, str) else " ".join(map(str, sampler.values())),
     }

@@ -21,7 +21,7 @@ from e2ediff.features import FeatureNetwork
 from e2ediff.host import hookspecs, recipe
 from e2ediff.host.listing import option_rows, summary
 from e2ediff.host.plugins import Host, load
-from e2ediff.host.registry import KINDS
+from e2ediff.host.registry import KINDS, contracts
 from e2ediff.interpolant import Estimate
 from e2ediff.latent import LatentContract, LatentNorm, Latents
 from e2ediff.metric import Estimate as Figure
@@ -94,9 +94,11 @@ def contracts_page() -> str:
         "W trunk width.",
         "",
     ]
-    for plural, kind, cls in KINDS:
+    for plural, kind, _ in KINDS:
+        cls = contracts()[plural]
         lines += [f"## {kind}: `{cls.__module__}.{cls.__name__}`", ""]
-        lines += [f"Registered by `register_{plural}`.", "", "```text", _doc(cls), "```", ""]
+        lines += [f'Registered by `add("{plural}", NAME, CLASS)`.', ""]
+        lines += ["```text", _doc(cls), "```", ""]
         lines += _methods(cls)
     lines += ["## What they take and return", ""]
     for cls in (*BUILT, *VALUES):

@@ -47,12 +47,14 @@ class _Lazy(click.Group):
         if name in _COMMANDS:
             module = importlib.import_module(f"e2ediff.cli.{_COMMANDS[name][0]}")
             command: click.Command = module.command
-            return command
-        if name not in self.commands:
-            from e2ediff.host.plugins import load
+            return _with_plugin_files(command)
+        from e2ediff.host.plugins import load
 
-            load().register_commands(self)
-        return super().get_command(context, name)
+        host = load()
+        for other in host.commands:
+            self.commands.setdefault(other, click.Command(other))  # to be suggested
+        found: click.Command | None = host.command(name)
+        return found
 
     def resolve_command(
         self, context: click.Context, arguments: list[str]
@@ -69,6 +71,35 @@ class _Lazy(click.Group):
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+def _with_plugin_files(command: click.Command) -> click.Command:
+    """The same command with the option `--plugin`; of a group, every command in it."""
+    for inner in getattr(command, "commands", {}).values():
+        _with_plugin_files(inner)
+    known = any(option.name == "plugin_files" for option in command.params)
+    if not known and not isinstance(command, click.Group):
+        command.params.append(
+            click.Option(
+                ["--plugin", "plugin_files"],
+                multiple=True,
+                metavar="FILE",
+                expose_value=False,
+                callback=_use_plugin_files,
+                help="A plugin that is one Python file; no part of it need be installed.",
+            )
+        )
+    return command
+
+
+def _use_plugin_files(
+    context: click.Context, parameter: click.Parameter, paths: tuple[str, ...]
+) -> None:
+    """List plugin files in the environment while the command runs, for its processes as well."""
+    if paths:
+        from e2ediff.host.plugin_file import giving
+
+        context.with_resource(giving(paths))
 
 
 _HELP = """Train encoder, decoder and diffusion network together, by a YAML recipe.

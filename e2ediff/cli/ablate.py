@@ -104,7 +104,7 @@ def command(
         group.refuse_other(plan)
     else:
         environment = describe_environment(
-            plugins={p.distribution or p.name: p.version for p in host.plugins},
+            plugins={p.distribution or p.name: p.version for p in host.used},
             argv=plan.command(),
         )
         group = Group.create(place, plan, environment)

@@ -92,8 +92,8 @@ def command(target: str, out: str | None, threads: str, **given: object) -> None
     number = prepare_threads(threads)
     from e2ediff.evaluate.evaluate import evaluate
     from e2ediff.evaluate.passport import write_card
-    from e2ediff.evaluate.subject import is_run
     from e2ediff.host.plugins import load
+    from e2ediff.store.run_directory import is_run
     from e2ediff.train.progress import Progress
 
     host = load()

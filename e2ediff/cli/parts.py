@@ -13,7 +13,7 @@ def command(kind: str | None, name: str | None) -> None:
 
     With NAME, one part with all that its documentation says.
     """
-    from e2ediff.host.listing import part_lines, part_page
+    from e2ediff.host.listing import lines_of, part_page
     from e2ediff.host.plugins import load
     from e2ediff.host.registry import did_you_mean
 
@@ -21,7 +21,6 @@ def command(kind: str | None, name: str | None) -> None:
     kinds = {**host.registries, **{r.kind.replace(" ", "_"): r for r in host.registries.values()}}
     if kind is not None and kind not in kinds:
         raise click.UsageError(f"unknown kind '{kind}'. {did_you_mean(kind, [*host.registries])}")
-    host.load_all()
     if kind and name:
         known = {part.name: part for part in kinds[kind]}
         if name not in known:
@@ -33,5 +32,5 @@ def command(kind: str | None, name: str | None) -> None:
     for registry in [kinds[kind]] if kind else host.registries.values():
         click.secho(registry.plural, bold=True)
         for part in sorted(registry, key=lambda p: p.name):
-            for line in part_lines(part):
+            for line in lines_of(part):
                 click.echo(f"  {line}")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
+import traceback
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
     from e2ediff.host.discovery import Entry
     from e2ediff.host.plugins import Host
-    from e2ediff.host.survey import Finding
+    from e2ediff.host.registry import Part, Plugin
     from e2ediff.testing.kit import Verdict
 
 
@@ -29,61 +30,71 @@ def command(context: click.Context) -> None:
 
 
 @command.command("list")
-@click.option("--fresh", is_flag=True, help="Import all again; else what has not changed is kept.")
-def list_(fresh: bool = False) -> None:
-    """Print every installed plugin with what it brings, or with what is wrong, a line each.
-
-    They are imported in a process of their own, so that none can do harm.
-    """
+def list_() -> None:
+    """Print every plugin with what it brings, or with what is wrong, a line each."""
     from e2ediff import __version__
-    from e2ediff.host.discovery import installed
-    from e2ediff.host.survey import survey
+    from e2ediff.host.plugins import load
 
-    entries = installed()
-    findings = survey(entries, fresh=fresh)
-    ours = ("e2ediff", "ok", f"e2ediff {__version__}", "the built-in parts: see `e2ediff parts`")
-    rows = [ours, *(_row(entry, findings.get(entry.name)) for entry in entries)]
+    host = load()
+    rows = [("e2ediff", "ok", f"e2ediff {__version__}", "the built-in parts: see `e2ediff parts`")]
+    rows += [_row(host, entry) for entry in host.entries]
+    rows += [(p.name, "ok", p.file, _brings(host, p)) for p in host.plugins if p.file]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         click.echo("  ".join([*cells, row[3]]))
-    for line in _shared(entries, findings):
+    for line in _shared(host):
         click.echo(line)
 
 
-def _row(entry: Entry, found: Finding | None) -> tuple[str, str, str, str]:
+def _row(host: Host, entry: Entry) -> tuple[str, str, str, str]:
     """Name, state, distribution, and what there is to say."""
+    from e2ediff.host.checkout import install_command
+    from e2ediff.host.discovery import missing
+
     origin = f"{entry.distribution} {entry.version}".strip()
-    if found is None:
-        return entry.name, "blocked" if entry.blocked else "refused", origin, entry.refusal()
-    if found.broken:
-        return entry.name, "broken", origin, found.broken
-    brings = "; ".join(f"{plural}: {', '.join(names)}" for plural, names in found.parts.items())
-    hooks = ", ".join(h for h in found.hooks if not h.startswith("register_"))
-    what = "; ".join(filter(None, [brings, f"hooks: {hooks}" if hooks else ""]))
-    if "register_commands" in found.hooks:
-        what = "; ".join(filter(None, [what, "commands"]))
-    if found.printed:
-        return entry.name, "prints", origin, f"{what}  (to stdout, at import: {found.printed!r})"
+    if refusal := entry.refusal():
+        return entry.name, "blocked" if entry.blocked else "refused", origin, refusal
+    if entry.name in host.broken:
+        return entry.name, "broken", origin, host.broken[entry.name]
+    if lacking := missing(entry.requires):
+        what = f"needs {lacking}, which is not installed; run: {install_command(lacking)}"
+        return entry.name, "broken", origin, what
+    (plugin,) = [p for p in host.plugins if p.name == entry.name]
+    what = _brings(host, plugin)
+    if printed := host.printed.get(entry.name):
+        return entry.name, "prints", origin, f"{what}  (to stdout, at import: {printed!r})"
     return entry.name, "ok", origin, what
 
 
-def _shared(entries: Sequence[Entry], findings: Mapping[str, Finding]) -> Iterator[str]:
+def _brings(host: Host, plugin: Plugin) -> str:
+    """Parts, hooks and commands of a plugin, on one line."""
+    found = [
+        f"{kind}: {', '.join(names)}"
+        for kind, registry in host.registries.items()
+        if (names := [p.name for p in registry if p.plugin.name == plugin.name])
+    ]
+    hooks = [hook for hook in plugin.hooks if hook != "register"]
+    commands = [name for name, (_, owner) in host.commands.items() if owner.name == plugin.name]
+    found += [f"hooks: {', '.join(hooks)}"] if hooks else []
+    found += [f"commands: {', '.join(commands)}"] if commands else []
+    return "; ".join(found)
+
+
+def _shared(host: Host) -> Iterator[str]:
     """A line for each name that several plugins register."""
-    owners: dict[tuple[str, str], list[Entry]] = {}
-    for entry in entries:
-        found = findings.get(entry.name)
-        for plural, names in found.parts.items() if found else ():
-            for name in names:
-                owners.setdefault((plural, name), []).append(entry)
-    for (plural, name), several in owners.items():
-        if len(several) > 1:
-            who = " and ".join(f"{e.name!r} ({e.distribution} {e.version})" for e in several)
-            ways = " or ".join(repr(f"{e.name}:{name}") for e in several)
-            yield (
-                f"{plural}: {name!r} is registered by both {who}; write {ways} in a recipe, "
-                f"or block one with E2EDIFF_BLOCK={several[-1].name}"
-            )
+    for kind, registry in host.registries.items():
+        owners: dict[str, list[Part]] = {}
+        for part in registry:
+            owners.setdefault(part.name, []).append(part)
+        for name, several in owners.items():
+            if len(several) > 1:
+                who = " and ".join(str(part.plugin) for part in several)
+                ways = " or ".join(repr(part.qualified) for part in several)
+                yield (
+                    f"{kind}: {name!r} is registered by both {who}; write {ways} in a recipe, "
+                    f"or block one with E2EDIFF_BLOCK={several[-1].plugin.name}"
+                )
 
 
 @command.command("info")
@@ -95,7 +106,7 @@ def info(name: str) -> None:
     """
     from importlib import metadata
 
-    from e2ediff.host.listing import part_lines
+    from e2ediff.host.listing import lines_of
     from e2ediff.host.plugins import load
 
     host = load()
@@ -109,22 +120,21 @@ def info(name: str) -> None:
         click.echo(f"  {'module':<9} {entry.value}")
         for line in entry.requires:
             click.echo(f"  {'requires':<9} {line}")
-        found = host.survey().get(entry.name)
-        host.load_plugin(entry.name)
         if entry.name in host.broken:
             click.echo(f"  {'broken':<9} {host.broken[entry.name]}")
-            if found and found.trace:
-                click.echo("".join(f"    {line}\n" for line in found.trace.splitlines()), nl=False)
+            if error := host.errors.get(entry.name):
+                lines = "".join(traceback.format_exception(error)).splitlines()
+                click.echo("".join(f"    {line}\n" for line in lines), nl=False)
             continue
-        if found and found.printed:
-            click.echo(f"  {'prints':<9} {found.printed!r} to stdout, when it is imported")
+        if printed := host.printed.get(entry.name):
+            click.echo(f"  {'prints':<9} {printed!r} to stdout, when it is imported")
         (plugin,) = [p for p in host.plugins if p.name == entry.name]
         click.echo(f"  {'hooks':<9} {', '.join(plugin.hooks)}")
         for registry in host.registries.values():
             for part in registry:
                 if part.plugin == plugin:
                     click.echo(f"  {registry.plural}")
-                    for line in part_lines(part):
+                    for line in lines_of(part):
                         click.echo(f"    {line}")
 
 
@@ -166,13 +176,14 @@ def new(name: str, kind: str, out: str | None) -> None:
     help="Change the small recipe that each part is tried in, as for `run`.",
 )
 def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
-    """Check every part of a plugin: a folder with a pyproject.toml, or an installed one's name.
+    """Check every part of a plugin: a folder with a pyproject.toml, a file, or an installed name.
 
     Each part takes its place in a small recipe and is trained with, for seconds: shapes, types,
     gradients, what stops them, determinism, resume, bfloat16, torch.compile, two processes.
     Each failure says what to change; the exit code is then 4.
     """
     from e2ediff.errors import PluginError
+    from e2ediff.host.plugin_file import giving
     from e2ediff.host.plugins import load
     from e2ediff.testing.kit import Verdict, check_plugin
     from e2ediff.testing.source import Source, unbounded
@@ -182,10 +193,13 @@ def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
         source = Source.read(plugin)
         host, names = source.host(), [*source.entries]
         verdicts += [Verdict(source.name, "package", what) for what in source.problems()]
+    elif plugin.endswith(".py"):
+        click.get_current_context().with_resource(giving([plugin]))
+        host = load()
+        names = [p.name for p in host.plugins if p.file == os.path.abspath(plugin)]
     else:
         host, names = load(), []
         for entry in _named(plugin, host):
-            host.load_plugin(entry.name)
             if entry.name in host.broken:
                 raise PluginError(f"plugin {entry.name!r}: {host.broken[entry.name]}")
             names.append(entry.name)

@@ -26,20 +26,21 @@ from e2ediff.evaluate.reference import (
 from e2ediff.evaluate.request import Request, Say, quiet
 from e2ediff.evaluate.resampling import Resampling
 from e2ediff.evaluate.sections import Sections, options_of, score_of
-from e2ediff.evaluate.subject import Subject, is_run, run_subject, stored_subject
+from e2ediff.evaluate.subject import Subject, run_subject, stored_subject
 from e2ediff.features import FeatureNetwork
 from e2ediff.host.plugins import Host
 from e2ediff.metric import FeatureSet, Metric, names_of, taps_of
 from e2ediff.model.build import choose_device
 from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.store.environment import describe_environment
+from e2ediff.store.run_directory import is_run
 from e2ediff.store.storage import JSON
 
 
 def default_metrics(host: Host, network: FeatureNetwork) -> list[Metric]:
     """Every registered metric, with its defaults, for which the network has what it reads."""
     found: list[Metric] = []
-    for part in host.registries["metrics"]:
+    for part in host.parts("metrics"):
         try:
             metric = part.cls()
         except TypeError:

@@ -40,7 +40,7 @@ def _check_takes_a_file(host: Host, root: Node) -> None:
     """Refuse a file of weights for a network that reads none; unknown names are found later."""
     name = root.value.get("name") if isinstance(root.value, dict) else None
     reading, others = list[Part](), list[Part]()
-    for part in host.registries["features"]:
+    for part in host.usable("features"):
         options = {field.alias for field in attrs.fields(part.cls)}
         (reading if "weights" in options else others).append(part)
     if name is not None and any(part.answers(str(name.value)) for part in others):

@@ -31,7 +31,7 @@ from e2ediff.sampler import Sampler
 from e2ediff.seeds import generator
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
-from e2ediff.store.storage import JSON, Store
+from e2ediff.store.storage import JSON
 
 
 @attrs.frozen(eq=False)
@@ -44,12 +44,6 @@ class Subject:
     identity: Mapping[str, JSON]
     labels: Labels | None = None
     model: Model | None = None
-
-
-def is_run(place: Address) -> bool:
-    """Whether a run lies there."""
-    place = addresses.plain(place)
-    return not place.endswith(".npz") and Store(place).exists("run.json")
 
 
 def stored_subject(place: Address, count: int | None) -> Subject:

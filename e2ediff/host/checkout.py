@@ -7,21 +7,22 @@ what lies there.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
 import shlex
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import attrs
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from e2ediff.host.discovery import GROUP
+from e2ediff.host.discovery import GROUP, missing
 
 
 @attrs.frozen
@@ -72,6 +73,23 @@ def pip_install(folder: str | os.PathLike[str]) -> str:
     elif path not in (".", "..") and (os.sep not in path or path.startswith(("-", "~"))):
         path = f".{os.sep}{path}"
     return f"pip install {shlex.quote(path)}"
+
+
+def install_command(requirement: str, near: Iterable[str] = ()) -> str:
+    """The command that installs a distribution: from its folder, if that is known."""
+    with contextlib.suppress(InvalidRequirement):
+        wanted = Requirement(requirement)
+        for found in uninstalled_plugins(near):
+            if found.satisfies(wanted):
+                return found.install
+    return f"pip install {shlex.quote(requirement)}"
+
+
+def install_hint(error: BaseException, requires: Sequence[str]) -> str:
+    """What to install after a failed import of a plugin with these requirements; "" if nothing."""
+    if isinstance(error, ImportError) and (lacking := missing(requires)):
+        return f"; run: {install_command(lacking)}"
+    return ""
 
 
 def uninstalled_plugins(near: Iterable[str] = ()) -> Iterator[UninstalledPlugin]:
@@ -127,20 +145,15 @@ def _read(project: Path) -> UninstalledPlugin | None:
 
 
 def _adds(file: Path, plural: str, part: str) -> bool:
+    """Whether a file's hook `register` adds a part of this kind and name, as its text shows."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         return False
-    hooks = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name == f"register_{plural}"
-    ]
     return any(
-        isinstance(node, ast.Call)
-        and node.args
-        and isinstance(node.args[0], ast.Constant)
-        and node.args[0].value == part
-        for hook in hooks
+        [a.value for a in node.args[:2] if isinstance(a, ast.Constant)] == [plural, part]
+        for hook in tree.body
+        if isinstance(hook, ast.FunctionDef) and hook.name == "register"
         for node in ast.walk(hook)
+        if isinstance(node, ast.Call)
     )

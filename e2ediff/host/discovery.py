@@ -82,18 +82,19 @@ class Entry:
         """Whether the user keeps it out."""
         return self.refusal().startswith("blocked")
 
-    def missing(self) -> str:
-        """The first requirement that is not installed, as pip takes it; "" if all are."""
-        for line in self.requires:
-            try:
-                wanted = Requirement(line)
-                if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
-                    metadata.distribution(wanted.name)
-            except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName):
-                continue
-            except metadata.PackageNotFoundError:
-                return line
-        return ""
+
+def missing(requires: Sequence[str]) -> str:
+    """The first of these requirements that is not installed, as pip takes it; "" if all are."""
+    for line in requires:
+        try:
+            wanted = Requirement(line)
+            if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+                metadata.distribution(wanted.name)
+        except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName):
+            continue
+        except metadata.PackageNotFoundError:
+            return line
+    return ""
 
 
 def words(variable: str) -> list[str]:

@@ -14,6 +14,8 @@ from types import FrameType
 
 from e2ediff.errors import PluginError
 
+_GRACE = 0.5  # seconds after which the limit has not ended what hangs
+
 
 class Hung(BaseException):
     """A plugin took longer than it may; no `except Exception` of its own swallows this."""
@@ -52,20 +54,36 @@ class Aside(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def guarded(seconds: float) -> Iterator[Aside]:
-    """Run a stranger's code: stdout goes to stderr, and after `seconds` it ends in `Hung`.
+def guarded(plugin: str) -> Iterator[Aside]:
+    """Run a plugin's code: stdout goes to stderr, and after the time limit it ends in `Hung`.
 
-    The limit holds in the main thread of a system with SIGALRM, and for code that comes back to
-    the interpreter; a C function that never returns ends only with its process, which is why
-    `host.survey` looks at plugins in a process of their own.
+    The limit ends code in the main thread of a system with SIGALRM that comes back to the
+    interpreter.
+    Code that does not come back, as a C function that waits, is named on stderr, with the way to
+    leave the plugin out.
     """
-    aside = Aside()
-    with contextlib.redirect_stdout(aside), _deadline(seconds):
-        yield aside
+    seconds, aside = time_limit(), Aside()
+    watch = threading.Timer(seconds + _GRACE, _name_what_hangs, [plugin, seconds])
+    watch.daemon = True
+    watch.start()
+    try:
+        with contextlib.redirect_stdout(aside), _deadline(plugin, seconds):
+            yield aside
+    finally:
+        watch.cancel()
+
+
+def _hangs(plugin: str, seconds: float) -> str:
+    return f"takes longer than {seconds:g} s; leave it out with E2EDIFF_BLOCK={plugin}"
+
+
+def _name_what_hangs(plugin: str, seconds: float) -> None:
+    sys.stderr.write(f"plugin {plugin!r} {_hangs(plugin, seconds)}\n")
+    sys.stderr.flush()
 
 
 @contextlib.contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
+def _deadline(plugin: str, seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(
         signal, "setitimer"
     ):
@@ -73,7 +91,7 @@ def _deadline(seconds: float) -> Iterator[None]:
         return
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise Hung(f"took longer than {seconds:g} s, and was stopped")
+        raise Hung(_hangs(plugin, seconds))
 
     started = time.monotonic()
     previous = signal.signal(signal.SIGALRM, ring) or signal.SIG_DFL

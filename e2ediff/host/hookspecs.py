@@ -1,17 +1,20 @@
 """Every hook that a plugin may define.
 
-A plugin is a module (or any object) with functions marked `@e2ediff.hookimpl`, named by an entry
-point of the group `e2ediff`.
-It is imported when a recipe requires its distribution or names one of its parts, and when the
-environment variable E2EDIFF_LOAD lists it; an observer is called in such runs alone.
+A plugin is a module (or any object) with functions marked `@e2ediff.hookimpl`: named by an entry
+point of the group `e2ediff`, or one file given with `--plugin`.
+Every installed plugin is loaded, each in a guard, so that one that fails hurts nobody else.
+Import what takes long where it is used, or give `register` the text `module:Class`: then a plugin
+costs a millisecond until a recipe names a part of it.
+Observers are called in the runs whose recipe requires the plugin or names one of its parts, and
+in all runs where the environment variable E2EDIFF_LOAD lists it.
 A hook may leave out any of its arguments.
 Hooks register or observe; none alters a run: what changes training stands in the recipe.
 
     from e2ediff import hookimpl
 
     @hookimpl
-    def register_objectives(add):
-        add("variance_floor", VarianceFloor)
+    def register(add):
+        add("objectives", "variance_floor", "my_package.objective:VarianceFloor")
 """
 
 from __future__ import annotations
@@ -28,83 +31,42 @@ hookspec = pluggy.HookspecMarker("e2ediff")
 
 
 class Add(Protocol):
-    """Registers a class under a name; the plugin that calls it is known."""
+    """Registers a part or a command; the plugin that calls it is known."""
 
-    def __call__(self, name: str, cls: type) -> None:
-        """Register `cls`, an attrs class of the hook's contract, as `name`, in snake_case."""
+    def __call__(self, kind: str, name: str, target: type | str) -> None:
+        """Register `target` as `name`, in snake_case.
 
-
-# Registration. Called once, while plugins are loaded, one plugin at a time.
-
-
-@hookspec
-def register_backbones(add: Add) -> None:
-    """Add subclasses of `e2ediff.backbone.BackboneConfig`."""
-
-
-@hookspec
-def register_interpolants(add: Add) -> None:
-    """Add subclasses of `e2ediff.interpolant.Interpolant`."""
+        Args:
+            kind: The plural of the kind, as `objectives`, or `commands`.
+            name: What a recipe calls it, or the word after `e2ediff`.
+            target: An attrs class that keeps the kind's contract, or the text `module:Class`,
+                which is imported when a recipe names the part; of a command the text
+                `module:function` or the click command.
+        """
 
 
 @hookspec
-def register_time_samplers(add: Add) -> None:
-    """Add subclasses of `e2ediff.times.TimeSampler`."""
+def register(add: Add) -> None:
+    """Add parts and commands: `add("objectives", "variance_floor", VarianceFloor)`.
 
+    Called once, when the plugin is loaded.
+    A class keeps the contract of its kind:
 
-@hookspec
-def register_objectives(add: Add) -> None:
-    """Add subclasses of `e2ediff.objective.Objective`."""
-
-
-@hookspec
-def register_regularizers(add: Add) -> None:
-    """Add subclasses of `e2ediff.regularizer.Regularizer`."""
-
-
-@hookspec
-def register_guidance(add: Add) -> None:
-    """Add subclasses of `e2ediff.guidance.Guidance`."""
-
-
-@hookspec
-def register_samplers(add: Add) -> None:
-    """Add subclasses of `e2ediff.sampler.Sampler`."""
-
-
-@hookspec
-def register_sources(add: Add) -> None:
-    """Add subclasses of `e2ediff.data.SourceConfig`."""
-
-
-@hookspec
-def register_optimizers(add: Add) -> None:
-    """Add subclasses of `e2ediff.optimizer.OptimizerConfig`."""
-
-
-@hookspec
-def register_diagnostics(add: Add) -> None:
-    """Add subclasses of `e2ediff.diagnostic.Diagnostic`."""
-
-
-@hookspec
-def register_trackers(add: Add) -> None:
-    """Add subclasses of `e2ediff.tracker.TrackerConfig`."""
-
-
-@hookspec
-def register_features(add: Add) -> None:
-    """Add subclasses of `e2ediff.features.FeatureConfig`."""
-
-
-@hookspec
-def register_metrics(add: Add) -> None:
-    """Add subclasses of `e2ediff.metric.Metric`."""
-
-
-@hookspec
-def register_commands(group: object) -> None:
-    """Add commands to `group`, the click group of the command line; called when it starts."""
+    - `backbones`: `e2ediff.backbone.BackboneConfig`
+    - `interpolants`: `e2ediff.interpolant.Interpolant`
+    - `time_samplers`: `e2ediff.times.TimeSampler`
+    - `objectives`: `e2ediff.objective.Objective`
+    - `regularizers`: `e2ediff.regularizer.Regularizer`
+    - `guidance`: `e2ediff.guidance.Guidance`
+    - `samplers`: `e2ediff.sampler.Sampler`
+    - `sources`: `e2ediff.data.SourceConfig`
+    - `optimizers`: `e2ediff.optimizer.OptimizerConfig`
+    - `diagnostics`: `e2ediff.diagnostic.Diagnostic`
+    - `trackers`: `e2ediff.tracker.TrackerConfig`
+    - `features`: `e2ediff.features.FeatureConfig`
+    - `metrics`: `e2ediff.metric.Metric`
+    - `commands`: `click.Command`
+    """
 
 
 # Observation. Called during a run; what they return is ignored.

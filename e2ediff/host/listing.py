@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import attrs
 
+from e2ediff.errors import PluginError
 from e2ediff.host.registry import Part, options
 from e2ediff.host.structure import describe
 
@@ -32,6 +33,14 @@ def part_lines(part: Part) -> Iterator[str]:
     yield f"{part.name}  [{part.plugin.name}]  {summary(part)}"
     for name, kind, default in option_rows(part.cls):
         yield f"    {name}: {kind} = {default}"
+
+
+def lines_of(part: Part) -> Iterator[str]:
+    """As `part_lines`; of a class that cannot be imported, why."""
+    try:
+        yield from part_lines(part)
+    except PluginError as error:
+        yield f"{part.name}  [{part.plugin.name}]  cannot be used: {error}"
 
 
 def part_page(part: Part) -> Iterator[str]:

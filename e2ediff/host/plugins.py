@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from types import ModuleType
+from typing import Any
 
 import attrs
 import pluggy
@@ -19,24 +19,31 @@ from packaging.utils import canonicalize_name
 
 import e2ediff
 from e2ediff.errors import PluginError
-from e2ediff.host import hookspecs
-from e2ediff.host.checkout import uninstalled_plugins
+from e2ediff.host import builtin, hookspecs
+from e2ediff.host.checkout import install_command, install_hint, uninstalled_plugins
 from e2ediff.host.discovery import BUILTIN, Entry, installed, version_of, words
-from e2ediff.host.guard import cause, guarded, time_limit
-from e2ediff.host.registry import KINDS, Plugin, Registry, closest, did_you_mean
-from e2ediff.host.survey import Finding, survey
+from e2ediff.host.guard import Hung, cause, guarded
+from e2ediff.host.plugin_file import given_files, read_plugin_file
+from e2ediff.host.registry import (
+    KINDS,
+    Part,
+    Plugin,
+    Registry,
+    closest,
+    did_you_mean,
+    import_named,
+)
 
 
 @attrs.frozen(eq=False)
 class Host:
-    """The parts by kind, the plugins that were imported, and those that are of no use.
+    """The parts by kind, the plugins that were loaded, and those that are of no use.
 
     `registries` has a registry for each plural of `KINDS`.
-    `entries` are the installed plugins.
-    One is imported when a recipe requires its distribution or names a part of it, and when
-    E2EDIFF_LOAD lists it; until then nothing of it has run in this process.
+    `entries` are the installed plugins; each is loaded in a guard.
     `broken` maps the name of each plugin that was refused or failed to the reason, in one line,
     and `errors` to the exception; `printed` has what a plugin wrote to stdout.
+    `commands` maps further commands to what `register` was given for them.
     """
 
     registries: Mapping[str, Registry]
@@ -46,12 +53,38 @@ class Host:
     entries: Sequence[Entry] = ()
     errors: dict[str, BaseException] = attrs.field(factory=dict)
     printed: dict[str, str] = attrs.field(factory=dict)
-    _findings: dict[str, Finding] = attrs.field(factory=dict)
+    commands: dict[str, tuple[object, Plugin]] = attrs.field(factory=dict)
+    _used: set[str] = attrs.field(factory=set)
+    _required: set[str] = attrs.field(factory=set)
 
     @property
     def hook(self) -> pluggy.HookRelay:
         """Calls the observers: `host.hook.step_ended(run=run, step=3)`."""
         return self.manager.hook
+
+    @property
+    def used(self) -> list[Plugin]:
+        """The plugins that count for a run.
+
+        The built-in one, those that a recipe requires or names a part of, those in E2EDIFF_LOAD,
+        and those that were given as a module or a file.
+        """
+        return [plugin for plugin in self.plugins if plugin.name in self._used]
+
+    def use(self, plugin: Plugin) -> None:
+        """Count a plugin among the `used` ones."""
+        self._used.add(plugin.name)
+
+    def parts(self, kind: str) -> Iterator[Part]:
+        """Parts of a kind, of the plugins that are `used`: what stands for "all" in a run."""
+        return (p for p in self.registries[kind] if p.plugin.name in self._used)
+
+    def usable(self, kind: str) -> Iterator[Part]:
+        """All parts of a kind whose class can be imported."""
+        for part in self.registries[kind]:
+            with contextlib.suppress(PluginError):
+                _ = part.cls
+                yield part
 
     def registry_of(self, contract: type) -> Registry | None:
         """The registry of the parts that keep this contract, if it is one."""
@@ -60,85 +93,24 @@ class Host:
                 return registry
         return None
 
-    # Plugins that are installed
-
-    def load_plugin(self, name: str) -> None:
-        """Import an installed plugin in its guard; one that fails joins `broken`."""
-        (entry,) = [e for e in self.entries if e.name == name]
-        if name in self.broken or any(p.name == name for p in self.plugins):
-            return
-        plugin = Plugin(name, entry.distribution, entry.version)
-        try:
-            with guarded(time_limit()) as aside:
-                self._register(entry.load(), plugin)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as exc:  # the plugin boundary: SystemExit and stranger ones, too
-            what, missing = cause(exc), entry.missing()
-            if isinstance(exc, ImportError) and missing:
-                what += f"; run: {_install(missing)}"
-            self.broken[name], self.errors[name] = what, exc
-        else:
-            if aside.first:
-                self.printed[name] = aside.first
-
-    def load_all(self) -> None:
-        """Import every installed plugin that a survey finds sound."""
-        for name, found in self.survey().items():
-            if not found.broken:
-                self.load_plugin(name)
-
-    def survey(self, *, fresh: bool = False) -> Mapping[str, Finding]:
-        """What installed plugins bring that are not imported yet, found in another process.
-
-        Args:
-            fresh: Whatever was found earlier.
-        """
-        known = {p.name for p in self.plugins} | {*self.broken}
-        wanted = [
-            e
-            for e in self.entries
-            if e.name not in known and (fresh or e.name not in self._findings)
-        ]
-        for name, found in survey(wanted, fresh=fresh).items():
-            self._findings[name] = found
-            if found.broken:
-                self.broken[name] = found.broken
-        return self._findings
-
-    def seek(self, registry: Registry, name: str) -> None:
-        """Import every plugin that registers this name, be it `name` or `plugin:name`.
-
-        An earlier finding is believed when it has the name, and is found anew when it has not.
-        """
-        bare = name.rpartition(":")[2]
-        for fresh in (False, True):
-            for plugin, found in dict(self.survey(fresh=fresh)).items():
-                if bare in found.parts.get(registry.plural, ()) and not found.broken:
-                    self.load_plugin(plugin)
-            loaded = {p.name for p in self.plugins}
-            kept = [n for n, found in self._findings.items() if found.kept and n not in loaded]
-            if not kept or any(part.answers(name) for part in registry):
-                return
+    # What to say of plugins
 
     def why_unknown(self, registry: Registry, name: str, place: str = "") -> str:
         """What to do about a name that a registry lacks, for the end of an error message.
 
         `place` is where in a recipe the name stands.
         """
-        brought = [n for f in self._findings.values() for n in f.parts.get(registry.plural, ())]
         lost = [f" Plugin {n!r} was not loaded ({why})." for n, why in sorted(self.broken.items())]
         bare = name.rpartition(":")[2]
         for found in uninstalled_plugins([_file(place)]):
             if found.registers(registry.plural, bare):
                 lost.append(f" {found.name} brings it and is not installed. Run: {found.install}")
                 break
-        return did_you_mean(name, {*registry.names(), *brought}) + "".join(lost)
+        return did_you_mean(name, registry.names()) + "".join(lost)
 
     def unmet(self, requirement: str, place: str = "") -> str:
         """Why this entry of a recipe's `requires` is not met, and the way out; "" if it is.
 
-        The plugins of a distribution that is there are imported.
         `place` is where in a recipe the entry stands.
         """
         try:
@@ -148,7 +120,7 @@ class Host:
             return f"{requirement[:60]!r} is no requirement such as 'numpy>=2' ({reason})."
         if wanted.marker and not wanted.marker.evaluate():
             return ""
-        install = f"Run: {_install(requirement, [_file(place)])}"
+        install = f"Run: {install_command(requirement, [_file(place)])}"
         try:
             found = version_of(wanted.name)
         except metadata.PackageNotFoundError:
@@ -159,9 +131,10 @@ class Host:
             return f"{wanted.name} {found} is installed, not {requirement}. {install}"
         for entry in self.entries:
             if canonicalize_name(entry.distribution) == canonicalize_name(wanted.name):
-                self.load_plugin(entry.name)
                 if entry.name in self.broken:
                     return f"plugin {entry.name!r} was not loaded ({self.broken[entry.name]})."
+                self._used.add(entry.name)
+                self._required.add(entry.name)
         return ""
 
     def meant(self, word: str) -> str:
@@ -169,24 +142,6 @@ class Host:
         known = did_you_mean(word, [entry.name for entry in self.entries], "Installed")
         beside = next((found for found in uninstalled_plugins() if found.answers(word)), None)
         return f"{known} Run: {beside.install}" if beside else known
-
-    # Hooks
-
-    def register_commands(self, group: object) -> None:
-        """Let plugins add commands to a click group; one that fails joins `broken`."""
-        for name, found in self.survey().items():
-            if "register_commands" in found.hooks:
-                self.load_plugin(name)
-        for plugin in self.plugins:
-            if "register_commands" not in plugin.hooks:
-                continue
-            try:
-                with guarded(time_limit()):
-                    self._call("register_commands", plugin, group=group)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as exc:  # the plugin boundary
-                self.broken[plugin.name] = cause(exc)
 
     def owner_of(self, error: BaseException) -> str:
         """The plugin in whose code an exception was raised, with file and line; "" for none.
@@ -197,7 +152,7 @@ class Host:
             part.cls.__module__.partition(".")[0]: part.plugin
             for registry in self.registries.values()
             for part in registry
-            if part.plugin.name != BUILTIN
+            if part.plugin.name != BUILTIN and part.imported
         }
         if isinstance(error, KeyboardInterrupt | GeneratorExit):
             return ""
@@ -208,15 +163,39 @@ class Host:
                 return f"plugin {owner}, {file} line {line}"
         return ""
 
+    # Commands and observers
+
+    def command(self, name: str) -> Any:
+        """The click command that a plugin registered under this name; `None` if none did.
+
+        Raises:
+            PluginError: It cannot be imported, or is no command.
+        """
+        if name not in self.commands:
+            return None
+        target, plugin = self.commands[name]
+        try:
+            if isinstance(target, str):
+                with guarded(plugin.name):
+                    target = import_named(target)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # the plugin boundary
+            what = cause(exc) + install_hint(exc, plugin.requires)
+            raise PluginError(f"command {name!r} of plugin {plugin}: {what}") from exc
+        if not callable(getattr(target, "main", None)):
+            raise PluginError(
+                f"command {name!r} of plugin {plugin}: expected a click command, got {target!r}"
+            )
+        return target
+
     def observe(self, hook: str, **arguments: object) -> list[tuple[str, BaseException]]:
-        """Call an observer hook of every plugin, and return who raised what.
+        """Call an observer hook of every plugin that is used, and return who raised what.
 
         One that raises does not keep the next from being called.
         """
         failed: list[tuple[str, BaseException]] = []
-        if not getattr(self.hook, hook).get_hookimpls():
-            return failed
-        for plugin in [p for p in self.plugins if hook in p.hooks]:
+        for plugin in [p for p in self.used if hook in p.hooks]:
             try:
                 with contextlib.redirect_stdout(sys.stderr):
                     self._call(hook, plugin, **arguments)
@@ -227,6 +206,8 @@ class Host:
     def _call(self, hook: str, plugin: Plugin, **arguments: object) -> None:
         others = [m for n, m in self.manager.list_name_plugin() if n != plugin.name]
         self.manager.subset_hook_caller(hook, others)(**arguments)
+
+    # Registration
 
     def add(self, module: object, plugin: Plugin) -> None:
         """Register a plugin that is imported already.
@@ -239,57 +220,107 @@ class Host:
                 self._register(module, plugin)
         except Exception as exc:  # the plugin boundary
             raise PluginError(f"plugin {plugin.name!r}: {cause(exc)}") from exc
+        self.use(plugin)
+
+    def _load(self, entry: Entry) -> None:
+        """Import an installed plugin in its guard; one that fails joins `broken`."""
+        plugin = Plugin(entry.name, entry.distribution, entry.version, requires=entry.requires)
+        try:
+            with guarded(entry.name) as aside:
+                self._register(entry.load(), plugin)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # the plugin boundary: SystemExit and stranger ones, too
+            self.broken[entry.name] = cause(exc) + install_hint(exc, entry.requires)
+            self.errors[entry.name] = exc
+            if isinstance(exc, Hung):  # at every command: nobody is to wait without knowing why
+                sys.stderr.write(f"plugin {entry.name!r} {exc}\n")
+        else:
+            if aside.first:
+                self.printed[entry.name] = aside.first
 
     def _register(self, module: object, plugin: Plugin) -> None:
         """Register a module's hooks and parts, all or none of them."""
+        if other := [known for known in self.plugins if known.name == plugin.name]:
+            raise PluginError(f"its name is taken by plugin {other[0]}; give it another one")
         try:
             self.manager.register(module, plugin.name)
             plugin = attrs.evolve(plugin, hooks=_hooks(self.manager, module))
-            for plural, registry in self.registries.items():
-                if f"register_{plural}" in plugin.hooks:
-                    add = partial(_add, registry, plugin)
-                    self._call(f"register_{plural}", plugin, add=add)
+            if "register" in plugin.hooks:
+                self._call("register", plugin, add=partial(self._add, plugin))
         except BaseException:
             if self.manager.get_plugin(plugin.name) is module:
                 self.manager.unregister(module)
                 for registry in self.registries.values():
                     registry.remove(plugin)
+                for name, (_, owner) in list(self.commands.items()):
+                    if owner.name == plugin.name:
+                        del self.commands[name]
             raise
         self.plugins.append(plugin)
 
+    def _add(self, plugin: Plugin, kind: str, name: str, target: Any) -> None:
+        """What a plugin's `register` is given as `add`."""
+        if kind == "commands":
+            if name in self.commands:
+                other = self.commands[name][1]
+                raise PluginError(f"command {name!r} is registered by both {other} and {plugin}")
+            self.commands[name] = (target, plugin)
+        elif kind in self.registries:
+            self.registries[kind].add(name, target, plugin)
+        else:
+            known = did_you_mean(str(kind), [*self.registries, "commands"], "Kinds")
+            raise PluginError(f"add({kind!r}, {name!r}, ...): unknown kind {kind!r}. {known}")
 
-def load(*modules: object, entry_points: bool = True, builtins: bool = True) -> Host:
-    """A host with the built-in parts and the modules given; installed plugins wait until needed.
+
+def load(
+    *modules: object,
+    entry_points: bool = True,
+    builtins: bool = True,
+    instead: Mapping[str, str] | None = None,
+) -> Host:
+    """A host with the built-in parts, the installed plugins, and the modules given.
 
     Plugins named in the environment variable E2EDIFF_BLOCK (by entry point or distribution,
-    separated by commas) are left out, those in E2EDIFF_LOAD are imported at once.
-    An installed plugin that fails is recorded in `Host.broken` and hurts nobody else.
+    separated by commas) are left out.
+    An installed plugin that fails is recorded in `Host.broken` and hurts nobody else; one that
+    takes longer to import than E2EDIFF_PLUGIN_TIMEOUT, 10 seconds by default, counts as failed.
+    Plugins in E2EDIFF_LOAD must work, and their observers are called in every run.
+    E2EDIFF_PLUGIN_FILES lists plugins that are one file, as `--plugin` does.
     E2EDIFF_TRACE=1 reports every hook call on stderr, and at the command line the traceback of
     what a plugin raised in a run.
 
     Args:
         modules: Further plugins: modules, or any objects with hooks.
-        entry_points: Whether installed plugins can be found.
+        entry_points: Whether installed plugins and those of E2EDIFF_PLUGIN_FILES are loaded.
         builtins: Whether to load the parts that ship with e2ediff.
+        instead: Installed plugins that are left out, by name or distribution, and why.
 
     Raises:
-        PluginError: One of `modules` is wrong, or one that E2EDIFF_LOAD lists.
+        PluginError: One of `modules` or files is wrong, or one that E2EDIFF_LOAD lists.
     """
     manager = pluggy.PluginManager("e2ediff")
     manager.add_hookspecs(hookspecs)
     if os.environ.get("E2EDIFF_TRACE") == "1":
         manager.add_hookcall_monitoring(_trace, lambda *_: None)
-    registries = {plural: Registry(kind, plural, of) for plural, kind, of in KINDS}
-    host = Host(registries, manager, entries=installed() if entry_points else ())
+    required: set[str] = set()
+    registries = {plural: Registry(kind, plural, of, required) for plural, kind, of in KINDS}
+    entries = installed() if entry_points else ()
+    host = Host(registries, manager, entries=entries, required=required)
+    for registry in registries.values():
+        registry.on_use.append(host.use)
     if builtins:
-        from e2ediff.host import builtin  # imports every part, and those import this package
-
-        host._register(builtin, Plugin(BUILTIN, "e2ediff", e2ediff.__version__))
-    if host.entries:
-        for registry in registries.values():
-            registry.seekers.append(host.seek)
-        host.broken.update({e.name: why for e in host.entries if (why := e.refusal())})
-        _load_listed(host)
+        host.add(builtin, Plugin(BUILTIN, "e2ediff", e2ediff.__version__))
+    for entry in host.entries:
+        left_out = [why for word, why in (instead or {}).items() if entry.answers(word)]
+        if why := "".join(left_out[:1]) or entry.refusal():
+            host.broken[entry.name] = why
+        else:
+            host._load(entry)
+    if entry_points:
+        _use_listed(host)
+        for path in given_files():
+            host.add(*read_plugin_file(path))
     for module in modules:
         if manager.is_registered(module):
             continue
@@ -301,15 +332,15 @@ def load(*modules: object, entry_points: bool = True, builtins: bool = True) -> 
     return host
 
 
-def _load_listed(host: Host) -> None:
+def _use_listed(host: Host) -> None:
     for word in words("E2EDIFF_LOAD"):
         meant = [e.name for e in host.entries if e.answers(word)]
         if not meant:
             raise PluginError(f"E2EDIFF_LOAD: there is no plugin {word!r}. {host.meant(word)}")
         for name in meant:
-            host.load_plugin(name)
             if name in host.broken:
                 raise PluginError(f"E2EDIFF_LOAD: plugin {name!r}: {host.broken[name]}")
+            host._used.add(name)
 
 
 def _hooks(manager: pluggy.PluginManager, module: object) -> tuple[str, ...]:
@@ -322,34 +353,22 @@ def _hooks(manager: pluggy.PluginManager, module: object) -> tuple[str, ...]:
     found = sorted(caller.name for caller in manager.get_hookcallers(module) or [])
     for name in found:
         if name not in known:
+            kind = name.removeprefix("register_")
             near = closest(name, known)
             meant = f" Did you mean {near[0]!r}?" if near else ""
+            if kind in {plural for plural, _, _ in KINDS}:
+                meant = f" Write register(add) with add({kind!r}, NAME, CLASS)."
             raise PluginError(f"unknown hook {name!r}.{meant} See docs/reference/hooks.md.")
-    for name in known:
-        if name.startswith("register_") and name not in found and hasattr(module, name):
-            raise PluginError(f"{name} is not marked with @e2ediff.hookimpl")
+    if "register" not in found and callable(getattr(module, "register", None)):
+        raise PluginError("register is not marked with @e2ediff.hookimpl")
     if not found:
         raise PluginError("has no hook: no function is marked with @e2ediff.hookimpl")
     return tuple(found)
 
 
-def _install(requirement: str, near: Sequence[str] = ()) -> str:
-    """The command that installs a distribution: from its folder, if that is known."""
-    with contextlib.suppress(InvalidRequirement):
-        wanted = Requirement(requirement)
-        for found in uninstalled_plugins(near):
-            if found.satisfies(wanted):
-                return found.install
-    return f"pip install {shlex.quote(requirement)}"
-
-
 def _file(place: str) -> str:
     """The file of a place such as `recipes/quickstart.yaml:7:12`."""
     return place.rsplit(":", 2)[0]
-
-
-def _add(registry: Registry, plugin: Plugin, name: str, cls: type) -> None:
-    registry.add(name, cls, plugin)
 
 
 def _trace(hook: str, impls: Sequence[pluggy.HookImpl], arguments: Mapping[str, object]) -> None:

@@ -3,74 +3,131 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
 import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Literal, Union
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, Union
 
 import attrs
 
-from e2ediff.backbone import BackboneConfig
-from e2ediff.data import SourceConfig
-from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import DuplicateNameError, PluginError
-from e2ediff.features import FeatureConfig
-from e2ediff.guidance import Guidance
+from e2ediff.host.checkout import install_hint
 from e2ediff.host.discovery import BUILTIN
-from e2ediff.interpolant import Interpolant
-from e2ediff.metric import Metric
-from e2ediff.objective import Objective
-from e2ediff.optimizer import OptimizerConfig
-from e2ediff.regularizer import Regularizer
-from e2ediff.sampler import Sampler
-from e2ediff.times import TimeSampler
-from e2ediff.tracker import TrackerConfig
+from e2ediff.host.guard import cause, guarded
 
-KINDS: tuple[tuple[str, str, type[object]], ...] = (
-    ("backbones", "backbone", BackboneConfig),
-    ("interpolants", "interpolant", Interpolant),
-    ("time_samplers", "time sampler", TimeSampler),
-    ("objectives", "objective", Objective),
-    ("regularizers", "regularizer", Regularizer),
-    ("guidance", "guidance", Guidance),
-    ("samplers", "sampler", Sampler),
-    ("sources", "data source", SourceConfig),
-    ("optimizers", "optimizer", OptimizerConfig),
-    ("diagnostics", "diagnostic", Diagnostic),
-    ("trackers", "tracker", TrackerConfig),
-    ("features", "feature network", FeatureConfig),
-    ("metrics", "metric", Metric),
+KINDS = (
+    ("backbones", "backbone", "e2ediff.backbone:BackboneConfig"),
+    ("interpolants", "interpolant", "e2ediff.interpolant:Interpolant"),
+    ("time_samplers", "time sampler", "e2ediff.times:TimeSampler"),
+    ("objectives", "objective", "e2ediff.objective:Objective"),
+    ("regularizers", "regularizer", "e2ediff.regularizer:Regularizer"),
+    ("guidance", "guidance", "e2ediff.guidance:Guidance"),
+    ("samplers", "sampler", "e2ediff.sampler:Sampler"),
+    ("sources", "data source", "e2ediff.data:SourceConfig"),
+    ("optimizers", "optimizer", "e2ediff.optimizer:OptimizerConfig"),
+    ("diagnostics", "diagnostic", "e2ediff.diagnostic:Diagnostic"),
+    ("trackers", "tracker", "e2ediff.tracker:TrackerConfig"),
+    ("features", "feature network", "e2ediff.features:FeatureConfig"),
+    ("metrics", "metric", "e2ediff.metric:Metric"),
 )
-"""Plural, as in `register_<plural>`; the word for one; the contract that its classes keep."""
+"""Plural, as `add` takes it; the word for one; the contract that its classes keep.
 
-CONTRACTS = tuple(contract for _, _, contract in KINDS)
+Contracts are named and not imported, because most of them import torch, and the command line
+lists plugins without.
+"""
 
 SCALARS = (int, float, bool, str, type(None))
 
 
+def import_named(target: str) -> Any:
+    """The object that `module:name` names."""
+    module, _, path = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for word in path.split("."):
+        found = getattr(found, word)
+    return found
+
+
+@functools.cache
+def contracts() -> dict[str, type]:
+    """The contract of each kind of part, by its plural."""
+    return {plural: import_named(contract) for plural, _, contract in KINDS}
+
+
 @attrs.frozen
 class Plugin:
-    """Who registered a part: entry point or module, its distribution, the hooks it has."""
+    """Who registered a part: entry point, module or file; its distribution and its hooks.
+
+    `file` and `text` are those of a plugin that is one file, given with `--plugin`; its version
+    is the hash of its text.
+    `requires` are the requirements of its distribution.
+    """
 
     name: str
     distribution: str = ""
     version: str = ""
     hooks: tuple[str, ...] = ()
+    file: str = ""
+    text: bytes = attrs.field(default=b"", repr=False)
+    requires: tuple[str, ...] = attrs.field(default=(), repr=False, eq=False)
 
     def __str__(self) -> str:
         origin = f" ({self.distribution} {self.version})" if self.distribution else ""
+        origin = f" ({self.file})" if self.file else origin
         return f"{self.name!r}{origin}"
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Part:
-    """A registered class."""
+    """A registered class, or the text `module:Class` that names it."""
 
     name: str
-    cls: type
+    target: type | str
     plugin: Plugin
+    registry: Registry = attrs.field(repr=False)
+    _cls: type | None = None
+
+    @property
+    def cls(self) -> type:
+        """The class, imported when it is asked for first.
+
+        Raises:
+            PluginError: It cannot be imported, or is no complete part of its kind.
+        """
+        if self._cls is None:
+            self._cls = self._imported() if isinstance(self.target, str) else self.target
+            try:
+                self.registry.check(self.name, self._cls, self.plugin)
+            except PluginError:
+                self._cls = None
+                raise
+        return self._cls
+
+    @property
+    def imported(self) -> bool:
+        """Whether its class is there already."""
+        return self._cls is not None
+
+    def _imported(self) -> type:
+        assert isinstance(self.target, str)
+        found: type
+        if self.plugin.name == BUILTIN:
+            found = import_named(self.target)
+            return found
+        try:
+            with guarded(self.plugin.name):
+                found = import_named(self.target)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # the plugin boundary: SystemExit and stranger ones, too
+            what = cause(exc) + install_hint(exc, self.plugin.requires)
+            title = f"{self.registry.kind} {self.name!r} of plugin {self.plugin}"
+            raise PluginError(f"{title} cannot be imported from {self.target} ({what})") from exc
+        return found
 
     @property
     def qualified(self) -> str:
@@ -87,48 +144,68 @@ class Part:
 class Registry:
     """The parts of one kind.
 
-    Two plugins may register one name: the error comes when a recipe uses it, and the recipe can
-    choose by writing `plugin:name` or `distribution:name`.
-    `seekers` are asked for a name that is not there; they may add it.
+    Two plugins may register one name: the error comes when a recipe uses it, unless the recipe
+    requires one of them alone (`required` has the names of such plugins).
+    The recipe can choose by writing `plugin:name` or `distribution:name`.
+    Functions in `on_use` are called with the plugin of each part that is found by its name.
     """
 
     kind: str
     plural: str
-    contract: type[object]
-    seekers: list[Callable[[Registry, str], None]] = attrs.field(factory=list, repr=False)
+    contract_name: str
+    required: set[str] = attrs.field(factory=set, repr=False)
+    on_use: list[Callable[[Plugin], None]] = attrs.field(factory=list, repr=False)
     _parts: list[Part] = attrs.field(factory=list)
 
-    def add(self, name: str, cls: type, plugin: Plugin) -> None:
-        """Register a class.
+    @property
+    def contract(self) -> type[object]:
+        """What the classes of this kind are derived from."""
+        found: type[object] = import_named(self.contract_name)
+        return found
+
+    def add(self, name: str, target: type | str, plugin: Plugin) -> None:
+        """Register a class, or the text `module:Class`, which is imported when it is needed.
 
         Raises:
             PluginError: The name is not snake_case, or the class is no complete attrs class of
                 this kind whose options a recipe can hold.
             DuplicateNameError: The plugin, or e2ediff itself, has already taken the name.
         """
-        self._check(name, cls, plugin)
+        title = f"{self.kind} {name!r} of plugin {plugin}"
+        if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name)):
+            raise PluginError(f"{title}: the name must be snake_case, such as 'variance_floor'")
+        if isinstance(target, str) and not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", target):
+            raise PluginError(f"{title}: expected a class or 'module:Class', got {target!r}")
         for other in self._parts:
             if other.name == name and other.plugin.name in (BUILTIN, plugin.name):
                 raise DuplicateNameError(
                     f"{self.kind} {name!r} is registered by both {other.plugin} and {plugin}; "
                     "register one of them under another name"
                 )
-        self._parts.append(Part(name, cls, plugin))
+        part = Part(name, target, plugin, self)
+        if not isinstance(target, str):
+            _ = part.cls  # checked at once
+        self._parts.append(part)
 
-    def _check(self, name: str, cls: type, plugin: Plugin) -> None:
+    def check(self, name: str, cls: type, plugin: Plugin) -> None:
+        """Refuse a class that is no complete part of this kind.
+
+        Raises:
+            PluginError: It is no attrs class of this kind whose options a recipe can hold.
+        """
         title = f"{self.kind} {name!r} of plugin {plugin}"
-        if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name)):
-            raise PluginError(f"{title}: the name must be snake_case, such as 'variance_floor'")
         if not (isinstance(cls, type) and issubclass(cls, self.contract)):
-            base = f"{self.contract.__module__}.{self.contract.__qualname__}"
-            raise PluginError(f"{title}: expected a subclass of {base}, got {cls!r}")
+            raise PluginError(
+                f"{title}: expected a subclass of {self.contract_name.replace(':', '.')}, "
+                f"got {cls!r}"
+            )
         if "__attrs_attrs__" not in vars(cls):
             raise PluginError(
                 f"{title}: decorate {cls.__qualname__} with @attrs.frozen(kw_only=True)"
             )
         if inspect.isabstract(cls):
-            missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
-            raise PluginError(f"{title}: {cls.__qualname__} does not implement {missing}")
+            lacking = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
+            raise PluginError(f"{title}: {cls.__qualname__} does not implement {lacking}")
         try:
             found = options(cls)
         except PluginError as exc:
@@ -150,14 +227,10 @@ class Registry:
 
         Raises:
             DuplicateNameError: Several plugins registered the name.
+            PluginError: The class cannot be imported.
         """
         found = [part for part in self._parts if part.answers(name)]
-        if not found or ":" in name:
-            # Whoever writes `plugin:name` chooses among several: all of them are to be known,
-            # so that the recipe is written back with the choice in it.
-            for seek in self.seekers:
-                seek(self, name)
-            found = [part for part in self._parts if part.answers(name)]
+        found = self._chosen(found) or found
         if len(found) > 1:
             both = " and ".join(str(part.plugin) for part in found)
             raise DuplicateNameError(
@@ -165,7 +238,11 @@ class Registry:
                 f"{' or '.join(repr(part.qualified) for part in found)}, "
                 f"or block one with E2EDIFF_BLOCK={found[-1].plugin.name}"
             )
-        return found[0].cls if found else None
+        if not found:
+            return None
+        for told in self.on_use:
+            told(found[0].plugin)
+        return found[0].cls
 
     def get(self, name: str) -> type:
         """As `find`, but an unknown name is an error.
@@ -185,7 +262,9 @@ class Registry:
         Raises:
             PluginError: The class is not registered.
         """
-        for part in self._parts:
+        # A class in a recipe was found by its name: others need not be imported to find it here.
+        known = [part for part in self._parts if part.imported]
+        for part in [*known, *self._parts]:
             if part.cls is cls:
                 return self._shortest(part)
         raise PluginError(f"{cls.__qualname__} is not registered as {self.kind}")
@@ -195,8 +274,12 @@ class Registry:
         return sorted(self._shortest(part) for part in self._parts)
 
     def _shortest(self, part: Part) -> str:
-        alone = sum(other.name == part.name for other in self._parts) == 1
-        return part.name if alone else part.qualified
+        same = [other for other in self._parts if other.name == part.name]
+        return part.name if len(same) == 1 or self._chosen(same) == [part] else part.qualified
+
+    def _chosen(self, parts: Sequence[Part]) -> list[Part]:
+        """Those of plugins that the recipe requires."""
+        return [part for part in parts if part.plugin.name in self.required]
 
     def __iter__(self) -> Iterator[Part]:
         return iter(sorted(self._parts, key=lambda part: (part.name, part.plugin.name)))
@@ -251,7 +334,7 @@ def options(cls: type) -> dict[str, Option]:
 
 def expressible(hint: object, seen: frozenset[type] = frozenset()) -> bool:
     """Whether a recipe can hold values of this type."""
-    if hint in SCALARS or hint in CONTRACTS or hint in seen:
+    if hint in SCALARS or hint in contracts().values() or hint in seen:
         return True
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final, Literal, Union
 
 import attrs
 
-from e2ediff.errors import DuplicateNameError, Problem
-from e2ediff.host.registry import CONTRACTS, KINDS, SCALARS, closest, did_you_mean, options
+from e2ediff.errors import DuplicateNameError, PluginError, Problem
+from e2ediff.host.registry import SCALARS, closest, contracts, did_you_mean, options
 from e2ediff.host.yaml import Node, path_join
 
 if TYPE_CHECKING:
@@ -159,6 +159,8 @@ class Structurer:
             cls = registry.find(name.value)
         except DuplicateNameError as exc:
             raise DuplicateNameError(f"{name.place}: {where}: {exc}") from None
+        except PluginError as exc:
+            return self._complain(where, f"{exc}.", name.place)
         if cls is not None:
             return self._block(node, cls, where, entries)
         if self.excused and not closest(name.value, registry.names()):
@@ -245,13 +247,13 @@ def describe(hint: object) -> str:
         return "null"
     if hint in SCALARS and isinstance(hint, type):
         return hint.__name__
-    if hint in CONTRACTS:
+    if hint in contracts().values():
         return f"the name of one of the {_many(hint)}"
     return "a block of 'key: value' lines"
 
 
 def _many(hint: object) -> str:
-    for plural, _, contract in KINDS:
+    for plural, contract in contracts().items():
         if hint is contract:
             return plural.replace("_", " ")
     if hint in SCALARS:

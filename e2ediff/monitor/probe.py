@@ -212,7 +212,7 @@ def chosen_diagnostics(
     if recipe.diagnostics is not None:
         return recipe.diagnostics
     found: list[Diagnostic] = []
-    for part in host.registries["diagnostics"]:
+    for part in host.parts("diagnostics"):
         if any(option.required for option in options(part.cls).values()):
             continue  # a recipe must name it
         made = onlookers.ask("diagnostic", part.cls, part.cls, None)

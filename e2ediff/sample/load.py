@@ -25,6 +25,7 @@ from e2ediff.model.inference import ROWS, Model, Origin, Other, Precision, choos
 from e2ediff.model.weights import load_weights
 from e2ediff.sample.post_hoc import Basis, reconstruct, stored_weights, width_of
 from e2ediff.store.checkpoint import open_checkpoint
+from e2ediff.store.plugin_files import refuse_other_plugin_files
 from e2ediff.store.run_directory import RunDirectory
 
 Opened = tuple[Recipe, Backbone, Origin, LatentContract | None, ImageSpec]
@@ -97,6 +98,7 @@ def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()
         RecipeError: An override is wrong, or guidance and sampler do not fit each other.
     """
     _refuse_others(overrides)
+    refuse_other_plugin_files(host, directory)
     place = directory.store.where("resolved.yaml")
     recipe = parse_recipe(host, directory.resolved(), place, overrides)
     if found := guidance_problems(recipe):

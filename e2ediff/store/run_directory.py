@@ -2,7 +2,7 @@
 
 `recipe.yaml` as given, `resolved.yaml` with every default, `run.json` (where it ran),
 `status.json` (how it stands), `metrics.jsonl`, `events.jsonl`, `samples/`, `checkpoints/`,
-`attempts/` (what was replaced).
+`attempts/` (what was replaced), `plugins/` (copies of plugins that are one file).
 Nothing in it is absolute: it may be copied, packed or deleted as a whole.
 """
 
@@ -32,7 +32,15 @@ State = Literal["running", "done", "interrupted", "preempted", "failed"]
 RECIPE, RESOLVED, RUN, STATUS = "recipe.yaml", "resolved.yaml", "run.json", "status.json"
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
-_BEFORE_RUN = {LOCK, RECIPE, RESOLVED, ATTEMPTS}  # what there is before RUN, which makes it a run
+PLUGINS = "plugins"
+
+_BEFORE_RUN = {
+    LOCK,
+    RECIPE,
+    RESOLVED,
+    ATTEMPTS,
+    PLUGINS,
+}  # what there is before RUN, which makes it a run
 _RECORDS = (RECIPE, RESOLVED, RUN, STATUS, METRICS, EVENTS)
 _WRITTEN = {*_RECORDS, "bad_images.jsonl", "curves.png"}  # by whoever holds the lock alone
 
@@ -62,6 +70,7 @@ class RunDirectory:
         recipe_text: str,
         resolved: str,
         environment: Mapping[str, JSON],
+        plugins: Mapping[str, bytes] | None = None,
         *,
         restart: bool = False,
     ) -> RunDirectory:
@@ -75,6 +84,7 @@ class RunDirectory:
             recipe_text: The recipe as given, comments and all.
             resolved: The recipe with every default spelled out.
             environment: What `describe_environment` of `e2ediff.store.environment` returned.
+            plugins: Copies of plugins that are one file, by path in the directory.
             restart: Move a run that lies in `out` to its `attempts/`; `kept` says where.
 
         Raises:
@@ -91,7 +101,7 @@ class RunDirectory:
             directory._refuse_if_taken(restart=restart)
             directory.kept = directory._move_aside(texts)
             created = datetime.now(UTC).isoformat(timespec="seconds")
-            for file, text in texts.items():
+            for file, text in {**texts, **(plugins or {})}.items():
                 directory.store.write(file, text)
             # Last: it makes this a run directory.
             directory._write_json(RUN, {"name": name, "created": created, **environment})
@@ -380,6 +390,12 @@ class RunDirectory:
         except OSError as error:
             where = self.store.where(file)
             raise RunDirectoryError(f"{where}: cannot be read: {error.strerror}.") from error
+
+
+def is_run(place: Address) -> bool:
+    """Whether a run lies there."""
+    place = addresses.plain(place)
+    return not place.endswith(".npz") and Store(place).exists("run.json")
 
 
 def latest_run(name: str) -> str | None:

@@ -17,7 +17,7 @@ from packaging.version import Version
 
 from e2ediff.errors import PluginError
 from e2ediff.host.discovery import GROUP
-from e2ediff.host.guard import cause, guarded, time_limit
+from e2ediff.host.guard import cause, guarded
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.registry import Plugin
 
@@ -64,13 +64,10 @@ class Source:
         root = self.folder / "src" if (self.folder / "src").is_dir() else self.folder
         if str(root) not in sys.path:
             sys.path.insert(0, str(root))
-        host = load()
-        for entry in host.entries:
-            if entry.answers(self.name):
-                host.broken[entry.name] = f"its folder {self.folder} is checked instead"
+        host = load(instead={self.name: f"its folder {self.folder} is checked instead"})
         for name, value in self.entries.items():
             try:
-                with guarded(time_limit()):
+                with guarded(name):
                     module = importlib.import_module(value.partition(":")[0])
                     for word in filter(None, value.partition(":")[2].split(".")):
                         module = getattr(module, word)

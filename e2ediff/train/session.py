@@ -36,8 +36,9 @@ from e2ediff.store.attempts import ATTEMPTS
 from e2ediff.store.checkpoint import finished_checkpoints, list_checkpoints, open_checkpoint
 from e2ediff.store.environment import describe_environment
 from e2ediff.store.manifest import Checkpoint
+from e2ediff.store.plugin_files import copies, refuse_other_plugin_files
 from e2ediff.store.records import former_status, images_of, newest_saved, refuse_vanished
-from e2ediff.store.run_directory import RunDirectory, State, latest_run
+from e2ediff.store.run_directory import RunDirectory, State, is_run, latest_run
 from e2ediff.store.storage import JSON
 from e2ediff.train.continuation import class_names, refuse_other_recipe
 from e2ediff.train.engine import Engine
@@ -110,6 +111,8 @@ def train(
         stop.grace, stop.quiet = _GRACE, not world.leads
         stop.defer()
     stop.write = progress.interject
+    if resume and out and is_run(out):  # else the recipe's part would only be unknown
+        refuse_other_plugin_files(host, RunDirectory.open(out))
     recipe = load_recipe(host, recipe_path, overrides)
     check_fits(recipe, recipe_path)
     check_shares(recipe, world, recipe_path)
@@ -216,6 +219,7 @@ def _continued(
             "name its directory with --out"
         )
     directory = RunDirectory.open(place)
+    refuse_other_plugin_files(host, directory)
     changes = refuse_other_recipe(host, recipe, directory, recipe_path, sources)
     directory.lock()
     try:
@@ -245,13 +249,15 @@ def _new(
         text = file.read().decode()
     environment = describe_environment(
         seeds={"seed": recipe.seed},
-        plugins={p.distribution or p.name: p.version for p in host.plugins},
+        plugins={p.distribution or p.name: p.version for p in host.used},
         device=str(device),
     )
     environment["processes"] = world.size
     resolved = dump_recipe(host, recipe)
     record = {**environment, "class_names": list(names)}
-    return RunDirectory.create(place, recipe.name, text, resolved, record, restart=restart)
+    return RunDirectory.create(
+        place, recipe.name, text, resolved, record, copies(host), restart=restart
+    )
 
 
 def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> None:
@@ -340,7 +346,7 @@ def _advice(engine: Engine) -> str:
     recipe = engine.recipe
     if _spares_encoder(recipe.objective):
         return ""
-    for part in engine.host.registries["objectives"]:
+    for part in engine.host.parts("objectives"):
         # One may lack an option that must be given; no plugin's fault ends a run that is done.
         with contextlib.suppress(Exception):
             objective = part.cls()

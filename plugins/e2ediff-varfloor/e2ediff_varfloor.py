@@ -43,6 +43,6 @@ class VarianceFloor(Objective):
 
 
 @hookimpl
-def register_objectives(add):
+def register(add):
     """Make `objective: variance_floor` known."""
-    add("variance_floor", VarianceFloor)
+    add("objectives", "variance_floor", VarianceFloor)

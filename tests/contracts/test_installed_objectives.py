@@ -30,7 +30,6 @@ from e2ediff.train.engine import Engine
 from e2ediff.train.progress import Progress
 
 HOST = load()
-HOST.load_all()
 NAMES = HOST.registries["objectives"].names()
 
 

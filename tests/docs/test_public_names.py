@@ -146,7 +146,7 @@ def test_every_public_name_can_be_imported_by_a_plugin() -> None:
     listed = LIST.read_text(encoding="utf-8")
     for name in (
         "e2ediff.objective.Objective.terms(nets, batch, draw, phase)",
-        "e2ediff.host.hookspecs.register_objectives(add)",
+        "e2ediff.host.hookspecs.register(add)",
         "e2ediff.testing.check_objective(objective, backbone=None)",
         "e2ediff.latent.LatentContract(tokens, dim, norm, grid, statistics, scale, time)",
         "e2ediff.load(run, **options)",

@@ -576,10 +576,10 @@ def test_a_plugin_s_tracker_that_fails_later_is_switched_off_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     @hookimpl
-    def register_trackers(add):
-        add("fails", Fails)
+    def register(add):
+        add("trackers", "fails", Fails)
 
-    plugin = SimpleNamespace(__name__="service", register_trackers=register_trackers)
+    plugin = SimpleNamespace(__name__="service", register=register)
     assert trained_with(plugin, "trackers=[fails]").exit_code == 0
     assert capsys.readouterr().err.count("tracker ") == 1
     assert RunDirectory.open("runs/tiny").read_metrics()[-1]["step"] == 4

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import attrs
+import click
 import pytest
 import torch
 from tiny_parts import plugin
@@ -84,19 +85,84 @@ def test_a_class_that_is_no_part_is_refused_with_what_was_expected(name, cls, me
 
 def test_a_misspelt_hook_is_named_with_the_right_one():
     @hookimpl
-    def register_objectivs(add):
+    def registr(add):
         pass
 
-    found = refusal(SimpleNamespace(__name__="oops", register_objectivs=register_objectivs))
+    found = refusal(SimpleNamespace(__name__="oops", registr=registr))
     assert found == (
-        "plugin 'oops': unknown hook 'register_objectivs'. Did you mean 'register_objectives'? "
+        "plugin 'oops': unknown hook 'registr'. Did you mean 'register'? "
         "See docs/reference/hooks.md."
     )
 
 
+def test_a_hook_of_an_earlier_version_is_told_what_to_write():
+    @hookimpl
+    def register_time_samplers(add):
+        pass
+
+    found = refusal(SimpleNamespace(__name__="old", register_time_samplers=register_time_samplers))
+    assert found == (
+        "plugin 'old': unknown hook 'register_time_samplers'. Write register(add) with "
+        "add('time_samplers', NAME, CLASS). See docs/reference/hooks.md."
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "meant"),
+    [
+        ("objective", " Did you mean 'objectives'?"),
+        ("time-samplers", " Did you mean 'time_samplers' or "),
+        ("x", ""),
+    ],
+)
+def test_a_misspelt_kind_is_named_with_the_right_one(kind, meant):
+    found = refusal(plugin("mine", **{kind: [("x", Uniform)]}))
+    assert found.startswith(
+        f"plugin 'mine': add({kind!r}, 'x', ...): unknown kind {kind!r}.{meant}"
+    )
+    assert "commands" in found
+
+
+def test_text_that_names_no_class_is_refused_at_once_and_a_class_that_is_not_there_when_named():
+    found = refusal(times_plugin("x", "nowhere.Mine"))
+    assert found == (
+        "plugin 'mine': time sampler 'x' of plugin 'mine': expected a class or 'module:Class', "
+        "got 'nowhere.Mine'"
+    )
+    host = load(
+        times_plugin("x", "nowhere:Mine"), times_plugin("y", "math:pi", "other"),
+        entry_points=False, builtins=False,
+    )  # fmt: skip
+    times = host.registries["time_samplers"]
+    assert times.names() == ["x", "y"]
+    with pytest.raises(PluginError) as caught:
+        times.find("x")
+    assert str(caught.value) == (
+        "time sampler 'x' of plugin 'mine' cannot be imported from nowhere:Mine "
+        "(ModuleNotFoundError: No module named 'nowhere')"
+    )
+    with pytest.raises(PluginError, match=r"expected a subclass of .*TimeSampler, got 3\.14"):
+        times.find("y")
+    assert [part.name for part in host.usable("time_samplers")] == []
+
+
+def test_text_is_imported_when_the_part_is_named_and_not_before(tmp_path, monkeypatch):
+    (tmp_path / "late_times.py").write_text(PART.partition("@hookimpl")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    host = load(
+        times_plugin("late", "late_times:Mine"), times_plugin("early", Uniform, "other"),
+        entry_points=False, builtins=False,
+    )  # fmt: skip
+    times = host.registries["time_samplers"]
+    assert times.name_of(times.get("early")) == "early"
+    assert "late_times" not in sys.modules
+    assert times.name_of(times.get("late")) == "late"
+    assert sys.modules.pop("late_times").Mine is times.get("late")
+
+
 def test_a_hook_without_its_mark_is_not_passed_over():
-    found = refusal(SimpleNamespace(__name__="mine", register_time_samplers=lambda add: None))
-    assert found == "plugin 'mine': register_time_samplers is not marked with @e2ediff.hookimpl"
+    found = refusal(SimpleNamespace(__name__="mine", register=lambda add: None))
+    assert found == "plugin 'mine': register is not marked with @e2ediff.hookimpl"
 
 
 def test_a_plugin_without_hooks_is_an_error():
@@ -178,8 +244,8 @@ class Mine(TimeSampler):
         return u
 
 @hookimpl
-def register_time_samplers(add):
-    add({name!r}, Mine)
+def register(add):
+    add("time_samplers", {name!r}, Mine)
 """
 
 
@@ -207,11 +273,7 @@ def install(tmp_path, monkeypatch):
 
 
 def installed():
-    """Every plugin imported, in this process."""
-    host = load(builtins=False)
-    for entry in host.entries:
-        host.load_plugin(entry.name)
-    return host
+    return load(builtins=False)
 
 
 def test_a_plugin_that_fails_is_recorded_and_the_others_work(install):
@@ -236,7 +298,7 @@ def test_a_plugin_that_fails_is_recorded_and_the_others_work(install):
     }
     plugin = next(p for p in host.plugins if p.name == "sound")
     assert str(plugin) == "'sound' (sound 1.2)"
-    assert plugin.hooks == ("register_time_samplers",)
+    assert plugin.hooks == ("register",)
 
 
 def test_two_distributions_with_one_entry_point_name_are_told_apart(install):
@@ -284,19 +346,20 @@ def test_a_trace_names_every_hook_call_and_who_answers(install):
     assert done.stderr == "e2ediff: step_ended(run, step) -> nobody\n"
 
 
-def test_a_command_hook_that_fails_is_recorded():
-    @hookimpl
-    def register_commands(group):
-        group["mine"] = 1
-
-    @hookimpl(specname="register_commands")
-    def failing(group):
-        raise RuntimeError("no terminal")
-
-    good = SimpleNamespace(__name__="good", register_commands=register_commands)
-    bad = SimpleNamespace(__name__="bad", failing=failing)
-    host = load(good, bad, entry_points=False, builtins=False)
-    group = {}
-    host.register_commands(group)
-    assert group == {"mine": 1}
-    assert host.broken == {"bad": "RuntimeError: no terminal"}
+def test_a_command_that_is_none_says_whose_it_is_and_two_of_one_name_are_refused():
+    mine = plugin("mine", commands=[("hello", click.Command("hello")), ("number", 3)])
+    host = load(mine, plugin("late", commands=[("lost", "nowhere:command")]), entry_points=False)
+    assert host.command("hello").name == "hello"
+    assert host.command("nothing") is None
+    for name, said in (
+        ("number", "command 'number' of plugin 'mine': expected a click command, got 3"),
+        (
+            "lost",
+            "command 'lost' of plugin 'late': ModuleNotFoundError: No module named 'nowhere'",
+        ),
+    ):
+        with pytest.raises(PluginError) as caught:
+            host.command(name)
+        assert str(caught.value) == said
+    found = refusal(mine, plugin("other", commands=[("hello", click.Command("hello"))]))
+    assert found.endswith("command 'hello' is registered by both 'mine' and 'other'")

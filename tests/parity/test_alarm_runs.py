@@ -58,8 +58,8 @@ class Run:
 
     def train(self, *changes: str, resume: bool = False, stop_after: int = 0):
         @hookimpl
-        def register_diagnostics(add):
-            add("trap", self.trap)
+        def register(add):
+            add("diagnostics", "trap", self.trap)
 
         @hookimpl
         def step_ended(run, step):
@@ -67,9 +67,7 @@ class Run:
             if self.steps == stop_after:
                 signal.raise_signal(signal.SIGINT)
 
-        hooks = SimpleNamespace(
-            __name__="trap", register_diagnostics=register_diagnostics, step_ended=step_ended
-        )
+        hooks = SimpleNamespace(__name__="trap", register=register, step_ended=step_ended)
         changes = (*TRAPPED, *changes)
         shown = Progress(self.said)
         return train(
@@ -207,11 +205,11 @@ def test_an_objective_that_the_recipe_would_refuse_is_not_the_one_to_try(
 
     def advice(*objectives: type, out: str) -> str:
         @hookimpl
-        def register_objectives(add):
+        def register(add):
             for cls in objectives:
-                add(cls.__name__.lower(), cls)
+                add("objectives", cls.__name__.lower(), cls)
 
-        hooks = SimpleNamespace(__name__="alone", register_objectives=register_objectives)
+        hooks = SimpleNamespace(__name__="alone", register=register)
         changes = [STRICT, "objective=alone", "optimizers={alone: {name: adamw, lr: 0.002}}"]
         ended = train(load(hooks, entry_points=False), tiny_recipe, changes, str(tmp_path / out),
                       progress=Progress(io.StringIO()))  # fmt: skip

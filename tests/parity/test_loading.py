@@ -99,7 +99,7 @@ def fatal(place, **options) -> Fatal:
 
 def test_a_run_whose_reading_process_was_killed_says_what_to_lower(place, tmp_path) -> None:
     module = ModuleType("fatal")
-    module.register_sources = hookimpl(lambda add: add("fatal", Fatal))
+    module.register = hookimpl(lambda add: add("sources", "fatal", Fatal))
     host = load(module, entry_points=False)
     block = f"{{name: fatal, root: {place / 'tree'}, size: 16, classes: 30, workers: 1}}"
     (tmp_path / "x.yaml").write_text(tiny(steps="2", batch="4", data=block))

@@ -26,7 +26,7 @@ from e2ediff.evaluate.passport import read_card, write_card
 from e2ediff.evaluate.ranking import cards_of
 from e2ediff.evaluate.reference import npz_keys, open_reference
 from e2ediff.evaluate.request import Request
-from e2ediff.evaluate.subject import is_run, stored_subject
+from e2ediff.evaluate.subject import stored_subject
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.host.registry import options
@@ -43,7 +43,7 @@ from e2ediff.sample.load import load_model
 from e2ediff.sample.pipeline import Pipeline
 from e2ediff.sample.request import Wish
 from e2ediff.sample.sample_set import make_set
-from e2ediff.store.run_directory import RunDirectory
+from e2ediff.store.run_directory import RunDirectory, is_run
 from e2ediff.store.storage import Store
 from e2ediff.sweep.candidates import open_run
 from e2ediff.train.progress import Progress

@@ -209,7 +209,7 @@ def stopping_source(number: int) -> object:
             signal.raise_signal(number)
             return super().open(held_out=held_out)
 
-    return plugin(register_sources=lambda add: add("listed", Listed))
+    return plugin(register=lambda add: add("sources", "listed", Listed))
 
 
 @each_signal

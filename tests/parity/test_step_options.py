@@ -72,10 +72,10 @@ class Hungry(Detached):
 
 def with_hungry():
     @hookimpl
-    def register_objectives(add):
-        add("hungry", Hungry)
+    def register(add):
+        add("objectives", "hungry", Hungry)
 
-    return load(SimpleNamespace(__name__="hungry", register_objectives=register_objectives))
+    return load(SimpleNamespace(__name__="hungry", register=register))
 
 
 def run(recipe, out, *changes, world=None):

@@ -175,7 +175,6 @@ def test_every_part_of_our_plugins_is_found_by_its_name(folder, monkeypatch, hos
     monkeypatch.chdir(ROOT)
     (found,) = [one for one in uninstalled_plugins() if one.folder == folder]
     assert found.install == f"pip install plugins/{folder.name}"
-    host.load_all()
     parts = [
         (registry.plural, part.name)
         for registry in host.registries.values()

@@ -65,13 +65,10 @@ class Divides(Metric):
         return {"ratio": Estimate(1 / 0)}
 
 @hookimpl
-def register_diagnostics(add):
+def register(add):
     for cls in (Raises, Words, Judges, Refuses, Asks, Counts):
-        add(cls.__name__.lower(), cls)
-
-@hookimpl
-def register_metrics(add):
-    add("divides", Divides)
+        add("diagnostics", cls.__name__.lower(), cls)
+    add("metrics", "divides", Divides)
 """
 TRAINED = """
 import attrs
@@ -93,12 +90,9 @@ class Pull(Regularizer):
         raise KeyError("pull")
 
 @hookimpl
-def register_objectives(add):
-    add("mine", Mine)
-
-@hookimpl
-def register_regularizers(add):
-    add("pull", Pull)
+def register(add):
+    add("objectives", "mine", Mine)
+    add("regularizers", "pull", Pull)
 """
 
 

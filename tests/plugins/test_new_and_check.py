@@ -98,10 +98,10 @@ def problems(part, plural):
     """What the checks say of a part, by check."""
 
     def register(add):
-        add("broken", part)
+        add(plural, "broken", part)
 
     host, module = load(entry_points=False), ModuleType("broken")
-    setattr(module, f"register_{plural}", hookimpl(register))
+    module.register = hookimpl(register)
     host.add(module, Plugin("broken"))
     return {v.check: v.problem for v in kit.check_plugin(host, "broken") if v.problem}
 
@@ -276,7 +276,6 @@ def test_every_part_of_our_plugins_fits_the_small_recipe_and_keeps_its_contract(
     """By what it says itself, without `--set`."""
     only(monkeypatch, "contract")
     host = load()
-    host.load_plugin(name)
     verdicts = list(kit.check_plugin(host, name))
     assert verdicts
     assert [v for v in verdicts if v.problem] == []
@@ -290,7 +289,6 @@ def test_a_part_of_each_of_our_plugins_passes_what_trains(monkeypatch, name) -> 
     """Two processes and compiled steps, which take longest, are in the tutorial's test."""
     only(monkeypatch, *TITLES)
     host = load()
-    host.load_plugin(name)
     parts = [p.name for r in host.registries.values() for p in r if p.plugin.name == name]
     part = min(parts, key=parts.count)  # a backbone and an objective share one
     done = e2ediff("plugins", "check", name, "--part", part)

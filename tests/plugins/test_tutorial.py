@@ -1,4 +1,4 @@
-"""The tutorial on plugins, command by command, in a fresh environment with a wheel of e2ediff."""
+"""The tutorials on plugins, command by command, in a fresh environment with a wheel of e2ediff."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "tutorial" / "write-a-plugin.md"
+TUTORIALS = ROOT / "docs" / "tutorial"
+FIRST, SECOND = TUTORIALS / "write-an-objective.md", TUTORIALS / "write-a-plugin.md"
 PIP = ["-m", "pip", "--disable-pip-version-check"]
 OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
 
 
-def commands() -> list[str]:
+def commands(page: Path) -> list[str]:
     """Every line that the page has after a prompt."""
-    blocks = re.findall(r"```console\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
@@ -50,9 +51,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_command_of_the_tutorial_works_as_printed(environment: Path, tmp_path: Path) -> None:
+def test_every_command_of_the_tutorials_works_as_printed(
+    environment: Path, tmp_path: Path
+) -> None:
     """In this order, in an empty folder with the quickstart's recipe."""
     shutil.copy(ROOT / "recipes" / "quickstart.yaml", tmp_path)
+    (module,) = re.findall(r"```python\n(.*?)```", FIRST.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "my_objective.py").write_text(module)
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "E2EDIFF_BLOCK")}
     env |= {
         "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -70,7 +75,7 @@ def test_every_command_of_the_tutorial_works_as_printed(environment: Path, tmp_p
     own = sysconfig.get_path("purelib", vars={"base": str(environment)})
     assert where.stdout.strip() == str(Path(own, "e2ediff", "__init__.py")), where.stderr
     said = {}
-    for command in commands():
+    for command in [*commands(FIRST), *commands(SECOND)]:
         done = subprocess.run(
             command, shell=True, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
         )
@@ -81,14 +86,22 @@ def test_every_command_of_the_tutorial_works_as_printed(environment: Path, tmp_p
         said["e2ediff plugins list"],
         re.MULTILINE,
     )
+    assert said["e2ediff plugins check my_objective.py"].endswith("8 checks passed\n")
+    assert (tmp_path / "runs/mine/plugins/my_objective.py").read_text() == module
     assert said["e2ediff plugins check even_floor"].endswith("8 checks passed\n")
     assert (tmp_path / "runs/even/samples/seed-0/grid.png").exists()
     assert list((tmp_path / "dist").glob("e2ediff_even_floor-0.1.0-*.whl"))
 
 
 def test_the_tutorial_has_the_commands_that_its_test_looks_at() -> None:
-    words = [command.split()[:3] for command in commands()]
+    words = [command.split()[:3] for command in [*commands(FIRST), *commands(SECOND)]]
     for expected in (["e2ediff", "plugins", "new"], ["e2ediff", "plugins", "check"],
                      ["e2ediff", "run", "quickstart.yaml"], ["e2ediff", "sample", "runs/even"],
-                     ["pip", "install", "./e2ediff-even-floor"]):  # fmt: skip
+                     ["pip", "install", "./e2ediff-even-floor"],
+                     ["e2ediff", "sample", "runs/mine"]):  # fmt: skip
         assert expected in words
+
+
+def test_the_first_file_has_fewer_than_forty_lines() -> None:
+    (module,) = re.findall(r"```python\n(.*?)```", FIRST.read_text(encoding="utf-8"), re.DOTALL)
+    assert module.count("\n") < 40

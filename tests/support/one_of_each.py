@@ -216,65 +216,17 @@ class MeanGap(Metric):
 
 
 @hookimpl
-def register_backbones(add):
-    add("tiny", TinyBackbone)
-
-
-@hookimpl
-def register_interpolants(add):
-    add("quadratic", Quadratic)
-
-
-@hookimpl
-def register_time_samplers(add):
-    add("arcsine", Arcsine)
-
-
-@hookimpl
-def register_objectives(add):
-    add("decode_clean", DecodeClean)
-
-
-@hookimpl
-def register_regularizers(add):
-    add("squared_mean", SquaredMean)
-
-
-@hookimpl
-def register_guidance(add):
-    add("blend", Blend)
-
-
-@hookimpl
-def register_samplers(add):
-    add("half_way", HalfWay)
-
-
-@hookimpl
-def register_sources(add):
-    add("ramps", Ramps)
-
-
-@hookimpl
-def register_optimizers(add):
-    add("rmsprop", RMSProp)
-
-
-@hookimpl
-def register_diagnostics(add):
-    add("largest_latent", LargestLatent)
-
-
-@hookimpl
-def register_trackers(add):
-    add("notebook", Notebook)
-
-
-@hookimpl
-def register_metrics(add):
-    add("mean_gap", MeanGap)
-
-
-@hookimpl
-def register_features(add):
-    add("blurs", Blurs)
+def register(add):
+    add("backbones", "tiny", TinyBackbone)
+    add("interpolants", "quadratic", Quadratic)
+    add("time_samplers", "arcsine", Arcsine)
+    add("objectives", "decode_clean", DecodeClean)
+    add("regularizers", "squared_mean", SquaredMean)
+    add("guidance", "blend", Blend)
+    add("samplers", "half_way", HalfWay)
+    add("sources", "ramps", Ramps)
+    add("optimizers", "rmsprop", RMSProp)
+    add("diagnostics", "largest_latent", LargestLatent)
+    add("trackers", "notebook", Notebook)
+    add("metrics", "mean_gap", MeanGap)
+    add("features", "blurs", Blurs)

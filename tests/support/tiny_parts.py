@@ -7,14 +7,12 @@ from types import SimpleNamespace
 import attrs
 
 from e2ediff import hookimpl
-from e2ediff.host.registry import KINDS
-
-CONTRACTS = {plural: contract for plural, _, contract in KINDS}
+from e2ediff.host.registry import contracts
 
 
 def part(plural, **fields):
     """A part with options `name=(type, default or attrs.field())`; its methods do nothing."""
-    contract = CONTRACTS[plural]
+    contract = contracts()[plural]
     body = {name: lambda self, *args: None for name in contract.__abstractmethods__}
     body["__annotations__"] = {name: hint for name, (hint, _) in fields.items()}
     body |= {name: default for name, (_, default) in fields.items()}
@@ -24,12 +22,10 @@ def part(plural, **fields):
 def plugin(name, **parts):
     """A plugin that registers `plural=[(name, class), ...]`."""
 
-    def hook(entries):
-        def register(add):
+    @hookimpl
+    def register(add):
+        for plural, entries in parts.items():
             for entry in entries:
-                add(*entry)
+                add(plural, *entry)
 
-        return hookimpl(register)
-
-    hooks = {f"register_{plural}": hook(entries) for plural, entries in parts.items()}
-    return SimpleNamespace(__name__=name, **hooks)
+    return SimpleNamespace(__name__=name, register=register)

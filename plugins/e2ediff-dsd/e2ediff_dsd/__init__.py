@@ -13,8 +13,6 @@ from e2ediff import hookimpl
 
 
 @hookimpl
-def register_objectives(add: Callable[[str, type], None]) -> None:
-    """Register `dsd`."""
-    from e2ediff_dsd.objective import DSD
-
-    add("dsd", DSD)
+def register(add: Callable[[str, str, str], None]) -> None:
+    """Name the parts; a class is imported when a recipe names it."""
+    add("objectives", "dsd", "e2ediff_dsd.objective:DSD")

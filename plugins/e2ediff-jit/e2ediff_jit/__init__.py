@@ -12,24 +12,8 @@ from e2ediff import hookimpl
 
 
 @hookimpl
-def register_backbones(add: Callable[[str, type], None]) -> None:
-    """Register `jit`."""
-    from e2ediff_jit.backbone import JiTConfig
-
-    add("jit", JiTConfig)
-
-
-@hookimpl
-def register_objectives(add: Callable[[str, type], None]) -> None:
-    """Register `pixel`."""
-    from e2ediff_jit.objective import Pixel
-
-    add("pixel", Pixel)
-
-
-@hookimpl
-def register_interpolants(add: Callable[[str, type], None]) -> None:
-    """Register `linear_scaled`."""
-    from e2ediff_jit.interpolant import LinearScaled
-
-    add("linear_scaled", LinearScaled)
+def register(add: Callable[[str, str, str], None]) -> None:
+    """Name the parts; a class is imported when a recipe names it."""
+    add("backbones", "jit", "e2ediff_jit.backbone:JiTConfig")
+    add("objectives", "pixel", "e2ediff_jit.objective:Pixel")
+    add("interpolants", "linear_scaled", "e2ediff_jit.interpolant:LinearScaled")

@@ -12,12 +12,8 @@ from e2ediff import hookimpl
 
 
 @hookimpl
-def register_objectives(add: Callable[[str, type], None]) -> None:
-    """Register the three."""
-    from e2ediff_rivals.repa_e import RepaE
-    from e2ediff_rivals.tweedie import Tweedie
-    from e2ediff_rivals.unified_latents import UnifiedLatents
-
-    add("unified_latents", UnifiedLatents)
-    add("tweedie", Tweedie)
-    add("repa_e", RepaE)
+def register(add: Callable[[str, str, str], None]) -> None:
+    """Name the parts; a class is imported when a recipe names it."""
+    add("objectives", "unified_latents", "e2ediff_rivals.unified_latents:UnifiedLatents")
+    add("objectives", "tweedie", "e2ediff_rivals.tweedie:Tweedie")
+    add("objectives", "repa_e", "e2ediff_rivals.repa_e:RepaE")

@@ -11,16 +11,7 @@ from e2ediff import hookimpl
 
 
 @hookimpl
-def register_backbones(add: Callable[[str, type], None]) -> None:
-    """Register `unite`."""
-    from e2ediff_unite.backbone import UniteConfig
-
-    add("unite", UniteConfig)
-
-
-@hookimpl
-def register_objectives(add: Callable[[str, type], None]) -> None:
-    """Register `unite`."""
-    from e2ediff_unite.objective import Unite
-
-    add("unite", Unite)
+def register(add: Callable[[str, str, str], None]) -> None:
+    """Name the parts; a class is imported when a recipe names it."""
+    add("backbones", "unite", "e2ediff_unite.backbone:UniteConfig")
+    add("objectives", "unite", "e2ediff_unite.objective:Unite")

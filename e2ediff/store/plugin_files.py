@@ -1,0 +1,40 @@
+"""Plugins of one file in a run's directory: copied when it begins, asked for when it is used."""
+
+from __future__ import annotations
+
+from e2ediff.errors import PluginError
+from e2ediff.host.plugin_file import HASHED
+from e2ediff.host.plugins import Host
+from e2ediff.store.run_directory import PLUGINS, RunDirectory
+
+
+def copies(host: Host) -> dict[str, bytes]:
+    """What a run's directory keeps of the plugins that are one file, by path in it."""
+    return {f"{PLUGINS}/{p.name}.py": p.text for p in host.used if p.file}
+
+
+def refuse_other_plugin_files(host: Host, directory: RunDirectory) -> None:
+    """Refuse to use a run without the plugin files that it was trained with.
+
+    They are never taken from the run's directory by themselves: it may be a stranger's.
+
+    Raises:
+        PluginError: A file was not given, or has changed since.
+    """
+    recorded = directory.environment().get("plugins", {})
+    for name, version in recorded.items() if isinstance(recorded, dict) else ():
+        if not str(version).startswith(HASHED):
+            continue
+        copy = directory.store.where(f"{PLUGINS}/{name}.py")
+        given = [p for p in host.plugins if p.name == name and p.file]
+        if not given:
+            raise PluginError(
+                f"{directory.path} was trained with the plugin file {name}.py: add --plugin "
+                f"{name}.py. The run keeps a copy as it was then, {copy}; if others made the run, "
+                "read it before you give it."
+            )
+        if given[0].version != version:
+            raise PluginError(
+                f"{given[0].file} has changed since {directory.path} began (it was {version}, is "
+                f"{given[0].version}). Give the run's copy, --plugin {copy}, or train another run."
+            )
