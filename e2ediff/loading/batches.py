@@ -9,10 +9,12 @@ Shapes: B batch, C H W image.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -127,12 +129,19 @@ def batches(
 
     Raises:
         DataError: The source is smaller than one batch, or an image cannot be read.
+        LostReaderError: A worker process died.
     """
     check_enough(source, batch)
     labels = source.labels() if sampling == "class_balanced" else None
     order = Order(len(source), seed, labels)
     steps = _Steps(source, order, batch, flip=flip, rows=rows)
-    items = read(steps, range(first, last), workers, pin_memory=device.type == "cuda")
+    items = read(
+        steps,
+        range(first, last),
+        workers,
+        option="data.workers",
+        pin_memory=device.type == "cuda",
+    )
     yield from _ahead(_whole(items, report), device)
 
 
@@ -172,16 +181,40 @@ def _ahead(items: Iterator[_Item], device: torch.device) -> Iterator[Batch]:
 
 
 def read(
-    items: Dataset[_T], indices: Sequence[int], workers: int, *, pin_memory: bool = False
+    items: Dataset[_T],
+    indices: Sequence[int],
+    workers: int,
+    *,
+    option: str,
+    pin_memory: bool = False,
 ) -> Iterator[_T]:
-    """Start to read these items, in order, in no more worker processes than there are cores.
+    """Read these items, in order, in no more worker processes than there are cores.
 
     Nothing but speed depends on how many read; with 0 this process does, when asked for an item.
+    `option` is what a user calls their number.
+
+    Raises:
+        LostReaderError: A worker process died, which is noticed within five seconds.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    others = multiprocessing.active_children()
+    handler = signal.getsignal(signal.SIGCHLD)
+    started: list[BaseProcess] = []
+
+    def order() -> Iterator[int]:
+        # torch draws the first index when all workers run and none has anything to read. By then
+        # it has set a handler of SIGCHLD that raises wherever the main thread is when a worker
+        # dies. Inside a queue that leaves a lock taken, and the iterator's finalizer waits for it
+        # for ever. Without the handler, the wait for the next item reports the worker.
+        started.extend(p for p in multiprocessing.active_children() if p not in others)
+        in_main = threading.current_thread() is threading.main_thread()
+        if started and in_main and handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+        yield from indices
+
     loader: DataLoader[_T] = DataLoader(
         items,
-        sampler=indices,
+        sampler=order(),
         batch_size=None,
         num_workers=min(workers, cores, len(indices)),
         pin_memory=pin_memory,
@@ -189,12 +222,18 @@ def read(
         # Its own: drawing the workers' seed would move the global generator.
         generator=torch.Generator(),
     )
-    # A worker that a terminal's Ctrl-C reached before `_quiet` would end, and the run with it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # A worker that a terminal's Ctrl-C reached before `_quiet` would end, and the run with it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            reading = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from reading
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise _lost(_cause(started) or str(error), option) from error
 
 
 def _quiet(worker: int) -> None:
@@ -205,48 +244,35 @@ def _quiet(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-@contextmanager
-def readers(option: str) -> Iterator[None]:
-    """The body uses worker processes, whose number `option` sets.
-
-    torch tells of a killed worker by a signal, which may arrive anywhere in the main process.
-
-    Raises:
-        ResourceError: The system killed one of them.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        lost = lost_reader(error, option)
-        if lost is None:
-            raise
-        raise lost from error
+def _cause(workers: Iterable[BaseProcess]) -> str:
+    """Which of them a signal killed, in torch's words; empty if none."""
+    for worker in workers:
+        if (code := worker.exitcode or 0) < 0:
+            name = signal.strsignal(-code) or f"signal {-code}"
+            return f"DataLoader worker (pid {worker.pid}) is killed by signal: {name}"
+    return ""
 
 
-def lost_reader(error: BaseException, option: str) -> ResourceError | None:
-    """What torch's complaint about a dead worker process means; None for any other error."""
-    if not _of_a_worker(error):
-        return None
-    # Where torch notices it while it waits, the signal's name is in the cause.
-    told = error.__cause__ if error.__cause__ and _of_a_worker(error.__cause__) else error
-    said = " ".join(str(told).split()).rstrip(".")
-    if "Bus error" in said:
+class LostReaderError(ResourceError):
+    """A process that reads images died."""
+
+
+def _lost(what: str, option: str) -> LostReaderError:
+    """The error for a worker that died of `what`; `option` is what sets how many there are."""
+    what = " ".join(what.split()).rstrip(".")
+    if "Bus error" in what:
         why = (
             "the shared memory is full, through which images travel: give more of it (docker run "
             f"--shm-size=8g), or lower {option}"
         )
-    elif "Segmentation fault" in said or "Aborted" in said:
+    elif "Segmentation fault" in what or "Aborted" in what:
         why = f"with {option} 0 this process reads the images itself, and shows at which it ends"
     else:
         why = (
             "the system kills when memory runs out, and each such process holds images for two "
             f"batches: lower {option}, or give more memory"
         )
-    return ResourceError(f"a process that reads images died ({said}): {why}")
-
-
-def _of_a_worker(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    return LostReaderError(f"a process that reads images died ({what}): {why}")
 
 
 def fixed_images(

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from e2ediff.data import DataSource, SourceConfig
 from e2ediff.errors import BadImageError, DataError
-from e2ediff.loading.batches import read, readers
+from e2ediff.loading.batches import read
 from e2ediff.parts.sources import Shards
 from e2ediff.parts.sources.location import Location
 from e2ediff.parts.sources.shards import read_prepared, verify_hashes
@@ -110,13 +110,13 @@ def examine(
     chunks = -(-len(indices) // _EACH)
     seen: list[_Seen] = []
     count = broken = 0
-    with readers("--workers"):
-        for item in read(_Chunks(source, indices, quick=quick), range(chunks), workers):
-            if isinstance(item, str):
-                raise DataError(item)
-            seen.append(item)
-            count, broken = count + item.looked_at, broken + len(item.bad)
-            progress(f"{count:,} of {len(indices):,} images, {broken:,} broken")
+    items = _Chunks(source, indices, quick=quick)
+    for item in read(items, range(chunks), workers, option="--workers"):
+        if isinstance(item, str):
+            raise DataError(item)
+        seen.append(item)
+        count, broken = count + item.looked_at, broken + len(item.bad)
+        progress(f"{count:,} of {len(indices):,} images, {broken:,} broken")
     mean, std = _moments([s for s in seen if s.decoded])
     return Examined(
         count,

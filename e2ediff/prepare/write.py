@@ -26,7 +26,7 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource
 from e2ediff.errors import BadImageError, DataError, ResourceError
-from e2ediff.loading.batches import read, readers
+from e2ediff.loading.batches import read
 from e2ediff.parts.sources.index import Index, column
 from e2ediff.parts.sources.listing import Names
 from e2ediff.parts.sources.location import Location
@@ -113,15 +113,14 @@ def prepare(
         parts = {k: part for k, part in zip(numbers, before, strict=True) if part}
     kept = len(parts)
     todo = [k for k in range(settings.shards) if k not in parts]
-    with readers("--workers"):
-        items = read(_Shards(source, settings, folder), todo, workers)
-        for k, part in zip(todo, items, strict=True):
-            if isinstance(part, ResourceError):
-                raise part
-            if isinstance(part, str):
-                raise DataError(part)
-            parts[k] = part
-            progress(f"shard {len(parts)} of {settings.shards}")
+    items = read(_Shards(source, settings, folder), todo, workers, option="--workers")
+    for k, part in zip(todo, items, strict=True):
+        if isinstance(part, ResourceError):
+            raise part
+        if isinstance(part, str):
+            raise DataError(part)
+        parts[k] = part
+        progress(f"shard {len(parts)} of {settings.shards}")
     location.fs.invalidate_cache()
     names = source.class_names if len(source.class_names) == settings.classes else ()
     return _finish(store, location, settings, names, [parts[k] for k in sorted(parts)], kept)

@@ -27,7 +27,7 @@ from e2ediff.host.guard import cause
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.loading.bad_images import BAD_IMAGES, open_source
-from e2ediff.loading.batches import check_enough, lost_reader
+from e2ediff.loading.batches import LostReaderError, check_enough
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
 from e2ediff.monitor.alarm import deaf
 from e2ediff.objective import Objective
@@ -181,8 +181,8 @@ def train(
 
 def _in_words(host: Host, error: BaseException) -> BaseException:
     """What the machine refuses outside of a training step, or a plugin did, as a user's error."""
-    if lost := lost_reader(error, "data.workers"):
-        return ResourceError(f"{lost}. What was saved is intact: continue with --resume")
+    if isinstance(error, LostReaderError):
+        return ResourceError(f"{error}. What was saved is intact: continue with --resume")
     if not isinstance(error, torch.OutOfMemoryError):
         known = isinstance(error, E2EDiffError) or is_broken_collective(error)
         if known or not (owner := host.owner_of(error)):

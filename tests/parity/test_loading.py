@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import multiprocessing
 import os
 import signal
+import sys
+import threading
+from multiprocessing.queues import Queue
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 import attrs
 import pytest
@@ -108,6 +113,7 @@ def test_a_run_whose_reading_process_was_killed_says_what_to_lower(place, tmp_pa
               progress=Progress(io.StringIO()))  # fmt: skip
     said = str(caught.value)
     assert "a process that reads images died (DataLoader worker (pid" in said
+    assert "is killed by signal: Killed)" in said
     assert "lower data.workers, or give more memory. What was saved is intact: continue" in said
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 8)
@@ -133,6 +139,67 @@ def test_commands_on_data_say_what_to_lower_when_a_process_was_killed(
     )  # fmt: skip
     with pytest.raises(ResourceError, match=said):
         prepare(source, settings, str(tmp_path / "x"), workers=1, progress=lambda line: None)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, lambda number, frame: None])
+def test_reading_leaves_the_handler_of_dying_processes_as_it_was(place, handler) -> None:
+    """torch's own raises wherever the main thread is when a process dies."""
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        items = batches(folder(place).open(), batch=20, seed=1, first=0, last=9, flip=False,
+                        workers=1, device=CPU)  # fmt: skip
+        next(items)
+        assert signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.timeout(60)
+def test_a_kill_at_the_worst_moment_is_reported_and_hangs_nothing(place) -> None:
+    """When the main thread has just taken a queue's lock to hand out the next index."""
+    others = multiprocessing.active_children()
+    items = batches(folder(place).open(), batch=20, seed=1, first=0, last=9, flip=False,
+                    workers=1, device=CPU)  # fmt: skip
+    next(items)
+    (worker,) = (p for p in multiprocessing.active_children() if p not in others)
+    taken, put = threading.Condition.__enter__.__code__, Queue.put.__code__
+
+    def kill(frame: FrameType, event: str, arg: object) -> None:
+        here = frame.f_code is taken and frame.f_back.f_code is put
+        if here and event == "return" and worker.is_alive():
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+
+    sys.setprofile(kill)
+    try:
+        with pytest.raises(ResourceError, match="is killed by signal: Killed"):
+            list(items)
+    finally:
+        sys.setprofile(None)
+    del items
+    gc.collect()
+
+
+def fail_at_first(items) -> None:
+    for _ in items:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped", "error"])
+def test_reading_that_ends_early_takes_its_processes_along(place, end) -> None:
+    others = multiprocessing.active_children()
+    items = batches(folder(place).open(), batch=20, seed=1, first=0, last=9, flip=False,
+                    workers=2, device=CPU)  # fmt: skip
+    if end == "error":
+        with pytest.raises(ZeroDivisionError):
+            fail_at_first(items)
+    else:
+        next(items)
+    if end == "closed":
+        items.close()
+    del items
+    gc.collect()
+    assert [p for p in multiprocessing.active_children() if p not in others] == []
 
 
 @pytest.fixture
