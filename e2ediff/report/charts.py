@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 import attrs
 
 from e2ediff.metric import is_distance
 from e2ediff.report.gather import Run
-from e2ediff.report.summary import number
 
-_WIDTH, _HEIGHT = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 10, 26, 34
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INCHES = (4.2, 2.5)
+_AXES = (0.13, 0.15, 0.84, 0.71)
 _POINTS, _POINTS_OF_ALL = 240, 12_000
 COLOURS = 8
 """Colours that the page's style defines; further cells repeat them with dashes."""
+
+_PALETTE = tuple(f"#abcde{i}" for i in range(COLOURS))
+_INK, _SOFT, _LINE = "#abcdea", "#abcdeb", "#abcdec"
+# Colours stand for variables of the page's style, which knows a light and a dark scheme.
+_VARIABLES = {colour: f"--c{i}" for i, colour in enumerate(_PALETTE)}
+_VARIABLES |= {_INK: "--ink", _SOFT: "--soft", _LINE: "--line"}
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "font.size": 8,
+    "figure.titlesize": 9.5,
+    "figure.titleweight": "bold",
+    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": _SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.xmargin": 0,
+    "axes.formatter.useoffset": False,
+    "grid.color": _LINE,
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+}
+# Several charts stand on one page: no names within them, which would be taken.
+_NAMES = re.compile(r' (?:id|clip-path)="[^"]*"')
 
 Points = Sequence[tuple[float, float]]
 
@@ -28,22 +60,6 @@ class Line:
     name: str
     style: int
     seeds: Sequence[Points]
-
-
-@attrs.frozen
-class _Scale:
-    low: float
-    high: float
-    start: float
-    length: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """Where a value lies on the paper."""
-        low, high = self.low, self.high
-        if self.log:
-            low, high, value = math.log(low), math.log(high), math.log(value)
-        return self.start + self.length * (value - low) / (high - low)
 
 
 def dashes(style: int) -> str:
@@ -109,7 +125,7 @@ def mean_line(seeds: Sequence[Points]) -> Points:
 
 
 def chart(lines: Sequence[Line], title: str, x_label: str, *, log: bool = False) -> str:
-    """One chart as SVG markup; "" if there is no line to draw.
+    """One chart as SVG markup, in colours that the page defines; "" if there is no line to draw.
 
     Args:
         lines: What to draw: thin lines for seeds, and a thick one for their mean.
@@ -123,83 +139,55 @@ def chart(lines: Sequence[Line], title: str, x_label: str, *, log: bool = False)
         attrs.evolve(line, seeds=[s for p in line.seeds if len(s := thinned(p, most)) > 1])
         for line in lines
     ]
-    every = [point for line in lines for seed in line.seeds for point in seed]
-    if not every:
+    ys = [y for line in lines for seed in line.seeds for _, y in seed]
+    if not ys:
         return ""
-    ys = [y for _, y in every]
+    # Imported here: it takes half a second.
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator
+
     log = log and min(ys) > 0 and max(ys) > 10 * min(ys)
-    x = _Scale(*_room([p[0] for p in every]), _LEFT, _WIDTH - _LEFT - _RIGHT)
-    low, high = (min(ys), max(ys)) if log else _room(ys, 0.05)
-    y = _Scale(low, high, _HEIGHT - _BOTTOM, -(_HEIGHT - _TOP - _BOTTOM), log)
     names = ", ".join(line.name for line in lines if line.seeds)
-    alt = f"{title} over {x_label}, from {_tick(low)} to {_tick(high)}: {names}"
-    parts = [
-        f'<svg role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}" aria-label="{escape(alt)}">',
-        f"<title>{escape(alt)}</title>",
-        f'<text class="t" x="{_LEFT}" y="16">{escape(title)}{" (log)" if log else ""}</text>',
-        *_axes(x, y, x_label),
-    ]
-    for line in lines:
-        parts += _drawn(line, x, y)
-    return "".join([*parts, "</svg>"])
+    alt = f"{title} over {x_label}, from {min(ys):.4g} to {max(ys):.4g}: {names}"
+    drawn = io.StringIO()
+    with style.context(["default", _STYLE]):  # whatever a user's matplotlibrc has
+        axes = (figure := Figure(figsize=_INCHES)).add_axes(_AXES)
+        above = f"{title} (log)" if log else title
+        # Text, never mathematics: names of losses are a plugin's.
+        figure.suptitle(above, x=_AXES[0], ha="left", color=_INK, parse_math=False)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if log:
+            axes.set_yscale("log", subs=())
+            decades = math.log10(max(ys) / min(ys))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 4 else (1,)))
+            axes.yaxis.set_major_formatter("{x:.4g}")
+        for line in lines:
+            _draw(axes, line)
+        figure.savefig(drawn, format="svg", transparent=True)
+    svg = drawn.getvalue()
+    body = _NAMES.sub("", svg[svg.index("<g ") :])
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, f"var({variable})")
+    width, height = (72 * inches for inches in _INCHES)  # matplotlib's points
+    return (
+        f'<svg role="img" viewBox="0 0 {width:g} {height:g}" aria-label="{escape(alt)}">'
+        f"<title>{escape(alt)}</title>{body}"
+    )
 
 
-def _drawn(line: Line, x: _Scale, y: _Scale) -> list[str]:
-    pattern = dashes(line.style)
-    style = f'class="c{line.style % COLOURS}"'
-    style += f' stroke-dasharray="{pattern}"' if pattern else ""
+def _draw(axes: Axes, line: Line) -> None:
     alone = len(line.seeds) == 1
-    found = [_path(seed, x, y, style, 1.7 if alone else 0.7) for seed in line.seeds]
-    if not alone and line.seeds:
-        mean = mean_line(line.seeds)
-        found += [_path(mean, x, y, style, 2.2)] if len(mean) > 1 else []
-    return found
-
-
-def _path(line: Points, x: _Scale, y: _Scale, style: str, width: float) -> str:
-    places = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in line)
-    opacity = ' opacity="0.6"' if width < 1 else ""
-    return f'<polyline {style} stroke-width="{width}"{opacity} points="{places}"/>'
-
-
-def _axes(x: _Scale, y: _Scale, x_label: str) -> list[str]:
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    found = []
-    for tick in ticks(y.low, y.high, log=y.log):
-        at = y.at(tick)
-        found.append(f'<path class="g" d="M{_LEFT} {at:.1f}H{right}"/>')
-        found.append(f'<text x="{_LEFT - 5}" y="{at + 4:.1f}" class="e">{_tick(tick)}</text>')
-    for tick in ticks(x.low, x.high):
-        at = x.at(tick)
-        found.append(f'<path class="g" d="M{at:.1f} {bottom}v4"/>')
-        found.append(f'<text x="{at:.1f}" y="{bottom + 16}" class="m">{_tick(tick)}</text>')
-    middle = (_LEFT + right) / 2
-    found.append(f'<text x="{middle:.0f}" y="{_HEIGHT - 3}" class="m">{escape(x_label)}</text>')
-    return [*found, f'<path class="a" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>']
-
-
-def _room(values: Sequence[float], share: float = 0.0) -> tuple[float, float]:
-    """Bounds of an axis that leave some space, and are never equal."""
-    low, high = min(values), max(values)
-    space = (high - low) * share
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        space = abs(high) * 0.1 or 1.0
-    return low - space, high + space
-
-
-def ticks(low: float, high: float, *, log: bool = False) -> list[float]:
-    """Round numbers between two bounds: about five, or powers of ten with their 2 and 5."""
-    if log:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        digits = (1, 2, 5) if len(powers) <= 4 else (1,)
-        found = [digit * 10.0**power for power in powers for digit in digits]
-        return [tick for tick in found if low <= tick <= high]
-    rough = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(d * power for d in (1, 2, 2.5, 5, 10) if d * power >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
-
-
-def _tick(value: float) -> str:
-    return number(value, "si" if abs(value) >= 1e4 else ".4g").replace(" ", "")
+    curves = [(seed, 1.3 if alone else 0.5, 1.0 if alone else 0.6) for seed in line.seeds]
+    if not alone and line.seeds and len(mean := mean_line(line.seeds)) > 1:
+        curves.append((mean, 1.7, 1.0))
+    for curve, width, opacity in curves:
+        (drawn,) = axes.plot(
+            *zip(*curve, strict=True),
+            color=_PALETTE[line.style % COLOURS],
+            linewidth=width,
+            alpha=opacity,
+        )
+        if pattern := dashes(line.style):
+            drawn.set_dashes([float(length) / width for length in pattern.split()])

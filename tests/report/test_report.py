@@ -16,7 +16,7 @@ from command_line import e2ediff
 from PIL import Image
 
 from e2ediff.errors import DataError
-from e2ediff.report.charts import Line, chart, ticks
+from e2ediff.report.charts import Line, chart
 from e2ediff.report.gather import final_figures, gather, gather_runs
 from e2ediff.report.sheets import data_uri, rows
 from e2ediff.report.summary import judged_of, number, signed, summarize
@@ -330,11 +330,33 @@ def test_charts_survive_constant_tiny_and_missing_values():
     assert chart([Line("a", 0, [[(1.0, 2.0)]])], "t", "x") == ""
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 7), (0, 64000), (1e-9, 2e-9), (99.5, 100)])
-def test_ticks_are_few_and_inside(low, high):
-    found = ticks(low, high)
-    assert 3 <= len(found) <= 7
-    assert all(low - 1e-12 <= tick <= high * (1 + 1e-9) for tick in found)
+def test_a_charts_colours_are_the_pages_and_its_names_are_nobodys():
+    """Whatever the reader's scheme, and however many charts stand on one page."""
+    cells = [Line(f"cell {i}", i, [[(0.0, 1.0 + i), (9.0, 2.0)]] * 2) for i in range(10)]
+    svg = chart(cells, "$x_2$ of #14171a", "x")
+    styles = "; ".join(of.get("style", "") for _, of in Page(svg).tags)
+    colours = set(re.findall(r"(?:fill|stroke): *([^;]+)", styles))
+    fixed = {colour for colour in colours if not colour.startswith("var(--")}
+    assert fixed == {"none"}
+    assert {f"var(--c{i})" for i in range(8)} <= set(re.findall(r"var\(--c\d\)", svg))
+    assert "var(--ink)" in svg
+    assert "stroke-dasharray" in svg
+    assert not re.search(r"\bid=|url\(|<use|<style|http", svg)
+    assert "$x_2$ of #14171a" in Page(svg).text
+    assert svg == chart(cells, "$x_2$ of #14171a", "x")
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1e-9, 2e-9), (1e-30, 1e30), (1e7, 1.0001e7), (99.5, 100)]
+)
+@pytest.mark.parametrize("log", [False, True])
+def test_ticks_can_be_told_apart(low, high, log):
+    svg = chart([Line("a", 0, [[(0.0, low), (1.0, high)]])], "", "", log=log)
+    ticks = re.findall(r">([^<>]*[0-9][^<>]*)</text>", svg)
+    across = ticks[: ticks.index("1") + 1]
+    upwards = ticks[len(across) :]
+    assert 3 <= len(upwards) <= 10
+    assert len({*upwards}) == len(upwards)
 
 
 def test_numbers_read_well():
