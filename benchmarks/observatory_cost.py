@@ -63,7 +63,7 @@ def main(recipe_path: str, overrides: tuple[str, ...], repeats: int, threads: in
         parts.step.zero_grad(set_to_none=True)
         for shard in range(recipe.microshards):
             draw = draw_for(recipe, batch.label, "cost", shard)
-            parts.step(batch, draw, phase).total.backward()
+            parts.step(batch, draw, phase)[0].backward()
         parts.optimizers[phase].step()
         for average in parts.averages.values():
             average.update()

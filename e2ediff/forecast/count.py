@@ -67,7 +67,7 @@ def count(recipe: Recipe) -> Count:
     for phase in objective.phases:
         counter = FlopCounterMode(display=False)
         with counter:
-            step(batch, draw, phase).total.backward()
+            step(batch, draw, phase)[0].backward()
         step.zero_grad()
         flops[phase] = counter.get_total_flops() / two
     copies = 2 + 1 + len(recipe.ema) + len(profiles(recipe))

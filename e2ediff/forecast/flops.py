@@ -71,9 +71,9 @@ def count_passes(recipe: Recipe) -> dict[str, PhaseCost]:
     for phase in recipe.objective.phases:
         ledger = _Ledger()
         with ledger.counter, _watched(nets, ledger):
-            terms = step(batch, draw, phase)
+            terms = step.terms(batch, draw, phase)
             ledger.claim(OTHER, [terms.total])
-            terms.total.backward()
+            terms.total.backward()  # type: ignore[no-untyped-call]
             ledger.turn_to(OTHER, backward=True)
         step.zero_grad(set_to_none=True)
         losses = sum(weight != 0 for weight in terms.weights.values())
@@ -106,7 +106,7 @@ def count_latent_gradients(recipe: Recipe) -> float:
     for phase in recipe.objective.phases:
         counter = FlopCounterMode(display=False)
         with counter:
-            terms = step(batch, draw, phase)
+            terms = step.terms(batch, draw, phase)
             for name, loss in terms.losses.items():
                 weight = terms.weights[name]
                 if weight and terms.z.requires_grad and loss.requires_grad:

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -108,7 +108,7 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
         checkpoint = _bytes(t for file in files for t in file.values())
         nets = [parts.nets.online, *(average.net for average in parts.averages.values())]
         blocks = [_bytes(block.parameters()) for net in nets for block in net.blocks()]
-        outside = _bytes(parts.parallel.unit.parameters()) - sum(blocks)
+        outside = _bytes(parts.step.parameters()) - sum(blocks)
     apart = rows - other
     return Memory(
         state=state,
@@ -150,9 +150,9 @@ class _Turns:
 
 def _state(parts: Assembly, gradients: int) -> dict[str, int]:
     """What stays between steps, by kind, in bytes."""
-    trained = list(parts.step.parameters())
+    own = nn.ModuleList([parts.nets.online, parts.nets.heads])
     found = {
-        "weights": _bytes([*trained, *parts.step.buffers()]),
+        "weights": _bytes([*own.parameters(), *own.buffers()]),
         "gradients": gradients,
     }
     for phase, optimizer in parts.optimizers.items():

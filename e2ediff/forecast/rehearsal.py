@@ -66,10 +66,11 @@ def optimizer_step(
             part = Batch(x=batch.x[mine], label=batch.label[mine])
             kept = _Kept([*parts.step.parameters(), *parts.step.buffers(), batch.x])
             with saved_tensors_hooks(kept.pack, _same):
-                terms = parts.step(part, draw_for(recipe, part.label, "draw", 0, shard), phase)
+                draw = draw_for(recipe, part.label, "draw", 0, shard)
+                total, _, _ = parts.step(part, draw, phase)
             saved[phase] = kept.bytes
-            (terms.total / shards).backward()
-            del terms
+            (total / shards).backward()
+            del total
         turn(False)
         held = [p.grad for p in parts.step.parameters() if p.grad is not None]
         gradients[phase] = sum(g.untyped_storage().nbytes() for g in held)

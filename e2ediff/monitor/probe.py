@@ -145,7 +145,7 @@ class Observer:
         found: dict[str, Tensor] = {}
         for phase in phases:
             with torch.enable_grad():
-                terms = step(part, draw_for(self.recipe, part.label, "probe-draw"), phase)
+                terms = step.terms(part, draw_for(self.recipe, part.label, "probe-draw"), phase)
                 for name, loss in terms.losses.items():
                     weighted = terms.weights[name] * loss
                     grad = None

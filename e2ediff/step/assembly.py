@@ -13,7 +13,7 @@ from e2ediff.model.averages import Average
 from e2ediff.model.build import DTYPES, fresh_nets, profiles
 from e2ediff.objective import Nets
 from e2ediff.step.compiling import compile_blocks, compile_step, recompute
-from e2ediff.step.parallel import Parallel, Unit
+from e2ediff.step.parallel import Parallel
 from e2ediff.step.step import Step
 
 
@@ -47,15 +47,15 @@ def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -
         averages[profile.name] = Average(online, profile)
     target = averages["target"].net
     nets = Nets(online, target, recipe.interpolant, recipe.predicts, heads, frozen)
-    step = Step(recipe.objective, nets, precision, recipe.regularizers)
+    copies = {name: average.net for name, average in averages.items()}
+    step = Step(recipe.objective, nets, precision, recipe.regularizers, copies)
     if recipe.checkpoint_activations:
         recompute(online.blocks(), compiled=recipe.compile != "off")
     if recipe.compile == "blocks":
         compile_blocks(step, [*online.blocks(), *target.blocks()])
     elif recipe.compile == "step":
         compile_step(step)
-    unit = Unit(step, {name: average.net for name, average in averages.items()})
-    parallel = Parallel(unit, recipe.parallel if world.size > 1 else "one", world, device)
+    parallel = Parallel(step, recipe.parallel if world.size > 1 else "one", world, device)
     for average in averages.values():
         average.bind()
     optimizers = {}

@@ -55,9 +55,7 @@ def compile_step(step: Step) -> None:
 
     Values and generators cannot be traced: they run as they are, between compiled pieces.
     """
-    step.compile()
-    assert step._compiled_call_impl is not None
-    step._compiled_call_impl = _where_possible()(step._compiled_call_impl)
+    step.terms = _where_possible()(torch.compile(step.terms))  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,40 +32,16 @@ if TYPE_CHECKING:  # half a second to import, for FSDP2 alone
 Kind = Literal["one", "ddp", "fsdp2"]
 
 
-class Unit(nn.Module):
-    """The step and every network that it computes with: what DDP and FSDP2 wrap.
-
-    They look for tensors in what `forward` returns and know tuples and dicts, not `Terms`.
-    """
-
-    def __init__(self, step: Step, averages: Mapping[str, Backbone]) -> None:
-        super().__init__()
-        self.step = step
-        self.averages = nn.ModuleDict({k.replace(".", "_"): v for k, v in averages.items()})
-
-    def forward(
-        self, batch: Batch, draw: Draw, phase: str
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The weighted loss of a micro-shard, and without gradients its terms and figures."""
-        terms = self.step(batch, draw, phase)
-        losses = {name: value.detach() for name, value in terms.losses.items()}
-        return terms.total, losses, {name: value.detach() for name, value in terms.info.items()}
-
-    def run(self, act: Any) -> Any:
-        """Call `act` with the parameters in place; under FSDP2 they are gathered before."""
-        return act()
-
-
 class Parallel:
-    """A unit, and how it is spread over the processes."""
+    """The step, spread over the processes."""
 
-    def __init__(self, unit: Unit, kind: Kind, world: World, device: torch.device) -> None:
-        self.unit = unit
+    def __init__(self, step: Step, kind: Kind, world: World, device: torch.device) -> None:
+        self.step = step
         self.kind = kind
         self.world = world
         self._ddp: DistributedDataParallel | None = None
         if kind == "fsdp2":
-            _shard(unit, world, device)
+            _shard(step, world, device)
         elif kind == "ddp":
             # Phases and stages leave parameters without gradients. Statistics in buffers belong
             # to one set of weights and are calibrated, not averaged.
@@ -73,7 +49,7 @@ class Parallel:
             buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in known)
             options: dict[str, Any] = {buffers: False}  # torch renamed it in 2.14
             self._ddp = DistributedDataParallel(
-                unit,
+                step,
                 find_unused_parameters=True,
                 gradient_as_bucket_view=True,
                 **options,
@@ -96,9 +72,9 @@ class Parallel:
             The loss terms and further figures of these images, without gradients.
         """
         if self.kind == "fsdp2":
-            _sharded(self.unit).set_requires_gradient_sync(last)
+            _sharded(self.step).set_requires_gradient_sync(last)
             divisor /= self.world.size  # FSDP2 averages over the processes
-        module: nn.Module = self._ddp or self.unit
+        module: nn.Module = self._ddp or self.step
         silent = self._ddp is not None and not last
         with self._ddp.no_sync() if silent and self._ddp else contextlib.nullcontext():
             total, losses, info = module(part, draw, phase)
@@ -110,11 +86,11 @@ class Parallel:
 
     def rehearse(self, part: Batch, draw: Draw, phase: str) -> None:
         """Forward and backward of some images for their memory or time alone: nothing changes."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.unit.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.step.buffers()]
         with torch.random.fork_rng():
-            total, _, _ = self.unit(part, draw, phase)
+            total, _, _ = self.step(part, draw, phase)
             total.backward()
-        self.unit.zero_grad(set_to_none=True)
+        self.step.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -125,15 +101,15 @@ class Parallel:
         if self.kind != "fsdp2":
             yield
             return
-        unit = _sharded(self.unit)
-        self.unit.run(lambda: None)  # the first forward call makes this the root of all shards
-        unit.unshard()  # all but the blocks, which gather themselves when they are called
-        unit.set_reshard_after_backward(False, recurse=False)
+        root = _sharded(self.step)
+        self.step.gather()  # the first forward call makes it the root of all shards
+        root.unshard()  # all but the blocks, which gather themselves when they are called
+        root.set_reshard_after_backward(False, recurse=False)
         try:
             yield
         finally:
-            unit.set_reshard_after_backward(True, recurse=False)
-            unit.reshard()
+            root.set_reshard_after_backward(True, recurse=False)
+            root.reshard()
 
 
 # Without types: DDP compares annotations with classes, and here they are text.
@@ -144,23 +120,22 @@ def _sum(state, bucket):  # type: ignore[no-untyped-def]
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def _shard(unit: Unit, world: World, device: torch.device) -> None:
+def _shard(step: Step, world: World, device: torch.device) -> None:
     """Split every parameter over the processes, block by block; the rest is one more group."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (world.size,))
-    nets = [unit.step.online, *unit.averages.values()]
-    for net in nets:
+    for net in (step.online, *step.averages.values()):
         assert isinstance(net, Backbone)
         for block in net.blocks():
             fully_shard(block, mesh=mesh)
-    fully_shard(unit, mesh=mesh)
-    register_fsdp_forward_method(unit, "run")
+    fully_shard(step, mesh=mesh)
+    register_fsdp_forward_method(step, "gather")
 
 
-def _sharded(unit: nn.Module) -> FSDPModule:
+def _sharded(step: nn.Module) -> FSDPModule:
     from torch.distributed.fsdp import FSDPModule
 
-    assert isinstance(unit, FSDPModule)
-    return unit
+    assert isinstance(step, FSDPModule)
+    return step

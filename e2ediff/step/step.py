@@ -1,14 +1,15 @@
-"""One training step as a module: what is compiled, wrapped for several devices, and counted."""
+"""A micro-shard's losses as a module: what is compiled, wrapped for several devices, counted."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from e2ediff.backbone import Backbone
 from e2ediff.data import Batch
 from e2ediff.errors import ShapeError
 from e2ediff.objective import Draw, Nets, Objective, Terms
@@ -16,10 +17,12 @@ from e2ediff.regularizer import Regularizer, names_of
 
 
 class Step(nn.Module):
-    """Calls the objective under the run's precision and checks what it returns.
+    """One micro-shard's losses: what is compiled, and what DDP and FSDP2 wrap.
 
-    `online` and `heads` are its submodules; the target and the frozen networks are not, because
-    they are not trained.
+    `online`, `heads` and the averaged networks are submodules, because both look for parameters
+    among those: DDP sends the parameters that are trained, FSDP2 splits all of them.
+    `nets` is a plain value, so nothing in it is registered by itself. The frozen networks are in
+    it alone: each process has them whole.
     """
 
     def __init__(
@@ -28,22 +31,34 @@ class Step(nn.Module):
         nets: Nets,
         precision: torch.dtype,
         regularizers: Sequence[Regularizer] = (),
+        averages: Mapping[str, Backbone] | None = None,
     ) -> None:
         super().__init__()
         self.objective = objective
+        self.nets = nets
+        self.precision = precision
         self.regularizers = dict(zip(names_of(regularizers), regularizers, strict=True))
         self.online = nets.online
         self.heads = nets.heads
-        self.precision = precision
-        self._nets = (nets,)  # a tuple hides the target from the module's own parameters
+        copies = {name.replace(".", "_"): net for name, net in (averages or {}).items()}
+        self.averages = nn.ModuleDict(copies)  # a module's name has no dot
 
-    @property
-    def nets(self) -> Nets:
-        """The networks."""
-        return self._nets[0]
+    def forward(
+        self, batch: Batch, draw: Draw, phase: str
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The weighted loss of a micro-shard, and without gradients its losses and figures.
 
-    def forward(self, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Losses of one micro-shard in one phase.
+        DDP and FSDP2 look for tensors in what `forward` returns; they know tuples and dicts, not
+        `Terms`.
+        """
+        terms = self.terms(batch, draw, phase)
+        losses = {name: value.detach() for name, value in terms.losses.items()}
+        return terms.total, losses, {name: value.detach() for name, value in terms.info.items()}
+
+    def terms(self, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Losses of one micro-shard in one phase, under the run's precision.
+
+        Under FSDP2 it is called within `Parallel.whole`, where the parameters are in place.
 
         Raises:
             ShapeError: A loss is not a scalar, lacks a weight, or has the name of another.
@@ -91,3 +106,6 @@ class Step(nn.Module):
             for name, p in self.named_parameters()
             if p.requires_grad and self.objective.trains(phase, name)
         ]
+
+    def gather(self) -> None:
+        """Do nothing, with the parameters in place: FSDP2 gathers them first."""

@@ -230,11 +230,11 @@ class Update:
         images, step = _rows(batch, 0, self.size), self.parts.step
         precision, step.precision = step.precision, torch.float32
         try:
-            whole = step(images, draw_of(images.label, self.world.rank * self.shards), phase)
+            whole = step.terms(images, draw_of(images.label, self.world.rank * self.shards), phase)
             sums, latents = dict.fromkeys(whole.losses, 0.0), []
             for start in range(0, self.size, at_once):
                 part, draw = self._part(images, start, at_once, 0, draw_of)
-                terms: Terms = step(part, draw, phase)
+                terms: Terms = step.terms(part, draw, phase)
                 latents.append(terms.z)
                 for name, value in terms.losses.items():
                     sums[name] += float(value) * len(part.x) / self.size

@@ -17,31 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from e2ediff.data import Batch
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
-from e2ediff.objective import Draw
 from e2ediff.step.assembly import assemble
 from e2ediff.step.draws import draw_for
-from e2ediff.step.step import Step
 from e2ediff.testing.source import Source
 from e2ediff.testing.trials import Trial, compare, gradients, gradients_of, share, trial_batch
 
 _HERE = "127.0.0.1"
 _LIMIT = 180.0  # seconds for both processes, imports included
 _PATIENCE = timedelta(seconds=120)  # of one for the other, so that it says what it waits for
-
-
-class Total(nn.Module):
-    """A step whose output is the weighted loss, a tensor, from which DDP finds what was used."""
-
-    def __init__(self, step: Step) -> None:
-        super().__init__()
-        self.step = step
-
-    def forward(self, batch: Batch, draw: Draw, phase: str) -> Tensor:
-        """The weighted sum of the losses."""
-        return self.step(batch, draw, phase).total  # type: ignore[no-any-return]
 
 
 def two_processes(trial: Trial, source: Source | None) -> None:
@@ -110,12 +95,10 @@ def _step(spec: Mapping[str, Any], rank: int) -> None:
     batch = trial_batch(recipe)
     part = share(batch, rank, len(batch.x) // 2)
     for phase in recipe.objective.phases:
-        wrapped = nn.parallel.DistributedDataParallel(
-            Total(parts.step), find_unused_parameters=True
-        )
+        wrapped = nn.parallel.DistributedDataParallel(parts.step, find_unused_parameters=True)
         parts.step.zero_grad()
         draw = draw_for(recipe, part.label, f"trial-{phase}", 0, rank)
-        wrapped(part, draw, phase).backward()
+        wrapped(part, draw, phase)[0].backward()
         found |= {f"{phase}: {k}": g for k, g in gradients_of(parts.nets.online)}
         found |= {f"{phase}: heads.{k}": g for k, g in gradients_of(parts.nets.heads)}
     if rank == 0:

@@ -308,11 +308,11 @@ def gradients(
             part = share(batch, shard, size)
             draw = draw_for(recipe, part.label, f"trial-{phase}", 0, shard)
             with around():
-                terms = parts.step(part, draw, phase)
-            (terms.total / shards).backward()
-            for name, loss in terms.losses.items():
+                total, terms, _ = parts.step(part, draw, phase)
+            (total / shards).backward()
+            for name, loss in terms.items():
                 key = f"{_LOSS}{phase}: {name}"
-                losses[key] = losses.get(key, torch.zeros(())) + loss.detach()
+                losses[key] = losses.get(key, torch.zeros(())) + loss
         found |= {f"{phase}: {k}": g for k, g in gradients_of(parts.nets.online)}
         found |= {f"{phase}: heads.{k}": g for k, g in gradients_of(parts.nets.heads)}
     return found

@@ -302,7 +302,8 @@ def _keep_figures(directory: RunDirectory, found: Checkpoint, progress: Progress
 
 def _greet(progress: Progress, engine: Engine) -> None:
     """Say where the run goes, on what, and by which kernels."""
-    parameters = sum(p.numel() for p in engine.parts.step.parameters())
+    nets = engine.parts.nets
+    parameters = sum(p.numel() for net in (nets.online, nets.heads) for p in net.parameters())
     progress.say(
         f"run {engine.directory.path}: {parameters:,} parameters, "
         f"{engine.recipe.total_steps} steps of {engine.recipe.batch} images on {_place(engine)}"

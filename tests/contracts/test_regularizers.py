@@ -48,9 +48,9 @@ def test_a_loss_is_named_by_its_class_and_numbered() -> None:
 @pytest.mark.parametrize("objective", [Coupled(), Detached(), KL()], ids=["naive", "sg", "kl"])
 def test_any_regulariser_composes_with_any_objective(part, of, objective) -> None:
     """Its gradient reaches the encoder, and the objective's own losses stay what they were."""
-    plain = step(objective)(BATCH, testing.make_draw(BATCH), "joint")
+    plain = step(objective).terms(BATCH, testing.make_draw(BATCH), "joint")
     both = step(objective, part(of=of, weight=0.5))
-    terms = both(BATCH, testing.make_draw(BATCH), "joint")
+    terms = both.terms(BATCH, testing.make_draw(BATCH), "joint")
     (name,) = set(terms.losses) - set(plain.losses)
     assert terms.weights[name] == 0.5
     assert all(torch.equal(terms.losses[k], v) for k, v in plain.losses.items())
@@ -61,20 +61,20 @@ def test_any_regulariser_composes_with_any_objective(part, of, objective) -> Non
 
 def test_a_phase_without_a_gradient_to_the_latents_has_no_regulariser() -> None:
     both = step(TwoStage(), VICReg())
-    assert "vicreg" in both(BATCH, testing.make_draw(BATCH), "autoencoder").losses
-    assert set(both(BATCH, testing.make_draw(BATCH), "denoiser").losses) == {"denoising"}
+    assert "vicreg" in both.terms(BATCH, testing.make_draw(BATCH), "autoencoder").losses
+    assert set(both.terms(BATCH, testing.make_draw(BATCH), "denoiser").losses) == {"denoising"}
 
 
 def test_a_weight_of_zero_logs_a_regulariser_without_training_on_it() -> None:
-    quiet = step(Detached(), VICReg(weight=0.0))(BATCH, testing.make_draw(BATCH), "joint")
-    plain = step(Detached())(BATCH, testing.make_draw(BATCH), "joint")
+    quiet = step(Detached(), VICReg(weight=0.0)).terms(BATCH, testing.make_draw(BATCH), "joint")
+    plain = step(Detached()).terms(BATCH, testing.make_draw(BATCH), "joint")
     assert quiet.losses["vicreg"] > 0
     assert torch.equal(quiet.total, plain.total)
 
 
 def test_a_name_that_the_objective_uses_is_refused() -> None:
     with pytest.raises(ShapeError) as caught:
-        step(Detached(), Denoising())(BATCH, testing.make_draw(BATCH), "joint")
+        step(Detached(), Denoising()).terms(BATCH, testing.make_draw(BATCH), "joint")
     assert str(caught.value) == (
         "regularizers: objective Detached has a loss named 'denoising' of its own; leave that "
         "regularizer out, or rename its `term`"

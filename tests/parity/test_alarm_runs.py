@@ -482,6 +482,8 @@ def test_gradients_of_the_probe_are_those_of_a_step_and_leave_no_trace(host, tin
     assert all(torch.equal(v, before[k]) for k, v in parts.step.state_dict().items())
     # The naive objective's gradient through z alone, by hand.
     x, label = observer.probe.x[:16], observer.probe.label[:16]
-    terms = parts.step(Batch(x=x, label=label), draw_for(recipe, label, "probe-draw"), "joint")
+    terms = parts.step.terms(
+        Batch(x=x, label=label), draw_for(recipe, label, "probe-draw"), "joint"
+    )
     (expected,) = torch.autograd.grad(terms.losses["denoising"], terms.z)
     assert torch.equal(found["denoising"], expected)

@@ -78,7 +78,7 @@ def assembled(text, *changes):
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
     batch = make_batch(recipe.data.image, size=8)
     draw = partial(draw_for, recipe, batch.label, "draw")
-    return parts, lambda: parts.step(batch, draw(), "joint").total
+    return parts, lambda: parts.step(batch, draw(), "joint")[0]
 
 
 def gradients(parts, loss):
@@ -166,7 +166,7 @@ def test_names_stay_with_both(counter, tiny_text) -> None:
     for what in ("blocks", "step"):
         parts, _ = assembled(tiny_text, f"compile={what}", AGAIN)
         assert parts.step.state_dict().keys() == plain.step.state_dict().keys()
-        names = [dict(p.parallel.unit.named_parameters()).keys() for p in (parts, plain)]
+        names = [dict(p.parallel.step.named_parameters()).keys() for p in (parts, plain)]
         assert names[0] == names[1]
 
 

@@ -181,12 +181,12 @@ def test_parts_of_a_draw_are_the_rows_of_the_whole_draw(changes, tiny_text) -> N
     parts = assemble(recipe, CPU)
     batch = next(batches(recipe.data.open(), batch=8, seed=0, first=0, last=1, flip=False,
                          workers=0, device=CPU))  # fmt: skip
-    whole = parts.step(batch, draw_for(recipe, batch.label, "draw", 0), "joint")
+    whole = parts.step.terms(batch, draw_for(recipe, batch.label, "draw", 0), "joint")
     sums = dict.fromkeys(whole.losses, 0.0)
     for rows in (slice(0, 7), slice(7, 8)):
         part = attrs.evolve(batch, x=batch.x[rows], label=batch.label[rows])
         draw = part_of(draw_for(recipe, batch.label, "draw", 0), rows)
-        for name, value in parts.step(part, draw, "joint").losses.items():
+        for name, value in parts.step.terms(part, draw, "joint").losses.items():
             sums[name] += float(value.detach()) * len(part.x) / 8
     assert sums == pytest.approx({k: float(v.detach()) for k, v in whole.losses.items()}, rel=1e-5)
 
@@ -240,7 +240,7 @@ def test_activations_are_really_computed_again(tiny_text) -> None:
         )
         batch = make_batch(recipe.data.image, size=2)
         draw = draw_for(recipe, batch.label, "draw")
-        parts.step(batch, draw, "joint").total.backward()
+        parts.step.terms(batch, draw, "joint").total.backward()
         counts.append(len(calls))
     assert counts[1] == 2 * counts[0] > 0
 
@@ -250,8 +250,12 @@ def test_compiling_changes_no_name_in_a_checkpoint(what, tiny_text) -> None:
     """What is compiled is compiled when it is first called, so this is quick."""
     texts = [f"compile={kind}" for kind in ("off", what)]
     plain, compiled = (assemble(parse_recipe(load(), tiny_text, "t", [c]), CPU) for c in texts)
-    modules = {"blocks": compiled.nets.online.blocks(), "step": [compiled.step]}[what]
-    assert all(module._compiled_call_impl is not None for module in modules)
+    if what == "blocks":
+        blocks = compiled.nets.online.blocks()
+        assert all(block._compiled_call_impl is not None for block in blocks)
+    else:
+        assert "terms" in vars(compiled.step)  # in the place of the class's own
+        assert "terms" not in vars(plain.step)
     assert compiled.step.state_dict().keys() == plain.step.state_dict().keys()
     ours, theirs = (parts.averages["target"].net.state_dict() for parts in (compiled, plain))
     assert ours.keys() == theirs.keys()
@@ -303,7 +307,7 @@ def test_bfloat16_leaves_weights_losses_norms_and_averages_in_float32(changes, t
     for block in parts.nets.online.blocks():
         block.mlp.inner.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
     batch = make_batch(recipe.data.image, size=8)
-    terms = parts.step(batch, draw_for(recipe, batch.label, "draw"), "joint")
+    terms = parts.step.terms(batch, draw_for(recipe, batch.label, "draw"), "joint")
     assert seen == {torch.bfloat16}
     assert {v.dtype for v in terms.losses.values()} == {torch.float32}
     assert terms.z.dtype == terms.total.dtype == torch.float32
