@@ -15,11 +15,9 @@ import json
 import resource
 import statistics
 import time
-from functools import partial
 
 import click
 import torch
-from torch import Tensor
 
 from e2ediff.data import Batch
 from e2ediff.distributed.world import World
@@ -27,9 +25,7 @@ from e2ediff.forecast.count import count
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import Recipe, load_recipe
 from e2ediff.model.build import DTYPES, choose_device
-from e2ediff.objective import Draw
 from e2ediff.step.assembly import assemble
-from e2ediff.step.draws import draw_for
 from e2ediff.step.update import Update
 
 
@@ -52,12 +48,15 @@ def ceiling(device: torch.device, dtype: torch.dtype, side: int, rounds: int = 5
     return best
 
 
+def _show(kind: str, text: str, **fields: object) -> None:
+    click.echo(text)
+
+
 def images_per_second(
     recipe: Recipe, device: torch.device, steps: int, warmup: int
 ) -> dict[str, float]:
-    """Speed and peak memory of the training step of the first phase."""
-    parts, phase = assemble(recipe, device), recipe.objective.phases[0]
-    update = Update(recipe, parts, World(), lambda kind, text, **fields: click.echo(text))
+    """Speed and peak memory of a run's first training step, taken again and again."""
+    update = Update(recipe, assemble(recipe, device), World(), _show)
     image, g = recipe.data.image, torch.Generator().manual_seed(0)
     shape = (recipe.batch, image.channels, image.height, image.width)
     label = torch.randint(max(1, image.classes), (recipe.batch,), generator=g)
@@ -65,16 +64,11 @@ def images_per_second(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    def draw(step: int, label: Tensor, shard: int) -> Draw:
-        return draw_for(recipe, label, "draw", step, shard)
-
     taken = []
-    for step in range(warmup + steps):
+    for _ in range(warmup + steps):
         synchronize(device)
         began = time.perf_counter()
-        update(batch, phase, partial(draw, step), step * recipe.batch)
-        for average in parts.averages.values():
-            average.update()
+        update(batch, 0)
         synchronize(device)
         taken.append(time.perf_counter() - began)
     if device.type == "cuda":

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from e2ediff.backbone import Backbone
 from e2ediff.data import Batch
 from e2ediff.distributed.world import World
+from e2ediff.errors import Problem, RecipeError
+from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
 from e2ediff.step.step import Step
 
@@ -30,6 +33,44 @@ if TYPE_CHECKING:  # half a second to import, for FSDP2 alone
     from torch.distributed.fsdp import FSDPModule
 
 Kind = Literal["one", "ddp", "fsdp2"]
+
+
+def check_shares(recipe: Recipe, world: World, source: str) -> None:
+    """Refuse micro-shards that the processes cannot share equally.
+
+    Raises:
+        RecipeError: They cannot; proposes a number that they can.
+    """
+    shards, size = recipe.microshards, world.size
+    if shards % size == 0:
+        return
+    multiples = range(size, recipe.batch + 1, size)
+    fits = [n for n in multiples if recipe.batch % n == 0]
+    better = next((n for n in fits if n >= shards), fits[-1] if fits else None)
+    if better is not None:
+        hint = f"Set microshards: {better}, or use a number of processes that divides {shards}."
+    else:
+        up = -(-recipe.batch // size) * size
+        hint = f"Use fewer processes, or set batch: {up} and microshards: {size}."
+    what = (
+        f"{size} processes cannot share {shards} micro-shard{'s' * (shards > 1)} of a batch of "
+        f"{recipe.batch} images equally."
+    )
+    raise RecipeError(source, [Problem("microshards", what, hint=hint)])
+
+
+@attrs.frozen(eq=False)
+class Piece:
+    """Images that are computed at once, a micro-shard or a part of one, and their randomness.
+
+    `divisor` is how many times their number of images the step has.
+    `last` says that the processes' gradients are added up after them.
+    """
+
+    batch: Batch
+    draw: Draw
+    divisor: float
+    last: bool
 
 
 class Parallel:
@@ -56,39 +97,31 @@ class Parallel:
             )
             self._ddp.register_comm_hook(None, _sum)
 
-    def backward(
-        self, part: Batch, draw: Draw, phase: str, *, divisor: float, last: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Add the gradients of the loss of some images, over `divisor`, to what is there.
-
-        Args:
-            part: Images of one micro-shard.
-            draw: Their randomness.
-            phase: The objective's.
-            divisor: How many times their number of images the step has.
-            last: Whether the processes' gradients are added up after these images.
+    def backward(self, piece: Piece, phase: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add the gradients of the loss of some images, over their divisor, to what is there.
 
         Returns:
             The loss terms and further figures of these images, without gradients.
         """
+        divisor = piece.divisor
         if self.kind == "fsdp2":
-            _sharded(self.step).set_requires_gradient_sync(last)
+            _sharded(self.step).set_requires_gradient_sync(piece.last)
             divisor /= self.world.size  # FSDP2 averages over the processes
         module: nn.Module = self._ddp or self.step
-        silent = self._ddp is not None and not last
+        silent = self._ddp is not None and not piece.last
         with self._ddp.no_sync() if silent and self._ddp else contextlib.nullcontext():
-            total, losses, info = module(part, draw, phase)
+            total, losses, info = module(piece.batch, piece.draw, phase)
             with warnings.catch_warnings():
                 # In a phase that uses every parameter, DDP advises against the search for others.
                 warnings.filterwarnings("ignore", message="find_unused_parameters=True was")
                 (total / divisor).backward()
         return losses, info
 
-    def rehearse(self, part: Batch, draw: Draw, phase: str) -> None:
+    def rehearse(self, piece: Piece, phase: str) -> None:
         """Forward and backward of some images for their memory or time alone: nothing changes."""
         buffers = [(buffer, buffer.clone()) for buffer in self.step.buffers()]
         with torch.random.fork_rng():
-            total, _, _ = self.step(part, draw, phase)
+            total, _, _ = self.step(piece.batch, piece.draw, phase)
             total.backward()
         self.step.zero_grad(set_to_none=True)
         with torch.no_grad():

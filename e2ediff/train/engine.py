@@ -27,10 +27,8 @@ from e2ediff.monitor.alarm import Watch
 from e2ediff.monitor.monitor import Lookout
 from e2ediff.monitor.pictures import curves_png, grid_png
 from e2ediff.monitor.probe import figures_line
-from e2ediff.objective import Draw
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.compiling import uncompiled
-from e2ediff.step.draws import draw_for
 from e2ediff.step.update import Update
 from e2ediff.store.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
 from e2ediff.store.manifest import Checkpoint
@@ -237,8 +235,7 @@ class Engine:
     def _attempt(self) -> None:
         """A piece of a step, for its time alone."""
         assert self._latest is not None
-        phase = self._active()[0]  # there is a next step
-        self.update.attempt(self._latest, phase, partial(self._draw, phase))
+        self.update.rehearse(self._latest, self.images, self.watch.attempt)
 
     def _report_threads(self, line: str, count: int, of: int) -> None:
         self._tell("threads", line, count=count, of=of)
@@ -252,31 +249,15 @@ class Engine:
             )
 
     def advance(self, batch: Batch) -> None:
-        """One optimizer step in each active phase, then the averages."""
+        """One training step, and what is recorded of it."""
         r = self.recipe
         logging = (self.step + 1) % r.cadence.log == 0 or self.step + 1 == r.total_steps
-        record: dict[str, Tensor | float] = {}
-        for phase in self._active():
-            record.update(self.update(batch, phase, partial(self._draw, phase), self.images))
-        for average in self.parts.averages.values():
-            average.update()
+        record = self.update(batch, self.images, self.watch.attempt)
         self.step += 1
         self.images += r.batch
         if logging:
             self._log(record)
         self._notify("step_ended", step=self.step)
-
-    def _active(self) -> list[str]:
-        done = self.images / self.recipe.total_images
-        spans = {p: self.recipe.objective.span(p) for p in self.recipe.objective.phases}
-        return [p for p, (start, end) in spans.items() if start <= done < end]
-
-    def _draw(self, phase: str, label: Tensor, shard: int) -> Draw:
-        """A micro-shard's randomness, from the seed and the number of images seen."""
-        purpose = "draw" if phase == self.recipe.objective.phases[0] else f"draw-{phase}"
-        if self.watch.attempt:
-            purpose = f"{purpose}@{self.watch.attempt}"
-        return draw_for(self.recipe, label, purpose, self.images, shard)
 
     # Looking
 
@@ -331,7 +312,7 @@ class Engine:
         """
         with self.clock.paused():
             began = time.perf_counter()
-            phases = self._active() or self.recipe.objective.phases[-1:]
+            phases = self.update.phases(self.images) or self.recipe.objective.phases[-1:]
             try:
                 found = self.lookout.diagnose(self.step, phases)
             except DivergedError as error:

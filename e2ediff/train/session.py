@@ -31,7 +31,7 @@ from e2ediff.loading.batches import LostReaderError, check_enough
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
 from e2ediff.monitor.alarm import deaf
 from e2ediff.objective import Objective
-from e2ediff.step.update import check_shares
+from e2ediff.step.parallel import check_shares
 from e2ediff.store.attempts import ATTEMPTS
 from e2ediff.store.checkpoint import finished_checkpoints, list_checkpoints, open_checkpoint
 from e2ediff.store.environment import describe_environment

@@ -28,7 +28,7 @@ from e2ediff.errors import E2EDiffError, RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.sample.load import load_model
-from e2ediff.step.update import check_shares
+from e2ediff.step.parallel import check_shares
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 from e2ediff.train.progress import Progress

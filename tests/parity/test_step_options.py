@@ -27,7 +27,8 @@ from e2ediff.loading.batches import batches
 from e2ediff.model.build import check_precision, choose_device, problems
 from e2ediff.parts.objectives.controls import Detached
 from e2ediff.step.assembly import assemble
-from e2ediff.step.draws import UnclearDrawError, draw_for, part_of
+from e2ediff.step.draws import draw_for
+from e2ediff.step.splitting import UnclearDrawError, part_of
 from e2ediff.step.update import Update
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
@@ -202,7 +203,7 @@ def test_a_draw_that_cannot_be_cut_says_so(tiny_text) -> None:
 
 
 def one_step(text, *changes):
-    """The gradients of one step, the losses, and the assembly."""
+    """The gradients of one step, its losses and figures, and the assembly."""
     recipe = parse_recipe(load(), text, "tiny", list(changes))
     assert problems(recipe) == []
     parts = assemble(recipe, CPU)
@@ -213,9 +214,7 @@ def one_step(text, *changes):
     batch = next(batches(recipe.data.open(), batch=recipe.batch, seed=0, first=0, last=1,
                          flip=False, workers=0, device=CPU))  # fmt: skip
     update = Update(recipe, parts, World(), lambda *a, **k: None)
-    record = update._accumulate(
-        batch, "joint", lambda label, shard: draw_for(recipe, label, "draw", shard)
-    )
+    record = update(batch, 0)
     grads = {k: p.grad for k, p in parts.step.named_parameters() if p.grad is not None}
     return grads, record, parts
 

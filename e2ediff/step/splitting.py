@@ -1,0 +1,244 @@
+"""Micro-shards, each computed in parts where the memory does not suffice for all of it.
+
+A part has its rows of the whole micro-shard's draw, and the gradients of the parts add up, so that
+the step stays what the recipe says. Only losses that are means over single images allow that:
+before it is done, the losses are computed both ways and compared.
+
+Shapes: B images of the step that this process has, S images of a micro-shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import attrs
+import torch
+from torch import Tensor
+
+from e2ediff.data import Batch
+from e2ediff.distributed.world import World
+from e2ediff.errors import ResourceError, ShapeError
+from e2ediff.host.recipe import Recipe
+from e2ediff.objective import Draw
+from e2ediff.step.assembly import Assembly
+from e2ediff.step.parallel import Piece
+
+DrawOf = Callable[[Tensor, int], Draw]
+"""The draw of a micro-shard, from the labels of its images and its number in the step."""
+
+# Losses that agree to this are computed image by image; those of a batch differ by percents.
+_SAME = 1e-4
+
+
+class Splitting:
+    """The pieces of a process's share of a batch, smaller ones after each lack of memory."""
+
+    def __init__(
+        self, recipe: Recipe, parts: Assembly, world: World, report: Callable[..., None]
+    ) -> None:
+        self.recipe = recipe
+        self.parts = parts
+        self.world = world
+        self.report = report
+        self.shards = recipe.microshards // world.size
+        self.size = recipe.batch // recipe.microshards
+        self._at_once: dict[str, int] = {}
+        # The second one finds the optimizer's state in memory, too.
+        self._rehearsals = dict.fromkeys(recipe.objective.phases, 2)
+
+    def tries(self, batch: Batch, phase: str, draw_of: DrawOf) -> Iterator[Iterator[Piece]]:
+        """The pieces to compute, and smaller ones each time that their memory did not suffice.
+
+        Break the loop over it when all pieces of a try have been computed; where one raised
+        torch.OutOfMemoryError, begin again with those of the next try.
+
+        Args:
+            batch: The rows of the batch that are this process's.
+            phase: The objective's.
+            draw_of: Gives the randomness of a micro-shard, anew at each call.
+
+        Raises:
+            ResourceError: A micro-shard does not fit into memory and cannot be split.
+        """
+        if self.world.size > 1 and self._rehearsals[phase]:
+            self._rehearsals[phase] -= 1
+            self._rehearse(batch, phase, draw_of)
+        yield self.pieces(batch, phase, draw_of)
+        while self.world.size == 1:
+            self._split(batch, phase, draw_of)
+            yield self.pieces(batch, phase, draw_of)
+        raise self._refusal(
+            "another process may be in the middle of adding gradients, so the step cannot be "
+            "repeated"
+        )
+
+    def pieces(self, batch: Batch, phase: str, draw_of: DrawOf) -> Iterator[Piece]:
+        """The pieces of all micro-shards of this process, in order."""
+        total, at_once = self.recipe.microshards, self._at_once.get(phase, self.size)
+        for shard in range(self.shards):
+            images = _rows(batch, shard * self.size, self.size)
+            for start in range(0, self.size, at_once):
+                draw = draw_of(images.label, self.world.rank * self.shards + shard)
+                part = images
+                if at_once < self.size:
+                    part = _rows(images, start, at_once)
+                    draw = part_of(draw, slice(start, start + len(part.x)))
+                final = shard + 1 == self.shards and start + at_once >= self.size
+                yield Piece(part, draw, total * self.size / len(part.x), final)
+
+    def _rehearse(self, batch: Batch, phase: str, draw_of: DrawOf) -> None:
+        """Find what fits before the processes depend on one another in the middle of a step."""
+        if self.parts.parallel.kind == "fsdp2":
+            return  # a forward pass alone makes them depend on one another
+        while True:
+            fits = 1
+            try:
+                first = next(self.pieces(batch, phase, draw_of))
+                self.parts.parallel.rehearse(first, phase)
+            except torch.OutOfMemoryError:
+                fits = 0
+            if self.world.lowest(fits):
+                return
+            self._split(batch, phase, draw_of)
+
+    def _split(self, batch: Batch, phase: str, draw_of: DrawOf) -> None:
+        """Halve the images computed at once; all processes do so together.
+
+        Raises:
+            ResourceError: That would change the losses, or one image is too many.
+        """
+        self.parts.step.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        before = at_once = self._at_once.get(phase, self.size)
+        problem = self._whole_batches()
+        while not problem and at_once > 1:
+            at_once, unclear = -(-at_once // 2), False
+            try:
+                problem = self._difference(batch, phase, draw_of, at_once)
+            except UnclearDrawError:
+                unclear = True
+            if self.world.highest(int(bool(problem))):
+                raise self._refusal(problem or "another process found that it changes the losses")
+            if not self.world.highest(int(unclear)):
+                self._at_once[phase] = at_once
+                self.report(
+                    "memory",
+                    f"out of memory with {before} images at once: phase '{phase}' goes on with "
+                    f"{at_once}, with the same draws and the same mean",
+                    phase=phase,
+                    images_at_once=at_once,
+                    microshard=self.size,
+                )
+                return
+        raise self._refusal(problem or "a single image does not fit")
+
+    def _whole_batches(self) -> str:
+        """What is known to compare the images of a micro-shard with one another."""
+        norm = self.parts.nets.online.latent_norm
+        if norm.has_statistics:
+            return f"backbone.latent_norm: {norm.kind} takes its statistics from all of them"
+        names = [name for name, r in self.parts.step.regularizers.items() if r.weight]
+        return f"the regularizer {names[0]} compares them" if names else ""
+
+    @torch.no_grad()
+    def _difference(self, batch: Batch, phase: str, draw_of: DrawOf, at_once: int) -> str:
+        """What changes if a micro-shard is computed in parts, in float32; empty if nothing."""
+        images, step = _rows(batch, 0, self.size), self.parts.step
+        first = self.world.rank * self.shards
+        precision, step.precision = step.precision, torch.float32
+        try:
+            whole = step.terms(images, draw_of(images.label, first), phase)
+            sums, latents = dict.fromkeys(whole.losses, 0.0), []
+            for start in range(0, self.size, at_once):
+                part = _rows(images, start, at_once)
+                rows = slice(start, start + len(part.x))
+                terms = step.terms(part, part_of(draw_of(images.label, first), rows), phase)
+                latents.append(terms.z)
+                for name, value in terms.losses.items():
+                    sums[name] += float(value) * len(part.x) / self.size
+        except torch.OutOfMemoryError:
+            return "not even a forward pass of it fits, by which that could be proved harmless"
+        finally:
+            step.precision = precision
+        for name, value in whole.losses.items():
+            wanted = float(value)
+            if abs(sums[name] - wanted) > _SAME * max(abs(wanted), 1e-3):
+                return f"the loss '{name}' would be {sums[name]:.5g} instead of {wanted:.5g}"
+        gap = (torch.cat(latents) - whole.z).abs().max()
+        if gap > 100 * _SAME * whole.z.abs().max():
+            return "an image's latents depend on the others"
+        return ""
+
+    def _refusal(self, why: str) -> ResourceError:
+        r = self.recipe
+        larger = [n for n in range(r.microshards + 1, r.batch + 1) if r.batch % n == 0]
+        larger = [n for n in larger if n % self.world.size == 0]
+        more = f"microshards: {larger[0]} (another run: it changes the draws), " if larger else ""
+        return ResourceError(
+            f"out of memory: a micro-shard of {self.size} images does not fit, and computing it "
+            f"in parts is not possible: {why}. Set {more}checkpoint_activations: true, "
+            "precision: bfloat16 or a smaller network."
+        )
+
+
+class UnclearDrawError(ShapeError):
+    """A part of a draw is asked for in a shape that does not say which axis counts images."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class PartDraw(Draw):
+    """The part of a draw that belongs to some of its images.
+
+    Everything is drawn for all `images` and cut: an image's noise does not depend on how many
+    are computed at once.
+    """
+
+    images: int
+    rows: slice
+
+    def _shape(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        """The shape for all images, and the axis that they lie along."""
+        axes = [axis for axis, size in enumerate(shape) if size == len(self.t)]
+        if len(axes) > 1:
+            raise UnclearDrawError(f"a draw of shape {shape}: which axis counts images?")
+        if not axes:
+            return shape, -1
+        whole = tuple(self.images if axis == axes[0] else n for axis, n in enumerate(shape))
+        return whole, axes[0]
+
+    def _cut(self, value: Tensor, axis: int) -> Tensor:
+        start, stop, _ = self.rows.indices(self.images)
+        return value if axis < 0 else value.narrow(axis, start, stop - start)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """As `Draw.noise`; images lie along the first axis of `like`."""
+        axis = 0 if like.shape[:1] == self.t.shape else -1
+        shape = (self.images, *like.shape[1:]) if axis == 0 else tuple(like.shape)
+        return self._cut(torch.randn(shape, generator=self.generator, device=like.device), axis)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """As `Draw.uniform`; the axis as long as there are images here is theirs."""
+        whole, axis = self._shape(shape)
+        return self._cut(torch.rand(whole, generator=self.generator, device=self.t.device), axis)
+
+    def again(self) -> Draw:
+        """As `Draw.again`."""
+        t = self.times.draw(self.images, self.generator, self.t.device)
+        return attrs.evolve(self, t=self._cut(t, 0))
+
+
+def part_of(draw: Draw, rows: slice) -> PartDraw:
+    """The part of a fresh draw for these of its images; nothing may have been drawn from it."""
+    return PartDraw(
+        t=draw.t[rows],
+        label=draw.label[rows],
+        generator=draw.generator,
+        times=draw.times,
+        images=len(draw.t),
+        rows=rows,
+    )
+
+
+def _rows(batch: Batch, start: int, count: int) -> Batch:
+    return Batch(x=batch.x[start : start + count], label=batch.label[start : start + count])
