@@ -19,7 +19,7 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import dump_recipe, load_recipe
     from e2ediff.model.build import check_fits
-    from e2ediff.monitor.alarm import deaf
+    from e2ediff.monitor.alarm import alarm_blind_spot
     from e2ediff.monitor.probe import chosen_diagnostics
     from e2ediff.regularizer import names_of
 
@@ -56,7 +56,7 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
         f"memory      {state / 2**30:.2f} GiB of weights, gradients and averages; activations,"
     )
     click.echo("            the optimizer, time and disk are forecast by `e2ediff plan`")
-    warning = deaf(read, chosen_diagnostics(host, read))
+    warning = alarm_blind_spot(read, chosen_diagnostics(host, read))
     if warning and latent.learned:
         click.echo(f"warning: {warning}", err=True)
     click.echo("ok")

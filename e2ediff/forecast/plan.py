@@ -210,7 +210,7 @@ def make_plan(
 
 
 def _looks(host: Host, plan: Plan) -> dict[str, Look]:
-    """What `run.lookout` looks at, and the calibrations of batch statistics before saving."""
+    """What the monitor looks at, and the calibrations of batch statistics before saving."""
     r, cost = plan.recipe, plan.inference
     online = build_nets(r, torch.device("meta"))[0].online
     statistics = online.latent_norm.has_statistics

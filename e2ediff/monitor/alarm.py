@@ -19,11 +19,13 @@ from e2ediff.store.storage import JSON
 _DEAD_RANK, _DEAD_STD, _ALL_POSITIONAL = 1.05, 0.01, 0.99
 
 
-def deaf(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
-    """Why the recipe's alarm would not hear of a collapse, and the way out; "" if it would.
+def alarm_blind_spot(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
+    """Explain why this recipe's alarm cannot act on a collapse, and how to change that.
+
+    Returns "" if it can.
 
     Args:
-        recipe: With its alarm, and how often it looks.
+        recipe: With its alarm, and how often diagnostics are measured.
         diagnostics: Those that the run measures.
     """
     if all(type(d).verdict is Diagnostic.verdict for d in diagnostics):
@@ -31,7 +33,7 @@ def deaf(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
             "none of the diagnostics judges its figures, so the alarm hears of no collapse until "
             "every loss is next to nothing; add latent_health to diagnostics"
         )
-    looks, window = len(looks_of(recipe)), recipe.alarm.window
+    looks, window = len(diagnosis_steps(recipe)), recipe.alarm.window
     if recipe.alarm.policy == "warn" or looks >= window:
         return ""
     return (
@@ -41,14 +43,14 @@ def deaf(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
     )
 
 
-def looks_of(recipe: Recipe) -> set[int]:
-    """The steps after which a run looks at its latents, but for that before the first one."""
+def diagnosis_steps(recipe: Recipe) -> set[int]:
+    """The steps after which diagnostics are measured; they also are before the first step."""
     each = recipe.cadence.diagnose
-    return {*range(each, recipe.total_steps + 1, each), *surveys_of(recipe)}
+    return {*range(each, recipe.total_steps + 1, each), *survey_steps(recipe)}
 
 
-def surveys_of(recipe: Recipe) -> set[int]:
-    """Those after which it measures all diagnostics."""
+def survey_steps(recipe: Recipe) -> set[int]:
+    """The steps after which all diagnostics are measured, the costly ones too."""
     each = recipe.cadence.survey or 10 * recipe.cadence.diagnose
     return {*range(each, recipe.total_steps + 1, each), recipe.total_steps}
 
@@ -82,18 +84,20 @@ class Watch:
     attempt: int = 0
     anchor: int | None = None
 
-    def hear(self, record: Mapping[str, float]) -> None:
-        """Take in the losses and gradient norm of a logged step."""
-        losses = [abs(v) for k, v in record.items() if k.startswith("loss/")]
+    def record(self, values: Mapping[str, float]) -> None:
+        """Note the losses and gradient norm of a logged step."""
+        losses = [abs(v) for k, v in values.items() if k.startswith("loss/")]
         self.mute = bool(losses) and max(losses) < self.alarm.silence
-        self.still = record.get("grad_norm", 1.0) < self.alarm.silence
+        self.still = values.get("grad_norm", 1.0) < self.alarm.silence
 
-    def look(self, figures: Mapping[str, float], verdict: Sequence[str], step: int = 0) -> Finding:
+    def evaluate(
+        self, figures: Mapping[str, float], verdict: Sequence[str], step: int = 0
+    ) -> Finding:
         """Judge the figures of a diagnosis.
 
         Args:
             figures: Those of all diagnostics.
-            verdict: What the diagnostics themselves say of them.
+            verdict: Signs of collapse that the diagnostics themselves found in them.
             step: The step that was taken last.
         """
         signs = [*verdict, *self._falls(figures)]

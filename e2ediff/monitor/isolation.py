@@ -1,4 +1,4 @@
-"""Parts that only look at a run, diagnostics and metrics: one that fails stops no training."""
+"""Call diagnostics and metrics so that one that raises is switched off and training goes on."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 @attrs.frozen(eq=False)
-class Onlookers:
+class Isolated:
     """Calls parts; one that raises is not called again in this run.
 
-    `failed` maps the event of each failure, such as `diagnostic_off`, to what is to be said, as
-    long as nobody has told it.
+    `failed` has the failures that were not reported yet, as (event, message) pairs; the event is
+    `diagnostic_off` or `metric_off`.
     """
 
     failed: list[tuple[str, str]] = attrs.field(factory=list)
     _off: list[object] = attrs.field(factory=list)
 
-    def ask(self, kind: str, part: object, work: Callable[[], T], otherwise: T) -> T:
+    def call(self, kind: str, part: object, work: Callable[[], T], otherwise: T) -> T:
         """What `work` returns; `otherwise` if it fails, or if the part has failed before.
 
         Args:
@@ -55,8 +55,8 @@ class Onlookers:
             self.failed.append((f"{kind}_off", text))
             return otherwise
 
-    def told(self) -> list[tuple[str, str]]:
-        """The failures that are to be told now, each of them once."""
+    def drain(self) -> list[tuple[str, str]]:
+        """The failures since the last call, as (event, message) pairs."""
         found = [*self.failed]
         self.failed.clear()
         return found

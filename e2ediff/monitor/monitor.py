@@ -1,4 +1,4 @@
-"""What a run looks at while it trains, and with which weights: diagnostics, previews, scores.
+"""Diagnostics, previews and scores of a run: when they are due, and of which weights.
 
 Shapes: B images, C H W image.
 """
@@ -18,7 +18,7 @@ from e2ediff.distributed.world import World
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.calibration import in_use
-from e2ediff.monitor.isolation import Onlookers
+from e2ediff.monitor.isolation import Isolated
 from e2ediff.monitor.probe import Observer, chosen_diagnostics
 from e2ediff.monitor.scores import Scorer
 from e2ediff.step.assembly import Assembly
@@ -36,8 +36,8 @@ class Preview:
 
 
 @attrs.frozen(eq=False)
-class Lookout:
-    """Looks at a run's networks as they are now; every process looks, one may tell."""
+class Monitor:
+    """Measures a run's networks as they are; all processes do so together."""
 
     recipe: Recipe
     parts: Assembly
@@ -54,17 +54,17 @@ class Lookout:
         world: World,
         sources: tuple[DataSource, DataSource],
         device: torch.device,
-    ) -> Lookout:
+    ) -> Monitor:
         """Read the fixed images from the training and the held-out ones.
 
         Raises:
             DataError: A feature network's weights are missing, or the images too few.
         """
         training, held_out = sources
-        onlookers = Onlookers()
-        chosen = chosen_diagnostics(host, recipe, onlookers)
-        observer = Observer.open(recipe, chosen, training, held_out, device, onlookers)
-        scorer = Scorer.open(recipe, held_out, device, onlookers)
+        isolated = Isolated()
+        chosen = chosen_diagnostics(host, recipe, isolated)
+        observer = Observer.open(recipe, chosen, training, held_out, device, isolated)
+        scorer = Scorer.open(recipe, held_out, device, isolated)
         return cls(recipe, parts, world, observer, scorer)
 
     def due(self, step: int) -> bool:
@@ -90,14 +90,15 @@ class Lookout:
 
         Args:
             step: The step that was taken last.
-            phases: Phases of the objective whose losses' gradients are looked at.
+            phases: Phases of the objective whose losses' gradients are measured.
 
         Raises:
             DivergedError: What the networks make of the probe is not finite.
         """
         with self._whole():
             found = self.observer.measure(self.parts.step, phases, survey=self._survey_due(step))
-        # All measure, lest one waits for the others' share of the weights; one decides.
+        # Every process must measure, since split weights are gathered together; the first one's
+        # values are used.
         return self.world.share(found)
 
     def preview(self) -> Preview:
@@ -123,6 +124,6 @@ class Lookout:
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
-        """Whole weights, and nothing compiled anew for the sizes of a look."""
+        """Whole weights, and nothing compiled for sizes that no step has."""
         with self.parts.parallel.whole(), uncompiled(self.recipe):
             yield

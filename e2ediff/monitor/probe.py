@@ -1,4 +1,4 @@
-"""The fixed probe and the preview sheet: what is looked at while a run goes."""
+"""The fixed probe images, what diagnostics are given of them, and the preview sheet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from e2ediff.host.registry import options
 from e2ediff.loading.batches import fixed_images
 from e2ediff.model.calibration import at_rest, in_use, normalised, own_latents
 from e2ediff.model.inference import Model
-from e2ediff.monitor.isolation import Onlookers, numbers
+from e2ediff.monitor.isolation import Isolated, numbers
 from e2ediff.seeds import generator
 from e2ediff.step.draws import draw_for
 from e2ediff.step.step import Step
@@ -33,16 +33,16 @@ GRADIENT_IMAGES = 16
 
 @attrs.frozen(eq=False)
 class Observer:
-    """Fixed images, noise and labels on which a run is looked at.
+    """Fixed images, noise and labels on which a run is diagnosed.
 
-    A diagnostic that raises is left out from then on, and `onlookers` knows why.
+    A diagnostic that raises is switched off, and `isolated` keeps the reason.
     """
 
     recipe: Recipe
     diagnostics: Sequence[Diagnostic]
     probe: Batch
     calibration: Tensor
-    onlookers: Onlookers = attrs.field(factory=Onlookers)
+    isolated: Isolated = attrs.field(factory=Isolated)
 
     @classmethod
     def open(
@@ -52,14 +52,14 @@ class Observer:
         training: DataSource,
         held_out: DataSource,
         device: torch.device,
-        onlookers: Onlookers | None = None,
+        isolated: Isolated | None = None,
     ) -> Observer:
         """Read the probe from the held-out images, the calibration from the training ones."""
         count, seed = recipe.probe.images, recipe.seed
         probe = fixed_images(held_out, count, seed, "probe", device)
         count = recipe.probe.calibration
         calibration = fixed_images(training, count, seed, "calibration", device)
-        return cls(recipe, diagnostics, probe, calibration.x, onlookers or Onlookers())
+        return cls(recipe, diagnostics, probe, calibration.x, isolated or Isolated())
 
     @torch.no_grad()
     def measure(self, step: Step, phases: Sequence[str], *, survey: bool) -> dict[str, float]:
@@ -69,14 +69,15 @@ class Observer:
 
         Args:
             step: The networks and how a training step computes with them.
-            phases: Phases of the objective whose losses' gradients are looked at.
+            phases: Phases of the objective whose losses' gradients are measured.
             survey: Measure the costly diagnostics too.
 
         Raises:
             DivergedError: What the networks make of the probe is not finite.
         """
         chosen = [d for d in self.diagnostics if survey or not d.asks]
-        # Those that failed count here: another process may have them still, and must not wait.
+        # Include those that are switched off, so that all processes take part in the same
+        # collective calls: in another one they may still work.
         asked = set(chain.from_iterable(d.asks for d in chosen))
         first = self.recipe.probe.glance
         with at_rest(step.nets.target) as net:
@@ -99,7 +100,7 @@ class Observer:
 
     def _ask(self, diagnostic: Diagnostic, probe: Probe) -> dict[str, float]:
         """The figures of one diagnostic; none if it fails."""
-        return self.onlookers.ask(
+        return self.isolated.call(
             "diagnostic", diagnostic, lambda: numbers(diagnostic.measure(probe)), {}
         )
 
@@ -161,7 +162,7 @@ class Observer:
         signs: list[str] = []
         for d in self.diagnostics:
             said = partial(lambda d: [str(sign) for sign in d.verdict(figures)], d)
-            signs += self.onlookers.ask("diagnostic", d, said, [])
+            signs += self.isolated.call("diagnostic", d, said, [])
         return signs
 
     def _denoise(self, net: Backbone, z: Tensor, label: Tensor, t: float) -> Tensor:
@@ -201,21 +202,21 @@ def _first(net: Backbone, many: Probe, count: int) -> Probe:
 
 
 def chosen_diagnostics(
-    host: Host, recipe: Recipe, onlookers: Onlookers | None = None
+    host: Host, recipe: Recipe, isolated: Isolated | None = None
 ) -> Sequence[Diagnostic]:
     """The recipe's diagnostics; without any, all that are registered, with their defaults.
 
     Those of a plugin are when the recipe requires the plugin or names a part of it.
-    One that refuses its own defaults is left out, and `onlookers` knows why.
+    One that refuses its own defaults is left out, and `isolated` keeps the reason.
     """
-    onlookers = onlookers or Onlookers()
+    isolated = isolated or Isolated()
     if recipe.diagnostics is not None:
         return recipe.diagnostics
     found: list[Diagnostic] = []
     for part in host.parts("diagnostics"):
         if any(option.required for option in options(part.cls).values()):
             continue  # a recipe must name it
-        made = onlookers.ask("diagnostic", part.cls, part.cls, None)
+        made = isolated.call("diagnostic", part.cls, part.cls, None)
         if made is not None:
             assert isinstance(made, Diagnostic)
             found.append(made)

@@ -24,7 +24,7 @@ from e2ediff.loading.batches import fixed_images
 from e2ediff.metric import FeatureSet, Metric, is_distance, names_of, taps_of
 from e2ediff.model.image_features import features_of, network_title, to_pixels
 from e2ediff.model.inference import Model
-from e2ediff.monitor.isolation import Onlookers, numbers
+from e2ediff.monitor.isolation import Isolated, numbers
 
 _BATCH = 64
 
@@ -33,7 +33,7 @@ _BATCH = 64
 class Scorer:
     """Fixed held-out images with their features, and the network that makes them.
 
-    A metric that raises is left out from then on, and `onlookers` knows why.
+    A metric that raises is switched off, and `isolated` keeps the reason.
     """
 
     recipe: Recipe
@@ -41,7 +41,7 @@ class Scorer:
     network: FeatureNetwork
     x: Tensor
     real: FeatureSet
-    onlookers: Onlookers = attrs.field(factory=Onlookers)
+    isolated: Isolated = attrs.field(factory=Isolated)
 
     @classmethod
     def open(
@@ -49,7 +49,7 @@ class Scorer:
         recipe: Recipe,
         held_out: DataSource,
         device: torch.device,
-        onlookers: Onlookers | None = None,
+        isolated: Isolated | None = None,
     ) -> Scorer | None:
         """Read the images and their features; None if the recipe asks for no scores.
 
@@ -74,7 +74,7 @@ class Scorer:
                     f"in scores.features, not {network_title(network)}"
                 )
         real = _features(settings, network, x)
-        return cls(recipe, settings, network, x, real, onlookers or Onlookers())
+        return cls(recipe, settings, network, x, real, isolated or Isolated())
 
     def due(self, step: int) -> bool:
         """Whether a multiple of `every` images was passed in this step, or it is the last one."""
@@ -105,7 +105,7 @@ class Scorer:
         found: dict[str, float] = {}
         for metric in self.settings.metrics:
             work = partial(self._measured, metric, made, kind)
-            found |= self.onlookers.ask("metric", metric, work, dict[str, float]())
+            found |= self.isolated.call("metric", metric, work, dict[str, float]())
         return found
 
     def _measured(self, metric: Metric, made: FeatureSet, kind: str) -> dict[str, float]:

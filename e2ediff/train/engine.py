@@ -24,7 +24,7 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.loading.bad_images import BAD_IMAGES, BadImages, Skipped, taken
 from e2ediff.loading.batches import batches
 from e2ediff.monitor.alarm import Watch
-from e2ediff.monitor.monitor import Lookout
+from e2ediff.monitor.monitor import Monitor
 from e2ediff.monitor.pictures import curves_png, grid_png
 from e2ediff.monitor.probe import figures_line
 from e2ediff.step.assembly import Assembly, assemble
@@ -67,7 +67,7 @@ class Engine:
         self._data = describe(sources)
         self.parts: Assembly = assemble(recipe, device, self.world)
         self.update = Update(recipe, self.parts, self.world, self._tell)
-        self.lookout = Lookout.open(host, recipe, self.parts, self.world, sources, device)
+        self.monitor = Monitor.open(host, recipe, self.parts, self.world, sources, device)
         self.bad_images = BadImages(directory.store)
         self.skip([bad for source in sources for bad in taken(source)])
         trackers = recipe.trackers if self.world.leads else ()
@@ -130,11 +130,11 @@ class Engine:
                 self.advance(batch)
                 if self.step < total:
                     self._count_pace(time.perf_counter() - began)
-                if self.lookout.due(self.step):
+                if self.monitor.due(self.step):
                     self.look()
-                if self.lookout.preview_due(self.step):
+                if self.monitor.preview_due(self.step):
                     self.preview()
-                if self.lookout.scores_due(self.step):
+                if self.monitor.scores_due(self.step):
                     self.score()
                 if self.step % cadence.checkpoint == 0 and self.step < total:
                     self.save()
@@ -175,7 +175,7 @@ class Engine:
             )
         if not self.directory.store.exists(f"samples/step-{self.step:08d}.png"):
             self.preview()
-            if self.lookout.scores_due(self.step):
+            if self.monitor.scores_due(self.step):
                 self.score()
 
     def _asked(self, stop: Stop) -> bool:
@@ -270,7 +270,7 @@ class Engine:
         if bad:
             are = "is" if len(bad) == 1 else "are"
             raise self._diverged(f"{', '.join(bad)} {are} not finite.")
-        self.watch.hear(values)
+        self.watch.record(values)
         losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         self._notify("losses_logged", step=self.step, losses=losses)
         self.progress.update(
@@ -314,7 +314,7 @@ class Engine:
             began = time.perf_counter()
             phases = self.update.phases(self.images) or self.recipe.objective.phases[-1:]
             try:
-                found = self.lookout.diagnose(self.step, phases)
+                found = self.monitor.diagnose(self.step, phases)
             except DivergedError as error:
                 raise self._diverged(str(error)) from error
             self.health = found  # a figure of an earlier survey would look like one of now
@@ -326,12 +326,12 @@ class Engine:
         """Measure the recipe's `scores`."""
         with self.clock.paused():
             began = time.perf_counter()
-            self._figures(self.lookout.score(), "wall_score_seconds", began)
+            self._figures(self.monitor.score(), "wall_score_seconds", began)
 
     def preview(self) -> None:
         """Sample a sheet with fixed noise, and reconstruct probe images."""
         with self.clock.paused():
-            name, seen = f"step-{self.step:08d}.png", self.lookout.preview()
+            name, seen = f"step-{self.step:08d}.png", self.monitor.preview()
             self.directory.write_picture(name, grid_png(seen.x, seen.columns))
             self.directory.write_picture(f"reconstructions-{name}", grid_png(seen.pairs, 10))
             self.sinks.picture(self.images, "samples", seen.x)
@@ -346,13 +346,13 @@ class Engine:
 
     def _tell_failures(self) -> None:
         """Say which diagnostics and metrics failed since this was called last."""
-        for kind, text in self.lookout.observer.onlookers.told():
+        for kind, text in self.monitor.observer.isolated.drain():
             self._tell(kind, text)
 
     def _judge(self, figures: Mapping[str, float]) -> None:
-        verdict = self.lookout.observer.verdict(figures)
+        verdict = self.monitor.observer.verdict(figures)
         self._tell_failures()
-        found = self.watch.look(figures, verdict, self.step)
+        found = self.watch.evaluate(figures, verdict, self.step)
         said, signs = "; ".join(found.signs), [*found.signs]
         if found.change:
             self.directory.event(found.change, step=self.step, images=self.images, signs=signs)
@@ -402,7 +402,7 @@ class Engine:
             if self.recipe.alarm.policy == "rollback" and regular and watch.clean:
                 watch.anchor = self.images
             with uncompiled(self.recipe):
-                held = take(self.parts, self.lookout.observer.calibration, keep=self.world.leads)
+                held = take(self.parts, self.monitor.observer.calibration, keep=self.world.leads)
             write = partial(
                 save,
                 self.directory.store,

@@ -29,7 +29,7 @@ from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.loading.bad_images import BAD_IMAGES, open_source
 from e2ediff.loading.batches import LostReaderError, check_enough
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
-from e2ediff.monitor.alarm import deaf
+from e2ediff.monitor.alarm import alarm_blind_spot
 from e2ediff.objective import Objective
 from e2ediff.step.parallel import check_shares
 from e2ediff.store.attempts import ATTEMPTS
@@ -311,7 +311,7 @@ def _greet(progress: Progress, engine: Engine) -> None:
     for topic, choice in engine.parts.choices.items():
         progress.say(f"{topic}: {choice}")
     engine.directory.event("kernels", **engine.parts.choices)
-    warning = deaf(engine.recipe, engine.lookout.observer.diagnostics)
+    warning = alarm_blind_spot(engine.recipe, engine.monitor.observer.diagnostics)
     if warning and engine.parts.nets.online.latent.learned:
         progress.say(f"warning: {warning}")
 

@@ -9,8 +9,8 @@ import torch
 
 from e2ediff.diagnostic import Probe
 from e2ediff.host.recipe import Alarm, load_recipe
-from e2ediff.monitor.alarm import Watch, looks_of
-from e2ediff.monitor.monitor import Lookout
+from e2ediff.monitor.alarm import Watch, diagnosis_steps
+from e2ediff.monitor.monitor import Monitor
 from e2ediff.parts.diagnostics.latent_health import LatentHealth, content_std, effective_rank
 
 P, N, D = 64, 4, 16
@@ -81,8 +81,8 @@ def follow(
         z = series(i, seed)
         probe = probe_of((average or series)(i, seed), z[:16])
         figures = health.measure(probe)
-        watch.hear(QUIET)
-        found = watch.look(figures, health.verdict(figures))
+        watch.record(QUIET)
+        found = watch.evaluate(figures, health.verdict(figures))
         lost = i if lost is None and gone(z, first) else lost
         heard = i if heard is None and found.change == "collapse" else heard
     return lost, heard
@@ -129,23 +129,23 @@ def test_a_fall_is_held_against_the_run_itself_where_no_bound_is_crossed() -> No
     """A rank of 14 of 16 that falls to 6.5 is above the bound of 0.4."""
     watch = Watch(Alarm(fall=0.5))
     ranks = [14.0, 13.0, 6.5, 6.4]
-    found = [watch.look({"rank": r, "rank_fraction": r / 16}, []) for r in ranks]
+    found = [watch.evaluate({"rank": r, "rank_fraction": r / 16}, []) for r in ranks]
     assert [f.change for f in found] == ["", "", "", "collapse"]
     assert found[-1].signs == ["the effective rank fell from 14 to 6.4"]
     off = Watch(Alarm(fall=0.0))
-    assert not any(off.look({"rank": r}, []).signs for r in ranks)
+    assert not any(off.evaluate({"rank": r}, []).signs for r in ranks)
 
 
 def test_one_bad_look_is_no_alarm_and_the_alarm_goes_off_again() -> None:
     watch = Watch(Alarm(window=2))
-    said = [watch.look({}, signs).change for signs in (["x"], [], ["x"], ["x"], ["x"], [], [])]
+    said = [watch.evaluate({}, signs).change for signs in (["x"], [], ["x"], ["x"], ["x"], [], [])]
     assert said == ["", "", "", "collapse", "", "recovered", ""]
 
 
 def test_losses_that_vanish_are_heard_without_any_figure() -> None:
     watch = Watch(Alarm())
-    watch.hear({"loss/a": 1e-7, "loss/b": 0.0, "grad_norm": 1.0})
-    found = watch.look({}, [])
+    watch.record({"loss/a": 1e-7, "loss/b": 0.0, "grad_norm": 1.0})
+    found = watch.evaluate({}, [])
     assert found.change == "collapse"
     assert "every loss is below 1e-06" in found.signs[0]
 
@@ -162,14 +162,14 @@ def test_losses_that_vanish_are_heard_without_any_figure() -> None:
 )
 def test_one_loss_at_zero_or_no_gradient_alone_is_no_alarm(record) -> None:
     watch = Watch(Alarm())
-    watch.hear(record)
-    assert watch.look({"rank": 9.0, "latent_std": 1.0}, []).signs == []
+    watch.record(record)
+    assert watch.evaluate({"rank": 9.0, "latent_std": 1.0}, []).signs == []
 
 
 def test_no_gradient_on_degenerate_latents_is_heard_at_once() -> None:
     watch = Watch(Alarm(window=3))
-    watch.hear({"loss/denoising": 0.0, "loss/reconstruction": 0.1, "grad_norm": 1e-9})
-    found = watch.look({"rank": 3.0, "rank_fraction": 0.2, "latent_std": 1.0}, ["low rank"])
+    watch.record({"loss/denoising": 0.0, "loss/reconstruction": 0.1, "grad_norm": 1e-9})
+    found = watch.evaluate({"rank": 3.0, "rank_fraction": 0.2, "latent_std": 1.0}, ["low rank"])
     assert found.change == "collapse"
     assert any("gradient" in sign for sign in found.signs)
 
@@ -178,11 +178,11 @@ def test_the_state_is_json_and_restores_the_watch() -> None:
     from e2ediff.store.manifest import plain
 
     watch = Watch(Alarm(), attempt=2, anchor=64)
-    watch.look({"rank": 9.0, "latent_std": 1.0}, ["x"])
+    watch.evaluate({"rank": 9.0, "latent_std": 1.0}, ["x"])
     other = Watch(Alarm())
     other.restore(plain(watch.state(), "state"))
     assert other == watch
-    other.look({"rank": 10.0}, [])
+    other.evaluate({"rank": 10.0}, [])
     assert watch.best["rank"] == 9.0
 
 
@@ -204,6 +204,6 @@ def test_returns_are_bounded_and_only_for_rollback() -> None:
 )
 def test_the_looks_that_are_counted_on_are_those_that_are_due(host, tiny_recipe, cadence, steps):
     recipe = load_recipe(host, tiny_recipe, [f"cadence={cadence}"])
-    assert sorted(looks_of(recipe)) == steps
-    lookout = Lookout(recipe, None, None, None, None)
-    assert [s for s in range(1, 13) if lookout.due(s)] == steps
+    assert sorted(diagnosis_steps(recipe)) == steps
+    monitor = Monitor(recipe, None, None, None, None)
+    assert [s for s in range(1, 13) if monitor.due(s)] == steps

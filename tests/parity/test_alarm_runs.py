@@ -417,7 +417,7 @@ def test_a_network_that_collapsed_behind_its_slow_average_is_heard_within_two_wi
                 parts.averages["target"].update()
             phases = recipe.objective.phases
             figures.update(observer.measure(parts.step, phases, survey=False))
-            said.append(watch.look(figures, observer.verdict(figures)))
+            said.append(watch.evaluate(figures, observer.verdict(figures)))
 
     looks(3)
     assert [found.signs for found in said] == [[], [], []]

@@ -291,18 +291,18 @@ def test_looks_are_as_many_and_cost_what_the_engine_s_do(
         "detached", norm, "probe={images: 16, glance: 6, calibration: 8}", scores, *changes
     )
     engine = engine_of(host, recipe, tmp_path / "run")
-    plan, lookout = make_plan(host, recipe, "tiny"), engine.lookout
+    plan, monitor = make_plan(host, recipe, "tiny"), engine.monitor
     steps = range(1, recipe.total_steps + 1)
-    surveys = [0, *filter(lookout._survey_due, steps)]
+    surveys = [0, *filter(monitor._survey_due, steps)]
     assert plan.looks["survey"].times == len(surveys)
-    assert plan.looks["diagnose"].times == len([*filter(lookout.due, steps)]) - len(surveys) + 1
-    assert plan.looks["scores"].times == len([*filter(lookout.scores_due, steps)])
+    assert plan.looks["diagnose"].times == len([*filter(monitor.due, steps)]) - len(surveys) + 1
+    assert plan.looks["scores"].times == len([*filter(monitor.scores_due, steps)])
     phases = recipe.objective.phases
     between = recipe.cadence.diagnose * (2 if recipe.cadence.diagnose == 4 else 1)
     for name, work in (
-        ("diagnose", lambda: lookout.diagnose(between, phases)),
-        ("survey", lambda: lookout.diagnose(0, phases)),
-        ("scores", lookout.score),
+        ("diagnose", lambda: monitor.diagnose(between, phases)),
+        ("survey", lambda: monitor.diagnose(0, phases)),
+        ("scores", monitor.score),
         ("scores' reference", lambda: Scorer.open(recipe, recipe.data.open(), CPU)),
     ):
         counter = FlopCounterMode(display=False)

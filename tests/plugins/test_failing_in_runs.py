@@ -1,4 +1,4 @@
-"""What a plugin's part raises in a run: onlookers are left out, what is trained with stops it."""
+"""What a plugin's part raises in a run: diagnostics and metrics are left out, others stop it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from command_line import e2ediff
 
 from e2ediff.errors import PluginError
-from e2ediff.monitor.isolation import Onlookers
+from e2ediff.monitor.isolation import Isolated
 
 ONLOOKERS = """
 import attrs
@@ -160,7 +160,7 @@ def test_no_part_is_blamed_for_memory() -> None:
     def work() -> int:
         raise torch.OutOfMemoryError
 
-    onlookers = Onlookers()
+    isolated = Isolated()
     with pytest.raises(torch.OutOfMemoryError):
-        onlookers.ask("diagnostic", object(), work, 0)
-    assert not onlookers.told()
+        isolated.call("diagnostic", object(), work, 0)
+    assert not isolated.drain()
