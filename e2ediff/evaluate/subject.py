@@ -15,6 +15,7 @@ import torch
 import e2ediff
 from e2ediff import addresses
 from e2ediff.addresses import Address
+from e2ediff.averaging import Averaging
 from e2ediff.errors import DataError
 from e2ediff.evaluate.conventions import Labels
 from e2ediff.evaluate.images import FolderImages, ImageSet, NpzImages, Samples
@@ -22,7 +23,7 @@ from e2ediff.evaluate.reference import npz_keys
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
-from e2ediff.model.build import profiles
+from e2ediff.model.build import averagings
 from e2ediff.model.image_features import weights_sha256
 from e2ediff.model.inference import Model, Origin
 from e2ediff.sample.post_hoc import width_of
@@ -108,8 +109,9 @@ def run_subject(
     recipe, classes = model.recipe, max(1, model.recipe.data.image.classes)
     samples.labels = draw_labels(law, classes, count, seed)
     name = weights or (recipe.ema[0].name if recipe.ema else "target")
-    decay = {a.name: a.decay for a in recipe.ema} | {"target": recipe.target.decay, "online": 0.0}
-    widths = {profile.name: profile.sigma_rel for profile in profiles(recipe)}
+    averaging = averagings(recipe).get(name)
+    average = cast("JSON", unstructure(host, averaging, Averaging)) if averaging else None
+    options = average if isinstance(average, dict) else {}
     guidance = recipe.guidance and unstructure(host, recipe.guidance, Guidance)
     protocol = {
         "made_by": "e2ediff",
@@ -126,8 +128,9 @@ def run_subject(
         "step": opened.step,
         "images_trained": opened.images,
         "weights": name,
-        "ema_decay": decay.get(name),
-        "ema_width": width_of(name) or widths.get(name),
+        "average": average,
+        "ema_decay": 0.0 if name == "online" else options.get("decay"),
+        "ema_width": width_of(name) or options.get("width"),
         "weights_sha256": weights_sha256(model.net),
         "seed": seed,
     }

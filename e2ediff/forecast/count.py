@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from e2ediff.backbone import LatentSpec
 from e2ediff.data import Batch
 from e2ediff.host.recipe import Recipe
-from e2ediff.model.build import build_nets, profiles
+from e2ediff.model.build import averagings, build_nets
 from e2ediff.objective import Draw
 from e2ediff.step.step import Step
 
@@ -70,7 +70,7 @@ def count(recipe: Recipe) -> Count:
             step(batch, draw, phase)[0].backward()
         step.zero_grad()
         flops[phase] = counter.get_total_flops() / two
-    copies = 2 + 1 + len(recipe.ema) + len(profiles(recipe))
+    copies = 2 + len(averagings(recipe))
     return Count(
         parameters=parameters,
         modules={name: size for name, size in sizes.items() if size},

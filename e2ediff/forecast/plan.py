@@ -24,7 +24,7 @@ from e2ediff.forecast.sampling import Calls, count_calls
 from e2ediff.forecast.spread import spread
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
-from e2ediff.model.build import build_nets, profiles
+from e2ediff.model.build import averagings, build_nets, tracked
 from e2ediff.model.inference import ROWS
 from e2ediff.monitor.probe import GRADIENT_IMAGES, chosen_diagnostics
 
@@ -147,7 +147,7 @@ class Plan:
         if r.post_hoc is None:
             return 0.0
         taken = (r.total_steps - 1) // r.snapshot_steps
-        each = sum(self.memory.state[f"average {p.name}"] for p in profiles(r))
+        each = sum(self.memory.state[f"average {name}"] for name in tracked(r))
         share = 0.5 if r.post_hoc.precision == "float16" else 1.0
         return min(taken, r.post_hoc.keep or taken) * each * share
 
@@ -219,7 +219,7 @@ def _looks(host: Host, plan: Plan) -> dict[str, Look]:
     both = cost["encode"] + cost["decode"]
     sheet = r.preview.rows * max(1, min(r.preview.classes, r.data.image.classes))
     preview = sheet * plan.sample_flops + _RECONSTRUCTIONS * both + 2 * calibration
-    weights = 2 + len(r.ema) + len(profiles(r))  # online, target and the further averages
+    weights = 1 + len(averagings(r))  # online and the averages
     every = r.cadence.survey or 10 * r.cadence.diagnose
     found = {
         "diagnose": Look(_diagnoses(r, every), _glance(r) * cost["encode"] + trained),

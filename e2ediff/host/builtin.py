@@ -100,6 +100,10 @@ PARTS = {
         "density_coverage": "metrics:DensityCoverage",
         "cmmd": "metrics:CMMD",
     },
+    "averages": {
+        "constant": "averages:Constant",
+        "power": "averages:Power",
+    },
 }
 
 

@@ -65,6 +65,7 @@ def register(add: Add) -> None:
     - `trackers`: `e2ediff.tracker.TrackerConfig`
     - `features`: `e2ediff.features.FeatureConfig`
     - `metrics`: `e2ediff.metric.Metric`
+    - `averages`: `e2ediff.averaging.Averaging`
     - `commands`: `click.Command`
     """
 

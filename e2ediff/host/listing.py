@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import attrs
 
 from e2ediff.errors import PluginError
-from e2ediff.host.registry import Part, options
+from e2ediff.host.registry import DEFAULTS, Part, options
 from e2ediff.host.structure import describe
 
 
@@ -24,7 +24,9 @@ def option_rows(cls: type) -> Iterator[tuple[str, str, str]]:
         default = defaults[option.attribute]
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = default.factory()
-        text = "required" if option.required else _written(default)
+        if default is attrs.NOTHING:
+            default = DEFAULTS.get(option.hint, "required")
+        text = _written(default)
         yield option.name, describe(option.hint), text
 
 

@@ -11,6 +11,7 @@ from attrs.validators import deep_iterable, ge, gt, le, lt, min_len, optional
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
+from e2ediff.averaging import WIDEST, Averaging
 from e2ediff.backbone import BackboneConfig
 from e2ediff.data import SourceConfig
 from e2ediff.diagnostic import Diagnostic
@@ -18,6 +19,7 @@ from e2ediff.errors import Problem, RecipeError
 from e2ediff.features import FeatureConfig
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
+from e2ediff.host.registry import FLAT
 from e2ediff.host.structure import Structurer, show, unstructure
 from e2ediff.host.yaml import MAX_BYTES, Node, dump_yaml, parse_yaml, path_join, set_value
 from e2ediff.interpolant import Interpolant, Kind
@@ -56,33 +58,20 @@ def _one_version(instance: object, field: attrs.Attribute[int], value: int) -> N
 
 
 @attrs.frozen(kw_only=True)
-class Target:
-    """The target network, an exponential moving average of the trained one.
+class Average:
+    """A further average of the weights, only to sample from.
 
-    `decay` is the share of the old average kept at each step, in [0, 1).
-    `warmup` begins with smaller decays, so that early averages forget the initial weights.
+    `name` is that of the weights; the options of its `kind` stand beside it, as in
+    `{name: slow, kind: power, width: 0.1}`.
     """
 
-    decay: float = attrs.field(default=0.999, validator=_FRACTION)
-    warmup: bool = True
-
-
-@attrs.frozen(kw_only=True)
-class Average:
-    """A further average of the weights, only to sample from: `name`, and as `Target`."""
-
     name: str = attrs.field(validator=_plain_name)
-    decay: float = attrs.field(validator=_FRACTION)
-    warmup: bool = True
+    averaging: Averaging = attrs.field(metadata=FLAT)
 
     @name.validator
     def _not_taken(self, field: attrs.Attribute[str], value: str) -> None:
         if value in ("online", "target"):
             raise ValueError(f"{value!r} is the name of weights that every run has.")
-
-
-WIDEST = 12**-0.5
-"""The largest width of a power-function average: that of the mean over all of training."""
 
 
 @attrs.frozen(kw_only=True)
@@ -223,8 +212,9 @@ class Recipe:
     `predicts` is what the denoiser's output stands for.
     `regularizers` are losses of the latents, added to those of the objective.
     `label_drop` is the probability, in [0, 1), of training the denoiser without the class.
-    `target` and `ema` are averages of the weights; `post_hoc` tracks further ones, from which
-    any width can be reconstructed after training.
+    `target` is the average of the weights that objectives may compare with, `ema` lists further
+    ones to sample from, each of a `kind` (by default `constant`); `post_hoc` tracks further ones
+    still, from which any width can be reconstructed after training.
     `optimizers` replaces `optimizer` in the phases it names.
     `diagnostics` are measured on `probe`; without the key, all that are registered by e2ediff and
     by the plugins that the recipe needs.
@@ -258,7 +248,7 @@ class Recipe:
     objective: Objective
     regularizers: tuple[Regularizer, ...] = ()
     label_drop: float = attrs.field(default=0.1, validator=_FRACTION)
-    target: Target = Target()
+    target: Averaging
     ema: tuple[Average, ...] = attrs.field(default=())
     post_hoc: PostHoc | None = None
     optimizer: OptimizerConfig

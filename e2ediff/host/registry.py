@@ -14,6 +14,7 @@ from typing import Any, Literal, Union
 
 import attrs
 
+from e2ediff.averaging import Averaging
 from e2ediff.errors import DuplicateNameError, PluginError
 from e2ediff.host.checkout import install_hint
 from e2ediff.host.discovery import BUILTIN
@@ -33,12 +34,19 @@ KINDS = (
     ("trackers", "tracker", "e2ediff.tracker:TrackerConfig"),
     ("features", "feature network", "e2ediff.features:FeatureConfig"),
     ("metrics", "metric", "e2ediff.metric:Metric"),
+    ("averages", "average", "e2ediff.averaging:Averaging"),
 )
 """Plural, as `add` takes it; the word for one; the contract that its classes keep.
 
 Contracts are named and not imported, because most of them import torch, and the command line
 lists plugins without.
 """
+
+DEFAULTS: Mapping[Any, str] = {Averaging: "constant"}
+"""Contracts whose blocks choose a part by `kind`, and the part of a block that names none."""
+
+FLAT: Mapping[str, object] = {"flat": True}
+"""Metadata of a field whose part has its options in the same block, beside the other fields."""
 
 SCALARS = (int, float, bool, str, type(None))
 
@@ -163,6 +171,11 @@ class Registry:
         found: type[object] = import_named(self.contract_name)
         return found
 
+    @property
+    def key(self) -> str:
+        """The word by which a block chooses a part."""
+        return "kind" if self.contract in DEFAULTS else "name"
+
     def add(self, name: str, target: type | str, plugin: Plugin) -> None:
         """Register a class, or the text `module:Class`, which is imported when it is needed.
 
@@ -211,8 +224,9 @@ class Registry:
         except PluginError as exc:
             raise PluginError(f"{title}: {exc}") from exc
         for option in found.values():
-            if option.name == "name":
-                raise PluginError(f"{title}: the option 'name' collides with the part's own name")
+            if option.name in {"name", self.key}:
+                what = f"the option {option.name!r} collides with the part's own name"
+                raise PluginError(f"{title}: {what}")
             if not expressible(option.hint):
                 raise PluginError(
                     f"{title}: a recipe cannot hold option {option.name!r} of type {option.hint}"
@@ -287,12 +301,16 @@ class Registry:
 
 @attrs.frozen
 class Option:
-    """One key of a block: the attribute it sets, its type, and whether it must be written."""
+    """One key of a block: the attribute it sets, its type, and whether it must be written.
+
+    One that is `flat` chooses a part whose own options are further keys of the same block.
+    """
 
     name: str
     attribute: str
     hint: object
     required: bool
+    flat: bool = False
 
 
 def closest(word: str, known: Collection[str]) -> list[str]:
@@ -326,9 +344,10 @@ def options(cls: type) -> dict[str, Option]:
             continue
         if field.name not in hints:
             raise PluginError(f"option {field.alias!r} of {cls.__qualname__} has no type")
-        found[field.alias] = Option(
-            field.alias, field.name, hints[field.name], required=field.default is attrs.NOTHING
-        )
+        hint, flat = hints[field.name], bool(field.metadata.get("flat"))
+        required = field.default is attrs.NOTHING and hint not in DEFAULTS
+        name = "kind" if flat else field.alias
+        found[name] = Option(name, field.name, hint, required, flat)
     return found
 
 

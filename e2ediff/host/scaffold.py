@@ -12,8 +12,13 @@ from e2ediff import __version__
 from e2ediff.addresses import Address
 from e2ediff.errors import PluginError
 
-_CHECKS = {"time_sampler": "check_times", "feature": "check_features"}
+_CHECKS = {
+    "average": "check_averaging",
+    "time_sampler": "check_times",
+    "feature": "check_features",
+}
 _KEYS = {
+    "average": "target={}",
     "time_sampler": "times={}",
     "source": "data={}",
     "regularizer": "regularizers=[{}]",

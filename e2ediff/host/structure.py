@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal, Union
 import attrs
 
 from e2ediff.errors import DuplicateNameError, PluginError, Problem
-from e2ediff.host.registry import SCALARS, closest, contracts, did_you_mean, options
+from e2ediff.host.registry import DEFAULTS, SCALARS, closest, contracts, did_you_mean, options
 from e2ediff.host.yaml import Node, path_join
 
 if TYPE_CHECKING:
@@ -145,8 +145,17 @@ class Structurer:
     def _part(self, node: Node, contract: type, where: str) -> object:
         registry = self.host.registry_of(contract)
         assert registry is not None
-        entries = dict(node.value) if isinstance(node.value, dict) else {"name": node}
-        name = entries.pop("name", None)
+        entries = dict(node.value) if isinstance(node.value, dict) else {registry.key: node}
+        cls = self._chosen(node, contract, where, entries)
+        return self._block(node, cls, where, entries) if isinstance(cls, type) else _FAILED
+
+    def _chosen(self, node: Node, contract: type, where: str, entries: dict[str, Node]) -> object:
+        """The class of the part that a block's entries name; takes the name out of them."""
+        registry = self.host.registry_of(contract)
+        assert registry is not None
+        name = entries.pop(registry.key, None)
+        if name is None and contract in DEFAULTS:
+            name = Node(DEFAULTS[contract], node.place)
         if name is None:
             for key in closest("name", entries)[:1]:
                 what = f"unknown option {key[:60]!r}."
@@ -162,7 +171,7 @@ class Structurer:
         except PluginError as exc:
             return self._complain(where, f"{exc}.", name.place)
         if cls is not None:
-            return self._block(node, cls, where, entries)
+            return cls
         if self.excused and not closest(name.value, registry.names()):
             return _FAILED
         what = f"unknown {registry.kind} {name.value[:60]!r}."
@@ -170,20 +179,34 @@ class Structurer:
         return self._complain(where, what, name.place, way_out)
 
     def _block(self, node: Node, cls: type, where: str, entries: Mapping[str, Node]) -> object:
-        known = options(cls)
+        known, entries, inner = options(cls), dict(entries), cls
+        flat = next((option for option in known.values() if option.flat), None)
+        if flat:
+            assert isinstance(flat.hint, type)
+            chosen = self._chosen(node, flat.hint, where, entries)
+            if not isinstance(chosen, type):
+                return _FAILED
+            known, inner = {k: o for k, o in known.items() if o is not flat}, chosen
+            known |= options(inner)
+        words = {*known, "kind"} if issubclass(inner, (*DEFAULTS,)) else {*known}
         values: dict[str, object] = {}
         meant: set[str] = set()
         for key, child in entries.items():
             if key in known:
                 values[key] = self._value(child, known[key].hint, path_join(where, key))
                 continue
-            meant.update(closest(key, known)[:1])
+            meant.update(closest(key, words)[:1])
             place = node.keys.get(key, node.place)
             values[key] = self._complain(
-                where, f"unknown option {key[:60]!r}.", place, did_you_mean(key, known, "Options")
+                where, f"unknown option {key[:60]!r}.", place, did_you_mean(key, words, "Options")
             )
         for option in known.values():
-            if option.required and option.name not in values:
+            if option.name in values:
+                continue
+            if option.hint in DEFAULTS:
+                empty = Node({}, node.place)
+                values[option.name] = self._value(empty, option.hint, where)
+            elif option.required:
                 # Not said twice of an option that is there, but misspelt.
                 if option.name not in meant:
                     way_out = f"Add `{option.name}:` with {describe(option.hint)}."
@@ -191,6 +214,20 @@ class Structurer:
                 values[option.name] = _FAILED
         if any(v is _FAILED for v in values.values()):
             return _FAILED
+        if flat:
+            own = {name: values.pop(name) for name in options(inner) if name in values}
+            values[flat.attribute] = self._built(inner, own, node, where, entries)
+        made = self._built(cls, values, node, where, entries)
+        return _FAILED if any(v is _FAILED for v in values.values()) else made
+
+    def _built(
+        self,
+        cls: type,
+        values: Mapping[str, object],
+        node: Node,
+        where: str,
+        entries: Mapping[str, Node],
+    ) -> object:
         try:
             return cls(**values)
         except Exception as exc:  # validators are plugins' code; ours and attrs' raise ValueError
@@ -276,12 +313,12 @@ def unstructure(host: Host, value: object, hint: object) -> object:
     if not attrs.has(type(value)):
         return value
     cls = type(value)
-    block = {
-        option.name: unstructure(host, getattr(value, option.attribute), option.hint)
-        for option in options(cls).values()
-    }
+    block: dict[str, object] = {}
+    for option in options(cls).values():
+        inner = unstructure(host, getattr(value, option.attribute), option.hint)
+        block |= inner if option.flat and isinstance(inner, dict) else {option.name: inner}
     for member in members:
         registry = host.registry_of(member) if isinstance(member, type) else None
         if registry and isinstance(value, registry.contract):
-            return {"name": registry.name_of(cls), **block}
+            return {registry.key: registry.name_of(cls), **block}
     return block

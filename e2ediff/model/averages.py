@@ -7,13 +7,14 @@ import copy
 import torch
 from torch_ema import ExponentialMovingAverage
 
+from e2ediff.averaging import Averaging
 from e2ediff.backbone import Backbone
 from e2ediff.distributed.tensors import mine
-from e2ediff.model.power_averages import Profile
+from e2ediff.parts.averages import Constant
 
 
 class Average:
-    """An exponential moving average of a backbone, by torch-ema, or one by a profile.
+    """An average of a backbone by the law of its kind; that of `constant` is torch-ema's.
 
     torch-ema keeps an ordered list of tensors without names, and no buffers.
     Here that list is the copy's own parameters, so that the average is a network with names, in
@@ -21,14 +22,14 @@ class Average:
     belong to one set of weights and are calibrated before the copy is used.
     """
 
-    def __init__(self, online: Backbone, decay: float | Profile, *, warmup: bool = False) -> None:
-        self.online = online
-        self.profile = decay if isinstance(decay, Profile) else None
+    def __init__(self, online: Backbone, averaging: Averaging) -> None:
+        self.online, self.averaging = online, averaging
         self.net = copy.deepcopy(online).requires_grad_(requires_grad=False).eval()
         self.net.latent_norm.train()  # batch statistics during training, as the online network
-        counts = warmup or self.profile is not None
-        constant = 0.0 if isinstance(decay, Profile) else decay
-        self.ema = ExponentialMovingAverage(online.parameters(), constant, use_num_updates=counts)
+        decay, counts = 1.0, True
+        if isinstance(averaging, Constant):
+            decay, counts = averaging.decay, averaging.warmup
+        self.ema = ExponentialMovingAverage(online.parameters(), decay, use_num_updates=counts)
         self.bind()
         norm = set(map(id, self.net.latent_norm.buffers()))
         self._buffers = [
@@ -51,19 +52,16 @@ class Average:
         writes every number once and needs no memory of its own.
         It rounds once less: after an update both agree to two units in the last place.
         """
-        decay = self.ema.decay
         if self.ema.num_updates is not None:
             self.ema.num_updates += 1
-            count = self.ema.num_updates
-            early = (1 + count) / (10 + count)
-            decay = self.profile.decay(count) if self.profile else min(decay, early)
+        decay = self.averaging.decay_at(self.ema.num_updates or 1)
         torch._foreach_lerp_(self._mine, self._theirs, 1.0 - decay)
         for copied, buffer in self._buffers:
             copied.copy_(buffer)
 
     @property
     def updates(self) -> int:
-        """Number of updates so far, which sets the decay during warm-up, and a profile's."""
+        """Number of updates so far, which sets the decay; 0 where the decay never changes."""
         return self.ema.num_updates or 0
 
     @updates.setter

@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 from e2ediff import addresses
+from e2ediff.averaging import Averaging
 from e2ediff.backbone import Backbone
 from e2ediff.errors import Problem, RecipeError, ResourceError
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.averages import Average
-from e2ediff.model.power_averages import Profile
+from e2ediff.model.power_averages import tracked_name
 from e2ediff.objective import Nets
+from e2ediff.parts.averages import Power
 from e2ediff.regularizer import names_of
 from e2ediff.seeds import derive
 
@@ -72,7 +74,7 @@ def build_nets(recipe: Recipe, device: torch.device) -> tuple[Nets, Average]:
     Weights depend on the recipe's seed alone.
     """
     online, heads, frozen = fresh_nets(recipe, device)
-    target = Average(online, recipe.target.decay, warmup=recipe.target.warmup)
+    target = Average(online, recipe.target)
     return Nets(online, target.net, recipe.interpolant, recipe.predicts, heads, frozen), target
 
 
@@ -171,6 +173,13 @@ def check_fits(recipe: Recipe, source: str) -> None:
         raise RecipeError(source, found)
 
 
-def profiles(recipe: Recipe) -> list[Profile]:
+def averagings(recipe: Recipe) -> dict[str, Averaging]:
+    """The laws of a run's averages, by the name of the weights, those of `post_hoc` last."""
+    further = {average.name: average.averaging for average in recipe.ema}
+    return {"target": recipe.target, **further, **tracked(recipe)}
+
+
+def tracked(recipe: Recipe) -> dict[str, Power]:
     """Those of the averages that `post_hoc` asks for."""
-    return [] if recipe.post_hoc is None else [Profile(w) for w in recipe.post_hoc.widths]
+    widths = recipe.post_hoc.widths if recipe.post_hoc else ()
+    return {tracked_name(width): Power(width=width) for width in widths}

@@ -10,11 +10,12 @@ Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), section 3 and appendix C.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
+
+from e2ediff.parts.averages import gamma_of
 
 Floats = NDArray[np.float64]
 
@@ -27,30 +28,9 @@ def sigma_rel_of(gamma: float) -> float:
     return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
 
 
-@lru_cache
-def gamma_of(sigma_rel: float) -> float:
-    """The exponent of a profile of this width, in (0, 12^-0.5].
-
-    The largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2.
-    """
-    s = sigma_rel**-2.0
-    return float(max(0.0, np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max()))
-
-
-@attrs.frozen
-class Profile:
-    """The averaging law of one width."""
-
-    sigma_rel: float
-
-    @property
-    def name(self) -> str:
-        """The average's name in a checkpoint."""
-        return f"ema-{self.sigma_rel:g}"
-
-    def decay(self, step: int) -> float:
-        """The share of the old average that stays at this optimizer step, the first being 1."""
-        return float((1.0 - 1.0 / step) ** (gamma_of(self.sigma_rel) + 1.0))
+def tracked_name(width: float) -> str:
+    """The name in a checkpoint of the average of this width that `post_hoc` tracks."""
+    return f"ema-{width:g}"
 
 
 @attrs.frozen

@@ -15,13 +15,14 @@ import attrs
 import torch
 from torch import Tensor
 
+from e2ediff.averaging import WIDEST
 from e2ediff.backbone import Backbone
 from e2ediff.errors import CheckpointError, DataError
-from e2ediff.host.recipe import WIDEST, Recipe
+from e2ediff.host.recipe import Recipe
 from e2ediff.loading.bad_images import open_source
 from e2ediff.loading.batches import fixed_images
 from e2ediff.model.calibration import calibrate
-from e2ediff.model.power_averages import TOLERANCE, Point, Profile, mixture, reachable
+from e2ediff.model.power_averages import TOLERANCE, Point, mixture, reachable, tracked_name
 from e2ediff.model.weights import load_weights
 from e2ediff.store.checkpoint import list_checkpoints
 from e2ediff.store.manifest import Checkpoint, open_one
@@ -62,7 +63,7 @@ class Source:
     @property
     def file(self) -> str:
         """Its file in the checkpoint."""
-        return Profile(self.point.sigma_rel).name
+        return tracked_name(self.point.sigma_rel)
 
 
 @attrs.frozen
@@ -100,7 +101,7 @@ class Basis:
                 Source(Point(width, one.step), one)
                 for one in [*before, at]
                 for width in recipe.post_hoc.widths
-                if one.step > 0 and Profile(width).name in one.files
+                if one.step > 0 and tracked_name(width) in one.files
             ),
         )
 
@@ -160,7 +161,7 @@ def reconstruct(net: Backbone, basis: Basis, width: float, recipe: Recipe) -> st
         DataError: The statistics need training images, and they are not there.
     """
     chosen = basis.chosen(width)
-    own = Profile(recipe.post_hoc.widths[0]).name if recipe.post_hoc else "online"
+    own = tracked_name(recipe.post_hoc.widths[0]) if recipe.post_hoc else "online"
     load_weights(net, basis.at, own)
     with torch.no_grad():
         for name, value in _sums(net, chosen).items():

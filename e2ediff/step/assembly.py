@@ -10,7 +10,7 @@ import torch
 from e2ediff.distributed.world import World
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.averages import Average
-from e2ediff.model.build import DTYPES, fresh_nets, profiles
+from e2ediff.model.build import DTYPES, averagings, fresh_nets
 from e2ediff.objective import Nets
 from e2ediff.step.compiling import compile_blocks, compile_step, recompute
 from e2ediff.step.parallel import Parallel
@@ -40,11 +40,7 @@ def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -
     precision = DTYPES[recipe.precision]
     # Before it is copied: the averages use the kernels that were chosen once.
     choices = dict(online.prepare(device, precision))
-    averages = {"target": Average(online, recipe.target.decay, warmup=recipe.target.warmup)}
-    for extra in recipe.ema:
-        averages[extra.name] = Average(online, extra.decay, warmup=extra.warmup)
-    for profile in profiles(recipe):
-        averages[profile.name] = Average(online, profile)
+    averages = {name: Average(online, law) for name, law in averagings(recipe).items()}
     target = averages["target"].net
     nets = Nets(online, target, recipe.interpolant, recipe.predicts, heads, frozen)
     copies = {name: average.net for name, average in averages.items()}

@@ -12,6 +12,7 @@ from e2ediff.testing.networks import check_backbone, check_objective, check_regu
 from e2ediff.testing.paths import check_interpolant, check_times
 from e2ediff.testing.sampling import check_guidance, check_sampler
 from e2ediff.testing.surroundings import (
+    check_averaging,
     check_diagnostic,
     check_features,
     check_metric,
@@ -32,6 +33,7 @@ __all__ = [
     "IMAGE",
     "GaussianDenoiser",
     "TinyBackbone",
+    "check_averaging",
     "check_backbone",
     "check_diagnostic",
     "check_features",

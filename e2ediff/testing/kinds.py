@@ -12,6 +12,7 @@ from e2ediff.testing.networks import check_backbone, check_objective, check_regu
 from e2ediff.testing.paths import check_interpolant, check_times
 from e2ediff.testing.sampling import check_guidance, check_sampler
 from e2ediff.testing.surroundings import (
+    check_averaging,
     check_diagnostic,
     check_features,
     check_metric,
@@ -91,6 +92,7 @@ KINDS: tuple[Kind, ...] = (
         many=True,
         block="scores={every: 16, images: 16, features: random_projection, metrics: [NAME]}",
     ),
+    Kind("averages", "target", _alone(check_averaging)),
 )
 """To add a kind, add its registry to `e2ediff.host.registry.KINDS`, a row here, and a template."""
 

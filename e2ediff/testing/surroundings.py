@@ -1,4 +1,4 @@
-"""Checks of what surrounds the networks: data, optimizers, diagnostics, scores."""
+"""Checks of what surrounds the networks: data, optimizers, averages, diagnostics, scores."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 import torch
 from torch import nn
 
+from e2ediff.averaging import Averaging
 from e2ediff.data import SourceConfig
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.features import FeatureConfig
@@ -45,6 +46,19 @@ def check_optimizer(o: OptimizerConfig) -> None:
     optimizer.step()
     other.step()
     assert torch.equal(mine, theirs), f"{name}: state_dict() must hold all of the state"
+
+
+def check_averaging(a: Averaging) -> None:
+    """Decays in [0, 1], not all of them 1, that depend on the number of the update alone."""
+    name, updates = type(a).__name__, [*range(1, 200), 10**4, 10**7]
+    with own_randomness(a):
+        decays = [a.decay_at(update) for update in updates]
+        again = [a.decay_at(update) for update in reversed(updates)]
+    for update, decay in zip(updates, decays, strict=True):
+        fine = isinstance(decay, int | float) and 0 <= decay <= 1
+        assert fine, f"{name}: decay_at({update}) is {decay!r}; return a number in [0, 1]"
+    assert min(decays) < 1, f"{name}: every decay is 1, so that the average never moves"
+    assert again[::-1] == decays, f"{name}: decay_at() must depend on `update` alone"
 
 
 def check_source(s: SourceConfig) -> None:

@@ -101,8 +101,9 @@ def refuse_other_recipe(
     differ = [path for path in {**before, **now} if before.get(path) != now.get(path)]
     changed = [p for p in differ if not {p, p.partition(".")[0]} & {*_MAY_CHANGE}]
     # Another part has other options: its name says it all.
-    other = tuple(path.removesuffix("name") for path in changed if path.endswith(".name"))
-    changed = [p for p in changed if p.endswith(".name") or not p.startswith(other)]
+    chosen = [path for path in changed if path.endswith(".name") or path == "target.kind"]
+    other = tuple(path.removesuffix("name").removesuffix("kind") for path in chosen)
+    changed = [p for p in changed if p in chosen or not p.startswith(other)]
     moved = [path for path in changed if path in _ADDRESSES]
     why = _unlike(directory, images, sure=not moved)
     hint = "Give the same recipe and --set as before, or start another run."

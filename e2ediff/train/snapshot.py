@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from e2ediff.backbone import Backbone
 from e2ediff.distributed.tensors import whole
 from e2ediff.host.recipe import Recipe
-from e2ediff.model.build import profiles
+from e2ediff.model.build import tracked
 from e2ediff.model.calibration import calibrate
 from e2ediff.model.weights import load_weights
 from e2ediff.step.assembly import Assembly
@@ -123,15 +123,15 @@ def snapshots(store: Store) -> Store:
 def take_snapshot(
     parts: Assembly, recipe: Recipe, *, keep: bool = True
 ) -> dict[str, dict[str, Tensor]]:
-    """Parameters of the averages with a profile, by average, whole where they are split.
+    """Parameters of the averages of `post_hoc`, by average, whole where they are split.
 
     All processes of a run take it together; those that do not `keep` it get no tensors.
     """
     assert recipe.post_hoc is not None
     found: dict[str, dict[str, Tensor]] = {}
-    for profile in profiles(recipe):
-        found[profile.name] = held = {}
-        for name, value in parts.averages[profile.name].net.named_parameters():
+    for average in tracked(recipe):
+        found[average] = held = {}
+        for name, value in parts.averages[average].net.named_parameters():
             full = whole(value.detach())
             if keep:
                 held[name] = full.to("cpu", _DTYPES[recipe.post_hoc.precision])

@@ -34,6 +34,7 @@ PARTS = [(plural, part) for plural, registry in HOST.registries.items() for part
 # Keys of a recipe that hold a part of this kind, where it is not the kind's own name.
 KEYS = {
     "time_samplers": "times",
+    "averages": "target",
     "sources": "data",
     "features": "objective",
     "metrics": "scores",

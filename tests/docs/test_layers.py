@@ -37,7 +37,7 @@ ROOMS = {
     "store": ("contracts host", "torch attrs safetensors"),
     "distributed": ("contracts store", "torch"),
     "loading": ("contracts store distributed", "torch"),
-    "model": ("contracts host store distributed", "torch attrs numpy torch_ema"),
+    "model": ("contracts parts host store distributed", "torch attrs numpy torch_ema"),
     "step": ("contracts host distributed model", "torch attrs"),
     "monitor": ("contracts host store distributed loading model step",
                 "torch attrs PIL torchvision matplotlib"),

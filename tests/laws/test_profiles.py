@@ -12,13 +12,12 @@ from e2ediff.model.averages import Average
 from e2ediff.model.power_averages import (
     TOLERANCE,
     Point,
-    Profile,
-    gamma_of,
     inner_products,
     mixture,
     reachable,
     sigma_rel_of,
 )
+from e2ediff.parts.averages import Power, gamma_of
 from e2ediff.testing import make_nets
 
 
@@ -32,7 +31,7 @@ def averaged(values, width: float):
     """The average after each step, in float64, by the recursion that runs use."""
     found, average = [], 0.0
     for step, value in enumerate(values, start=1):
-        decay = Profile(width).decay(step)
+        decay = Power(width=width).decay_at(step)
         average = decay * average + (1 - decay) * value
         found.append(average)
     return np.array(found)
@@ -60,7 +59,7 @@ def test_the_width_is_the_profiles_standard_deviation(gamma) -> None:
 def test_a_tracked_average_is_the_closed_form_sum_of_the_trajectory() -> None:
     """Step k weighs (k^(gamma + 1) - (k - 1)^(gamma + 1)) / n^(gamma + 1)."""
     net, n = make_nets().online, 25
-    averages = {w: Average(net, Profile(w)) for w in (0.05, 0.2)}
+    averages = {w: Average(net, Power(width=w)) for w in (0.05, 0.2)}
     start = [p.detach().double() for p in net.parameters()]
     values = walk(n)
     for value in values:

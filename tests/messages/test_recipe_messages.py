@@ -11,6 +11,7 @@ from tiny_parts import part, plugin
 from e2ediff.errors import RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe, parse_recipe
+from e2ediff.parts.averages import Constant
 
 
 def must_be_kind(instance, field, value):
@@ -41,6 +42,7 @@ HOST = load(
         sources=[("shapes", part("sources"))],
         optimizers=[("sgd", part("optimizers", lr=(float, attrs.field())))],
         samplers=[("euler", part("samplers", steps=(int, 10)))],
+        averages=[("constant", Constant)],
         trackers=[
             (
                 "odd",
@@ -148,6 +150,21 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file():
         (
             TEXT + "ema: [{name: target, decay: 0.5}]\n",
             "r.yaml:12:14: ema.0.name: 'target' is the name of weights that every run has.",
+        ),
+        (
+            TEXT + "ema: [{nmae: slow, decay: 0.5}]\n",
+            "r.yaml:12:8: ema.0: unknown option 'nmae'. Did you mean 'name'? "
+            "Options: decay, kind, name, warmup.",
+        ),
+        (
+            TEXT + "target: {knid: constant}\n",
+            "r.yaml:12:10: target: unknown option 'knid'. Did you mean 'kind'? "
+            "Options: decay, kind, warmup.",
+        ),
+        (
+            TEXT + "ema: [{name: slow, kind: constnat, decay: 0.5}]\n",
+            "r.yaml:12:26: ema.0: unknown average 'constnat'. Did you mean 'constant'? "
+            "Known: constant.",
         ),
         (
             TEXT + "ema: [{name: a, decay: 0.5}, {name: a, decay: 0.6}]\n",

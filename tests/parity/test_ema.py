@@ -11,6 +11,7 @@ from torch_ema import ExponentialMovingAverage
 
 from e2ediff.model.averages import Average
 from e2ediff.model.calibration import calibrate, in_use
+from e2ediff.parts.averages import Constant
 from e2ediff.testing import TinyBackbone, make_batch, make_draw, make_nets
 
 
@@ -36,7 +37,7 @@ def spacing(*tensors):
 @pytest.mark.parametrize("decay", [0.9, 0.999])
 def test_an_update_is_that_of_torch_ema_to_two_units_in_the_last_place(decay, warmup) -> None:
     net = make_nets().online
-    ours = Average(net, decay, warmup=warmup)
+    ours = Average(net, Constant(decay=decay, warmup=warmup))
     theirs = ExponentialMovingAverage(net.parameters(), decay, use_num_updates=warmup)
     for _ in trained_steps(net, 50):
         theirs.copy_to(ours.net.parameters())
@@ -55,7 +56,7 @@ def test_an_update_is_that_of_torch_ema_to_two_units_in_the_last_place(decay, wa
 def test_the_difference_from_torch_ema_stays_bounded(decay) -> None:
     """Each update adds two units in the last place and shrinks what was there by the decay."""
     net = make_nets().online
-    ours = Average(net, decay)
+    ours = Average(net, Constant(decay=decay, warmup=False))
     theirs = ExponentialMovingAverage(net.parameters(), decay, use_num_updates=False)
     largest = [p.detach().abs() for p in net.parameters()]
     updates = 200
@@ -74,12 +75,12 @@ def test_the_difference_from_torch_ema_stays_bounded(decay) -> None:
 @pytest.mark.parametrize("warmup", [False, True], ids=["constant", "warm-up"])
 def test_the_state_of_an_average_and_that_of_torch_ema_continue_each_other(warmup) -> None:
     net = make_nets().online
-    ours = Average(net, 0.999, warmup=warmup)
+    ours = Average(net, Constant(decay=0.999, warmup=warmup))
     for _ in trained_steps(net, 5):
         ours.update()
     theirs = ExponentialMovingAverage(net.parameters(), 0.5)
     theirs.load_state_dict(ours.ema.state_dict())
-    back = Average(net, 0.999, warmup=warmup)
+    back = Average(net, Constant(decay=0.999, warmup=warmup))
     theirs.copy_to(back.net.parameters())
     back.updates = theirs.num_updates or 0
     for _ in trained_steps(net, 5):
@@ -96,7 +97,7 @@ def test_the_state_of_an_average_and_that_of_torch_ema_continue_each_other(warmu
 
 def test_an_update_is_one_operation_that_allocates_nothing() -> None:
     net = make_nets().online
-    average = Average(net, 0.999)
+    average = Average(net, Constant(decay=0.999, warmup=False))
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         average.update()
@@ -109,7 +110,7 @@ def test_an_update_is_one_operation_that_allocates_nothing() -> None:
 def test_warm_up_follows_the_online_weights_closely_at_first() -> None:
     """Decay min(d, (1 + k) / (10 + k)) after k updates, as torch-ema counts."""
     net = make_nets().online
-    average = Average(net, 0.999, warmup=True)
+    average = Average(net, Constant(decay=0.999, warmup=True))
     start = [p.clone() for p in net.parameters()]
     with torch.no_grad():
         for p in net.parameters():
@@ -121,10 +122,10 @@ def test_warm_up_follows_the_online_weights_closely_at_first() -> None:
 
 def test_an_average_continues_where_its_count_says() -> None:
     net = make_nets().online
-    first = Average(net, 0.999, warmup=True)
+    first = Average(net, Constant(decay=0.999, warmup=True))
     for _ in trained_steps(net, 5):
         first.update()
-    second = Average(net, 0.999, warmup=True)
+    second = Average(net, Constant(decay=0.999, warmup=True))
     second.net.load_state_dict(first.net.state_dict())
     second.updates = first.updates
     for _ in trained_steps(net, 5):
@@ -137,7 +138,7 @@ def test_an_average_continues_where_its_count_says() -> None:
 
 def test_an_average_has_no_gradients_and_shares_no_memory_with_the_online_weights() -> None:
     net = make_nets().online
-    average = Average(net, 0.9, warmup=False)
+    average = Average(net, Constant(decay=0.9, warmup=False))
     before = copy.deepcopy(average.net.state_dict())
     for _ in trained_steps(net, 1):
         pass
@@ -148,7 +149,7 @@ def test_an_average_has_no_gradients_and_shares_no_memory_with_the_online_weight
 def test_calibrated_statistics_belong_to_the_weights_in_use() -> None:
     """Online and averaged weights differ, so their latents' statistics do."""
     net = make_nets(TinyBackbone(latent_norm="batch")).online
-    average, x = Average(net, 0.5, warmup=False), make_batch(size=32).x
+    average, x = Average(net, Constant(decay=0.5, warmup=False)), make_batch(size=32).x
     for _ in trained_steps(net, 3):
         average.update()
     calibrate(net, x)

@@ -315,7 +315,7 @@ def test_the_command_names_what_fails_and_ends_with_4(folder, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["new", "x", "--kind", "objectiv"], "--kind objectiv: expected one of backbone, "),
+        (["new", "x", "--kind", "objectiv"], "--kind objectiv: expected one of average, "),
         (["new", "Not-Snake!", "--kind", "objective"], "the name must be snake_case"),
         (["check", "no-such-plugin"], "there is no plugin and no folder 'no-such-plugin'."),
         (["info", "no-such-plugin"], "there is no plugin and no folder 'no-such-plugin'."),

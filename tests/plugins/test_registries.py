@@ -51,6 +51,7 @@ backbone: tiny
 interpolant: quadratic
 times: arcsine
 objective: {objective}
+target: last_few
 regularizers: [squared_mean]
 optimizer: rmsprop
 sampler: half_way

@@ -16,6 +16,7 @@ from e2ediff.errors import DuplicateNameError, RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, load_recipe, parse_recipe
 from e2ediff.host.yaml import dump_yaml, parse_yaml, resolve
+from e2ediff.parts.averages import Constant
 from e2ediff.times import TimeSampler
 
 
@@ -57,6 +58,7 @@ def tiny_parts():
         guidance=[("scaled", part("guidance", scale=(float, 2.0)))],
         diagnostics=[("rank", part("diagnostics", every=(int, 1)))],
         trackers=[("csv", part("trackers"))],
+        averages=[("constant", Constant)],
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e2ediff import hookimpl
+from e2ediff.averaging import Averaging
 from e2ediff.data import DataSource, ImageSpec, SourceConfig
 from e2ediff.denoiser import Denoiser
 from e2ediff.diagnostic import Diagnostic, Probe
@@ -215,6 +216,16 @@ class MeanGap(Metric):
         return {"mean_gap": Estimate(float(gap.square().sum()))}
 
 
+@attrs.frozen(kw_only=True)
+class LastFew(Averaging):
+    """Roughly the mean of the last `window` updates' weights."""
+
+    window: int = 3
+
+    def decay_at(self, update: int) -> float:
+        return 1 - 1 / min(update, self.window)
+
+
 @hookimpl
 def register(add):
     add("backbones", "tiny", TinyBackbone)
@@ -230,3 +241,4 @@ def register(add):
     add("trackers", "notebook", Notebook)
     add("metrics", "mean_gap", MeanGap)
     add("features", "blurs", Blurs)
+    add("averages", "last_few", LastFew)

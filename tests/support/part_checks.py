@@ -16,4 +16,5 @@ CHECKS = {
     "optimizers": testing.check_optimizer,
     "diagnostics": testing.check_diagnostic,
     "metrics": testing.check_metric,
+    "averages": testing.check_averaging,
 }
