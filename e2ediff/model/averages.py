@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import nn
 from torch_ema import ExponentialMovingAverage
 
 from e2ediff.averaging import Averaging
@@ -13,23 +16,33 @@ from e2ediff.distributed.tensors import mine
 from e2ediff.parts.averages import Constant
 
 
-class Average:
-    """An average of a backbone by the law of its kind; that of `constant` is torch-ema's.
+class Average(ExponentialMovingAverage):  # type: ignore[misc]
+    """A torch-ema average whose averaged tensors are the parameters of a network of their own.
 
-    torch-ema keeps an ordered list of tensors without names, and no buffers.
-    Here that list is the copy's own parameters, so that the average is a network with names, in
-    one copy; buffers are taken over at each update, but for the latent norm's statistics, which
-    belong to one set of weights and are calibrated before the copy is used.
+    torch-ema keeps the averaged tensors, in the order of the parameters and without names, the
+    count of updates and the decay; it copies them elsewhere (`copy_to`, `average_parameters`) and
+    saves and loads them (`state_dict`). All of that is used as it is. Ours are:
+
+    - `net`, a copy of the online network whose parameters the averaged tensors are, so that the
+      average has names and is sampled from in one copy. Its buffers are taken over at each update,
+      but for the latent norm's statistics, which belong to one set of weights and are calibrated
+      before the copy is used.
+    - `update`, one operation on all tensors.
+    - `averaging`, the law of the decay. That of the kind `constant` is torch-ema's own, and only
+      the state of such an average can be continued by torch-ema itself.
     """
 
+    decay: float
+    num_updates: int | None
+
     def __init__(self, online: Backbone, averaging: Averaging) -> None:
-        self.online, self.averaging = online, averaging
-        self.net = copy.deepcopy(online).requires_grad_(requires_grad=False).eval()
-        self.net.latent_norm.train()  # batch statistics during training, as the online network
         decay, counts = 1.0, True
         if isinstance(averaging, Constant):
             decay, counts = averaging.decay, averaging.warmup
-        self.ema = ExponentialMovingAverage(online.parameters(), decay, use_num_updates=counts)
+        super().__init__(online.parameters(), decay, use_num_updates=counts)
+        self.online, self.averaging = online, averaging
+        self.net = copy.deepcopy(online).requires_grad_(requires_grad=False).eval()
+        self.net.latent_norm.train()  # batch statistics during training, as the online network
         self.bind()
         norm = set(map(id, self.net.latent_norm.buffers()))
         self._buffers = [
@@ -40,31 +53,48 @@ class Average:
 
     def bind(self) -> None:
         """Take up both networks' parameters as they are now; call after they were split."""
-        self.ema.shadow_params = list(self.net.parameters())
+        self.shadow_params = list(self.net.parameters())
         # What is split among processes is averaged piece by piece.
-        self._mine, self._theirs = mine(self.ema.shadow_params), mine([*self.online.parameters()])
+        self._mine, self._theirs = mine(self.shadow_params), mine([*self.online.parameters()])
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move towards the online weights; call after each optimizer step.
+    def update(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Move towards the online weights, or towards `parameters`; call after each step.
 
         The formula of torch-ema's own `update` as one operation on all tensors, which reads and
         writes every number once and needs no memory of its own.
         It rounds once less: after an update both agree to two units in the last place.
         """
-        if self.ema.num_updates is not None:
-            self.ema.num_updates += 1
-        decay = self.averaging.decay_at(self.ema.num_updates or 1)
-        torch._foreach_lerp_(self._mine, self._theirs, 1.0 - decay)
+        theirs = self._theirs if parameters is None else mine([*parameters])
+        if self.num_updates is not None:
+            self.num_updates += 1
+        decay = self.averaging.decay_at(self.num_updates or 1)
+        torch._foreach_lerp_(self._mine, theirs, 1.0 - decay)
         for copied, buffer in self._buffers:
             copied.copy_(buffer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of an average, `net`'s parameters included.
+
+        Its `decay` is not taken: the law is the recipe's.
+        """
+        decay = self.decay
+        super().load_state_dict(state_dict)
+        self.decay = decay
+        self.copy_to(self.net.parameters())
+        self.bind()
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Move `net`, and with it the averaged tensors."""
+        self.net.to(device=device, dtype=dtype)
+        self.bind()
 
     @property
     def updates(self) -> int:
         """Number of updates so far, which sets the decay; 0 where the decay never changes."""
-        return self.ema.num_updates or 0
+        return self.num_updates or 0
 
     @updates.setter
     def updates(self, count: int) -> None:
-        if self.ema.num_updates is not None:
-            self.ema.num_updates = count
+        if self.num_updates is not None:
+            self.num_updates = count

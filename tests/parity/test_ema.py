@@ -11,7 +11,7 @@ from torch_ema import ExponentialMovingAverage
 
 from e2ediff.model.averages import Average
 from e2ediff.model.calibration import calibrate, in_use
-from e2ediff.parts.averages import Constant
+from e2ediff.parts.averages import Constant, Power
 from e2ediff.testing import TinyBackbone, make_batch, make_draw, make_nets
 
 
@@ -79,10 +79,9 @@ def test_the_state_of_an_average_and_that_of_torch_ema_continue_each_other(warmu
     for _ in trained_steps(net, 5):
         ours.update()
     theirs = ExponentialMovingAverage(net.parameters(), 0.5)
-    theirs.load_state_dict(ours.ema.state_dict())
+    theirs.load_state_dict(ours.state_dict())
     back = Average(net, Constant(decay=0.999, warmup=warmup))
-    theirs.copy_to(back.net.parameters())
-    back.updates = theirs.num_updates or 0
+    back.load_state_dict(theirs.state_dict())
     for _ in trained_steps(net, 5):
         ours.update()
         theirs.update()
@@ -93,6 +92,36 @@ def test_the_state_of_an_average_and_that_of_torch_ema_continue_each_other(warmu
     ):
         assert torch.equal(a, c)
         torch.testing.assert_close(b, a, rtol=1e-6, atol=5e-8)
+
+
+def test_what_torch_ema_does_with_an_average_it_does_with_ours() -> None:
+    net = make_nets().online
+    average = Average(net, Constant(decay=0.9))
+    assert isinstance(average, ExponentialMovingAverage)
+    for _ in trained_steps(net, 3):
+        average.update()
+    trained = copy.deepcopy(net.state_dict())
+    pairs = list(zip(net.parameters(), average.net.parameters(), strict=True))
+    with average.average_parameters():
+        assert all(torch.equal(p, a) for p, a in pairs)
+    assert all(torch.equal(value, trained[name]) for name, value in net.state_dict().items())
+    average.copy_to()
+    assert all(torch.equal(p, a) for p, a in pairs)
+
+
+def test_an_average_that_was_loaded_or_moved_is_still_its_network() -> None:
+    net = make_nets().online
+    average = Average(net, Constant(decay=0.9))
+    average.load_state_dict(Average(net, Power(width=0.1)).state_dict())
+    assert average.decay == 0.9, "the law stays the recipe's"
+    average.to(dtype=torch.float64)
+    with torch.no_grad():
+        average.update([p.double() + 1 for p in net.parameters()])
+    for own, shadow, p in zip(
+        average.net.parameters(), average.shadow_params, net.parameters(), strict=True
+    ):
+        assert own is shadow
+        torch.testing.assert_close(own, p.double() + 9 / 11)
 
 
 def test_an_update_is_one_operation_that_allocates_nothing() -> None:
