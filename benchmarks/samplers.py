@@ -26,8 +26,8 @@ import torch
 from judge import accuracy, features, frechet_distance, load_images, train_judge
 
 from e2ediff.host.plugins import load
-from e2ediff.sample.load import load_model
-from e2ediff.sample.request import Wish
+from e2ediff.sample.load import ModelRef, load_model
+from e2ediff.sample.request import SampleRequest
 from e2ediff.sample.sample_set import make_set
 
 # Network calls of a step, and how many fewer the whole has for its last one.
@@ -126,11 +126,10 @@ def measure(run: str, case: Case, images: int, seed: int, out: Path, judge_seed:
     data = load_model(run, host=host).recipe.data
     classes = data.image.classes
     place = out / "sets" / case.place
-    wish = Wish(
-        run=run,
-        weights=case.weights,
-        device="cpu",
-        overrides=case.overrides,
+    request = SampleRequest(
+        model=ModelRef(
+            run=run, weights=case.weights, device="cpu", overrides=tuple(case.overrides)
+        ),
         seed=seed,
         law="balanced",
         labels=tuple(i % classes for i in range(images)),
@@ -138,7 +137,11 @@ def measure(run: str, case: Case, images: int, seed: int, out: Path, judge_seed:
         out=str(place),
     )
     path = make_set(
-        wish, host, threads=1, say=lambda line: click.echo(line, err=True), update=lambda _: None
+        request,
+        host,
+        threads=1,
+        say=lambda line: click.echo(line, err=True),
+        update=lambda _: None,
     )
     with np.load(path) as found:
         x = torch.from_numpy(found["arr_0"]).permute(0, 3, 1, 2).float() / 127.5 - 1

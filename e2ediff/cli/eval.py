@@ -133,6 +133,7 @@ def _request(host: Host, target: str, given: dict[str, object]) -> Request:
     from e2ediff.evaluate.reference import default_cache
     from e2ediff.evaluate.request import Request
     from e2ediff.evaluate.sections import SECTIONS
+    from e2ediff.sample.load import ModelRef
 
     names = given.pop("conventions") or ("e2ediff",)
     chosen = [convention(name) for name in names]  # type: ignore[attr-defined]
@@ -153,8 +154,9 @@ def _request(host: Host, target: str, given: dict[str, object]) -> Request:
     given["bootstrap"] = given["bootstrap"] or 0
     perceptual = _perceptual(given.pop("lpips"), given.pop("lpips_heads"))
     given["cache"] = given["cache"] or default_cache()
+    own = {key: given.pop(key) for key in ("weights", "checkpoint", "overrides", "device")}
     return Request(
-        target=target,
+        target=ModelRef(run=target, **own),  # type: ignore[arg-type]
         network=network,
         metrics=metrics,
         conventions=chosen,

@@ -68,7 +68,7 @@ def command(
     from e2ediff.model.inference import denoise_once
     from e2ediff.monitor.pictures import grid_png
     from e2ediff.parts.sources.own_images import list_images, read_images
-    from e2ediff.sample.load import load_model
+    from e2ediff.sample.load import ModelRef
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 
@@ -77,14 +77,9 @@ def command(
     if images and (names or overrides):
         raise click.UsageError("--label and --set concern sampling; images are only decoded")
     with Progress() as progress:
-        model = load_model(
-            run,
-            weights=weights,
-            checkpoint=checkpoint,
-            device=device,
-            overrides=overrides,
-            warn=progress.say,
-        )
+        model = ModelRef(
+            run=run, weights=weights, checkpoint=checkpoint, device=device, overrides=overrides
+        ).load(warn=progress.say)
         if images:
             z = model.encode(read_images(list_images(images), model.recipe.data.image))
             x = model.decode(

@@ -64,14 +64,13 @@ def command(
     from e2ediff.model.inference import reconstruct_once
     from e2ediff.monitor.pictures import grid_png, png
     from e2ediff.parts.sources.own_images import list_images, read_images
-    from e2ediff.sample.load import load_model
+    from e2ediff.sample.load import ModelRef
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 
     with Progress() as progress:
-        model = load_model(
-            run, weights=weights, checkpoint=checkpoint, device=device, warn=progress.say
-        )
+        ref = ModelRef(run=run, weights=weights, checkpoint=checkpoint, device=device)
+        model = ref.load(warn=progress.say)
         store = Store(out or (f"{run}/reconstructions" if images else f"{run}/samples"))
         places, size = list_images(images), model.rows
         entries: list[dict[str, Any]] = []

@@ -116,8 +116,8 @@ def command(
     number = prepare_threads(threads)
     from e2ediff.host.plugins import load
     from e2ediff.model.labels import label_of, labels_of, lay_out
-    from e2ediff.sample.load import image_of, recipe_of
-    from e2ediff.sample.request import Wish
+    from e2ediff.sample.load import ModelRef, image_of, recipe_of
+    from e2ediff.sample.request import SampleRequest
     from e2ediff.sample.sample_set import make_set
     from e2ediff.store.run_directory import RunDirectory
     from e2ediff.train.progress import Progress
@@ -134,14 +134,16 @@ def command(
     classes = classes or list(range(max(1, image.classes)))
     images = balanced or drawn or len(classes) * (count or 8)
     law = "random" if drawn else "balanced" if balanced else "repeated"
-    wish = Wish(
-        run=run,
-        weights=weights,
-        checkpoint=checkpoint,
-        device=device,
-        overrides=overrides,
-        rows=rows,
-        precision=precision,  # type: ignore[arg-type]
+    request = SampleRequest(
+        model=ModelRef(
+            run=run,
+            weights=weights,
+            checkpoint=checkpoint,
+            device=device,
+            overrides=overrides,
+            rows=rows,
+            precision=precision,  # type: ignore[arg-type]
+        ),
         seed=seed,
         law=law,  # type: ignore[arg-type]
         labels=tuple(lay_out(classes, images, law, seed)),  # type: ignore[arg-type]
@@ -152,7 +154,7 @@ def command(
     try:
         with Progress() as progress:
             place = make_set(
-                wish,
+                request,
                 host,
                 processes=processes,
                 threads=number,

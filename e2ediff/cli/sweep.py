@@ -98,6 +98,7 @@ def command(
     from e2ediff.evaluate.request import Request
     from e2ediff.host.plugins import load
     from e2ediff.model.build import choose_device
+    from e2ediff.sample.load import ModelRef
     from e2ediff.store.storage import Store
     from e2ediff.sweep.axes import check, default_axes, parse_axes
     from e2ediff.sweep.candidates import open_run
@@ -109,7 +110,10 @@ def command(
         raise click.UsageError("--sha256 is the hash of --weights-file; give both")
     host, rules = load(), named(convention)
     with Progress() as progress:
-        swept = open_run(host, run, checkpoint, sets, weights, progress.say)
+        ref = ModelRef(
+            run=run, weights=weights, checkpoint=checkpoint, device=device, overrides=sets
+        )
+        swept = open_run(host, ref, progress.say)
         axes = parse_axes(vary) if vary else default_axes(swept)
         check(swept, axes)
         if dry_run:
@@ -119,14 +123,12 @@ def command(
             return
         network = feature_network(host, features, weights_file, sha256).build()
         request = Request(
-            target=run,
+            target=swept.ref,
             network=network,
             metrics=(),
             conventions=[rules],
             count=count,
             seed=seed,
-            checkpoint=swept.checkpoint.name,
-            device=device,
             batch=batch,
             processes=processes,
             cache=cache or default_cache(),

@@ -68,15 +68,15 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
     """
     self_test()
     _check_metrics(request)
-    device = str(choose_device(request.device))
+    device = str(choose_device(request.target.device))
     subject = _subject(host, request)
     data = subject.model.recipe.data if subject.model else None
     references = _references(host, request, data)
     least = max([m.least() for m in request.metrics], default=1)
     if subject.count < least:
         raise DataError(
-            f"{request.target}: {subject.count} images, and the metrics need {least}; give more "
-            "(--count), or leave metrics out"
+            f"{request.target.run}: {subject.count} images, and the metrics need {least}; give "
+            "more (--count), or leave metrics out"
         )
     _check_sizes(subject, references.values())
     moments, rows = taps_of(request.metrics)
@@ -121,29 +121,25 @@ def _check_metrics(request: Request) -> None:
                 f"{network_title(network)}; give one with --features '{{name: {metric.features}, "
                 "weights: ...}'"
             )
-    if request.sections and not is_run(request.target):
+    if request.sections and not is_run(request.target.run):
         raise DataError(
-            f"--metrics {','.join(request.sections)}: only a run has them; {request.target} is "
-            "none"
+            f"--metrics {','.join(request.sections)}: only a run has them; {request.target.run} "
+            "is none"
         )
 
 
 def _subject(host: Host, request: Request) -> Subject:
     first = request.conventions[0]
-    if not is_run(request.target):
-        if request.overrides:
-            raise DataError(f"--set: only a run has a sampler; {request.target} is none")
-        return stored_subject(request.target, request.count)
+    if not is_run(request.target.run):
+        if request.target.overrides:
+            raise DataError(f"--set: only a run has a sampler; {request.target.run} is none")
+        return stored_subject(request.target.run, request.count)
     return run_subject(
         host,
         request.target,
         request.count or first.count,
         request.labels or first.labels,
         seed=request.seed,
-        weights=request.weights,
-        checkpoint=request.checkpoint,
-        device=request.device,
-        overrides=request.overrides,
     )
 
 
@@ -265,9 +261,9 @@ def passport_of(
         "reference_images": compared or None,
         **subject.protocol,
     }
-    where = describe_environment(device=str(choose_device(request.device)))
+    where = describe_environment(device=str(choose_device(request.target.device)))
     machine: dict[str, JSON] = {k: where[k] for k in ("versions", "git", "hardware")}
     machine["libraries"] = {n: metadata.version(n) for n in ("numpy", "pillow", "torchvision")}
     machine["batch"], machine["processes"] = request.batch, request.processes
-    machine["target"] = request.target
+    machine["target"] = request.target.run
     return Passport(protocol, subject.identity, machine)

@@ -36,7 +36,7 @@ from e2ediff.files.images import (
 )
 from e2ediff.files.names import files_below
 from e2ediff.model.inference import Model
-from e2ediff.sample.load import load_model
+from e2ediff.sample.load import ModelRef
 from e2ediff.seeds import generator
 
 _CHUNK = 1 << 22
@@ -290,13 +290,9 @@ class Samples(ImageSet):
     `guides` are hashes of the networks that guidance asks, which must be the same in all.
     """
 
-    place: str = attrs.field(converter=addresses.plain)
+    ref: ModelRef
     labels: Sequence[int]
     seed: int = 0
-    weights: str | None = None
-    checkpoint: str | None = None
-    device: str = "auto"
-    overrides: Sequence[str] = ()
     _model: Model | None = None
     guides: tuple[str, ...] | None = None
 
@@ -304,13 +300,7 @@ class Samples(ImageSet):
     def model(self) -> Model:
         """The run's model, in eval mode."""
         if self._model is None:
-            self._model = load_model(
-                self.place,
-                weights=self.weights,
-                checkpoint=self.checkpoint,
-                device=self.device,
-                overrides=self.overrides,
-            )
+            self._model = self.ref.load()
             self._check_guides(self._model)
         return self._model
 
@@ -325,6 +315,11 @@ class Samples(ImageSet):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_model": None}
+
+    @property
+    def place(self) -> str:  # type: ignore[override]
+        """The run."""
+        return self.ref.run
 
     @property
     def count(self) -> int:  # type: ignore[override]

@@ -13,6 +13,7 @@ from e2ediff.evaluate.reconstruction import Perceptual
 from e2ediff.evaluate.reference import default_cache
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import Metric
+from e2ediff.sample.load import ModelRef
 
 Say = Callable[[str], None]
 
@@ -29,6 +30,8 @@ def _plain_places(places: Mapping[str, Address]) -> dict[str, str]:
 class Request:
     """What is judged, by what.
 
+    `target` is the model that is judged, or, in its `run`, a folder or an npz of images; its
+    `device` is that of all networks.
     `references` are places by convention's name, "" for all others; `sections` of
     `e2ediff.evaluate.sections.SECTIONS`.
     `count` and `labels` are the first convention's where they are None.
@@ -36,7 +39,7 @@ class Request:
     `choose_threads` takes one CPU thread or all, whichever is faster by timing.
     """
 
-    target: str = attrs.field(converter=addresses.plain)
+    target: ModelRef
     network: FeatureNetwork
     metrics: Sequence[Metric]
     conventions: Sequence[Convention]
@@ -45,10 +48,6 @@ class Request:
     count: int | None = None
     labels: Labels | None = None
     seed: int = 0
-    weights: str | None = None
-    checkpoint: str | None = None
-    overrides: Sequence[str] = ()
-    device: str = "auto"
     batch: int = 64
     processes: int = 1
     cache: str = attrs.field(factory=default_cache, converter=addresses.plain)

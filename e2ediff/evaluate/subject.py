@@ -6,7 +6,7 @@ Shapes: n images.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import attrs
@@ -26,6 +26,7 @@ from e2ediff.host.structure import unstructure
 from e2ediff.model.build import averagings
 from e2ediff.model.image_features import weights_sha256
 from e2ediff.model.inference import Model, Origin
+from e2ediff.sample.load import ModelRef
 from e2ediff.sample.post_hoc import width_of
 from e2ediff.sample.set_record import origin_entry
 from e2ediff.sampler import Sampler
@@ -72,43 +73,34 @@ def stored_subject(place: Address, count: int | None) -> Subject:
 
 def run_subject(
     host: Host,
-    place: Address,
+    ref: ModelRef,
     count: int,
     law: Labels,
     *,
     seed: int = 0,
-    weights: str | None = None,
-    checkpoint: str | None = None,
-    device: str = "auto",
-    overrides: Sequence[str] = (),
     model: Model | None = None,
 ) -> Subject:
     """A run's samples.
 
     Args:
         host: What knows the parts.
-        place: The run.
+        ref: The run's model.
         count: How many.
         law: Of their labels.
         seed: Of their noise.
-        weights: As `load_model` takes them.
-        checkpoint: Its name; by default the newest.
-        device: As `load_model` takes it.
-        overrides: Another sampler or guidance, as `load_model` takes them.
-        model: What these arguments load, if it is there already.
+        model: What `ref` loads, if it is there already.
 
     Raises:
         RunDirectoryError, CheckpointError: The run or its weights cannot be used.
     """
-    place = addresses.plain(place)
-    directory = RunDirectory.open(place)
-    opened = open_checkpoint(directory.store, checkpoint)
-    samples = Samples(place, (), seed, weights, opened.name, device, overrides, model)
+    directory = RunDirectory.open(ref.run)
+    opened = open_checkpoint(directory.store, ref.checkpoint)
+    samples = Samples(attrs.evolve(ref, checkpoint=opened.name), (), seed, model)
     model = samples.model
     samples.guides = tuple(other.origin.sha256 for other in model.others)
     recipe, classes = model.recipe, max(1, model.recipe.data.image.classes)
     samples.labels = draw_labels(law, classes, count, seed)
-    name = weights or (recipe.ema[0].name if recipe.ema else "target")
+    name = ref.weights or (recipe.ema[0].name if recipe.ema else "target")
     averaging = averagings(recipe).get(name)
     average = cast("JSON", unstructure(host, averaging, Averaging)) if averaging else None
     options = average if isinstance(average, dict) else {}
@@ -135,8 +127,8 @@ def run_subject(
         "seed": seed,
     }
     own, what = cast("dict[str, JSON]", protocol), cast("dict[str, JSON]", identity)
-    own |= _guided_by(other.origin for other in model.others if other.origin.run != place)
-    what |= _guided_by(other.origin for other in model.others if other.origin.run == place)
+    own |= _guided_by(other.origin for other in model.others if other.origin.run != ref.run)
+    what |= _guided_by(other.origin for other in model.others if other.origin.run == ref.run)
     return Subject(samples, count, own, what, law, model)
 
 

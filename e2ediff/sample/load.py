@@ -33,6 +33,66 @@ Opened = tuple[Recipe, Backbone, Origin, LatentContract | None, ImageSpec]
 _MAY_CHANGE = ("sampler", "guidance")
 
 
+@attrs.frozen(kw_only=True)
+class ModelRef:
+    """A set of weights of a run, and how it is computed with; it can cross processes.
+
+    `run` is the run's directory, or any URL of one.
+    `weights` is `online`, `target`, the name of an average in the recipe's `ema`, or a width to
+    reconstruct, as `ema:0.08`; by default the first of `ema`, or the target.
+    `checkpoint` is the name of a checkpoint; by default the newest that is whole.
+    `device` is `auto`, `cpu`, `cuda`, or one of several as `cuda:1`.
+    `overrides` are assignments as given to `--set`, to `sampler` and `guidance` alone.
+    `rows` is the number of images that are computed at once; it may move their last bits.
+    `precision` is the type that the networks compute in.
+    """
+
+    run: str = attrs.field(converter=addresses.plain)
+    weights: str | None = None
+    checkpoint: str | None = None
+    device: str = "auto"
+    overrides: tuple[str, ...] = ()
+    rows: int = ROWS
+    precision: Precision = "float32"
+
+    def load(self, host: Host | None = None, warn: Callable[[str], None] | None = None) -> Model:
+        """The model, in eval mode.
+
+        Args:
+            host: What knows the parts; by default everything installed.
+            warn: Told of damaged checkpoints that were passed over, and of kernels that are not
+                here.
+
+        Raises:
+            RunDirectoryError: There is no run there.
+            CheckpointError: It has no such checkpoint or weights, they are damaged, or the width
+                cannot be reconstructed.
+            LatentError: The recipe's backbone has other latents than those weights, or guidance
+                asks another run, whose latents are others.
+            RecipeError: An override is wrong, or guidance asks a network of another path or
+                classes.
+        """
+        host, warn = host or load(), warn or logging.warning
+        device = choose_device(self.device)
+        own = _open(host, self, device, warn, "use --checkpoint {}")
+        recipe, net, origin, latent, image = own
+        guidance, others = recipe.guidance, dict[Reference, Other]()
+        if guidance is not None:
+            for reference in guidance.references:
+                other = ModelRef(
+                    run=reference.run or self.run,
+                    weights=reference.weights or None,
+                    checkpoint=reference.checkpoint or None,
+                    precision=self.precision,
+                )
+                found = _open(host, other, device, warn, "give the guidance `checkpoint: {}`")
+                others[reference] = _other(own, found)
+            given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
+            guidance = guidance.given(given)
+        asked, rows = tuple(others.values()), self.rows
+        return Model(recipe, net, guidance, asked, origin, rows, self.precision, latent, image)
+
+
 def load_model(
     run: Address,
     *,
@@ -45,50 +105,17 @@ def load_model(
     host: Host | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Model:
-    """The model of a run, in eval mode.
-
-    Args:
-        run: The run's directory, or any URL of one.
-        weights: `online`, `target`, the name of an average in the recipe's `ema`, or a width to
-            reconstruct, as `ema:0.08`; by default the first of `ema`, or the target.
-        checkpoint: Name of a checkpoint; by default the newest that is whole.
-        device: `auto`, `cpu`, `cuda`, or one of several as `cuda:1`.
-        overrides: Assignments as given to `--set`, to `sampler` and `guidance` alone.
-        rows: Images that are computed at once; it may move their last bits.
-        precision: Type that the networks compute in.
-        host: What knows the parts; by default everything installed.
-        warn: Told of damaged checkpoints that were passed over, and of kernels that are not here.
-
-    Raises:
-        RunDirectoryError: There is no run there.
-        CheckpointError: It has no such checkpoint or weights, they are damaged, or the width
-            cannot be reconstructed.
-        LatentError: The recipe's backbone has other latents than those weights.
-        RecipeError: An override is wrong, or guidance asks a network of another path or classes.
-        LatentError: Guidance asks another run, whose latents are others.
-    """
-    run = addresses.plain(run)
-    host, warn = host or load(), warn or logging.warning
-    target = choose_device(device)
-
-    def open_one(
-        place: str, checkpoint: str | None, weights: str | None, given: Sequence[str], use: str
-    ) -> Opened:
-        return _open(host, place, checkpoint, weights, given, target, precision, warn, use)
-
-    use = "use --checkpoint {}"
-    recipe, net, origin, latent, image = open_one(run, checkpoint, weights, overrides, use)
-    guidance, others = recipe.guidance, dict[Reference, Other]()
-    if guidance is not None:
-        for reference in guidance.references:
-            place = reference.run or run
-            named = (reference.checkpoint or None, reference.weights or None)
-            found = open_one(place, *named, (), "give the guidance `checkpoint: {}`")
-            others[reference] = _other(recipe, net, image, place, run, found)
-        given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
-        guidance = guidance.given(given)
-    asked = tuple(others.values())
-    return Model(recipe, net, guidance, asked, origin, rows, precision, latent, image)
+    """The model of a run, in eval mode: `ModelRef(run=run, ...).load(host, warn)`."""
+    ref = ModelRef(
+        run=run,
+        weights=weights,
+        checkpoint=checkpoint,
+        device=device,
+        overrides=tuple(overrides),
+        rows=rows,
+        precision=precision,
+    )
+    return ref.load(host, warn)
 
 
 def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
@@ -117,20 +144,12 @@ def image_of(recipe: Recipe, directory: RunDirectory) -> ImageSpec:
 
 
 def _open(
-    host: Host,
-    run: str,
-    checkpoint: str | None,
-    weights: str | None,
-    overrides: Sequence[str],
-    device: torch.device,
-    precision: Precision,
-    warn: Callable[[str], None],
-    use: str,
+    host: Host, ref: ModelRef, device: torch.device, warn: Callable[[str], None], use: str
 ) -> Opened:
-    directory = RunDirectory.open(run)
-    recipe = recipe_of(host, directory, overrides)
-    opened = open_checkpoint(directory.store, checkpoint, warn=warn, use=use)
-    name = weights or (recipe.ema[0].name if recipe.ema else "target")
+    directory = RunDirectory.open(ref.run)
+    recipe = recipe_of(host, directory, ref.overrides)
+    opened = open_checkpoint(directory.store, ref.checkpoint, warn=warn, use=use)
+    name = ref.weights or (recipe.ema[0].name if recipe.ema else "target")
     width, known = width_of(name), stored_weights(opened)
     if width is None and name not in known:
         raise CheckpointError(
@@ -139,7 +158,7 @@ def _open(
         )
     nets, _ = build_nets(recipe, device)
     net = nets.online.eval().requires_grad_(requires_grad=False)
-    choose_kernels(net, device, precision, warn)
+    choose_kernels(net, device, ref.precision, warn)
     if width is None:
         load_weights(net, opened, name)
         sha256, latent = opened.sha256(name), opened.latent(name)
@@ -149,7 +168,7 @@ def _open(
         online = opened.latent("online")
         latent = net.contract(online.scale) if online else None
     origin = Origin(
-        run=run,
+        run=ref.run,
         checkpoint=opened.name,
         weights=name,
         sha256=sha256,
@@ -170,38 +189,33 @@ def _refuse_others(overrides: Sequence[str]) -> None:
         raise RecipeError("sampling", [attrs.evolve(p, hint=hint) for p in wrong])
 
 
-def _other(
-    recipe: Recipe, net: Backbone, image: ImageSpec, run: str, own: str, found: Opened
-) -> Other:
+def _other(own: Opened, found: Opened) -> Other:
     """A network that guidance asks, once it is known to keep the contract of these latents.
 
     Args:
-        recipe: That of the run that is sampled.
-        net: Its network, whose latents the other is to denoise.
-        image: Its images, with the names of their classes.
-        run: The other's run.
-        own: The run that is sampled. Its own earlier checkpoints and averages are taken though
+        own: What is sampled. Its run's earlier checkpoints and averages are taken though
             statistics of the latent norm differ: the latents have moved, as the weights have.
-        found: The other.
+        found: The network that guidance asks.
 
     Raises:
         RecipeError: It has another interpolant or other classes, by number or by name.
         LatentError: It is of another run, and latents mean something else there.
     """
-    theirs, weak, origin, _, other = found
-    here = (recipe.interpolant, recipe.data.image.classes)
-    there = (theirs.interpolant, theirs.data.image.classes)
-    for what, a, b in zip(("interpolant", "classes"), here, there, strict=True):
+    recipe, net, here, _, image = own
+    theirs, weak, there, _, other = found
+    ours = (recipe.interpolant, recipe.data.image.classes)
+    others = (theirs.interpolant, theirs.data.image.classes)
+    for what, a, b in zip(("interpolant", "classes"), ours, others, strict=True):
         if a != b:
-            text = f"{run} has other {what}: {b} there, {a} here."
+            text = f"{there.run} has other {what}: {b} there, {a} here."
             hint = "Give a run that was trained on the same latents."
             raise RecipeError("sampling", [Problem("guidance", text, hint=hint)])
     names = zip(other.class_names, image.class_names, strict=False)  # a run may have none
     for label, (a, b) in enumerate(names):
         if a != b:
-            text = f"{run} has other classes: {label} is '{a}' there, '{b}' here."
+            text = f"{there.run} has other classes: {label} is '{a}' there, '{b}' here."
             hint = "Give a run whose classes have the same numbers."
             raise RecipeError("sampling", [Problem("guidance", text, hint=hint)])
-    if os.path.abspath(run) != os.path.abspath(own):
-        weak.contract().accept(net.contract(), f"{own}, which {run} is to guide,")
-    return Other(Plain(weak, theirs.interpolant, theirs.predicts), origin)
+    if os.path.abspath(there.run) != os.path.abspath(here.run):
+        weak.contract().accept(net.contract(), f"{here.run}, which {there.run} is to guide,")
+    return Other(Plain(weak, theirs.interpolant, theirs.predicts), there)

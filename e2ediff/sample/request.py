@@ -1,58 +1,37 @@
-"""A wish for images: which, made with what, and where they go; it can cross processes."""
+"""A request for images: which, made with what, and where they go; it can cross processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import attrs
 import torch
 from torch import Tensor
 
 from e2ediff import addresses
-from e2ediff.host.plugins import Host
-from e2ediff.model.inference import ROWS, Model, Precision
+from e2ediff.model.inference import Model
 from e2ediff.model.labels import LabelLaw
 from e2ediff.monitor.pictures import to_bytes
-from e2ediff.sample.load import load_model
+from e2ediff.sample.load import ModelRef
 from e2ediff.sample.outputs import Format, Output, open_output
 from e2ediff.store.storage import Store
 
 
 @attrs.frozen(kw_only=True)
-class Wish:
+class SampleRequest:
     """Which images are to be made, with what, and where.
 
-    `run` to `precision` are arguments of `load_model`; `labels` has one class an image; `batch`
-    is how many images are made and stored together.
+    `model` makes them; `labels` has one class an image; `batch` is how many images are made and
+    stored together.
     """
 
-    run: str = attrs.field(converter=addresses.plain)
-    weights: str | None = None
-    checkpoint: str | None = None
-    device: str = "auto"
-    overrides: tuple[str, ...] = ()
-    rows: int = ROWS
-    precision: Precision = "float32"
+    model: ModelRef
     seed: int = 0
     law: LabelLaw = "repeated"
     labels: tuple[int, ...] = ()
     format: Format = "png"
     out: str = attrs.field(default="", converter=addresses.plain)
     batch: int = 256
-
-    def load(self, host: Host | None = None, warn: Callable[[str], None] | None = None) -> Model:
-        """The model; raises as `load_model`."""
-        return load_model(
-            self.run,
-            weights=self.weights,
-            checkpoint=self.checkpoint,
-            device=self.device,
-            overrides=self.overrides,
-            rows=self.rows,
-            precision=self.precision,
-            host=host,
-            warn=warn,
-        )
 
     def output(self, model: Model) -> Output:
         """Where the images go."""
@@ -77,9 +56,9 @@ class Wish:
     def missing(self, output: Output) -> list[range]:
         """Numbers still to be made, in blocks of at most `batch` that begin and end with tiles."""
         have, found = output.finished(), list[range]()
-        size = max(1, self.batch // self.rows) * self.rows
-        for start in range(0, len(self.labels), self.rows):
-            tile = range(start, min(start + self.rows, len(self.labels)))
+        size = max(1, self.batch // self.model.rows) * self.model.rows
+        for start in range(0, len(self.labels), self.model.rows):
+            tile = range(start, min(start + self.model.rows, len(self.labels)))
             if all(i in have for i in tile):
                 continue
             before = found[-1] if found else range(0)

@@ -13,7 +13,7 @@ from e2ediff.distributed.threads import restored_threads
 from e2ediff.host.plugins import Host
 from e2ediff.model.inference import Model
 from e2ediff.sample.outputs import Output
-from e2ediff.sample.request import Cost, Wish
+from e2ediff.sample.request import Cost, SampleRequest
 from e2ediff.sample.set_record import (
     FOLDERS,
     check_space,
@@ -27,7 +27,7 @@ from e2ediff.train.progress import duration
 
 
 def make_set(
-    wish: Wish,
+    request: SampleRequest,
     host: Host,
     *,
     processes: int = 1,
@@ -40,7 +40,7 @@ def make_set(
     """Make what is missing of a set of images; the place of the finished set.
 
     Args:
-        wish: The set; without `out` it goes to a place of its own inside the run.
+        request: The set; without `out` it goes to a place of its own inside the run.
         host: What knows the parts.
         processes: How many compute, each with a copy of the model.
         threads: CPU threads of each; by default the machine's, shared among them.
@@ -55,16 +55,18 @@ def make_set(
     """
     threads = threads or max(1, torch.get_num_threads() // processes)
     taken: int | None = threads  # None where each of several processes chooses its own number
-    model = wish.load(host, say)
+    model = request.model.load(host, say)
     assert model.origin is not None
     # A run that is still training must not give its processes different checkpoints.
-    wish = attrs.evolve(wish, checkpoint=model.origin.checkpoint)
-    spec = describe(wish, model, host)
-    wish = wish if wish.out else attrs.evolve(wish, out=own_place(wish.run, wish.seed, spec))
-    output = wish.output(model)
+    ref = attrs.evolve(request.model, checkpoint=model.origin.checkpoint)
+    request = attrs.evolve(request, model=ref)
+    spec = describe(request, model, host)
+    if not request.out:
+        request = attrs.evolve(request, out=own_place(ref.run, request.seed, spec))
+    output = request.output(model)
     prepare(output.store, spec, overwrite=overwrite)
-    blocks = wish.missing(output)
-    todo, n = sum(map(len, blocks)), len(wish.labels)
+    blocks = request.missing(output)
+    todo, n = sum(map(len, blocks)), len(request.labels)
     check_space(output.store, output.bytes_needed(todo))
     if todo < n:
         say(f"{output.store.where()}: {n - todo} of {n} images are there already")
@@ -72,12 +74,12 @@ def make_set(
     workers: AbstractContextManager[Iterator[Cost]]
     if processes > 1 and len(blocks) > 1:
         workers = in_processes(
-            wish, blocks, min(processes, len(blocks)), threads, choose=choose_threads
+            request, blocks, min(processes, len(blocks)), threads, choose=choose_threads
         )
         taken = None if choose_threads else threads
     else:
         report = say if choose_threads else None
-        workers = nullcontext(_here(wish, model, output, blocks, threads, report))
+        workers = nullcontext(_here(request, model, output, blocks, threads, report))
     with workers as costs:
         for one in costs:
             cost += one
@@ -86,11 +88,11 @@ def make_set(
             update(_line(n - todo + cost.images, n, cost.images, time.monotonic() - began))
     for folder in ("", *FOLDERS):
         output.store.sweep(folder, lambda name: True, before=since)
-    return finish(wish, output, spec, cost, time.monotonic() - began, taken)
+    return finish(request, output, spec, cost, time.monotonic() - began, taken)
 
 
 def _here(
-    wish: Wish,
+    request: SampleRequest,
     model: Model,
     output: Output,
     blocks: Sequence[range],
@@ -100,7 +102,7 @@ def _here(
     """Make blocks in this process; `report` is told of threads that are chosen."""
     with restored_threads():
         torch.set_num_threads(threads)
-        yield from make_blocks(wish, model, output, blocks, report)
+        yield from make_blocks(request, model, output, blocks, report)
 
 
 def _line(done: int, total: int, made: int, seconds: float) -> str:

@@ -19,7 +19,7 @@ from e2ediff.host.structure import unstructure
 from e2ediff.model.inference import Model, Origin
 from e2ediff.monitor.pictures import grid_png
 from e2ediff.sample.outputs import Output
-from e2ediff.sample.request import Cost, Wish
+from e2ediff.sample.request import Cost, SampleRequest
 from e2ediff.sampler import Sampler
 from e2ediff.store.environment import versions
 from e2ediff.store.storage import JSON, Store
@@ -32,31 +32,31 @@ _GRID_COLUMNS = 16
 _GRID_ROWS = 16
 
 
-def describe(wish: Wish, model: Model, host: Host) -> dict[str, JSON]:
+def describe(request: SampleRequest, model: Model, host: Host) -> dict[str, JSON]:
     """Everything that decides the images of a set, as JSON."""
     recipe = model.recipe
     labels: JSON = {
-        "law": wish.law,
-        "classes": len(set(wish.labels)),
-        "sha256": hashlib.sha256(json.dumps(wish.labels).encode()).hexdigest(),
+        "law": request.law,
+        "classes": len(set(request.labels)),
+        "sha256": hashlib.sha256(json.dumps(request.labels).encode()).hexdigest(),
     }
     sampler: Any = unstructure(host, recipe.sampler, Sampler)
     guidance: Any = recipe.guidance and unstructure(host, recipe.guidance, Guidance)
     assert model.origin is not None
     return {
         "format_version": 1,
-        "images": len(wish.labels),
+        "images": len(request.labels),
         "labels": labels,
-        "seed": wish.seed,
+        "seed": request.seed,
         "weights": origin_entry(model.origin),
         "sampler": _json(sampler),
         "guidance": _json(guidance),
         "guided_by": [origin_entry(other.origin) for other in model.others],
-        "rows": wish.rows,
-        "precision": wish.precision,
+        "rows": request.model.rows,
+        "precision": request.model.precision,
         "device": model.device.type,
         "rounding": "nearest",
-        "format": wish.format,
+        "format": request.format,
         "versions": dict(versions()),
     }
 
@@ -161,7 +161,7 @@ def check_space(store: Store, needed: int) -> None:
 
 
 def finish(
-    wish: Wish,
+    request: SampleRequest,
     output: Output,
     spec: Mapping[str, JSON],
     cost: Cost,
@@ -173,17 +173,17 @@ def finish(
     Raises:
         ResourceError: The disk or store refused; no image is lost.
     """
-    store, n = output.store, len(wish.labels)
+    store, n = output.store, len(request.labels)
     shown = min(n, _GRID_COLUMNS * _GRID_ROWS)
-    distinct = len(set(wish.labels))
-    columns = distinct if distinct <= _GRID_COLUMNS and wish.law != "random" else _GRID_COLUMNS
+    distinct = len(set(request.labels))
+    columns = distinct if distinct <= _GRID_COLUMNS and request.law != "random" else _GRID_COLUMNS
     x = torch.from_numpy(output.first(min(shown, columns * _GRID_ROWS)).copy())
     store.write(GRID, grid_png(x.permute(0, 3, 1, 2).float() / 127.5 - 1, min(columns, n)))
     place = output.close()
     if output.file_of(0) is not None:
         entries = [
-            {"file": output.file_of(i), "label": label, "number": i, "seed": wish.seed}
-            for i, label in enumerate(wish.labels)
+            {"file": output.file_of(i), "label": label, "number": i, "seed": request.seed}
+            for i, label in enumerate(request.labels)
         ]
         store.write(ENTRIES, json.dumps(entries, indent=1).encode())
     if cost.images:

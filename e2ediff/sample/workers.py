@@ -20,12 +20,12 @@ from e2ediff.distributed.threads import threads_for
 from e2ediff.errors import E2EDiffError, ResourceError
 from e2ediff.model.inference import Model, denoise_once
 from e2ediff.sample.outputs import Output
-from e2ediff.sample.request import Cost, Wish
+from e2ediff.sample.request import Cost, SampleRequest
 
 
 @contextlib.contextmanager
 def in_processes(
-    wish: Wish, blocks: Sequence[range], processes: int, threads: int, *, choose: bool
+    request: SampleRequest, blocks: Sequence[range], processes: int, threads: int, *, choose: bool
 ) -> Iterator[Iterator[Cost]]:
     """Costs of the tiles, as they are made; process k of P makes every P-th from the k-th.
 
@@ -39,7 +39,7 @@ def in_processes(
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
             target=work,
-            args=(_placed(wish, k), list(blocks[k::processes]), threads, choose, theirs),
+            args=(_placed(request, k), list(blocks[k::processes]), threads, choose, theirs),
             daemon=True,
         )
         process.start()
@@ -53,11 +53,12 @@ def in_processes(
             child.join()
 
 
-def _placed(wish: Wish, k: int) -> Wish:
+def _placed(request: SampleRequest, k: int) -> SampleRequest:
     """Process k takes the GPUs in turn."""
-    if wish.device == "cpu" or not torch.cuda.is_available():
-        return wish
-    return attrs.evolve(wish, device=f"cuda:{k % torch.cuda.device_count()}")
+    if request.model.device == "cpu" or not torch.cuda.is_available():
+        return request
+    device = f"cuda:{k % torch.cuda.device_count()}"
+    return attrs.evolve(request, model=attrs.evolve(request.model, device=device))
 
 
 def _costs(started: dict[Connection, BaseProcess], images: int) -> Iterator[Cost]:
@@ -83,7 +84,7 @@ def _costs(started: dict[Connection, BaseProcess], images: int) -> Iterator[Cost
 
 
 def make_blocks(
-    wish: Wish,
+    request: SampleRequest,
     model: Model,
     output: Output,
     blocks: Sequence[range],
@@ -97,23 +98,23 @@ def make_blocks(
     with threads_for(attempt, report or _discard, model.device, fixed=fixed) as done:
         images = 0
         for block in blocks:
-            for cost in wish.make(model, output, block):
+            for cost in request.make(model, output, block):
                 yield cost
                 images += cost.images
                 done(images)
 
 
 def work(
-    wish: Wish, blocks: Sequence[range], threads: int, choose: bool, report: Connection
+    request: SampleRequest, blocks: Sequence[range], threads: int, choose: bool, report: Connection
 ) -> None:
     """Make these blocks and report the cost of each, or what went wrong; runs in a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and ends this one
     torch.set_num_threads(threads)
     with contextlib.suppress(BrokenPipeError):  # nobody is left to work for
         try:
-            model = wish.load()
-            output = wish.output(model)
-            for cost in make_blocks(wish, model, output, blocks, _discard if choose else None):
+            model = request.model.load()
+            output = request.output(model)
+            for cost in make_blocks(request, model, output, blocks, _discard if choose else None):
                 report.send(cost)
         except E2EDiffError as error:
             report.send(error)

@@ -51,12 +51,12 @@ def default_axes(run: SweptRun) -> list[Axis]:
 
 
 def _defaults(run: SweptRun) -> Iterator[str]:
-    sets, recipe = run.sets, run.recipe_of(Candidate("", run.sets))
+    sets, recipe = run.ref.overrides, run.recipe_of(Candidate("", run.ref.overrides))
     reach = run.basis.widths() if run.basis else []
     widths = [f"ema:{w:g}" for w in _WIDTHS if reach and reach[0] <= w <= reach[-1]]
     stored = [w for w in stored_weights(run.checkpoint) if not (widths and "." in w)]
     names = [*widths, *stored]
-    if len(names) > 1 and run.weights is None:
+    if len(names) > 1 and run.ref.weights is None:
         yield f"weights={','.join(names)}"
     if not any(s.startswith("guidance") for s in sets):
         yield from _guidances(recipe)

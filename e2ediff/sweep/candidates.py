@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from e2ediff.ablate.grid import Value
-from e2ediff.addresses import Address
 from e2ediff.errors import CheckpointError
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.host.structure import unstructure
-from e2ediff.sample.load import recipe_of
+from e2ediff.sample.load import ModelRef, recipe_of
 from e2ediff.sample.post_hoc import Basis, stored_weights, width_of
 from e2ediff.sampler import Sampler
 from e2ediff.store.checkpoint import open_checkpoint
@@ -30,6 +29,10 @@ class Candidate:
     weights: str
     overrides: tuple[str, ...] = ()
 
+    def of(self, ref: ModelRef) -> ModelRef:
+        """The model that it makes of a run's."""
+        return attrs.evolve(ref, weights=self.weights, overrides=self.overrides)
+
     @property
     def words(self) -> str:
         """As options of `sample` and `eval`."""
@@ -42,21 +45,20 @@ class SweptRun:
     """The run that is swept, as candidates are read against it."""
 
     host: Host
+    ref: ModelRef
     directory: RunDirectory
     checkpoint: Checkpoint
     recipe: Recipe
     basis: Basis | None
-    sets: tuple[str, ...] = ()
-    weights: str | None = None
 
     def candidate(self, values: Sequence[Value]) -> Candidate:
         """The candidate with one value of each of some axes."""
         given = [a for value in values for a in value.assignments]
         weights = [a.text for a in given if a.path == "weights"]
-        overrides = [*self.sets, *(str(a) for a in given if a.path != "weights")]
+        overrides = [*self.ref.overrides, *(str(a) for a in given if a.path != "weights")]
         # A block is set before its options are, whichever was given first.
         overrides.sort(key=lambda text: text.partition("=")[0].count("."))
-        default = self.weights or (self.recipe.ema[0].name if self.recipe.ema else "target")
+        default = self.ref.weights or (self.recipe.ema[0].name if self.recipe.ema else "target")
         return Candidate([default, *weights][-1], tuple(overrides))
 
     def recipe_of(self, candidate: Candidate) -> Recipe:
@@ -92,21 +94,15 @@ def _quiet(text: str) -> None:
     """What was left out is said when the run is opened."""
 
 
-def open_run(
-    host: Host,
-    run: Address,
-    checkpoint: str | None,
-    sets: Sequence[str],
-    weights: str | None,
-    warn: Callable[[str], None],
-) -> SweptRun:
-    """The run, with its tracked averages if it has any.
+def open_run(host: Host, ref: ModelRef, warn: Callable[[str], None]) -> SweptRun:
+    """The run, with its tracked averages if it has any; `ref` has what all candidates share.
 
     Raises:
         RunDirectoryError, CheckpointError: It cannot be used.
     """
-    directory = RunDirectory.open(run)
+    directory = RunDirectory.open(ref.run)
     recipe = recipe_of(host, directory)
-    opened = open_checkpoint(directory.store, checkpoint, warn=warn)
+    opened = open_checkpoint(directory.store, ref.checkpoint, warn=warn)
     basis = Basis.open(directory.store, recipe, opened, warn) if recipe.post_hoc else None
-    return SweptRun(host, directory, opened, recipe, basis, tuple(sets), weights)
+    ref = attrs.evolve(ref, checkpoint=opened.name)
+    return SweptRun(host, ref, directory, opened, recipe, basis)

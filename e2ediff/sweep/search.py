@@ -23,7 +23,6 @@ from e2ediff.loading.bad_images import open_source
 from e2ediff.model.build import choose_device
 from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.model.inference import Model, denoise_once
-from e2ediff.sample.load import load_model
 from e2ediff.sample.set_record import differences
 from e2ediff.store.storage import JSON, Store
 from e2ediff.sweep.candidates import Candidate, SweptRun
@@ -168,10 +167,10 @@ class Search:
         denoise_once(self._loaded[1])
 
     def _measure(self, candidate: Candidate, key: str) -> None:
-        r = attrs.evolve(self.request, weights=candidate.weights, overrides=candidate.overrides)
+        r = attrs.evolve(self.request, target=candidate.of(self.request.target))
         one = r.conventions[0]
         work = Pass(
-            r.network, (), ("pool",), r.batch, str(choose_device(r.device)),
+            r.network, (), ("pool",), r.batch, str(choose_device(r.target.device)),
             choose_threads=r.choose_threads and r.processes > 1,
         )  # fmt: skip
         view = View(one.rounding, one.resize)
@@ -183,7 +182,6 @@ class Search:
         assert r.count is not None
         subject = run_subject(
             self.run.host, r.target, r.count, r.labels or one.labels, seed=r.seed,
-            weights=r.weights, checkpoint=r.checkpoint, device=r.device, overrides=r.overrides,
             model=self._model(candidate),
         )  # fmt: skip
         made = feature_pass(
@@ -210,10 +208,7 @@ class Search:
         if plain and self._loaded is not None and self._loaded[0] == candidate.weights:
             model = self._loaded[1]
             return attrs.evolve(model, recipe=recipe, guidance=recipe.guidance, others=())
-        model = load_model(
-            r.target, weights=candidate.weights, checkpoint=r.checkpoint, device=r.device,
-            overrides=candidate.overrides, host=self.run.host, warn=self.say,
-        )  # fmt: skip
+        model = candidate.of(r.target).load(self.run.host, self.say)
         self._loaded = (candidate.weights, model)
         return model
 

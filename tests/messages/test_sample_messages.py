@@ -22,8 +22,8 @@ from tiny_recipe import tiny
 from e2ediff.errors import ResourceError
 from e2ediff.host.plugins import load
 from e2ediff.parts.sources.own_images import list_images, read_images
-from e2ediff.sample.load import load_model
-from e2ediff.sample.request import Wish
+from e2ediff.sample.load import ModelRef, load_model
+from e2ediff.sample.request import SampleRequest
 from e2ediff.sample.sample_set import make_set
 from e2ediff.sample.set_record import check_space
 
@@ -273,8 +273,10 @@ def _largest_file(size: int) -> Iterator[None]:
 def test_a_disk_that_fills_in_the_middle_of_a_block_loses_nothing(run: str, kind: str) -> None:
     """The same command goes on, and the set is that of a disk with space, byte for byte."""
     host, quiet = load(), lambda _: None
-    wish = Wish(run=run, device="cpu", labels=(3,) * 96, batch=32, format=kind, out="whole")
-    make_set(wish, host, threads=1, say=quiet, update=quiet)
+    request = SampleRequest(
+        model=ModelRef(run=run, device="cpu"), labels=(3,) * 96, batch=32, format=kind, out="whole"
+    )
+    make_set(request, host, threads=1, say=quiet, update=quiet)
     whole = _files("whole")
     first = 32  # number of the first image that is lost
     if kind == "png":  # the first image of the second block fits, and a later one does not
@@ -287,14 +289,14 @@ def test_a_disk_that_fills_in_the_middle_of_a_block_loses_nothing(run: str, kind
         block = {"npz": "parts/{}.npy", "zip": "parts/{}.zip", "tar": "shards/{}.tar"}[kind]
         refused_path, needed = f"s/{block.format('000000032-000000064')}", size + 1
 
-    wish, limit = attrs.evolve(wish, out="s"), ExitStack()
+    request, limit = attrs.evolve(request, out="s"), ExitStack()
 
     def fill(line: str) -> None:
         if line.startswith("32/96"):  # the first block is stored
             limit.enter_context(_largest_file(size))
 
     with limit, pytest.raises(ResourceError) as caught:
-        make_set(wish, host, threads=1, say=quiet, update=fill)
+        make_set(request, host, threads=1, say=quiet, update=fill)
     said = str(caught.value)
     assert said.startswith(f"{refused_path}: cannot write: File too large (needed: ")
     assert int(said.partition("needed: ")[2].split()[0].replace(",", "")) >= needed
@@ -303,17 +305,19 @@ def test_a_disk_that_fills_in_the_middle_of_a_block_loses_nothing(run: str, kind
     left = _files("s")
     assert not [name for name in left if ".tmp-" in name]
     assert all(whole.get(name, content) == content for name, content in left.items())
-    assert wish.output(wish.load(host)).finished() == set(range(first))
+    assert request.output(request.model.load(host)).finished() == set(range(first))
 
     heard: list[str] = []
-    make_set(wish, host, threads=1, say=heard.append, update=quiet)
+    make_set(request, host, threads=1, say=heard.append, update=quiet)
     # A tile that was begun is made again.
     assert heard == ["s: 32 of 96 images are there already"]
     assert _files("s") == whole
 
 
 def test_a_set_that_cannot_fit_is_refused_before_anything_is_computed(run: str) -> None:
-    output = Wish(run=run, labels=(0,) * 10, format="npz", out="s").output(load_model(run))
+    output = SampleRequest(
+        model=ModelRef(run=run), labels=(0,) * 10, format="npz", out="s"
+    ).output(load_model(run))
     assert output.bytes_needed(missing=4) == (4 + 10) * 32 * 32
     free = shutil.disk_usage(".").free
     with pytest.raises(ResourceError, match=f"s: the set needs {2 * free:,} bytes and "):
@@ -332,7 +336,9 @@ def test_what_fails_in_a_process_is_said_as_in_one(run: str) -> None:
 
 def test_a_process_that_dies_is_said_and_the_same_command_goes_on(run: str) -> None:
     """Killed by the system, as for want of memory; both, once the first tile is stored."""
-    wish = Wish(run=run, device="cpu", labels=(0,) * 512, batch=32, out="s")
+    request = SampleRequest(
+        model=ModelRef(run=run, device="cpu"), labels=(0,) * 512, batch=32, out="s"
+    )
     host, said = load(), []
 
     def kill(line: str) -> None:
@@ -340,11 +346,11 @@ def test_a_process_that_dies_is_said_and_the_same_command_goes_on(run: str) -> N
             child.kill()
 
     with pytest.raises(ResourceError, match=r"ended with code -9, .* the same command goes on\."):
-        make_set(wish, host, processes=2, threads=1, say=said.append, update=kill)
+        make_set(request, host, processes=2, threads=1, say=said.append, update=kill)
     there = len(os.listdir("s/images"))
     assert 32 <= there < 512
-    wish = attrs.evolve(wish, batch=64)
-    assert make_set(wish, host, threads=1, say=said.append, update=said.append) == "s"
+    request = attrs.evolve(request, batch=64)
+    assert make_set(request, host, threads=1, say=said.append, update=said.append) == "s"
     assert said[0].endswith(" of 512 images are there already")
     kept = int(said[0].split()[1])
     assert 32 <= kept <= there  # tiles of which only some images were stored are made again

@@ -18,6 +18,7 @@ from tiny_recipe import tiny
 from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passport import read_card
 from e2ediff.host.plugins import load
+from e2ediff.sample.load import ModelRef
 from e2ediff.sweep import search
 from e2ediff.sweep.axes import parse_axes
 from e2ediff.sweep.candidates import open_run
@@ -137,7 +138,7 @@ def test_an_interrupted_sweep_goes_on_and_gives_the_same_table(
 
 def test_another_process_samples_what_this_one_does(run: str) -> None:
     """Processes load their own model, from what is sent to them."""
-    here = Samples(run, [1, 2], weights="ema:0.07", overrides=["sampler.steps=2"])
+    here = Samples(ModelRef(run=run, weights="ema:0.07", overrides=("sampler.steps=2",)), [1, 2])
     there = pickle.loads(pickle.dumps(here))
     (ours,), (theirs,) = here.batches(0, 2, 2), there.batches(0, 2, 2)
     assert torch.equal(ours, theirs)
@@ -145,7 +146,7 @@ def test_another_process_samples_what_this_one_does(run: str) -> None:
 
 
 def test_what_is_set_for_all_holds_in_every_block(run: str) -> None:
-    swept = open_run(load(), run, None, ["sampler.steps=3"], None, print)
+    swept = open_run(load(), ModelRef(run=run, overrides=("sampler.steps=3",)), print)
     (axis,) = parse_axes(["sampler=heun,euler+guidance.scale=1"])
     candidates = [swept.candidate([value]) for value in axis.values]
     assert [swept.recipe_of(c).sampler.steps for c in candidates] == [3, 3]

@@ -26,7 +26,7 @@ from e2ediff.metric import moments_of
 from e2ediff.model.image_features import to_pixels
 from e2ediff.parts.features.inception import Inception2015
 from e2ediff.parts.features.networks import Inception, RandomProjection
-from e2ediff.sample.load import load_model
+from e2ediff.sample.load import ModelRef, load_model
 from e2ediff.train.session import train
 
 COUNT = 24
@@ -93,7 +93,7 @@ def tiled(run):
     """Sixty-nine samples by each solver: two tiles of 32 rows, and a part of one."""
     labels = draw_labels("balanced", 4, 69, 0)
     models = {s: load_model(run, device="cpu", overrides=[s]) for s in SOLVERS}
-    return {s: Samples("", labels, model=model) for s, model in models.items()}
+    return {s: Samples(ModelRef(run=""), labels, model=model) for s, model in models.items()}
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -186,7 +186,9 @@ def test_a_network_that_guides_is_pinned_by_its_content(tmp_path, host, tiny_tex
     assert done.code == 9
     assert "  guided_by: " in done.err
     given = [f"guidance={{name: autoguidance, run: {weak}}}"]
-    sent = pickle.dumps(run_subject(host, run, 3, "balanced", overrides=given).images)
+    sent = pickle.dumps(
+        run_subject(host, ModelRef(run=run, overrides=tuple(given)), 3, "balanced").images
+    )
     assert len(list(pickle.loads(sent).batches(0, 3, 3))) == 1
     train(host, str(tmp_path / "tiny.yaml"), ["steps=6"], str(weak), resume=True)
     with pytest.raises(DataError, match=r"has changed while images .* guidance.checkpoint=images"):
@@ -355,7 +357,7 @@ def test_inception_scores_with_other_weights_are_never_called_fid(tmp_path, host
 
 def test_images_that_are_not_finite_are_refused_and_not_scored_as_black_ones(run) -> None:
     model = load_model(run, device="cpu")
-    samples = Samples(run, [0] * 40, model=model)
+    samples = Samples(ModelRef(run=run), [0] * 40, model=model)
     for weight in model.net.parameters():
         weight.data.fill_(torch.nan)
     with pytest.raises(DataError, match=r"samples are not finite, .* number 32: the weights"):

@@ -39,9 +39,9 @@ from e2ediff.prepare.address import recognise, source_config
 from e2ediff.prepare.write import Settings, prepare
 from e2ediff.report.gather import gather, gather_runs, read_run
 from e2ediff.report.write import write_report
-from e2ediff.sample.load import load_model
+from e2ediff.sample.load import ModelRef, load_model
 from e2ediff.sample.pipeline import Pipeline
-from e2ediff.sample.request import Wish
+from e2ediff.sample.request import SampleRequest
 from e2ediff.sample.sample_set import make_set
 from e2ediff.store.run_directory import RunDirectory, is_run
 from e2ediff.store.storage import Store
@@ -113,7 +113,7 @@ READERS: dict[str, Callable[[Callable[[str], addresses.Address]], object]] = {
     "gather": lambda at: gather(HOST, at("run")).place,
     "gather_runs": lambda at: gather_runs(HOST, [at("run"), at("run")]).command,
     "read_run": lambda at: read_run(HOST, at("run"), "", {}).path,
-    "open_run": lambda at: open_run(HOST, at("run"), None, (), None, print).directory.path,
+    "open_run": lambda at: open_run(HOST, ModelRef(run=at("run")), print).directory.path,
 }  # fmt: skip
 
 
@@ -146,8 +146,8 @@ def test_what_writes_takes_paths(form: str, place: Path, tmp_path: Path, host: H
     assert outcome.exit_code == 0
     with RunDirectory.create(at("made"), "made", "", "", {}) as made:
         assert made.path == str(tmp_path / "made")
-    wish = Wish(run=at("run"), out=at("set"), labels=(0, 1))
-    assert make_set(wish, host, say=print, update=print) == str(tmp_path / "set")
+    request = SampleRequest(model=ModelRef(run=at("run")), out=at("set"), labels=(0, 1))
+    assert make_set(request, host, say=print, update=print) == str(tmp_path / "set")
     assert (tmp_path / "set/images/000001.png").exists()
     written, _ = write_report(gather(host, at("run")), at("page.html"))
     assert os.path.samefile(written.html, tmp_path / "page.html")
@@ -171,7 +171,7 @@ def test_scores_take_paths(form: str, place: Path, tmp_path: Path, host: Host) -
     cards = []
     for at in (str, FORMS[form]):
         request = Request(
-            target=at(place / "set.npz"),
+            target=ModelRef(run=at(place / "set.npz")),
             network=cls(width=4).build(),
             metrics=[fid()],
             conventions=[CONVENTIONS["adm"]],

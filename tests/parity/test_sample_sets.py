@@ -18,8 +18,8 @@ from tiny_recipe import tiny
 from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
 from e2ediff.model.inference import Model
-from e2ediff.sample.load import load_model
-from e2ediff.sample.request import Wish
+from e2ediff.sample.load import ModelRef, load_model
+from e2ediff.sample.request import SampleRequest
 from e2ediff.sample.sample_set import make_set
 
 TINY = tiny(
@@ -145,11 +145,13 @@ def test_a_pass_for_two_answers_counts_twice(model):
 # Sets
 
 
-def wish(run: str, out: Path, **changes) -> Wish:
-    return Wish(run=run, device="cpu", seed=3, labels=tuple(LABELS), out=str(out), **changes)
+def request_of(run: str, out: Path, **changes) -> SampleRequest:
+    own = {key: changes.pop(key) for key in ("overrides", "rows") if key in changes}
+    model = ModelRef(run=run, device="cpu", **own)
+    return SampleRequest(model=model, seed=3, labels=tuple(LABELS), out=str(out), **changes)
 
 
-def make(one: Wish, processes: int = 1, **options) -> str:
+def make(one: SampleRequest, processes: int = 1, **options) -> str:
     def silent(line: str) -> None:
         pass
 
@@ -160,7 +162,7 @@ def make(one: Wish, processes: int = 1, **options) -> str:
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 1000])
 def test_a_set_does_not_depend_on_the_batch(run, whole, tmp_path, batch):
-    make(wish(run, tmp_path / "set", batch=batch))
+    make(request_of(run, tmp_path / "set", batch=batch))
     found = np.stack(
         [np.array(Image.open(tmp_path / f"set/images/{i:06d}.png")) for i in range(71)]
     )
@@ -168,7 +170,7 @@ def test_a_set_does_not_depend_on_the_batch(run, whole, tmp_path, batch):
 
 
 def test_two_processes_make_the_set_of_one(run, whole, tmp_path):
-    make(wish(run, tmp_path / "two", batch=32, format="npz"), processes=2)
+    make(request_of(run, tmp_path / "two", batch=32, format="npz"), processes=2)
     with np.load(tmp_path / "two/samples.npz") as found:
         assert np.array_equal(found["arr_0"], pixels(whole))
 
@@ -183,7 +185,7 @@ def test_an_interrupted_set_is_continued_and_equals_the_uninterrupted_one(run, t
         raise Stopped
 
     say: list[str] = []
-    started = wish(run, tmp_path / "a", format=kind, batch=32)
+    started = request_of(run, tmp_path / "a", format=kind, batch=32)
     with pytest.raises(Stopped):
         make_set(started, load(), threads=1, say=say.append, update=stop)
     there = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*") if p.is_file()}
@@ -191,7 +193,7 @@ def test_an_interrupted_set_is_continued_and_equals_the_uninterrupted_one(run, t
     assert say == [f"{tmp_path / 'a'}: 32 of 71 images are there already"]
     kept = [p for p, when in there.items() if p.exists() and p.stat().st_mtime_ns == when]
     assert len(kept) >= (32 if kind == "png" else 0)
-    make(wish(run, tmp_path / "b", format=kind, batch=32))
+    make(request_of(run, tmp_path / "b", format=kind, batch=32))
     files = {
         root: {
             str(p.relative_to(tmp_path / root)): p.read_bytes()
@@ -205,12 +207,12 @@ def test_an_interrupted_set_is_continued_and_equals_the_uninterrupted_one(run, t
 
 
 def test_a_finished_set_is_left_alone_and_its_lost_images_are_made_again(run, tmp_path):
-    place = make(wish(run, tmp_path / "set"))
+    place = make(request_of(run, tmp_path / "set"))
     before, record = made(tmp_path / "set"), (tmp_path / "set/set.json").read_bytes()
-    assert make(wish(run, tmp_path / "set")) == place
+    assert make(request_of(run, tmp_path / "set")) == place
     assert (tmp_path / "set/set.json").read_bytes() == record
     (tmp_path / "set/images/000040.png").unlink()
-    make(wish(run, tmp_path / "set"))
+    make(request_of(run, tmp_path / "set"))
     assert made(tmp_path / "set") == before
 
 
@@ -218,7 +220,7 @@ def test_a_finished_set_is_left_alone_and_its_lost_images_are_made_again(run, tm
 
 
 def test_an_npz_is_laid_out_as_adm_s_evaluator_reads_it(run, whole, tmp_path):
-    place = make(wish(run, tmp_path / "set", format="npz", batch=32))
+    place = make(request_of(run, tmp_path / "set", format="npz", batch=32))
     with np.load(place) as found:
         assert found.files == ["arr_0", "arr_1"]
         assert (found["arr_0"].dtype, found["arr_0"].shape) == (np.uint8, (71, 16, 16, 3))
@@ -227,7 +229,7 @@ def test_an_npz_is_laid_out_as_adm_s_evaluator_reads_it(run, whole, tmp_path):
 
 
 def test_a_tar_is_a_webdataset(run, whole, tmp_path):
-    make(wish(run, tmp_path / "set", format="tar", batch=32))
+    make(request_of(run, tmp_path / "set", format="tar", batch=32))
     shards = sorted((tmp_path / "set/shards").iterdir())
     assert [s.name for s in shards] == [
         "000000000-000000032.tar", "000000032-000000064.tar", "000000064-000000071.tar",
@@ -246,7 +248,7 @@ def test_a_tar_is_a_webdataset(run, whole, tmp_path):
 
 
 def test_a_zip_has_a_folder_a_class_and_trains_as_an_archive(run, whole, tmp_path, host):
-    place = make(wish(run, tmp_path / "set", format="zip"))
+    place = make(request_of(run, tmp_path / "set", format="zip"))
     with zipfile.ZipFile(place) as found:
         listed = json.loads(found.read("dataset.json"))["labels"]
         assert [label for _, label in listed] == LABELS
@@ -262,7 +264,7 @@ def test_a_zip_has_a_folder_a_class_and_trains_as_an_archive(run, whole, tmp_pat
 
 
 def test_the_record_says_all_that_decides_the_images(run, model, tmp_path):
-    make(wish(run, tmp_path / "set"))
+    make(request_of(run, tmp_path / "set"))
     record = json.loads((tmp_path / "set/set.json").read_text())
     assert record["weights"]["weights"] == "slow"
     assert record["weights"]["checkpoint"] == "images-000000000032"
@@ -278,7 +280,7 @@ def test_the_record_says_all_that_decides_the_images(run, model, tmp_path):
 def test_sets_go_to_other_file_systems(run, whole):
     import fsspec
 
-    make(attrs.evolve(wish(run, Path("x"), format="npz", batch=32), out="memory://sets/one"))
+    make(attrs.evolve(request_of(run, Path("x"), format="npz", batch=32), out="memory://sets/one"))
     fs = fsspec.filesystem("memory")
     assert sorted(p.rpartition("/")[2] for p in fs.ls("/sets/one", detail=False)) == [
         "grid.png", "samples.npz", "set.json",
