@@ -18,13 +18,14 @@ from e2ediff.data import Batch, DataSource, ImageSpec
 from e2ediff.denoiser import Denoiser
 from e2ediff.diagnostic import Probe
 from e2ediff.features import FeatureNetwork
+from e2ediff.figure import Figure
 from e2ediff.host import hookspecs, recipe
 from e2ediff.host.listing import option_rows, summary
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.registry import KINDS, contracts
 from e2ediff.interpolant import Estimate
 from e2ediff.latent import LatentContract, LatentNorm, Latents
-from e2ediff.metric import Estimate as Figure
+from e2ediff.metric import Estimate as Score
 from e2ediff.metric import FeatureSet, Moments
 from e2ediff.objective import Draw, Nets, Terms
 from e2ediff.tracker import Tracker
@@ -33,7 +34,7 @@ from e2ediff.tracker import Tracker
 BUILT = (Backbone, Denoiser, DataSource, Tracker, FeatureNetwork)
 VALUES = (ImageSpec, Batch, LatentSpec, LatentNorm, LatentContract, Latents, Encode, Decode,
           Denoise, Output, Nets, Draw, Terms, Estimate, Probe, FeatureSet, Moments,
-          Figure)  # fmt: skip
+          Score, Figure)  # fmt: skip
 
 REFERENCE = Path(__file__).parent / "reference"
 

@@ -5,14 +5,16 @@ Shapes: n images, F features.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import attrs
 import torch
+from attrs import validators
 from torch import Tensor
+
+from e2ediff.figure import Better, Figure
 
 
 @attrs.frozen(eq=False)
@@ -91,17 +93,25 @@ class FeatureSet:
 
 @attrs.frozen
 class Estimate:
-    """A figure, its standard error where one is known, what to beware of, a 95 % interval."""
+    """A score with optional standard error, warnings and 95 % interval.
+
+    `better` is needed only for a figure that is not better the way its metric's others are.
+    """
 
     value: float
     error: float | None = None
     warnings: tuple[str, ...] = ()
     interval: tuple[float, float] | None = None
+    better: Better | None = attrs.field(
+        default=None, validator=validators.optional(validators.in_(("low", "high")))
+    )
 
 
 class Metric(ABC):
     """Scores a set of images by its features, most of them against a reference set.
 
+    `better` says whether low or high figures are the better ones: scores are ranked, charted and
+    compared by it. A class attribute does: `better: ClassVar[Better] = "low"`.
     `moments` and `rows` name the taps of the feature network that it reads, by mean and
     covariance or image by image; every network has the tap `pool`.
     `compares` is False for a score that needs no reference.
@@ -115,6 +125,11 @@ class Metric(ABC):
     compares: ClassVar[bool] = True
     features: ClassVar[str] = ""
     called: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    @abstractmethod
+    def better(self) -> Better:
+        """Whether low or high figures are better; an estimate may say otherwise of itself."""
 
     @abstractmethod
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
@@ -135,9 +150,23 @@ def names_of(metric: Metric, figure: str, title: str, *, published: bool) -> str
     return metric.called.get(figure, figure) if published else f"{figure}-{title}"
 
 
-def is_distance(name: str) -> bool:
-    """Whether a figure of this name is a Fréchet or kernel distance, for which less is better."""
-    return re.match(r"[rg]?s?(F|K|CMM)I?D\b", name) is not None
+def prefixed(kind: str, name: str, better: Better | None) -> str:
+    """The name of a score of reconstructions (kind `r`) or of samples (`g`) beside the other.
+
+    `gFD-...` where low is better, as papers write rFID and gFID, and `g_recall-...` elsewhere.
+    """
+    return f"{kind}{name}" if better == "low" else f"{kind}_{name}"
+
+
+def score_figure(kind: str, score: str, better: Better) -> Figure:
+    """The figure of one of a recipe's `scores`, of reconstructions (`r`) or of samples (`g`).
+
+    Both are curves of one panel; that of samples stands in a report's first table.
+    """
+    name = prefixed(kind, score, better)
+    if kind == "g":
+        return Figure(name, better=better, shown_on=("table", "charts"), panel=score, of="samples")
+    return Figure(name, better=better, shown_on=("charts",), panel=score, of="reconstructions")
 
 
 def taps_of(metrics: Sequence[Metric]) -> tuple[frozenset[str], frozenset[str]]:

@@ -14,7 +14,7 @@ import torch
 from e2ediff.data import SourceConfig
 from e2ediff.distances import self_test
 from e2ediff.distributed.threads import threads_for
-from e2ediff.errors import DataError
+from e2ediff.errors import DataError, PluginError
 from e2ediff.evaluate.conventions import Convention
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.evaluate.passport import Card, Passport, Score
@@ -63,6 +63,7 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
 
     Raises:
         DataError: Images are missing, too few, of another size, or the metrics do not fit.
+        PluginError: A metric does not say whether low or high figures are better.
         ResourceError: The machine's linear algebra is broken.
         E2EDiffError: As loading the run has it.
     """
@@ -115,6 +116,11 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
 def _check_metrics(request: Request) -> None:
     network = request.network
     for metric in request.metrics:
+        if metric.better not in ("low", "high"):
+            raise PluginError(
+                f"metric {type(metric).__name__}: better is {metric.better!r}; its author must "
+                "write 'low' or 'high'"
+            )
         if metric.features not in ("", network.family):
             raise DataError(
                 f"--metrics: {type(metric).__name__} needs a {metric.features} network, not "
@@ -208,7 +214,7 @@ def _card(
             )
         for name, estimate in sections.resampling.measure(metric, ours, other).items():
             full = names_of(metric, name, title, published=published)
-            scores[full] = score_of(estimate, options_of(host, metric))
+            scores[full] = score_of(estimate, options_of(host, metric), metric.better)
     notes: dict[str, JSON] = {"departs": departures(one, subject)}
     if request.bootstrap:
         notes["bootstrap"] = request.bootstrap

@@ -108,7 +108,8 @@ def latent_figures(
         a, b = (side.mean(1) if pooled else side.flatten(1) for side in (z, other))
         for name, judge in (("knn", knn_accuracy), ("probe", probe_accuracy)):
             share, m = judge(a, label, b, truth)
-            found[name + end] = Estimate(share, (share * (1 - share) / m) ** 0.5)
+            error = (share * (1 - share) / m) ** 0.5
+            found[name + end] = Estimate(share, error, better="high")
             of[name + end] = {**images, **_OPTIONS[name]}
     return found, of
 

@@ -26,7 +26,10 @@ def memorisation(made: Tensor, held_out: Tensor, train: Tensor) -> Mapping[str, 
     share = float((own < usual.quantile(0.01)).double().mean())
     error = (share * (1 - share) / len(own)) ** 0.5
     ratio = float(own.median() / usual.median().clamp_min(torch.finfo(torch.float64).tiny))
-    return {"copied": Estimate(share, error), "nearness": Estimate(ratio)}
+    return {
+        "copied": Estimate(share, error, better="low"),
+        "nearness": Estimate(ratio, better="high"),
+    }
 
 
 def closest_pairs(made: Tensor, train: Tensor, count: int = 10) -> list[dict[str, float]]:

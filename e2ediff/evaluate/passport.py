@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
+from attrs import validators
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import DataError
+from e2ediff.figure import Better
+from e2ediff.store.earlier import earlier_direction
 from e2ediff.store.storage import JSON, Store
 
 VERSION = 1
@@ -41,6 +44,7 @@ class Score:
     """One figure of a score file: its value, its standard error, and what decided it.
 
     `interval` is where 95 % of resampled sets lie, if they were asked for.
+    `better` says whether a low or a high value is; None if that is not known.
 
     `metric` has the metric's options; for a figure that is not of the samples also its `section`
     and the images it is of.
@@ -51,6 +55,9 @@ class Score:
     metric: Mapping[str, JSON]
     warnings: tuple[str, ...] = ()
     interval: tuple[float, float] | None = None
+    better: Better | None = attrs.field(
+        default=None, validator=validators.optional(validators.in_(("low", "high")))
+    )
 
 
 @attrs.frozen
@@ -117,7 +124,7 @@ def parse_card(data: bytes, place: str) -> Card:
         if version != VERSION:
             raise DataError(f"{place}: scores of version {version}; this e2ediff reads {VERSION}")
         passport = Passport(**{s: content["passport"][s] for s in _SECTIONS})
-        scores = {name: _score(s) for name, s in content["scores"].items()}
+        scores = {name: _score(name, s) for name, s in content["scores"].items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"{place}: not a file of scores as `e2ediff eval` writes them ({error!r})"
@@ -125,10 +132,12 @@ def parse_card(data: bytes, place: str) -> Card:
     return Card(place, passport, scores, content.get("notes", {}))
 
 
-def _score(s: dict[str, Any]) -> Score:
+def _score(name: str, s: dict[str, Any]) -> Score:
     low_high = s.get("interval")
     interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-    return Score(float(s["value"]), s["error"], s["metric"], tuple(s["warnings"]), interval)
+    better = s["better"] if "better" in s else earlier_direction(name)
+    said = tuple(s["warnings"])
+    return Score(float(s["value"]), s["error"], s["metric"], said, interval, better)
 
 
 def unlike(a: Card, b: Card, score: str) -> dict[str, tuple[JSON, JSON]]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, UnlikeScoresError
-from e2ediff.evaluate.passport import Card, parse_card, unlike
-from e2ediff.metric import is_distance
+from e2ediff.evaluate.passport import Card, Score, parse_card, unlike
+from e2ediff.figure import Better
 from e2ediff.store.storage import JSON, Store
 
 FOLDER = "scores"
@@ -59,13 +59,14 @@ def _versions(card: Card) -> dict[str, JSON]:
     return found | ({f"git {k}": v for k, v in git.items()} if isinstance(git, dict) else {})
 
 
-def best_first(score: str) -> bool:
-    """Whether less is better."""
-    return is_distance(score) or score.partition("-")[0] in ("LPIPS", "perceptual", "copied")
+def direction(cards: Sequence[Card], score: str) -> Better | None:
+    """Whether a low or a high value is better; None if no card says so, or they disagree."""
+    found = {card.scores[score].better for card in cards} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def rank(cards: Sequence[Card], score: str, *, regardless: bool = False) -> list[str]:
-    """Lines of a ranking, the best first.
+    """Lines of a ranking, the best first; in the given order if no value is known to be better.
 
     Args:
         cards: Two or more that have the score.
@@ -81,8 +82,12 @@ def rank(cards: Sequence[Card], score: str, *, regardless: bool = False) -> list
             f"{score} was not measured in the same way:\n{_listed(apart)}\n"
             "Measure again with equal settings, or rank regardless with --regardless."
         )
-    order = sorted(cards, key=lambda c: c.scores[score].value, reverse=not best_first(score))
-    lines = [f"{score}, {'unlike measurements ranked regardless, ' if apart else ''}best first"]
+    better = direction(cards, score)
+    order, how = cards, "not ranked: the files do not say whether a low or a high value is better"
+    if better is not None:
+        order = sorted(cards, key=lambda c: c.scores[score].value, reverse=better == "high")
+        how = f"{'unlike measurements ranked regardless, ' if apart else ''}best first"
+    lines = [f"{score}, {how}"]
     for card in order:
         own = card.scores[score]
         error = "" if own.error is None else f" +- {own.error:.2g}"
@@ -99,11 +104,11 @@ def _listed(apart: Mapping[str, tuple[JSON, JSON]]) -> str:
     return "\n".join(f"  {field}: {a} against {b}" for field, (a, b) in apart.items())
 
 
-def figures_of(cards: Sequence[Card]) -> dict[str, float]:
+def figures_of(cards: Sequence[Card]) -> dict[str, Score]:
     """Scores for a report, `FID@adm-1a2b3c4d`: those of unlike measurements have unlike names."""
     found = {}
     for card in cards:
         for name, score in card.scores.items():
             tag = card.passport.protocol_digest(score)[:8]
-            found[f"{name}@{card.passport.protocol.get('convention')}-{tag}"] = score.value
+            found[f"{name}@{card.passport.protocol.get('convention')}-{tag}"] = score
     return found

@@ -23,9 +23,10 @@ from e2ediff.evaluate.reference import open_reference, reference_features
 from e2ediff.evaluate.request import Request
 from e2ediff.evaluate.resampling import Resampling
 from e2ediff.evaluate.subject import Subject
+from e2ediff.figure import Better
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
-from e2ediff.metric import Estimate, FeatureSet, Metric, is_distance, names_of
+from e2ediff.metric import Estimate, FeatureSet, Metric, names_of, prefixed
 from e2ediff.model.image_features import network_title
 from e2ediff.model.inference import Model
 from e2ediff.store.storage import JSON
@@ -42,9 +43,12 @@ def options_of(host: Host, metric: Metric) -> dict[str, JSON]:
     return dict(found)
 
 
-def score_of(estimate: Estimate, decided_by: Mapping[str, JSON]) -> Score:
-    """An estimate with what decided it beside the protocol."""
-    return Score(estimate.value, estimate.error, decided_by, estimate.warnings, estimate.interval)
+def score_of(
+    estimate: Estimate, decided_by: Mapping[str, JSON], better: Better | None = None
+) -> Score:
+    """An estimate with what decided it beside the protocol, and its metric's direction."""
+    e = estimate
+    return Score(e.value, e.error, decided_by, e.warnings, e.interval, e.better or better)
 
 
 @attrs.define(eq=False, slots=False)
@@ -110,8 +114,8 @@ class Sections:
                 title = network_title(network)
                 full = names_of(metric, name, title, published=network.published)
                 decided_by = {**options_of(self.host, metric), "section": "reconstruction", **of}
-                prefixed = f"r{full}" if is_distance(full) else f"r_{full}"
-                found[prefixed] = score_of(estimate, decided_by)
+                score = score_of(estimate, decided_by, metric.better)
+                found[prefixed("r", full, score.better)] = score
         return found
 
     def _memorisation(

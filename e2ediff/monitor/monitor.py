@@ -15,6 +15,7 @@ from torch import Tensor
 from e2ediff.backbone import Backbone
 from e2ediff.data import DataSource
 from e2ediff.distributed.world import World
+from e2ediff.figure import Figure
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.calibration import in_use
@@ -116,6 +117,11 @@ class Monitor:
         with self._whole(), in_use(self._shown(), self.observer.calibration) as ready:
             found = self.scorer.measure(ready)
         return self.world.share(found)
+
+    @property
+    def figures(self) -> list[Figure]:
+        """What the figures are that it has measured so far."""
+        return [*self.scorer.figures.values()] if self.scorer else []
 
     def _shown(self) -> Backbone:
         """The weights that previews and `sample` use: the first extra average, or the target."""

@@ -6,13 +6,16 @@ Shapes: M images, C H W image.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from e2ediff.metric import is_distance
+from e2ediff.figure import Figure
+from e2ediff.store.earlier import known_figure
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -42,52 +45,60 @@ def grid_png(x: Tensor, columns: int, enlarge: int = 0) -> bytes:
     return png(make_grid(x, nrow=columns, padding=2, pad_value=-0.4))
 
 
-def curves_png(metrics: Sequence[Mapping[str, float]], title: str) -> bytes:
-    """PNG of a run's losses, effective rank, latent std, PSNR and distances over images seen."""
-    # Imported here: it takes half a second and is needed at the end of a run only.
-    from matplotlib.figure import Figure
+def curves_png(
+    metrics: Sequence[Mapping[str, float]], title: str, declared: Sequence[Figure] = ()
+) -> bytes:
+    """PNG of a run's losses, and of the figures that are shown as curves, over images seen.
 
-    distances = sorted({k for m in metrics for k in m if is_distance(k)})
-    columns = 3 if distances else 2
-    figure = Figure(figsize=(5.5 * columns, 6.5), layout="constrained")
-    panels = figure.subplots(2, columns)
-    losses, rank, std, psnr = panels[:, :2].flat
-    names = sorted({k for m in metrics for k in m if k.startswith("loss/")})
+    Args:
+        metrics: Lines of `metrics.jsonl`.
+        title: Of the picture.
+        declared: What the figures are; one that is not declared is judged by its name.
+    """
+    # Imported here: it takes half a second and is needed at the end of a run only.
+    from matplotlib.figure import Figure as Sheet
+
+    names = dict.fromkeys(name for line in metrics for name in line)
+    shared: dict[str, list[Figure]] = {}
     for name in names:
-        _curve(losses, metrics, name, name.removeprefix("loss/"))
-    losses.set(title="losses", yscale="log")
-    _curve(rank, metrics, "rank", "tokens")
-    _curve(rank, metrics, "rank_online", "tokens, before averaging")
-    _curve(rank, metrics, "rank_channel", "images' means")
-    _curve(rank, metrics, "rank_sample", "whole images")
-    rank.set(title="effective rank of the latents")
-    if any(m.get("rank", 0) > 0 for m in metrics):  # latents may be no one's work, or all alike
-        rank.set_yscale("log")
-    for name, label in (
-        ("latent_std", "std across images"),
-        ("positional", "share constant per position"),
-    ):
-        _curve(std, metrics, name, label)
-    std.set(title="variance of the latents", ylim=(0, None))
-    _curve(psnr, metrics, "psnr", "held-out images")
-    psnr.set(title="reconstruction PSNR (dB)")
-    for axes, kernel in zip(panels[:, 2:].flat, (False, True), strict=False):
-        for name in distances:
-            if ("K" in name.partition("-")[0]) is kernel:
-                _curve(axes, metrics, name, name)
-        axes.set(title="kernel distances" if kernel else "Fréchet distances", ylim=(0, None))
-    for axes in panels.flat:
+        found = known_figure(name, declared)
+        if found is not None and "charts" in found.shown_on:
+            shared.setdefault(found.panel, []).append(found)
+    columns = -(-(1 + len(shared)) // 2)
+    sheet = Sheet(figsize=(5.5 * columns, 6.5), layout="constrained")
+    panels = list(sheet.subplots(2, columns, squeeze=False).flat)
+    for name in sorted(name for name in names if name.startswith("loss/")):
+        _curve(panels[0], metrics, name, name.removeprefix("loss/"))
+    panels[0].set(title="losses", yscale="log")
+    for axes, (panel, figures) in zip(panels[1:], shared.items(), strict=False):
+        values: list[float] = []
+        for figure in figures:
+            values += _curve(axes, metrics, figure.name, figure.title)
+        ways = {figure.better for figure in figures}
+        better = ways.pop() if len(ways) == 1 else None
+        axes.set_title(f"{panel} ({better} is better)" if better else panel)
+        if values and min(values) > 0 and max(values) > 10 * min(values):
+            axes.set_yscale("log")
+        elif values and min(values) >= 0:
+            axes.set_ylim(0, None)
+    for axes in panels[1 + len(shared) :]:
+        axes.remove()
+    for axes in panels[: 1 + len(shared)]:
         axes.set_xlabel("images seen")
         axes.grid(visible=True, alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    figure.suptitle(title)
+    sheet.suptitle(title)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    sheet.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
 
-def _curve(axes: object, metrics: Sequence[Mapping[str, float]], name: str, label: str) -> None:
+def _curve(
+    axes: Any, metrics: Sequence[Mapping[str, float]], name: str, label: str
+) -> list[float]:
+    """Draw a figure's curve; returns its finite values."""
     points = [(m["images"], m[name]) for m in metrics if name in m]
     if points:
-        axes.plot(*zip(*points, strict=True), label=label)  # type: ignore[attr-defined]
+        axes.plot(*zip(*points, strict=True), label=label)
+    return [value for _, value in points if math.isfinite(value)]

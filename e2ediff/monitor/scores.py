@@ -19,9 +19,10 @@ from e2ediff.backbone import Backbone
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureNetwork
+from e2ediff.figure import Figure
 from e2ediff.host.recipe import Recipe, Scores
 from e2ediff.loading.batches import fixed_images
-from e2ediff.metric import FeatureSet, Metric, is_distance, names_of, taps_of
+from e2ediff.metric import FeatureSet, Metric, names_of, score_figure, taps_of
 from e2ediff.model.image_features import features_of, network_title, to_pixels
 from e2ediff.model.inference import Model
 from e2ediff.monitor.isolation import Isolated, numbers
@@ -34,6 +35,7 @@ class Scorer:
     """Fixed held-out images with their features, and the network that makes them.
 
     A metric that raises is switched off, and `isolated` keeps the reason.
+    `figures` has what the figures are that were measured so far, by name.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class Scorer:
     x: Tensor
     real: FeatureSet
     isolated: Isolated = attrs.field(factory=Isolated)
+    figures: dict[str, Figure] = attrs.field(factory=dict)
 
     @classmethod
     def open(
@@ -110,16 +113,14 @@ class Scorer:
 
     def _measured(self, metric: Metric, made: FeatureSet, kind: str) -> dict[str, float]:
         title, published = network_title(self.network), self.network.published
-        values = {n: e.value for n, e in metric.measure(made, self.real).items()}
-        return {
-            _prefixed(kind, names_of(metric, name, title, published=published)): value
-            for name, value in numbers(values).items()
-        }
-
-
-def _prefixed(kind: str, name: str) -> str:
-    """`gFD-...` for distances, as papers write rFID and gFID, and `g_recall-...` for others."""
-    return f"{kind}{name}" if is_distance(name) else f"{kind}_{name}"
+        estimates = metric.measure(made, self.real)
+        values = numbers({name: estimate.value for name, estimate in estimates.items()})
+        found = {}
+        for (name, value), estimate in zip(values.items(), estimates.values(), strict=True):
+            score = names_of(metric, name, title, published=published)
+            figure = score_figure(kind, score, estimate.better or metric.better)
+            self.figures[figure.name], found[figure.name] = figure, value
+        return found
 
 
 def _features(settings: Scores, network: FeatureNetwork, x: Tensor) -> FeatureSet:

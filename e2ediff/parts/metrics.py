@@ -23,6 +23,7 @@ from e2ediff.distances import (
     polynomial_mmd,
     precision_recall,
 )
+from e2ediff.figure import Better
 from e2ediff.metric import Estimate, FeatureSet, Metric, Moments
 
 _POSITIVE = validators.ge(1)
@@ -53,6 +54,7 @@ class FID(Metric):
     Source: Heusel et al. 2017 (arXiv 1706.08500); `e2ediff.distances.frechet` for the numerics.
     """
 
+    better: ClassVar[Better] = "low"
     moments: ClassVar[tuple[str, ...]] = ("pool",)
     called: ClassVar[Mapping[str, str]] = {"FD": "FID"}
 
@@ -69,6 +71,7 @@ class SpatialFID(Metric):
     Source: Nash et al. 2021 (arXiv 2103.03841), with the features of ADM's evaluator.
     """
 
+    better: ClassVar[Better] = "low"
     moments: ClassVar[tuple[str, ...]] = ("spatial",)
     called: ClassVar[Mapping[str, str]] = {"sFD": "sFID"}
 
@@ -91,6 +94,7 @@ class KID(Metric):
     Source: Binkowski et al. 2018 (arXiv 1801.01401).
     """
 
+    better: ClassVar[Better] = "low"
     rows: ClassVar[tuple[str, ...]] = ("pool",)
     called: ClassVar[Mapping[str, str]] = {"KD": "KID"}
 
@@ -136,6 +140,7 @@ class InceptionScore(Metric):
     Source: Salimans et al. 2016 (arXiv 1606.03498).
     """
 
+    better: ClassVar[Better] = "high"
     rows: ClassVar[tuple[str, ...]] = ("logits",)
     compares: ClassVar[bool] = False
 
@@ -171,6 +176,7 @@ class PrecisionRecall(Metric):
     Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), who use VGG16; ADM uses Inception.
     """
 
+    better: ClassVar[Better] = "high"
     rows: ClassVar[tuple[str, ...]] = ("pool",)
 
     k: int = attrs.field(default=3, validator=_POSITIVE)
@@ -202,6 +208,7 @@ class DensityCoverage(Metric):
     Source: Naeem et al. 2020 (arXiv 2002.09797).
     """
 
+    better: ClassVar[Better] = "high"
     rows: ClassVar[tuple[str, ...]] = ("pool",)
 
     k: int = attrs.field(default=5, validator=_POSITIVE)
@@ -227,6 +234,7 @@ class CMMD(Metric):
     Source: Jayasumana et al. 2024 (arXiv 2401.09603), with ViT-L/14 at 336 pixels.
     """
 
+    better: ClassVar[Better] = "low"
     rows: ClassVar[tuple[str, ...]] = ("pool",)
     features: ClassVar[str] = "clip"
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from e2ediff.metric import is_distance
 from e2ediff.report.gather import Run
 
 if TYPE_CHECKING:
@@ -68,20 +67,20 @@ def dashes(style: int) -> str:
 
 
 def panels(cells: Mapping[str, Sequence[Run]], *, over: str) -> list[str]:
-    """Charts of losses, latents, PSNR and distances, over `images` or over `flops`."""
-    shown = [
-        ("rank", "effective rank of the latents"),
-        ("latent_std", "standard deviation of the latents"),
-        ("positional", "share of variance that is positional"),
-        ("psnr", "reconstruction PSNR, dB"),
-    ]
-    keys = {k for runs in cells.values() for run in runs for m in run.metrics for k in m}
+    """Charts of losses and of the figures that are shown so, over `images` or over `flops`."""
+    runs = [run for found in cells.values() for run in found]
+    shown = dict[str, str]()
+    for run in runs:
+        for key, figure in run.described.items():
+            if "charts" in figure.shown_on:
+                better = f" ({figure.better} is better)" if figure.better else ""
+                shown.setdefault(key, f"{figure.title}{better}")
+    keys = {key for run in runs for line in run.metrics for key in line}
     losses = sorted(key for key in keys if key.startswith("loss/"))
-    shown += [(key, f"loss: {key.removeprefix('loss/')}") for key in losses]
-    shown += [(key, key) for key in sorted(keys) if is_distance(key)]
+    shown |= {key: f"loss: {key.removeprefix('loss/')}" for key in losses}
     labels = {"images": "images seen", "flops": "training FLOPs"}
     found = []
-    for key, title in shown:
+    for key, title in shown.items():
         lines = [
             Line(name, i, [points(run, key, over) for run in runs])
             for i, (name, runs) in enumerate(cells.items())

@@ -16,9 +16,12 @@ from e2ediff.ablate.leaves import leaves_of
 from e2ediff.ablate.train import STOPPED
 from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, RunDirectoryError
+from e2ediff.evaluate.passport import Score
 from e2ediff.evaluate.ranking import cards_of, figures_of
+from e2ediff.figure import Figure
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import parse_recipe
+from e2ediff.store.earlier import known_figure
 from e2ediff.store.run_directory import RESOLVED, RunDirectory
 from e2ediff.store.storage import Store
 
@@ -31,6 +34,7 @@ class Run:
     """One run; `state` is that of its `status.json`, or `missing`, or `damaged`.
 
     `figures` are final ones, `leaves` the resolved recipe by path, `error` why it failed.
+    `described` says what figures are, as far as that is known.
     `previews` maps `samples` and `reconstructions` to files by step.
     """
 
@@ -45,6 +49,7 @@ class Run:
     metrics: Sequence[Mapping[str, float]] = ()
     events: Sequence[Mapping[str, Any]] = ()
     figures: Mapping[str, float] = attrs.field(factory=dict)
+    described: Mapping[str, Figure] = attrs.field(factory=dict)
     leaves: Mapping[str, str] = attrs.field(factory=dict)
     environment: Mapping[str, Any] = attrs.field(factory=dict)
     previews: Mapping[str, Mapping[int, str]] = attrs.field(factory=dict)
@@ -94,6 +99,17 @@ class Gathered:
     def runs(self) -> list[Run]:
         """All of them."""
         return [run for runs in self.cells.values() for run in runs]
+
+    @property
+    def described(self) -> dict[str, Figure]:
+        """What figures are; one of which runs say that it is better otherwise is neither."""
+        found: dict[str, Figure] = {}
+        for run in self.runs:
+            for name, figure in run.described.items():
+                before = found.setdefault(name, figure)
+                if before.better != figure.better:
+                    found[name] = attrs.evolve(before, better=None)
+        return found
 
 
 def gather(host: Host, path: Address) -> Gathered:
@@ -224,6 +240,10 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, Cost]) -> Ru
         except E2EDiffError as error:  # a plugin that is not here
             uncounted = str(error)
     last = metrics[-1] if metrics else {}
+    scores, declared = figures_of(cards_of(path)), directory.figures()
+    names = dict.fromkeys(name for line in metrics for name in line)
+    described = {name: known_figure(name, declared) for name in names}
+    described |= {name: _described(name, score) for name, score in scores.items()}
     seed = leaves.get("seed", "0")
     state = str(status.get("state", "running"))
     return Run(
@@ -237,7 +257,8 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, Cost]) -> Ru
         name=str(environment.get("name", "")),
         metrics=metrics,
         events=directory.read_events(),
-        figures=final_figures(metrics) | figures_of(cards_of(path)),
+        figures=final_figures(metrics) | {name: s.value for name, s in scores.items()},
+        described={name: figure for name, figure in described.items() if figure},
         leaves=leaves,
         environment=environment,
         previews=_previews(directory.store),
@@ -265,6 +286,15 @@ def final_figures(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
         if math.isfinite(final):
             found[name] = final
     return found
+
+
+def _described(name: str, score: Score) -> Figure:
+    """What a score of `e2ediff eval` is: a figure without a curve."""
+    section = score.metric.get("section")
+    if section is None:
+        return Figure(name, better=score.better, shown_on=("table",), of="samples")
+    pairs = section in ("reconstruction", "pairs")
+    return Figure(name, better=score.better, of="reconstructions" if pairs else "")
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:

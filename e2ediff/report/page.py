@@ -15,7 +15,7 @@ from markupsafe import Markup
 from e2ediff.report import charts, sheets
 from e2ediff.report.gather import Gathered, Run
 from e2ediff.report.statistics import CONFIDENCE
-from e2ediff.report.summary import LATENTS, Summary, counted_runs, differing, number
+from e2ediff.report.summary import Summary, counted_runs, differing, number
 from e2ediff.report.tables import texts
 
 _EVENTS = 60
@@ -55,8 +55,8 @@ def render(gathered: Gathered, summary: Summary, sentences: Sequence[str], writt
         tables=[
             t
             for t in (
-                [c for c in summary.columns if c in LATENTS],
-                [c for c in summary.columns if c not in LATENTS],
+                [c for c in summary.columns if c.key in gathered.described],
+                [c for c in summary.columns if c.key not in gathered.described],
             )
             if t
         ],

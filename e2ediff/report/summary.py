@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from e2ediff.ablate.grid import GridError
-from e2ediff.metric import is_distance
+from e2ediff.figure import Figure as Described
 from e2ediff.report.gather import Gathered, Run
 from e2ediff.report.statistics import Difference, paired, spread
 
@@ -16,23 +16,18 @@ MINUS = "\N{MINUS SIGN}"
 
 @attrs.frozen
 class Column:
-    """A figure of the table: `form` is `.2f`-like, or `si`; `better` is high, low or neither."""
+    """A figure of the table: `form` is `.2f`-like, or `si`; `better` is high, low or neither.
+
+    `of` says what it scores: samples, reconstructions, or neither.
+    """
 
     key: str
     title: str
     form: str = ".4g"
     better: str = ""
     fixed: bool = False
+    of: str = ""
 
-
-LATENTS = (
-    Column("psnr", "PSNR (dB)", ".2f", "high"),
-    Column("rank", "effective rank", ".2f", "high"),
-    Column("rank_fraction", "rank fraction", ".3f", "high"),
-    Column("latent_std", "latent std", ".3f"),
-    Column("positional", "positional share", ".3f", "low"),
-)
-"""Columns on the latents and the images, which come before losses and costs."""
 
 _COST = (
     Column("wall_images_per_second", "images/s", ".0f", "high"),
@@ -92,8 +87,8 @@ def summarize(gathered: Gathered, judged: str | None = None) -> Summary:
 
     Args:
         gathered: The runs.
-        judged: The figure that the verdict is about; by default a distance of samples that every
-            cell has, where there is one, else the PSNR of reconstructions.
+        judged: The figure that the verdict is about; by default a score of samples that every
+            cell has, a distance if there is one, else a figure of reconstructions.
 
     Raises:
         GridError: No run has the figure `judged`.
@@ -105,9 +100,10 @@ def summarize(gathered: Gathered, judged: str | None = None) -> Summary:
         raise GridError(
             f"--judge {judged}: no run has this figure. There are: {', '.join(sorted(seen))}."
         )
-    columns = columns_of(seen)
+    described = gathered.described
+    columns = columns_of(seen, described)
     base = by_cell[gathered.baseline]
-    every = [*columns, *_further(seen, columns)]
+    every = [*columns, *_further(seen, columns, described)]
     cells = {}
     for cell, values in by_cell.items():
         figures = {}
@@ -122,44 +118,54 @@ def summarize(gathered: Gathered, judged: str | None = None) -> Summary:
             collapsed=sum(bool(run.collapse) for run in gathered.cells[cell]),
             figures=figures,
         )
-    key = judged or judged_of([values for values in by_cell.values() if values])
+    key = judged or judged_of([values for values in by_cell.values() if values], described)
     about = next((c for c in every if c.key == key), Column(key, key))
     return Summary(columns, every[len(columns) :], cells, gathered.baseline, about)
 
 
-def judged_of(cells: Sequence[Mapping[str, object]]) -> str:
-    """What shows best which cell is better: samples before reconstructions, evaluations first."""
-    shared = sorted(set.intersection(*(set(cell) for cell in cells))) if cells else []
-    samples = [key for key in shared if of_samples(key)]
-    return min(samples, key=lambda key: key.startswith("g"), default="psnr")
+def judged_of(cells: Sequence[Mapping[str, object]], described: Mapping[str, Described]) -> str:
+    """The figure that shows best which cell is better; "" if there is none.
+
+    Scores of samples that all cells have come before figures of reconstructions, evaluations
+    before scores of the training, which have curves, and distances before others.
+    """
+    shared = set.intersection(*(set(cell) for cell in cells)) if cells else set()
+    judging = [f for f in described.values() if f.better and "table" in f.shown_on]
+    samples = [f for f in judging if f.of == "samples" and f.name in shared]
+    if samples:
+        return min(samples, key=lambda f: ("charts" in f.shown_on, f.better != "low", f.name)).name
+    return next((f.name for f in judging if f.of == "reconstructions"), "")
 
 
-def of_samples(key: str) -> bool:
-    """Whether a figure is a distance of samples: of `e2ediff eval`, or of a recipe's `scores`."""
-    return is_distance(key) and not key.startswith("r")
-
-
-def columns_of(seen: set[str]) -> list[Column]:
-    """The columns that come first, of the figures that there are."""
+def columns_of(seen: set[str], described: Mapping[str, Described]) -> list[Column]:
+    """The columns that come first, of the figures that there are: scores of samples lead."""
     losses = [
         Column(key, f"loss: {key.removeprefix('loss/')}", ".4g", "low")
         for key in sorted(seen)
         if key.startswith("loss/")
     ]
-    samples = [Column(key, key, ".4g", "low") for key in sorted(seen) if of_samples(key)]
-    return [column for column in (*samples, *LATENTS, *losses, *_COST) if column.key in seen]
+    first = [f for f in described.values() if "table" in f.shown_on]
+    samples = sorted((f for f in first if f.of == "samples"), key=lambda f: f.name)
+    shown = [_column(f) for f in (*samples, *(f for f in first if f.of != "samples"))]
+    return [column for column in (*shown, *losses, *_COST) if column.key in seen]
 
 
-def _further(seen: set[str], columns: Sequence[Column]) -> list[Column]:
+def _column(figure: Described) -> Column:
+    return Column(figure.name, figure.title, figure.form, figure.better or "", of=figure.of)
+
+
+def _further(
+    seen: set[str], columns: Sequence[Column], described: Mapping[str, Described]
+) -> list[Column]:
     known = {column.key for column in columns}
     titles = {"wall_": "", "_": " "}
     found = []
     for key in sorted(seen - known):
-        title = key
+        column = _column(described.get(key) or Described(key))
+        title = column.title
         for old, new in titles.items():
             title = title.replace(old, new)
-        low = key.startswith("unexplained@") or is_distance(key)
-        found.append(Column(key, title, ".4g", "low" if low else ""))
+        found.append(attrs.evolve(column, title=title))
     return found
 
 

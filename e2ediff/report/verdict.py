@@ -31,10 +31,11 @@ def _one_run(run: Run) -> list[str]:
     if run.error:
         found.append(f"The error: {run.error}")
     figures = run.figures
-    words = {"psnr": "PSNR {:.2f} dB", "rank": "effective rank {:.2f}"}
-    shown = [text.format(figures[key]) for key, text in words.items() if key in figures]
-    if "rank_fraction" in figures:
-        shown[-1:] = [f"{shown[-1]} ({figures['rank_fraction']:.0%} of what it could be)"]
+    shown = [
+        f"{figure.title} {number(figures[key], figure.form)}"
+        for key, figure in run.described.items()
+        if key in figures and "table" in figure.shown_on
+    ]
     if shown:
         found.append(f"Last measured: {', '.join(shown)}.")
     if run.collapse:
@@ -47,6 +48,8 @@ def _one_run(run: Run) -> list[str]:
 
 def _best(summary: Summary) -> list[str]:
     column, key = summary.judged, summary.judged.key
+    if not key:
+        return ["No figure says which cell is better: there is nothing to compare yet."]
     measured = [c for c in summary.cells.values() if key in c.figures]
     if not measured:
         return [f"No run has a final {column.title}: there is nothing to compare yet."]
@@ -65,10 +68,10 @@ def _best(summary: Summary) -> list[str]:
     found = [
         f"{best.name} has the {word} {column.title}{among}: {_value(best.figures[key], column)}."
     ]
-    if key == "psnr":
+    if column.of == "reconstructions":
         found.append(
-            "PSNR judges reconstruction; it does not judge samples, which `scores` in the recipe "
-            "and e2ediff eval do."
+            f"{column.title} judges reconstruction; it does not judge samples, which `scores` in "
+            "the recipe and e2ediff eval do."
         )
     if key not in baseline.figures:
         return [*found, f"The baseline {baseline.name} has none: no difference can be given."]

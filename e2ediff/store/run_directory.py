@@ -1,8 +1,9 @@
 """The directory of a run, which explains itself to whoever finds it later.
 
 `recipe.yaml` as given, `resolved.yaml` with every default, `run.json` (where it ran),
-`status.json` (how it stands), `metrics.jsonl`, `events.jsonl`, `samples/`, `checkpoints/`,
-`attempts/` (what was replaced), `plugins/` (copies of plugins that are one file).
+`status.json` (how it stands), `metrics.jsonl`, `figures.json` (what its figures are),
+`events.jsonl`, `samples/`, `checkpoints/`, `attempts/` (what was replaced), `plugins/` (copies of
+plugins that are one file).
 Nothing in it is absolute: it may be copied, packed or deleted as a whole.
 """
 
@@ -13,15 +14,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
+import attrs
+
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import RecipeError, RunDirectoryError
+from e2ediff.figure import Figure
 from e2ediff.host.yaml import parse_yaml
 from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, move, next_place, numbers
 from e2ediff.store.lock import LOCK, acquire
@@ -30,18 +34,13 @@ from e2ediff.store.storage import JSON, Store
 State = Literal["running", "done", "interrupted", "preempted", "failed"]
 
 RECIPE, RESOLVED, RUN, STATUS = "recipe.yaml", "resolved.yaml", "run.json", "status.json"
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, FIGURES = "metrics.jsonl", "events.jsonl", "figures.json"
 
 PLUGINS = "plugins"
 
-_BEFORE_RUN = {
-    LOCK,
-    RECIPE,
-    RESOLVED,
-    ATTEMPTS,
-    PLUGINS,
-}  # what there is before RUN, which makes it a run
-_RECORDS = (RECIPE, RESOLVED, RUN, STATUS, METRICS, EVENTS)
+# What there is before RUN, which makes it a run.
+_BEFORE_RUN = {LOCK, RECIPE, RESOLVED, ATTEMPTS, PLUGINS}
+_RECORDS = (RECIPE, RESOLVED, RUN, STATUS, METRICS, EVENTS, FIGURES)
 _WRITTEN = {*_RECORDS, "bad_images.jsonl", "curves.png"}  # by whoever holds the lock alone
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -61,6 +60,7 @@ class RunDirectory:
         self.silent = silent
         self.kept = ""  # the attempt to which `create` moved what lay here
         self._lock: int | None = None
+        self._declared: dict[str, Figure] | None = None
 
     @classmethod
     def create(
@@ -326,6 +326,36 @@ class RunDirectory:
             RunDirectoryError: a line in the middle is damaged.
         """
         return self._read_lines(METRICS)
+
+    def declare(self, figures: Iterable[Figure]) -> None:
+        """Keep what figures of the run are; those of other names that are kept already stay."""
+        if self.silent:
+            return
+        if self._declared is None:
+            self._declared = {figure.name: figure for figure in self.figures()}
+        declared = {**self._declared, **{figure.name: figure for figure in figures}}
+        if declared != self._declared:
+            self._write_json(FIGURES, {name: attrs.asdict(f) for name, f in declared.items()})
+            self._declared = declared
+
+    def figures(self) -> list[Figure]:
+        """What was declared; empty for runs from before this was kept.
+
+        Raises:
+            RunDirectoryError: It is damaged.
+        """
+        if not self.store.exists(FIGURES):
+            return []
+        known = {field.name for field in attrs.fields(Figure)}
+        try:
+            rows = [{k: v for k, v in r.items() if k in known}
+                    for r in self._read_json(FIGURES).values()]  # fmt: skip
+            return [Figure(**{**row, "shown_on": tuple(row["shown_on"])}) for row in rows]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            where = self.store.where(FIGURES)
+            raise RunDirectoryError(
+                f"{where}: is damaged ({error}). Remove it to judge figures by their names."
+            ) from error
 
     def event(self, kind: str, **fields: JSON) -> None:
         """Add one line on something that happened: a save, a rewind, an alarm, a signal."""

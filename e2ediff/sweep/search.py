@@ -197,7 +197,8 @@ class Search:
             "overrides": list(candidate.overrides), "shares": shares,
             "reference": self.reference.place,
         }  # fmt: skip
-        card = Card("", passport, {name: Score(mean.value, mean.error, _METRIC)}, notes)
+        score = Score(mean.value, mean.error, _METRIC, better="low")
+        card = Card("", passport, {name: score}, notes)
         place = write_card(self.store.where(SCORES), card)
         self._take(attrs.evolve(card, place=place))
 

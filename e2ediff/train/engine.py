@@ -340,6 +340,7 @@ class Engine:
     def _figures(self, found: Mapping[str, float], timed: str, began: float) -> None:
         """Record figures with the time that they took, and tell plugins."""
         seconds = time.perf_counter() - began
+        self.directory.declare(self.monitor.figures)
         self._record({**found, timed: round(seconds, 4)})
         self._notify("diagnosed", step=self.step, values=found)
         self._tell_failures()
@@ -366,7 +367,8 @@ class Engine:
         if not self.world.leads:
             return
         metrics = self.directory.read_metrics()
-        self.directory.store.write("curves.png", curves_png(metrics, self.recipe.name))
+        picture = curves_png(metrics, self.recipe.name, self.directory.figures())
+        self.directory.store.write("curves.png", picture)
 
     def set_status(self, state: State, code: int | None = None, reason: str = "") -> None:
         """Replace `status.json` by how the run stands now."""

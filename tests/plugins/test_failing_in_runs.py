@@ -61,6 +61,7 @@ class Counts(Diagnostic):
 @attrs.frozen(kw_only=True)
 class Divides(Metric):
     "Divides by zero."
+    better = "low"
     def measure(self, made, real):
         return {"ratio": Estimate(1 / 0)}
 
@@ -113,7 +114,7 @@ def test_diagnostics_and_metrics_that_fail_are_said_once_and_the_run_goes_on(
         "diagnostic looks_on.Words": "ValueError: could not convert string to float: 'none'",
         "diagnostic looks_on.Judges": "SystemExit: no (looks_on.py:26)",
         "diagnostic looks_on.Refuses": "ValueError: ",
-        "metric looks_on.Divides": "ZeroDivisionError: division by zero (looks_on.py:52)",
+        "metric looks_on.Divides": "ZeroDivisionError: division by zero (looks_on.py:53)",
     }
     lines = (inside.cwd / "out/events.jsonl").read_text().splitlines()
     events = [e for e in map(json.loads, lines) if e["kind"] in ("diagnostic_off", "metric_off")]

@@ -16,12 +16,14 @@ from command_line import e2ediff
 from PIL import Image
 
 from e2ediff.errors import DataError
+from e2ediff.figure import Figure
 from e2ediff.report.charts import Line, chart
 from e2ediff.report.gather import final_figures, gather, gather_runs
 from e2ediff.report.sheets import data_uri, rows
 from e2ediff.report.summary import judged_of, number, signed, summarize
 from e2ediff.report.tables import csv_text, tex, tex_text
 from e2ediff.report.verdict import verdict
+from e2ediff.store.earlier import known_figure
 
 VOID = {"meta", "img", "br", "line", "path", "polyline"}
 
@@ -219,7 +221,12 @@ def told(
     cells = {
         cell: [
             attrs.evolve(
-                one, cell=cell, seed=seed, figures={figure: value, "psnr": value}, events=[]
+                one,
+                cell=cell,
+                seed=seed,
+                figures={figure: value, "psnr": value},
+                described={name: known_figure(name) for name in (figure, "psnr")},
+                events=[],
             )
             for seed, value in enumerate(values)
         ]
@@ -249,10 +256,14 @@ def test_the_verdict_is_about_samples_where_all_cells_have_a_distance_of_theirs(
 
 def test_an_evaluation_decides_before_a_score_of_the_training():
     shared = {"psnr": 0, "gKD-Net": 0, "FD-Net@adm-1a2b3c4d": 0, "rFD-Net@adm-1a2b3c4d": 0}
-    assert judged_of([shared, shared]) == "FD-Net@adm-1a2b3c4d"
-    assert judged_of([shared, {"psnr": 0, "gKD-Net": 0}]) == "gKD-Net"
-    assert judged_of([shared, {"psnr": 0}]) == "psnr"
-    assert judged_of([]) == "psnr"
+    described = {name: known_figure(name) for name in ("psnr", "gKD-Net")}
+    for name, of in (("FD-Net", "samples"), ("rFD-Net", "reconstructions")):
+        name = f"{name}@adm-1a2b3c4d"
+        described[name] = Figure(name, better="low", shown_on=("table",), of=of)
+    assert judged_of([shared, shared], described) == "FD-Net@adm-1a2b3c4d"
+    assert judged_of([shared, {"psnr": 0, "gKD-Net": 0}], described) == "gKD-Net"
+    assert judged_of([shared, {"psnr": 0}], described) == "psnr"
+    assert judged_of([], described) == "psnr"
 
 
 def test_a_figure_that_no_run_has_cannot_be_judged_by(group):

@@ -20,6 +20,7 @@ from e2ediff.data import DataSource, ImageSpec, SourceConfig
 from e2ediff.denoiser import Denoiser
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.features import FeatureConfig, FeatureNetwork
+from e2ediff.figure import Better
 from e2ediff.guidance import Guidance
 from e2ediff.interpolant import Estimate as Prediction
 from e2ediff.interpolant import Interpolant
@@ -209,6 +210,7 @@ class _Blurs(FeatureNetwork):
 class MeanGap(Metric):
     """Squared distance of the features' means."""
 
+    better: ClassVar[Better] = "low"
     moments: ClassVar[tuple[str, ...]] = ("pool",)
 
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:

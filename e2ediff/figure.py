@@ -1,0 +1,68 @@
+"""Figures: what a measured number is called, which way it is better, and where it is shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+import attrs
+from attrs import validators
+
+Better = Literal["low", "high"]
+"""Whether a low or a high value of a figure is the better one."""
+
+Place = Literal["table", "charts"]
+"""Where a figure is shown: in a report's first table; as a curve in reports and `curves.png`."""
+
+_BETTER = validators.optional(validators.in_(("low", "high")))
+
+
+def _is_format(figure: object, field: object, form: str) -> None:
+    format(0.5, form)  # raises ValueError
+
+
+@attrs.frozen
+class Figure:
+    """What a figure is called, how it is judged, and where it is shown.
+
+    A name such as `unexplained@0.5` or `spectrum/1` is declared by the part before its first `@`
+    or `/`, unless it is declared itself.
+
+    Raises ValueError for a value that is not one of those below.
+
+    Args:
+        name: As in `metrics.jsonl`.
+        title: In tables, charts and messages, within a sentence; by default the name.
+        better: None if neither low nor high values are better.
+        form: The format of its values, as in `format(value, ".2f")`.
+        shown_on: The places where it is shown.
+        panel: Title of the chart of `curves.png`, which figures with the same `panel` share; by
+            default the title.
+        of: What it scores: samples, reconstructions, or "" for neither.
+    """
+
+    name: str
+    title: str = attrs.field(default=attrs.Factory(lambda f: f.name, takes_self=True))
+    better: Better | None = attrs.field(default=None, validator=_BETTER)
+    form: str = attrs.field(default=".4g", validator=_is_format)
+    shown_on: tuple[Place, ...] = attrs.field(
+        default=(),
+        validator=validators.deep_iterable(
+            validators.in_(("table", "charts")), validators.instance_of(tuple)
+        ),
+    )
+    panel: str = attrs.field(default=attrs.Factory(lambda f: f.title, takes_self=True))
+    of: Literal["", "samples", "reconstructions"] = attrs.field(
+        default="", validator=validators.in_(("", "samples", "reconstructions"))
+    )
+
+
+def find(name: str, figures: Iterable[Figure]) -> Figure | None:
+    """The figure of this name as it is declared, or as the part before its `@` or `/` is."""
+    declared = {figure.name: figure for figure in figures}
+    stem = re.split("[@/]", name, maxsplit=1)[0]
+    found = declared.get(name) or declared.get(stem)
+    if found is None or found.name == name:
+        return found
+    return attrs.evolve(found, name=name, title=f"{found.title}{name[len(stem) :]}")
