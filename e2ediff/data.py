@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
 import torch
@@ -98,7 +98,17 @@ class DataSource(ABC):
 
 
 class SourceConfig(ABC):
-    """The recipe's `data:` block: knows the images' shape before any file is opened."""
+    """The recipe's `data:` block: knows the images' shape before any file is opened.
+
+    `movable` and `harmless` name the options that may be others when a run is resumed; any other
+    difference refuses it. A movable option says where the images lie: they must be as many as
+    before, with the same labels in the same order. A harmless one changes nothing that is read:
+    by default `workers` and `on_bad_image`, as a damaged image that ended the run under the one
+    policy would have ended it under the other.
+    """
+
+    movable: ClassVar[tuple[str, ...]] = ()
+    harmless: ClassVar[tuple[str, ...]] = ("workers", "on_bad_image")
 
     @property
     @abstractmethod

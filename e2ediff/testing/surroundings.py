@@ -7,6 +7,7 @@ import math
 import pickle
 import tempfile
 
+import attrs
 import torch
 from torch import nn
 
@@ -64,6 +65,12 @@ def check_averaging(a: Averaging) -> None:
 def check_source(s: SourceConfig) -> None:
     """Bytes and labels of the promised shape, the same in any order and any process."""
     name, image = type(s).__name__, s.image
+    declared = {*s.movable, *s.harmless} - {*SourceConfig.harmless}
+    known = {field.alias for field in attrs.fields(type(s))}  # type: ignore[arg-type]
+    unknown = sorted(declared - known)
+    assert not unknown, f"{name}: movable and harmless name options; {unknown[0]!r} is none"
+    both = sorted({*s.movable} & {*s.harmless})
+    assert not both, f"{name}: {both[0]!r} is movable and harmless; leave it in one of them"
     with own_randomness(s):
         sources = (s.open(), s.open(held_out=True))
         for data in sources:

@@ -38,22 +38,6 @@ _MAY_CHANGE = (
     "parallel",
     "diagnostics",
     "requires",
-    # A damaged image ended the run under the one policy and would have under the other.
-    "data.on_bad_image",
-    "data.verify",
-    "data.workers",
-)
-
-# Where images and labels lie: may change where these are as many and the same.
-_ADDRESSES = (
-    "data.held_out",
-    "data.held_out_images",
-    "data.held_out_labels",
-    "data.images",
-    "data.inside",
-    "data.labels",
-    "data.path",
-    "data.root",
 )
 
 
@@ -99,12 +83,13 @@ def refuse_other_recipe(
     before = _leaves(unstructure(host, parse_recipe(host, directory.resolved(), place), Recipe))
     now = _leaves(unstructure(host, recipe, Recipe))
     differ = [path for path in {**before, **now} if before.get(path) != now.get(path)]
-    changed = [p for p in differ if not {p, p.partition(".")[0]} & {*_MAY_CHANGE}]
+    may_change = {*_MAY_CHANGE, *(f"data.{option}" for option in recipe.data.harmless)}
+    changed = [p for p in differ if not {p.partition(".")[0], _option(p)} & may_change]
     # Another part has other options: its name says it all.
     chosen = [path for path in changed if path.endswith(".name") or path == "target.kind"]
     other = tuple(path.removesuffix("name").removesuffix("kind") for path in chosen)
     changed = [p for p in changed if p in chosen or not p.startswith(other)]
-    moved = [path for path in changed if path in _ADDRESSES]
+    moved = [p for p in changed if _option(p) in {f"data.{o}" for o in recipe.data.movable}]
     why = _unlike(directory, images, sure=not moved)
     hint = "Give the same recipe and --set as before, or start another run."
     problems = [
@@ -124,6 +109,11 @@ def refuse_other_recipe(
     if problems := problems or _renamed(recipe, directory, images):
         raise RecipeError(f"{source} (--resume)", problems)
     return {path: [before.get(path), now.get(path)] for path in differ}
+
+
+def _option(path: str) -> str:
+    """The path of the block's option to which a value belongs."""
+    return ".".join(path.split(".")[:2])
 
 
 def class_names(recipe: Recipe, training: DataSource) -> tuple[str, ...]:

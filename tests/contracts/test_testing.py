@@ -15,6 +15,7 @@ from e2ediff.parts.backbones import ViT, ViTConfig
 from e2ediff.parts.diagnostics.latent_health import LatentHealth
 from e2ediff.parts.guidance.classifier_free import ClassifierFree
 from e2ediff.parts.interpolants import Linear
+from e2ediff.parts.metrics import FID
 from e2ediff.parts.objectives.controls import Coupled, Detached, TwoStage
 from e2ediff.parts.optimizers.scheduled import SGD
 from e2ediff.parts.regularizers import VarianceExpansion
@@ -231,6 +232,21 @@ class Colourful(Synthetic):
     @property
     def image(self):
         return attrs.evolve(super().image, channels=1)
+
+
+@wrong(testing.check_source, "movable and harmless name options; 'folder' is none")
+class NoSuchOption(Synthetic):
+    movable = ("folder", "count")
+
+
+@wrong(testing.check_source, "'count' is movable and harmless; leave it in one of them")
+class MovableAndHarmless(Synthetic):
+    movable = harmless = ("count",)
+
+
+@wrong(testing.check_metric, "better is 'less'; give 'low' or 'high'")
+class Sideways(FID):
+    better = "less"
 
 
 @wrong(testing.check_diagnostic, "finite floats")

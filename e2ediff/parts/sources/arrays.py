@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from tokenize import TokenError
+from typing import ClassVar
 
 import attrs
 import numpy as np
@@ -124,6 +125,8 @@ class Arrays(SourceConfig):
     `held_out_images` and `held_out_labels` are those for the probe and for scores.
     `channels`, `flip` and `sampling` are those of `image_folder`; `classes` 0 reads no labels.
     """
+
+    movable: ClassVar[tuple[str, ...]] = ("images", "labels", "held_out_images", "held_out_labels")
 
     images: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     labels: str | None = attrs.field(

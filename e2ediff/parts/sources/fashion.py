@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib import resources
+from typing import ClassVar
 
 import attrs
 import torch
@@ -46,6 +47,8 @@ class FashionMNIST(SourceConfig):
 
     Source: Xiao, Rasul & Vollgraf 2017 (arXiv 1708.07747), MIT licence.
     """
+
+    movable: ClassVar[tuple[str, ...]] = ("root",)
 
     size: int = attrs.field(default=32, validator=validators.in_((28, 32)))
     root: str | None = attrs.field(

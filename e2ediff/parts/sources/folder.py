@@ -163,6 +163,7 @@ class ImageFolder(EncodedConfig):
     `workers` processes read and decode.
     """
 
+    movable: ClassVar[tuple[str, ...]] = ("root", "held_out", "labels")
     address: ClassVar[str] = "root"
     word: ClassVar[str] = "class folders"
 
@@ -210,6 +211,7 @@ class Archive(EncodedConfig):
     The other options are those of `image_folder`.
     """
 
+    movable: ClassVar[tuple[str, ...]] = ("path", "inside", "held_out", "labels")
     word: ClassVar[str] = "class folders"
 
     path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -95,6 +95,8 @@ class Parquet(EncodedConfig):
     A random image costs the reading of its whole row group: `e2ediff data prepare` is faster.
     The other options are those of `image_folder`.
     """
+
+    movable: ClassVar[tuple[str, ...]] = ("path", "held_out")
 
     path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     image_column: str = "image"

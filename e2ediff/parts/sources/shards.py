@@ -14,11 +14,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 
 from e2ediff import addresses
+from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.parts.sources.index import Index, RangeBytes
 from e2ediff.parts.sources.listing import EncodedConfig, Listing
@@ -42,6 +43,9 @@ class Shards(EncodedConfig):
     they are copied. The index's hash is compared whenever they are opened.
     The other options are those of `image_folder`.
     """
+
+    movable: ClassVar[tuple[str, ...]] = ("path", "held_out")
+    harmless: ClassVar[tuple[str, ...]] = (*SourceConfig.harmless, "verify")
 
     path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     verify: bool = True

@@ -73,6 +73,7 @@ class ClassTars(EncodedConfig):
     The other options are those of `image_folder`.
     """
 
+    movable: ClassVar[tuple[str, ...]] = ("path", "held_out", "held_out_labels")
     word: ClassVar[str] = "class tars"
 
     path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
@@ -170,6 +171,8 @@ class TarShards(EncodedConfig):
     (`$E2EDIFF_CACHE`) where they are read-only.
     The other options are those of `image_folder`.
     """
+
+    movable: ClassVar[tuple[str, ...]] = ("path", "held_out")
 
     path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     image_suffix: str | None = None
