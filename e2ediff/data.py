@@ -7,11 +7,12 @@ Images are uint8 in a source and float in [-1, 1] in a batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
+from attrs import validators
 from torch import Tensor
 
 Sampling = Literal["natural", "class_balanced"]
@@ -97,6 +98,26 @@ class DataSource(ABC):
         return Stored(x.shape[-1], x.shape[-2])
 
 
+Certainty = Literal["possible", "likely", "certain"]
+"""How sure a source is that it reads what lies at an address."""
+
+
+@attrs.frozen
+class Recognised:
+    """How a source would read what lies at an address; the most certain source is taken.
+
+    Args:
+        options: Of its data block, the address among them; others keep their defaults.
+        certainty: `certain` by a file that no other source has, such as an index; `likely` by the
+            kind of the files; `possible` where nothing speaks against it.
+    """
+
+    options: Mapping[str, Any]
+    certainty: Certainty = attrs.field(
+        default="likely", validator=validators.in_(("possible", "likely", "certain"))
+    )
+
+
 class SourceConfig(ABC):
     """The recipe's `data:` block: knows the images' shape before any file is opened.
 
@@ -109,6 +130,26 @@ class SourceConfig(ABC):
 
     movable: ClassVar[tuple[str, ...]] = ()
     harmless: ClassVar[tuple[str, ...]] = ("workers", "on_bad_image")
+
+    @classmethod
+    def recognises(cls, address: str) -> Recognised | None:
+        """How this source would read what lies at a path, URL or pattern; None if it would not.
+
+        `e2ediff data prepare`, `check` and `stats` ask every source. It looks at names, and at
+        the head of a file at most.
+
+        Raises:
+            DataError: The place cannot be read.
+        """
+        return None
+
+    def with_counted_classes(self) -> SourceConfig:
+        """This block with the number of classes that the data have; itself if it has no count.
+
+        Raises:
+            DataError: The data are missing or cannot be understood.
+        """
+        return self
 
     @property
     @abstractmethod

@@ -9,24 +9,19 @@ import attrs
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import SourceConfig
-from e2ediff.errors import DataError, Problem, RecipeError
-from e2ediff.files.names import is_hidden
+from e2ediff.data import Recognised, SourceConfig
+from e2ediff.errors import DataError, E2EDiffError, PluginError, Problem, RecipeError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import load_recipe
+from e2ediff.host.registry import Part, options
 from e2ediff.host.structure import Structurer
 from e2ediff.host.yaml import Node, parse_yaml, set_value
-from e2ediff.parts.sources import Arrays
-from e2ediff.parts.sources.listing import EncodedConfig
-from e2ediff.parts.sources.location import Location
-from e2ediff.parts.sources.shards import PREPARED, read_prepared
-from e2ediff.parts.sources.tar_members import members
 
-_ARRAYS = (".npz", ".npy", "-ubyte", ".idx")
 _KINDS = (
     "a folder of class folders or images, a zip of them, ImageNet's tars, tar shards, Parquet "
     "files, an npz, npy or idx file, or a folder that `e2ediff data prepare` wrote"
 )
+_LEVELS = ("possible", "likely", "certain")
 
 
 def source_config(
@@ -48,7 +43,7 @@ def source_config(
     if address.endswith((".yaml", ".yml")):
         config = _from_yaml(host, address, overrides)
     else:
-        config = _counted(host, recognise(address), overrides)
+        config = _counted(host, recognise(host, address, _named(overrides)), overrides)
     if size is None or config.image.height == size:
         return config
     try:
@@ -104,69 +99,81 @@ class _Holder:
 
 def _counted(host: Host, block: Mapping[str, Any], overrides: Sequence[str]) -> SourceConfig:
     """The block with the number of classes that the data have, unless it is given."""
-    full = {"size": 256, "classes": 0, **block}
+    cls = host.registries["sources"].find(_named(overrides) or block["name"])
+    defaults = {"size": 256, "classes": 0}
+    known = options(cls) if cls else defaults
+    full = {**{key: value for key, value in defaults.items() if key in known}, **block}
     node = Node({key: Node(value, "data") for key, value in full.items()}, "data")
     config = _structured(host, node, "data", overrides)
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides}
     # `--set data=...` is a whole block in itself.
     if "classes" in block or given & {"classes", "data"}:
         return config
-    if isinstance(config, EncodedConfig):
-        return attrs.evolve(config, classes=config.listing(held_out=False).classes)
-    if not isinstance(config, Arrays):  # `--set name=...`
-        return config
-    labels = config.arrays()[1]
-    found = 0 if labels is None or not len(labels) else int(labels.max()) + 1
-    return attrs.evolve(config, classes=found)
+    return config.with_counted_classes()
 
 
-def recognise(address: Address) -> dict[str, Any]:
-    """A data block for what lies at a path, URL or pattern, without its number of classes.
+def _named(overrides: Sequence[str]) -> str:
+    """The source that is asked for by name, "" for none."""
+    pairs = [text.partition("=") for text in overrides]
+    return next((v.strip() for k, _, v in pairs[::-1] if k.strip() in ("name", "data.name")), "")
+
+
+def recognise(host: Host, address: Address, name: str = "") -> dict[str, Any]:
+    """A data block for what lies at a path, URL or pattern, perhaps without `size` and `classes`.
+
+    Args:
+        host: Whose sources are asked; of a plugin those that are loaded.
+        address: The path, URL or pattern.
+        name: Prefer this source, where it recognises the data.
 
     Raises:
-        DataError: Nothing is there, or nothing that is known.
+        DataError: Nothing is there, nothing that is known, or something that several sources
+            read; or the place cannot be read.
+        PluginError: A plugin's source fails.
     """
-    address = addresses.plain(address)
-    location = Location(address, "data")
-    if location.is_pattern():
-        kind = "parquet" if address.endswith(".parquet") else "tar_shards"
-        return {"name": kind, "path": address}
-    if location.is_folder():
-        return _folder(location)
-    if not location.is_file():
-        raise DataError(f"{address}: nothing is there. Expected {_KINDS}.")
-    lower = address.lower().removesuffix(".gz")
-    if lower.endswith(".zip"):
-        return {"name": "archive", "path": address}
-    if lower.endswith(".parquet"):
-        return {"name": "parquet", "path": address}
-    if lower.endswith(".tar"):
-        with location.opened(location.path) as file:
-            head = next(members(file, address, "data"), None)
-        nested = head is not None and head.name.endswith(".tar")
-        return {"name": "class_tars" if nested else "tar_shards", "path": address}
-    if lower.endswith(_ARRAYS):
-        return {"name": "arrays", "images": address}
-    raise DataError(f"{address}: not recognised. Expected {_KINDS}, or a YAML file of a block.")
+    address, sources = addresses.plain(address), host.registries["sources"]
+    if name:
+        sources.find(name)  # loads its plugin
+    asked = {sources.name_of(part.cls): _asked(host, part, address) for part in sources}
+    found = {own: answer for own, answer in asked.items() if answer is not None}
+    if not found:
+        raise DataError(f"{address}: {_why_unknown(host, address)}")
+    level = max(_LEVELS.index(answer.certainty) for answer in found.values())
+    best = [own for own, answer in found.items() if _LEVELS.index(answer.certainty) == level]
+    best = [name] if name in found else best
+    if len(best) > 1:
+        raise DataError(
+            f"{address}: {' and '.join(best)} can read it; choose with --set name={best[0]}"
+        )
+    return {"name": best[0], **found[best[0]].options}
 
 
-def _folder(location: Location) -> dict[str, Any]:
-    entries = location.fs.ls(location.path, detail=False)
-    names = [str(path).rstrip("/").rpartition("/")[2] for path in entries]
-    names = [name for name in names if not is_hidden(name)]
-    if PREPARED in names:
-        told = read_prepared(location)
-        options = {key: told[key] for key in ("size", "channels", "classes")}
-        return {"name": "shards", "path": location.url, **options}
-    if any(name.endswith(".parquet") for name in names):
-        return {"name": "parquet", "path": location.url}
-    if tars := sorted(name for name in names if name.endswith(".tar")):
-        with location.opened(location.below(tars[0])) as file:
-            head = next(members(file, tars[0], "data"), None)
-        # A class tar's images are named after it: n01440764.tar holds n01440764_10026.JPEG.
-        stem = tars[0].removesuffix(".tar")
-        classed = head is not None and head.name.rpartition("/")[2].startswith(f"{stem}_")
-        return {"name": "class_tars" if classed else "tar_shards", "path": location.url}
-    if not names:
-        raise DataError(f"{location.url}: an empty folder. Expected {_KINDS}.")
-    return {"name": "image_folder", "root": location.url}
+def _asked(host: Host, part: Part, address: str) -> Recognised | None:
+    """What a source makes of an address."""
+    try:
+        answer: Recognised | None = part.cls.recognises(address)  # type: ignore[attr-defined]
+    except E2EDiffError:
+        raise
+    except Exception as error:  # the plugin boundary
+        raise PluginError(
+            f"{host.owner_of(error) or part.qualified}: {part.name} cannot say whether it reads "
+            f"{address}: {type(error).__name__}: {error}. To go on without it: "
+            f"E2EDIFF_BLOCK={part.plugin.name}"
+        ) from error
+    return answer
+
+
+def _why_unknown(host: Host, address: str) -> str:
+    """Why no source recognises what lies at an address, and what they would."""
+    parts = [*host.registries["sources"]]
+    own = [part.name for part in parts if not part.cls.__module__.startswith("e2ediff.")]
+    expected = f"Expected {_KINDS}" + "".join(f", or data of {name}" for name in own)
+    fs, path = addresses.file_system(address)
+    if fs.isdir(path):
+        return f"an empty folder. {expected}."
+    if not fs.exists(path):
+        return f"nothing is there. {expected}."
+    known = {plugin.name for plugin in host.plugins} | {*host.broken}
+    idle = ",".join(entry.name for entry in host.entries if entry.name not in known)
+    hint = f" Plugins that were not asked: E2EDIFF_LOAD={idle} loads them." if idle else ""
+    return f"not recognised. {expected}, or a YAML file of a block.{hint}"

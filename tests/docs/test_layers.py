@@ -47,7 +47,7 @@ ROOMS = {
     "evaluate": ("contracts files host store distributed loading model sample",
                  "torch attrs numpy PIL safetensors"),
     "forecast": ("contracts host store distributed model step monitor train", "torch attrs"),
-    "prepare": ("contracts files parts host store loading", "torch attrs numpy PIL"),
+    "prepare": ("contracts parts host store loading", "torch attrs numpy PIL"),
     "ablate": ("contracts host store distributed model train forecast", "attrs yaml"),
     "report": ("contracts files host store evaluate ablate",
                "attrs PIL scipy matplotlib jinja2 markupsafe"),

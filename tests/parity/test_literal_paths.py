@@ -158,14 +158,14 @@ def test_a_star_in_the_last_name_finds_files_of_a_folder_with_an_odd_name(tmp_pa
                 found(nothing)
 
 
-def test_what_is_there_as_it_is_written_is_no_pattern() -> None:
-    assert recognise(f"{ODD}/tree") == {"name": "image_folder", "root": f"{ODD}/tree"}
+def test_what_is_there_as_it_is_written_is_no_pattern(host) -> None:
+    assert recognise(host, f"{ODD}/tree") == {"name": "image_folder", "root": f"{ODD}/tree"}
     with pytest.raises(DataError, match="nothing is there"):
-        recognise("set [1]/tree")
+        recognise(host, "set [1]/tree")
     as_shards(Path("plain"), Path("x*{0,1}"), 2)
-    assert recognise("x*{0,1}") == {"name": "tar_shards", "path": "x*{0,1}"}
-    assert recognise("x*{0,1}/train-0000.tar")["name"] == "tar_shards"
-    assert recognise("x*/train-*.tar") == {"name": "tar_shards", "path": "x*/train-*.tar"}
+    assert recognise(host, "x*{0,1}") == {"name": "tar_shards", "path": "x*{0,1}"}
+    assert recognise(host, "x*{0,1}/train-0000.tar")["name"] == "tar_shards"
+    assert recognise(host, "x*/train-*.tar") == {"name": "tar_shards", "path": "x*/train-*.tar"}
 
 
 # Commands

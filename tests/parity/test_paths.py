@@ -107,7 +107,7 @@ READERS: dict[str, Callable[[Callable[[str], addresses.Address]], object]] = {
     "find_files": lambda at: find_files(at("images/{a,b}/*.png"), "data.path", ".png")[1],
     "read_file": lambda at: read_file(at("weights.pt")),
     "read_weights": lambda at: read_weights(at("weights.pt"))[1],
-    "recognise": lambda at: recognise(at("images")),
+    "recognise": lambda at: recognise(HOST, at("images")),
     "source_config": lambda at: source_config(HOST, at("images"), (), 16),
     "source_config of a recipe": lambda at: source_config(HOST, at("tiny.yaml")),
     "gather": lambda at: gather(HOST, at("run")).place,

@@ -1,4 +1,4 @@
-"""A stranger's source of images: moved at a resume like one of ours."""
+"""A stranger's source of images: recognised, and moved at a resume, like one of ours."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from command_line import e2ediff
 
-from e2ediff.errors import RecipeError
+from e2ediff.errors import DataError, PluginError, RecipeError
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 
@@ -20,7 +21,7 @@ import attrs
 import numpy as np
 import torch
 from e2ediff import hookimpl
-from e2ediff.data import DataSource, ImageSpec, SourceConfig
+from e2ediff.data import DataSource, ImageSpec, Recognised, SourceConfig
 
 @attrs.frozen(kw_only=True)
 class Stack(SourceConfig):
@@ -32,10 +33,19 @@ class Stack(SourceConfig):
     shade: int = 0
     cache: int = 1
     workers: int = 0
+    classes: int = 2
+
+    @classmethod
+    def recognises(cls, address):
+        if (Path(address) / "x.stack").is_file():
+            return Recognised({"place": address}, "certain")
+
+    def with_counted_classes(self):
+        return attrs.evolve(self, classes=int(self.open().labels().max()) + 1)
 
     @property
     def image(self):
-        return ImageSpec(1, 16, 16, 2)
+        return ImageSpec(1, 16, 16, self.classes)
 
     def open(self, *, held_out=False):
         return _Stack(self)
@@ -120,3 +130,77 @@ def test_other_images_of_a_strangers_source_are_refused(place, data, said) -> No
     done = e2ediff("run", "tiny.yaml", "--set", f"data={block}", "--resume", "--out", "cut")
     assert done.code == RecipeError.exit_code
     assert said in done.err
+
+
+# Recognised
+
+
+def proposed(*words: str) -> dict[str, object]:
+    done = e2ediff("data", "stats", *words, "--workers", 0)
+    assert done.code == 0, done.err
+    return yaml.safe_load(done.out.partition("# proposed\n")[2])["data"]
+
+
+def test_a_strangers_source_is_asked_and_counts_its_classes(place, monkeypatch) -> None:
+    """Once its plugin is loaded: by E2EDIFF_LOAD, or because its name is asked for."""
+    block = proposed("images", "--set", "name=stack")
+    assert (block["name"], block["place"], block["classes"]) == ("stack", "images", 2)
+    monkeypatch.setenv("E2EDIFF_LOAD", "stacks")
+    assert proposed("images") == block
+    assert e2ediff("data", "check", "images", "--workers", 0).code == 0
+    done = e2ediff("data", "prepare", "images", "out", "--size", 16, "--workers", 0)
+    assert (done.code, done.out) == (0, "out\n"), done.err
+    assert proposed("out")["name"] == "shards"
+    Path("x.txt").touch()
+    said = e2ediff("data", "check", "x.txt").err
+    assert "x.txt: not recognised. Expected a folder of class folders" in said
+    assert ", or data of stack" in said
+
+
+def test_data_that_no_loaded_source_recognises_name_the_plugins_that_were_not_asked(place) -> None:
+    Path("x.txt").touch()
+    assert "E2EDIFF_LOAD=stacks loads them" in e2ediff("data", "check", "x.txt").err
+
+
+OTHER = """
+import attrs
+from pathlib import Path
+from e2ediff import hookimpl
+from e2ediff.data import Recognised
+from e2ediff_stacks import Stack
+
+@attrs.frozen(kw_only=True)
+class Pile(Stack):
+    "Reads the same."
+    @classmethod
+    def recognises(cls, address):
+        if "fault" in address:
+            raise KeyError("no")
+        return Stack.recognises(address)
+
+@hookimpl
+def register_sources(add):
+    add("pile", Pile)
+"""
+
+
+def test_data_that_two_sources_read_equally_well_are_for_the_user_to_choose(
+    inside, place, monkeypatch
+) -> None:
+    inside.install("piles", OTHER.replace("e2ediff_stacks", "stacks"))
+    monkeypatch.setenv("E2EDIFF_LOAD", "stacks,piles")
+    done = e2ediff("data", "stats", "images", "--workers", 0)
+    assert done.code == DataError.exit_code
+    assert "images: pile and stack can read it; choose with --set name=pile" in done.err
+    assert proposed("images", "--set", "name=pile")["name"] == "pile"
+    assert proposed("images", "--set", "data.name=stack")["name"] == "stack"
+
+
+def test_a_source_that_fails_when_it_is_asked_is_named(inside, place, monkeypatch) -> None:
+    inside.install("piles", OTHER.replace("e2ediff_stacks", "stacks"))
+    monkeypatch.setenv("E2EDIFF_LOAD", "piles")
+    done = e2ediff("data", "stats", "fault", "--workers", 0)
+    assert done.code == PluginError.exit_code
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert "plugin 'piles' (piles 1.2), piles.py line 14: pile cannot say" in line
+    assert line.endswith("To go on without it: E2EDIFF_BLOCK=piles")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
+from e2ediff.data import DataSource, ImageSpec, Recognised, Sampling, SourceConfig, Stored
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import large_images, npy_header
 from e2ediff.files.images import centre_crop, check_unpacked, to_tensor
@@ -143,6 +143,18 @@ class Arrays(SourceConfig):
     channels: int = attrs.field(default=3, validator=validators.in_((1, 3)))
     flip: bool = True
     sampling: Sampling = "natural"
+
+    @classmethod
+    def recognises(cls, address: str) -> Recognised | None:
+        """A file of arrays."""
+        found = Location(address, "data").is_file_named(".npz", ".npy", "-ubyte", ".idx")
+        return Recognised({"images": address}) if found else None
+
+    def with_counted_classes(self) -> Arrays:
+        """With the classes of the training images' labels, 0 without any."""
+        label = self.arrays()[1]
+        found = 0 if label is None or not len(label) else int(label.max()) + 1
+        return attrs.evolve(self, classes=found)
 
     @property
     def image(self) -> ImageSpec:

@@ -13,6 +13,7 @@ import torch
 from attrs.converters import optional
 
 from e2ediff import addresses
+from e2ediff.data import Recognised
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, check_unpacked, is_image, read_file
 from e2ediff.files.names import below, files_below, is_hidden
@@ -172,6 +173,13 @@ class ImageFolder(EncodedConfig):
         default=None, converter=optional(addresses.plain), validator=addresses.allowed
     )
 
+    @classmethod
+    def recognises(cls, address: str) -> Recognised | None:
+        """Any folder that is not empty, unless another source knows better."""
+        location = Location(address, "data")
+        folder = location.is_folder() and location.visible()
+        return Recognised({"root": address}, "possible") if folder else None
+
     def listing(self, *, held_out: bool) -> Listing:
         """Every image below the folder."""
         option = self.option(held_out=held_out)
@@ -219,6 +227,12 @@ class Archive(EncodedConfig):
     labels: str | None = attrs.field(
         default=None, converter=optional(addresses.plain), validator=addresses.allowed
     )
+
+    @classmethod
+    def recognises(cls, address: str) -> Recognised | None:
+        """A zip."""
+        zipped = Location(address, "data").is_file_named(".zip")
+        return Recognised({"path": address}) if zipped else None
 
     def option(self, *, held_out: bool) -> str:
         """Always the zip."""

@@ -255,6 +255,10 @@ class EncodedConfig(SourceConfig):
         """Whether other images are given for the probe and for scores."""
         return self.held_out is not None
 
+    def with_counted_classes(self) -> EncodedConfig:
+        """With the number of classes that are listed."""
+        return attrs.evolve(self, classes=self.listing(held_out=False).classes)
+
     def option(self, *, held_out: bool) -> str:
         """The recipe's key that has the address, for messages."""
         return "data.held_out" if held_out else f"data.{self.address}"

@@ -64,6 +64,23 @@ class Location:
         """Whether a file is there."""
         return self._asks("isfile")
 
+    def visible(self) -> list[str]:
+        """Names of what lies in this folder, hidden ones left out.
+
+        Raises:
+            DataError: It cannot be listed.
+        """
+        try:
+            paths = self.fs.ls(self.path, detail=False)
+        except Exception as error:  # drivers of stores raise what they like
+            raise DataError(_refused(self.option, self.url, error)) from error
+        names = [str(path).rstrip("/").rpartition("/")[2] for path in paths]
+        return sorted(name for name in names if not is_hidden(name))
+
+    def is_file_named(self, *suffixes: str) -> bool:
+        """Whether a file is there whose name ends so, perhaps with `.gz` behind it."""
+        return self.url.lower().removesuffix(".gz").endswith(suffixes) and self.is_file()
+
     def _asks(self, question: str) -> bool:
         try:
             if getattr(self.fs, question)(self.path):

@@ -11,6 +11,7 @@ import attrs
 import torch
 
 from e2ediff import addresses
+from e2ediff.data import Recognised
 from e2ediff.errors import DataError
 from e2ediff.parts.sources.index import Index, column, stored_index
 from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
@@ -101,6 +102,18 @@ class Parquet(EncodedConfig):
     path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     image_column: str = "image"
     label_column: str = "label"
+
+    @classmethod
+    def recognises(cls, address: str) -> Recognised | None:
+        """A Parquet file, a pattern for some, or a folder that holds one."""
+        location = Location(address, "data")
+        if location.is_pattern():
+            found = address.endswith(".parquet")
+        elif location.is_folder():
+            found = any(name.endswith(".parquet") for name in location.visible())
+        else:
+            found = location.is_file_named(".parquet")
+        return Recognised({"path": address}) if found else None
 
     def listing(self, *, held_out: bool) -> Listing:
         """Every row of every file."""

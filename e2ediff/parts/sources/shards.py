@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import attrs
 
 from e2ediff import addresses
-from e2ediff.data import SourceConfig
+from e2ediff.data import Recognised, SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.parts.sources.index import Index, RangeBytes
 from e2ediff.parts.sources.listing import EncodedConfig, Listing
@@ -49,6 +49,16 @@ class Shards(EncodedConfig):
 
     path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     verify: bool = True
+
+    @classmethod
+    def recognises(cls, address: str) -> Recognised | None:
+        """A folder that has what `e2ediff data prepare` writes last."""
+        location = Location(address, "data")
+        if not (location.is_folder() and PREPARED in location.visible()):
+            return None
+        told = read_prepared(location)
+        options = {key: told[key] for key in ("size", "channels", "classes")}
+        return Recognised({"path": address, **options}, "certain")
 
     def listing(self, *, held_out: bool) -> Listing:
         """Every image of every shard."""

@@ -13,6 +13,7 @@ import attrs
 from attrs.converters import optional
 
 from e2ediff import addresses
+from e2ediff.data import Recognised
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, is_image
 from e2ediff.parts.sources.index import Index, RangeBytes, column, stored_index
@@ -59,6 +60,27 @@ class _Columns:
         )
 
 
+def _are_classes(address: str) -> bool | None:
+    """Whether what lies here are class tars, by the first member; None if there is no tar.
+
+    A class tar's images are named after it: n01440764.tar holds n01440764_10026.JPEG.
+    """
+    location = Location(address, "data")
+    if location.is_folder():
+        tars = [name for name in location.visible() if name.endswith(".tar")]
+        if not tars:
+            return None
+        with location.opened(location.below(tars[0])) as file:
+            head = next(members(file, tars[0], "data"), None)
+        stem = tars[0].removesuffix(".tar")
+        return head is not None and head.name.rpartition("/")[2].startswith(f"{stem}_")
+    if not location.is_file_named(".tar"):
+        return None
+    with location.opened(location.path) as file:
+        head = next(members(file, address, "data"), None)
+    return head is not None and head.name.endswith(".tar")
+
+
 @attrs.frozen(kw_only=True)
 class ClassTars(EncodedConfig):
     """ImageNet's original tar of one tar for each class, or a folder of such class tars.
@@ -80,6 +102,11 @@ class ClassTars(EncodedConfig):
     held_out_labels: str | None = attrs.field(
         default=None, converter=optional(addresses.plain), validator=addresses.allowed
     )
+
+    @classmethod
+    def recognises(cls, address: str) -> Recognised | None:
+        """A tar of tars, or tars whose images are named after them."""
+        return Recognised({"path": address}) if _are_classes(address) else None
 
     def listing(self, *, held_out: bool) -> Listing:
         """Every image of every class tar."""
@@ -178,6 +205,15 @@ class TarShards(EncodedConfig):
     image_suffix: str | None = None
     label: str | None = None
     label_key: str = "label"
+
+    @classmethod
+    def recognises(cls, address: str) -> Recognised | None:
+        """Tars of images, or a pattern."""
+        if Location(address, "data").is_pattern():
+            return Recognised(
+                {"path": address}, "likely" if address.endswith(".tar") else "possible"
+            )
+        return Recognised({"path": address}) if _are_classes(address) is False else None
 
     def listing(self, *, held_out: bool) -> Listing:
         """Every sample of every shard."""
