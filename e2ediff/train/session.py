@@ -279,10 +279,10 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
     name = engine.world.lead(newest)
     if name:
         # `newest` verified it; its files are hashed again as they are read.
-        engine.restore(open_checkpoint(directory.store, name, verify=False))
-        progress.say(f"resumed {directory.path} at step {engine.step}")
+        engine.saver.restore(open_checkpoint(directory.store, name, verify=False))
+        progress.say(f"resumed {directory.path} at step {engine.position.step}")
     else:
-        engine.rewind(-1)
+        engine.saver.rewind(-1)
         progress.say(f"{directory.path} has no checkpoint yet: it begins again")
 
 
@@ -326,7 +326,7 @@ def _place(engine: Engine) -> str:
 
 def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
     """Record how a run ended that did not fail."""
-    if engine.step >= engine.recipe.total_steps:
+    if engine.position.step >= engine.recipe.total_steps:
         state: State = "done"
         code, reason = 0, "all steps done"
     elif stop.signal == signal.SIGINT:
@@ -336,7 +336,7 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
     if collapsed := engine.watch.collapsed:
         reason = f"{reason}; {collapsed}"
     engine.set_status(state, code, reason)
-    if count := len(engine.bad_images.listed()):
+    if count := len(engine.recorder.bad_images.listed()):
         place = directory.store.where(BAD_IMAGES)
         engine.progress.say(f"skipped {count} damaged or too large images; see {place}")
     return Outcome(directory.path, code, reason, collapsed, _advice(engine) if collapsed else "")

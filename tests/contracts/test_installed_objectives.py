@@ -126,8 +126,8 @@ def seen(name: str, *changes: str, seed: int = 0) -> list[Seen]:
 
         step.register_forward_pre_hook(given)
         engine.parts.nets.online.outputs = asked
-        for batch, _ in zip(engine._batches(), range(2), strict=False):
-            engine.advance(batch)
+        for batch, number in zip(engine._batches(), range(2), strict=False):
+            engine.update(batch, number * recipe.batch)
     return found
 
 

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+from e2ediff.data import Batch
 from e2ediff.forecast.count import count
 from e2ediff.forecast.devices import Device
 from e2ediff.forecast.flops import count_passes
@@ -61,9 +62,10 @@ def engine_of(host: Host, recipe: Recipe, out: Path) -> Engine:
     return Engine(host, recipe, directory, CPU, sources, Progress(io.StringIO()))
 
 
-def to_stage(engine: Engine, phase: str) -> None:
-    """Stand where this phase is the active one."""
-    engine.images = round(engine.recipe.objective.span(phase)[0] * engine.recipe.total_images)
+def take_step(engine: Engine, phase: str, batch: Batch) -> None:
+    """Take a step where this phase is the active one."""
+    start = round(engine.recipe.objective.span(phase)[0] * engine.recipe.total_images)
+    engine.update(batch, start)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -75,10 +77,9 @@ def test_counted_flops_are_those_of_the_engine_s_step(
     engine = engine_of(host, recipe, tmp_path / "run")
     batch = next(iter(engine._batches()))
     for phase, cost in count_passes(recipe).items():
-        to_stage(engine, phase)
         counter = FlopCounterMode(display=False)
         with counter, sdpa_kernel(SDPBackend.MATH):
-            engine.advance(batch)
+            take_step(engine, phase, batch)
         found = counter.get_total_flops() / recipe.batch
         assert cost.per_image.total == pytest.approx(found, rel=0.02)
         assert cost.per_image.total == pytest.approx(count(recipe).flops[phase], rel=1e-9)
@@ -129,8 +130,7 @@ def test_the_forecast_peak_is_the_allocator_s_within_two_percent(
         for turn in ("first", "second"):
             with record_function(turn):
                 for phase in recipe.objective.phases:
-                    to_stage(engine, phase)
-                    engine.advance(batch)
+                    take_step(engine, phase, batch)
     events = seen.profiler.kineto_results.events()
     (second,) = (e.start_ns() for e in events if e.name() == "second")
     now = peak = 0
@@ -217,9 +217,8 @@ def test_a_forecast_checkpoint_is_as_large_as_one(host: Host, recipe_of, tmp_pat
     engine = engine_of(host, recipe, tmp_path / "run")
     batch = next(iter(engine._batches()))
     for phase in recipe.objective.phases:
-        to_stage(engine, phase)
-        engine.advance(batch)
-    engine.save()
+        take_step(engine, phase, batch)
+    engine.saver.save()
     found = open_checkpoint(engine.directory.store)
     tensors = [t for file in found.files for t in found.tensors(file).values()]
     assert follow(recipe).checkpoint == sum(t.numel() * t.element_size() for t in tensors)

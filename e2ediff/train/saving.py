@@ -1,0 +1,131 @@
+"""Checkpoints and snapshots of a run: written, restored, and returned to after a collapse."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import attrs
+from torch import Tensor
+
+from e2ediff.errors import DivergedError
+from e2ediff.host.recipe import Recipe
+from e2ediff.monitor.alarm import Watch
+from e2ediff.step.assembly import Assembly
+from e2ediff.step.compiling import uncompiled
+from e2ediff.store.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
+from e2ediff.store.manifest import Checkpoint
+from e2ediff.store.storage import JSON
+from e2ediff.train.recorder import Recorder
+from e2ediff.train.snapshot import put_back, snapshots, take, take_snapshot
+
+
+@attrs.define(eq=False)
+class Saver:
+    """Writes a run's state to its directory, and brings it back.
+
+    `calibration` (M, C, H, W) are the training images of which statistics are taken, and `data`
+    is what a checkpoint says of the data.
+    """
+
+    recipe: Recipe
+    parts: Assembly
+    watch: Watch
+    recorder: Recorder
+    calibration: Tensor
+    data: JSON
+    _saved_at: int = -1
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest checkpoint is of where the run stands."""
+        return self._saved_at == self.recorder.position.images
+
+    def save(self) -> None:
+        """Write a checkpoint; the statistics of every set of weights are those weights' own."""
+        at, watch, recorder = self.recorder.position, self.watch, self.recorder
+        with self.recorder.clock.paused():
+            regular = at.step % self.recipe.cadence.checkpoint == 0 or watch.anchor is None
+            if self.recipe.alarm.policy == "rollback" and regular and watch.clean:
+                watch.anchor = at.images
+            with uncompiled(self.recipe):
+                held = take(self.parts, self.calibration, keep=self.recorder.world.leads)
+            write = partial(
+                save,
+                recorder.directory.store,
+                at.images,
+                at.step,
+                held.files,
+                {**held.state, "alarm": watch.state(), "data": self.data},
+                keep=self.recipe.checkpoint.keep,
+                warn=recorder.progress.say,
+                spare=watch.anchor,
+            )
+            try:
+                recorder.last_checkpoint = self.recorder.world.lead(write)
+            except DivergedError as error:
+                raise recorder.diverged(str(error)) from error
+            self._saved_at = at.images
+            recorder.event("saved", name=recorder.last_checkpoint)
+            recorder.status("running", watch.collapsed)
+            recorder.notify("checkpoint_saved", path=recorder.last_checkpoint)
+
+    def snapshot(self) -> None:
+        """Store the averages that other widths are reconstructed from."""
+        post_hoc, at, recorder = self.recipe.post_hoc, self.recorder.position, self.recorder
+        assert post_hoc is not None
+        with self.recorder.clock.paused():
+            files = take_snapshot(self.parts, self.recipe, keep=self.recorder.world.leads)
+            try:
+                self.recorder.world.lead(
+                    partial(
+                        save, snapshots(recorder.directory.store), at.images, at.step, files, {},
+                        keep=post_hoc.keep, warn=recorder.progress.say,
+                    )
+                )  # fmt: skip
+            except DivergedError as error:
+                raise recorder.diverged(str(error)) from error
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: Its tensors do not fit the recipe.
+        """
+        at = self.recorder.position
+        put_back(self.parts, checkpoint, self.recorder.device)
+        at.step, at.images = checkpoint.step, checkpoint.images
+        self.recorder.last_checkpoint, self._saved_at = checkpoint.name, checkpoint.images
+        self.watch.restore(checkpoint.state.get("alarm", {}))
+        self.rewind(at.images)
+
+    def rewind(self, images: int) -> None:
+        """Drop figures and snapshots of more images than these: they will be made anew."""
+        self.recorder.directory.rewind(images)
+        if self.recipe.post_hoc and self.recorder.world.leads:
+            store = snapshots(self.recorder.directory.store)
+            drop_after(store, images, self.recorder.progress.say)
+
+    def go_back(self) -> None:
+        """Return to the checkpoint from before the first sign, and draw otherwise from there.
+
+        Raises:
+            CheckpointError: It is damaged or was removed.
+        """
+        directory, at = self.recorder.directory, self.recorder.position
+        step, images, attempt = at.step, at.images, self.watch.attempt + 1
+        anchor = checkpoint_at(directory.store, self.watch.anchor or 0)
+        # The run has no option for another one, and goes on from the newest.
+        found = open_checkpoint(directory.store, anchor, use="continue with --resume")
+        kept = directory.set_aside(found.images, found.step)
+        self.restore(found)
+        self.watch.attempt = attempt
+        self.recorder.event(
+            "rewound", step=step, images=images, to=found.name, attempt=attempt, kept=kept
+        )
+        self.recorder.progress.say(
+            f"step {step}: went back to step {at.step} ({found.name}), to draw other noise; "
+            f"return {attempt} of at most {self.recipe.alarm.attempts}. What was recorded since "
+            f"is kept in {directory.store.where(kept)}"
+        )
+        # At once, so that a crash does not undo it; later checkpoints are set aside.
+        self.save()
