@@ -21,14 +21,6 @@ class VarianceFloor(Objective):
     floor: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
     floor_weight: float = 0.1
 
-    def stops(self, phase):
-        """The denoiser learns from stopped latents."""
-        return ("denoising",)
-
-    def problems(self, nets):
-        """A prediction whose clean error has no bound."""
-        return unfit_prediction(nets, "x0", "")
-
     def terms(self, nets, batch, draw, phase):
         """Three losses; only reconstruction and the hinge reach the encoder."""
         z = nets.online.encode(batch.x)  # (B, N, D)
@@ -40,6 +32,14 @@ class VarianceFloor(Objective):
             "variance": torch.relu(self.floor - z.flatten(0, 1).std(dim=0)).mean(),
         }
         return Terms(losses, dict(zip(losses, (1.0, 1.0, self.floor_weight), strict=True)), z)
+
+    def stops(self, phase):
+        """The denoiser learns from stopped latents."""
+        return ("denoising",)
+
+    def problems(self, nets):
+        """A prediction whose clean error has no bound."""
+        return unfit_prediction(nets, "x0", "")
 
 
 @hookimpl

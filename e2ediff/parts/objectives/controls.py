@@ -43,18 +43,6 @@ class Coupled(Objective):
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
 
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
-
-    def stops(self, phase: str) -> Collection[str]:
-        """None: the velocity loss reaches the encoder, which is the point."""
-        return ()
-
-    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """A prediction whose velocity error has no bound."""
-        return unfit_prediction(nets, "v", "")
-
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction and velocity loss; no gradient is stopped."""
         z = nets.online.encode(batch.x)  # (B, N, D)
@@ -68,6 +56,18 @@ class Coupled(Objective):
         }
         weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
         return Terms(losses, weights, z)
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The perceptual network, where one is named."""
+        return self.reconstruction.frozen()
+
+    def stops(self, phase: str) -> Collection[str]:
+        """None: the velocity loss reaches the encoder, which is the point."""
+        return ()
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """A prediction whose velocity error has no bound."""
+        return unfit_prediction(nets, "v", "")
 
 
 @attrs.frozen(kw_only=True)
@@ -93,18 +93,6 @@ class Detached(Objective):
     draws: int = attrs.field(default=1, validator=validators.ge(1))
     decode_noise: DecodeNoise = attrs.field(factory=DecodeNoise)
 
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
-
-    def stops(self, phase: str) -> Collection[str]:
-        """The denoiser learns from stopped latents."""
-        return ("denoising",)
-
-    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """Latents that outgrow the noise before decoding, and an unbounded weight."""
-        return [*self.decode_noise.problems(nets), *unfit_prediction(nets, self.weight)]
-
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction, and the clean error of a stopped latent averaged over the draws."""
         z = nets.online.encode(batch.x)  # (B, N, D)
@@ -118,6 +106,18 @@ class Detached(Objective):
         }
         weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
         return Terms(losses, weights, z)
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The perceptual network, where one is named."""
+        return self.reconstruction.frozen()
+
+    def stops(self, phase: str) -> Collection[str]:
+        """The denoiser learns from stopped latents."""
+        return ("denoising",)
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """Latents that outgrow the noise before decoding, and an unbounded weight."""
+        return [*self.decode_noise.problems(nets), *unfit_prediction(nets, self.weight)]
 
 
 @attrs.frozen(kw_only=True)
@@ -143,6 +143,19 @@ class TwoStage(Objective):
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
     draws: int = attrs.field(default=1, validator=validators.ge(1))
     decode_noise: DecodeNoise = attrs.field(factory=DecodeNoise)
+
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Reconstruction in the first stage, the clean error of fixed latents in the second."""
+        if phase == "autoencoder":
+            z = nets.online.encode(batch.x)  # (B, N, D)
+            x_hat = nets.online.decode(self.decode_noise(z, draw, nets.path))
+            losses = {"reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen)}
+            return Terms(losses, {"reconstruction": 1.0}, z)
+        z = sg(nets.online.encode(batch.x))
+        levels = noise_levels(z, draw, nets.path, self.draws)
+        outs = nets.online.run(*(n.denoise() for n in levels))
+        losses = {"denoising": mean_clean_loss(outs, levels, z, nets, self.weight, self.clamp)}
+        return Terms(losses, {"denoising": 1.0}, z)
 
     def span(self, phase: str) -> tuple[float, float]:
         """The autoencoder's fraction first, the denoiser's the rest."""
@@ -170,16 +183,3 @@ class TwoStage(Objective):
             )
             found.insert(0, ("objective", what))
         return found
-
-    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Reconstruction in the first stage, the clean error of fixed latents in the second."""
-        if phase == "autoencoder":
-            z = nets.online.encode(batch.x)  # (B, N, D)
-            x_hat = nets.online.decode(self.decode_noise(z, draw, nets.path))
-            losses = {"reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen)}
-            return Terms(losses, {"reconstruction": 1.0}, z)
-        z = sg(nets.online.encode(batch.x))
-        levels = noise_levels(z, draw, nets.path, self.draws)
-        outs = nets.online.run(*(n.denoise() for n in levels))
-        losses = {"denoising": mean_clean_loss(outs, levels, z, nets, self.weight, self.clamp)}
-        return Terms(losses, {"denoising": 1.0}, z)

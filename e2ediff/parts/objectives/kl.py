@@ -56,6 +56,28 @@ class KL(Objective):
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
     draws: int = attrs.field(default=1, validator=validators.ge(1))
 
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Reconstruction of a sample, its KL, and the clean error of the stopped sample."""
+        last = nets.online.depth
+        taps = (last,) if self.std is None else ()
+        (encoded,) = nets.online.outputs(Encode(x=batch.x, taps=taps))
+        mean = encoded.value  # (B, N, D)
+        if self.std is None:
+            log_variance = nets.heads["log_variance"](encoded.features[last]).float()
+            log_variance = log_variance.clamp(-30.0, 20.0)
+        else:
+            log_variance = torch.full_like(mean, self.std).log() * 2
+        z = mean + torch.exp(log_variance / 2) * draw.noise(mean)
+        levels = noise_levels(sg(z), draw, nets.path, self.draws)
+        x_hat, *outs = nets.online.run(Decode(z=z), *(n.denoise() for n in levels))
+        losses = {
+            "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
+            "denoising": mean_clean_loss(outs, levels, sg(z), nets, self.weight, self.clamp),
+            "kl": unit_normal_kl(mean, log_variance),
+        }
+        weights = {"denoising": self.denoising_weight, "kl": self.kl_weight}
+        return Terms(losses, {"reconstruction": 1.0, **weights}, mean)
+
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
         """The head of the log-variance, unless the std is fixed; it starts constant."""
         if self.std is not None:
@@ -80,28 +102,6 @@ class KL(Objective):
             what = "is learned from features, which this backbone does not offer; give a number"
             found.append(("objective.std", what))
         return found
-
-    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Reconstruction of a sample, its KL, and the clean error of the stopped sample."""
-        last = nets.online.depth
-        taps = (last,) if self.std is None else ()
-        (encoded,) = nets.online.outputs(Encode(x=batch.x, taps=taps))
-        mean = encoded.value  # (B, N, D)
-        if self.std is None:
-            log_variance = nets.heads["log_variance"](encoded.features[last]).float()
-            log_variance = log_variance.clamp(-30.0, 20.0)
-        else:
-            log_variance = torch.full_like(mean, self.std).log() * 2
-        z = mean + torch.exp(log_variance / 2) * draw.noise(mean)
-        levels = noise_levels(sg(z), draw, nets.path, self.draws)
-        x_hat, *outs = nets.online.run(Decode(z=z), *(n.denoise() for n in levels))
-        losses = {
-            "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
-            "denoising": mean_clean_loss(outs, levels, sg(z), nets, self.weight, self.clamp),
-            "kl": unit_normal_kl(mean, log_variance),
-        }
-        weights = {"denoising": self.denoising_weight, "kl": self.kl_weight}
-        return Terms(losses, {"reconstruction": 1.0, **weights}, mean)
 
 
 def unit_normal_kl(mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -65,11 +65,10 @@ class DSD(Objective):
         align_student, align_teacher: Blocks (1 is the first; 0 picks a third and two thirds of
             the depth) whose tokens the layer alignment compares.
 
-    Source: DSD (arXiv 2511.14716): stop-gradient on the clean target, clean-latent prediction,
-    EMA target encoder, augmentation, and the existence of the three auxiliary losses (layer
-    alignment, representation-level self-distillation, classification). Ours: every number, the
-    forms of the auxiliary losses (alignment as SRA, arXiv 2505.02831; representation as BYOL,
-    arXiv 2006.07733), and the noise before decoding (UNITE, arXiv 2603.22283).
+    Source: Wang & Zhang 2025 (arXiv 2511.14716), of which the abstract, the introduction and
+    figure 1 could be read, and the rest only in summaries: `terms` cites the names that the
+    method's steps have there, without numbers of sections. Ours is every number, and what
+    `terms` says is ours.
     """
 
     input_gradient: float = attrs.field(default=1.0, validator=_SHARE)
@@ -88,6 +87,86 @@ class DSD(Objective):
     align_teacher: int = attrs.field(default=0, validator=validators.ge(0))
     repr_weight: float = attrs.field(default=0.5, validator=_WEIGHT)
     class_weight: float = attrs.field(default=0.1, validator=_WEIGHT)
+
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Losses of one step; the denoising loss reaches the encoder only through z_t."""
+        net = nets.online
+        student, teacher = self._blocks(net)
+        last = (net.depth,) if self.repr_weight > 0 or self.class_weight > 0 else ()
+        taps = (*last, *((teacher,) if self.align_weight > 0 else ()))
+
+        # DSD, figure 1: z1 is the online encoder's latent of an augmented image, z2 that of an
+        # encoder which is an exponential moving average ("EMA target encoder").
+        view = self.augmentation.colours(batch.x, draw)
+        mask = self.augmentation.mask(net.latent.tokens, draw)
+        (online,) = net.outputs(Encode(x=view, mask=mask, taps=last))
+        with torch.no_grad():
+            (averaged,) = nets.target.outputs(Encode(x=batch.x, taps=taps))
+        z1 = online.value  # (B, N, D)
+        z2 = self._target_latent(nets, batch, z1, averaged)
+
+        # DSD, figure 1: the predictor is given z1, here noised, and no stop-gradient is named
+        # there. Gamma, which can set one, is ours.
+        z_in = self.input_gradient * z1 + (1 - self.input_gradient) * sg(z1)
+        levels = noise_levels(z_in, draw, nets.path, self.draws)
+        z_decode = self.decode_noise(z1, draw, nets.path)  # ours, by default off; as UNITE's
+        wanted = (student,) if self.align_weight > 0 else ()
+        decoded, *answers = net.outputs(Decode(z=z_decode), *(n.denoise(wanted) for n in levels))
+
+        losses = {
+            # Ours: what DSD compares images by is not known.
+            "reconstruction": self.reconstruction(decoded.value, batch.x, nets.frozen),
+            # DSD, "decoupling" and "loss transformation": see `_target_latent` and `_denoising`.
+            "denoising": torch.stack(
+                [self._denoising(a, n, z2, nets) for a, n in zip(answers, levels, strict=True)]
+            ).mean(),
+        }
+        weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
+        # That the three auxiliary losses exist is DSD's; their forms are ours.
+        if self.align_weight > 0:  # "ViT layer alignment": as SRA (arXiv 2505.02831)
+            goal = averaged.features[teacher]
+            losses["align"] = torch.stack(
+                [_cosine_distance(nets.heads["align"](a.features[student]), goal) for a in answers]
+            ).mean()
+            weights["align"] = self.align_weight
+        if self.repr_weight > 0:  # "representation-level self-distillation": as BYOL (2006.07733)
+            predicted = nets.heads["repr"](online.features[net.depth])
+            losses["repr"] = _cosine_distance(predicted, averaged.features[net.depth])
+            weights["repr"] = self.repr_weight
+        if self.class_weight > 0:  # "classification loss": of the mean token
+            pooled = online.features[net.depth].float().mean(dim=1)  # (B, W)
+            losses["class"] = functional.cross_entropy(
+                nets.heads["class"](pooled).float(), batch.label
+            )
+            weights["class"] = self.class_weight
+        return Terms(losses, weights, z1)
+
+    def _target_latent(self, nets: Nets, batch: Batch, z1: Tensor, averaged: Output) -> Tensor:
+        """z2 (B, N, D), with the share of gradient that beta leaves it.
+
+        Source: DSD's "decoupling" stops the gradient of the target alone; beta is ours.
+        """
+        if self.target == "ema":
+            return sg(averaged.value)
+        z2 = nets.online.encode(batch.x) if self.augmentation.changes else z1
+        return self.target_gradient * z2 + (1 - self.target_gradient) * sg(z2)
+
+    def _denoising(self, answer: Output, level: Noised, target: Tensor, nets: Nets) -> Tensor:
+        """The denoising loss at one noise level.
+
+        Source: DSD's "loss transformation" compares the clean latent, not the velocity, so that
+        the predictor's answer has a lower rank than its target; the other spaces are ours.
+        """
+        guess, t = level.estimate(answer.value, nets), level.draw.t
+        if self.regress == "x0":
+            return clean_loss(guess, target, nets.path, t, self.weight, self.clamp)
+        return direct_loss(guess, target, level.eps, nets.path, t, self.regress, self.clamp)
+
+    def _blocks(self, net: Backbone) -> tuple[int, int]:
+        """Student and teacher block of the layer alignment."""
+        student = self.align_student or max(1, round(net.depth / 3))
+        teacher = self.align_teacher or max(1, round(2 * net.depth / 3))
+        return student, teacher
 
     def stops(self, phase: str) -> Collection[str]:
         """What is read off the denoiser, where neither z_t nor the target has a gradient."""
@@ -150,12 +229,6 @@ class DSD(Objective):
             found.append(("objective.class_weight", "needs labelled data; set it to 0"))
         return found
 
-    def _blocks(self, net: Backbone) -> tuple[int, int]:
-        """Student and teacher block of the layer alignment."""
-        student = self.align_student or max(1, round(net.depth / 3))
-        teacher = self.align_teacher or max(1, round(2 * net.depth / 3))
-        return student, teacher
-
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
         """Projectors of the auxiliary losses whose weight is not 0."""
         w, heads = backbone.width, nn.ModuleDict()
@@ -170,66 +243,6 @@ class DSD(Objective):
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The perceptual network, where one is named."""
         return self.reconstruction.frozen()
-
-    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Losses of one step; the encoder hears of the denoiser through z_t alone."""
-        net = nets.online
-        student, teacher = self._blocks(net)
-        last = (net.depth,) if self.repr_weight > 0 or self.class_weight > 0 else ()
-        taps = (*last, *((teacher,) if self.align_weight > 0 else ()))
-
-        view = self.augmentation.colours(batch.x, draw)
-        mask = self.augmentation.mask(net.latent.tokens, draw)
-        (online,) = net.outputs(Encode(x=view, mask=mask, taps=last))
-        with torch.no_grad():
-            (averaged,) = nets.target.outputs(Encode(x=batch.x, taps=taps))
-        z1 = online.value  # (B, N, D)
-        z2 = self._target_latent(nets, batch, z1, averaged)
-
-        z_in = self.input_gradient * z1 + (1 - self.input_gradient) * sg(z1)
-        levels = noise_levels(z_in, draw, nets.path, self.draws)
-        z_decode = self.decode_noise(z1, draw, nets.path)
-        wanted = (student,) if self.align_weight > 0 else ()
-        decoded, *answers = net.outputs(Decode(z=z_decode), *(n.denoise(wanted) for n in levels))
-
-        losses = {
-            "reconstruction": self.reconstruction(decoded.value, batch.x, nets.frozen),
-            "denoising": torch.stack(
-                [self._denoising(a, n, z2, nets) for a, n in zip(answers, levels, strict=True)]
-            ).mean(),
-        }
-        weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
-        if self.align_weight > 0:
-            goal = averaged.features[teacher]
-            losses["align"] = torch.stack(
-                [_cosine_distance(nets.heads["align"](a.features[student]), goal) for a in answers]
-            ).mean()
-            weights["align"] = self.align_weight
-        if self.repr_weight > 0:
-            predicted = nets.heads["repr"](online.features[net.depth])
-            losses["repr"] = _cosine_distance(predicted, averaged.features[net.depth])
-            weights["repr"] = self.repr_weight
-        if self.class_weight > 0:
-            pooled = online.features[net.depth].float().mean(dim=1)  # (B, W)
-            losses["class"] = functional.cross_entropy(
-                nets.heads["class"](pooled).float(), batch.label
-            )
-            weights["class"] = self.class_weight
-        return Terms(losses, weights, z1)
-
-    def _target_latent(self, nets: Nets, batch: Batch, z1: Tensor, averaged: Output) -> Tensor:
-        """z2 (B, N, D), with the share of gradient that beta leaves it."""
-        if self.target == "ema":
-            return sg(averaged.value)
-        z2 = nets.online.encode(batch.x) if self.augmentation.changes else z1
-        return self.target_gradient * z2 + (1 - self.target_gradient) * sg(z2)
-
-    def _denoising(self, answer: Output, level: Noised, target: Tensor, nets: Nets) -> Tensor:
-        """The denoising loss at one noise level."""
-        guess, t = level.estimate(answer.value, nets), level.draw.t
-        if self.regress == "x0":
-            return clean_loss(guess, target, nets.path, t, self.weight, self.clamp)
-        return direct_loss(guess, target, level.eps, nets.path, t, self.regress, self.clamp)
 
 
 def _cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:

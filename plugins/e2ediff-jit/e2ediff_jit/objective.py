@@ -36,6 +36,14 @@ class Pixel(Objective):
     weight: Space = "v"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
 
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """The clean error at one time an image."""
+        z = nets.online.encode(batch.x)  # (B, N, D), the pixels themselves
+        levels = noise_levels(z, draw, nets.path, 1)
+        outs = nets.online.run(*(n.denoise() for n in levels))
+        loss = mean_clean_loss(outs, levels, z, nets, self.weight, self.clamp)
+        return Terms({"denoising": loss}, {"denoising": 1.0}, z)
+
     def stops(self, phase: str) -> Collection[str]:
         """None: there is no encoder that a loss could train."""
         return ()
@@ -50,11 +58,3 @@ class Pixel(Objective):
             )
             found.insert(0, ("objective", what))
         return found
-
-    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """The clean error at one time an image."""
-        z = nets.online.encode(batch.x)  # (B, N, D), the pixels themselves
-        levels = noise_levels(z, draw, nets.path, 1)
-        outs = nets.online.run(*(n.denoise() for n in levels))
-        loss = mean_clean_loss(outs, levels, z, nets, self.weight, self.clamp)
-        return Terms({"denoising": loss}, {"denoising": 1.0}, z)

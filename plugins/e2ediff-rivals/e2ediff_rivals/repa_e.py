@@ -73,6 +73,43 @@ class RepaE(Objective):
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
     reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
 
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Reconstruction, the stopped denoising loss, and the alignment."""
+        net = nets.online
+        block = self.align_block or max(1, round(net.depth / 3))
+        z = net.encode(batch.x)  # (B, N, D)
+        (level,) = noise_levels(sg(z), draw, nets.path, 1)
+        ratio = self.encoder_weight / self.align_weight
+        heard = sg(z) + ratio * (z - sg(z))  # z, whose gradient is multiplied
+        z_t = nets.path.mix(heard, level.eps, level.draw.t)
+        aligned = attrs.evolve(level, z_t=z_t)
+        decoded, answer, early = net.outputs(
+            Decode(z=z), level.denoise(), aligned.denoise((block,))
+        )
+        guess = nets.heads["align"](early.features[block]).float()  # (B, N, K)
+        losses = {
+            "reconstruction": self.reconstruction(decoded.value, batch.x, nets.frozen),
+            "denoising": self._denoising(answer.value, level, sg(z), nets),
+            "align": _cosine_distance(guess, self._goal(nets, batch.x)),
+        }
+        weights = {"denoising": self.denoising_weight, "align": self.align_weight}
+        return Terms(losses, {"reconstruction": 1.0, **weights}, z)
+
+    def _denoising(self, answer: Tensor, level: Noised, target: Tensor, nets: Nets) -> Tensor:
+        return mean_clean_loss([answer], [level], target, nets, self.weight, self.clamp)
+
+    def _goal(self, nets: Nets, x: Tensor) -> Tensor:
+        """Features (B, N, K) of images at the latent grid; zeros where only shapes count."""
+        grid = nets.online.latent.grid
+        assert grid is not None
+        if x.is_meta:
+            *_, bias = nets.heads["align"].parameters()
+            return x.new_zeros(len(x), grid[0] * grid[1], len(bias))
+        with torch.no_grad():
+            last: Tensor = nets.frozen["features"](x)[-1].float()  # (B, K, h, w)
+        placed = functional.interpolate(last, grid, mode="bilinear", align_corners=False)
+        return placed.flatten(2).mT
+
     def stops(self, phase: str) -> Collection[str]:
         """The denoising loss; the alignment too where it is the denoiser's alone."""
         return ("denoising",) if self.encoder_weight > 0 else ("denoising", "align")
@@ -137,43 +174,6 @@ class RepaE(Objective):
             if self.feature_dim not in (None, width):
                 raise ShapeError(f"objective.feature_dim: {_misfit(width)}")
         return found
-
-    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Reconstruction, the stopped denoising loss, and the alignment."""
-        net = nets.online
-        block = self.align_block or max(1, round(net.depth / 3))
-        z = net.encode(batch.x)  # (B, N, D)
-        (level,) = noise_levels(sg(z), draw, nets.path, 1)
-        ratio = self.encoder_weight / self.align_weight
-        heard = sg(z) + ratio * (z - sg(z))  # z, whose gradient is multiplied
-        z_t = nets.path.mix(heard, level.eps, level.draw.t)
-        aligned = attrs.evolve(level, z_t=z_t)
-        decoded, answer, early = net.outputs(
-            Decode(z=z), level.denoise(), aligned.denoise((block,))
-        )
-        guess = nets.heads["align"](early.features[block]).float()  # (B, N, K)
-        losses = {
-            "reconstruction": self.reconstruction(decoded.value, batch.x, nets.frozen),
-            "denoising": self._denoising(answer.value, level, sg(z), nets),
-            "align": _cosine_distance(guess, self._goal(nets, batch.x)),
-        }
-        weights = {"denoising": self.denoising_weight, "align": self.align_weight}
-        return Terms(losses, {"reconstruction": 1.0, **weights}, z)
-
-    def _denoising(self, answer: Tensor, level: Noised, target: Tensor, nets: Nets) -> Tensor:
-        return mean_clean_loss([answer], [level], target, nets, self.weight, self.clamp)
-
-    def _goal(self, nets: Nets, x: Tensor) -> Tensor:
-        """Features (B, N, K) of images at the latent grid; zeros where only shapes count."""
-        grid = nets.online.latent.grid
-        assert grid is not None
-        if x.is_meta:
-            *_, bias = nets.heads["align"].parameters()
-            return x.new_zeros(len(x), grid[0] * grid[1], len(bias))
-        with torch.no_grad():
-            last: Tensor = nets.frozen["features"](x)[-1].float()  # (B, K, h, w)
-        placed = functional.interpolate(last, grid, mode="bilinear", align_corners=False)
-        return placed.flatten(2).mT
 
 
 def _width_of(features: FeatureConfig, image: ImageSpec) -> int:

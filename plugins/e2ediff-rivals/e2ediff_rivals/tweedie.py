@@ -50,24 +50,6 @@ class Tweedie(Objective):
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
     reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
 
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
-
-    def stops(self, phase: str) -> Collection[str]:
-        """None: the anchor takes their place."""
-        return ()
-
-    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """A prediction whose clean estimate is unbounded."""
-        if nets.predicts in ("eps", "score"):
-            what = (
-                f"{nets.predicts} gives no clean latent near noise, and tweedie decodes it "
-                "there; set predicts: x0 or v"
-            )
-            return [("predicts", what)]
-        return ()
-
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction, velocity loss, and the pixels of the clean estimate."""
         z = nets.online.encode(batch.x)  # (B, N, D)
@@ -90,3 +72,21 @@ class Tweedie(Objective):
         error = difference.abs() if self.tweedie_kind == "l1" else difference.square()
         each = error.mean(dim=(1, 2, 3))  # (B,)
         return (each * t).mean() if self.times_weight == "t" else each.mean()
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The perceptual network, where one is named."""
+        return self.reconstruction.frozen()
+
+    def stops(self, phase: str) -> Collection[str]:
+        """None: the anchor takes their place."""
+        return ()
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """A prediction whose clean estimate is unbounded."""
+        if nets.predicts in ("eps", "score"):
+            what = (
+                f"{nets.predicts} gives no clean latent near noise, and tweedie decodes it "
+                "there; set predicts: x0 or v"
+            )
+            return [("predicts", what)]
+        return ()

@@ -56,6 +56,22 @@ class UnifiedLatents(Objective):
     kl_weight: float = attrs.field(default=0.01, validator=validators.gt(0))
     reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
 
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Reconstruction through the fixed noise, and the KL at one time an image."""
+        z = nets.online.encode(batch.x)  # (B, N, D)
+        t_0 = least_noise(nets.path, self.logsnr)
+        ratio = float((-0.5 * torch.tensor(self.logsnr)).exp())  # sigma / alpha at t_0
+        t = draw.t * t_0
+        z_t = nets.path.mix(z, draw.noise(z), t)
+        decode = Decode(z=z + ratio * draw.noise(z))
+        x_hat, out = nets.online.run(decode, Denoise(z_t=z_t, t=t, label=draw.label))
+        clean = nets.path.estimate(out, z_t, t, nets.predicts).x0
+        losses = {
+            "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
+            "kl": t_0 * kl_rate(clean, z, nets.path, t),
+        }
+        return Terms(losses, {"reconstruction": 1.0, "kl": self.kl_weight}, z)
+
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The perceptual network, where one is named."""
         return self.reconstruction.frozen()
@@ -85,22 +101,6 @@ class UnifiedLatents(Objective):
             )
             found.append(("interpolant", what))
         return found
-
-    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Reconstruction through the fixed noise, and the KL at one time an image."""
-        z = nets.online.encode(batch.x)  # (B, N, D)
-        t_0 = least_noise(nets.path, self.logsnr)
-        ratio = float((-0.5 * torch.tensor(self.logsnr)).exp())  # sigma / alpha at t_0
-        t = draw.t * t_0
-        z_t = nets.path.mix(z, draw.noise(z), t)
-        decode = Decode(z=z + ratio * draw.noise(z))
-        x_hat, out = nets.online.run(decode, Denoise(z_t=z_t, t=t, label=draw.label))
-        clean = nets.path.estimate(out, z_t, t, nets.predicts).x0
-        losses = {
-            "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
-            "kl": t_0 * kl_rate(clean, z, nets.path, t),
-        }
-        return Terms(losses, {"reconstruction": 1.0, "kl": self.kl_weight}, z)
 
 
 def kl_rate(clean: Tensor, z: Tensor, path: Interpolant, t: Tensor) -> Tensor:

@@ -67,18 +67,6 @@ class Unite(Objective):
     decode_noise: DecodeNoise = attrs.field(factory=_noise)
     encode_time: float = attrs.field(default=0.01, validator=[validators.ge(0), validators.lt(1)])
 
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
-
-    def stops(self, phase: str) -> Collection[str]:
-        """The denoiser learns from stopped latents."""
-        return ("denoising",)
-
-    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """Latents that outgrow the noise before decoding, and an unbounded weight."""
-        return [*self.decode_noise.problems(nets), *unfit_prediction(nets, self.weight)]
-
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction of noised latents, and the clean errors of stopped ones."""
         (z,) = nets.online.run(self._encode(nets, batch, draw))  # (B, N, D)
@@ -101,3 +89,15 @@ class Unite(Objective):
         eps = draw.noise(batch.x.new_empty(len(batch.x), net.latent.tokens, net.latent.dim))
         t = self.encode_time * draw.uniform(len(batch.x))
         return Encode(x=batch.x, z_t=eps, t=t)
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The perceptual network, where one is named."""
+        return self.reconstruction.frozen()
+
+    def stops(self, phase: str) -> Collection[str]:
+        """The denoiser learns from stopped latents."""
+        return ("denoising",)
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """Latents that outgrow the noise before decoding, and an unbounded weight."""
+        return [*self.decode_noise.problems(nets), *unfit_prediction(nets, self.weight)]
