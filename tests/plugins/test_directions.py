@@ -52,9 +52,9 @@ class Sideways(Metric):
         return {"sideways": Estimate(1.0)}
 
 @hookimpl
-def register_metrics(add):
+def register(add):
     for cls in (SWD, Ring, Sideways):
-        add(cls.__name__.lower(), cls)
+        add("metrics", cls.__name__.lower(), cls)
 """
 WAYS = {
     "gswd-RandomProjection4": "low",

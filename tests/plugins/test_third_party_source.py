@@ -63,8 +63,8 @@ class _Stack(DataSource):
         return torch.from_numpy(self.x[rows]) + self.shade, self.labels()[rows]
 
 @hookimpl
-def register_sources(add):
-    add("stack", Stack)
+def register(add):
+    add("sources", "stack", Stack)
 """
 
 
@@ -179,8 +179,8 @@ class Pile(Stack):
         return Stack.recognises(address)
 
 @hookimpl
-def register_sources(add):
-    add("pile", Pile)
+def register(add):
+    add("sources", "pile", Pile)
 """
 
 
