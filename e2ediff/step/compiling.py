@@ -55,17 +55,20 @@ def compile_step(step: Step) -> None:
 
     Values and generators cannot be traced: they run as they are, between compiled pieces.
     """
-    step.terms = _where_possible()(torch.compile(step.terms))  # type: ignore[method-assign]
+    step.terms = untraced()(torch.compile(step.terms))  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
-def _where_possible() -> Iterator[None]:
-    """In here what cannot be traced runs as it is, and nothing is said of it."""
+def untraced(*, allowed: bool = True) -> Iterator[None]:
+    """In here, and nowhere else, what cannot be traced runs as it is; or is an error.
+
+    torch._dynamo logs nothing of it here: a step has many such places, all of them known.
+    """
     logger = logging.getLogger("torch._dynamo")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with torch._dynamo.config.patch(suppress_errors=True):
+        with torch._dynamo.config.patch(suppress_errors=allowed):
             yield
     finally:
         logger.setLevel(level)

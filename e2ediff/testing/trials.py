@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import re
 import signal
@@ -29,7 +28,7 @@ from e2ediff.loading.batches import fixed_images
 from e2ediff.model.build import check_fits
 from e2ediff.sample.load import load_model
 from e2ediff.step.assembly import Assembly, assemble
-from e2ediff.step.compiling import recompute
+from e2ediff.step.compiling import recompute, untraced
 from e2ediff.step.draws import draw_for
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
@@ -237,24 +236,13 @@ def compiled(trial: Trial) -> None:
         modules = [parts.step] if whole else [*nets.online.blocks(), *nets.heads.values()]
         for module in modules:
             module.compile(backend="aot_eager")  # traces as on a GPU, without a C++ compiler
-        with _untraced(allowed=whole):
-            found = gradients(trial.recipe, parts, others)
+        try:
+            with untraced(allowed=whole):
+                found = gradients(trial.recipe, parts, others)
+        finally:
+            torch._dynamo.reset()
         where = "torch.compile with checkpoint_activations" if again else "torch.compile"
         compare({**losses, **plain}, {**others, **found}, where)
-
-
-@contextlib.contextmanager
-def _untraced(*, allowed: bool) -> Iterator[None]:
-    """What cannot be traced runs as it is, silently, as under `compile: step`; or is an error."""
-    logger = logging.getLogger("torch._dynamo")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with torch._dynamo.config.patch(suppress_errors=allowed):
-            yield
-    finally:
-        logger.setLevel(level)
-        torch._dynamo.reset()
 
 
 @contextlib.contextmanager
