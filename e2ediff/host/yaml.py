@@ -8,21 +8,12 @@ A recipe needs none of them, and without them no short text stands for a huge va
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NoReturn
 
 import attrs
 import yaml
-from yaml.events import (
-    AliasEvent,
-    CollectionEndEvent,
-    DocumentStartEvent,
-    Event,
-    ScalarEvent,
-    SequenceStartEvent,
-    StreamEndEvent,
-)
 
 from e2ediff.errors import Problem, RecipeError
 
@@ -77,109 +68,59 @@ def path_join(where: str, key: str | int) -> str:
     return word if where == "recipe" else f"{where}.{word}"
 
 
-class _Composer:
-    """Builds a tree from the events of PyYAML's pure Python parser.
+class _Loader(yaml.SafeLoader):
+    """Refuses what recipes do not use before more of it is read.
 
-    The tree is built here, not by `yaml.compose`, whose recursion a deep text overflows and
-    whose aliases a short text multiplies.
+    A deep text would overflow the stack, and aliases make a huge value of a short one.
     """
 
-    def __init__(self, text: str, source: str, *, marks: bool) -> None:
-        self.problems: list[Problem] = []
-        self._source = source
-        self._marks = marks
-        self._values = 0
-        if len(text) > MAX_BYTES:
-            what = f"is longer than {MAX_BYTES:,} characters."
-            self._refuse(self._place(0, 0), what, "Is this a recipe?")
+    def __init__(self, text: str, refuse: Callable[[yaml.Mark, str, str], NoReturn]) -> None:
+        self.refuse = refuse
+        self.values = self.depth = 0
+        super().__init__(text)
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        """Check what comes next, then compose it; of a block's keys `index` is None."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        at, scalar = event.start_mark, isinstance(event, yaml.ScalarEvent)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            self.refuse(at, f"holds more than {MAX_VALUES:,} values.", "Is this a recipe?")
+        if self.depth > MAX_DEPTH:
+            self.refuse(at, f"is nested deeper than {MAX_DEPTH} levels.", "Flatten it.")
+        if event.anchor:  # an alias has one too
+            self.refuse(at, "recipes have no anchors (&) or aliases (*).", "Copy the value.")
+        if event.tag:
+            self.refuse(at, "recipes have no tags (!).", "Quote the value if it is text.")
+        if scalar and _NO_TEXT.search(event.value):
+            self.refuse(at, "an escape stands for no character that text can hold.", "")
+        if isinstance(parent, yaml.MappingNode) and index is None and not scalar:
+            self.refuse(at, "a key must be a word.", "Quote it if it is meant as text.")
+        self.depth += 1
+        node = super().compose_node(parent, index)  # type: ignore[arg-type]
+        self.depth -= 1
+        return node
+
+    def document(self) -> yaml.Node | None:
+        """The only one; None where there is no text."""
         try:
-            self._loader = yaml.SafeLoader(text)
-        except yaml.reader.ReaderError as exc:
-            before = text[: exc.position]
-            column = exc.position - (before.rfind("\n") + 1)
-            what = f"holds the character U+{ord(text[exc.position]):04X}, which YAML forbids."
-            place = self._place(before.count("\n"), column)
-            self._refuse(place, what, "Remove it, or is the file damaged?")
-
-    def document(self) -> Node | None:
-        self._next()  # the stream's start
-        start = self._next()
-        if isinstance(start, StreamEndEvent):
-            return None
-        root = self._node(self._next(), "recipe", 0)
-        self._next()  # the document's end
-        more = self._next()
-        if isinstance(more, DocumentStartEvent):
-            self._refuse(more, "a second document starts here.", "Keep one recipe a file.")
-        return root
-
-    def _place(self, line: int, column: int) -> str:
-        return f"{self._source}:{line + 1}:{column + 1}" if self._marks else self._source
-
-    def _at(self, event: Event) -> str:
-        mark = event.start_mark
-        assert mark is not None  # every event of the parser has one
-        return self._place(mark.line, mark.column)
-
-    def _refuse(self, at: Event | str, what: str, hint: str = "") -> NoReturn:
-        place = at if isinstance(at, str) else self._at(at)
-        raise RecipeError(self._source, [Problem("recipe", what, place, hint)])
-
-    def _next(self) -> Event:
-        try:
-            event = self._loader.get_event()  # type: ignore[no-untyped-call]
+            root = self.get_node() if self.check_node() else None
+            more = self.peek_event() if self.check_node() else None  # type: ignore[no-untyped-call]
         except yaml.MarkedYAMLError as exc:
-            mark = exc.problem_mark or exc.context_mark or self._loader.get_mark()
             what = ", ".join(part for part in (exc.context, exc.problem) if part)
             tab = "'\\t'" in what
             hint = "Indent with spaces, not tabs." if tab else "Check colons, quotes and indents."
-            place = self._place(mark.line, mark.column)
-            self._refuse(place, f"not valid YAML: {what}.", hint)
+            mark = exc.problem_mark or exc.context_mark or self.get_mark()
+            self.refuse(mark, f"not valid YAML: {what}.", hint)
         except (ValueError, OverflowError):
             # The scanner hands "\UFFFFFFFF" to chr() and `%YAML 9...9` to int() unguarded.
-            mark = self._loader.get_mark()
             what = "not valid YAML: a number in an escape or a directive is out of range."
-            self._refuse(self._place(mark.line, mark.column), what, "Write the character itself.")
-        assert isinstance(event, Event)
-        return event
-
-    def _node(self, event: Event, where: str, depth: int) -> Node:
-        self._check(event, depth)
-        place = self._at(event)
-        if isinstance(event, ScalarEvent):
-            plain = event.style is None
-            return Node(resolve(event.value) if plain else event.value, place)
-        if isinstance(event, SequenceStartEvent):
-            items: list[Node] = []
-            while not isinstance(item := self._next(), CollectionEndEvent):
-                items.append(self._node(item, path_join(where, len(items)), depth + 1))
-            return Node(items, place)
-        block: dict[str, Node] = {}
-        keys: dict[str, str] = {}
-        while not isinstance(key := self._next(), CollectionEndEvent):
-            self._check(key, depth)
-            if not isinstance(key, ScalarEvent):
-                self._refuse(key, "a key must be a word.", "Quote it if it is meant as text.")
-            child = self._node(self._next(), path_join(where, key.value), depth + 1)
-            if key.value in block:
-                what = f"{key.value[:60]!r} is written twice, first at {keys[key.value]}."
-                self.problems.append(Problem(where, what, self._at(key), "Remove one of them."))
-            else:
-                block[key.value], keys[key.value] = child, self._at(key)
-        return Node(block, place, keys)
-
-    def _check(self, event: Event, depth: int) -> None:
-        self._values += 1
-        if self._values > MAX_VALUES:
-            self._refuse(event, f"holds more than {MAX_VALUES:,} values.", "Is this a recipe?")
-        if depth > MAX_DEPTH:
-            self._refuse(event, f"is nested deeper than {MAX_DEPTH} levels.", "Flatten it.")
-        if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
-            self._refuse(event, "recipes have no anchors (&) or aliases (*).", "Copy the value.")
-        if getattr(event, "tag", None):
-            self._refuse(event, "recipes have no tags (!).", "Quote the value if it is text.")
-        if isinstance(event, ScalarEvent) and _NO_TEXT.search(event.value):
-            self._refuse(event, "an escape stands for no character that text can hold.")
+            self.refuse(self.get_mark(), what, "Write the character itself.")
+        if more:
+            self.refuse(
+                more.start_mark, "a second document starts here.", "Keep one recipe a file."
+            )
+        return root
 
 
 def parse_yaml(text: str, source: str, *, marks: bool = True) -> tuple[Node | None, list[Problem]]:
@@ -193,8 +134,44 @@ def parse_yaml(text: str, source: str, *, marks: bool = True) -> tuple[Node | No
     Raises:
         RecipeError: The text is not YAML, or uses more of YAML than recipes do.
     """
-    composer = _Composer(text, source, marks=marks)
-    return composer.document(), composer.problems
+
+    def place(mark: yaml.Mark) -> str:
+        return f"{source}:{mark.line + 1}:{mark.column + 1}" if marks else source
+
+    def refuse(mark: yaml.Mark, what: str, hint: str) -> NoReturn:
+        raise RecipeError(source, [Problem("recipe", what, place(mark), hint)])
+
+    if len(text) > MAX_BYTES:
+        start = yaml.Mark("", 0, 0, 0, None, 0)
+        refuse(start, f"is longer than {MAX_BYTES:,} characters.", "Is this a recipe?")
+    try:
+        root = _Loader(text, refuse).document()
+    except yaml.reader.ReaderError as exc:
+        before = text[: exc.position]
+        column = exc.position - (before.rfind("\n") + 1)
+        what = f"holds the character U+{ord(text[exc.position]):04X}, which YAML forbids."
+        mark = yaml.Mark("", exc.position, before.count("\n"), column, None, 0)
+        refuse(mark, what, "Remove it, or is the file damaged?")
+    problems: list[Problem] = []
+
+    def tree(node: yaml.Node, where: str) -> Node:
+        here = place(node.start_mark)
+        if isinstance(node, yaml.ScalarNode):
+            return Node(resolve(node.value) if node.style is None else node.value, here)
+        if isinstance(node, yaml.SequenceNode):
+            return Node([tree(v, path_join(where, i)) for i, v in enumerate(node.value)], here)
+        block: dict[str, Node] = {}
+        keys: dict[str, str] = {}
+        for key, value in node.value:
+            child = tree(value, path_join(where, word := key.value))
+            if word in keys:
+                what = f"{word[:60]!r} is written twice, first at {keys[word]}."
+                problems.append(Problem(where, what, place(key.start_mark), "Remove one of them."))
+            else:
+                block[word], keys[word] = child, place(key.start_mark)
+        return Node(block, here, keys)
+
+    return (None if root is None else tree(root, "recipe")), problems
 
 
 def set_value(root: Node, assignment: str, place: str) -> list[Problem]:
