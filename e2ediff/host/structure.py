@@ -1,8 +1,4 @@
-"""A YAML tree to typed values, and back: a part's attrs class is its schema.
-
-Hand-written instead of a cattrs converter: every check of a scalar had to be replaced to be
-exact, and every problem needs the line of its value, which cattrs does not carry.
-"""
+"""A YAML tree to typed values, and back: a part's attrs class is its schema."""
 
 from __future__ import annotations
 
