@@ -11,6 +11,7 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import Recognised, SourceConfig
 from e2ediff.errors import DataError, E2EDiffError, PluginError, Problem, RecipeError
+from e2ediff.host.discovery import BUILTIN
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import load_recipe
 from e2ediff.host.registry import Part, options
@@ -122,7 +123,7 @@ def recognise(host: Host, address: Address, name: str = "") -> dict[str, Any]:
     """A data block for what lies at a path, URL or pattern, perhaps without `size` and `classes`.
 
     Args:
-        host: Whose sources are asked; of a plugin those that are loaded.
+        host: Whose sources are asked, those of plugins too.
         address: The path, URL or pattern.
         name: Prefer this source, where it recognises the data.
 
@@ -132,9 +133,9 @@ def recognise(host: Host, address: Address, name: str = "") -> dict[str, Any]:
         PluginError: A plugin's source fails.
     """
     address, sources = addresses.plain(address), host.registries["sources"]
-    if name:
-        sources.find(name)  # loads its plugin
-    asked = {sources.name_of(part.cls): _asked(host, part, address) for part in sources}
+    asked = {
+        sources.name_of(part.cls): _asked(host, part, address) for part in host.usable("sources")
+    }
     found = {own: answer for own, answer in asked.items() if answer is not None}
     if not found:
         raise DataError(f"{address}: {_why_unknown(host, address)}")
@@ -165,15 +166,11 @@ def _asked(host: Host, part: Part, address: str) -> Recognised | None:
 
 def _why_unknown(host: Host, address: str) -> str:
     """Why no source recognises what lies at an address, and what they would."""
-    parts = [*host.registries["sources"]]
-    own = [part.name for part in parts if not part.cls.__module__.startswith("e2ediff.")]
+    own = [part.name for part in host.registries["sources"] if part.plugin.name != BUILTIN]
     expected = f"Expected {_KINDS}" + "".join(f", or data of {name}" for name in own)
     fs, path = addresses.file_system(address)
     if fs.isdir(path):
         return f"an empty folder. {expected}."
     if not fs.exists(path):
         return f"nothing is there. {expected}."
-    known = {plugin.name for plugin in host.plugins} | {*host.broken}
-    idle = ",".join(entry.name for entry in host.entries if entry.name not in known)
-    hint = f" Plugins that were not asked: E2EDIFF_LOAD={idle} loads them." if idle else ""
-    return f"not recognised. {expected}, or a YAML file of a block.{hint}"
+    return f"not recognised. {expected}, or a YAML file of a block."

@@ -46,8 +46,8 @@ class Plugin:
     __name__ = "traced"
 
     @hookimpl
-    def register_objectives(self, add):
-        add("traced", Traced)
+    def register(self, add):
+        add("objectives", "traced", Traced)
 
 
 def test_the_loop_is_five_calls_from_an_objective_s_terms(tiny_recipe, tmp_path) -> None:

@@ -142,10 +142,8 @@ def proposed(*words: str) -> dict[str, object]:
 
 
 def test_a_strangers_source_is_asked_and_counts_its_classes(place, monkeypatch) -> None:
-    """Once its plugin is loaded: by E2EDIFF_LOAD, or because its name is asked for."""
     block = proposed("images", "--set", "name=stack")
     assert (block["name"], block["place"], block["classes"]) == ("stack", "images", 2)
-    monkeypatch.setenv("E2EDIFF_LOAD", "stacks")
     assert proposed("images") == block
     assert e2ediff("data", "check", "images", "--workers", 0).code == 0
     done = e2ediff("data", "prepare", "images", "out", "--size", 16, "--workers", 0)
@@ -155,11 +153,6 @@ def test_a_strangers_source_is_asked_and_counts_its_classes(place, monkeypatch) 
     said = e2ediff("data", "check", "x.txt").err
     assert "x.txt: not recognised. Expected a folder of class folders" in said
     assert ", or data of stack" in said
-
-
-def test_data_that_no_loaded_source_recognises_name_the_plugins_that_were_not_asked(place) -> None:
-    Path("x.txt").touch()
-    assert "E2EDIFF_LOAD=stacks loads them" in e2ediff("data", "check", "x.txt").err
 
 
 OTHER = """
@@ -188,7 +181,6 @@ def test_data_that_two_sources_read_equally_well_are_for_the_user_to_choose(
     inside, place, monkeypatch
 ) -> None:
     inside.install("piles", OTHER.replace("e2ediff_stacks", "stacks"))
-    monkeypatch.setenv("E2EDIFF_LOAD", "stacks,piles")
     done = e2ediff("data", "stats", "images", "--workers", 0)
     assert done.code == DataError.exit_code
     assert "images: pile and stack can read it; choose with --set name=pile" in done.err
@@ -198,7 +190,6 @@ def test_data_that_two_sources_read_equally_well_are_for_the_user_to_choose(
 
 def test_a_source_that_fails_when_it_is_asked_is_named(inside, place, monkeypatch) -> None:
     inside.install("piles", OTHER.replace("e2ediff_stacks", "stacks"))
-    monkeypatch.setenv("E2EDIFF_LOAD", "piles")
     done = e2ediff("data", "stats", "fault", "--workers", 0)
     assert done.code == PluginError.exit_code
     (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
