@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from e2ediff.model.labels import LabelLaw
 
 
 @click.command("sample")
@@ -133,7 +138,7 @@ def command(
     classes += [k for text in lists for k in labels_of(image, text)]
     classes = classes or list(range(max(1, image.classes)))
     images = balanced or drawn or len(classes) * (count or 8)
-    law = "random" if drawn else "balanced" if balanced else "repeated"
+    law: LabelLaw = "uniform" if drawn else "balanced"
     request = SampleRequest(
         model=ModelRef(
             run=run,
@@ -145,8 +150,8 @@ def command(
             precision=precision,  # type: ignore[arg-type]
         ),
         seed=seed,
-        law=law,  # type: ignore[arg-type]
-        labels=tuple(lay_out(classes, images, law, seed)),  # type: ignore[arg-type]
+        law=law,
+        labels=tuple(lay_out(classes, images, law, seed)),
         format=kind,  # type: ignore[arg-type]
         out=out or "",
         batch=batch,

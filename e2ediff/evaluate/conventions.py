@@ -15,8 +15,8 @@ import attrs
 from e2ediff.errors import DataError
 from e2ediff.metric import Metric
 from e2ediff.model.image_features import Rounding
+from e2ediff.model.labels import LabelLaw
 
-Labels = Literal["balanced", "uniform"]
 Resize = Literal["network", "pil_bicubic"]
 
 
@@ -26,7 +26,7 @@ class Convention:
 
     `rounding` is that of `to_pixels`; sets that are bytes already keep theirs.
     `resize` is the network's own, or Pillow's antialiased bicubic on float channels.
-    `labels` are the classes in turn (`balanced`) or independent draws (`uniform`).
+    `labels` is the law of the labels.
     `count` is the number of images a score is quoted for.
     `reference` says in words what it is compared with; the user gives the file.
     `options` are options of metrics, by the metric's class.
@@ -36,7 +36,7 @@ class Convention:
     name: str
     rounding: Rounding = "nearest"
     resize: Resize = "network"
-    labels: Labels = "balanced"
+    labels: LabelLaw = "balanced"
     count: int = 50_000
     reference: str
     options: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)

@@ -8,11 +8,12 @@ import attrs
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.evaluate.conventions import Convention, Labels
+from e2ediff.evaluate.conventions import Convention
 from e2ediff.evaluate.reconstruction import Perceptual
 from e2ediff.evaluate.reference import default_cache
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import Metric
+from e2ediff.model.labels import LabelLaw
 from e2ediff.sample.load import ModelRef
 
 Say = Callable[[str], None]
@@ -46,7 +47,7 @@ class Request:
     sections: Sequence[str] = ()
     references: Mapping[str, str] = attrs.field(factory=dict, converter=_plain_places)
     count: int | None = None
-    labels: Labels | None = None
+    labels: LabelLaw | None = None
     seed: int = 0
     batch: int = 64
     processes: int = 1

@@ -10,14 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 import attrs
-import torch
 
 import e2ediff
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.averaging import Averaging
 from e2ediff.errors import DataError
-from e2ediff.evaluate.conventions import Labels
 from e2ediff.evaluate.images import FolderImages, ImageSet, NpzImages, Samples
 from e2ediff.evaluate.reference import npz_keys
 from e2ediff.guidance import Guidance
@@ -26,11 +24,11 @@ from e2ediff.host.structure import unstructure
 from e2ediff.model.build import averagings
 from e2ediff.model.image_features import weights_sha256
 from e2ediff.model.inference import Model, Origin
+from e2ediff.model.labels import LabelLaw, lay_out
 from e2ediff.sample.load import ModelRef
 from e2ediff.sample.post_hoc import width_of
 from e2ediff.sample.set_record import origin_entry
 from e2ediff.sampler import Sampler
-from e2ediff.seeds import generator
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import JSON
@@ -44,7 +42,7 @@ class Subject:
     count: int
     protocol: Mapping[str, JSON]
     identity: Mapping[str, JSON]
-    labels: Labels | None = None
+    labels: LabelLaw | None = None
     model: Model | None = None
 
 
@@ -75,7 +73,7 @@ def run_subject(
     host: Host,
     ref: ModelRef,
     count: int,
-    law: Labels,
+    law: LabelLaw,
     *,
     seed: int = 0,
     model: Model | None = None,
@@ -99,7 +97,7 @@ def run_subject(
     model = samples.model
     samples.guides = tuple(other.origin.sha256 for other in model.others)
     recipe, classes = model.recipe, max(1, model.recipe.data.image.classes)
-    samples.labels = draw_labels(law, classes, count, seed)
+    samples.labels = lay_out(range(classes), count, law, seed)
     name = ref.weights or (recipe.ema[0].name if recipe.ema else "target")
     averaging = averagings(recipe).get(name)
     average = cast("JSON", unstructure(host, averaging, Averaging)) if averaging else None
@@ -140,14 +138,6 @@ def _guided_by(origins: Iterable[Origin]) -> dict[str, JSON]:
     """
     found: list[JSON] = [origin_entry(origin) for origin in origins]
     return {"guided_by": found} if found else {}
-
-
-def draw_labels(law: Labels, classes: int, count: int, seed: int) -> list[int]:
-    """Labels of images 0 to `count`: the classes in turn, or independent draws."""
-    if law == "balanced":
-        return [i % classes for i in range(count)]
-    g = generator(torch.device("cpu"), seed, "labels")
-    return torch.randint(classes, (count,), generator=g).tolist()
 
 
 def network_calls(model: Model) -> float:

@@ -14,7 +14,8 @@ from e2ediff.data import ImageSpec
 from e2ediff.errors import DataError
 from e2ediff.seeds import generator
 
-LabelLaw = Literal["repeated", "balanced", "random"]
+LabelLaw = Literal["balanced", "uniform"]
+"""The classes in turn, or independent draws of which each class is equally likely."""
 
 _MOST = 20  # names that a message lists
 
@@ -177,13 +178,13 @@ def _shown(text: str) -> str:
 def lay_out(classes: Sequence[int], images: int, law: LabelLaw, seed: int) -> list[int]:
     """Labels of `images` images of these classes, image i's at place i.
 
-    `repeated` and `balanced` go through the classes again and again, so that every class has
-    equally many images, or one more than others where they do not divide the set; `random`
-    draws each label alone.
+    `balanced` goes through the classes again and again, so that every class has equally many
+    images, or one more than others where they do not divide the set; `uniform` draws each label
+    alone.
 
-    Randomness: for `random` alone, from the seed.
+    Randomness: for `uniform` alone, from the seed.
     """
-    if law == "random":
+    if law == "uniform":
         g = generator(torch.device("cpu"), seed, "labels")
         drawn: list[int] = torch.randint(len(classes), (images,), generator=g).tolist()
         return [classes[i] for i in drawn]

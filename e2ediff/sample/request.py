@@ -27,7 +27,7 @@ class SampleRequest:
 
     model: ModelRef
     seed: int = 0
-    law: LabelLaw = "repeated"
+    law: LabelLaw = "balanced"
     labels: tuple[int, ...] = ()
     format: Format = "png"
     out: str = attrs.field(default="", converter=addresses.plain)

@@ -28,6 +28,9 @@ SET, ENTRIES, GRID = "set.json", "samples.json", "grid.png"
 FOLDERS = ("images", "shards", "parts")
 """What holds the images of a set, by format and until it is whole."""
 
+# Words of sets that an earlier e2ediff began, for the same labels.
+_FORMER_LAWS = {"repeated": "balanced", "random": "uniform"}
+
 _GRID_COLUMNS = 16
 _GRID_ROWS = 16
 
@@ -143,6 +146,9 @@ def _read(store: Store) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         return None
     found.pop("made", None)
+    labels = found.get("labels")
+    if isinstance(labels, dict) and isinstance(law := labels.get("law"), str):
+        labels["law"] = _FORMER_LAWS.get(law, law)
     return found
 
 
@@ -176,7 +182,9 @@ def finish(
     store, n = output.store, len(request.labels)
     shown = min(n, _GRID_COLUMNS * _GRID_ROWS)
     distinct = len(set(request.labels))
-    columns = distinct if distinct <= _GRID_COLUMNS and request.law != "random" else _GRID_COLUMNS
+    columns = (
+        distinct if distinct <= _GRID_COLUMNS and request.law == "balanced" else _GRID_COLUMNS
+    )
     x = torch.from_numpy(output.first(min(shown, columns * _GRID_ROWS)).copy())
     store.write(GRID, grid_png(x.permute(0, 3, 1, 2).float() / 127.5 - 1, min(columns, n)))
     place = output.close()

@@ -13,9 +13,9 @@ from e2ediff.evaluate.latents import knn_accuracy, probe_accuracy
 from e2ediff.evaluate.memorisation import closest_pairs, memorisation
 from e2ediff.evaluate.passes import pil_bicubic
 from e2ediff.evaluate.reconstruction import Perceptual, psnr, ssim
-from e2ediff.evaluate.subject import draw_labels
 from e2ediff.features import FeatureNetwork
 from e2ediff.model.image_features import to_pixels
+from e2ediff.model.labels import lay_out
 
 G = torch.Generator()
 
@@ -59,10 +59,10 @@ def test_the_clean_resize_is_pillows_on_float_channels_and_is_not_rounded() -> N
 
 
 def test_balanced_labels_are_the_classes_in_turn_and_uniform_ones_depend_on_the_seed() -> None:
-    assert draw_labels("balanced", 3, 7, 0) == [0, 1, 2, 0, 1, 2, 0]
-    one, other = (draw_labels("uniform", 10, 1000, seed) for seed in (0, 1))
+    assert lay_out(range(3), 7, "balanced", 0) == [0, 1, 2, 0, 1, 2, 0]
+    one, other = (lay_out(range(10), 1000, "uniform", seed) for seed in (0, 1))
     assert one != other
-    assert one == draw_labels("uniform", 10, 1000, 0)
+    assert one == lay_out(range(10), 1000, "uniform", 0)
     counts = np.bincount(one, minlength=10)
     assert counts.min() > 60
     assert counts.max() > counts.min()

@@ -78,7 +78,7 @@ def test_balanced_and_random_sets_follow_their_laws(run: str) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) > 5
     record = json.loads(Path("r0/set.json").read_text())
-    assert record["labels"]["law"] == "random"
+    assert record["labels"]["law"] == "uniform"
 
 
 def test_a_class_that_is_not_there_is_said_with_the_one_that_was_meant(run: str) -> None:

@@ -21,9 +21,10 @@ from e2ediff.evaluate.passport import read_card, write_card
 from e2ediff.evaluate.ranking import differences, rank
 from e2ediff.evaluate.reconstruction import reconstruct
 from e2ediff.evaluate.reference import open_reference, reference_features
-from e2ediff.evaluate.subject import draw_labels, run_subject
+from e2ediff.evaluate.subject import run_subject
 from e2ediff.metric import moments_of
 from e2ediff.model.image_features import to_pixels
+from e2ediff.model.labels import lay_out
 from e2ediff.parts.features.inception import Inception2015
 from e2ediff.parts.features.networks import Inception, RandomProjection
 from e2ediff.sample.load import ModelRef, load_model
@@ -91,7 +92,7 @@ SOLVERS = ("sampler=heun", "sampler={name: dopri5, rtol: 0.01, atol: 0.01}")
 @pytest.fixture(scope="module")
 def tiled(run):
     """Sixty-nine samples by each solver: two tiles of 32 rows, and a part of one."""
-    labels = draw_labels("balanced", 4, 69, 0)
+    labels = lay_out(range(4), 69, "balanced", 0)
     models = {s: load_model(run, device="cpu", overrides=[s]) for s in SOLVERS}
     return {s: Samples(ModelRef(run=""), labels, model=model) for s, model in models.items()}
 

@@ -216,6 +216,19 @@ def test_a_finished_set_is_left_alone_and_its_lost_images_are_made_again(run, tm
     assert made(tmp_path / "set") == before
 
 
+@pytest.mark.parametrize(("law", "former"), [("balanced", "repeated"), ("uniform", "random")])
+def test_a_set_that_was_begun_under_a_former_word_for_its_law_goes_on(run, tmp_path, law, former):
+    place = make(request_of(run, tmp_path / "set", law=law))
+    before, record = made(tmp_path / "set"), tmp_path / "set/set.json"
+    written = json.loads(record.read_text())
+    assert written["labels"]["law"] == law
+    written["labels"]["law"] = former
+    record.write_text(json.dumps(written))
+    (tmp_path / "set/images/000040.png").unlink()
+    assert make(request_of(run, tmp_path / "set", law=law)) == place
+    assert made(tmp_path / "set") == before
+
+
 # What lies where
 
 
