@@ -44,6 +44,15 @@ def plain(address: Address) -> str:
     return text
 
 
+def cache_folder() -> str:
+    """Where files are kept that can be made again: $E2EDIFF_CACHE, or `e2ediff` in the user's own.
+
+    The user's cache is $XDG_CACHE_HOME, or `~/.cache`.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("E2EDIFF_CACHE") or os.path.join(home, "e2ediff")
+
+
 def refusal(address: Address, *, typed: bool = False) -> str:
     """Why an address is not opened, and what to do; empty if it may be. Nothing is accessed.
 

@@ -127,10 +127,10 @@ def _show(card: Card) -> None:
 
 def _request(host: Host, target: str, given: dict[str, object]) -> Request:
     """What the options ask for."""
+    from e2ediff.addresses import cache_folder
     from e2ediff.evaluate.conventions import CONVENTIONS, convention
     from e2ediff.evaluate.evaluate import default_metrics
     from e2ediff.evaluate.network import feature_network
-    from e2ediff.evaluate.reference import default_cache
     from e2ediff.evaluate.request import Request
     from e2ediff.evaluate.sections import SECTIONS
     from e2ediff.sample.load import ModelRef
@@ -153,7 +153,7 @@ def _request(host: Host, target: str, given: dict[str, object]) -> Request:
         metrics = default_metrics(host, network)
     given["bootstrap"] = given["bootstrap"] or 0
     perceptual = _perceptual(given.pop("lpips"), given.pop("lpips_heads"))
-    given["cache"] = given["cache"] or default_cache()
+    given["cache"] = given["cache"] or cache_folder()
     own = {key: given.pop(key) for key in ("weights", "checkpoint", "overrides", "device")}
     return Request(
         target=ModelRef(run=target, **own),  # type: ignore[arg-type]

@@ -91,10 +91,10 @@ def command(
     from e2ediff.distributed.openmp import prepare_threads
 
     number = prepare_threads(threads)
+    from e2ediff.addresses import cache_folder
     from e2ediff.distributed.threads import threads_for
     from e2ediff.evaluate.conventions import convention as named
     from e2ediff.evaluate.network import feature_network
-    from e2ediff.evaluate.reference import default_cache
     from e2ediff.evaluate.request import Request
     from e2ediff.host.plugins import load
     from e2ediff.model.build import choose_device
@@ -131,7 +131,7 @@ def command(
             seed=seed,
             batch=batch,
             processes=processes,
-            cache=cache or default_cache(),
+            cache=cache or cache_folder(),
             choose_threads=number is None,
         )
         store = Store(out or f"{run.rstrip('/')}/sweep")

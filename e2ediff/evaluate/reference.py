@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 
@@ -234,9 +233,3 @@ def _read(tensors: Mapping[str, Tensor]) -> FeatureSet:
     moments = {t: Moments(count, tensors[f"mean/{t}"], tensors[f"covariance/{t}"]) for t in taps}
     rows = {k.removeprefix("rows/"): v for k, v in tensors.items() if k.startswith("rows/")}
     return FeatureSet(count, moments, rows)
-
-
-def default_cache() -> str:
-    """$E2EDIFF_CACHE, or `e2ediff` in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.environ.get("E2EDIFF_CACHE") or os.path.join(home, "e2ediff")

@@ -10,7 +10,6 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.evaluate.conventions import Convention
 from e2ediff.evaluate.reconstruction import Perceptual
-from e2ediff.evaluate.reference import default_cache
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import Metric
 from e2ediff.model.labels import LabelLaw
@@ -51,7 +50,7 @@ class Request:
     seed: int = 0
     batch: int = 64
     processes: int = 1
-    cache: str = attrs.field(factory=default_cache, converter=addresses.plain)
+    cache: str = attrs.field(factory=addresses.cache_folder, converter=addresses.plain)
     perceptual: Perceptual | None = None
     bootstrap: int = 0
     choose_threads: bool = False

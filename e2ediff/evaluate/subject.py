@@ -98,7 +98,7 @@ def run_subject(
     samples.guides = tuple(other.origin.sha256 for other in model.others)
     recipe, classes = model.recipe, max(1, model.recipe.data.image.classes)
     samples.labels = lay_out(range(classes), count, law, seed)
-    name = ref.weights or (recipe.ema[0].name if recipe.ema else "target")
+    name = ref.weights or recipe.default_weights
     averaging = averagings(recipe).get(name)
     average = cast("JSON", unstructure(host, averaging, Averaging)) if averaging else None
     options = average if isinstance(average, dict) else {}

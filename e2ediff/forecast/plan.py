@@ -220,7 +220,7 @@ def _looks(host: Host, plan: Plan) -> dict[str, Look]:
     sheet = r.preview.rows * max(1, min(r.preview.classes, r.data.image.classes))
     preview = sheet * plan.sample_flops + _RECONSTRUCTIONS * both + 2 * calibration
     weights = 1 + len(averagings(r))  # online and the averages
-    every = r.cadence.survey or 10 * r.cadence.diagnose
+    every = r.cadence.survey_every
     found = {
         "diagnose": Look(_diagnoses(r, every), _glance(r) * cost["encode"] + trained),
         "survey": Look(_times(r, every) + 1, _survey(host, plan) + trained),  # and at first

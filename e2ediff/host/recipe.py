@@ -115,6 +115,11 @@ class Cadence:
     preview: int = attrs.field(default=500, validator=gt(0))
     checkpoint: int = attrs.field(default=1000, validator=gt(0))
 
+    @property
+    def survey_every(self) -> int:
+        """Steps between surveys, where none is told: ten diagnoses."""
+        return self.survey or 10 * self.diagnose
+
 
 @attrs.frozen(kw_only=True)
 class ProbeSettings:
@@ -303,6 +308,11 @@ class Recipe:
     def total_images(self) -> int:
         """Training images of the whole training, in whole batches: at least `images`."""
         return self.total_steps * self.batch
+
+    @property
+    def default_weights(self) -> str:
+        """The weights to sample from where none are named: the first of `ema`, or `target`."""
+        return self.ema[0].name if self.ema else "target"
 
     @property
     def snapshot_steps(self) -> int:

@@ -51,7 +51,7 @@ def diagnosis_steps(recipe: Recipe) -> set[int]:
 
 def survey_steps(recipe: Recipe) -> set[int]:
     """The steps after which all diagnostics are measured, the costly ones too."""
-    each = recipe.cadence.survey or 10 * recipe.cadence.diagnose
+    each = recipe.cadence.survey_every
     return {*range(each, recipe.total_steps + 1, each), recipe.total_steps}
 
 

@@ -82,8 +82,7 @@ class Monitor:
 
     def _survey_due(self, step: int) -> bool:
         """Whether all diagnostics are due: at the first and last step, and by the cadence."""
-        cadence = self.recipe.cadence
-        every = cadence.survey or 10 * cadence.diagnose
+        every = self.recipe.cadence.survey_every
         return step % every == 0 or step == self.recipe.total_steps
 
     def diagnose(self, step: int, phases: Sequence[str]) -> dict[str, float]:
@@ -125,8 +124,7 @@ class Monitor:
 
     def _shown(self) -> Backbone:
         """The weights that previews and `sample` use: the first extra average, or the target."""
-        name = self.recipe.ema[0].name if self.recipe.ema else "target"
-        return self.parts.averages[name].net
+        return self.parts.averages[self.recipe.default_weights].net
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:

@@ -149,7 +149,7 @@ def _open(
     directory = RunDirectory.open(ref.run)
     recipe = recipe_of(host, directory, ref.overrides)
     opened = open_checkpoint(directory.store, ref.checkpoint, warn=warn, use=use)
-    name = ref.weights or (recipe.ema[0].name if recipe.ema else "target")
+    name = ref.weights or recipe.default_weights
     width, known = width_of(name), stored_weights(opened)
     if width is None and name not in known:
         raise CheckpointError(

@@ -58,7 +58,7 @@ class SweptRun:
         overrides = [*self.ref.overrides, *(str(a) for a in given if a.path != "weights")]
         # A block is set before its options are, whichever was given first.
         overrides.sort(key=lambda text: text.partition("=")[0].count("."))
-        default = self.ref.weights or (self.recipe.ema[0].name if self.recipe.ema else "target")
+        default = self.ref.weights or self.recipe.default_weights
         return Candidate([default, *weights][-1], tuple(overrides))
 
     def recipe_of(self, candidate: Candidate) -> Recipe:

@@ -308,19 +308,13 @@ def fingerprint(files: Sequence[File], *settings: object) -> str:
 
 
 class Aside:
-    """A small file of ours beside the data, or in the user's cache where that is read-only.
-
-    The cache is $E2EDIFF_CACHE, else `e2ediff` in $XDG_CACHE_HOME or `~/.cache`.
-    """
+    """A small file of ours beside the data, or in `cache_folder` where that is read-only."""
 
     def __init__(self, location: Location, path: str) -> None:
         self.location = location
         self.path = path
-        root = os.environ.get("E2EDIFF_CACHE") or os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "e2ediff"
-        )
         digest = hashlib.sha256(f"{location.url} {path}".encode()).hexdigest()[:16]
-        self.cached = os.path.join(root, f"{digest}-{path.rpartition('/')[2]}")
+        self.cached = os.path.join(addresses.cache_folder(), f"{digest}-{path.rpartition('/')[2]}")
 
     def read(self) -> list[bytes]:
         """What lies beside the data and what lies in the cache, as far as they exist."""
