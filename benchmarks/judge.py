@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from e2ediff.data import SourceConfig
+from e2ediff.data import SourceConfig, from_pixels
 from e2ediff.distances import frechet
 from e2ediff.metric import moments_of
 from e2ediff.parts.sources import FashionMNIST
@@ -86,7 +86,7 @@ def load_images(source: SourceConfig, *, held_out: bool = False) -> Images:
     """
     opened = source.open(held_out=held_out)
     x, label = opened.read(range(len(opened)))
-    found = Images(x.float() / 127.5 - 1, label)
+    found = Images(from_pixels(x), label)
     sorted_ = bool((label.diff() >= 0).all())
     return found.mixed() if held_out and sorted_ else found
 

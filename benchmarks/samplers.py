@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from judge import accuracy, features, frechet_distance, load_images, train_judge
 
+from e2ediff.data import from_pixels
 from e2ediff.host.plugins import load
 from e2ediff.sample.load import ModelRef, load_model
 from e2ediff.sample.request import SampleRequest
@@ -144,7 +145,7 @@ def measure(run: str, case: Case, images: int, seed: int, out: Path, judge_seed:
         update=lambda _: None,
     )
     with np.load(path) as found:
-        x = torch.from_numpy(found["arr_0"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = from_pixels(torch.from_numpy(found["arr_0"]).permute(0, 3, 1, 2))
         label = torch.from_numpy(found["arr_1"])
     made = json.loads((place / "set.json").read_text())["made"]
     real = features(judge, load_images(data).x)

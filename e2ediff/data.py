@@ -18,6 +18,32 @@ from torch import Tensor
 Sampling = Literal["natural", "class_balanced"]
 """How often each class is shown: as often as it occurs, or all equally often."""
 
+Rounding = Literal["nearest", "half_up", "down"]
+"""How values between two bytes become one."""
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Pixels 0..255, of any shape, as float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def pixel_values(x: Tensor) -> Tensor:
+    """Images in [-1, 1], of any shape, on the scale 0..255, not rounded."""
+    return (x + 1) * 127.5
+
+
+def to_pixels(x: Tensor, rounding: Rounding = "nearest") -> Tensor:
+    """Images in [-1, 1], of any shape, to uint8.
+
+    Of `pixel_values` y, clipped to 0..255, `nearest` rounds y (halves to the even number),
+    `half_up` takes the floor of y + 0.5, `down` the floor of y.
+    """
+    y = pixel_values(x)
+    if rounding == "half_up":
+        y = y + 0.5
+    y = y.round() if rounding == "nearest" else y.floor()
+    return y.clamp(0, 255).to(torch.uint8)
+
 
 @attrs.frozen
 class ImageSpec:

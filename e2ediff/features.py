@@ -10,6 +10,8 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
+from e2ediff.data import from_pixels
+
 
 class FeatureNetwork(nn.Module, ABC):
     """A fixed network.
@@ -42,7 +44,7 @@ class FeatureNetwork(nn.Module, ABC):
             pixels: Images (B, C, H, W), float, from 0 to 255.
             taps: Which vectors; each is one of `self.taps`.
         """
-        return {"pool": self(pixels / 127.5 - 1)[-1].mean(dim=(2, 3))}
+        return {"pool": self(from_pixels(pixels))[-1].mean(dim=(2, 3))}
 
 
 class FeatureConfig(ABC):

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import attrs
 
+from e2ediff.data import Rounding
 from e2ediff.errors import DataError
 from e2ediff.metric import Metric
-from e2ediff.model.image_features import Rounding
 from e2ediff.model.labels import LabelLaw
 
 Resize = Literal["network", "pil_bicubic"]

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from e2ediff.data import Rounding, to_pixels
 from e2ediff.distributed.threads import threads_for
 from e2ediff.evaluate.conventions import Resize
 from e2ediff.evaluate.images import ImageSet, Samples, images_at_once
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import FeatureSet
-from e2ediff.model.image_features import Collector, Rounding, to_pixels
+from e2ediff.model.image_features import Collector
 from e2ediff.model.inference import denoise_once
 
 _ATTEMPT = 16  # images whose features are timed

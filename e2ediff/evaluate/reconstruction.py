@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from e2ediff.data import DataSource
+from e2ediff.data import DataSource, from_pixels
 from e2ediff.errors import DataError
 from e2ediff.evaluate.images import PixelHash, check_finite
 from e2ediff.evaluate.passes import Pass, View
@@ -129,7 +129,7 @@ def _pairs(
     whole = max(1, size // model.rows) * model.rows
     for first in range(0, count, whole):
         pixels = source.read(range(first, min(first + whole, count)))[0]
-        x_hat = model.reconstruct(pixels.float() / 127.5 - 1)
+        x_hat = model.reconstruct(from_pixels(pixels))
         check_finite(x_hat, "reconstructions of held-out images", first)
         yield from zip(torch.split(pixels, size), torch.split(x_hat, size), strict=True)
 
@@ -155,14 +155,14 @@ def reconstruct(
     done = 0
     for pixels, x_hat in _pairs(model, source, count, work.batch):
         content.add(pixels)
-        x = pixels.float() / 127.5 - 1
+        x = from_pixels(pixels)
         shown = work.shown(x_hat, attrs.evolve(view, resize="network")).cpu()
         sides[0].add(work.shown(x_hat, view))
         sides[1].add(work.shown(pixels, view))
         values.setdefault("PSNR", []).append(psnr(shown, pixels))
         values.setdefault("SSIM", []).append(ssim(shown, pixels))
         if perceptual is not None:
-            distance = perceptual(shown.float() / 127.5 - 1, x)
+            distance = perceptual(from_pixels(shown), x)
             values.setdefault(perceptual.name, []).append(distance)
         if progress is not None:
             done += len(x)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from e2ediff.data import Batch, DataSource, Sampling
+from e2ediff.data import Batch, DataSource, Sampling, from_pixels
 from e2ediff.distributed.signals import SIGNALS
 from e2ediff.errors import DataError, ResourceError
 from e2ediff.loading.bad_images import Skipped, taken
@@ -81,7 +81,7 @@ def to_batch(
     if mirrored is not None:
         mirrored = mirrored.to(device, non_blocking=True)
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-    return Batch(x=x.float() / 127.5 - 1, label=label.to(device, non_blocking=True))
+    return Batch(x=from_pixels(x), label=label.to(device, non_blocking=True))
 
 
 def check_enough(source: DataSource, batch: int) -> None:

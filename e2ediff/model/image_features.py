@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +14,6 @@ from torch import Tensor, nn
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureNetwork
 from e2ediff.metric import Accumulator, FeatureSet
-
-Rounding = Literal["nearest", "half_up", "down"]
-
-
-def to_pixels(x: Tensor, rounding: Rounding = "nearest") -> Tensor:
-    """Images in [-1, 1] to uint8.
-
-    With y = 127.5 (x + 1), clipped to 0..255: `nearest` rounds y (halves to the even number),
-    `half_up` takes the floor of y + 0.5, `down` the floor of y.
-    """
-    y = (x + 1) * 127.5
-    y = {"nearest": y.round(), "half_up": (y + 0.5).floor(), "down": y.floor()}[rounding]
-    return y.clamp(0, 255).to(torch.uint8)
 
 
 def network_title(network: FeatureNetwork) -> str:

@@ -10,22 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
+from e2ediff.data import to_pixels
 from e2ediff.figure import Figure
 from e2ediff.store.earlier import known_figure
 
 
-def to_bytes(x: Tensor) -> Tensor:
-    """Images in [-1, 1], (..., C, H, W), to uint8, rounded to the nearest of 256 values."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 def png(x: Tensor) -> bytes:
     """PNG of one image (C, H, W) in [-1, 1], with 1 or 3 channels."""
-    pixels = to_bytes(x).permute(1, 2, 0).cpu().numpy()
+    pixels = to_pixels(x).permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

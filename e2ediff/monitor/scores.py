@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
-from e2ediff.data import DataSource
+from e2ediff.data import DataSource, to_pixels
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureNetwork
 from e2ediff.figure import Figure
 from e2ediff.host.recipe import Recipe, Scores
 from e2ediff.loading.batches import fixed_images
 from e2ediff.metric import FeatureSet, Metric, names_of, score_figure, taps_of
-from e2ediff.model.image_features import features_of, network_title, to_pixels
+from e2ediff.model.image_features import features_of, network_title
 from e2ediff.model.inference import Model
 from e2ediff.monitor.isolation import Isolated, numbers
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from e2ediff.addresses import Address
+from e2ediff.data import to_pixels
 from e2ediff.model.inference import Model
-from e2ediff.monitor.pictures import to_bytes
 from e2ediff.sample.load import load_model
 
 
@@ -96,7 +96,7 @@ class Pipeline:
         x = model.sample(labels, seed=seed)
         if output_type == "pt":
             return PipelineOutput((x + 1) / 2)
-        pixels = to_bytes(x).permute(0, 2, 3, 1).numpy()
+        pixels = to_pixels(x).permute(0, 2, 3, 1).numpy()
         return PipelineOutput(
             [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
         )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from e2ediff import addresses
+from e2ediff.data import to_pixels
 from e2ediff.model.inference import Model
 from e2ediff.model.labels import LabelLaw
-from e2ediff.monitor.pictures import to_bytes
 from e2ediff.sample.load import ModelRef
 from e2ediff.sample.outputs import Format, Output, open_output
 from e2ediff.store.storage import Store
@@ -49,7 +49,7 @@ class SampleRequest:
             finished.append(tile.x)
             n = len(tile.x)
             cost = Cost(images=n, calls=tile.calls * n, passes=tile.passes * n)
-        x = to_bytes(torch.cat(finished)).permute(0, 2, 3, 1)
+        x = to_pixels(torch.cat(finished)).permute(0, 2, 3, 1)
         output.put(numbers, x.contiguous().numpy())
         yield cost
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from e2ediff.data import from_pixels
 from e2ediff.errors import ResourceError, RunDirectoryError
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
@@ -186,7 +187,7 @@ def finish(
         distinct if distinct <= _GRID_COLUMNS and request.law == "balanced" else _GRID_COLUMNS
     )
     x = torch.from_numpy(output.first(min(shown, columns * _GRID_ROWS)).copy())
-    store.write(GRID, grid_png(x.permute(0, 3, 1, 2).float() / 127.5 - 1, min(columns, n)))
+    store.write(GRID, grid_png(from_pixels(x.permute(0, 3, 1, 2)), min(columns, n)))
     place = output.close()
     if output.file_of(0) is not None:
         entries = [

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from e2ediff.data import to_pixels
 from e2ediff.evaluate.latents import knn_accuracy, probe_accuracy
 from e2ediff.evaluate.memorisation import closest_pairs, memorisation
 from e2ediff.evaluate.passes import pil_bicubic
 from e2ediff.evaluate.reconstruction import Perceptual, psnr, ssim
 from e2ediff.features import FeatureNetwork
-from e2ediff.model.image_features import to_pixels
 from e2ediff.model.labels import lay_out
 
 G = torch.Generator()

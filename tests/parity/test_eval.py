@@ -14,6 +14,7 @@ from command_line import e2ediff
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from e2ediff.data import to_pixels
 from e2ediff.errors import DataError, UnlikeScoresError
 from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passes import Pass, View
@@ -23,7 +24,6 @@ from e2ediff.evaluate.reconstruction import reconstruct
 from e2ediff.evaluate.reference import open_reference, reference_features
 from e2ediff.evaluate.subject import run_subject
 from e2ediff.metric import moments_of
-from e2ediff.model.image_features import to_pixels
 from e2ediff.model.labels import lay_out
 from e2ediff.parts.features.inception import Inception2015
 from e2ediff.parts.features.networks import Inception, RandomProjection

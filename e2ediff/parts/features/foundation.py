@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e2ediff import addresses
+from e2ediff.data import pixel_values
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.parts.features.weights import fill, read_weights
@@ -57,7 +58,7 @@ class _Vision(FeatureNetwork):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The last block's patch tokens as one map."""
-        z = self._tokens(self._prepared((x + 1) * 127.5))
+        z = self._tokens(self._prepared(pixel_values(x)))
         side = math.isqrt(z.shape[1] - 1)
         patches = z[:, -side * side :]
         return [patches.transpose(1, 2).reshape(len(z), -1, side, side)]

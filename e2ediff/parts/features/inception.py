@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from e2ediff.data import pixel_values
 from e2ediff.features import FeatureNetwork
 
 SIZE = 299
@@ -211,7 +212,7 @@ class Inception2015(FeatureNetwork):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The maps of 64, 192, 768 and 2048 channels, of images in [-1, 1]."""
-        maps = self._maps((x + 1) * 127.5)
+        maps = self._maps(pixel_values(x))
         return [maps[name] for name in _MAPS]
 
     def vectors(self, pixels: Tensor, taps: Collection[str] = ("pool",)) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e2ediff import addresses
+from e2ediff.data import pixel_values
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.parts.features.inception import SHA256, Inception2015
@@ -155,7 +156,7 @@ class _Lite(FeatureNetwork):
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         net: Any = self.network  # its parts are private attributes, which modules do not declare
         maps: list[Tensor] = []
-        x = self._stem((x + 1) * 127.5)
+        x = self._stem(pixel_values(x))
         for i, block in enumerate(net._blocks[: max(self.blocks) + 1]):
             x = block(x)
             if i in self.blocks:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import ImageSpec
+from e2ediff.data import ImageSpec, from_pixels
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, decode, is_image, read_file
 from e2ediff.files.names import files_below
@@ -63,4 +63,4 @@ def _read(path: str, image: ImageSpec) -> Tensor:
         data = read_file(*addresses.file_system(path, typed=True))
     except (*DAMAGED, OSError, ValueError, ImportError) as error:
         raise DataError(f"{path}: cannot be read: {error}; replace it") from error
-    return decode(data, path, image.channels, image.height).float() / 127.5 - 1
+    return from_pixels(decode(data, path, image.channels, image.height))

@@ -12,7 +12,7 @@ import torch
 from attrs import validators
 from torch import Tensor
 
-from e2ediff.data import DataSource, ImageSpec, SourceConfig
+from e2ediff.data import DataSource, ImageSpec, SourceConfig, pixel_values
 
 
 @attrs.frozen(kw_only=True)
@@ -63,5 +63,5 @@ class _Patterns(DataSource):
         shade = torch.stack([(index * k) % 1 for k in (0.7548777, 0.5698403, 0.8191725)])
         wave = torch.sin(6 * along + phase[:, None, None])[:, None]
         colour = (0.3 + 0.7 * shade.T)[:, : c.channels, None, None]
-        x = ((wave * colour + 1) * 127.5).to(torch.uint8)
+        x = pixel_values(wave * colour).to(torch.uint8)
         return x, label.long() if c.classes else torch.zeros_like(label)
