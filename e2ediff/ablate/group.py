@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from e2ediff import addresses
-from e2ediff.ablate.leaves import leaves_of
 from e2ediff.ablate.plan import Job, Plan
 from e2ediff.addresses import Address
 from e2ediff.errors import Problem, RecipeError, RunDirectoryError
+from e2ediff.host.leaves import leaves_of
 from e2ediff.store.lock import LOCK, acquire
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store

@@ -21,9 +21,9 @@ from e2ediff.ablate.grid import (
     parse_axis,
     parse_seeds,
 )
-from e2ediff.ablate.leaves import leaves_of
 from e2ediff.addresses import Address
 from e2ediff.errors import Problem, RecipeError
+from e2ediff.host.leaves import leaves_of
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.model.build import problems

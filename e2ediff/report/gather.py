@@ -12,13 +12,13 @@ import attrs
 from e2ediff import addresses
 from e2ediff.ablate.cost import Cost, cost_of
 from e2ediff.ablate.group import SPEC, Group, places
-from e2ediff.ablate.leaves import leaves_of
 from e2ediff.ablate.train import STOPPED
 from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, RunDirectoryError
 from e2ediff.evaluate.passport import Score
 from e2ediff.evaluate.ranking import cards_of, figures_of
 from e2ediff.figure import Figure
+from e2ediff.host.leaves import leaves_of
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.store.earlier import known_figure

@@ -11,6 +11,7 @@ import torch
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource
 from e2ediff.errors import CheckpointError, Problem, RecipeError
+from e2ediff.host.leaves import leaves
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.host.structure import unstructure
@@ -80,8 +81,11 @@ def refuse_other_recipe(
         RecipeError: It has another value of what may not differ, or other images.
     """
     place = directory.store.where("resolved.yaml")
-    before = _leaves(unstructure(host, parse_recipe(host, directory.resolved(), place), Recipe))
-    now = _leaves(unstructure(host, recipe, Recipe))
+    then = parse_recipe(host, directory.resolved(), place)
+    before, now = (
+        {path: json.dumps(value) for path, value in leaves(unstructure(host, one, Recipe))}
+        for one in (then, recipe)
+    )
     differ = [path for path in {**before, **now} if before.get(path) != now.get(path)]
     may_change = {*_MAY_CHANGE, *(f"data.{option}" for option in recipe.data.harmless)}
     changed = [p for p in differ if not {p.partition(".")[0], _option(p)} & may_change]
@@ -163,13 +167,3 @@ def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool
         if new["labels"] is None:
             return f", and the labels of {kind} images cannot be compared without reading them"
     return ""
-
-
-def _leaves(tree: object, path: str = "") -> dict[str, str]:
-    """Path and text of every value that is no block."""
-    if not isinstance(tree, dict) or not tree:
-        return {path: json.dumps(tree)}
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        found |= _leaves(value, f"{path}.{key}" if path else str(key))
-    return found

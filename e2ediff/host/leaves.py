@@ -1,0 +1,43 @@
+"""Recipes as flat lists of values, to compare them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from e2ediff.host.yaml import Node, parse_yaml
+
+
+def leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Path and value of everything in a tree of blocks that is no block itself."""
+    if not isinstance(tree, dict) or not tree:
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def leaves_of(text: str, source: str) -> dict[str, str]:
+    """Path and text of every leaf of a YAML text.
+
+    Raises:
+        RecipeError: It is no YAML.
+    """
+    root, _ = parse_yaml(text, source)
+    return {path: _text(value) for path, value in leaves(_plain(root))} if root else {}
+
+
+def _plain(node: Node) -> object:
+    if isinstance(node.value, list):
+        return [_plain(item) for item in node.value]
+    if isinstance(node.value, dict):
+        return {key: _plain(child) for key, child in node.value.items()}
+    return node.value
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}: {_text(v)}' for k, v in value.items())}}}"
+    return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
