@@ -10,9 +10,11 @@ Shapes: B batch, * any trailing dimensions (for latents N, D).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import attrs
+import torch
 from torch import Tensor
 
 Kind = Literal["x0", "eps", "v", "score"]
@@ -126,3 +128,19 @@ class Interpolant(ABC):
 def spread(coefficient: Tensor, like: Tensor) -> Tensor:
     """A coefficient (B,) shaped (B, 1, ..., 1) so that it multiplies `like` (B, *)."""
     return coefficient.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def last_time(before: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The times in [0, 1] up to which a condition holds, by bisection, to float64's last places.
+
+    Args:
+        before: Of times (n,), which of them lie before the wanted ones, (n,), bool; true up to
+            one time, false from there on.
+        like: Shape (n,), type and device of the times; float64 for all the places.
+    """
+    low, high = torch.zeros_like(like), torch.ones_like(like)
+    for _ in range(60):
+        middle = (low + high) / 2
+        early = before(middle)
+        low, high = torch.where(early, middle, low), torch.where(early, high, middle)
+    return (low + high) / 2

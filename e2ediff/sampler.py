@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.denoiser import Denoiser
-from e2ediff.interpolant import Interpolant
+from e2ediff.interpolant import Interpolant, last_time
 
 # Fresh unit noise of the shape of its argument; row i belongs to image i alone.
 Noise = Callable[[Tensor], Tensor]
@@ -56,15 +56,10 @@ class Karras:
 
 
 def times_of_levels(path: Interpolant | None, levels: Tensor) -> Tensor:
-    """Times at which sigma / alpha has these values, (n,), float64; by bisection, as it falls."""
+    """Times at which sigma / alpha, which falls, has these values, (n,), float64."""
     if path is None:
         return 1 / (1 + levels)
-    low, high = torch.zeros_like(levels), torch.ones_like(levels)
-    for _ in range(60):
-        middle = (low + high) / 2
-        noisier = path.sigma(middle) > levels * path.alpha(middle)
-        low, high = torch.where(noisier, middle, low), torch.where(noisier, high, middle)
-    return (low + high) / 2
+    return last_time(lambda t: path.sigma(t) > levels * path.alpha(t), torch.zeros_like(levels))
 
 
 Spacing = Literal["uniform", "karras"] | Karras

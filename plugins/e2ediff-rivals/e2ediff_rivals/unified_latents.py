@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from e2ediff.backbone import Backbone, Decode, Denoise
 from e2ediff.data import Batch
-from e2ediff.interpolant import Interpolant, spread
+from e2ediff.interpolant import Interpolant, last_time, spread
 from e2ediff.losses import PixelLoss
 from e2ediff.objective import Draw, Nets, Objective, Terms
 
@@ -118,10 +118,6 @@ def kl_rate(clean: Tensor, z: Tensor, path: Interpolant, t: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def least_noise(path: Interpolant, logsnr: float) -> float:
-    """The time at which a path has this log signal-to-noise ratio, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        below = float(path.logsnr(torch.tensor([middle], dtype=torch.float64))) < logsnr
-        low, high = (middle, high) if below else (low, middle)
-    return (low + high) / 2
+    """The time at which a path has this log signal-to-noise ratio."""
+    one = torch.zeros(1, dtype=torch.float64)
+    return float(last_time(lambda t: path.logsnr(t) < logsnr, one))
