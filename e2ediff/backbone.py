@@ -197,6 +197,26 @@ class Backbone(nn.Module, ABC):
         return {}
 
 
+class FusedBackbone(Backbone):
+    """A backbone whose one method is `outputs`: each mode is a run of one pass."""
+
+    @abstractmethod
+    def outputs(self, *passes: Pass) -> list[Output]:
+        """Run passes, in any order and number, and return one `Output` for each."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent (B, N, D) of images (B, C, H, W), normalised."""
+        return self.run(Encode(x=x))[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (B, C, H, W) of latents (B, N, D); not clipped."""
+        return self.run(Decode(z=z))[0]
+
+    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
+        return self.run(Denoise(z_t=z_t, t=t, label=label))[0]
+
+
 class BackboneConfig(ABC):
     """The recipe's `backbone:` block: a frozen value that builds the network."""
 
@@ -210,3 +230,10 @@ class BackboneConfig(ABC):
     def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
         """What does not fit these images: (field, complaint) pairs, before anything is built."""
         return ()
+
+
+def patch_problems(image: ImageSpec, patch: int) -> list[tuple[str, str]]:
+    """What a backbone's `problems` says of an option `patch`: it does not tile the images."""
+    if image.height % patch == 0 and image.width % patch == 0:
+        return []
+    return [("patch", f"{patch} does not divide the image, {image.height} x {image.width}")]

@@ -19,6 +19,17 @@ NormKind = Literal["none", "layer", "affine", "batch", "position"]
 NORM_KINDS: tuple[NormKind, ...] = get_args(NormKind)
 
 
+def norm_problems(kind: NormKind, dim: int) -> list[tuple[str, str]]:
+    """What a backbone's `problems` says of an option `latent_dim`: too few for its norm."""
+    if kind not in ("layer", "affine") or dim > 2:
+        return []
+    what = (
+        "a layer norm takes two degrees of freedom of each token: give it at least 3 channels, "
+        "or choose latent_norm batch or position"
+    )
+    return [("latent_dim", what)]
+
+
 class LatentNorm(nn.Module):
     """Give latents unit scale; only `affine` learns a scale of its own.
 

@@ -14,17 +14,18 @@ from attrs import validators
 from torch import Tensor, nn
 
 from e2ediff.backbone import (
-    Backbone,
     BackboneConfig,
     Decode,
     Denoise,
     Encode,
+    FusedBackbone,
     LatentSpec,
     Output,
     Pass,
+    patch_problems,
 )
 from e2ediff.data import ImageSpec
-from e2ediff.latent import LatentNorm, NormKind
+from e2ediff.latent import LatentNorm, NormKind, norm_problems
 from e2ediff.nn.attention import Backend, use_attention
 from e2ediff.nn.layers import (
     MLP,
@@ -105,14 +106,7 @@ class ViTConfig(BackboneConfig):
 
     def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
         """Sizes that do not divide one another."""
-        found = []
-        if image.height % self.patch or image.width % self.patch:
-            found.append(
-                (
-                    "patch",
-                    f"{self.patch} does not divide the image, {image.height} x {image.width}",
-                )
-            )
+        found = patch_problems(image, self.patch)
         if self.width % self.heads:
             found.append(("heads", f"{self.heads} does not divide the width, {self.width}"))
         if self.width % 4:
@@ -121,22 +115,14 @@ class ViTConfig(BackboneConfig):
             found.append(
                 ("position", "rope needs a head width (width / heads) that is a multiple of 4")
             )
-        if self.latent_norm in ("layer", "affine") and self.latent_dim < 3:
-            found.append(
-                (
-                    "latent_dim",
-                    "a layer norm takes two degrees of freedom of each token: give it at least 3 "
-                    "channels, or choose latent_norm batch or position",
-                )
-            )
-        return found
+        return found + norm_problems(self.latent_norm, self.latent_dim)
 
     def build(self, image: ImageSpec) -> ViT:
         """A freshly initialised network."""
         return ViT(self, image)
 
 
-class ViT(Backbone):
+class ViT(FusedBackbone):
     """The network of `ViTConfig`; fuses passes that share a trunk into one batch."""
 
     positions: Tensor
@@ -276,18 +262,6 @@ class ViT(Backbone):
             return Output(self.latent_norm(out) if self.config.norm_prediction else out, features)
         pixels = unpatchify(self.head_pixels(h), self.config.patch, self.grid)
         return Output(self.refine(pixels).float(), features)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Latent (B, N, D) of images (B, C, H, W)."""
-        return self.run(Encode(x=x))[0]
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Images (B, C, H, W) of latents (B, N, D)."""
-        return self.run(Decode(z=z))[0]
-
-    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
-        return self.run(Denoise(z_t=z_t, t=t, label=label))[0]
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks of all trunks."""

@@ -11,7 +11,16 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from e2ediff.backbone import Backbone, BackboneConfig, Decode, Denoise, Encode, LatentSpec, Output
+from e2ediff.backbone import (
+    Backbone,
+    BackboneConfig,
+    Decode,
+    Denoise,
+    Encode,
+    FusedBackbone,
+    LatentSpec,
+    Output,
+)
 from e2ediff.data import Batch, ImageSpec
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Estimate, Interpolant, Kind, spread
@@ -38,7 +47,7 @@ class TinyBackbone(BackboneConfig):
         return _Tiny(self, image)
 
 
-class _Tiny(Backbone):
+class _Tiny(FusedBackbone):
     def __init__(self, config: TinyBackbone, image: ImageSpec) -> None:
         super().__init__()
         p, dim, width = config.patch, config.latent_dim, 12
@@ -70,18 +79,6 @@ class _Tiny(Backbone):
         h = self.from_latent(p.z)
         y = self.pixels(h.mT.unflatten(2, self.latent.grid)).float()
         return Output(y, dict.fromkeys(p.taps, h))
-
-    def encode(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, D)."""
-        return self.run(Encode(x=x))[0]
-
-    def decode(self, z: Tensor) -> Tensor:
-        """(B, N, D) -> (B, C, H, W)."""
-        return self.run(Decode(z=z))[0]
-
-    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        return self.run(Denoise(z_t=z_t, t=t, label=label))[0]
 
 
 class GaussianDenoiser(Denoiser):

@@ -13,7 +13,7 @@ import torch
 from attrs import validators
 from torch import Tensor, nn
 
-from e2ediff.backbone import Backbone, BackboneConfig, LatentSpec
+from e2ediff.backbone import Backbone, BackboneConfig, LatentSpec, patch_problems
 from e2ediff.data import ImageSpec
 from e2ediff.latent import LatentNorm
 from e2ediff.nn.attention import Backend, use_attention
@@ -74,10 +74,7 @@ class JiTConfig(BackboneConfig):
 
     def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
         """Sizes that do not divide one another, and context that would never join."""
-        found = []
-        if image.height % self.patch or image.width % self.patch:
-            size = f"{image.height} x {image.width}"
-            found.append(("patch", f"{self.patch} does not divide the image, {size}"))
+        found = patch_problems(image, self.patch)
         if self.width % self.heads or (self.width // self.heads) % 4:
             what = f"{self.heads} do not cut the width, {self.width}, into multiples of 4"
             found.append(("heads", what))

@@ -15,17 +15,18 @@ from attrs import validators
 from torch import Tensor, nn
 
 from e2ediff.backbone import (
-    Backbone,
     BackboneConfig,
     Decode,
     Denoise,
     Encode,
+    FusedBackbone,
     LatentSpec,
     Output,
     Pass,
+    patch_problems,
 )
 from e2ediff.data import ImageSpec
-from e2ediff.latent import LatentNorm, NormKind
+from e2ediff.latent import LatentNorm, NormKind, norm_problems
 from e2ediff.nn.attention import Backend, use_attention
 from e2ediff.nn.layers import (
     Context,
@@ -91,22 +92,14 @@ class UniteConfig(BackboneConfig):
 
     def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
         """Sizes that do not divide one another, and context that would never join."""
-        found = []
-        if image.height % self.patch or image.width % self.patch:
-            size = f"{image.height} x {image.width}"
-            found.append(("patch", f"{self.patch} does not divide the image, {size}"))
+        found = patch_problems(image, self.patch)
         if self.width % (2 * self.heads):
             what = f"{self.heads} do not cut the width, {self.width}, into even parts"
             found.append(("heads", what))
         if self.context and self.context_start >= self.depth:
             what = f"{self.context_start} is past the last block; there are {self.depth}"
             found.append(("context_start", what))
-        if self.latent_norm in ("layer", "affine") and self.latent_dim < 3:
-            what = (
-                "a layer norm takes two degrees of freedom of each token: give it at least 3 "
-                "channels, or choose latent_norm batch or position"
-            )
-            found.append(("latent_dim", what))
+        found += norm_problems(self.latent_norm, self.latent_dim)
         inner = self.decoder.filled(self.width, self.depth, self.heads).problems()
         return [*found, *((f"decoder.{field}", what) for field, what in inner)]
 
@@ -115,7 +108,7 @@ class UniteConfig(BackboneConfig):
         return UniteNet(self, image)
 
 
-class UniteNet(Backbone):
+class UniteNet(FusedBackbone):
     """The network of `UniteConfig`; fuses passes of one kind into one batch."""
 
     start: Tensor
@@ -221,18 +214,6 @@ class UniteNet(Backbone):
             (i, Output(values[k], {tap: split[tap][k] for tap in own}))
             for k, (i, own) in enumerate(wanted)
         ]
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Latent (B, N, D) of images (B, C, H, W)."""
-        return self.run(Encode(x=x))[0]
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Images (B, C, H, W) of latents (B, N, D)."""
-        return self.run(Decode(z=z))[0]
-
-    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
-        return self.run(Denoise(z_t=z_t, t=t, label=label))[0]
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks of trunk and decoder."""
