@@ -46,14 +46,8 @@ def _exponential_euler(z: Tensor, x0: Tensor, now: _Level, then: _Level) -> Tens
 
 
 @attrs.frozen(kw_only=True)
-class DPMSolverPP2M(OnGrid):
-    """DPM-Solver++ (2M): second order, one network call a step.
-
-    `steps`, `spacing`, `shift` and `t_start` are those of `euler`.
-    The first step is of first order, and so is the one after it where alpha(t_start) = 0.
-
-    Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
-    """
+class _Remembering(OnGrid):
+    """A sampler whose `stepper` uses earlier estimates, and whose step alone is of first order."""
 
     @property
     def asks_once(self) -> bool:
@@ -63,9 +57,20 @@ class DPMSolverPP2M(OnGrid):
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:
-        """A first-order step, for want of an earlier one."""
+        """A first-order step, for want of earlier ones."""
         now, then = _Level.at(f.path, t), _Level.at(f.path, s)
         return _exponential_euler(z, f(z, t, label).x0, now, then)
+
+
+@attrs.frozen(kw_only=True)
+class DPMSolverPP2M(_Remembering):
+    """DPM-Solver++ (2M): second order, one network call a step.
+
+    `steps`, `spacing`, `shift` and `t_start` are those of `euler`.
+    The first step is of first order, and so is the one after it where alpha(t_start) = 0.
+
+    Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
+    """
 
     def stepper(self) -> Stepper:
         """Steps that remember the estimate before."""
@@ -94,7 +99,7 @@ class _TwoM:
 
 
 @attrs.frozen(kw_only=True)
-class UniPC(OnGrid):
+class UniPC(_Remembering):
     """UniPC: a predictor of `order` p with a corrector that costs no network call; order p + 1.
 
     `order` 1 to 3; the first steps are of lower order.
@@ -105,18 +110,6 @@ class UniPC(OnGrid):
     """
 
     order: int = attrs.field(default=2, validator=[validators.ge(1), validators.le(3)])
-
-    @property
-    def asks_once(self) -> bool:
-        """It does."""
-        return True
-
-    def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
-    ) -> Tensor:
-        """A first-order step, for want of earlier ones."""
-        now, then = _Level.at(f.path, t), _Level.at(f.path, s)
-        return _exponential_euler(z, f(z, t, label).x0, now, then)
 
     def stepper(self) -> Stepper:
         """Steps that remember the estimates before."""
