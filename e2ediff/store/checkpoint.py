@@ -26,7 +26,6 @@ from e2ediff.errors import CheckpointError, DivergedError, E2EDiffError
 from e2ediff.store.environment import versions
 from e2ediff.store.manifest import (
     FOLDER,
-    FORMAT_VERSION,
     MANIFEST,
     NAME,
     STATE,
@@ -37,6 +36,7 @@ from e2ediff.store.manifest import (
     plain,
     sealed,
 )
+from e2ediff.store.migration import FORMAT_VERSION
 from e2ediff.store.storage import JSON, Store
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

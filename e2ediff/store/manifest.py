@@ -19,12 +19,12 @@ from torch import Tensor
 
 from e2ediff.errors import CheckpointError
 from e2ediff.latent import LatentContract
+from e2ediff.store.migration import FORMAT_VERSION, Body, migrate
 from e2ediff.store.storage import JSON, Store
 
 FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-FORMAT_VERSION = 1
 
 LIMIT = 1 << 24
 """Bytes of JSON that are written or read at all."""
@@ -45,6 +45,7 @@ class Checkpoint:
     files: tuple[str, ...]
     _store: Store = attrs.field(repr=False)
     _manifest: Manifest = attrs.field(repr=False)
+    _body: Body = attrs.field(repr=False)
 
     def latent(self, file: str) -> LatentContract | None:
         """What the latents of these weights mean; `None` if whoever saved it did not say.
@@ -52,7 +53,7 @@ class Checkpoint:
         Raises:
             CheckpointError: What it says of them cannot be read.
         """
-        body = self._manifest.latent.get(file)
+        body = self._body.latent.get(file)
         if body is None:
             return None
         try:
@@ -78,7 +79,8 @@ class Checkpoint:
                 tensors[alias] = tensors[name]
         except (safetensors.SafetensorError, ValueError, TypeError, LookupError) as error:
             raise _damaged(self._store, self.name, f"{file}.safetensors: {error}") from error
-        return tensors
+        renamed = self._body.names.get(file, {})
+        return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
     def sha256(self, file: str) -> str:
         """The hash of one file's content, which `tensors` verifies."""
@@ -89,6 +91,7 @@ class Checkpoint:
 class Manifest:
     """What `MANIFEST.json` says: counters, files, names that share a stored tensor, latents."""
 
+    version: int
     images: int
     step: int
     files: dict[str, tuple[int, str]]  # bytes and hash by file name
@@ -112,9 +115,16 @@ def open_one(store: Store, name: str, verify: bool) -> Checkpoint:
         raise _damaged(store, name, f"{STATE}: {error}") from error
     if not isinstance(state, dict):
         raise _damaged(store, name, f"{STATE} holds no object")
+    try:
+        body = migrate(Body(state, manifest.latent), manifest.version)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"it cannot be read as format {manifest.version} ({error!r})"
+        raise _damaged(store, name, what) from error
     files = tuple(f.removesuffix(".safetensors") for f in manifest.files if f != STATE)
     where = store.where(f"{FOLDER}/{name}")
-    return Checkpoint(name, where, manifest.images, manifest.step, state, files, store, manifest)
+    return Checkpoint(
+        name, where, manifest.images, manifest.step, dict(body.state), files, store, manifest, body
+    )
 
 
 def is_sound(store: Store, name: str, verify: bool) -> bool:
@@ -190,7 +200,9 @@ def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
     try:
         body = json.loads(raw)
         version = body["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if not isinstance(version, int) or version < 1:
+            raise ValueError(f"format_version is {version!r}")
+        if version > FORMAT_VERSION:
             raise CheckpointError(
                 f"{store.where(f'{FOLDER}/{name}')}: was written by a newer e2ediff (checkpoint "
                 f"format {version}, this one reads {FORMAT_VERSION}). Upgrade e2ediff."
@@ -202,7 +214,8 @@ def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
         files = {str(f): (int(e["bytes"]), str(e["sha256"])) for f, e in body["files"].items()}
         aliases = {str(file): dict(names) for file, names in body["aliases"].items()}
         latent = {str(file): dict(found) for file, found in body.get("latent", {}).items()}
-        manifest = Manifest(int(body["images"]), int(body["step"]), files, aliases, latent)
+        counts = (int(body["images"]), int(body["step"]))
+        manifest = Manifest(version, *counts, files, aliases, latent)
     except (
         ValueError,
         TypeError,
