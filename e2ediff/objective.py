@@ -49,6 +49,10 @@ class Nets:
 class Draw:
     """One step's randomness: times, conditioning labels, and a generator for the rest.
 
+    `progress` is the share of training that is done, in [0, 1), a scalar, on the device of `t`:
+    a weight or a noise level that changes in the course of training is a function of it. A scalar
+    tensor and no number, so that a compiled step is compiled once.
+
     `t` is (B,), from the recipe's time sampler.
     `label` is (B,): the batch's labels, some replaced by the null label so that the denoiser
     also learns without a class.
@@ -58,6 +62,7 @@ class Draw:
     label: Tensor
     generator: torch.Generator | None
     times: TimeSampler
+    progress: Tensor = attrs.field(factory=lambda: torch.zeros(()))
 
     def noise(self, like: Tensor) -> Tensor:
         """Unit normal noise of the shape of `like`, in float32."""
@@ -80,19 +85,28 @@ class Terms:
     `z` is the online latent (B, N, D), for monitoring and for regularisers: with its graph
     wherever this phase trains the encoder.
     `info` holds further scalars to log.
+    A weight is a number, or a scalar without gradient, as a function of `Draw.progress` gives.
     A weight of 0 keeps a loss in the log and out of the gradient.
     """
 
     losses: Mapping[str, Tensor]
-    weights: Mapping[str, float]
+    weights: Mapping[str, float | Tensor]
     z: Tensor
     info: Mapping[str, Tensor] = attrs.field(factory=dict)
 
     @property
     def total(self) -> Tensor:
         """Weighted sum of the losses, a scalar."""
-        parts = [self.weights[k] * v for k, v in self.losses.items() if self.weights[k] != 0]
+        parts = [self.weights[k] * v for k, v in self.losses.items() if self.counts(k)]
         return torch.stack(parts).sum()
+
+    def counts(self, name: str) -> bool:
+        """Whether a loss is in the total: its weight is not the number 0.
+
+        A scalar counts whatever it is, for a device would have to be waited for.
+        """
+        weight = self.weights[name]
+        return isinstance(weight, Tensor) or weight != 0
 
 
 class Objective(ABC):

@@ -16,12 +16,21 @@ class OptimizerConfig(ABC):
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """An optimizer of these parameters, its learning rate the peak one.
 
-        The engine multiplies each group's `initial_lr` by `factor` before every step.
+        Before every step each group's rate becomes its peak times `factor`; of a group that has a
+        name (the key `name` of its dict), times `group_factor`.
         """
 
     @abstractmethod
     def factor(self, images: int, total: int) -> float:
         """Multiplier of the learning rate after `images` of `total` images, in [0, 1]."""
+
+    def group_factor(self, name: str, images: int, total: int) -> float:
+        """As `factor`, for the parameter group of this name; "" is that of all others."""
+        return self.factor(images, total)
+
+    def problems(self, parameters: Sequence[str]) -> Sequence[tuple[str, str]]:
+        """What does not fit parameters of these names: (field, what and what to do)."""
+        return ()
 
     @property
     def clip(self) -> float:

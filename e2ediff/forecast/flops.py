@@ -76,7 +76,7 @@ def count_passes(recipe: Recipe) -> dict[str, PhaseCost]:
             terms.total.backward()  # type: ignore[no-untyped-call]
             ledger.turn_to(OTHER, backward=True)
         step.zero_grad(set_to_none=True)
-        losses = sum(weight != 0 for weight in terms.weights.values())
+        losses = sum(map(terms.counts, terms.losses))
         found[phase] = PhaseCost(ledger.costs(), losses)
     return found
 
@@ -91,7 +91,8 @@ def _meta_step(recipe: Recipe) -> tuple[Nets, Step, Batch, Draw]:
         label=torch.zeros(_ROWS, dtype=torch.long, device=_META),
     )
     times = torch.zeros(_ROWS, device=_META)
-    draw = Draw(t=times, label=batch.label, generator=None, times=recipe.times)
+    start = torch.zeros((), device=_META)
+    draw = Draw(t=times, label=batch.label, generator=None, times=recipe.times, progress=start)
     return nets, step, batch, draw
 
 
@@ -108,11 +109,9 @@ def count_latent_gradients(recipe: Recipe) -> float:
         with counter:
             terms = step.terms(batch, draw, phase)
             for name, loss in terms.losses.items():
-                weight = terms.weights[name]
-                if weight and terms.z.requires_grad and loss.requires_grad:
-                    torch.autograd.grad(
-                        weight * loss, terms.z, retain_graph=True, allow_unused=True
-                    )
+                if terms.counts(name) and terms.z.requires_grad and loss.requires_grad:
+                    weighted = terms.weights[name] * loss
+                    torch.autograd.grad(weighted, terms.z, retain_graph=True, allow_unused=True)
         most = max(most, counter.get_total_flops())
     return most / _ROWS
 

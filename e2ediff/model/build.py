@@ -129,6 +129,7 @@ def problems(recipe: Recipe) -> list[Problem]:
             }
             found += [Problem(field, what) for field, wanted in asked.items() if wanted]
         found += [Problem(where, what) for where, what in recipe.objective.problems(nets)]
+        found += _optimizer_problems(recipe, nets)
         found += _regularizer_problems(recipe, nets)
     return found
 
@@ -141,6 +142,20 @@ def guidance_problems(recipe: Recipe) -> list[Problem]:
     refused = (addresses.refusal(reference.run) for reference in recipe.guidance.references)
     found += [("run", f"{what}.") for what in refused if what]
     return [Problem(f"guidance.{field}", what) for field, what in found]
+
+
+def _optimizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:
+    """Parameter groups that do not fit the networks."""
+    held = nn.ModuleDict({"online": nets.online, "heads": nets.heads})
+    names = [name for name, p in held.named_parameters() if p.requires_grad]
+    found, phases = [], recipe.objective.phases
+    shared = [phase for phase in phases if phase not in recipe.optimizers]
+    configs = {"optimizer": (recipe.optimizer, shared)} if shared else {}
+    configs |= {f"optimizers.{p}": (recipe.optimizers[p], [p]) for p in phases if p not in shared}
+    for where, (config, its) in configs.items():
+        mine = [name for name in names if any(recipe.objective.trains(p, name) for p in its)]
+        found += [Problem(f"{where}.{field}", what) for field, what in config.problems(mine)]
+    return found
 
 
 def _regularizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:

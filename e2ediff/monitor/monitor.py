@@ -96,7 +96,12 @@ class Monitor:
             DivergedError: What the networks make of the probe is not finite.
         """
         with self._whole():
-            found = self.observer.measure(self.parts.step, phases, survey=self._survey_due(step))
+            found = self.observer.measure(
+                self.parts.step,
+                phases,
+                survey=self._survey_due(step),
+                progress=step / self.recipe.total_steps,
+            )
         # Every process must measure, since split weights are gathered together; the first one's
         # values are used.
         return self.world.share(found)

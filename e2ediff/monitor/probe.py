@@ -62,7 +62,9 @@ class Observer:
         return cls(recipe, diagnostics, probe, calibration.x, isolated or Isolated())
 
     @torch.no_grad()
-    def measure(self, step: Step, phases: Sequence[str], *, survey: bool) -> dict[str, float]:
+    def measure(
+        self, step: Step, phases: Sequence[str], *, survey: bool, progress: float = 0.0
+    ) -> dict[str, float]:
         """The diagnostics, on the target network's weights; no weight or gradient is touched.
 
         A few images also pass the online network, whose collapse a slow average shows late.
@@ -71,6 +73,7 @@ class Observer:
             step: The networks and how a training step computes with them.
             phases: Phases of the objective whose losses' gradients are measured.
             survey: Measure the costly diagnostics too.
+            progress: Share of training that is done.
 
         Raises:
             DivergedError: What the networks make of the probe is not finite.
@@ -83,7 +86,7 @@ class Observer:
         with at_rest(step.nets.target) as net:
             many = self._encoded(net, len(self.probe.label) if "many" in asked else first)
             few = _first(net, many, first)
-            costly = self._costly(net, asked, few, step, phases)
+            costly = self._costly(net, asked, few, step, phases, progress)
         trained = self._trained(step)
         seen = {"z": many.z, "raw": many.raw, "z_online": trained, "x_hat": costly.get("x_hat")}
         for title, key in (("denoised at t=", "denoised"), ("gradient of ", "gradients")):
@@ -118,6 +121,7 @@ class Observer:
         few: Probe,
         step: Step,
         phases: Sequence[str],
+        progress: float,
     ) -> dict[str, Any]:
         """The fields of a probe that are asked for, of the images of `few`."""
         found: dict[str, Any] = {}
@@ -127,7 +131,7 @@ class Observer:
             times = self.recipe.probe.times
             found["denoised"] = {t: self._denoise(net, few.z, few.label, t) for t in times}
         if "gradients" in asked:
-            found["gradients"] = self.gradients(step, phases)
+            found["gradients"] = self.gradients(step, phases, progress)
         return found
 
     def _trained(self, step: Step) -> Tensor | None:
@@ -137,7 +141,9 @@ class Observer:
         with at_rest(step.nets.online) as online:
             return own_latents(online, self.probe.x[: self.recipe.probe.trained])[0]
 
-    def gradients(self, step: Step, phases: Sequence[str]) -> dict[str, Tensor]:
+    def gradients(
+        self, step: Step, phases: Sequence[str], progress: float = 0.0
+    ) -> dict[str, Tensor]:
         """Gradient (K, N, D) of every weighted loss with respect to the online latents.
 
         As in a training step, on the first probe images, with a draw that never changes.
@@ -146,11 +152,12 @@ class Observer:
         found: dict[str, Tensor] = {}
         for phase in phases:
             with torch.enable_grad():
-                terms = step.terms(part, draw_for(self.recipe, part.label, "probe-draw"), phase)
+                draw = draw_for(self.recipe, part.label, "probe-draw", progress=progress)
+                terms = step.terms(part, draw, phase)
                 for name, loss in terms.losses.items():
                     weighted = terms.weights[name] * loss
                     grad = None
-                    if terms.z.requires_grad and weighted.requires_grad and terms.weights[name]:
+                    if terms.z.requires_grad and weighted.requires_grad and terms.counts(name):
                         (grad,) = torch.autograd.grad(
                             weighted, terms.z, retain_graph=True, allow_unused=True
                         )

@@ -277,7 +277,7 @@ def final_figures(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     series: dict[str, list[float]] = {}
     for line in metrics:
         for name, value in line.items():
-            if name not in _NO_FIGURE:
+            if name not in _NO_FIGURE and not name.startswith("lr/"):
                 series.setdefault(name, []).append(value)
     found = {}
     for name, values in series.items():

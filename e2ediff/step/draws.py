@@ -10,17 +10,21 @@ from e2ediff.objective import Draw
 from e2ediff.seeds import generator
 
 
-def draw_for(recipe: Recipe, label: Tensor, purpose: str, *numbers: int) -> Draw:
+def draw_for(
+    recipe: Recipe, label: Tensor, purpose: str, *numbers: int, progress: float = 0.0
+) -> Draw:
     """Times, conditioning labels and a generator for images of these labels (B,).
 
-    A function of the recipe's seed, the purpose and the numbers alone.
+    A function of the recipe's seed, the purpose and the numbers alone; `progress` is the share of
+    training that is done.
     """
     device, n = label.device, len(label)
     g = generator(device, recipe.seed, purpose, *numbers)
     t = recipe.times.draw(n, g, device)
     dropped = torch.rand(n, generator=g, device=device) < recipe.label_drop
     label = torch.where(dropped, recipe.data.image.null_label, label)
-    return Draw(t=t, label=label, generator=g, times=recipe.times)
+    done = torch.full((), progress, device=device)
+    return Draw(t=t, label=label, generator=g, times=recipe.times, progress=done)
 
 
 def training_draw(
@@ -39,4 +43,5 @@ def training_draw(
     purpose = "draw" if phase == recipe.objective.phases[0] else f"draw-{phase}"
     if attempt:
         purpose = f"{purpose}@{attempt}"
-    return draw_for(recipe, label, purpose, images, shard)
+    progress = images / recipe.total_images
+    return draw_for(recipe, label, purpose, images, shard, progress=progress)

@@ -235,6 +235,7 @@ def part_of(draw: Draw, rows: slice) -> PartDraw:
         label=draw.label[rows],
         generator=draw.generator,
         times=draw.times,
+        progress=draw.progress,
         images=len(draw.t),
         rows=rows,
     )

@@ -60,10 +60,11 @@ class Update:
         for phase in self.phases(images):
             optimizer, config = self.parts.optimizers[phase], r.optimizers.get(phase, r.optimizer)
             start, end = (share * r.total_images for share in r.objective.span(phase))
-            factor = config.factor(round(images - start), round(end - start))
+            done = (round(images - start), round(end - start))
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            record["lr"] = optimizer.param_groups[0]["lr"]
+                name = group.get("name", "")
+                group["lr"] = group["initial_lr"] * config.group_factor(name, *done)
+                record[f"lr/{name}" if name else "lr"] = group["lr"]
 
             draw_of = partial(training_draw, r, phase, images, attempt)
             for pieces in self.splitting.tries(batch, phase, draw_of):  # one, if memory suffices

@@ -52,8 +52,8 @@ class Measurements:
 
     def _averaged(self, record: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Figures as numbers: losses summed over the processes' shares of them."""
-        own = {"lr", "grad_norm"}  # the same in every process
-        shared = [name for name in record if name not in own]
+        # Rates and the norm are the same in every process.
+        shared = [n for n in record if n not in ("lr", "grad_norm") and not n.startswith("lr/")]
         device = self.recorder.device
         sums = [torch.as_tensor(record[name], device=device).float() for name in shared]
         added = self.recorder.world.total(torch.stack(sums)).tolist() if sums else []

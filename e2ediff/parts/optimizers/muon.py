@@ -11,7 +11,7 @@ import torch
 from attrs import validators
 from torch import nn
 
-from e2ediff.parts.optimizers.scheduled import Scheduled, decay_groups
+from e2ediff.parts.optimizers.scheduled import Scheduled, grouped
 
 
 @attrs.frozen(kw_only=True)
@@ -41,7 +41,8 @@ class Muon(Scheduled):
     are the algorithm's.
     `scale` multiplies a matrix's rate: `match_rms_adamw` by 0.2 sqrt(larger side), so that one
     `lr` serves both optimizers; `original` by sqrt(max(1, rows / columns)).
-    `lr`, `warmup_images`, `schedule`, `cooldown`, `decay_images` and `clip` are those of `adamw`.
+    `lr`, `warmup_images`, `schedule`, `cooldown`, `decay_images`, `clip` and `groups` are those of
+    `adamw`.
 
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), by torch.optim.Muon; the
     scale is Liu et al. 2025's (arXiv 2502.16982), section 2.2. Momentum, scale and split as
@@ -64,7 +65,14 @@ class Muon(Scheduled):
 
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Both optimizers as one."""
-        matrices = [p for name, p in named if self.hidden(name, p)]
+        matrices = [
+            {
+                "params": hidden,
+                **({"name": own["name"], "lr": self.lr * own["factor"]} if own else {}),
+            }
+            for own, mine in self.divided(named)
+            if (hidden := [p for name, p in mine if self.hidden(name, p)])
+        ]
         rest = [(name, p) for name, p in named if not self.hidden(name, p)]
         parts: list[torch.optim.Optimizer] = []
         if matrices:
@@ -81,7 +89,7 @@ class Muon(Scheduled):
             )
         if rest:
             own = self.adamw
-            groups = decay_groups(rest, own.weight_decay)
+            groups = grouped(self, rest, own.lr or self.lr, own.weight_decay)
             parts.append(
                 torch.optim.AdamW(
                     groups, lr=own.lr or self.lr, betas=own.betas, eps=own.eps, fused=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import attrs
@@ -39,8 +40,29 @@ def schedule_factor(
 
 
 @attrs.frozen(kw_only=True)
+class ParameterGroup:
+    """Parameters with a learning rate, or a schedule, of their own.
+
+    `match` is a pattern of their names, with `*` for any text, as `heads.*` or `online.trunks.*`.
+    `factor` multiplies the peak rate; 0 leaves the parameters as they are.
+    `schedule`, `warmup_images`, `cooldown` and `decay_images` are the optimizer's where they are
+    not given.
+    """
+
+    match: str = attrs.field(validator=validators.min_len(1))
+    factor: float = attrs.field(default=1.0, validator=validators.ge(0))
+    schedule: Schedule | None = None
+    warmup_images: int | None = None
+    cooldown: float | None = None
+    decay_images: int | None = None
+
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+@attrs.frozen(kw_only=True)
 class Scheduled(OptimizerConfig):
-    """What every optimizer here has: a peak rate, its schedule, and clipping."""
+    """What every optimizer here has: a peak rate, its schedule, clipping, and parameter groups."""
 
     lr: float = attrs.field(default=2e-4, validator=validators.gt(0))
     weight_decay: float = attrs.field(default=0.0, validator=validators.ge(0))
@@ -49,6 +71,21 @@ class Scheduled(OptimizerConfig):
     cooldown: float = attrs.field(default=1.0, validator=[validators.gt(0), validators.le(1)])
     decay_images: int = attrs.field(default=0, validator=validators.ge(0))
     clip: float = attrs.field(default=1.0, validator=validators.ge(0))
+    groups: tuple[ParameterGroup, ...] = attrs.field(default=())
+
+    @groups.validator
+    def _fit(self, field: attrs.Attribute[object], value: tuple[ParameterGroup, ...]) -> None:
+        names = [group.match for group in value]
+        if both := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two groups have the pattern {min(both)!r}; make it one.")
+        for group in value:
+            self._of(group)  # its schedule as a whole
+
+    def _of(self, group: ParameterGroup) -> Scheduled:
+        """This schedule with what a group has of its own."""
+        keys = ("schedule", "warmup_images", "cooldown", "decay_images")
+        own = {key: value for key in keys if (value := getattr(group, key)) is not None}
+        return attrs.evolve(self, groups=(), **own)
 
     @decay_images.validator
     def _one_fall(self, field: attrs.Attribute[int], value: int) -> None:
@@ -65,10 +102,47 @@ class Scheduled(OptimizerConfig):
         fall = min(1.0, self.decay_images / total) if self.decay_images else self.cooldown
         return schedule_factor(self.schedule, images, total, self.warmup_images, fall)
 
+    def group_factor(self, name: str, images: int, total: int) -> float:
+        """The schedule of the group with this pattern, or that of all others."""
+        own = [self._of(group) for group in self.groups if group.match == name]
+        return (own[0] if own else self).factor(images, total)
 
-def decay_groups(
-    named: Sequence[tuple[str, nn.Parameter]], weight_decay: float
+    def problems(self, parameters: Sequence[str]) -> list[tuple[str, str]]:
+        """Patterns that match nothing, or nothing that an earlier one leaves."""
+        left, found = list(parameters), []
+        for i, group in enumerate(self.groups):
+            rest = [name for name in left if not fnmatchcase(name, group.match)]
+            if len(rest) == len(left):
+                all_of_it = any(fnmatchcase(name, group.match) for name in parameters)
+                why = "an earlier group has all of it" if all_of_it else "matches no parameter"
+                near = ", ".join(parameters[:3])
+                what = f"{group.match!r}: {why}; parameters are called {near}, ..."
+                found.append((f"groups.{i}.match", what))
+            left = rest
+        return found
+
+    def divided(self, named: Named) -> list[tuple[dict[str, Any], Named]]:
+        """Parameters by group, those of none first: what their torch groups have, and they."""
+        found, left = [], list(named)
+        for group in self.groups:
+            mine = [(name, p) for name, p in left if fnmatchcase(name, group.match)]
+            left = [(name, p) for name, p in left if not fnmatchcase(name, group.match)]
+            found.append(({"name": group.match, "factor": group.factor}, mine))
+        return [({}, left), *found]
+
+
+def grouped(
+    config: Scheduled, named: Named, lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
+    """Groups for torch: of each of the optimizer's, matrices and then the rest."""
+    return [
+        {**group, "name": own["name"], "lr": lr * own["factor"]} if own else group
+        for own, mine in config.divided(named)
+        for group in decay_groups(mine, weight_decay)
+    ]
+
+
+def decay_groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices with weight decay, vectors and embeddings without."""
     matrices = [p for name, p in named if p.ndim >= 2 and "embed" not in name]
     rest = [p for name, p in named if p.ndim < 2 or "embed" in name]
@@ -89,6 +163,8 @@ class AdamW(Scheduled):
     it), or over the last `decay_images` images: `cosine`, `linear`, or `wsd`, which holds the
     rate and then falls along 1 minus a square root.
     `clip` bounds the gradient's norm; 0 leaves it.
+    `groups` gives parameters, by patterns of their names, a factor of the rate or a schedule of
+    their own: `[{match: "heads.*", factor: 0.1}]`.
 
     Source: Loshchilov & Hutter 2017 (arXiv 1711.05101), algorithm 2.
     """
@@ -98,7 +174,7 @@ class AdamW(Scheduled):
 
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Fused AdamW."""
-        groups = decay_groups(named, self.weight_decay)
+        groups = grouped(self, named, self.lr, self.weight_decay)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
@@ -106,13 +182,13 @@ class AdamW(Scheduled):
 class SGD(Scheduled):
     """Stochastic gradient descent with `momentum`, a control: transformers train poorly with it.
 
-    `lr`, `weight_decay`, `warmup_images`, `schedule`, `cooldown`, `decay_images` and `clip` are
-    those of `adamw`.
+    `lr`, `weight_decay`, `warmup_images`, `schedule`, `cooldown`, `decay_images`, `clip` and
+    `groups` are those of `adamw`.
     """
 
     momentum: float = attrs.field(default=0.9, validator=[validators.ge(0), validators.lt(1)])
 
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Fused SGD."""
-        groups = decay_groups(named, self.weight_decay)
+        groups = grouped(self, named, self.lr, self.weight_decay)
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, fused=True)
