@@ -13,7 +13,8 @@ A study is a YAML file:
       wide: {set: [backbone.width=128]}
       naive: {recipe: ../recipes/ladder/l1_naive.yaml}
 
-Leaves `results.json`, `table.md`, `grids.png` and `curves.png` in DIR, the runs in DIR/runs.
+Leaves `results.json`, `table.md`, `grids.png` and `curves.png` in DIR, which is an ablation's:
+`e2ediff report DIR` draws its page.
 Runs that are done are not trained again; unfinished ones are resumed.
 `--sample-set sampler.spacing=uniform` scores the same runs in another way, and leaves its files
 beside the others, with the setting in their names.
@@ -24,7 +25,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +35,32 @@ import click
 import torch
 import yaml
 from judge import EPOCHS, train_judge
-from quickstart_quality import (
+from score import (
     GRID_ROWS,
+    HELD_OUT,
     Data,
-    Job,
     balanced_labels,
-    cost,
     draw_grids,
+    machine,
     one_of_each,
-    provenance,
     real_figures,
-    sample_set,
     score_run,
-    shared_objective,
     table,
-    train_all,
-    train_job,
 )
 
+from e2ediff.ablate.cost import cost_of
+from e2ediff.ablate.grid import Assignment, Cell
+from e2ediff.ablate.group import SPEC, Group
+from e2ediff.ablate.plan import Job, Plan, plan_cells
+from e2ediff.ablate.train import exit_code, train_all
+from e2ediff.distributed.signals import Stop
 from e2ediff.errors import E2EDiffError
 from e2ediff.host.plugins import Host, load
-from e2ediff.host.recipe import load_recipe
+from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.sample.load import load_model
+from e2ediff.store.environment import describe_environment
 from e2ediff.store.run_directory import RunDirectory
+from e2ediff.train.progress import Progress
 
 CURVES = {
     "rank_fraction": "effective rank / maximum",
@@ -63,6 +68,21 @@ CURVES = {
     "positional": "positional share",
     "psnr": "reconstruction PSNR, dB",
 }
+
+
+def shared_objective(host: Host, recipe: Recipe, name: str) -> dict[str, Any]:
+    """The block of the objective `name`, with what it has in common with the recipe's own.
+
+    An option of the recipe's objective that the other has too keeps its value; the others have
+    their defaults.
+    """
+    block = yaml.safe_load(dump_recipe(host, recipe))["objective"]
+    block = {"name": block} if isinstance(block, str) else block
+    if block["name"] == name:
+        return dict(block)
+    other = host.registries["objectives"].get(name)
+    known = {field.name for field in attrs.fields(other)}
+    return {"name": name, **{k: v for k, v in block.items() if k in known}}
 
 
 @attrs.frozen
@@ -94,26 +114,63 @@ class Study:
                 named[name] = attrs.evolve(v, recipe=str(folder / v.recipe))
         return cls(str(folder / body.pop("recipe")), named, **body)
 
-    def jobs(self, host: Host, seeds: Sequence[int], sets: Sequence[str]) -> dict[Job, str]:
-        """A job for each seed and variant, with the recipe that it changes."""
+    def plan(self, host: Host, seeds: Sequence[int], sets: Sequence[str]) -> Plan:
+        """The grid of an ablation with a cell for each variant, `a b` as `a-b`."""
         base = load_recipe(host, self.recipe, [*self.set, *sets])
-        budget = cost(base)["flops_total"] if self.match_compute else 0
-        found = {}
-        for seed in seeds:
-            for name, v in self.variants.items():
-                path, changes = v.recipe or self.recipe, [*self.set, *sets, f"seed={seed}"]
-                if v.objective:
-                    block = shared_objective(host, base, v.objective)
-                    changes.append(f"objective={json.dumps(block)}")
-                changes += v.set
-                steps = [c for c in v.set if c.startswith("steps=")]
-                if self.match_compute and not steps:
-                    own = load_recipe(host, path, changes)
-                    each = cost(own)["flops_per_image"] * own.batch
-                    changes.append(f"steps={max(1, round(budget / each))}")
-                place = f"runs/{name.replace(' ', '-')}-seed{seed}"
-                found[Job(name, seed, tuple(changes), place)] = path
-        return found
+        grid = []
+        for name, v in self.variants.items():
+            changes = list(v.set)
+            if v.objective:
+                block = shared_objective(host, base, v.objective)
+                changes.insert(0, f"objective={json.dumps(block)}")
+            parts = (change.partition("=") for change in changes)
+            given = tuple(Assignment(path, text, f"variant {name}") for path, _, text in parts)
+            grid.append(Cell(cell_of(name), given, v.recipe))
+        match = "compute" if self.match_compute else "steps"
+        return attrs.evolve(
+            plan_cells(
+                host, self.recipe, grid, seeds, [*self.set, *sets], grid[0].name, match,
+                budget=cost_of(base),
+            ),
+            words=("python", *sys.argv),
+        )  # fmt: skip
+
+
+def cell_of(variant: str) -> str:
+    """A variant's name, fit for a directory."""
+    return re.sub(r"[^A-Za-z0-9._=-]+", "-", variant)
+
+
+def trained(
+    host: Host,
+    plan: Plan,
+    out: Path,
+    jobs: Sequence[Job],
+    at_once: int,
+    threads: int,
+) -> dict[str, str]:
+    """Train these runs of an ablation in `out`; what went wrong, by the run's name."""
+    if (out / SPEC).exists():
+        group = Group.open(out)
+        group.refuse_other(plan)
+    else:
+        plugins = {p.distribution or p.name: p.version for p in host.used}
+        group = Group.create(out, plan, describe_environment(plugins=plugins, argv=plan.words))
+    with Stop() as stop, group, Progress() as progress:
+        stop.write = progress.interject
+        group.extend(plan)
+        ended = train_all(
+            group,
+            jobs,
+            at_once=at_once,
+            threads=threads,
+            share=threads,
+            progress=progress,
+            stop=stop,
+        )
+    if stop.asked:
+        sys.exit(exit_code(ended, stop))
+    return {e.job.place: f"exit {e.exit_code}: {e.error}" for e in ended if e.exit_code}
 
 
 def draw_curves(
@@ -157,102 +214,144 @@ def _suffix(sampling: Sequence[str]) -> str:
     return "".join("-" + re.sub(r"[^\w.=]+", "_", setting) for setting in sampling)
 
 
-@click.command()
-@click.argument("study_path", type=click.Path(exists=True, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where all goes.")
-@click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--only", multiple=True, metavar="NAME", help="This variant; else all.")
-@click.option("--jobs", default=1, type=click.IntRange(1), help="Runs trained at once.")
-@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads of each run.")
-@click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="As of `e2ediff run`.")
-@sample_set
-@click.option("--count", default=500, type=click.IntRange(2), help="Images generated a run.")
-@click.option("--judge-epochs", default=EPOCHS, type=click.IntRange(1))
-def main(
-    study_path: Path,
+def _numbers(context: click.Context, option: click.Parameter, text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: expected numbers such as 0,1,2") from None
+
+
+_SOME = click.IntRange(1)
+_OPTIONS = (
+    click.option("--out", required=True, type=click.Path(path_type=Path), help="Where all goes."),
+    click.option("--seeds", default="0,1,2", show_default=True, callback=_numbers),
+    click.option("--jobs", default=1, type=_SOME, help="Runs trained at once."),
+    click.option("--threads", default=1, type=_SOME, help="CPU threads of each run."),
+    click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="As of `run`."),
+    click.option(
+        "--sample-set",
+        "sampling",
+        multiple=True,
+        metavar="PATH=VALUE",
+        help="Of scores alone, as of `e2ediff sample --set`.",
+    ),
+    click.option("--judge-epochs", "epochs", default=EPOCHS, type=_SOME, help="Of its training."),
+)
+
+
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take what every study is asked."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def run(
+    study: Study,
     out: Path,
-    seeds: str,
-    only: tuple[str, ...],
-    jobs: int,
-    threads: int,
-    sets: tuple[str, ...],
-    sampling: tuple[str, ...],
+    *,
+    seeds: Sequence[int],
     count: int,
-    judge_epochs: int,
+    only: Sequence[str] = (),
+    jobs: int = 1,
+    threads: int = 1,
+    sets: Sequence[str] = (),
+    sampling: Sequence[str] = (),
+    epochs: int = EPOCHS,
 ) -> None:
-    """Train and score every variant of a study."""
-    host, study = load(), Study.read(study_path)
-    if only:
-        unknown = [name for name in only if name not in study.variants]
-        if unknown:
-            raise click.BadParameter(f"the study has no variant {', '.join(map(repr, unknown))}")
-        chosen = {name: study.variants[name] for name in only}
-        study = attrs.evolve(study, variants=chosen)
-    numbers = [int(word) for word in seeds.split(",")]
+    """Train and score a study; exits with 1 if a run failed."""
+    host, cells = load(), {cell_of(name): name for name in only or study.variants}
     torch.set_num_threads(jobs * threads)
     try:
-        planned = study.jobs(host, numbers, sets)
-        for job, path in planned.items():
-            load_recipe(host, path, [*job.overrides, *sampling])  # all fit before one is trained
+        before = Group.open(out).spec["seeds"] if (out / SPEC).exists() else []
+        plan = study.plan(host, [*before, *(s for s in seeds if s not in before)], sets)
+        for job in plan.jobs:  # all fit before one is trained
+            load_recipe(host, job.recipe or plan.recipe, [*job.overrides, *sampling])
+        chosen = [job for job in plan.jobs if job.cell in cells and job.seed in seeds]
+        failed = trained(host, plan, out, chosen, jobs, threads)
     except E2EDiffError as error:
         raise click.ClickException(str(error)) from error
-    out.mkdir(parents=True, exist_ok=True)
-    failed = train_all(
-        list(planned), lambda job: train_job(host, planned[job], job, out, threads), jobs
-    )
-    for job, problem in failed.items():
-        click.echo(f"{job.place}: {problem}", err=True)
+    for place, problem in failed.items():
+        click.echo(f"{place}: {problem}", err=True)
 
     base = load_recipe(host, study.recipe, [*study.set, *sets, *sampling])
     data, suffix = Data.open(base.data), _suffix(sampling)
     real, runs, histories = {}, [], dict[str, list[Any]]()
-    for seed in numbers:
-        judge = train_judge(seed, out / "judges", base.data, epochs=judge_epochs)
+    for seed in seeds:
+        judge = train_judge(seed, out / "judges", base.data, epochs=epochs)
         real[str(seed)] = real_figures(judge, data, count)
         click.echo(f"judge {seed}: held-out accuracy {real[str(seed)]['accuracy']:.3f}", err=True)
-        for job in (j for j in planned if j.seed == seed):
-            entry: dict[str, Any] = attrs.asdict(job)
-            if job in failed:
-                entry["problem"] = failed[job]
+        for job in (j for j in chosen if j.seed == seed):
+            name, place = cells[job.cell], out / "runs" / job.place
+            entry: dict[str, Any] = {"objective": name, "seed": seed, "place": f"runs/{job.place}"}
+            entry["overrides"] = job.overrides
+            if job.place in failed:
+                entry["problem"] = failed[job.place]
             else:
-                place, cache = out / job.place, out / f"{job.place}{suffix}.scores.json"
+                directory = RunDirectory.open(str(place))
+                entry["environment"] = directory.environment()
+                cache = out / "scores" / f"{job.place}{suffix}-{count}-{epochs}.json"
                 if not cache.exists():
                     figures = score_run(
                         place, judge, data, count=count, seed=seed, sampling=sampling
                     )
+                    cache.parent.mkdir(exist_ok=True)
                     cache.write_text(json.dumps(figures))
                 entry["figures"] = json.loads(cache.read_text())
-                metrics = RunDirectory.open(str(place)).read_metrics()
-                histories.setdefault(job.objective, []).append(metrics)
+                histories.setdefault(name, []).append(directory.read_metrics())
                 click.echo(f"{job.place}: scored", err=True)
             runs.append(entry)
+    sampler = yaml.safe_load(dump_recipe(host, base))["sampler"]
     results = {
-        **provenance(host, base),
-        "seeds": numbers,
+        "command": plan.words,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "recipe": dump_recipe(host, base),
+        "sampler": sampler if isinstance(sampler, str) else " ".join(map(str, sampler.values())),
+        "seeds": seeds,
         "count": count,
         "jobs": jobs,
         "threads": threads,
         "match_compute": study.match_compute,
-        "judge_epochs": judge_epochs,
+        "judge_epochs": epochs,
+        "train_images": len(data.train),
+        "held_out_images": min(HELD_OUT, len(data.held_out)),
         "real": real,
         "runs": runs,
     }
     (out / f"results{suffix}.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / f"table{suffix}.md").write_text(table(results))
     draw_curves(histories, out / "curves.png")
-    image, seed = base.data.image, numbers[0]
+    image, first = base.data.image, seeds[0]
     label = balanced_labels(GRID_ROWS * image.classes, image.classes)
     samples = {}
-    for run in (r for r in runs if r["seed"] == seed and "figures" in r):
-        title = f"{run['objective']}: Fréchet distance {run['figures']['frechet']:.0f}"
-        model = load_model(str(out / run["place"]), overrides=sampling)
-        samples[title] = model.sample(label, seed=seed)
+    for entry in (r for r in runs if r["seed"] == first and "figures" in r):
+        figures = entry["figures"]
+        title = (
+            f"{entry['objective']}: label agreement {figures['agreement']:.2f}, "
+            f"Fréchet distance {figures['frechet']:.0f}"
+        )
+        model = load_model(str(out / entry["place"]), overrides=sampling)
+        samples[title] = model.sample(label, seed=first)
     names = image.class_names or [str(i) for i in range(image.classes)]
     real_images = one_of_each(data.held_out, image.classes, GRID_ROWS)
     draw_grids(samples, real_images, names, out / f"grids{suffix}.png")
     click.echo(table(results))
     if failed:
         sys.exit(1)
+
+
+@click.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--only", multiple=True, metavar="NAME", help="This variant; else all.")
+@click.option("--count", default=500, type=click.IntRange(2), help="Images generated a run.")
+@options
+def main(path: Path, only: tuple[str, ...], **given: Any) -> None:
+    """Train and score every variant of a study."""
+    study = Study.read(path)
+    if unknown := [name for name in only if name not in study.variants]:
+        raise click.BadParameter(f"the study has no variant {', '.join(map(repr, unknown))}")
+    run(study, only=only, **given)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
+from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, RecipeError
 from e2ediff.host.registry import did_you_mean
 from e2ediff.host.yaml import Node, parse_yaml
@@ -56,10 +57,14 @@ class Axis:
 
 @attrs.frozen
 class Cell:
-    """One combination of values; `name` is fit for a directory."""
+    """One combination of values; `name` is fit for a directory.
+
+    `recipe` is what the assignments change, where that is not the recipe of the ablation.
+    """
 
     name: str
     assignments: tuple[Assignment, ...]
+    recipe: Address | None = None
 
 
 def split_top(text: str, at: Callable[[str, int], bool]) -> list[str]:

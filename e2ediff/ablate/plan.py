@@ -33,11 +33,15 @@ Match = Literal["steps", "compute"]
 
 @attrs.frozen
 class Job:
-    """One run of a grid: what to change in the recipe, and the name of its directory."""
+    """One run of a grid: what to change in the recipe, and the name of its directory.
+
+    `recipe` is that of the cell, where it has one of its own.
+    """
 
     cell: str
     seed: int
     overrides: tuple[str, ...]
+    recipe: Address | None = None
 
     @property
     def place(self) -> str:
@@ -50,6 +54,7 @@ class Plan:
     """An ablation: `jobs` are all cells of the first seed, then of the next.
 
     `costs` and `resolved` (YAML with seed 0) are by cell.
+    `words` are the command that makes it, where that is not `e2ediff ablate`.
     """
 
     recipe: str
@@ -63,6 +68,7 @@ class Plan:
     jobs: tuple[Job, ...]
     costs: Mapping[str, Cost]
     resolved: Mapping[str, str]
+    words: tuple[str, ...] = ()
 
     @property
     def cells(self) -> list[str]:
@@ -71,6 +77,8 @@ class Plan:
 
     def command(self) -> list[str]:
         """The command that makes this group again."""
+        if self.words:
+            return list(self.words)
         words = ["e2ediff", "ablate", self.recipe]
         for text in self.vary:
             words += ["--vary", text]
@@ -174,35 +182,65 @@ def make_plan(
         GridError: The grid itself is wrong, or two of its cells are the same.
         RecipeError: Cells are no recipes; has the problems of all of them.
     """
-    recipe = addresses.plain(recipe)
     axes, numbers = [parse_axis(text) for text in vary], parse_seeds(seeds)
     grid = cells(axes)
     base = find_cell(baseline, grid)
     _refuse_lengths(axes, sets, match)
-    found = _check(host, recipe, grid, numbers, sets)
+    plan = plan_cells(host, recipe, grid, numbers, sets, base.name, match)
+    return attrs.evolve(plan, vary=tuple(vary))
+
+
+def plan_cells(
+    host: Host,
+    recipe: Address,
+    grid: Sequence[Cell],
+    seeds: Sequence[int],
+    sets: Sequence[str],
+    baseline: str,
+    match: Match,
+    budget: Cost | None = None,
+) -> Plan:
+    """Check every cell of a grid with every seed.
+
+    Args:
+        host: What knows the parts.
+        recipe: Path or URL of the recipe of cells that have none of their own.
+        grid: The cells.
+        seeds: Each cell is trained with each.
+        sets: Assignments for all cells, made before their own.
+        baseline: Name of the cell that the others are compared with.
+        match: As for `make_plan`.
+        budget: Whose FLOPs pay for the steps where compute is matched; by default the baseline's.
+
+    Raises:
+        GridError: Two cells are the same.
+        RecipeError: Cells are no recipes; has the problems of all of them.
+    """
+    recipe = addresses.plain(recipe)
+    found = _check(host, recipe, grid, seeds, sets)
     _refuse_same(found)
     costs = {cell.name: cost_of(found[cell.name]) for cell in grid}
     lengths: dict[str, str] = {}
     if match == "compute":
-        steps = {name: matched_steps(cost, costs[base.name]) for name, cost in costs.items()}
+        budget = budget or costs[baseline]
+        steps = {name: matched_steps(cost, budget) for name, cost in costs.items()}
         lengths = {name: f"steps={number}" for name, number in steps.items()}
         costs = {n: attrs.evolve(cost, total_steps=steps[n]) for n, cost in costs.items()}
     jobs = [
-        Job(cell.name, seed, tuple(map(str, _assignments(cell, sets, seed, lengths))))
-        for seed in numbers
+        Job(cell.name, seed, tuple(map(str, _assignments(cell, sets, seed, lengths))), cell.recipe)
+        for seed in seeds
         for cell in grid
     ]
     resolved = {}
     for job in jobs[: len(grid)]:
-        one = attrs.evolve(load_recipe(host, recipe, job.overrides), seed=0)
+        one = attrs.evolve(load_recipe(host, job.recipe or recipe, job.overrides), seed=0)
         resolved[job.cell] = dump_recipe(host, one)
     with addresses.open_file(recipe, typed=True) as file:
         text = file.read().decode("utf-8-sig")
-    name = found[base.name].name
-    given = tuple(sets), tuple(vary)
     return Plan(
-        recipe, text, name, *given, numbers, base.name, match, tuple(jobs), costs, resolved
-    )
+        recipe, text, found[baseline].name, tuple(sets), (), tuple(seeds), baseline, match,
+        tuple(jobs), costs, resolved,
+    )  # fmt: skip
 
 
 def _assignments(
@@ -252,7 +290,7 @@ def _check(
             changes = _assignments(cell, sets, seed, {})
             own: Sequence[Problem]
             try:
-                read = load_recipe(host, recipe, [str(change) for change in changes])
+                read = load_recipe(host, cell.recipe or recipe, [*map(str, changes)])
                 found.setdefault(cell.name, read)
                 own = problems(read)
             except RecipeError as error:

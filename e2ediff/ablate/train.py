@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from e2ediff import addresses
 from e2ediff.ablate.group import RECIPE, Group
 from e2ediff.ablate.plan import Job
 from e2ediff.distributed.signals import Stop
@@ -127,7 +128,8 @@ def _holder(group: Group, job: Job) -> str:
 
 
 def _start(group: Group, job: Job, threads: int | None, share: int) -> _Active:
-    command = [sys.executable, "-m", "e2ediff", "run", f"{group.path}/{RECIPE}"]
+    recipe = addresses.plain(job.recipe or f"{group.path}/{RECIPE}")
+    command = [sys.executable, "-m", "e2ediff", "run", recipe]
     for change in job.overrides:
         command += ["--set", change]
     command += ["--out", group.run(job.place), "--threads", str(threads or "auto")]

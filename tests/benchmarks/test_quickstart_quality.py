@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ import torch
 from command_line import needs_dsd
 from PIL import Image
 
+from e2ediff.ablate.cost import cost_of
 from e2ediff.parts.sources import Archive
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -38,6 +40,13 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import judge
 
     return judge
+
+
+@pytest.fixture
+def score(judge: ModuleType) -> ModuleType:
+    import score
+
+    return score
 
 
 @pytest.fixture
@@ -137,7 +146,8 @@ def test_a_judge_has_64_features_and_is_decided_by_its_seed(
 def test_objectives_share_the_options_that_they_have_in_common(quality: ModuleType) -> None:
     host, recipe = quality.load(), str(BENCHMARKS.parent / "recipes" / "quickstart.yaml")
     sets = ["objective.draws=2", "objective.reconstruction.kind=l2", "steps=100"]
-    jobs = quality.plan(host, recipe, ["dsd", "coupled", "two_stage"], [3], sets)
+    names = ["dsd", "coupled", "two_stage"]
+    jobs = quality.study_of(host, recipe, names, sets).plan(host, [3], sets).jobs
     dsd, coupled, stages = (quality.load_recipe(host, recipe, j.overrides) for j in jobs)
     assert dsd == quality.load_recipe(host, recipe, [*sets, "seed=3"])
     assert coupled.objective.reconstruction == dsd.objective.reconstruction
@@ -145,21 +155,21 @@ def test_objectives_share_the_options_that_they_have_in_common(quality: ModuleTy
     assert stages.backbone.trunks == "denoiser_apart"
     assert coupled.backbone == dsd.backbone
     assert {r.total_steps for r in (dsd, coupled, stages)} == {100}
-    matched = quality.plan(host, recipe, ["dsd", "two_stage"], [3], sets, match_compute=True)
-    costs = [quality.cost(quality.load_recipe(host, recipe, j.overrides)) for j in matched]
-    assert costs[0]["steps"] == 100
-    assert costs[1]["flops_total"] == pytest.approx(costs[0]["flops_total"], rel=0.02)
+    matched = quality.study_of(host, recipe, ["two_stage"], sets, match_compute=True)
+    (other,) = matched.plan(host, [3], sets).costs.values()
+    assert other.total_steps > 100
+    assert other.total == pytest.approx(cost_of(dsd).total, rel=0.02)
 
 
-def test_a_summary_has_mean_deviation_and_range(quality: ModuleType) -> None:
-    assert quality.summary([1.0, 2.0, 3.0], ".1f") == "2.0 ± 1.0 (1.0..3.0)"
-    assert quality.summary([1.0, 2.0, 3.0], ".1f", spread=False) == "2.0 ± 1.0"
-    assert quality.summary([1.0], ".1f") == "1.0"
+def test_a_summary_has_mean_deviation_and_range(score: ModuleType) -> None:
+    assert score.summary([1.0, 2.0, 3.0], ".1f") == "2.0 ± 1.0 (1.0..3.0)"
+    assert score.summary([1.0, 2.0, 3.0], ".1f", deviation=False) == "2.0 ± 1.0"
+    assert score.summary([1.0], ".1f") == "1.0"
 
 
 @needs_dsd
 def test_the_script_ends_in_a_table_of_figures_from_the_runs(
-    quality: ModuleType, tmp_path: Path
+    score: ModuleType, tmp_path: Path
 ) -> None:
     """Trains two tiny runs; done ones are not trained again, and figures are what files say."""
     out = tmp_path / "out"
@@ -191,20 +201,22 @@ def test_the_script_ends_in_a_table_of_figures_from_the_runs(
     assert rows["coupled"]["rank"] == last["rank"]
     last["rank"] = 12.34
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert quality.final_health(run)["rank"] == 12.34
+    assert score.final_health(run)["rank"] == 12.34
 
-    host, recipe = quality.load(), str(BENCHMARKS.parent / "recipes" / "quickstart.yaml")
     before = (run / "run.json").stat().st_mtime_ns, (run / "status.json").stat().st_mtime_ns
-    (same,) = quality.plan(host, recipe, ["coupled"], [0], TINY)
-    assert quality.train_job(host, recipe, same, out, 1) == ""
-    (other,) = quality.plan(host, recipe, ["coupled"], [0], [*TINY, "optimizer.lr=0.5"])
-    assert "holds a run of another recipe" in quality.train_job(host, recipe, other, out, 1)
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "coupled-seed0: done before" in again.stderr
+    other = [*command, "--set", "optimizer.lr=0.5"]
+    refused = subprocess.run(other, capture_output=True, text=True, env=environment)
+    assert refused.returncode == 1
+    assert re.search(r"--set: was .* is .*optimizer.lr=0.5", refused.stderr)
     after = (run / "run.json").stat().st_mtime_ns, (run / "status.json").stat().st_mtime_ns
     assert before == after
 
 
 def test_training_time_is_that_of_all_sessions_up_to_their_last_save(
-    quality: ModuleType, tmp_path: Path
+    score: ModuleType, tmp_path: Path
 ) -> None:
     (tmp_path / "run.json").write_text("{}")
     times = [("kernels", 0), ("saved", 10), ("saved", 20), ("kernels", 100), ("saved", 105)]
@@ -215,7 +227,7 @@ def test_training_time_is_that_of_all_sessions_up_to_their_last_save(
             for k, s in times
         )
     )
-    assert quality.training_seconds(tmp_path) == 25
+    assert score.training_seconds(tmp_path) == 25
 
 
 def test_the_first_held_out_images_are_of_all_classes_where_a_source_sorts_them(

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from command_line import e2ediff
 
+from e2ediff.ablate.grid import Cell
 from e2ediff.ablate.group import Group
-from e2ediff.ablate.plan import make_plan
+from e2ediff.ablate.plan import make_plan, plan_cells
 from e2ediff.ablate.train import exit_code, train_all
 from e2ediff.distributed.signals import Stop
 from e2ediff.errors import RunDirectoryError
@@ -199,6 +200,21 @@ def test_a_stopped_ablation_saves_what_is_training_and_starts_nothing_more(
     assert runs(Path(group.path)) == {"coupled-seed0": "preempted"}
     assert RunDirectory.open(group.run("coupled-seed0")).status()["last_checkpoint"]
     assert "coupled-seed0: saved after" in capsys.readouterr().err
+
+
+def test_a_cell_is_trained_by_the_recipe_of_its_own(tmp_path, monkeypatch, host, tiny_text):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(tiny_text)
+    Path("other.yaml").write_text(tiny_text.replace("batch: 8", "batch: 4"))
+    grid = [Cell("base", ()), Cell("other", (), "other.yaml")]
+    plan = plan_cells(host, "tiny.yaml", grid, [0], ["steps=2"], "base", "steps")
+    with Group.create("out", plan, {}) as group, Progress() as progress, Stop() as stop:
+        ended = train_all(
+            group, plan.jobs, at_once=1, threads=1, share=1, progress=progress, stop=stop
+        )
+    assert [one.exit_code for one in ended] == [0, 0]
+    texts = [Path(group.run(job.place), "resolved.yaml").read_text() for job in plan.jobs]
+    assert ["batch: 4" in text for text in texts] == [False, True]
 
 
 def until(ready, seconds: float = 120) -> None:

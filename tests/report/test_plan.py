@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from command_line import e2ediff
 
-from e2ediff.ablate.plan import make_plan
+from e2ediff.ablate.cost import cost_of
+from e2ediff.ablate.grid import Assignment, Cell
+from e2ediff.ablate.plan import make_plan, plan_cells
+from e2ediff.errors import RecipeError
+from e2ediff.host.recipe import load_recipe
 
 NOWHERE = "{name: image_folder, root: /nowhere, size: 16, classes: 4}"
 
@@ -136,6 +140,24 @@ def test_the_command_of_a_plan_makes_the_same_plan(host):
         given["--match"][0],
     )
     assert again == plan
+
+
+def test_a_cell_may_have_a_recipe_of_its_own_and_a_budget_may_be_nobodys(host, tiny_text):
+    """Checked, counted and changed like the others."""
+    Path("other.yaml").write_text(tiny_text.replace("batch: 8", "batch: 16"))
+    wide = (Assignment("backbone.width", "64", "wide"),)
+    grid = [Cell("small", ()), Cell("big", (), Path("other.yaml")), Cell("wide", wide)]
+    budget = cost_of(load_recipe(host, "tiny.yaml", ["steps=50"]))
+    plan = plan_cells(
+        host, "tiny.yaml", grid, [0, 1], ["steps=1000"], "small", "compute", budget=budget
+    )
+    assert plan.costs["small"].total_steps == 50
+    assert plan.costs["big"].total_steps == 25
+    assert [job.recipe for job in plan.jobs] == [None, Path("other.yaml"), None] * 2
+    assert ["batch: 16" in text for text in plan.resolved.values()] == [False, True, False]
+    Path("other.yaml").write_text(tiny_text.replace("batch: 8", "batch: x"))
+    with pytest.raises(RecipeError, match=r"cell big, other.yaml:\d+:\d+: batch: expected int"):
+        plan_cells(host, "tiny.yaml", grid, [0], [], "small", "steps")
 
 
 def test_cells_that_do_not_measure_samples_are_remarked_with_what_would():
