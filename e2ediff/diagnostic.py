@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import attrs
 from torch import Tensor
 
+from e2ediff.figure import Figure
 from e2ediff.interpolant import Interpolant, Kind
 
 Costly = Literal["x_hat", "denoised", "many", "gradients"]
@@ -62,9 +63,12 @@ class Diagnostic(ABC):
     Without `asks` at every diagnosis (`cadence.diagnose`), on latents alone.
     `asks` names what costs more and what this diagnostic reads; it is then measured at surveys
     (`cadence.survey`) only.
+    `figures` declares those of its figures that are shown beside the log or that the alarm takes;
+    any other stands in `metrics.jsonl` and in the further figures of a report.
     """
 
     asks: ClassVar[frozenset[Costly]] = frozenset()
+    figures: ClassVar[tuple[Figure, ...]] = ()
 
     @abstractmethod
     def measure(self, probe: Probe) -> Mapping[str, float]:

@@ -12,8 +12,9 @@ from attrs import validators
 Better = Literal["low", "high"]
 """Whether a low or a high value of a figure is the better one."""
 
-Place = Literal["table", "charts"]
-"""Where a figure is shown: in a report's first table; as a curve in reports and `curves.png`."""
+Place = Literal["line", "table", "charts"]
+"""Where a figure is shown: `line` is the progress line, `table` the first table of a report, and
+`charts` a chart of its own in a report and a curve in `curves.png`."""
 
 _BETTER = validators.optional(validators.in_(("low", "high")))
 
@@ -24,7 +25,7 @@ def _is_format(figure: object, field: object, form: str) -> None:
 
 @attrs.frozen
 class Figure:
-    """What a figure is called, how it is judged, and where it is shown.
+    """What a figure is called, how it is judged, where it is shown, and how the alarm takes it.
 
     A name such as `unexplained@0.5` or `spectrum/1` is declared by the part before its first `@`
     or `/`, unless it is declared itself.
@@ -40,6 +41,12 @@ class Figure:
         panel: Title of the chart of `curves.png`, which figures with the same `panel` share; by
             default the title.
         of: What it scores: samples, reconstructions, or "" for neither.
+        short: Its name on the progress line; by default the name.
+        alarm: The option of the recipe's `alarm` by which a fall of a positive figure is a sign
+            of collapse: a value below the share `fall`, or `shrink`, of its largest in the run.
+        dead_below: A sign of collapse together with a value below this sounds the alarm at once,
+            without waiting for `alarm.window`.
+        dead_above: The same of a value above this.
     """
 
     name: str
@@ -49,13 +56,19 @@ class Figure:
     shown_on: tuple[Place, ...] = attrs.field(
         default=(),
         validator=validators.deep_iterable(
-            validators.in_(("table", "charts")), validators.instance_of(tuple)
+            validators.in_(("line", "table", "charts")), validators.instance_of(tuple)
         ),
     )
     panel: str = attrs.field(default=attrs.Factory(lambda f: f.title, takes_self=True))
     of: Literal["", "samples", "reconstructions"] = attrs.field(
         default="", validator=validators.in_(("", "samples", "reconstructions"))
     )
+    short: str = attrs.field(default=attrs.Factory(lambda f: f.name, takes_self=True))
+    alarm: Literal["", "fall", "shrink"] = attrs.field(
+        default="", validator=validators.in_(("", "fall", "shrink"))
+    )
+    dead_below: float | None = None
+    dead_above: float | None = None
 
 
 def find(name: str, figures: Iterable[Figure]) -> Figure | None:
@@ -65,4 +78,7 @@ def find(name: str, figures: Iterable[Figure]) -> Figure | None:
     found = declared.get(name) or declared.get(stem)
     if found is None or found.name == name:
         return found
-    return attrs.evolve(found, name=name, title=f"{found.title}{name[len(stem) :]}")
+    rest = name[len(stem) :]
+    return attrs.evolve(
+        found, name=name, title=f"{found.title}{rest}", short=f"{found.short}{rest}"
+    )

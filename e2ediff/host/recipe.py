@@ -187,8 +187,8 @@ class Alarm:
     `window` is the number of diagnoses in a row that must show a sign of collapse; a complete
     collapse needs one.
     Signs are what the diagnostics say of their figures, a rank below the share `fall` of the
-    largest that the run has had, a `latent_std` below the share `shrink` of its largest, and
-    losses that are all below `silence`.
+    largest that the run has had, a `latent_std` below the share `shrink` of its largest (these
+    and any others that a diagnostic declares so), and losses that are all below `silence`.
     """
 
     policy: Literal["warn", "stop", "rollback"] = "warn"

@@ -12,11 +12,10 @@ from typing import Any, Literal
 import attrs
 
 from e2ediff.diagnostic import Diagnostic
+from e2ediff.figure import Figure, find
 from e2ediff.host.recipe import Alarm, Recipe
+from e2ediff.monitor.isolation import declared
 from e2ediff.store.storage import JSON
-
-# Beyond these nothing is left to wait for; healthy latents are far from them from step 1 on.
-_DEAD_RANK, _DEAD_STD, _ALL_POSITIONAL = 1.05, 0.01, 0.99
 
 
 def alarm_blind_spot(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
@@ -28,7 +27,8 @@ def alarm_blind_spot(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
         recipe: With its alarm, and how often diagnostics are measured.
         diagnostics: Those that the run measures.
     """
-    if all(type(d).verdict is Diagnostic.verdict for d in diagnostics):
+    judged = any(type(d).verdict is not Diagnostic.verdict for d in diagnostics)
+    if not judged and not any(figure.alarm for figure in declared(diagnostics)):
         return (
             "none of the diagnostics judges its figures, so the alarm hears of no collapse until "
             "every loss is next to nothing; add latent_health to diagnostics"
@@ -67,6 +67,7 @@ class Finding:
 class Watch:
     """What the alarm remembers of a run.
 
+    `figures` is what the diagnostics declare of their figures.
     `streak` counts diagnoses in a row with signs, `on` is whether the latents count as
     collapsed, `since` the step at which they began to, `best` has the largest figures so far,
     `mute` and `still` say of the newest logged step that every loss or the gradient was next to
@@ -75,6 +76,7 @@ class Watch:
     """
 
     alarm: Alarm
+    figures: Sequence[Figure] = ()
     streak: int = 0
     on: bool = False
     since: int | None = None
@@ -101,7 +103,7 @@ class Watch:
             step: The step that was taken last.
         """
         signs = [*verdict, *self._falls(figures)]
-        complete = self.mute or (bool(signs) and (self.still or _is_dead(figures)))
+        complete = self.mute or (bool(signs) and (self.still or self._is_dead(figures)))
         if self.mute:
             signs.append(f"every loss is below {self.alarm.silence:g}: nothing is left to learn")
         elif self.still and signs:
@@ -118,19 +120,25 @@ class Watch:
     def _falls(self, figures: Mapping[str, float]) -> list[str]:
         """Signs against the run's own past; raises the marks that figures are held against."""
         found = []
-        rank, std = "the effective rank", "the std across images"
-        for name, share, title in (
-            ("rank", self.alarm.fall, rank),
-            ("latent_std", self.alarm.shrink, std),
-            ("rank_online", self.alarm.fall, f"{rank} before averaging"),
-            ("latent_std_online", self.alarm.shrink, f"{std} before averaging"),
-        ):
-            if name in figures:
-                value = figures[name]
+        for name, value in figures.items():
+            figure = find(name, self.figures)
+            if figure is not None and figure.alarm:
+                share = {"fall": self.alarm.fall, "shrink": self.alarm.shrink}[figure.alarm]
                 best = self.best[name] = max(self.best.get(name, value), value)
                 if value < share * best:
-                    found.append(f"{title} fell from {best:.3g} to {value:.3g}")
+                    found.append(f"the {figure.title} fell from {best:.3g} to {value:.3g}")
         return found
+
+    def _is_dead(self, figures: Mapping[str, float]) -> bool:
+        """Whether a figure is beyond a bound of its own, where nothing is left to wait for."""
+        for name, value in figures.items():
+            figure = find(name, self.figures)
+            if figure is not None and (
+                (figure.dead_below is not None and value < figure.dead_below)
+                or (figure.dead_above is not None and value > figure.dead_above)
+            ):
+                return True
+        return False
 
     @property
     def clean(self) -> bool:
@@ -161,18 +169,11 @@ class Watch:
         )
 
     def state(self) -> dict[str, JSON]:
-        """All but the options, for a checkpoint."""
-        return {k: v for k, v in attrs.asdict(self).items() if k != "alarm"}
+        """All but the options and what the figures are, for a checkpoint."""
+        state = attrs.asdict(self, filter=attrs.filters.exclude("alarm", "figures"))
+        return dict(state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
         for name, value in state.items():
             setattr(self, name, dict(value) if isinstance(value, dict) else value)
-
-
-def _is_dead(figures: Mapping[str, float]) -> bool:
-    return figures.get("positional", 0.0) > _ALL_POSITIONAL or any(
-        figures.get(f"rank{of}", _DEAD_RANK) < _DEAD_RANK
-        or figures.get(f"latent_std{of}", _DEAD_STD) < _DEAD_STD
-        for of in ("", "_online")
-    )

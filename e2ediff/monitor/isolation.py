@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import attrs
 import torch
 
+from e2ediff.diagnostic import Diagnostic
+from e2ediff.figure import Figure
 from e2ediff.host.guard import cause
 
 T = TypeVar("T")
@@ -60,6 +63,22 @@ class Isolated:
         found = [*self.failed]
         self.failed.clear()
         return found
+
+
+def declared(diagnostics: Sequence[Diagnostic], isolated: Isolated | None = None) -> list[Figure]:
+    """What diagnostics declare of their figures; one that fails to is left out."""
+    isolated = isolated or Isolated()
+    found: list[Figure] = []
+    for diagnostic in diagnostics:
+        own = partial(_figures, diagnostic)
+        found += isolated.call("diagnostic", diagnostic, own, ())
+    return found
+
+
+def _figures(diagnostic: Diagnostic) -> Sequence[Figure]:
+    if wrong := [f for f in diagnostic.figures if not isinstance(f, Figure)]:
+        raise TypeError(f"figures holds {wrong[0]!r}, which is no Figure")
+    return diagnostic.figures
 
 
 def numbers(figures: Mapping[str, float]) -> dict[str, float]:

@@ -124,8 +124,8 @@ class Monitor:
 
     @property
     def figures(self) -> list[Figure]:
-        """What the figures are that it has measured so far."""
-        return [*self.scorer.figures.values()] if self.scorer else []
+        """What the figures of the diagnostics are, and those of the scores measured so far."""
+        return [*self.observer.figures, *(self.scorer.figures.values() if self.scorer else ())]
 
     def _shown(self) -> Backbone:
         """The weights that previews and `sample` use: the first extra average, or the target."""

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from e2ediff.data import to_pixels
-from e2ediff.figure import Figure
-from e2ediff.store.earlier import known_figure
+from e2ediff.figure import Figure, find
 
 
 def png(x: Tensor) -> bytes:
@@ -41,14 +40,14 @@ def grid_png(x: Tensor, columns: int, enlarge: int = 0) -> bytes:
 
 
 def curves_png(
-    metrics: Sequence[Mapping[str, float]], title: str, declared: Sequence[Figure] = ()
+    metrics: Sequence[Mapping[str, float]], title: str, declared: Sequence[Figure]
 ) -> bytes:
     """PNG of a run's losses, and of the figures that are shown as curves, over images seen.
 
     Args:
         metrics: Lines of `metrics.jsonl`.
         title: Of the picture.
-        declared: What the figures are; one that is not declared is judged by its name.
+        declared: What the figures are; one that is not declared has no curve.
     """
     # Imported here: it takes half a second and is needed at the end of a run only.
     from matplotlib.figure import Figure as Sheet
@@ -56,7 +55,7 @@ def curves_png(
     names = dict.fromkeys(name for line in metrics for name in line)
     shared: dict[str, list[Figure]] = {}
     for name in names:
-        found = known_figure(name, declared)
+        found = find(name, declared)
         if found is not None and "charts" in found.shown_on:
             shared.setdefault(found.panel, []).append(found)
     columns = -(-(1 + len(shared)) // 2)

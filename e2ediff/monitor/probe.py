@@ -15,13 +15,14 @@ from e2ediff.backbone import Backbone
 from e2ediff.data import Batch, DataSource
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.errors import DivergedError
+from e2ediff.figure import Figure, find
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.host.registry import options
 from e2ediff.loading.batches import fixed_images
 from e2ediff.model.calibration import at_rest, in_use, normalised, own_latents
 from e2ediff.model.inference import Model
-from e2ediff.monitor.isolation import Isolated, numbers
+from e2ediff.monitor.isolation import Isolated, declared, numbers
 from e2ediff.seeds import generator
 from e2ediff.step.draws import draw_for
 from e2ediff.step.step import Step
@@ -36,13 +37,15 @@ class Observer:
     """Fixed images, noise and labels on which a run is diagnosed.
 
     A diagnostic that raises is switched off, and `isolated` keeps the reason.
+    `figures` is what the diagnostics declare of their figures.
     """
 
     recipe: Recipe
     diagnostics: Sequence[Diagnostic]
     probe: Batch
     calibration: Tensor
-    isolated: Isolated = attrs.field(factory=Isolated)
+    isolated: Isolated
+    figures: Sequence[Figure]
 
     @classmethod
     def open(
@@ -59,7 +62,9 @@ class Observer:
         probe = fixed_images(held_out, count, seed, "probe", device)
         count = recipe.probe.calibration
         calibration = fixed_images(training, count, seed, "calibration", device)
-        return cls(recipe, diagnostics, probe, calibration.x, isolated or Isolated())
+        isolated = isolated or Isolated()
+        figures = declared(diagnostics, isolated)
+        return cls(recipe, diagnostics, probe, calibration.x, isolated, figures)
 
     @torch.no_grad()
     def measure(
@@ -230,7 +235,11 @@ def chosen_diagnostics(
     return found
 
 
-def figures_line(figures: Mapping[str, float]) -> str:
-    """The figures that belong on the progress line."""
-    shown = {"rank": "rank {:.2f}", "latent_std": "std {:.2f}", "psnr": "psnr {:.1f}"}
-    return "  ".join(text.format(figures[k]) for k, text in shown.items() if k in figures)
+def figures_line(figures: Mapping[str, float], declared: Sequence[Figure]) -> str:
+    """The figures that are declared to be shown on the progress line."""
+    shown = [(find(name, declared), value) for name, value in figures.items()]
+    return "  ".join(
+        f"{figure.short} {value:{figure.form}}"
+        for figure, value in shown
+        if figure is not None and "line" in figure.shown_on
+    )

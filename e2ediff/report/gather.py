@@ -17,11 +17,10 @@ from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, RunDirectoryError
 from e2ediff.evaluate.passport import Score
 from e2ediff.evaluate.ranking import cards_of, figures_of
-from e2ediff.figure import Figure
+from e2ediff.figure import Figure, find
 from e2ediff.host.leaves import leaves_of
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import parse_recipe
-from e2ediff.store.earlier import known_figure
 from e2ediff.store.run_directory import RESOLVED, RunDirectory
 from e2ediff.store.storage import Store
 
@@ -242,7 +241,7 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, Cost]) -> Ru
     last = metrics[-1] if metrics else {}
     scores, declared = figures_of(cards_of(path)), directory.figures()
     names = dict.fromkeys(name for line in metrics for name in line)
-    described = {name: known_figure(name, declared) for name in names}
+    described = {name: find(name, declared) for name in names}
     described |= {name: _described(name, score) for name, score in scores.items()}
     seed = leaves.get("seed", "0")
     state = str(status.get("state", "running"))

@@ -7,8 +7,6 @@ figure of any other name has no known direction, and is not ranked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from e2ediff.figure import Better, Figure, find
 from e2ediff.metric import prefixed, score_figure
 
@@ -25,6 +23,7 @@ _SECTIONS: dict[str, Better] = {
 }
 """Figures of `e2ediff eval` beside metrics."""
 
+# Those that were shown before diagnostics declared their own.
 _RANK, _VARIANCE = "effective rank of the latents", "variance of the latents"
 _DIAGNOSTICS = (
     Figure("rank", "effective rank", "high", ".2f", ("table", "charts"), _RANK),
@@ -45,9 +44,9 @@ _DIAGNOSTICS = (
 )
 
 
-def known_figure(name: str, declared: Iterable[Figure] = ()) -> Figure | None:
-    """What a figure of `metrics.jsonl` is: as declared, else by its name; None if unknown."""
-    if found := find(name, declared) or find(name, _DIAGNOSTICS):
+def earlier_figure(name: str) -> Figure | None:
+    """What a figure of `metrics.jsonl` is, by its name; None if it is none of ours."""
+    if found := find(name, _DIAGNOSTICS):
         return found
     for metric, better in _METRICS.items():
         for kind in ("r", "g"):

@@ -27,6 +27,7 @@ from e2ediff.errors import RecipeError, RunDirectoryError
 from e2ediff.figure import Figure
 from e2ediff.host.yaml import parse_yaml
 from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, move, next_place, numbers
+from e2ediff.store.earlier import earlier_figure
 from e2ediff.store.lock import LOCK, acquire
 from e2ediff.store.storage import JSON, Store
 
@@ -325,21 +326,23 @@ class RunDirectory:
         """Keep what figures of the run are; those of other names that are kept already stay."""
         if self.silent:
             return
-        if self._declared is None:
-            self._declared = {figure.name: figure for figure in self.figures()}
-        declared = {**self._declared, **{figure.name: figure for figure in figures}}
+        before = self._declared
+        if before is None:
+            before = {figure.name: figure for figure in self.figures()}
+        declared = {**before, **{figure.name: figure for figure in figures}}
         if declared != self._declared:
             self._write_json(FIGURES, {name: attrs.asdict(f) for name, f in declared.items()})
             self._declared = declared
 
     def figures(self) -> list[Figure]:
-        """What was declared; empty for runs from before this was kept.
+        """What was declared; for a run from before this was kept, what its figures' names tell.
 
         Raises:
             RunDirectoryError: It is damaged.
         """
         if not self.store.exists(FIGURES):
-            return []
+            names = dict.fromkeys(name for line in self.read_metrics() for name in line)
+            return [figure for name in names if (figure := earlier_figure(name))]
         known = {field.name for field in attrs.fields(Figure)}
         try:
             rows = [{k: v for k, v in r.items() if k in known}

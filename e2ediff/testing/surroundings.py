@@ -15,6 +15,7 @@ from e2ediff.averaging import Averaging
 from e2ediff.data import SourceConfig
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.features import FeatureConfig
+from e2ediff.figure import Figure, find
 from e2ediff.metric import Estimate, FeatureSet, Metric, moments_of
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.parts.interpolants import Linear
@@ -90,7 +91,10 @@ def check_source(s: SourceConfig) -> None:
 
 
 def check_diagnostic(d: Diagnostic) -> None:
-    """Finite floats by name, for healthy and for constant latents; the probe left alone."""
+    """Finite floats by name, for healthy and for constant latents; the probe left alone.
+
+    Every figure that is declared is measured.
+    """
     name, g = type(d).__name__, torch.Generator().manual_seed(7)
     batch, names = make_batch(size=8), []
     for scale in (1.0, 0.0):
@@ -127,6 +131,11 @@ def check_diagnostic(d: Diagnostic) -> None:
         assert same, f"{name}: the probe was written to"
         names.append(set(figures))
     assert names[0] == names[1], f"{name}: names of figures depend on the latents"
+    wrong = [f for f in d.figures if not isinstance(f, Figure)]
+    assert not wrong, f"{name}: figures holds {wrong[0]!r}; make it an e2ediff.figure.Figure"
+    for figure in d.figures:
+        measured = any(find(key, [figure]) for key in names[0])
+        assert measured, f"{name}: figures declares {figure.name!r}, which measure() does not give"
 
 
 def check_tracker(config: TrackerConfig) -> None:

@@ -56,11 +56,11 @@ class Engine:
         self.world = world = world or World()
         self.source = sources[0]
         self.parts: Assembly = assemble(recipe, device, world)
-        self.watch = watch = Watch(recipe.alarm)
         self.recorder = recorder = Recorder(host, recipe, directory, device, progress, world)
         self.position = recorder.position
         self.update = Update(recipe, self.parts, world, recorder.report)
         self.monitor = Monitor.open(host, recipe, self.parts, world, sources, device)
+        self.watch = watch = Watch(recipe.alarm, self.monitor.observer.figures)
         recorder.skipped([bad for source in sources for bad in taken(source)])
         self.measurements = Measurements(recipe, self.monitor, watch, recorder)
         images, data = self.monitor.observer.calibration, describe(sources)

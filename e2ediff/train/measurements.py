@@ -46,7 +46,7 @@ class Measurements:
         self.watch.record(values)
         losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         self.recorder.notify("losses_logged", step=step, losses=losses)
-        health = figures_line(self.health)
+        health = figures_line(self.health, self.monitor.figures)
         line = training_line(step, r.total_steps, rate, r.batch, losses, health)
         self.recorder.progress.update(line)
 

@@ -9,6 +9,7 @@ import torch
 from e2ediff import testing
 from e2ediff.data import DataSource
 from e2ediff.denoiser import Denoiser
+from e2ediff.figure import Figure
 from e2ediff.nn.attention import sdpa
 from e2ediff.objective import Terms
 from e2ediff.parts.backbones import ViT, ViTConfig
@@ -260,6 +261,16 @@ class Centres(LatentHealth):
     def measure(self, probe):
         probe.z.sub_(probe.z.mean() - 1)
         return {}
+
+
+@wrong(testing.check_diagnostic, "declares 'ranks', which measure\\(\\) does not give")
+class Misspelt(LatentHealth):
+    figures = (Figure("rank"), Figure("ranks"))
+
+
+@wrong(testing.check_diagnostic, "figures holds 'rank'; make it an e2ediff.figure.Figure")
+class OnlyNames(LatentHealth):
+    figures = ("rank",)
 
 
 @wrong(testing.check_backbone, "does not fit")

@@ -16,6 +16,7 @@ from e2ediff.parts.diagnostics.latent_health import LatentHealth, content_std, e
 P, N, D = 64, 4, 16
 EVERY = 25  # steps between two diagnoses
 LOOKS = 60
+HEALTH = LatentHealth.figures
 QUIET = {"loss/reconstruction": 0.1, "loss/denoising": 0.4, "grad_norm": 1.0}
 
 
@@ -75,7 +76,7 @@ def follow(
 
     The averaged encoder's latents are the trained one's, or those of the series `average`.
     """
-    watch, health = Watch(alarm or Alarm()), LatentHealth()
+    watch, health = Watch(alarm or Alarm(), HEALTH), LatentHealth()
     first, lost, heard = series(1, seed), None, None
     for i in range(1, LOOKS):
         z = series(i, seed)
@@ -127,23 +128,23 @@ def test_healthy_latents_are_never_called_collapsed(seed) -> None:
 
 def test_a_fall_is_held_against_the_run_itself_where_no_bound_is_crossed() -> None:
     """A rank of 14 of 16 that falls to 6.5 is above the bound of 0.4."""
-    watch = Watch(Alarm(fall=0.5))
+    watch = Watch(Alarm(fall=0.5), HEALTH)
     ranks = [14.0, 13.0, 6.5, 6.4]
     found = [watch.evaluate({"rank": r, "rank_fraction": r / 16}, []) for r in ranks]
     assert [f.change for f in found] == ["", "", "", "collapse"]
     assert found[-1].signs == ["the effective rank fell from 14 to 6.4"]
-    off = Watch(Alarm(fall=0.0))
+    off = Watch(Alarm(fall=0.0), HEALTH)
     assert not any(off.evaluate({"rank": r}, []).signs for r in ranks)
 
 
 def test_one_bad_look_is_no_alarm_and_the_alarm_goes_off_again() -> None:
-    watch = Watch(Alarm(window=2))
+    watch = Watch(Alarm(window=2), HEALTH)
     said = [watch.evaluate({}, signs).change for signs in (["x"], [], ["x"], ["x"], ["x"], [], [])]
     assert said == ["", "", "", "collapse", "", "recovered", ""]
 
 
 def test_losses_that_vanish_are_heard_without_any_figure() -> None:
-    watch = Watch(Alarm())
+    watch = Watch(Alarm(), HEALTH)
     watch.record({"loss/a": 1e-7, "loss/b": 0.0, "grad_norm": 1.0})
     found = watch.evaluate({}, [])
     assert found.change == "collapse"
@@ -161,13 +162,13 @@ def test_losses_that_vanish_are_heard_without_any_figure() -> None:
     ],
 )
 def test_one_loss_at_zero_or_no_gradient_alone_is_no_alarm(record) -> None:
-    watch = Watch(Alarm())
+    watch = Watch(Alarm(), HEALTH)
     watch.record(record)
     assert watch.evaluate({"rank": 9.0, "latent_std": 1.0}, []).signs == []
 
 
 def test_no_gradient_on_degenerate_latents_is_heard_at_once() -> None:
-    watch = Watch(Alarm(window=3))
+    watch = Watch(Alarm(window=3), HEALTH)
     watch.record({"loss/denoising": 0.0, "loss/reconstruction": 0.1, "grad_norm": 1e-9})
     found = watch.evaluate({"rank": 3.0, "rank_fraction": 0.2, "latent_std": 1.0}, ["low rank"])
     assert found.change == "collapse"
@@ -177,9 +178,9 @@ def test_no_gradient_on_degenerate_latents_is_heard_at_once() -> None:
 def test_the_state_is_json_and_restores_the_watch() -> None:
     from e2ediff.store.manifest import plain
 
-    watch = Watch(Alarm(), attempt=2, anchor=64)
+    watch = Watch(Alarm(), HEALTH, attempt=2, anchor=64)
     watch.evaluate({"rank": 9.0, "latent_std": 1.0}, ["x"])
-    other = Watch(Alarm())
+    other = Watch(Alarm(), HEALTH)
     other.restore(plain(watch.state(), "state"))
     assert other == watch
     other.evaluate({"rank": 10.0}, [])
@@ -187,10 +188,10 @@ def test_the_state_is_json_and_restores_the_watch() -> None:
 
 
 def test_returns_are_bounded_and_only_for_rollback() -> None:
-    assert not Watch(Alarm(), anchor=8).may_return
-    assert not Watch(Alarm(policy="rollback")).may_return
-    assert Watch(Alarm(policy="rollback", attempts=1), anchor=0).may_return
-    assert not Watch(Alarm(policy="rollback", attempts=1), anchor=0, attempt=1).may_return
+    assert not Watch(Alarm(), HEALTH, anchor=8).may_return
+    assert not Watch(Alarm(policy="rollback"), HEALTH).may_return
+    assert Watch(Alarm(policy="rollback", attempts=1), HEALTH, anchor=0).may_return
+    assert not Watch(Alarm(policy="rollback", attempts=1), HEALTH, anchor=0, attempt=1).may_return
 
 
 @pytest.mark.parametrize(

@@ -409,7 +409,7 @@ def test_a_network_that_collapsed_behind_its_slow_average_is_heard_within_two_wi
     data = recipe.data.open()
     chosen = chosen_diagnostics(host, recipe)
     observer = Observer.open(recipe, chosen, data, data, torch.device("cpu"))
-    watch, said, figures = Watch(recipe.alarm), [], {}
+    watch, said, figures = Watch(recipe.alarm, observer.figures), [], {}
 
     def looks(count: int) -> None:
         for _ in range(count):

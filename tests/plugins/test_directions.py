@@ -17,7 +17,7 @@ from e2ediff.evaluate.ranking import rank
 from e2ediff.figure import Figure, find
 from e2ediff.host.plugins import load
 from e2ediff.host.registry import Plugin
-from e2ediff.store.earlier import earlier_direction, known_figure
+from e2ediff.store.earlier import earlier_direction, earlier_figure
 from e2ediff.store.run_directory import RunDirectory
 
 PLUGIN = """
@@ -236,11 +236,11 @@ def test_every_score_of_ours_is_among_the_names_with_a_known_direction(host) -> 
             assert earlier_direction(name) == part.cls.better
             for kind, of in (("g", "samples"), ("r", "reconstructions")):
                 joint = "" if part.cls.better == "low" else "_"
-                figure = known_figure(f"{kind}{joint}{name}-Net")
+                figure = earlier_figure(f"{kind}{joint}{name}-Net")
                 assert (figure.better, figure.of, figure.panel) == (
                     part.cls.better, of, f"{name}-Net",
                 )  # fmt: skip
-    assert known_figure("g_swd-Net") is None
+    assert earlier_figure("g_swd-Net") is None
 
 
 def test_a_run_from_before_is_reported_by_the_names_of_its_figures(runs) -> None:

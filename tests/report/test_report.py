@@ -23,7 +23,7 @@ from e2ediff.report.sheets import data_uri, rows
 from e2ediff.report.summary import judged_of, number, signed, summarize
 from e2ediff.report.tables import csv_text, tex, tex_text
 from e2ediff.report.verdict import verdict
-from e2ediff.store.earlier import known_figure
+from e2ediff.store.earlier import earlier_figure
 
 VOID = {"meta", "img", "br", "line", "path", "polyline"}
 
@@ -225,7 +225,7 @@ def told(
                 cell=cell,
                 seed=seed,
                 figures={figure: value, "psnr": value},
-                described={name: known_figure(name) for name in (figure, "psnr")},
+                described={name: earlier_figure(name) for name in (figure, "psnr")},
                 events=[],
             )
             for seed, value in enumerate(values)
@@ -256,7 +256,7 @@ def test_the_verdict_is_about_samples_where_all_cells_have_a_distance_of_theirs(
 
 def test_an_evaluation_decides_before_a_score_of_the_training():
     shared = {"psnr": 0, "gKD-Net": 0, "FD-Net@adm-1a2b3c4d": 0, "rFD-Net@adm-1a2b3c4d": 0}
-    described = {name: known_figure(name) for name in ("psnr", "gKD-Net")}
+    described = {name: earlier_figure(name) for name in ("psnr", "gKD-Net")}
     for name, of in (("FD-Net", "samples"), ("rFD-Net", "reconstructions")):
         name = f"{name}@adm-1a2b3c4d"
         described[name] = Figure(name, better="low", shown_on=("table",), of=of)

@@ -18,8 +18,31 @@ from attrs import validators
 from torch import Tensor
 
 from e2ediff.diagnostic import Costly, Diagnostic, Probe
+from e2ediff.figure import Figure
 
 _SHARE = [validators.ge(0.0), validators.le(1.0)]
+# Beyond the bounds nothing is left to wait for; healthy latents are far from them from step 1 on.
+_RANK = Figure(
+    "rank",
+    "effective rank",
+    "high",
+    ".2f",
+    ("line", "table", "charts"),
+    "effective rank of the latents",
+    alarm="fall",
+    dead_below=1.05,
+)
+_STD = Figure(
+    "latent_std",
+    "standard deviation across images",
+    None,
+    ".3f",
+    ("line", "table", "charts"),
+    "variance of the latents",
+    short="std",
+    alarm="shrink",
+    dead_below=0.01,
+)
 
 
 def effective_rank(rows: Tensor) -> float:
@@ -107,6 +130,22 @@ class LatentHealth(Diagnostic):
     lie between the healthy and the collapsed runs of `benchmarks/alarm.py`.
     """
 
+    figures: ClassVar[tuple[Figure, ...]] = (
+        _RANK,
+        Figure("rank_fraction", "rank fraction", "high", ".3f", ("table",)),
+        _STD,
+        Figure("positional", "positional share", "low", ".3f", ("table", "charts"), _STD.panel,
+               dead_above=0.99),
+        Figure("rank_channel", "effective rank of images' means", "high", ".2f", ("charts",),
+               _RANK.panel),
+        Figure("rank_sample", "effective rank of whole images", "high", ".2f", ("charts",),
+               _RANK.panel),
+        attrs.evolve(_RANK, name="rank_online", title=f"{_RANK.title} before averaging",
+                     shown_on=("charts",)),
+        attrs.evolve(_STD, name="latent_std_online", title=f"{_STD.title} before averaging",
+                     shown_on=()),
+    )  # fmt: skip
+
     rank_fraction: float = attrs.field(default=0.4, validator=_SHARE)
     positional: float = attrs.field(default=0.6, validator=_SHARE)
     latent_std: float = attrs.field(default=0.1, validator=validators.ge(0.0))
@@ -161,6 +200,7 @@ class RankGap(Diagnostic):
     """
 
     asks: ClassVar[frozenset[Costly]] = frozenset({"denoised"})
+    figures: ClassVar[tuple[Figure, ...]] = (Figure("unexplained", better="low"),)
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """rank_gap@t and unexplained@t for each probed time t."""
@@ -185,6 +225,10 @@ class Reconstruction(Diagnostic):
     """
 
     asks: ClassVar[frozenset[Costly]] = frozenset({"x_hat"})
+    figures: ClassVar[tuple[Figure, ...]] = (
+        Figure("psnr", "PSNR (dB)", "high", ".2f", ("line", "table", "charts"),
+               of="reconstructions"),
+    )  # fmt: skip
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Psnr."""
