@@ -60,11 +60,11 @@ class Interpolant(ABC):
 
     @abstractmethod
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """D alpha / dt, (B,) -> (B,)."""
+        """d alpha / dt, (B,) -> (B,)."""
 
     @abstractmethod
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """D sigma / dt, (B,) -> (B,)."""
+        """d sigma / dt, (B,) -> (B,)."""
 
     def logsnr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2), (B,) -> (B,), strictly rising in t; bounded at both ends."""

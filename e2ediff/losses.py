@@ -204,7 +204,7 @@ class Noised:
 
 
 def noise_levels(z: Tensor, draw: Draw, path: Interpolant, count: int) -> list[Noised]:
-    """Z (B, N, D) at `count` noise levels, each with its own times and noise."""
+    """z (B, N, D) at `count` noise levels, each with its own times and noise."""
     levels = []
     for i in range(count):
         own = draw if i == 0 else draw.again()
@@ -253,7 +253,7 @@ class DecodeNoise:
         return [("backbone.latent_norm", what)]
 
     def __call__(self, z: Tensor, draw: Draw, path: Interpolant) -> Tensor:
-        """Z (B, N, D), some rows noised; differentiable in z."""
+        """z (B, N, D), some rows noised; differentiable in z."""
         if self.probability == 0:
             return z
         u = draw.uniform(2, len(z))

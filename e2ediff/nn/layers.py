@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from e2ediff.nn.attention import Attend, sdpa
 
@@ -104,8 +105,8 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.layers = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
 
+    @override
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, W)."""
         angles = t.float()[:, None] * self.frequencies
         embedded: Tensor = self.layers(torch.cat([angles.cos(), angles.sin()], dim=-1))
         return embedded
@@ -167,7 +168,7 @@ class SelfAttention(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """X (B, N, W) scaled by 1 + scale and shifted, both (B, W)."""
+    """x (B, N, W) scaled by 1 + scale and shifted, both (B, W)."""
     out: Tensor = x * (1 + scale[:, None]) + shift[:, None]
     return out
 

@@ -7,6 +7,7 @@ import math
 import attrs
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.interpolant import Interpolant
 
@@ -19,20 +20,20 @@ class Linear(Interpolant):
     2023 (arXiv 2209.03003).
     """
 
+    @override
     def alpha(self, t: Tensor) -> Tensor:
-        """T."""
         return t
 
+    @override
     def sigma(self, t: Tensor) -> Tensor:
-        """1 - t."""
         return 1 - t
 
+    @override
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """1."""
         return torch.ones_like(t)
 
+    @override
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """-1."""
         return -torch.ones_like(t)
 
 
@@ -43,8 +44,8 @@ class Cosine(Interpolant):
     Source: Ma et al. 2024 (SiT, arXiv 2401.08740), the "GVP" path.
     """
 
+    @override
     def alpha(self, t: Tensor) -> Tensor:
-        """sin(pi t / 2)."""
         return torch.sin(math.pi / 2 * t)
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class Cosine(Interpolant):
         return torch.sin(math.pi / 2 * (1 - t))
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """Pi / 2 cos(pi t / 2)."""
+        """pi / 2 cos(pi t / 2)."""
         return math.pi / 2 * torch.cos(math.pi / 2 * t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
@@ -73,18 +74,18 @@ class VarianceExploding(Interpolant):
 
     sigma_max: float = attrs.field(default=80.0, validator=attrs.validators.gt(1))
 
+    @override
     def alpha(self, t: Tensor) -> Tensor:
-        """1."""
         return torch.ones_like(t)
 
+    @override
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_max (1 - t)."""
         return self.sigma_max * (1 - t)
 
+    @override
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """0."""
         return torch.zeros_like(t)
 
+    @override
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """-sigma_max."""
         return torch.full_like(t, -self.sigma_max)

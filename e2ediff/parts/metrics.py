@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from attrs import validators
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.distances import (
     density_coverage,
@@ -58,8 +59,8 @@ class FID(Metric):
     moments: ClassVar[tuple[str, ...]] = ("pool",)
     called: ClassVar[Mapping[str, str]] = {"FD": "FID"}
 
+    @override
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
-        """FD."""
         a, b = made.moments["pool"], real.moments["pool"]
         return {"FD": Estimate(frechet(a, b), None, _too_few(a, b))}
 
@@ -75,8 +76,8 @@ class SpatialFID(Metric):
     moments: ClassVar[tuple[str, ...]] = ("spatial",)
     called: ClassVar[Mapping[str, str]] = {"sFD": "sFID"}
 
+    @override
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
-        """SFD."""
         a, b = made.moments["spatial"], real.moments["spatial"]
         return {"sFD": Estimate(frechet(a, b), None, _too_few(a, b))}
 
@@ -102,8 +103,8 @@ class KID(Metric):
     size: int = attrs.field(default=1000, validator=validators.ge(2))
     seed: int = attrs.field(default=2020, validator=validators.ge(0))
 
+    @override
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
-        """KD."""
         x, y = made.rows["pool"], real.rows["pool"]
         size = min(self.size, len(x), len(y))
         apart = min(self.subsets, min(len(x), len(y)) // size)
@@ -149,8 +150,8 @@ class InceptionScore(Metric):
     classes: int = attrs.field(default=0, validator=validators.ge(0))
     seed: int = attrs.field(default=2020, validator=validators.ge(0))
 
+    @override
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
-        """IS."""
         logits = made.rows["logits"]
         if self.shuffle:
             logits = _pick(logits, np.random.RandomState(self.seed).permutation(len(logits)))
@@ -161,8 +162,8 @@ class InceptionScore(Metric):
             said = (f"parts of {each} images: too small by a bias, comparable only at equal n",)
         return {"IS": Estimate(mean, std / max(1, self.splits - 1) ** 0.5, said)}
 
+    @override
     def least(self) -> int:
-        """One image a part."""
         return self.splits
 
 
@@ -182,8 +183,8 @@ class PrecisionRecall(Metric):
     k: int = attrs.field(default=3, validator=_POSITIVE)
     count: int = attrs.field(default=0, validator=validators.ge(0))
 
+    @override
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
-        """Precision and recall."""
         x, y = (f.rows["pool"][: self.count or None] for f in (made, real))
         precision, recall = precision_recall(x, y, self.k)
         said: tuple[str, ...] = ()
@@ -194,8 +195,8 @@ class PrecisionRecall(Metric):
             "recall": Estimate(recall, (recall * (1 - recall) / len(y)) ** 0.5, said),
         }
 
+    @override
     def least(self) -> int:
-        """A neighbour for every image."""
         return self.k + 1
 
 
@@ -214,14 +215,14 @@ class DensityCoverage(Metric):
     k: int = attrs.field(default=5, validator=_POSITIVE)
     count: int = attrs.field(default=0, validator=validators.ge(0))
 
+    @override
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
-        """Density and coverage."""
         x, y = (f.rows["pool"][: self.count or None] for f in (made, real))
         density, coverage = density_coverage(x, y, self.k)
         return {"density": Estimate(density), "coverage": Estimate(coverage)}
 
+    @override
     def least(self) -> int:
-        """A neighbour for every image."""
         return self.k + 1
 
 
@@ -240,6 +241,6 @@ class CMMD(Metric):
 
     sigma: float = attrs.field(default=10.0, validator=validators.gt(0))
 
+    @override
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
-        """CMMD."""
         return {"CMMD": Estimate(gaussian_mmd(made.rows["pool"], real.rows["pool"], self.sigma))}

@@ -15,6 +15,7 @@ import attrs
 import torch
 from attrs import validators
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.objective import Draw, sg
 from e2ediff.regularizer import Regularizer, Rows, rows_of
@@ -46,8 +47,8 @@ class VICReg(Regularizer):
     floor: float = attrs.field(default=1.0, validator=_POSITIVE)
     of: Rows = "token"
 
+    @override
     def loss(self, z: Tensor, draw: Draw) -> Tensor:
-        """Both terms of the rows."""
         rows = rows_of(z, self.of)
         centred = rows - rows.mean(dim=0)
         variance = centred.square().sum(dim=0) / (len(rows) - 1)  # (d,)
@@ -125,8 +126,8 @@ class VarianceExpansion(Regularizer):
     delta: float = attrs.field(default=0.01, validator=_POSITIVE)
     of: Rows = "image"
 
+    @override
     def loss(self, z: Tensor, draw: Draw) -> Tensor:
-        """The mean over channels."""
         return (1 / (rows_of(z, self.of).var(dim=0) + self.delta)).mean()
 
 

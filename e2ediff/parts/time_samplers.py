@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.times import TimeSampler
 
@@ -13,8 +14,8 @@ from e2ediff.times import TimeSampler
 class Uniform(TimeSampler):
     """Every time equally often."""
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """U."""
         return u
 
 
@@ -30,8 +31,8 @@ class LogitNormal(TimeSampler):
     mean: float = 0.0
     std: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """sigmoid(mean + std Phi^-1(u))."""
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
 
@@ -48,7 +49,7 @@ class Shifted(TimeSampler):
     inner: TimeSampler = attrs.field(factory=LogitNormal)
     shift: float = attrs.field(default=0.5, validator=attrs.validators.gt(0))
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
-        """The inner law's quantile, warped."""
         t = self.inner.quantile(u)
         return self.shift * t / (1 + (self.shift - 1) * t)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.errors import ResourceError
 from e2ediff.tracker import Tracker, TrackerConfig
@@ -34,16 +35,16 @@ class _CSVFile(Tracker):
         if new:
             self.rows.writerow(["images", "name", "value"])
 
+    @override
     def log(self, images: int, values: Mapping[str, float]) -> None:
-        """One row for each figure."""
         self.rows.writerows([images, name, value] for name, value in values.items())
         self.file.flush()
 
     def picture(self, images: int, name: str, x: Tensor) -> None:
         """A CSV file holds no pictures; the run directory has them."""
 
+    @override
     def close(self) -> None:
-        """Close the file."""
         self.file.close()
 
 
@@ -78,10 +79,10 @@ class _Events(Tracker):
         for name, value in values.items():
             self.writer.add_scalar(name, value, images)
 
+    @override
     def picture(self, images: int, name: str, x: Tensor) -> None:
-        """An image grid."""
         self.writer.add_images(name, (x.clamp(-1, 1) + 1) / 2, images)
 
+    @override
     def close(self) -> None:
-        """Flush and close."""
         self.writer.close()

@@ -20,6 +20,7 @@ from typing import IO, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from typing_extensions import override
 
 from e2ediff.errors import ResourceError
 from e2ediff.files.images import opened
@@ -83,22 +84,22 @@ def open_output(kind: Format, store: Store, shape: Shape, labels: Sequence[int])
 class PNGs(Output):
     """`images/000000.png` and so on, one file an image and nothing else beside them."""
 
+    @override
     def finished(self) -> set[int]:
-        """By the files' names."""
         found = (re.fullmatch(r"(\d{6,})\.png", name) for name in self.store.list("images"))
         return {int(match[1]) for match in found if match}
 
+    @override
     def put(self, numbers: range, x: Pixels) -> None:
-        """One file after another."""
         for i, pixels in zip(numbers, x, strict=True):
             self.store.write(self.file_of(i), png_bytes(pixels))
 
+    @override
     def first(self, count: int) -> Pixels:
-        """Read back."""
         return np.stack([pixels_of(self.store.read(self.file_of(i))) for i in range(count)])
 
+    @override
     def file_of(self, number: int) -> str:
-        """Its path."""
         return f"images/{number:06d}.png"
 
 
@@ -115,12 +116,12 @@ class _Blocks(Output):
     def path_of(self, block: range) -> str:
         return f"{self.folder}/{block.start:09d}-{block.stop:09d}.{self.suffix}"
 
+    @override
     def finished(self) -> set[int]:
-        """All that some block holds."""
         return {i for block in self.blocks() for i in block}
 
+    @override
     def put(self, numbers: range, x: Pixels) -> None:
-        """One block."""
         buffer = io.BytesIO()
         self.encode(buffer, numbers, x)
         self.store.write(self.path_of(numbers), buffer.getvalue())
@@ -167,8 +168,8 @@ class Tars(_Blocks):
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
 
+    @override
     def decode(self, file: IO[bytes], numbers: range) -> Iterable[Pixels]:
-        """Its PNGs."""
         with tarfile.open(fileobj=file) as tar:
             for i in numbers:
                 member = tar.extractfile(f"{i:09d}.png")
@@ -212,12 +213,12 @@ class NPZ(_Assembled):
         one = int(np.prod(self.shape))
         return 0 if self.store.exists(self.name) else (missing + len(self.labels)) * one
 
+    @override
     def encode(self, file: IO[bytes], numbers: range, x: Pixels) -> None:
-        """As an array."""
         np.save(file, x, allow_pickle=False)
 
+    @override
     def decode(self, file: IO[bytes], numbers: range) -> Iterable[Pixels]:
-        """Its images."""
         array: Pixels = np.load(file, allow_pickle=False)
         return array
 
@@ -260,8 +261,8 @@ class Zip(_Assembled):
             for i, pixels in zip(numbers, x, strict=True):
                 archive.writestr(_entry(self.member(i)), png_bytes(pixels))
 
+    @override
     def decode(self, file: IO[bytes], numbers: range) -> Iterable[Pixels]:
-        """Its PNGs."""
         with zipfile.ZipFile(file) as archive:
             return [pixels_of(archive.read(self.member(i))) for i in numbers]
 

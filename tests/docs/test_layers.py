@@ -17,7 +17,8 @@ from e2ediff.host.registry import KINDS
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "e2ediff"
 PLUGINS = sorted(p for p in (ROOT / "plugins").iterdir() if (p / "pyproject.toml").exists())
-STDLIB = sys.stdlib_module_names | {"__future__"}
+# `override` is in the standard library from Python 3.12 on.
+STDLIB = sys.stdlib_module_names | {"__future__", "typing_extensions"}
 
 CONTRACTS = {
     f"e2ediff.{path.stem}"
@@ -451,6 +452,8 @@ def undocumented(
         marks = " ".join(ast.unparse(mark) for mark in node.decorator_list)
         if marks.endswith(".setter") or ("hookimpl" in marks and not methods):
             continue  # its property or its hook says it
+        if "override" in marks:
+            continue  # its contract says it
         if ast.get_docstring(node) is None:
             yield f"{prefix}{node.name}"
         if isinstance(node, ast.ClassDef) and methods:

@@ -16,6 +16,7 @@ import attrs
 import torch
 from attrs import validators
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.diagnostic import Costly, Diagnostic, Probe
 from e2ediff.figure import Figure
@@ -230,8 +231,8 @@ class Reconstruction(Diagnostic):
                of="reconstructions"),
     )  # fmt: skip
 
+    @override
     def measure(self, probe: Probe) -> Mapping[str, float]:
-        """Psnr."""
         if probe.x_hat is None:
             return {}
         x = probe.x[: len(probe.x_hat)]

@@ -14,6 +14,7 @@ import torch
 from attrs import validators
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import pixel_values
@@ -151,8 +152,8 @@ class DINOv2Network(_Vision):
         out: Tensor = self.norm(z)
         return out
 
+    @override
     def vectors(self, pixels: Tensor, taps: Collection[str] = ("pool",)) -> dict[str, Tensor]:
-        """The class token (B, D)."""
         return {"pool": self._tokens(self._prepared(pixels))[:, 0]}
 
 
@@ -203,8 +204,8 @@ class CLIPNetwork(_Vision):
         out: Tensor = self.transformer["resblocks"](z)
         return out
 
+    @override
     def vectors(self, pixels: Tensor, taps: Collection[str] = ("pool",)) -> dict[str, Tensor]:
-        """The image embedding (B, F)."""
         return {"pool": self.ln_post(self._tokens(self._prepared(pixels))[:, 0]) @ self.proj}
 
 
@@ -226,8 +227,8 @@ class DINOv2(FeatureConfig):
     size: int = attrs.field(default=224, validator=validators.ge(14))
     title: str = "DINOv2"
 
+    @override
     def build(self) -> FeatureNetwork:
-        """The network, fixed."""
         state, _ = read_weights(self.weights, self.sha256)
         missing = {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - {*state}
         if missing:
@@ -259,8 +260,8 @@ class CLIP(FeatureConfig):
     sha256: str | None = None
     title: str = "CLIP"
 
+    @override
     def build(self) -> FeatureNetwork:
-        """The network, fixed."""
         state, _ = read_weights(self.weights, self.sha256)
         prefix = "visual."
         own = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}

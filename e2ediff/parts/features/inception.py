@@ -17,6 +17,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from e2ediff.data import pixel_values
 from e2ediff.features import FeatureNetwork
@@ -61,8 +62,8 @@ class _Conv(nn.Module):
         self.conv = nn.Conv2d(before, after, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(after, eps=0.001)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        """(B, K, h, w)."""
         return functional.relu(self.bn(self.conv(x)))
 
 
@@ -151,8 +152,8 @@ class _Mixed(nn.Module):
                 if not isinstance(step, str):
                     channels = sum(int(fork[1]) for fork in forks)  # type: ignore[call-overload]
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        """(B, K, h, w)."""
         return torch.cat([self._branch(branch, x) for branch in self.branches], dim=1)
 
     def _branch(self, branch: Sequence[_Step], x: Tensor) -> Tensor:

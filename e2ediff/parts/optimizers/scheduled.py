@@ -11,6 +11,7 @@ import attrs
 import torch
 from attrs import validators
 from torch import nn
+from typing_extensions import override
 
 from e2ediff.optimizer import OptimizerConfig
 
@@ -97,8 +98,8 @@ class Scheduled(OptimizerConfig):
                 "below 1, as the length of the fall."
             )
 
+    @override
     def factor(self, images: int, total: int) -> float:
-        """Warm-up, then the schedule."""
         fall = min(1.0, self.decay_images / total) if self.decay_images else self.cooldown
         return schedule_factor(self.schedule, images, total, self.warmup_images, fall)
 
@@ -172,8 +173,8 @@ class AdamW(Scheduled):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = attrs.field(default=1e-8, validator=validators.gt(0))
 
+    @override
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """Fused AdamW."""
         groups = grouped(self, named, self.lr, self.weight_decay)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
@@ -188,7 +189,7 @@ class SGD(Scheduled):
 
     momentum: float = attrs.field(default=0.9, validator=[validators.ge(0), validators.lt(1)])
 
+    @override
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """Fused SGD."""
         groups = grouped(self, named, self.lr, self.weight_decay)
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, fused=True)

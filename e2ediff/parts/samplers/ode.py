@@ -49,7 +49,7 @@ class Euler(OnGrid):
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:
-        """Z + (s - t) v(z, t)."""
+        """z + (s - t) v(z, t)."""
         return z + (s - t) * f(z, t, label).v
 
 
@@ -65,7 +65,7 @@ class Heun(OnGrid):
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:
-        """Z + (s - t) times the mean of v at both ends of the Euler step."""
+        """z + (s - t) times the mean of v at both ends of the Euler step."""
         v = f(z, t, label).v
         end = f(z + (s - t) * v, s, label).v
         return z + (s - t) * (v + end) / 2
@@ -81,7 +81,7 @@ class Midpoint(OnGrid):
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:
-        """Z + (s - t) v at the middle of the Euler step."""
+        """z + (s - t) v at the middle of the Euler step."""
         middle = z + (s - t) / 2 * f(z, t, label).v
         return z + (s - t) * f(middle, (t + s) / 2, label).v
 
@@ -96,7 +96,7 @@ class RK4(OnGrid):
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:
-        """Z + (s - t) (k1 + 2 k2 + 2 k3 + k4) / 6."""
+        """z + (s - t) (k1 + 2 k2 + 2 k3 + k4) / 6."""
         h, middle = s - t, (t + s) / 2
         k1 = f(z, t, label).v
         k2 = f(z + h / 2 * k1, middle, label).v

@@ -45,7 +45,7 @@ class SDE(OnGrid):
         return True
 
     def coefficient(self, path: Interpolant, t: float) -> float:
-        """W at time t."""
+        """w at time t."""
         at = torch.tensor([t], dtype=torch.float64)
         if self.diffusion == "constant":
             w = 1.0
@@ -64,7 +64,7 @@ class SDE(OnGrid):
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
     ) -> Tensor:
-        """Z + (s - t) (v + w / 2 score) + sqrt(w (s - t)) noise."""
+        """z + (s - t) (v + w / 2 score) + sqrt(w (s - t)) noise."""
         h, w, found = s - t, self.coefficient(f.path, t), f(z, t, label)
         if w == 0:
             return z + h * found.v

@@ -19,6 +19,7 @@ from attrs import validators
 from attrs.converters import optional
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
@@ -50,16 +51,16 @@ class InMemory(DataSource):
     def __len__(self) -> int:
         return len(self.x)
 
+    @override
     def labels(self) -> Tensor:
-        """As given."""
         return self.label
 
+    @override
     def stored(self, index: int) -> Stored:
-        """The arrays' own size."""
         return Stored(self.x.shape[-1], self.x.shape[-2])
 
+    @override
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Rows of the arrays."""
         rows = torch.as_tensor(indices)
         x = self.x[rows]
         if self.size is not None:
@@ -145,8 +146,8 @@ class Arrays(SourceConfig):
     sampling: Sampling = "natural"
 
     @classmethod
+    @override
     def recognises(cls, address: str) -> Recognised | None:
-        """A file of arrays."""
         found = Location(address, "data").is_file_named(".npz", ".npy", "-ubyte", ".idx")
         return Recognised({"images": address}) if found else None
 
@@ -162,12 +163,12 @@ class Arrays(SourceConfig):
         return ImageSpec(self.channels, self.size, self.size, self.classes)
 
     @property
+    @override
     def has_held_out(self) -> bool:
-        """Whether other arrays are given."""
         return self.held_out_images is not None
 
+    @override
     def open(self, *, held_out: bool = False) -> DataSource:
-        """Read the arrays."""
         x, label = self.arrays(held_out=held_out)
         if label is None:
             if self.classes:

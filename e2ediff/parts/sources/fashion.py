@@ -14,6 +14,7 @@ import torch
 from attrs import validators
 from attrs.converters import optional
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import DataSource, ImageSpec, SourceConfig
@@ -56,12 +57,12 @@ class FashionMNIST(SourceConfig):
     )
 
     @property
+    @override
     def image(self) -> ImageSpec:
-        """One channel, ten classes."""
         return ImageSpec(1, self.size, self.size, 10, FASHION_CLASSES)
 
+    @override
     def open(self, *, held_out: bool = False) -> DataSource:
-        """The images in memory."""
         if self.root is None:
             x, label = self._pair(None, "t10k")
             rows = torch.arange(len(x)) % 5 == 4

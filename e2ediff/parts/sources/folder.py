@@ -11,6 +11,7 @@ from typing import ClassVar
 import attrs
 import torch
 from attrs.converters import optional
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import Recognised
@@ -180,8 +181,8 @@ class ImageFolder(EncodedConfig):
         folder = location.is_folder() and location.visible()
         return Recognised({"root": address}, "possible") if folder else None
 
+    @override
     def listing(self, *, held_out: bool) -> Listing:
-        """Every image below the folder."""
         option = self.option(held_out=held_out)
         root = self.held_out if held_out and self.held_out else self.root
         location = Location(root, option)
@@ -229,13 +230,13 @@ class Archive(EncodedConfig):
     )
 
     @classmethod
+    @override
     def recognises(cls, address: str) -> Recognised | None:
-        """A zip."""
         zipped = Location(address, "data").is_file_named(".zip")
         return Recognised({"path": address}) if zipped else None
 
+    @override
     def option(self, *, held_out: bool) -> str:
-        """Always the zip."""
         return "data.path"
 
     def listing(self, *, held_out: bool) -> Listing:

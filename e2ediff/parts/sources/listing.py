@@ -16,6 +16,7 @@ import torch
 from attrs import validators
 from attrs.converters import optional
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
@@ -169,17 +170,17 @@ class EncodedImages(DataSource):
     def __len__(self) -> int:
         return len(self.listing.names)
 
+    @override
     def labels(self) -> Tensor:
-        """As listed."""
         return self.listing.labels
 
     @property
+    @override
     def class_names(self) -> tuple[str, ...]:
-        """As listed."""
         return self.listing.class_names
 
+    @override
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Decoded and cropped images, uint8."""
         x = torch.stack([self._image(i) for i in indices])
         return x, self.listing.labels[torch.as_tensor(indices)]
 
@@ -187,8 +188,8 @@ class EncodedImages(DataSource):
         """Path or URL of the file, or of the archive and the member in it."""
         return self.listing.path(index)
 
+    @override
     def stored(self, index: int) -> Stored:
-        """From the file's header."""
         place, data = self.listing.path(index), self._bytes(index)
         if self.listing.raw:
             return Stored(self.listing.raw[1], self.listing.raw[0])

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import attrs
 import torch
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import Recognised
@@ -115,8 +116,8 @@ class Parquet(EncodedConfig):
             found = location.is_file_named(".parquet")
         return Recognised({"path": address}) if found else None
 
+    @override
     def listing(self, *, held_out: bool) -> Listing:
-        """Every row of every file."""
         option = self.option(held_out=held_out)
         arrow = _pyarrow(option)
         pattern = self.held_out if held_out and self.held_out else self.path

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import attrs
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import Recognised, SourceConfig
@@ -60,8 +61,8 @@ class Shards(EncodedConfig):
         options = {key: told[key] for key in ("size", "channels", "classes")}
         return Recognised({"path": address, **options}, "certain")
 
+    @override
     def listing(self, *, held_out: bool) -> Listing:
-        """Every image of every shard."""
         option = self.option(held_out=held_out)
         path = self.held_out if held_out and self.held_out else self.path
         location = Location(path, option)

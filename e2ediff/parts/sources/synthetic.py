@@ -11,6 +11,7 @@ import attrs
 import torch
 from attrs import validators
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.data import DataSource, ImageSpec, SourceConfig, pixel_values
 
@@ -31,8 +32,8 @@ class Synthetic(SourceConfig):
     flip: bool = False
 
     @property
+    @override
     def image(self) -> ImageSpec:
-        """As the options say."""
         return ImageSpec(self.channels, self.size, self.size, self.classes)
 
     def open(self, *, held_out: bool = False) -> DataSource:

@@ -11,6 +11,7 @@ from typing import BinaryIO, ClassVar
 
 import attrs
 from attrs.converters import optional
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import Recognised
@@ -215,8 +216,8 @@ class TarShards(EncodedConfig):
             )
         return Recognised({"path": address}) if _are_classes(address) is False else None
 
+    @override
     def listing(self, *, held_out: bool) -> Listing:
-        """Every sample of every shard."""
         option = self.option(held_out=held_out)
         pattern = self.held_out if held_out and self.held_out else self.path
         location, files = find_files(pattern, option, ".tar")

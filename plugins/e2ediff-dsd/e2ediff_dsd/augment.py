@@ -55,7 +55,7 @@ class Augmentation:
         return draw.uniform(b, tokens) < share[:, None]
 
     def colours(self, x: Tensor, draw: Draw) -> Tensor:
-        """X (B, C, H, W) in [-1, 1] with brightness, contrast and saturation changed."""
+        """x (B, C, H, W) in [-1, 1] with brightness, contrast and saturation changed."""
         if self.jitter == 0:
             return x
         strengths = 1 + self.jitter * (2 * draw.uniform(3, len(x)) - 1)

@@ -26,7 +26,7 @@ class LinearScaled(Interpolant):
     noise_scale: float = attrs.field(default=1.0, validator=validators.gt(0))
 
     def alpha(self, t: Tensor) -> Tensor:
-        """T."""
+        """t."""
         return t
 
     def sigma(self, t: Tensor) -> Tensor:
