@@ -32,12 +32,12 @@ def late_errors(run: str, count: int, seed: int) -> tuple[list[float], list[floa
     some, denoiser = held.first(count), model.denoiser()
     z = model.encode(some.x)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
-    power = z.square().mean()
+    power, conditioning = z.square().mean(), model.image.conditioning
     errors, biases, nothing = [], [], []
     for t in TIMES:
         at = torch.tensor([t])
         z_t = path.alpha(at) * z + path.sigma(at) * noise
-        wrong = denoiser(z_t, t, some.label).x0 - z
+        wrong = denoiser(z_t, t, conditioning.accept(some.label, "the data")).x0 - z
         errors.append(float(wrong.square().mean() / power))
         biases.append(float((wrong.mean(dim=0).square().mean() / power).sqrt()))
         nothing.append(float((path.sigma(at) / path.alpha(at)) ** 2 / power))

@@ -57,12 +57,12 @@ def main(recipe_path: str, overrides: tuple[str, ...], repeats: int, threads: in
     phase = recipe.objective.phases[0]
     size = recipe.batch // recipe.microshards
     enough = observer.calibration.repeat(-(-size // len(observer.calibration)), 1, 1, 1)
-    batch = Batch(x=enough[:size], label=torch.zeros(size, dtype=torch.long, device=device))
+    batch = Batch(x=enough[:size], condition=recipe.data.image.conditioning.null(size, device))
 
     def step() -> None:
         parts.step.zero_grad(set_to_none=True)
         for shard in range(recipe.microshards):
-            draw = draw_for(recipe, batch.label, "cost", shard)
+            draw = draw_for(recipe, batch.condition, "cost", shard)
             parts.step(batch, draw, phase)[0].backward()
         parts.optimizers[phase].step()
         for average in parts.averages.values():
@@ -86,13 +86,24 @@ def main(recipe_path: str, overrides: tuple[str, ...], repeats: int, threads: in
     taken = seconds(lambda: observer.gradients(parts.step, [phase]), device, repeats)
     click.echo(f"  {taken * 1e3:8.1f} ms  gradients of the terms")
     with torch.no_grad(), at_rest(parts.nets.target) as net:
-        x, label, few = observer.probe.x, observer.probe.label, recipe.probe.glance
+        x, condition, few = observer.probe.x, observer.probe.condition, recipe.probe.glance
         z, raw = own_latents(net, x)
         guesses = {t: z[:few] * t for t in recipe.probe.times}
         more = Probe(
-            x, label, z, raw, recipe.predicts, recipe.interpolant, x[:few], guesses, z[:few], pulls
+            x,
+            condition,
+            z,
+            raw,
+            recipe.predicts,
+            recipe.interpolant,
+            x[:few],
+            guesses,
+            z[:few],
+            pulls,
         )
-        less = attrs.evolve(more, x=x[:few], label=label[:few], z=z[:few], raw=raw[:few])
+        less = attrs.evolve(
+            more, x=x[:few], condition=condition.rows(slice(few)), z=z[:few], raw=raw[:few]
+        )
     whole = 0.0
     for diagnostic in chosen:
         probe = more if "many" in diagnostic.asks else less

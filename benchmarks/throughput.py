@@ -59,8 +59,9 @@ def images_per_second(
     update = Update(recipe, assemble(recipe, device), World(), _show)
     image, g = recipe.data.image, torch.Generator().manual_seed(0)
     shape = (recipe.batch, image.channels, image.height, image.width)
-    label = torch.randint(max(1, image.classes), (recipe.batch,), generator=g)
-    batch = Batch(x=(torch.rand(shape, generator=g) * 2 - 1).to(device), label=label.to(device))
+    condition = image.conditioning.example(recipe.batch)
+    x = torch.rand(shape, generator=g) * 2 - 1
+    batch = Batch(x=x.to(device), condition=condition.to(device))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

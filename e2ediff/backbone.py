@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from e2ediff.condition import Condition
 from e2ediff.data import ImageSpec
 from e2ediff.latent import LatentContract, LatentNorm, statistics_hash
 
@@ -68,13 +69,13 @@ class Denoise:
     Args:
         z_t: (B, N, D).
         t: Time, (B,), in [0, 1]; 1 is data.
-        label: (B,), int64; the null label (`ImageSpec.null_label`) for unconditional.
+        condition: One a row; null rows for unconditional.
         taps: Blocks (1 is the first) whose output tokens are wanted as features.
     """
 
     z_t: Tensor
     t: Tensor
-    label: Tensor
+    condition: Condition
     taps: tuple[int, ...] = ()
 
 
@@ -98,8 +99,9 @@ class Output:
 class Backbone(nn.Module, ABC):
     """A network that encodes, decodes and denoises.
 
-    A subclass sets `image`, `latent` and `latent_norm` in its constructor and implements the
-    three modes; `outputs` is overridden to fuse passes or to offer features.
+    A subclass sets `image`, `latent` and `latent_norm` in its constructor, embeds conditions of
+    any kind by `image.conditioning.embedding`, and implements the three modes; `outputs` is
+    overridden to fuse passes or to offer features.
     `depth` and `width` say what can be tapped in encode and denoise passes: blocks 1 to depth,
     tokens (B, N, width); decode passes may offer fewer features, or none.
     `denoiser_apart` is True where `denoise` shares no weight with `encode` and `decode`, so that
@@ -127,8 +129,8 @@ class Backbone(nn.Module, ABC):
         """Images (B, C, H, W) of latents (B, N, D); not clipped."""
 
     @abstractmethod
-    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Prediction (B, N, D) of the recipe's `predicts` kind, from z_t, t (B,), label (B,)."""
+    def denoise(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Prediction (B, N, D) of the recipe's `predicts` kind, from z_t, t (B,), condition."""
 
     def outputs(self, *passes: Pass) -> list[Output]:
         """Run passes, in any order and number, and return one `Output` for each.
@@ -149,7 +151,7 @@ class Backbone(nn.Module, ABC):
             elif isinstance(p, Decode):
                 results.append(Output(self.decode(p.z)))
             else:
-                results.append(Output(self.denoise(p.z_t, p.t, p.label)))
+                results.append(Output(self.denoise(p.z_t, p.t, p.condition)))
         return results
 
     def run(self, *passes: Pass) -> list[Tensor]:
@@ -212,9 +214,9 @@ class FusedBackbone(Backbone):
         """Images (B, C, H, W) of latents (B, N, D); not clipped."""
         return self.run(Decode(z=z))[0]
 
-    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
-        return self.run(Denoise(z_t=z_t, t=t, label=label))[0]
+    def denoise(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Prediction (B, N, D) from z_t (B, N, D), t (B,) and a condition a row."""
+        return self.run(Denoise(z_t=z_t, t=t, condition=condition))[0]
 
 
 class BackboneConfig(ABC):

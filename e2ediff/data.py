@@ -15,6 +15,8 @@ import torch
 from attrs import validators
 from torch import Tensor
 
+from e2ediff.condition import ClassLabels, Condition, ConditionSpec, class_labels
+
 Sampling = Literal["natural", "class_balanced"]
 """How often each class is shown: as often as it occurs, or all equally often."""
 
@@ -47,13 +49,26 @@ def to_pixels(x: Tensor, rounding: Rounding = "nearest") -> Tensor:
 
 @attrs.frozen
 class ImageSpec:
-    """Shape of the images and number of classes; `classes` is 0 for unlabelled data."""
+    """Shape of the images, and what the denoiser may be told of them.
+
+    `classes` is 0 for unlabelled data, and for data with conditions of another kind, which
+    `conditioning` then names; by default it is that of the classes.
+    """
 
     channels: int
     height: int
     width: int
     classes: int
     class_names: tuple[str, ...] = ()
+    conditioning: ConditionSpec = attrs.field(
+        default=attrs.Factory(lambda self: ClassLabels(self.classes), takes_self=True)
+    )
+
+    @conditioning.validator
+    def _agrees(self, field: attrs.Attribute[ConditionSpec], value: ConditionSpec) -> None:
+        classes = value.classes if isinstance(value, ClassLabels) else 0
+        if classes != self.classes:
+            raise ValueError(f"{self.classes} classes, and conditions are {value.title}")
 
     @property
     def null_label(self) -> int:
@@ -63,10 +78,14 @@ class ImageSpec:
 
 @attrs.frozen
 class Batch:
-    """Images x (B, C, H, W), float in [-1, 1], and their labels (B,), int64."""
+    """Images x (B, C, H, W), float in [-1, 1], and what is known of them, a condition each."""
 
     x: Tensor
-    label: Tensor
+    condition: Condition
+
+    def rows(self, index: slice) -> Batch:
+        """Some of the images."""
+        return Batch(self.x[index], self.condition.rows(index))
 
 
 @attrs.frozen
@@ -85,8 +104,10 @@ class DataSource(ABC):
         """Number of images."""
 
     @abstractmethod
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W), uint8, and labels (B,), int64, at these indices.
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | Condition]:
+        """Images (B, C, H, W), uint8, at these indices, and labels (B,), int64, or a condition.
+
+        A source of conditions that are no class labels names their kind in its block's `image`.
 
         Deterministic: the same indices give the same values in every process.
 
@@ -99,10 +120,14 @@ class DataSource(ABC):
         """Labels of all images, (M,), int64; 0 for unlabelled ones.
 
         A source that knows them without reading the images overrides this.
+
+        Raises:
+            DataError: The images have conditions that are no class labels.
         """
         rows = range(len(self))
         parts = [self.read(rows[i : i + 64])[1] for i in range(0, len(self), 64)]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+        labels = [p if isinstance(p, Tensor) else class_labels(p) for p in parts]
+        return torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -180,7 +205,7 @@ class SourceConfig(ABC):
     @property
     @abstractmethod
     def image(self) -> ImageSpec:
-        """Shape and classes, without touching the data: `check` works on a bare machine."""
+        """Shape and conditions, without touching the data: `check` works on a bare machine."""
 
     @property
     def flip(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
+from e2ediff.condition import Condition
 from e2ediff.interpolant import Estimate, Interpolant, Kind
 
 
@@ -27,8 +28,8 @@ class Denoiser(ABC):
         """The interpolant on which z_t lies."""
 
     @abstractmethod
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
-        """Estimate at time t of z_t (B, N, D) for labels (B,)."""
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
+        """Estimate at time t of z_t (B, N, D), for a condition a row."""
 
     def between(self, t: float, s: float) -> Denoiser:
         """The denoiser for a sampler's step from t to s.
@@ -58,10 +59,10 @@ class Plain(Denoiser):
         """The interpolant that the network was trained on."""
         return self._path
 
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         """One denoise pass."""
         self.calls += 1
         self.rows += len(z_t)
         times = torch.full((len(z_t),), t, device=z_t.device)  # (B,)
-        out = self.net.denoise(z_t, times, label)  # (B, N, D)
+        out = self.net.denoise(z_t, times, condition)  # (B, N, D)
         return self._path.estimate(out, z_t, times, self.predicts)

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import attrs
 from torch import Tensor
 
+from e2ediff.condition import Condition
 from e2ediff.figure import Figure
 from e2ediff.interpolant import Interpolant, Kind
 
@@ -25,8 +26,8 @@ class Probe:
 
     The images, their noise and the times never change during a run.
 
-    `x` (P, C, H, W) and `label` (P,) are the images; P is the recipe's `probe.glance`, or
-    `probe.images` for a diagnostic that asks for `many`.
+    `x` (P, C, H, W) are the images and `condition` what is known of each; P is the recipe's
+    `probe.glance`, or `probe.images` for a diagnostic that asks for `many`.
     `z` and `raw` (P, N, D) are the averaged encoder's latents after and before the latent norm,
     whose statistics are those of the probe itself.
     `z_online` (O, N, D) are the trained encoder's latents of the first O images, normalised among
@@ -45,7 +46,7 @@ class Probe:
     """
 
     x: Tensor
-    label: Tensor
+    condition: Condition
     z: Tensor
     raw: Tensor
     predicts: Kind

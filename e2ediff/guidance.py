@@ -47,5 +47,8 @@ class Guidance(ABC):
         return ()
 
     @abstractmethod
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
-        """The guided denoiser; `inner` itself where the guidance changes nothing."""
+    def wrap(self, inner: Denoiser) -> Denoiser:
+        """The guided denoiser; `inner` itself where the guidance changes nothing.
+
+        It is called with conditions, whose `null()` asks for the answer without them.
+        """

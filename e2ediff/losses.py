@@ -196,7 +196,7 @@ class Noised:
 
     def denoise(self, taps: tuple[int, ...] = ()) -> Denoise:
         """The pass that asks the denoiser about it."""
-        return Denoise(z_t=self.z_t, t=self.draw.t, label=self.draw.label, taps=taps)
+        return Denoise(z_t=self.z_t, t=self.draw.t, condition=self.draw.condition, taps=taps)
 
     def estimate(self, out: Tensor, nets: Nets) -> Estimate:
         """The network's answer (B, N, D), completed to all four forms."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from e2ediff.backbone import Backbone
+from e2ediff.condition import Condition
 from e2ediff.data import Batch
 from e2ediff.interpolant import Interpolant, Kind
 from e2ediff.times import TimeSampler
@@ -47,19 +48,19 @@ class Nets:
 
 @attrs.frozen(eq=False)
 class Draw:
-    """One step's randomness: times, conditioning labels, and a generator for the rest.
+    """One step's randomness: times, conditions, and a generator for the rest.
 
     `progress` is the share of training that is done, in [0, 1), a scalar, on the device of `t`:
     a weight or a noise level that changes in the course of training is a function of it. A scalar
     tensor and no number, so that a compiled step is compiled once.
 
     `t` is (B,), from the recipe's time sampler.
-    `label` is (B,): the batch's labels, some replaced by the null label so that the denoiser
-    also learns without a class.
+    `condition` is the batch's, some rows replaced by null ones so that the denoiser also learns
+    without a condition.
     """
 
     t: Tensor
-    label: Tensor
+    condition: Condition
     generator: torch.Generator | None
     times: TimeSampler
     progress: Tensor = attrs.field(factory=lambda: torch.zeros(()))
@@ -73,7 +74,7 @@ class Draw:
         return torch.rand(shape, generator=self.generator, device=self.t.device)
 
     def again(self) -> Draw:
-        """A further draw for the same images: other times, the same conditioning labels."""
+        """A further draw for the same images: other times, the same conditions."""
         t = self.times.draw(len(self.t), self.generator, self.t.device)
         return attrs.evolve(self, t=t)
 
@@ -125,7 +126,7 @@ class Objective(ABC):
 
         Args:
             nets: The networks.
-            batch: x (B, C, H, W) in [-1, 1] and label (B,).
+            batch: x (B, C, H, W) in [-1, 1] and a condition for each.
             draw: The step's randomness; draw nothing from anywhere else.
             phase: One of `phases`.
         """

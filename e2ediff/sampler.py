@@ -14,6 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Interpolant, last_time
 
@@ -69,7 +70,7 @@ class Stepper(Protocol):
     """What takes the steps of one trajectory; may remember earlier ones."""
 
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         """Move z (B, N, D) from time t to the later time s, with t < s < 1."""
 
@@ -113,7 +114,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         """Move z (B, N, D) from time t to the later time s, with t < s < 1."""
 
@@ -137,29 +138,29 @@ class Sampler(ABC):
         return [first + (1 - first) * (t / (t + (1 - t) / a)) for t in uniform]
 
     def integrate(
-        self, f: Denoiser, z: Tensor, times: Sequence[float], label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, times: Sequence[float], condition: Condition, noise: Noise
     ) -> Tensor:
         """Follow the path through `times`, all below 1, and return the noised latent there."""
-        return self._follow(f, z, times, label, noise)[1]
+        return self._follow(f, z, times, condition, noise)[1]
 
     def _follow(
-        self, f: Denoiser, z: Tensor, times: Sequence[float], label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, times: Sequence[float], condition: Condition, noise: Noise
     ) -> tuple[Denoiser, Tensor]:
         """The denoiser of the last step, which may remember, and the latent after it."""
         stepper = self.stepper()
         for t, s in pairwise(times):
             f = f.between(t, s)
-            z = stepper.step(f, z, t, s, label, noise)
+            z = stepper.step(f, z, t, s, condition, noise)
         return f, z
 
     @torch.no_grad()
-    def sample(self, f: Denoiser, start: Tensor, label: Tensor, noise: Noise) -> Tensor:
+    def sample(self, f: Denoiser, start: Tensor, condition: Condition, noise: Noise) -> Tensor:
         """Clean latents from noise.
 
         Args:
             f: The denoiser, guided or plain.
             start: Unit normal noise, (B, N, D); scaled here to the path's noise at the start.
-            label: (B,).
+            condition: One a row.
             noise: Further noise, for stochastic samplers.
 
         Returns:
@@ -167,5 +168,5 @@ class Sampler(ABC):
         """
         times = self.grid(f.path)
         z = start * float(f.path.sigma(torch.tensor([self.t_start])))
-        f, z = self._follow(f, z, times[:-1], label, noise)
-        return f.between(times[-2], 1.0)(z, times[-2], label).x0
+        f, z = self._follow(f, z, times[:-1], condition, noise)
+        return f.between(times[-2], 1.0)(z, times[-2], condition).x0

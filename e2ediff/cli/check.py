@@ -63,11 +63,14 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
 
 
 def _classes(read: object) -> str:
+    from e2ediff.condition import ClassLabels
     from e2ediff.host.recipe import Recipe
 
     assert isinstance(read, Recipe)
-    classes = read.data.image.classes
-    return f"{classes:,} classes" if classes else "no classes"
+    image = read.data.image
+    if not isinstance(image.conditioning, ClassLabels):
+        return image.conditioning.title
+    return f"{image.classes:,} classes" if image.classes else "no classes"
 
 
 def _millions(parameters: int) -> str:

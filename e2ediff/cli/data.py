@@ -61,7 +61,9 @@ def prepare_command(
     """
     from typing import cast
 
+    from e2ediff.condition import ClassLabels
     from e2ediff.data import SourceConfig
+    from e2ediff.errors import DataError
     from e2ediff.host.plugins import load
     from e2ediff.host.structure import unstructure
     from e2ediff.prepare.address import source_config
@@ -70,7 +72,13 @@ def prepare_command(
 
     host = load()
     config = source_config(host, src, overrides, size)
-    source, image = config.open(held_out=held_out), config.image
+    image = config.image
+    if not isinstance(image.conditioning, ClassLabels):
+        raise DataError(
+            f"{src}: the images are conditioned on {image.conditioning.title}, and shards hold "
+            "classes alone; train on them as they are"
+        )
+    source = config.open(held_out=held_out)
     block = unstructure(host, config, SourceConfig)
     assert isinstance(block, dict)
     block = {key: value for key, value in block.items() if key != "workers"}

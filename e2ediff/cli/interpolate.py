@@ -88,13 +88,13 @@ def command(
             title = "images"
         else:
             assert seeds is not None
-            labels = [model.label_of(text) for text in names] or [model.image.null_label]
+            labels: list[int | str] = [model.label_of(text) for text in names]
             strips = []
             attempt, fixed = partial(denoise_once, model), number is not None
             with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
-                for label in labels:
+                for label in labels or ["none"]:
                     strips.append(model.interpolate(seeds, label, frames=frames))
-                    progress.update(f"{len(strips)}/{len(labels)} strips")
+                    progress.update(f"{len(strips)}/{max(1, len(labels))} strips")
                     finished(len(strips))
             x, title = torch.cat(strips), f"{seeds[0]}-{seeds[1]}"
     folder, _, name = (out or f"{run}/samples/interpolation-{title}.png").rpartition("/")

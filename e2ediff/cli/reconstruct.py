@@ -81,7 +81,8 @@ def command(
             parts = (read_images(places[i : i + size], model.recipe.data.image) for i in starts)
         else:
             source, cpu = open_source(model.recipe.data, held_out=True), torch.device("cpu")
-            parts = [fixed_images(source, count, model.recipe.seed, "reconstruct", cpu).x]
+            kind, seed = model.image.conditioning, model.recipe.seed
+            parts = [fixed_images(source, kind, count, seed, "reconstruct", cpu).x]
         image = model.recipe.data.image
         blank = torch.zeros(size, image.channels, image.height, image.width)
         attempt, fixed = partial(reconstruct_once, model, blank), given is not None

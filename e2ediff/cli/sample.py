@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from e2ediff.model.labels import LabelLaw
+    from e2ediff.sample.conditions import SetLaw
 
 
 @click.command("sample")
@@ -114,6 +114,8 @@ def command(
     Writes the images, `grid.png`, and `set.json` with everything that decides them, and prints
     where the images lie.
     Image i of a seed is the same in every set that gives it the same class.
+    A run that is conditioned on something else than classes has no --label; its images take the
+    conditions of held-out images in order, --count or --balanced of them, by default 64.
     A command that was interrupted goes on where it stopped when it is given again.
     """
     from e2ediff.distributed.openmp import prepare_threads
@@ -121,6 +123,7 @@ def command(
     number = prepare_threads(threads)
     from e2ediff.host.plugins import load
     from e2ediff.model.labels import label_of, labels_of, lay_out
+    from e2ediff.sample.conditions import numbers_of
     from e2ediff.sample.load import ModelRef, image_of, recipe_of
     from e2ediff.sample.request import SampleRequest
     from e2ediff.sample.sample_set import make_set
@@ -133,12 +136,23 @@ def command(
     if steps is not None:
         overrides = (*overrides, f"sampler.steps={steps}")
     directory = RunDirectory.open(run)
-    image = image_of(recipe_of(host, directory, overrides), directory)
+    recipe = recipe_of(host, directory, overrides)
+    image = image_of(recipe, directory)
     classes = [label_of(image, text) for text in names]
     classes += [k for text in lists for k in labels_of(image, text)]
-    classes = classes or list(range(max(1, image.classes)))
-    images = balanced or drawn or len(classes) * (count or 8)
-    law: LabelLaw = "uniform" if drawn else "balanced"
+    kinds = image.conditioning.kinds
+    law: SetLaw = "uniform" if drawn else "balanced"
+    if kinds is None:
+        if drawn is not None:
+            raise click.UsageError(
+                f"--random: the run is conditioned on {image.conditioning.title}, not on classes; "
+                "give --balanced, for conditions of held-out images in order"
+            )
+        labels, law = numbers_of(recipe, balanced or count or 64, "balanced", seed)
+    else:
+        classes = classes or list(range(kinds))
+        images = balanced or drawn or len(classes) * (count or 8)
+        labels = lay_out(classes, images, "uniform" if drawn else "balanced", seed)
     request = SampleRequest(
         model=ModelRef(
             run=run,
@@ -151,7 +165,7 @@ def command(
         ),
         seed=seed,
         law=law,
-        labels=tuple(lay_out(classes, images, law, seed)),
+        labels=tuple(labels),
         format=kind,  # type: ignore[arg-type]
         out=out or "",
         batch=batch,

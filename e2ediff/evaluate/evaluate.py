@@ -140,13 +140,16 @@ def _subject(host: Host, request: Request) -> Subject:
         if request.target.overrides:
             raise DataError(f"--set: only a run has a sampler; {request.target.run} is none")
         return stored_subject(request.target.run, request.count)
-    return run_subject(
+    subject = run_subject(
         host,
         request.target,
         request.count or first.count,
         request.labels or first.labels,
         seed=request.seed,
     )
+    if request.labels and subject.labels != request.labels:
+        raise DataError("--labels: the run is not conditioned on classes; leave it out")
+    return subject
 
 
 def _references(
@@ -232,7 +235,8 @@ def departures(one: Convention, subject: Subject) -> list[str]:
     if subject.labels is None:
         found.append("rounding and labels are those of the stored images")
     elif subject.labels != one.labels:
-        found.append(f"labels are {subject.labels} instead of {one.labels}")
+        words = "those of held-out images" if subject.labels == "held_out" else subject.labels
+        found.append(f"labels are {words} instead of {one.labels}")
     return found
 
 

@@ -36,6 +36,7 @@ from e2ediff.files.images import (
 )
 from e2ediff.files.names import files_below
 from e2ediff.model.inference import Model
+from e2ediff.sample.conditions import Conditions
 from e2ediff.sample.load import ModelRef
 from e2ediff.seeds import generator
 
@@ -286,6 +287,7 @@ def check_finite(x: Tensor, what: str, first: int) -> None:
 class Samples(ImageSet):
     """Images that a run's model makes, one for each of `labels`; image i by (seed, i) alone.
 
+    `labels` are classes, or the numbers that `Conditions` has for conditions of another kind.
     The model is loaded where it is needed first, so that processes load their own.
     `guides` are hashes of the networks that guidance asks, which must be the same in all.
     """
@@ -295,6 +297,7 @@ class Samples(ImageSet):
     seed: int = 0
     _model: Model | None = None
     guides: tuple[str, ...] | None = None
+    _conditions: Conditions | None = None
 
     @property
     def model(self) -> Model:
@@ -314,7 +317,7 @@ class Samples(ImageSet):
                 )
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "_model": None, "_conditions": None}
 
     @property
     def place(self) -> str:  # type: ignore[override]
@@ -343,11 +346,13 @@ class Samples(ImageSet):
         A sampler that couples images would else make others for another slice, and every slice
         would cost whole tiles.
         """
+        if self._conditions is None:
+            self._conditions = Conditions(self.model.recipe, self.labels)
         rows = self.unit
         whole = max(1, size // rows) * rows
         for first in range(start - start % rows, stop, whole):
             last = min(first + whole, -(-stop // rows) * rows, self.count)
-            x = self.model.sample(self.labels[first:last], seed=self.seed, first=first)
+            x = self.model.sample(self._conditions[first:last], seed=self.seed, first=first)
             check_finite(x, f"{self.place}: samples", first)
             yield from torch.split(x[max(start - first, 0) : stop - first], size)
 

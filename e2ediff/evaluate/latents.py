@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from e2ediff.condition import class_labels
 from e2ediff.data import Batch, DataSource
 from e2ediff.errors import DataError
 from e2ediff.loading.batches import fixed_images
@@ -94,13 +95,13 @@ def latent_figures(
     """
     if model.recipe.data.image.classes < 2:
         raise DataError("latents: the data have no classes; leave `latents` out of --metrics")
-    sides, images = [], dict[str, JSON]()
+    sides, images, conditioning = [], dict[str, JSON](), model.recipe.data.image.conditioning
     for source, whose, purpose in (
         (training, "training", "latents"),
         (held_out, "held_out", "latents-held-out"),
     ):
-        batch = fixed_images(source, count, model.recipe.seed, purpose, _CPU)
-        sides.append((_encoded(model, batch.x), batch.label))
+        batch = fixed_images(source, conditioning, count, model.recipe.seed, purpose, _CPU)
+        sides.append((_encoded(model, batch.x), class_labels(batch.condition)))
         images |= {f"{whose}_sha256": _sha256(batch), f"{whose}_images": len(batch.x)}
     (z, label), (other, truth) = sides
     found, of = {}, {}
@@ -117,7 +118,7 @@ def latent_figures(
 def _sha256(batch: Batch) -> str:
     """Of pixels and labels."""
     content = hashlib.sha256(str(tuple(batch.x.shape)).encode())
-    for part in (batch.x, batch.label):
+    for part in (batch.x, class_labels(batch.condition)):
         content.update(part.contiguous().numpy().tobytes())
     return content.hexdigest()
 

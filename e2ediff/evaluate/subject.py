@@ -24,7 +24,8 @@ from e2ediff.host.structure import unstructure
 from e2ediff.model.build import averagings
 from e2ediff.model.image_features import weights_sha256
 from e2ediff.model.inference import Model, Origin
-from e2ediff.model.labels import LabelLaw, lay_out
+from e2ediff.model.labels import LabelLaw
+from e2ediff.sample.conditions import SetLaw, numbers_of
 from e2ediff.sample.load import ModelRef
 from e2ediff.sample.post_hoc import width_of
 from e2ediff.sample.set_record import origin_entry
@@ -42,7 +43,7 @@ class Subject:
     count: int
     protocol: Mapping[str, JSON]
     identity: Mapping[str, JSON]
-    labels: LabelLaw | None = None
+    labels: SetLaw | None = None
     model: Model | None = None
 
 
@@ -84,7 +85,7 @@ def run_subject(
         host: What knows the parts.
         ref: The run's model.
         count: How many.
-        law: Of their labels.
+        law: Of their labels; conditions of another kind are those of held-out images, in order.
         seed: Of their noise.
         model: What `ref` loads, if it is there already.
 
@@ -96,8 +97,9 @@ def run_subject(
     samples = Samples(attrs.evolve(ref, checkpoint=opened.name), (), seed, model)
     model = samples.model
     samples.guides = tuple(other.origin.sha256 for other in model.others)
-    recipe, classes = model.recipe, max(1, model.recipe.data.image.classes)
-    samples.labels = lay_out(range(classes), count, law, seed)
+    recipe, conditioning = model.recipe, model.recipe.data.image.conditioning
+    samples.labels, taken = numbers_of(recipe, count, law, seed)
+    kinds = f"{taken}, {conditioning.kinds} classes" if conditioning.kinds else taken
     name = ref.weights or recipe.default_weights
     averaging = averagings(recipe).get(name)
     average = cast("JSON", unstructure(host, averaging, Averaging)) if averaging else None
@@ -105,7 +107,7 @@ def run_subject(
     guidance = recipe.guidance and unstructure(host, recipe.guidance, Guidance)
     protocol = {
         "made_by": "e2ediff",
-        "label_law": f"{law}, {classes} classes",
+        "label_law": kinds,
         "sampler": unstructure(host, recipe.sampler, Sampler),
         "network_calls": network_calls(model),
         "guidance": guidance,
@@ -127,7 +129,7 @@ def run_subject(
     own, what = cast("dict[str, JSON]", protocol), cast("dict[str, JSON]", identity)
     own |= _guided_by(other.origin for other in model.others if other.origin.run != ref.run)
     what |= _guided_by(other.origin for other in model.others if other.origin.run == ref.run)
-    return Subject(samples, count, own, what, law, model)
+    return Subject(samples, count, own, what, taken, model)
 
 
 def _guided_by(origins: Iterable[Origin]) -> dict[str, JSON]:
@@ -142,5 +144,5 @@ def _guided_by(origins: Iterable[Origin]) -> dict[str, JSON]:
 
 def network_calls(model: Model) -> float:
     """Denoiser evaluations an image, those of guidance counted, over a sample of one image."""
-    (tile,) = model.tiles([0], seed=0)
+    (tile,) = model.tiles(model.image.conditioning.example(1), seed=0)
     return tile.passes

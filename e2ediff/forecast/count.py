@@ -58,10 +58,13 @@ def count(recipe: Recipe) -> Count:
     image, two = recipe.data.image, 2
     batch = Batch(
         x=torch.zeros(two, image.channels, image.height, image.width, device=_META),
-        label=torch.zeros(two, dtype=torch.long, device=_META),
+        condition=image.conditioning.null(two, _META),
     )
     draw = Draw(
-        t=torch.zeros(two, device=_META), label=batch.label, generator=None, times=recipe.times
+        t=torch.zeros(two, device=_META),
+        condition=batch.condition,
+        generator=None,
+        times=recipe.times,
     )
     flops = {}
     for phase in objective.phases:

@@ -88,11 +88,13 @@ def _meta_step(recipe: Recipe) -> tuple[Nets, Step, Batch, Draw]:
     image = recipe.data.image
     batch = Batch(
         x=torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META),
-        label=torch.zeros(_ROWS, dtype=torch.long, device=_META),
+        condition=image.conditioning.null(_ROWS, _META),
     )
     times = torch.zeros(_ROWS, device=_META)
     start = torch.zeros((), device=_META)
-    draw = Draw(t=times, label=batch.label, generator=None, times=recipe.times, progress=start)
+    draw = Draw(
+        t=times, condition=batch.condition, generator=None, times=recipe.times, progress=start
+    )
     return nets, step, batch, draw
 
 
@@ -122,11 +124,11 @@ def count_inference(recipe: Recipe) -> dict[str, float]:
     image, (n, d) = recipe.data.image, (net.latent.tokens, net.latent.dim)
     x = torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META)
     z, t = torch.zeros(_ROWS, n, d, device=_META), torch.zeros(_ROWS, device=_META)
-    label = torch.zeros(_ROWS, dtype=torch.long, device=_META)
+    condition = image.conditioning.null(_ROWS, _META)
     calls: dict[str, Callable[[], Tensor]] = {
         "encode": lambda: net.encode(x),
         "decode": lambda: net.decode(z),
-        "denoise": lambda: net.denoise(z, t, label),
+        "denoise": lambda: net.denoise(z, t, condition),
     }
     found = {}
     for name, call in calls.items():

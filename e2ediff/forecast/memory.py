@@ -122,7 +122,7 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
         },
         checkpoint=checkpoint,
         optimizer_flops=passages[rows].optimizer_flops,
-        batch=_bytes([batch.x, batch.label]),
+        batch=_bytes([batch.x, *batch.condition.tensors().values()]),
         outside_blocks=outside,
         largest_block=max(blocks, default=0),
     )

@@ -26,7 +26,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import averagings, build_nets, tracked
 from e2ediff.model.inference import ROWS
-from e2ediff.monitor.probe import GRADIENT_IMAGES, chosen_diagnostics
+from e2ediff.monitor.probe import GRADIENT_IMAGES, chosen_diagnostics, preview_columns
 
 EVALUATED = 50_000
 """Images of an evaluation, as the papers' FID has it."""
@@ -217,7 +217,7 @@ def _looks(host: Host, plan: Plan) -> dict[str, Look]:
     calibration = r.probe.calibration * cost["encode"] if statistics else 0.0
     trained = r.probe.trained * cost["encode"] if online.latent.learned else 0.0
     both = cost["encode"] + cost["decode"]
-    sheet = r.preview.rows * max(1, min(r.preview.classes, r.data.image.classes))
+    sheet = r.preview.rows * preview_columns(r)
     preview = sheet * plan.sample_flops + _RECONSTRUCTIONS * both + 2 * calibration
     weights = 1 + len(averagings(r))  # online and the averages
     every = r.cadence.survey_every

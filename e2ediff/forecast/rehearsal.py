@@ -38,7 +38,7 @@ def blank_batch(recipe: Recipe, images: int, device: torch.device) -> Batch:
     """A batch of this many grey images on the device."""
     shape = recipe.data.image
     x = torch.zeros(images, shape.channels, shape.height, shape.width, device=device)
-    return Batch(x=x, label=torch.zeros(images, dtype=torch.long, device=device))
+    return Batch(x=x, condition=shape.conditioning.null(images, device))
 
 
 def optimizer_step(
@@ -63,10 +63,10 @@ def optimizer_step(
         turn(True)
         for shard in range(shards):
             mine = slice(shard * rows, (shard + 1) * rows)
-            part = Batch(x=batch.x[mine], label=batch.label[mine])
+            part = batch.rows(mine)
             kept = _Kept([*parts.step.parameters(), *parts.step.buffers(), batch.x])
             with saved_tensors_hooks(kept.pack, _same):
-                draw = draw_for(recipe, part.label, "draw", 0, shard)
+                draw = draw_for(recipe, part.condition, "draw", 0, shard)
                 total, _, _ = parts.step(part, draw, phase)
             saved[phase] = kept.bytes
             (total / shards).backward()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from e2ediff.backbone import Backbone
+from e2ediff.condition import Condition
 from e2ediff.denoiser import Plain
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import build_nets
@@ -32,7 +33,7 @@ def count_calls(recipe: Recipe) -> Calls:
     if guidance is not None and guidance.references:
         other = Plain(counting, recipe.interpolant, recipe.predicts)
         guidance = guidance.given(dict.fromkeys(guidance.references, other))
-    Model(recipe, counting, guidance, rows=1).sample([0])
+    Model(recipe, counting, guidance, rows=1).sample(recipe.data.image.conditioning.example(1))
     return Calls(counting.denoised, counting.decoded)
 
 
@@ -52,6 +53,6 @@ class _Counting(Backbone):
         self.decoded += len(z)
         return z.new_zeros(len(z), self.image.channels, self.image.height, self.image.width)
 
-    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def denoise(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.denoised += len(z_t)
         return torch.zeros_like(z_t)

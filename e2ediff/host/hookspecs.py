@@ -27,6 +27,8 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from e2ediff.condition import Condition
+
 hookspec = pluggy.HookspecMarker("e2ediff")
 
 
@@ -103,8 +105,8 @@ def checkpoint_saved(run: object, path: str) -> None:
 
 
 @hookspec
-def sampled(run: object, images: Tensor, labels: Tensor) -> None:
-    """A preview was sampled: images (P, C, H, W) in [-1, 1] and their labels (P,)."""
+def sampled(run: object, images: Tensor, condition: Condition) -> None:
+    """A preview was sampled: images (P, C, H, W) in [-1, 1] and a condition for each."""
 
 
 @hookspec

@@ -216,7 +216,7 @@ class Recipe:
     parts; `times` is the law of training times.
     `predicts` is what the denoiser's output stands for.
     `regularizers` are losses of the latents, added to those of the objective.
-    `label_drop` is the probability, in [0, 1), of training the denoiser without the class.
+    `label_drop` is the probability, in [0, 1), of training the denoiser without the condition.
     `target` is the average of the weights that objectives may compare with, `ema` lists further
     ones to sample from, each of a `kind` (by default `constant`); `post_hoc` tracks further ones
     still, from which any width can be reconstructed after training.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from e2ediff.condition import ClassLabels, Condition, concatenate
 from e2ediff.data import DataSource, SourceConfig, Stored
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.store.storage import Store
@@ -30,11 +31,13 @@ class Skipping(DataSource):
 
     Instead of a damaged image comes the next readable one of its class, counted from its index
     and beginning again at the first: labels, and all other images, stay where they are, in
-    every process and at every resume.
+    every process and at every resume. Without `classes` it is the next readable one of all, with
+    its own condition.
     """
 
-    def __init__(self, source: DataSource) -> None:
+    def __init__(self, source: DataSource, *, classes: bool = True) -> None:
         self.source = source
+        self.classes = classes
         self._labels: Tensor | None = None
         self._instead: dict[int, int] = {}
         self._new: list[Skipped] = []
@@ -61,7 +64,7 @@ class Skipping(DataSource):
         """The source's, damaged images included."""
         return self.source.stored(index)
 
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | Condition]:
         """The images, or others of their classes.
 
         Raises:
@@ -73,19 +76,21 @@ class Skipping(DataSource):
             return self.source.read(known)
         except BadImageError:
             parts = [self._one(i) for i in indices]
-        return torch.cat([x for x, _ in parts]), torch.cat([label for _, label in parts])
+        return torch.cat([x for x, _ in parts]), _joined([given for _, given in parts])
 
     def take(self) -> tuple[Skipped, ...]:
         """What was skipped for the first time since the last call, in this process."""
         new, self._new = tuple(self._new), []
         return new
 
-    def _one(self, i: int) -> tuple[Tensor, Tensor]:
+    def _one(self, i: int) -> tuple[Tensor, Tensor | Condition]:
         try:
             return self.source.read([self._instead.get(i, i)])
         except BadImageError as error:
             first = error
-        same = (self.labels() == self.labels()[i]).nonzero()[:, 0]
+        same = torch.arange(len(self.source))
+        if self.classes:
+            same = (self.labels() == self.labels()[i]).nonzero()[:, 0]
         after = int((same <= i).sum())
         for other in torch.cat([same[after:], same[: after - 1]]).tolist():
             try:
@@ -96,9 +101,16 @@ class Skipping(DataSource):
             self._new.append(Skipped(i, first.place, first.what, other))
             return read
         raise DataError(
-            f"{first.place}: {first.what}, and none of the {len(same)} images of its class can "
-            "be used instead"
+            f"{first.place}: {first.what}, and none of the {len(same)} images "
+            f"{'of its class ' * self.classes}can be used instead"
         )
+
+
+def _joined(given: Sequence[Tensor | Condition]) -> Tensor | Condition:
+    """The labels or conditions of single images as those of a batch."""
+    labels = [one for one in given if isinstance(one, Tensor)]
+    conditions = [one for one in given if isinstance(one, Condition)]
+    return torch.cat(labels) if labels else concatenate(conditions)
 
 
 def open_source(config: SourceConfig, *, held_out: bool = False) -> DataSource:
@@ -108,7 +120,9 @@ def open_source(config: SourceConfig, *, held_out: bool = False) -> DataSource:
         DataError: The data are missing or not what the block says.
     """
     source = config.open(held_out=held_out)
-    return Skipping(source) if config.on_bad_image == "skip" else source
+    if config.on_bad_image != "skip":
+        return source
+    return Skipping(source, classes=isinstance(config.image.conditioning, ClassLabels))
 
 
 def taken(source: DataSource) -> tuple[Skipped, ...]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from e2ediff.condition import ClassLabels, Condition, ConditionSpec
 from e2ediff.data import Batch, DataSource, Sampling, from_pixels
 from e2ediff.distributed.signals import SIGNALS
 from e2ediff.errors import DataError, ResourceError
@@ -39,7 +40,7 @@ class _Item(NamedTuple):
     """A batch as bytes; `mirrored` (B,), bool, is applied on the device."""
 
     x: Tensor
-    label: Tensor
+    condition: Condition
     mirrored: Tensor | None
     skipped: tuple[Skipped, ...]
 
@@ -52,9 +53,17 @@ class _Steps(Dataset[_Item | str]):
     """
 
     def __init__(
-        self, source: DataSource, order: Order, batch: int, *, flip: bool, rows: slice
+        self,
+        source: DataSource,
+        conditioning: ConditionSpec,
+        order: Order,
+        batch: int,
+        *,
+        flip: bool,
+        rows: slice,
     ) -> None:
         self.source = source
+        self.conditioning = conditioning
         self.order = order
         self.batch = batch
         self.rows = rows
@@ -63,15 +72,16 @@ class _Steps(Dataset[_Item | str]):
     def __getitem__(self, step: int) -> _Item | str:
         indices, mirrored = self.order.seen(step * self.batch, self.batch)
         try:
-            x, label = self.source.read(indices[self.rows])
+            x, given = self.source.read(indices[self.rows])
+            condition = self.conditioning.accept(given, "data")
         except DataError as error:
             return str(error)
         flips = mirrored[self.rows] if self.flip else None
-        return _Item(x, label, flips, taken(self.source))
+        return _Item(x, condition, flips, taken(self.source))
 
 
 def to_batch(
-    x: Tensor, label: Tensor, device: torch.device, mirrored: Tensor | None = None
+    x: Tensor, condition: Condition, device: torch.device, mirrored: Tensor | None = None
 ) -> Batch:
     """Bytes (B, C, H, W) to a batch in [-1, 1] on the device; the bytes travel, not the floats.
 
@@ -81,7 +91,7 @@ def to_batch(
     if mirrored is not None:
         mirrored = mirrored.to(device, non_blocking=True)
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-    return Batch(x=from_pixels(x), label=label.to(device, non_blocking=True))
+    return Batch(x=from_pixels(x), condition=condition.to(device, non_blocking=True))
 
 
 def check_enough(source: DataSource, batch: int) -> None:
@@ -99,6 +109,7 @@ def check_enough(source: DataSource, batch: int) -> None:
 
 def batches(
     source: DataSource,
+    conditioning: ConditionSpec,
     *,
     batch: int,
     seed: int,
@@ -115,6 +126,7 @@ def batches(
 
     Args:
         source: The images.
+        conditioning: What is known of them.
         batch: Images in a whole batch.
         seed: The run's.
         first: First step.
@@ -128,13 +140,19 @@ def batches(
             each worker process sees it.
 
     Raises:
-        DataError: The source is smaller than one batch, or an image cannot be read.
+        DataError: The source is smaller than one batch, an image cannot be read, it gives other
+            conditions, or `sampling` asks for classes that it has not.
         LostReaderError: A worker process died.
     """
     check_enough(source, batch)
+    if sampling == "class_balanced" and not isinstance(conditioning, ClassLabels):
+        raise DataError(
+            f"data.sampling: class_balanced needs class labels, and conditions are "
+            f"{conditioning.title}; set sampling: natural"
+        )
     labels = source.labels() if sampling == "class_balanced" else None
     order = Order(len(source), seed, labels)
-    steps = _Steps(source, order, batch, flip=flip, rows=rows)
+    steps = _Steps(source, conditioning, order, batch, flip=flip, rows=rows)
     items = read(
         steps,
         range(first, last),
@@ -160,20 +178,20 @@ def _ahead(items: Iterator[_Item], device: torch.device) -> Iterator[Batch]:
     """Batches on the device; on CUDA the next one's copy runs beside the work on this one."""
     if device.type != "cuda":
         for item in items:
-            yield to_batch(item.x, item.label, device, item.mirrored)
+            yield to_batch(item.x, item.condition, device, item.mirrored)
         return
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def start(item: _Item) -> Batch:
         with torch.cuda.stream(copies):
-            return to_batch(item.x, item.label, device, item.mirrored)
+            return to_batch(item.x, item.condition, device, item.mirrored)
 
     ready = next(items, None)
     batch = start(ready) if ready else None
     while batch is not None:
         current = torch.cuda.current_stream(device)
         current.wait_stream(copies)
-        for tensor in (batch.x, batch.label):
+        for tensor in (batch.x, *batch.condition.tensors().values()):
             tensor.record_stream(current)
         given, ready = batch, next(items, None)
         batch = start(ready) if ready else None
@@ -276,9 +294,15 @@ def _lost(what: str, option: str) -> LostReaderError:
 
 
 def fixed_images(
-    source: DataSource, count: int, seed: int, purpose: str, device: torch.device
+    source: DataSource,
+    conditioning: ConditionSpec,
+    count: int,
+    seed: int,
+    purpose: str,
+    device: torch.device,
 ) -> Batch:
     """The same `count` images at every call, chosen by (seed, purpose); all if fewer."""
     g = generator(_CPU, seed, purpose)
     chosen: Sequence[int] = torch.randperm(len(source), generator=g)[:count].tolist()
-    return to_batch(*source.read(chosen), device)
+    x, given = source.read(chosen)
+    return to_batch(x, conditioning.accept(given, "data"), device)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
+from e2ediff.condition import ClassLabels, Condition, concatenate
 from e2ediff.data import ImageSpec
 from e2ediff.denoiser import Denoiser, Plain
-from e2ediff.errors import KernelError, Problem, RecipeError
+from e2ediff.errors import DataError, KernelError, Problem, RecipeError
 from e2ediff.guidance import Guidance
 from e2ediff.host.recipe import Recipe
 from e2ediff.latent import LatentContract, Latents
@@ -26,6 +27,9 @@ from e2ediff.sampler import Noise
 from e2ediff.seeds import generator
 
 Precision = Literal["float32", "bfloat16"]
+
+Given = Tensor | Sequence[int | str] | Condition
+"""What images are asked for by: classes, or a condition of any kind, one row an image."""
 
 ROWS = 32
 """Images that are computed at once, unless one asks for another number."""
@@ -75,13 +79,14 @@ class Model:
 
     Images are computed in tiles of `rows`: image i of a set is always row i mod `rows` of a batch
     of that size, whatever else is asked for, because a matrix product may round differently for
-    another number of rows. So an image depends on weights, seed, number and label alone, to the
-    bit. With a sampler that `couples` images it also depends on those asked for in its tile.
+    another number of rows. So an image depends on weights, seed, number and condition alone,
+    to the bit. With a sampler that `couples` images it also depends on the others in its tile.
 
     `guidance` is the recipe's with the networks it asks, which are `others`.
     `precision` is the networks'; samplers and guidance compute in float32.
     `latent` is the latent contract as its checkpoint has it.
-    `image` is the images' shape and classes; `image.class_names` are those of the training data.
+    `image` is the images' shape and conditioning; `image.class_names` are those of the training
+    data.
     """
 
     recipe: Recipe
@@ -117,21 +122,22 @@ class Model:
     def _guided(self, plain: Plain) -> Denoiser:
         if self.guidance is None:
             return plain
-        return self.guidance.wrap(plain, self.image.null_label)
+        return self.guidance.wrap(plain)
 
     @torch.no_grad()
     def sample(
         self,
-        labels: Tensor | Sequence[int | str],
+        labels: Given,
         *,
         seed: int = 0,
         first: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Images of these classes.
+        """Images of these classes or conditions.
 
         Args:
-            labels: (M,), class indices or names; the null label for images of any class.
+            labels: (M,), class indices or names; the null label for images of any class. In their
+                place a condition of M rows, which other kinds of conditioning need.
             seed: With the image's number it decides the image's noise.
             first: Number of the first image, to continue a set.
             progress: Called with the number of images finished so far.
@@ -140,7 +146,7 @@ class Model:
             (M, C, H, W) in [-1, 1], clipped, on the CPU.
 
         Raises:
-            DataError: There is no such class.
+            DataError: There is no such class, or the run has conditions of another kind.
         """
         finished, done = [], 0
         for tile in self.tiles(labels, seed=seed, first=first):
@@ -151,19 +157,18 @@ class Model:
         image = self.image
         return torch.cat([torch.empty(0, image.channels, image.height, image.width), *finished])
 
-    def tiles(
-        self, labels: Tensor | Sequence[int | str], *, seed: int = 0, first: int = 0
-    ) -> Iterator[Tile]:
+    def tiles(self, labels: Given, *, seed: int = 0, first: int = 0) -> Iterator[Tile]:
         """As `sample`, tile by tile."""
         r = self.rows
-        chosen = [class_of(self.image, k) for k in labels]
+        chosen = self._condition(labels)
         last = first + len(chosen)
         for start in range(first - first % r, last, r):
             numbers = range(max(start, first), min(start + r, last))
             # Rows that nobody asked for repeat one that somebody did, and are thrown away.
             rows = [i if i in numbers else numbers[0] for i in range(start, start + r)]
             noise = _own_noise(seed, rows)
-            x, calls, passes = self._make(torch.tensor([chosen[i - first] for i in rows]), noise)
+            index = torch.tensor(rows, device=chosen.device) - first
+            x, calls, passes = self._make(chosen.rows(index), noise)
             yield Tile(numbers, x[numbers.start - start : numbers.stop - start], calls, passes)
 
     @property
@@ -176,21 +181,20 @@ class Model:
         return Latents(self.encode(x), self.contract)
 
     @torch.no_grad()
-    def denoise(self, latents: Latents, t: float, labels: Tensor | Sequence[int]) -> Latents:
+    def denoise(self, latents: Latents, t: float, labels: Given) -> Latents:
         """Clean estimates of latents (M, N, D) that are noised to time t, by the denoiser.
 
         Args:
             latents: z_t on the recipe's interpolant, with the contract of the clean latents.
             t: Time in (0, 1); 1 is data.
-            labels: (M,), class indices.
+            labels: (M,), as for `sample`.
 
         Raises:
             LatentError: Weights encoded them whose latents mean something else.
             DataError: There is no such class.
         """
         z_t = self.accept(latents).to(self.device)
-        label = torch.tensor([class_of(self.image, k) for k in labels], dtype=torch.long)
-        x0 = self.denoiser()(z_t, t, label.to(self.device)).x0
+        x0 = self.denoiser()(z_t, t, self._condition(labels).to(self.device)).x0
         return Latents(x0.cpu(), self.contract)
 
     def accept(self, latents: Latents) -> Tensor:
@@ -204,16 +208,19 @@ class Model:
 
     @torch.no_grad()
     def interpolate(
-        self, seeds: tuple[int, int], label: int | str = "none", *, frames: int = 8
+        self, seeds: tuple[int, int], label: int | str | Condition = "none", *, frames: int = 8
     ) -> Tensor:
         """Images between two seeds, (frames, C, H, W) in [-1, 1], on the CPU.
 
         All noise is turned from that of image 0 of one seed to that of the other, on the sphere,
         where it keeps its variance.
-        The ends are the images that `sample` makes with these seeds.
+        The ends are the images that `sample` makes with these seeds. `label` is a class or a
+        condition of one row; by default none.
         """
         made: list[Tensor] = []
-        kind = class_of(self.image, label)
+        if label == "none":
+            label = self.image.conditioning.null(1)
+        one = self._condition(label if isinstance(label, Condition) else [label])
         for start in range(0, frames, self.rows):
             shares = [i / max(1, frames - 1) for i in range(start, start + self.rows)]
             pair = [_own_noise(seed, [0]) for seed in seeds]
@@ -224,21 +231,38 @@ class Model:
                 a, b = (one(like[:1])[0] for one in pair)
                 return torch.stack([spherical(a, b, min(1.0, share)) for share in shares])
 
-            made.append(self._make(torch.full((self.rows,), kind), noise)[0])
+            made.append(self._make(concatenate([one] * self.rows), noise)[0])
         return torch.cat(made)[:frames]
 
-    def _make(self, labels: Tensor, noise: Noise) -> tuple[Tensor, int, float]:
+    def _condition(self, given: Given) -> Condition:
+        """What a caller gives, as a condition.
+
+        Raises:
+            DataError: There is no such class, or the run has conditions of another kind.
+        """
+        conditioning = self.image.conditioning
+        if isinstance(given, Condition):
+            return conditioning.accept(given, "the caller")
+        if not isinstance(conditioning, ClassLabels):
+            raise DataError(
+                f"labels: the run is conditioned on {conditioning.title}; give a "
+                f"{type(conditioning.null(0)).__name__} of `e2ediff.condition` instead"
+            )
+        labels = [class_of(self.image, k) for k in given]
+        return conditioning.accept(torch.tensor(labels, dtype=torch.long), "the caller")
+
+    def _make(self, condition: Condition, noise: Noise) -> tuple[Tensor, int, float]:
         """Images of one whole tile, (R, C, H, W), its network calls, and passes an image."""
         plain = Plain(self.net, self.recipe.interpolant, self.recipe.predicts)
         asked, spec = [plain, *(other.denoiser for other in self.others)], self.net.latent
         calls, rows = sum(p.calls for p in asked), sum(p.rows for p in asked)
         with torch.no_grad(), self._autocast():
-            start = noise(torch.empty(len(labels), spec.tokens, spec.dim, device=self.device))
-            label = labels.to(self.device)
-            z = self.recipe.sampler.sample(self._guided(plain), start, label, noise)
+            start = noise(torch.empty(len(condition), spec.tokens, spec.dim, device=self.device))
+            condition = condition.to(self.device)
+            z = self.recipe.sampler.sample(self._guided(plain), start, condition, noise)
             x = self.net.decode(z).clamp(-1, 1).cpu()
         calls, rows = sum(p.calls for p in asked) - calls, sum(p.rows for p in asked) - rows
-        return x, calls, rows / len(labels)
+        return x, calls, rows / len(condition)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         if self.precision == "float32":
@@ -318,9 +342,9 @@ def denoise_once(model: Model) -> None:
     """
     image, spec = model.recipe.data.image, model.net.latent
     z_t = torch.zeros(model.rows, spec.tokens, spec.dim, device=model.device)
-    label = torch.full((model.rows,), image.null_label, device=model.device)
+    condition = image.conditioning.null(model.rows, model.device)
     with model._autocast():
-        model.denoiser()(z_t, 0.5, label)
+        model.denoiser()(z_t, 0.5, condition)
 
 
 @torch.no_grad()

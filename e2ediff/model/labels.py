@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from e2ediff.condition import ClassLabels
 from e2ediff.data import ImageSpec
 from e2ediff.errors import DataError
 from e2ediff.seeds import generator
@@ -27,8 +28,10 @@ def label_of(image: ImageSpec, text: str, option: str = "--label") -> int:
     2 alone is refused, as is any number that is the index of a class called by another number.
 
     Raises:
-        DataError: There is no such class, or the text is ambiguous.
+        DataError: There is no such class, the text is ambiguous, or the images have no classes
+            but conditions of another kind.
     """
+    _refuse_others(image, option)
     means = _meanings(image, text)
     number = _number(text)
     other = number is not None and _called_otherwise(image, range(number, number + 1))
@@ -38,6 +41,14 @@ def label_of(image: ImageSpec, text: str, option: str = "--label") -> int:
     for label in means.values():
         return label
     raise _unknown(image, text, option)
+
+
+def _refuse_others(image: ImageSpec, option: str) -> None:
+    if not isinstance(image.conditioning, ClassLabels):
+        raise DataError(
+            f"{option}: the run is conditioned on {image.conditioning.title}, not on classes; "
+            "leave it out"
+        )
 
 
 def _meanings(image: ImageSpec, text: str) -> dict[str, int]:
@@ -99,6 +110,7 @@ def labels_of(image: ImageSpec, text: str, option: str = "--labels") -> list[int
     Raises:
         DataError: One of them is no class or ambiguous, or a range runs backwards.
     """
+    _refuse_others(image, option)
     found: list[int] = []
     for item in (part.strip() for part in text.split(",")):
         every = item == "all"

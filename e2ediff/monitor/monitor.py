@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
+from e2ediff.condition import Condition
 from e2ediff.data import DataSource
 from e2ediff.distributed.world import World
 from e2ediff.figure import Figure
@@ -28,10 +29,10 @@ from e2ediff.step.compiling import uncompiled
 
 @attrs.frozen
 class Preview:
-    """A sheet of samples x (B, C, H, W) by label, and pairs of images and reconstructions."""
+    """A sheet of samples x (B, C, H, W) by condition, and pairs of images and reconstructions."""
 
     x: Tensor
-    label: Tensor
+    condition: Condition
     pairs: Tensor
     columns: int
 
@@ -110,9 +111,9 @@ class Monitor:
         """Samples with fixed noise, and probe images with their reconstructions."""
         net = self._shown()
         with self._whole():
-            x, label = self.observer.samples(net)
+            x, condition = self.observer.samples(net)
             pairs = self.observer.reconstructions(net, 20)
-        return Preview(x, label, pairs, len(label) // self.recipe.preview.rows)
+        return Preview(x, condition, pairs, len(condition) // self.recipe.preview.rows)
 
     def score(self) -> dict[str, float]:
         """The recipe's `scores`, of the weights that previews show; none if it asks for none."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
+from e2ediff.condition import Condition
 from e2ediff.data import Batch, DataSource
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.errors import DivergedError
@@ -34,7 +35,7 @@ GRADIENT_IMAGES = 16
 
 @attrs.frozen(eq=False)
 class Observer:
-    """Fixed images, noise and labels on which a run is diagnosed.
+    """Fixed images, noise and conditions on which a run is diagnosed.
 
     A diagnostic that raises is switched off, and `isolated` keeps the reason.
     `figures` is what the diagnostics declare of their figures.
@@ -58,10 +59,10 @@ class Observer:
         isolated: Isolated | None = None,
     ) -> Observer:
         """Read the probe from the held-out images, the calibration from the training ones."""
-        count, seed = recipe.probe.images, recipe.seed
-        probe = fixed_images(held_out, count, seed, "probe", device)
+        kind, seed = recipe.data.image.conditioning, recipe.seed
+        probe = fixed_images(held_out, kind, recipe.probe.images, seed, "probe", device)
         count = recipe.probe.calibration
-        calibration = fixed_images(training, count, seed, "calibration", device)
+        calibration = fixed_images(training, kind, count, seed, "calibration", device)
         isolated = isolated or Isolated()
         figures = declared(diagnostics, isolated)
         return cls(recipe, diagnostics, probe, calibration.x, isolated, figures)
@@ -89,7 +90,7 @@ class Observer:
         asked = set(chain.from_iterable(d.asks for d in chosen))
         first = self.recipe.probe.glance
         with at_rest(step.nets.target) as net:
-            many = self._encoded(net, len(self.probe.label) if "many" in asked else first)
+            many = self._encoded(net, len(self.probe.x) if "many" in asked else first)
             few = _first(net, many, first)
             costly = self._costly(net, asked, few, step, phases, progress)
         trained = self._trained(step)
@@ -114,10 +115,10 @@ class Observer:
 
     def _encoded(self, net: Backbone, count: int) -> Probe:
         """The first `count` images and their latents."""
-        x, label = self.probe.x[:count], self.probe.label[:count]
-        z, raw = own_latents(net, x)
-        r = self.recipe
-        return Probe(x, label, z, raw, r.predicts, r.interpolant, learned=net.latent.learned)
+        part, r, learned = self.probe.rows(slice(count)), self.recipe, net.latent.learned
+        z, raw = own_latents(net, part.x)
+        path = r.interpolant
+        return Probe(part.x, part.condition, z, raw, r.predicts, path, learned=learned)
 
     def _costly(
         self,
@@ -134,7 +135,7 @@ class Observer:
             found["x_hat"] = net.decode(few.z)
         if "denoised" in asked:
             times = self.recipe.probe.times
-            found["denoised"] = {t: self._denoise(net, few.z, few.label, t) for t in times}
+            found["denoised"] = {t: self._denoise(net, few.z, few.condition, t) for t in times}
         if "gradients" in asked:
             found["gradients"] = self.gradients(step, phases, progress)
         return found
@@ -153,11 +154,11 @@ class Observer:
 
         As in a training step, on the first probe images, with a draw that never changes.
         """
-        part = Batch(x=self.probe.x[:GRADIENT_IMAGES], label=self.probe.label[:GRADIENT_IMAGES])
+        part = self.probe.rows(slice(GRADIENT_IMAGES))
         found: dict[str, Tensor] = {}
         for phase in phases:
             with torch.enable_grad():
-                draw = draw_for(self.recipe, part.label, "probe-draw", progress=progress)
+                draw = draw_for(self.recipe, part.condition, "probe-draw", progress=progress)
                 terms = step.terms(part, draw, phase)
                 for name, loss in terms.losses.items():
                     weighted = terms.weights[name] * loss
@@ -177,25 +178,30 @@ class Observer:
             signs += self.isolated.call("diagnostic", d, said, [])
         return signs
 
-    def _denoise(self, net: Backbone, z: Tensor, label: Tensor, t: float) -> Tensor:
+    def _denoise(self, net: Backbone, z: Tensor, condition: Condition, t: float) -> Tensor:
         """The clean estimate (P, N, D) of the probe's latents, noised to time t."""
         r = self.recipe
         g = generator(_CPU, r.seed, "probe-noise", round(t * 1_000_000))
         eps = torch.randn(z.shape, generator=g).to(z.device)
         times = torch.full((len(z),), t, device=z.device)
         z_t = r.interpolant.mix(z, eps, times)
-        out = net.denoise(z_t, times, label)
+        out = net.denoise(z_t, times, condition)
         return r.interpolant.estimate(out, z_t, times, r.predicts).x0
 
-    def samples(self, net: Backbone) -> tuple[Tensor, Tensor]:
-        """A sheet of samples, (rows * classes, C, H, W) in [-1, 1], with fixed noise; labels."""
-        r = self.recipe
-        classes = max(1, min(r.preview.classes, r.data.image.classes))
-        label = torch.arange(classes).repeat(r.preview.rows)
+    def samples(self, net: Backbone) -> tuple[Tensor, Condition]:
+        """A sheet of samples, (rows * columns, C, H, W) in [-1, 1], with fixed noise; conditions.
+
+        A column has one condition: a class, or of another kind that of a probe image.
+        """
+        r, columns = self.recipe, preview_columns(self.recipe)
+        each = r.data.image.conditioning.in_turn(columns, self.probe.condition)
+        index = torch.arange(columns, device=each.device)
+        condition = each.rows(index.repeat(r.preview.rows))
         # Networks from elsewhere are for finished models, and may not exist yet.
         guidance = None if r.guidance is None or r.guidance.references else r.guidance
         with in_use(net, self.calibration) as ready:
-            return Model(r, ready, guidance, rows=len(label)).sample(label, seed=r.seed), label
+            model = Model(r, ready, guidance, rows=len(condition))
+            return model.sample(condition, seed=r.seed), condition
 
     @torch.no_grad()
     def reconstructions(self, net: Backbone, count: int) -> Tensor:
@@ -210,7 +216,14 @@ def _first(net: Backbone, many: Probe, count: int) -> Probe:
     """The first images of a probe, normalised as if they were all; the norm is left like that."""
     raw = many.raw[:count]
     z = normalised(net, raw) if net.latent_norm.has_statistics else many.z[:count]
-    return attrs.evolve(many, x=many.x[:count], label=many.label[:count], z=z, raw=raw)
+    first = many.condition.rows(slice(count))
+    return attrs.evolve(many, x=many.x[:count], condition=first, z=z, raw=raw)
+
+
+def preview_columns(recipe: Recipe) -> int:
+    """Conditions of a preview: `preview.classes`, or all where there are fewer."""
+    kinds = recipe.data.image.conditioning.kinds
+    return recipe.preview.classes if kinds is None else max(1, min(recipe.preview.classes, kinds))
 
 
 def chosen_diagnostics(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
-from e2ediff.data import DataSource, to_pixels
+from e2ediff.data import Batch, DataSource, to_pixels
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureNetwork
 from e2ediff.figure import Figure
@@ -41,7 +41,7 @@ class Scorer:
     recipe: Recipe
     settings: Scores
     network: FeatureNetwork
-    x: Tensor
+    held_out: Batch
     real: FeatureSet
     isolated: Isolated = attrs.field(factory=Isolated)
     figures: dict[str, Figure] = attrs.field(factory=dict)
@@ -63,7 +63,9 @@ class Scorer:
         if settings is None:
             return None
         network = settings.features.build().to(device)
-        x = fixed_images(held_out, settings.images, recipe.seed, "scores", device).x
+        kind = recipe.data.image.conditioning
+        batch = fixed_images(held_out, kind, settings.images, recipe.seed, "scores", device)
+        x = batch.x
         least = max((m.least() for m in settings.metrics), default=2)
         if len(x) < least:
             raise DataError(
@@ -77,7 +79,7 @@ class Scorer:
                     f"in scores.features, not {network_title(network)}"
                 )
         real = _features(settings, network, x)
-        return cls(recipe, settings, network, x, real, isolated or Isolated())
+        return cls(recipe, settings, network, batch, real, isolated or Isolated())
 
     def due(self, step: int) -> bool:
         """Whether a multiple of `every` images was passed in this step, or it is the last one."""
@@ -97,14 +99,15 @@ class Scorer:
         # As in previews: networks from elsewhere may not exist yet.
         guidance = None if r.guidance is None or r.guidance.references else r.guidance
         model = Model(r, net, guidance)
-        label = torch.arange(len(self.x)) % max(1, r.data.image.classes)
+        x, of_images = self.held_out.x, self.held_out.condition
+        condition = r.data.image.conditioning.in_turn(len(x), of_images)
         found: dict[str, float] = {}
-        found |= self._figures("r", model.reconstruct(self.x))
-        found |= self._figures("g", model.sample(label, seed=r.seed))
+        found |= self._figures("r", model.reconstruct(x))
+        found |= self._figures("g", model.sample(condition, seed=r.seed))
         return found
 
     def _figures(self, kind: str, x: Tensor) -> Mapping[str, float]:
-        made = _features(self.settings, self.network, x.to(self.x.device))
+        made = _features(self.settings, self.network, x.to(self.held_out.x.device))
         found: dict[str, float] = {}
         for metric in self.settings.metrics:
             work = partial(self._measured, metric, made, kind)

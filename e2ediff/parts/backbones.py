@@ -71,7 +71,7 @@ class ViTConfig(BackboneConfig):
     `modulation` places the adaLN weights in each block, in one layer for all, or in one layer
     plus a layer of rank `modulation_rank` in each block.
     `mode_conditioning` is what encode and decode passes are conditioned on in a trunk that
-    denoises too: `time`, the denoiser's t = 1 without a class and an embedding of the mode, or
+    denoises too: `time`, the denoiser's t = 1 without a condition and an embedding of the mode, or
     `own`, that embedding alone, which then begins large. With `time` what the two learn is also
     heard by the denoiser near t = 1, where few training times lie.
     `refine` is the number of channels of two 3x3 convolutions after the patches are put
@@ -144,9 +144,9 @@ class ViT(FusedBackbone):
         self.embed_decode = nn.Linear(dim, width)
         self.embed_denoise = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
-        # Time and class are the denoiser's: a trunk of its own shares nothing with the others.
+        # Time and condition are the denoiser's: a trunk of its own shares nothing with the others.
         self.embed_time = TimeEmbedding(width)
-        self.embed_label = nn.Embedding(image.classes + 1, width)
+        self.embed_label = image.conditioning.embedding(width)
         self.embed_mode = nn.ParameterDict(
             {m: nn.Parameter(torch.zeros(width)) for m in ("encode", "decode", "denoise")}
         )
@@ -176,7 +176,8 @@ class ViT(FusedBackbone):
         # The encoder's head must not start at zero: constant latents are a fixed point of
         # self-distillation.
         heads = [self.head_denoise] if config.refine else [self.head_denoise, self.head_pixels]
-        small = (self.embed_label.weight, self.mask_token, *self.embed_mode.values())
+        own = self.embed_label.parameters(recurse=False)
+        small = (*own, self.mask_token, *self.embed_mode.values())
         initialise(self, small, heads)
         if config.mode_conditioning == "own":
             for embedding in self.embed_mode.values():
@@ -218,11 +219,11 @@ class ViT(FusedBackbone):
             tokens = tokens + self.positions
         c = self.embed_mode[mode].expand(len(tokens), -1)
         if isinstance(p, Denoise):
-            c = c + self.embed_time(p.t) + self.embed_label(p.label)
+            c = c + self.embed_time(p.t) + self.embed_label(p.condition)
         elif trunk == trunk_of["denoise"] and self.config.mode_conditioning == "time":
-            t = torch.ones(len(tokens), device=tokens.device)  # the clean end, without a class
-            label = torch.full_like(t, self.image.null_label, dtype=torch.long)
-            c = c + self.embed_time(t) + self.embed_label(label)
+            t = torch.ones(len(tokens), device=tokens.device)  # the clean end, without a condition
+            null = self.image.conditioning.null(len(t), t.device)
+            c = c + self.embed_time(t) + self.embed_label(null)
         return mode, tokens, c
 
     def outputs(self, *passes: Pass) -> list[Output]:

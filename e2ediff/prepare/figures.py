@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from e2ediff.condition import ClassLabels
 from e2ediff.data import DataSource, SourceConfig
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
@@ -31,7 +32,9 @@ def lines(source: DataSource, config: SourceConfig, seen: Examined) -> Iterator[
     if classes := config.image.classes:
         yield from _class_lines(source, config, counts(source, classes))
     else:
-        yield "classes     0 (unconditional)"
+        kind = config.image.conditioning
+        words = "unconditional" if kind == ClassLabels(0) else f"conditioned on {kind.title}"
+        yield f"classes     0 ({words})"
     if len(seen.sizes):
         shorter = seen.sizes.min(dim=1).values.sort().values
         middle = int(shorter[len(shorter) // 2])

@@ -13,6 +13,7 @@ import torch
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.backbone import Backbone
+from e2ediff.condition import ClassLabels
 from e2ediff.data import ImageSpec
 from e2ediff.denoiser import Denoiser, Plain
 from e2ediff.errors import CheckpointError, Problem, RecipeError
@@ -203,9 +204,15 @@ def _other(own: Opened, found: Opened) -> Other:
     """
     recipe, net, here, _, image = own
     theirs, weak, there, _, other = found
-    ours = (recipe.interpolant, recipe.data.image.classes)
-    others = (theirs.interpolant, theirs.data.image.classes)
-    for what, a, b in zip(("interpolant", "classes"), ours, others, strict=True):
+    known, given = recipe.data.image.conditioning, theirs.data.image.conditioning
+    pairs: list[tuple[str, object, object]] = [
+        ("interpolant", recipe.interpolant, theirs.interpolant)
+    ]
+    if isinstance(known, ClassLabels) and isinstance(given, ClassLabels):
+        pairs.append(("classes", known.classes, given.classes))
+    elif known != given:
+        pairs.append(("conditioning", known.title, given.title))
+    for what, a, b in pairs:
         if a != b:
             text = f"{there.run} has other {what}: {b} there, {a} here."
             hint = "Give a run that was trained on the same latents."

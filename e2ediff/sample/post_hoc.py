@@ -199,4 +199,5 @@ def _training_images(recipe: Recipe, width: float) -> Tensor:
             f"images for every reconstructed width, and they are not there: {error}"
         ) from error
     cpu = torch.device("cpu")
-    return fixed_images(source, recipe.probe.calibration, recipe.seed, "calibration", cpu).x
+    kind, count = recipe.data.image.conditioning, recipe.probe.calibration
+    return fixed_images(source, kind, count, recipe.seed, "calibration", cpu).x

@@ -11,7 +11,7 @@ from torch import Tensor
 from e2ediff import addresses
 from e2ediff.data import to_pixels
 from e2ediff.model.inference import Model
-from e2ediff.model.labels import LabelLaw
+from e2ediff.sample.conditions import Conditions, SetLaw
 from e2ediff.sample.load import ModelRef
 from e2ediff.sample.outputs import Format, Output, open_output
 from e2ediff.store.storage import Store
@@ -21,13 +21,13 @@ from e2ediff.store.storage import Store
 class SampleRequest:
     """Which images are to be made, with what, and where.
 
-    `model` makes them; `labels` has one class an image; `batch` is how many images are made and
-    stored together.
+    `model` makes them; `labels` has one class an image, or the number that `Conditions` has for a
+    condition of another kind; `batch` is how many images are made and stored together.
     """
 
     model: ModelRef
     seed: int = 0
-    law: LabelLaw = "balanced"
+    law: SetLaw = "balanced"
     labels: tuple[int, ...] = ()
     format: Format = "png"
     out: str = attrs.field(default="", converter=addresses.plain)
@@ -39,9 +39,11 @@ class SampleRequest:
         shape = (image.height, image.width, image.channels)
         return open_output(self.format, Store(self.out), shape, self.labels)
 
-    def make(self, model: Model, output: Output, numbers: range) -> Iterator[Cost]:
+    def make(
+        self, model: Model, conditions: Conditions, output: Output, numbers: range
+    ) -> Iterator[Cost]:
         """Make and store some of the images: each tile's cost, the last when all are stored."""
-        labels, cost = self.labels[numbers.start : numbers.stop], Cost()
+        labels, cost = conditions[numbers.start : numbers.stop], Cost()
         finished: list[Tensor] = []
         for tile in model.tiles(labels, seed=self.seed, first=numbers.start):
             if finished:

@@ -190,8 +190,9 @@ def finish(
     store.write(GRID, grid_png(from_pixels(x.permute(0, 3, 1, 2)), min(columns, n)))
     place = output.close()
     if output.file_of(0) is not None:
+        known = "held_out_image" if request.law == "held_out" else "label"
         entries = [
-            {"file": output.file_of(i), "label": label, "number": i, "seed": request.seed}
+            {"file": output.file_of(i), known: label, "number": i, "seed": request.seed}
             for i, label in enumerate(request.labels)
         ]
         store.write(ENTRIES, json.dumps(entries, indent=1).encode())

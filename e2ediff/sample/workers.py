@@ -19,6 +19,7 @@ import torch
 from e2ediff.distributed.threads import threads_for
 from e2ediff.errors import E2EDiffError, ResourceError
 from e2ediff.model.inference import Model, denoise_once
+from e2ediff.sample.conditions import Conditions
 from e2ediff.sample.outputs import Output
 from e2ediff.sample.request import Cost, SampleRequest
 
@@ -96,9 +97,9 @@ def make_blocks(
     """
     attempt, fixed = partial(denoise_once, model), report is None or not blocks
     with threads_for(attempt, report or _discard, model.device, fixed=fixed) as done:
-        images = 0
+        images, conditions = 0, Conditions(model.recipe, request.labels)
         for block in blocks:
-            for cost in request.make(model, output, block):
+            for cost in request.make(model, conditions, output, block):
                 yield cost
                 images += cost.images
                 done(images)

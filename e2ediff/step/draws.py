@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from e2ediff.condition import Condition
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
 from e2ediff.seeds import generator
 
 
 def draw_for(
-    recipe: Recipe, label: Tensor, purpose: str, *numbers: int, progress: float = 0.0
+    recipe: Recipe, condition: Condition, purpose: str, *numbers: int, progress: float = 0.0
 ) -> Draw:
-    """Times, conditioning labels and a generator for images of these labels (B,).
+    """Times, conditions with some rows dropped, and a generator, for images of these conditions.
 
     A function of the recipe's seed, the purpose and the numbers alone; `progress` is the share of
     training that is done.
     """
-    device, n = label.device, len(label)
+    device, n = condition.device, len(condition)
     g = generator(device, recipe.seed, purpose, *numbers)
     t = recipe.times.draw(n, g, device)
     dropped = torch.rand(n, generator=g, device=device) < recipe.label_drop
-    label = torch.where(dropped, recipe.data.image.null_label, label)
+    condition = condition.where(dropped, condition.null())
     done = torch.full((), progress, device=device)
-    return Draw(t=t, label=label, generator=g, times=recipe.times, progress=done)
+    return Draw(t=t, condition=condition, generator=g, times=recipe.times, progress=done)
 
 
 def training_draw(
-    recipe: Recipe, phase: str, images: int, attempt: int, label: Tensor, shard: int
+    recipe: Recipe, phase: str, images: int, attempt: int, condition: Condition, shard: int
 ) -> Draw:
     """The randomness of a micro-shard of a training step.
 
@@ -37,11 +37,11 @@ def training_draw(
         phase: Of the objective; each has draws of its own.
         images: How many the run has seen before this step.
         attempt: How often it went back to a checkpoint, to draw otherwise from there.
-        label: Of the micro-shard's images, (S,).
+        condition: Of the micro-shard's images, S rows.
         shard: Its number in the step, over all processes.
     """
     purpose = "draw" if phase == recipe.objective.phases[0] else f"draw-{phase}"
     if attempt:
         purpose = f"{purpose}@{attempt}"
     progress = images / recipe.total_images
-    return draw_for(recipe, label, purpose, images, shard, progress=progress)
+    return draw_for(recipe, condition, purpose, images, shard, progress=progress)

@@ -15,6 +15,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from e2ediff.condition import Condition
 from e2ediff.data import Batch
 from e2ediff.distributed.world import World
 from e2ediff.errors import ResourceError, ShapeError
@@ -23,8 +24,8 @@ from e2ediff.objective import Draw
 from e2ediff.step.assembly import Assembly
 from e2ediff.step.parallel import Piece
 
-DrawOf = Callable[[Tensor, int], Draw]
-"""The draw of a micro-shard, from the labels of its images and its number in the step."""
+DrawOf = Callable[[Condition, int], Draw]
+"""The draw of a micro-shard, from the conditions of its images and its number in the step."""
 
 # Losses that agree to this are computed image by image; those of a batch differ by percents.
 _SAME = 1e-4
@@ -76,13 +77,13 @@ class Splitting:
         """The pieces of all micro-shards of this process, in order."""
         total, at_once = self.recipe.microshards, self._at_once.get(phase, self.size)
         for shard in range(self.shards):
-            images = _rows(batch, shard * self.size, self.size)
+            images = batch.rows(slice(shard * self.size, (shard + 1) * self.size))
             for start in range(0, self.size, at_once):
-                draw = draw_of(images.label, self.world.rank * self.shards + shard)
+                draw = draw_of(images.condition, self.world.rank * self.shards + shard)
                 part = images
                 if at_once < self.size:
-                    part = _rows(images, start, at_once)
-                    draw = part_of(draw, slice(start, start + len(part.x)))
+                    rows = slice(start, min(start + at_once, self.size))
+                    part, draw = images.rows(rows), part_of(draw, rows)
                 final = shard + 1 == self.shards and start + at_once >= self.size
                 yield Piece(part, draw, total * self.size / len(part.x), final)
 
@@ -144,16 +145,16 @@ class Splitting:
     @torch.no_grad()
     def _difference(self, batch: Batch, phase: str, draw_of: DrawOf, at_once: int) -> str:
         """What changes if a micro-shard is computed in parts, in float32; empty if nothing."""
-        images, step = _rows(batch, 0, self.size), self.parts.step
+        images, step = batch.rows(slice(self.size)), self.parts.step
         first = self.world.rank * self.shards
         precision, step.precision = step.precision, torch.float32
         try:
-            whole = step.terms(images, draw_of(images.label, first), phase)
+            whole = step.terms(images, draw_of(images.condition, first), phase)
             sums, latents = dict.fromkeys(whole.losses, 0.0), []
             for start in range(0, self.size, at_once):
-                part = _rows(images, start, at_once)
-                rows = slice(start, start + len(part.x))
-                terms = step.terms(part, part_of(draw_of(images.label, first), rows), phase)
+                rows = slice(start, min(start + at_once, self.size))
+                part = images.rows(rows)
+                terms = step.terms(part, part_of(draw_of(images.condition, first), rows), phase)
                 latents.append(terms.z)
                 for name, value in terms.losses.items():
                     sums[name] += float(value) * len(part.x) / self.size
@@ -232,14 +233,10 @@ def part_of(draw: Draw, rows: slice) -> PartDraw:
     """The part of a fresh draw for these of its images; nothing may have been drawn from it."""
     return PartDraw(
         t=draw.t[rows],
-        label=draw.label[rows],
+        condition=draw.condition.rows(rows),
         generator=draw.generator,
         times=draw.times,
         progress=draw.progress,
         images=len(draw.t),
         rows=rows,
     )
-
-
-def _rows(batch: Batch, start: int, count: int) -> Batch:
-    return Batch(x=batch.x[start : start + count], label=batch.label[start : start + count])

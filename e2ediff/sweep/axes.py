@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from e2ediff.ablate.grid import Axis, GridError, parse_axis
+from e2ediff.condition import ClassLabels
 from e2ediff.errors import E2EDiffError, Problem, RecipeError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
@@ -66,7 +67,7 @@ def _defaults(run: SweptRun) -> Iterator[str]:
 
 def _guidances(recipe: Recipe) -> Iterator[str]:
     if recipe.guidance is None:
-        if recipe.data.image.classes and recipe.label_drop > 0:
+        if recipe.data.image.conditioning != ClassLabels(0) and recipe.label_drop > 0:
             blocks = [
                 f"{{name: classifier_free, scale: {scale:g}, t_min: {low:g}, t_max: {high:g}}}"
                 for scale in _SCALES[1:]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone, BackboneConfig, Decode, Denoise, Encode, Output, Pass
+from e2ediff.condition import ClassLabels
 from e2ediff.data import Batch, ImageSpec
 from e2ediff.objective import Draw, Nets, Objective
 from e2ediff.parts.time_samplers import Uniform
@@ -148,7 +149,9 @@ def check_regularizer(r: Regularizer) -> None:
     unfit = [] if len(batch.x) < r.fewest else r.problems(meta, len(batch.x))
     assert not unfit, f"{name} does not fit TinyBackbone: {list(unfit)}; give options that do"
     z, t = torch.zeros(6, 4, 6, device="meta"), torch.zeros(6, device="meta")
-    r.loss(z, Draw(t=t, label=t.long(), generator=None, times=Uniform()))  # `check` counts there
+    condition = ClassLabels(4).null(6, "meta")
+    draw = Draw(t=t, condition=condition, generator=None, times=Uniform())
+    r.loss(z, draw)  # `check` counts there
 
 
 def _same_latents(name: str, net: Backbone) -> None:
@@ -205,8 +208,8 @@ def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> No
     passes: list[Encode | Decode | Denoise] = [
         Encode(x=x, taps=taps),
         Decode(z=z, taps=taps),
-        Denoise(z_t=z, t=t, label=batch.label, taps=taps),
-        Denoise(z_t=z, t=t, label=torch.full((b,), image.null_label)),
+        Denoise(z_t=z, t=t, condition=batch.condition, taps=taps),
+        Denoise(z_t=z, t=t, condition=batch.condition.null()),
     ]
     with own_randomness(config):
         fused, again = online.outputs(*passes), online.outputs(*passes)

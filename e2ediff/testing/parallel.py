@@ -97,7 +97,7 @@ def _step(spec: Mapping[str, Any], rank: int) -> None:
     for phase in recipe.objective.phases:
         wrapped = nn.parallel.DistributedDataParallel(parts.step, find_unused_parameters=True)
         parts.step.zero_grad()
-        draw = draw_for(recipe, part.label, f"trial-{phase}", 0, rank)
+        draw = draw_for(recipe, part.condition, f"trial-{phase}", 0, rank)
         wrapped(part, draw, phase)[0].backward()
         found |= {f"{phase}: {k}": g for k, g in gradients_of(parts.nets.online)}
         found |= {f"{phase}: heads.{k}": g for k, g in gradients_of(parts.nets.heads)}

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from e2ediff.condition import ClassLabels, Labels
 from e2ediff.guidance import Guidance
 from e2ediff.parts.interpolants import Linear
 from e2ediff.sampler import Sampler
@@ -21,13 +22,14 @@ def check_sampler(s: Sampler) -> None:
     ends = (len(grid), grid[0], round(grid[-1], 9))
     assert ends == (s.steps + 1, 0, 1), f"{name}: grid() is {grid}; give steps + 1, from 0 to 1"
     assert all(a < b for a, b in itertools.pairwise(grid)), f"{name}: grid() must rise"
-    start, label = torch.randn(4096, 1, 2, generator=g), torch.zeros(4096, dtype=torch.long)
+    start = torch.randn(4096, 1, 2, generator=g)
+    condition = ClassLabels(1).example(len(start))
     kept = start.clone()
 
     def sample(std: float) -> Tensor:
         fresh = torch.Generator().manual_seed(6)
         f = GaussianDenoiser(Linear(), 1.0, std)
-        return s.sample(f, start, label, lambda like: torch.randn(like.shape, generator=fresh))
+        return s.sample(f, start, condition, lambda like: torch.randn(like.shape, generator=fresh))
 
     with own_randomness(s):
         point = sample(0.0)
@@ -46,14 +48,14 @@ def check_guidance(g: Guidance) -> None:
     """The same path, one consistent and repeatable estimate, inputs left alone."""
     name, inner = type(g).__name__, GaussianDenoiser(Linear(), 1.0, 0.5)
     others = {reference: GaussianDenoiser(Linear(), 0.8, 0.7) for reference in g.references}
-    f, label = g.given(others).wrap(inner, 4), torch.tensor([0, 1, 4])
+    f, condition = g.given(others).wrap(inner), Labels(torch.tensor([0, 1, 4]), 4)
     assert f.path is inner.path, f"{name}: the guided denoiser must keep the inner path"
     f = f.between(0.0, 0.5)
     for t in (0.01, 0.5, 0.99):
         z_t = torch.linspace(-1, 2, 12).reshape(3, 2, 2)
         kept, times = z_t.clone(), torch.full((3,), t)
         with own_randomness(g):
-            e, again = f(z_t, t, label), f(z_t, t, label)
+            e, again = f(z_t, t, condition), f(z_t, t, condition)
         for key in ("x0", "eps", "v", "score"):
             is_float32(getattr(e, key), (3, 2, 2), f"{name}: {key} at t = {t}")
         assert torch.equal(e.x0, again.x0), f"{name}: the same question had two answers"

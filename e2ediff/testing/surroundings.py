@@ -9,11 +9,13 @@ import tempfile
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from e2ediff.averaging import Averaging
-from e2ediff.data import SourceConfig
+from e2ediff.condition import Condition, Labels
+from e2ediff.data import ImageSpec, SourceConfig
 from e2ediff.diagnostic import Diagnostic, Probe
+from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig
 from e2ediff.figure import Figure, find
 from e2ediff.metric import Estimate, FeatureSet, Metric, moments_of
@@ -64,7 +66,7 @@ def check_averaging(a: Averaging) -> None:
 
 
 def check_source(s: SourceConfig) -> None:
-    """Bytes and labels of the promised shape, the same in any order and any process."""
+    """Bytes and conditions of the promised shape, the same in any order and any process."""
     name, image = type(s).__name__, s.image
     declared = {*s.movable, *s.harmless} - {*SourceConfig.harmless}
     known = {field.alias for field in attrs.fields(type(s))}  # type: ignore[arg-type]
@@ -77,17 +79,36 @@ def check_source(s: SourceConfig) -> None:
         for data in sources:
             rows = list(range(min(4, len(data))))
             assert rows, f"{name}: no images; raise DataError instead"
-            x, label = data.read(rows)
+            x, given = data.read(rows)
             shape = (len(rows), image.channels, image.height, image.width)
             assert x.shape == shape, f"{name}: images {tuple(x.shape)}, `image` says {shape}"
             assert x.dtype == torch.uint8, f"{name}: images are {x.dtype}; return uint8"
-            assert (label.shape, label.dtype) == (shape[:1], torch.int64), f"{name}: labels int64"
-            inside = ((label >= 0) & (label < max(1, image.classes))).all()
-            assert inside, f"{name}: labels {label.tolist()} outside {image.classes} classes"
+            condition = _condition(name, image, given, len(rows))
             for same in (data, pickle.loads(pickle.dumps(data))):  # noqa: S301 - our own bytes
                 y, other = same.read(rows[::-1])
-                equal = torch.equal(y.flip(0), x) and torch.equal(other.flip(0), label)
+                again = _condition(name, image, other, len(rows)).tensors()
+                equal = torch.equal(y.flip(0), x) and all(
+                    torch.equal(again[key].flip(0), value)
+                    for key, value in condition.tensors().items()
+                )
                 assert equal, f"{name}: an index gave two images; read by index alone"
+
+
+def _condition(name: str, image: ImageSpec, given: Tensor | Condition, rows: int) -> Condition:
+    """What a source gives, of the kind, shape and type that `image` says."""
+    try:
+        known = image.conditioning.accept(given, name)
+    except DataError as error:
+        raise AssertionError(f"{error}; `image` and read() must agree") from error
+    assert len(known) == rows, f"{name}: {len(known)} conditions of {rows} images"
+    for key, value in image.conditioning.null(1).tensors().items():
+        found = known.tensors()[key].dtype
+        assert found == value.dtype, f"{name}: {key} is {found}; make it {value.dtype}"
+    if isinstance(known, Labels):
+        label = known.label
+        inside = ((label >= 0) & (label < max(1, image.classes))).all()
+        assert inside, f"{name}: labels {label.tolist()} outside {image.classes} classes"
+    return known
 
 
 def check_diagnostic(d: Diagnostic) -> None:
@@ -107,7 +128,7 @@ def check_diagnostic(d: Diagnostic) -> None:
         }
         probe = Probe(
             batch.x,
-            batch.label,
+            batch.condition,
             z,
             z * 2,
             "x0",

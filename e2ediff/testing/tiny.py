@@ -21,6 +21,7 @@ from e2ediff.backbone import (
     LatentSpec,
     Output,
 )
+from e2ediff.condition import Condition
 from e2ediff.data import Batch, ImageSpec
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Estimate, Interpolant, Kind, spread
@@ -36,7 +37,7 @@ IMAGE = ImageSpec(3, 16, 16, 4)
 
 @attrs.frozen(kw_only=True)
 class TinyBackbone(BackboneConfig):
-    """Linear maps of single patches: the smallest network with masks, features and labels."""
+    """Linear maps of single patches: the smallest network with masks, features and conditions."""
 
     patch: int = 8
     latent_dim: int = 6
@@ -60,7 +61,7 @@ class _Tiny(FusedBackbone):
         self.patches = nn.Conv2d(image.channels, width, p, p)
         self.to_latent, self.from_latent = nn.Linear(width, dim), nn.Linear(dim, width)
         self.pixels = nn.ConvTranspose2d(width, image.channels, p, p)
-        self.noised, self.label = nn.Linear(dim, width), nn.Embedding(image.classes + 1, width)
+        self.noised, self.label = nn.Linear(dim, width), image.conditioning.embedding(width)
         self.answer = nn.Linear(width, dim)
 
     def outputs(self, *passes: Encode | Decode | Denoise) -> list[Output]:
@@ -74,7 +75,7 @@ class _Tiny(FusedBackbone):
             y = self.to_latent(h).float()
             return Output(self.latent_norm(y), dict.fromkeys(p.taps, h), y)
         if isinstance(p, Denoise):
-            h = self.noised(p.z_t) * (1 + p.t[:, None, None]) + self.label(p.label)[:, None]
+            h = self.noised(p.z_t) * (1 + p.t[:, None, None]) + self.label(p.condition)[:, None]
             return Output(self.answer(h).float(), dict.fromkeys(p.taps, h))
         h = self.from_latent(p.z)
         y = self.pixels(h.mT.unflatten(2, self.latent.grid)).float()
@@ -82,7 +83,7 @@ class _Tiny(FusedBackbone):
 
 
 class GaussianDenoiser(Denoiser):
-    """The exact denoiser of latents from N(mean, std^2), for any label, in z_t's own type."""
+    """The exact denoiser of latents from N(mean, std^2), for any condition, in z_t's own type."""
 
     def __init__(self, path: Interpolant, mean: float = 0.0, std: float = 1.0) -> None:
         self._path, self.mean, self.std = path, mean, std
@@ -92,7 +93,7 @@ class GaussianDenoiser(Denoiser):
         """The interpolant."""
         return self._path
 
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         """The posterior mean, mean + a std^2 / (a^2 std^2 + s^2) (z_t - a mean)."""
         times = torch.full((len(z_t),), t, dtype=z_t.dtype, device=z_t.device)
         a, s = spread(self._path.alpha(times), z_t), spread(self._path.sigma(times), z_t)
@@ -121,14 +122,14 @@ def make_nets(
 
 
 def make_batch(image: ImageSpec = IMAGE, size: int = 6) -> Batch:
-    """Random images in [-1, 1] and labels, always the same."""
+    """Random images in [-1, 1] and conditions, always the same."""
     g = torch.Generator().manual_seed(1)
     x = torch.rand(size, image.channels, image.height, image.width, generator=g) * 2 - 1
-    return Batch(x=x, label=torch.arange(size) % max(1, image.classes))
+    return Batch(x=x, condition=image.conditioning.example(size))
 
 
 def make_draw(batch: Batch, times: TimeSampler | None = None, seed: int = 2) -> Draw:
     """A step's randomness for this batch, the same for the same seed."""
     g, times = torch.Generator().manual_seed(seed), times or Uniform()
-    t = times.draw(len(batch.label), g, torch.device("cpu"))
-    return Draw(t=t, label=batch.label, generator=g, times=times)
+    t = times.draw(len(batch.x), g, torch.device("cpu"))
+    return Draw(t=t, condition=batch.condition, generator=g, times=times)

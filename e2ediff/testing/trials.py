@@ -197,7 +197,8 @@ def latent_contract(trial: Trial) -> None:
         f"the checkpoint says {said}, the loaded network {fresh}; keep the latent norm's "
         "statistics in `latent_norm`, as buffers"
     )
-    images = fixed_images(trial.recipe.data.open(), 4, 0, "trial", torch.device("cpu"))
+    data = trial.recipe.data
+    images = fixed_images(data.open(), data.image.conditioning, 4, 0, "trial", torch.device("cpu"))
     latents = model.latents(images.x)
     size = (4, fresh.tokens, fresh.dim)
     assert latents.z.shape == size, f"latents are {tuple(latents.z.shape)}, the contract {size}"
@@ -294,7 +295,7 @@ def gradients(
         parts.nets.heads.zero_grad()
         for shard in range(shards):
             part = share(batch, shard, size)
-            draw = draw_for(recipe, part.label, f"trial-{phase}", 0, shard)
+            draw = draw_for(recipe, part.condition, f"trial-{phase}", 0, shard)
             with around():
                 total, terms, _ = parts.step(part, draw, phase)
             (total / shards).backward()
@@ -314,14 +315,13 @@ def gradients_of(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def trial_batch(recipe: Recipe) -> Batch:
     """Training images, always the same."""
-    source = recipe.data.open()
-    return fixed_images(source, recipe.batch, recipe.seed, "trial", torch.device("cpu"))
+    source, kind = recipe.data.open(), recipe.data.image.conditioning
+    return fixed_images(source, kind, recipe.batch, recipe.seed, "trial", torch.device("cpu"))
 
 
 def share(batch: Batch, shard: int, size: int) -> Batch:
     """The images of one share."""
-    rows = slice(shard * size, (shard + 1) * size)
-    return Batch(x=batch.x[rows], label=batch.label[rows])
+    return batch.rows(slice(shard * size, (shard + 1) * size))
 
 
 def compare(plain: dict[str, Tensor], other: dict[str, Tensor], where: str) -> None:

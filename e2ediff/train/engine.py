@@ -153,6 +153,7 @@ class Engine:
         r = self.recipe
         return batches(
             self.source,
+            r.data.image.conditioning,
             batch=r.batch,
             seed=r.seed,
             first=self.position.step,

@@ -110,7 +110,7 @@ class Measurements:
             directory.write_picture(name, grid_png(seen.x, seen.columns))
             directory.write_picture(f"reconstructions-{name}", grid_png(seen.pairs, 10))
             self.recorder.sinks.picture(at.images, "samples", seen.x)
-            self.recorder.notify("sampled", images=seen.x, labels=seen.label)
+            self.recorder.notify("sampled", images=seen.x, condition=seen.condition)
 
     def draw_curves(self) -> None:
         """Draw the curves of all figures so far."""

@@ -6,6 +6,7 @@ import attrs
 import pytest
 import torch
 
+from e2ediff.condition import Labels
 from e2ediff.losses import DecodeNoise
 from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.objectives.controls import Coupled, Detached, TwoStage
@@ -143,14 +144,15 @@ def test_the_second_stage_leaves_every_weight_of_the_autoencoder_alone(trunks) -
         assert torch.equal(net.decode(net.encode(batch.x)), before)
 
 
-def test_the_denoiser_is_told_the_null_label_where_the_draw_says_so() -> None:
+def test_the_denoiser_is_told_nothing_where_the_draw_says_so() -> None:
     """Gradients reach the rows of the label table that the draw names, and no others but null."""
     import attrs
 
     objective, batch = Detached(), make_batch()
     nets = shaken_nets(objective)
     null = nets.online.image.null_label
-    draw = attrs.evolve(make_draw(batch), label=torch.tensor([2, 2, null, null, 2, null]))
+    condition = Labels(torch.tensor([2, 2, null, null, 2, null]), null)
+    draw = attrs.evolve(make_draw(batch), condition=condition)
     table = nets.online.embed_label.weight
     terms = objective.terms(nets, batch, draw, "joint")
     (grad,) = torch.autograd.grad(terms.losses["denoising"], table)

@@ -118,7 +118,7 @@ def seen(name: str, *changes: str, seed: int = 0) -> list[Seen]:
         def given(module, args):
             batch, draw, _ = args
             rest = draw.generator.get_state()
-            found.append(Seen(batch.x, draw.t, draw.label, rest))
+            found.append(Seen(batch.x, draw.t, draw.condition.label, rest))
 
         def asked(*passes):
             found[-1].asked.extend(p for p in passes if isinstance(p, Denoise))
@@ -159,5 +159,5 @@ def test_cells_of_a_seed_ask_the_denoiser_about_the_same_noise(name, changes) ->
     """At the first step weights are equal too, and with them the noised latents, to the bit."""
     mine, theirs = seen(name, *changes)[0].asked[0], seen("detached")[0].asked[0]
     assert torch.equal(mine.t, theirs.t)
-    assert torch.equal(mine.label, theirs.label)
+    assert torch.equal(mine.condition.label, theirs.condition.label)
     assert torch.equal(mine.z_t, theirs.z_t)

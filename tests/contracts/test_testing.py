@@ -160,20 +160,20 @@ class Stopped(VarianceExpansion):
 
 @wrong(testing.check_sampler, "off by > 0.001")
 class StopsEarly(Euler):
-    def sample(self, f, start, label, noise):
-        return self.integrate(f, start, self.grid()[:-2], label, noise)
+    def sample(self, f, start, condition, noise):
+        return self.integrate(f, start, self.grid()[:-2], condition, noise)
 
 
 @wrong(testing.check_sampler, "is sampled as")
 class HalfSteps(Euler):
-    def step(self, f, z, t, s, label, noise):
-        return z + (s - t) / 2 * f(z, t, label).v
+    def step(self, f, z, t, s, condition, noise):
+        return z + (s - t) / 2 * f(z, t, condition).v
 
 
 @wrong(testing.check_sampler, "global generator")
 class GlobalKicks(Euler):
-    def step(self, f, z, t, s, label, noise):
-        return z + (s - t) * f(z, t, label).v + 1e-3 * torch.randn_like(z)
+    def step(self, f, z, t, s, condition, noise):
+        return z + (s - t) * f(z, t, condition).v + 1e-3 * torch.randn_like(z)
 
 
 @wrong(testing.check_optimizer, "leaves")
@@ -202,13 +202,13 @@ class _Inconsistent(Denoiser):
     def path(self):
         return self.inner.path
 
-    def __call__(self, z_t, t, label):
-        return attrs.evolve(self.inner(z_t, t, label), x0=torch.zeros_like(z_t))
+    def __call__(self, z_t, t, condition):
+        return attrs.evolve(self.inner(z_t, t, condition), x0=torch.zeros_like(z_t))
 
 
 @wrong(testing.check_guidance, "use path.estimate")
 class OnlyX0(ClassifierFree):
-    def wrap(self, inner, null_label):
+    def wrap(self, inner):
         return _Inconsistent(inner)
 
 
@@ -280,8 +280,8 @@ class Indivisible(ViTConfig):
 
 
 class _Dropping(_Tiny):
-    def denoise(self, z_t, t, label):
-        return super().denoise(z_t, t, label)
+    def denoise(self, z_t, t, condition):
+        return super().denoise(z_t, t, condition)
 
     def outputs(self, *passes):
         found = super().outputs(*passes)

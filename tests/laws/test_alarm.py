@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from e2ediff.condition import ClassLabels
 from e2ediff.diagnostic import Probe
 from e2ediff.host.recipe import Alarm, load_recipe
 from e2ediff.monitor.alarm import Watch, diagnosis_steps
@@ -90,8 +91,8 @@ def follow(
 
 
 def probe_of(z: torch.Tensor, trained: torch.Tensor) -> Probe:
-    x, label = torch.zeros(len(z), 1, 4, 4), torch.zeros(len(z), dtype=torch.long)
-    return Probe(x, label, z, z, "x0", z_online=trained)
+    x, condition = torch.zeros(len(z), 1, 4, 4), ClassLabels(1).null(len(z))
+    return Probe(x, condition, z, z, "x0", z_online=trained)
 
 
 COLLAPSES = [dead, rank_one, slow_decay, fading, channel_by_channel, positions_only]

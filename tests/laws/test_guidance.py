@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mixture import MEANS, NULL, STDS, MixtureDenoiser, normal_quantiles
 
+from e2ediff.condition import Labels
 from e2ediff.denoiser import Denoiser
 from e2ediff.errors import RecipeError
 from e2ediff.guidance import Reference
@@ -24,8 +25,8 @@ from e2ediff.testing import GaussianDenoiser
 
 PATHS = [Linear(), Cosine(), VarianceExploding(sigma_max=10.0)]
 each_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
-LABELS = torch.tensor([0, 2, 1, 0])
-NULLS = torch.full((4,), NULL)
+LABELS = Labels(torch.tensor([0, 2, 1, 0]), NULL)
+NULLS = LABELS.null()
 Z_T = torch.tensor([[-0.4], [1.1], [0.2], [2.0]], dtype=torch.float64)[..., None].repeat(1, 3, 2)
 Z_T[:, 1] *= 0.5
 Z_T[..., 1] += 0.3
@@ -58,7 +59,7 @@ def armed(guidance, weak: Denoiser):
 )  # fmt: skip
 def test_scale_one_is_the_denoiser_itself_in_one_pass_and_loads_nothing(guidance) -> None:
     inner = MixtureDenoiser(Linear())
-    f = guidance.wrap(inner, NULL)
+    f = guidance.wrap(inner)
     assert f is inner
     assert f.between(0.1, 0.2) is inner
     f(Z_T, 0.5, LABELS)
@@ -71,7 +72,7 @@ def test_scale_one_is_the_denoiser_itself_in_one_pass_and_loads_nothing(guidance
 )
 def test_guidance_by_class_asks_once_for_twice_the_rows(guidance) -> None:
     inner = MixtureDenoiser(Linear())
-    guidance.wrap(inner, NULL)(Z_T, 0.5, LABELS)
+    guidance.wrap(inner)(Z_T, 0.5, LABELS)
     assert inner.rows == [8]
 
 
@@ -81,15 +82,15 @@ def test_guidance_by_class_asks_once_for_twice_the_rows(guidance) -> None:
 @given(scale=scales, t=inner_times)
 def test_apg_that_keeps_all_parts_is_classifier_free_guidance(scale, t) -> None:
     inner = MixtureDenoiser(Linear())
-    apg = APG(scale=scale, eta=1.0, momentum=0.0).wrap(inner, NULL)(Z_T, t, LABELS)
-    cfg = ClassifierFree(scale=scale).wrap(inner, NULL)(Z_T, t, LABELS)
+    apg = APG(scale=scale, eta=1.0, momentum=0.0).wrap(inner)(Z_T, t, LABELS)
+    cfg = ClassifierFree(scale=scale).wrap(inner)(Z_T, t, LABELS)
     torch.testing.assert_close(apg.x0, cfg.x0)
 
 
 @given(scale=st.floats(1.1, 8.0), t=inner_times)
 def test_apg_moves_at_right_angles_to_the_conditional_answer(scale, t) -> None:
     inner = MixtureDenoiser(Linear())
-    guided = APG(scale=scale).wrap(inner, NULL)(Z_T, t, LABELS).x0
+    guided = APG(scale=scale).wrap(inner)(Z_T, t, LABELS).x0
     plain = inner(Z_T, t, LABELS).x0
     inside = ((guided - plain) * plain).sum(dim=(1, 2))
     torch.testing.assert_close(inside, torch.zeros_like(inside), rtol=0.0, atol=1e-9 * scale)
@@ -98,7 +99,7 @@ def test_apg_moves_at_right_angles_to_the_conditional_answer(scale, t) -> None:
 @given(norm=st.floats(0.01, 5.0), t=inner_times)
 def test_apg_bounds_the_length_of_its_push(norm, t) -> None:
     inner = MixtureDenoiser(Linear())
-    guided = APG(scale=2.0, eta=1.0, norm=norm).wrap(inner, NULL)(Z_T, t, LABELS).x0
+    guided = APG(scale=2.0, eta=1.0, norm=norm).wrap(inner)(Z_T, t, LABELS).x0
     plain, null = inner(Z_T, t, LABELS).x0, inner(Z_T, t, NULLS).x0
     length = (guided - plain).flatten(1).norm(dim=1)
     wanted = (plain - null).flatten(1).norm(dim=1).clamp_max(norm)
@@ -107,7 +108,7 @@ def test_apg_bounds_the_length_of_its_push(norm, t) -> None:
 
 def test_apg_s_momentum_is_the_running_sum_of_the_steps_before_and_starts_anew() -> None:
     inner, times = MixtureDenoiser(Linear()), [0.2, 0.4, 0.6]
-    f = APG(scale=2.0, eta=1.0, momentum=-0.5).wrap(inner, NULL)
+    f = APG(scale=2.0, eta=1.0, momentum=-0.5).wrap(inner)
     for _ in range(2):  # a second trajectory begins without memory
         step, running = f, torch.zeros_like(Z_T)
         for t in times:
@@ -121,12 +122,10 @@ def test_apg_s_momentum_is_the_running_sum_of_the_steps_before_and_starts_anew()
 def test_a_sampler_hands_momentum_from_step_to_step() -> None:
     inner = MixtureDenoiser(Linear())
     without, having = (
-        Euler(steps=6).sample(APG(scale=3.0, momentum=m).wrap(inner, NULL), Z_T, LABELS, silent)
+        Euler(steps=6).sample(APG(scale=3.0, momentum=m).wrap(inner), Z_T, LABELS, silent)
         for m in (0.0, -0.75)
     )
-    again = Euler(steps=6).sample(
-        APG(scale=3.0, momentum=-0.75).wrap(inner, NULL), Z_T, LABELS, silent
-    )
+    again = Euler(steps=6).sample(APG(scale=3.0, momentum=-0.75).wrap(inner), Z_T, LABELS, silent)
     assert (without - having).abs().max() > 1e-3
     assert torch.equal(having, again)
 
@@ -134,25 +133,26 @@ def test_a_sampler_hands_momentum_from_step_to_step() -> None:
 class Parallel(MixtureDenoiser):
     """Without the class the velocity is a third of what it is with it."""
 
-    def __call__(self, z_t, t, label):
-        v = super().__call__(z_t, t, label.clamp_max(2)).v
-        v = torch.where((label == NULL)[:, None, None], super().__call__(z_t, t, 0 * label).v / 3,
-                        v)  # fmt: skip
+    def __call__(self, z_t, t, condition):
+        without, label = condition.label == NULL, condition.label.clamp_max(2)
+        v = super().__call__(z_t, t, Labels(label, NULL)).v
+        first = super().__call__(z_t, t, Labels(0 * label, NULL)).v
+        v = torch.where(without[:, None, None], first / 3, v)
         times = torch.full((len(z_t),), t, dtype=z_t.dtype)
         return self.path.estimate(v, z_t, times, "v")
 
 
 @given(scale=scales, t=inner_times)
 def test_cfg_zero_star_ignores_an_unconditional_answer_that_differs_in_length(scale, t) -> None:
-    inner, first = Parallel(Linear()), torch.zeros(4).long()
-    guided = CFGZeroStar(scale=scale, zero_until=0.0).wrap(inner, NULL)(Z_T, t, first)
+    inner, first = Parallel(Linear()), Labels(torch.zeros(4).long(), NULL)
+    guided = CFGZeroStar(scale=scale, zero_until=0.0).wrap(inner)(Z_T, t, first)
     torch.testing.assert_close(guided.v, inner(Z_T, t, first).v)
 
 
 @given(scale=scales, t=inner_times)
 def test_cfg_zero_star_is_its_formula(scale, t) -> None:
     inner = MixtureDenoiser(Cosine())
-    guided = CFGZeroStar(scale=scale, zero_until=0.0).wrap(inner, NULL)(Z_T, t, LABELS).v
+    guided = CFGZeroStar(scale=scale, zero_until=0.0).wrap(inner)(Z_T, t, LABELS).v
     for i in range(4):
         c, u = inner(Z_T, t, LABELS).v[i], inner(Z_T, t, NULLS).v[i]
         s = (c * u).sum() / (u * u).sum()
@@ -161,7 +161,7 @@ def test_cfg_zero_star_is_its_formula(scale, t) -> None:
 
 def test_cfg_zero_star_leaves_out_the_steps_that_end_in_time() -> None:
     inner = MixtureDenoiser(Linear())
-    f = CFGZeroStar(scale=2.0, zero_until=0.1).wrap(inner, NULL)
+    f = CFGZeroStar(scale=2.0, zero_until=0.1).wrap(inner)
     z = Euler().integrate(f, Z_T, [0.0, 0.05, 0.1], LABELS, silent)
     assert torch.equal(z, Z_T)
     assert inner.rows == []
@@ -174,7 +174,7 @@ def test_cfg_zero_star_leaves_out_the_steps_that_end_in_time() -> None:
 def test_cfg_zero_star_never_leaves_the_last_answer_out(sampler) -> None:
     """Also where every step would lie in the time that is left out."""
     inner = MixtureDenoiser(Linear())
-    f = CFGZeroStar(scale=2.0, zero_until=1.0).wrap(inner, NULL)
+    f = CFGZeroStar(scale=2.0, zero_until=1.0).wrap(inner)
     found = sampler.sample(f, Z_T, LABELS, silent)
     assert inner.rows == [8]
     assert not torch.equal(found, Z_T)
@@ -212,9 +212,9 @@ def test_a_sampler_that_asks_once_asks_where_its_step_begins(sampler) -> None:
     asked = []
 
     class Noting(MixtureDenoiser):
-        def __call__(self, z_t, t, label):
+        def __call__(self, z_t, t, condition):
             asked.append(t)
-            return super().__call__(z_t, t, label)
+            return super().__call__(z_t, t, condition)
 
     times = [0.1, 0.3, 0.5]
     sampler.integrate(Noting(Linear()), Z_T, times, LABELS, torch.zeros_like)
@@ -226,7 +226,7 @@ def test_a_sampler_that_asks_once_asks_where_its_step_begins(sampler) -> None:
 def test_cfg_plus_plus_is_its_algorithm(path, strength) -> None:
     """Guide x0 by `strength`, renoise with the unconditional noise; by DDIM steps on any path."""
     inner = MixtureDenoiser(path)
-    f = CFGPlusPlus(strength=strength).wrap(inner, NULL)
+    f = CFGPlusPlus(strength=strength).wrap(inner)
     grid = Euler(steps=8).grid()[1:]  # VE and its kin begin anywhere; at t = 0 alpha may be 0
     found = wanted = Z_T * path.sigma(torch.tensor(grid[0]).double())
     for t, s in pairwise(grid[:-1]):
@@ -241,7 +241,7 @@ def test_cfg_plus_plus_is_its_algorithm(path, strength) -> None:
 
 def test_cfg_plus_plus_by_euler_on_the_linear_path_is_its_algorithm_from_pure_noise() -> None:
     inner = MixtureDenoiser(Linear())
-    found = Euler(steps=5).sample(CFGPlusPlus(strength=0.7).wrap(inner, NULL), Z_T, LABELS, silent)
+    found = Euler(steps=5).sample(CFGPlusPlus(strength=0.7).wrap(inner), Z_T, LABELS, silent)
     z = Z_T
     for i in range(5):
         t, s = i / 5, (i + 1) / 5
@@ -253,7 +253,7 @@ def test_cfg_plus_plus_by_euler_on_the_linear_path_is_its_algorithm_from_pure_no
 
 def test_cfg_plus_plus_of_strength_zero_is_unconditional_in_one_pass() -> None:
     inner = MixtureDenoiser(Linear())
-    found = CFGPlusPlus(strength=0.0).wrap(inner, NULL)(Z_T, 0.5, LABELS)
+    found = CFGPlusPlus(strength=0.0).wrap(inner)(Z_T, 0.5, LABELS)
     assert inner.rows == [4]
     assert torch.equal(found.x0, inner(Z_T, 0.5, NULLS).x0)
 
@@ -261,7 +261,7 @@ def test_cfg_plus_plus_of_strength_zero_is_unconditional_in_one_pass() -> None:
 @given(scale=scales, t=inner_times)
 def test_autoguidance_extrapolates_from_the_weak_answer(scale, t) -> None:
     strong, weak = MixtureDenoiser(Linear()), MixtureDenoiser(Linear(), widen=0.5)
-    f = armed(auto(scale), weak).wrap(strong, NULL)
+    f = armed(auto(scale), weak).wrap(strong)
     x0, w = strong(Z_T, t, LABELS).x0, weak(Z_T, t, LABELS).x0
     torch.testing.assert_close(f(Z_T, t, LABELS).x0, w + scale * (x0 - w))
 
@@ -270,7 +270,7 @@ def test_autoguidance_by_a_wider_model_narrows_a_gaussian_as_the_ode_says() -> N
     """The guided ODE is linear here: d log r / dt has a closed form, integrated by quadrature."""
     path, scale = Linear(), 2.0
     strong, weak = GaussianDenoiser(path, 0.0, 0.5), GaussianDenoiser(path, 0.0, 0.8)
-    f = armed(auto(scale), weak).wrap(strong, NULL)
+    f = armed(auto(scale), weak).wrap(strong)
     start = torch.ones(1, 1, 1, dtype=torch.float64)
     found = Heun(steps=400).sample(f, start, torch.zeros(1).long(), silent).item()
     t = (torch.arange(200000, dtype=torch.float64) + 0.5) / 200000
@@ -286,7 +286,7 @@ def test_autoguidance_by_a_wider_model_narrows_a_gaussian_as_the_ode_says() -> N
 
 def test_autoguidance_without_its_network_says_how_to_get_one() -> None:
     with pytest.raises(RecipeError, match="autoguidance has no weak network here"):
-        auto(2.0).wrap(MixtureDenoiser(Linear()), NULL)
+        auto(2.0).wrap(MixtureDenoiser(Linear()))
 
 
 # Combinations
@@ -295,7 +295,7 @@ def test_autoguidance_without_its_network_says_how_to_get_one() -> None:
 @given(t=st.floats(0.0, 1.0))
 def test_an_interval_guides_inside_alone(t) -> None:
     inner = MixtureDenoiser(Linear())
-    f = Interval(guidance=APG(scale=3.0), t_min=0.3, t_max=0.6).wrap(inner, NULL)
+    f = Interval(guidance=APG(scale=3.0), t_min=0.3, t_max=0.6).wrap(inner)
     f(Z_T, t, LABELS)
     assert inner.rows == [8 if 0.3 <= t <= 0.6 else 4]
 
@@ -304,7 +304,7 @@ def test_the_interval_of_classifier_free_guidance_is_the_interval_around_it() ->
     one = ClassifierFree(scale=2.0, t_min=0.2, t_max=0.7)
     two = Interval(guidance=ClassifierFree(scale=2.0), t_min=0.2, t_max=0.7)
     found = [
-        Heun(steps=9).sample(g.wrap(MixtureDenoiser(Cosine()), NULL), Z_T, LABELS, silent)
+        Heun(steps=9).sample(g.wrap(MixtureDenoiser(Cosine())), Z_T, LABELS, silent)
         for g in (one, two)
     ]
     assert torch.equal(*found)
@@ -314,11 +314,11 @@ def test_the_interval_of_classifier_free_guidance_is_the_interval_around_it() ->
 def test_a_chain_guides_what_is_guided_already(t) -> None:
     strong, weak = MixtureDenoiser(Linear()), MixtureDenoiser(Linear(), widen=0.5)
     chain = armed(Chain(parts=(auto(1.5), ClassifierFree(scale=3.0))), weak)
-    found = chain.wrap(strong, NULL)(Z_T, t, LABELS).x0
+    found = chain.wrap(strong)(Z_T, t, LABELS).x0
 
-    def sharp(label):
-        w = weak(Z_T, t, label).x0
-        return w + 1.5 * (strong(Z_T, t, label).x0 - w)
+    def sharp(condition):
+        w = weak(Z_T, t, condition).x0
+        return w + 1.5 * (strong(Z_T, t, condition).x0 - w)
 
     torch.testing.assert_close(found, sharp(NULLS) + 3.0 * (sharp(LABELS) - sharp(NULLS)))
     assert chain.references == ()
@@ -346,8 +346,8 @@ def test_guided_samples_of_a_class_are_more_surely_of_that_class(guidance) -> No
     noise = normal_quantiles(64)
 
     def doubt(label: int, g) -> float:
-        f = MixtureDenoiser(Linear()) if g is None else g.wrap(MixtureDenoiser(Linear()), NULL)
-        z = Euler(steps=40).sample(f, noise, torch.full((64,), label), silent)
+        f = MixtureDenoiser(Linear()) if g is None else g.wrap(MixtureDenoiser(Linear()))
+        z = Euler(steps=40).sample(f, noise, Labels(torch.full((64,), label), NULL), silent)
         logs = -STDS.log() - (z - MEANS) ** 2 / (2 * STDS**2)
         return 1 - logs.flatten(0, 1).softmax(dim=-1)[:, label].mean().item()
 

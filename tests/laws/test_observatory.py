@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from e2ediff.condition import Labels
 from e2ediff.diagnostic import Probe
 from e2ediff.parts.diagnostics.latent_health import LatentHealth
 from e2ediff.parts.diagnostics.observatory import (
@@ -32,10 +33,14 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def labels(label: torch.Tensor) -> Labels:
+    return Labels(label, int(label.max()) + 1)
+
+
 def probe_of(z: torch.Tensor, **changes: object) -> Probe:
     x = torch.zeros(len(z), 1, 4, 4)
-    label = torch.zeros(len(z), dtype=torch.long)
-    return attrs.evolve(Probe(x, label, z, z, "x0", Linear()), **changes)
+    condition = labels(torch.zeros(len(z), dtype=torch.long))
+    return attrs.evolve(Probe(x, condition, z, z, "x0", Linear()), **changes)
 
 
 # Spectrum
@@ -154,9 +159,12 @@ def test_identical_opposite_orthogonal_and_missing_gradients() -> None:
 def test_separable_clusters_are_always_told_and_shuffled_labels_at_chance() -> None:
     label = torch.arange(400) % 4
     z = torch.eye(4, dtype=torch.float64)[label][:, None] + 0.05 * normal(400, 3, 4)
-    assert Neighbours().measure(probe_of(z, label=label)) == {"knn": 1.0, "knn_mean": 1.0}
+    assert Neighbours().measure(probe_of(z, condition=labels(label))) == {
+        "knn": 1.0,
+        "knn_mean": 1.0,
+    }
     order = torch.randperm(400, generator=torch.Generator().manual_seed(2))
-    chance = Neighbours().measure(probe_of(z, label=label[order]))["knn"]
+    chance = Neighbours().measure(probe_of(z, condition=labels(label[order])))["knn"]
     assert chance == pytest.approx(0.25, abs=0.08)  # 400 guesses: 3.7 standard errors
 
 
@@ -172,7 +180,7 @@ def test_what_only_the_places_hold_is_lost_to_the_mean() -> None:
     label = torch.arange(200) % 2
     signal = (2.0 * label - 1)[:, None] * torch.ones(200, 2, dtype=torch.float64)
     z = torch.stack([signal, -signal], dim=1) + 0.1 * normal(200, 2, 2)
-    figures = Neighbours().measure(probe_of(z, label=label))
+    figures = Neighbours().measure(probe_of(z, condition=labels(label)))
     assert figures["knn"] == 1.0
     assert figures["knn_mean"] < 0.7
 

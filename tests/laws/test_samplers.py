@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mixture import MEANS, NULL, STDS, WEIGHTS, MixtureDenoiser, cdf, normal_quantiles
 
+from e2ediff.condition import Labels
 from e2ediff.denoiser import Plain
 from e2ediff.errors import RecipeError
 from e2ediff.parts.interpolants import Cosine, Linear, VarianceExploding
@@ -31,8 +32,8 @@ def silent(like: torch.Tensor) -> torch.Tensor:
     raise AssertionError("a sampler of the ODE draws no noise")
 
 
-def anything(n: int) -> torch.Tensor:
-    return torch.full((n,), NULL)
+def anything(n: int) -> Labels:
+    return Labels(torch.full((n,), NULL), NULL)
 
 
 # Order
@@ -87,13 +88,13 @@ def test_a_step_of_dormand_prince_has_order_five_and_knows_its_error(path) -> No
 def test_dopri5_spends_calls_until_its_tolerance_is_met(path) -> None:
     f, calls, errors = MixtureDenoiser(path), [], []
     at = torch.tensor(0.1).double()
-    start, label = normal_quantiles(9) * path.sigma(at), anything(9)
-    goal = RK4().integrate(f, start, Karras(sigma_min=0.05).times(600, 0.1, path)[:-1], label,
+    start, condition = normal_quantiles(9) * path.sigma(at), anything(9)
+    goal = RK4().integrate(f, start, Karras(sigma_min=0.05).times(600, 0.1, path)[:-1], condition,
                            silent)  # fmt: skip
     end = Karras(sigma_min=0.05).times(600, 0.1, path)[-2]
     for tolerance in (1e-3, 1e-6):
         f.rows.clear()
-        found = Dopri5(rtol=tolerance, atol=tolerance).step(f, start, 0.1, end, label, silent)
+        found = Dopri5(rtol=tolerance, atol=tolerance).step(f, start, 0.1, end, condition, silent)
         calls.append(len(f.rows))
         errors.append((found - goal).abs().max().item())
     assert errors[0] < 30e-3
@@ -208,13 +209,13 @@ def test_the_sde_keeps_the_marginals_on_the_way(diffusion) -> None:
 
 def moments_by_steps(sampler: SDE, path, times) -> torch.Tensor:
     """Mean and variance at the end, without a draw: on a Gaussian every step is affine in z."""
-    f, label = GaussianDenoiser(path, 0.7, 0.5), torch.zeros(1).long()
+    f, condition = GaussianDenoiser(path, 0.7, 0.5), anything(1)
     places = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None, None]
     a, b = path.alpha(torch.tensor(times[0]).double()), path.sigma(torch.tensor(times[0]).double())
     mean, var = 0.7 * a, (0.5 * a) ** 2 + b**2
     for t, s in pairwise(times):
-        zero, one = sampler.step(f, places, t, s, label, torch.zeros_like).flatten()
-        kick = sampler.step(f, places[:1], t, s, label, torch.ones_like).item() - zero
+        zero, one = sampler.step(f, places, t, s, condition, torch.zeros_like).flatten()
+        kick = sampler.step(f, places[:1], t, s, condition, torch.ones_like).item() - zero
         mean, var = zero + (one - zero) * mean, (one - zero) ** 2 * var + kick**2
     return torch.stack([mean, var])
 
@@ -295,7 +296,7 @@ def test_options_of_a_grid_that_contradict_one_another_are_refused() -> None:
 )  # fmt: skip
 def test_a_sampler_costs_the_calls_it_says(sampler, calls) -> None:
     f = Plain(make_nets().online, Linear(), "x0")
-    sampler.sample(f, torch.zeros(2, 4, 6), torch.zeros(2).long(), torch.randn_like)
+    sampler.sample(f, torch.zeros(2, 4, 6), Labels(torch.zeros(2).long(), 4), torch.randn_like)
     assert (f.calls, f.rows) == (calls, 2 * calls)
 
 

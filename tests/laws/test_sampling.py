@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from e2ediff.condition import Labels
 from e2ediff.denoiser import Denoiser, Plain
 from e2ediff.interpolant import KINDS
 from e2ediff.parts.guidance.classifier_free import ClassifierFree
@@ -20,7 +21,7 @@ from e2ediff.testing import GaussianDenoiser, make_nets
 
 PATHS = [Linear(), Cosine(), VarianceExploding()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=str)
-LABEL = torch.zeros(2, dtype=torch.long)
+LABEL = Labels(torch.zeros(2, dtype=torch.long), 4)
 MEAN, STD = 1.0, 0.7
 
 
@@ -119,20 +120,21 @@ class Labelled(Denoiser):
     def path(self):
         return Linear()
 
-    def __call__(self, z_t, t, label):
+    def __call__(self, z_t, t, condition):
         self.rows.append(len(z_t))
-        x0 = [self.inner[int(k)](z[None], t, label).x0 for z, k in zip(z_t, label, strict=True)]
+        pairs = zip(z_t, condition.label, strict=True)
+        x0 = [self.inner[int(k)](z[None], t, condition).x0 for z, k in pairs]
         times = torch.full((len(z_t),), t, dtype=z_t.dtype)
         return self.path.estimate(torch.cat(x0), z_t, times, "x0")
 
 
-LABELS = torch.tensor([0, 2])
+LABELS = Labels(torch.tensor([0, 2]), 3)
 Z_T = torch.tensor([[[0.3, -1.0]], [[2.0, 0.1]]])
 
 
 def test_guidance_of_scale_one_is_the_denoiser_itself_in_one_pass() -> None:
     inner = Labelled()
-    f = ClassifierFree(scale=1.0).wrap(inner, null_label=3)
+    f = ClassifierFree(scale=1.0).wrap(inner)
     assert f is inner
     f(Z_T, 0.5, LABELS)
     assert inner.rows == [2]
@@ -141,9 +143,9 @@ def test_guidance_of_scale_one_is_the_denoiser_itself_in_one_pass() -> None:
 @given(scale=st.floats(0.0, 10.0), t=st.floats(0.05, 0.95))
 def test_guidance_extrapolates_from_the_unconditional_answer(scale, t) -> None:
     inner = Labelled()
-    guided = ClassifierFree(scale=scale).wrap(inner, null_label=3)(Z_T, t, LABELS)
+    guided = ClassifierFree(scale=scale).wrap(inner)(Z_T, t, LABELS)
     with_class = inner(Z_T, t, LABELS).x0
-    without = inner(Z_T, t, torch.tensor([3, 3])).x0
+    without = inner(Z_T, t, LABELS.null()).x0
     torch.testing.assert_close(guided.x0, without + scale * (with_class - without))
     assert inner.rows[0] == (2 if scale == 1 else 4), "both answers come from one batch"
 
@@ -151,14 +153,14 @@ def test_guidance_extrapolates_from_the_unconditional_answer(scale, t) -> None:
 @given(t=st.floats(0.05, 0.95))
 def test_guidance_of_scale_zero_is_unconditional(t) -> None:
     inner = Labelled()
-    guided = ClassifierFree(scale=0.0).wrap(inner, null_label=3)(Z_T, t, LABELS)
-    torch.testing.assert_close(guided.x0, inner(Z_T, t, torch.tensor([3, 3])).x0)
+    guided = ClassifierFree(scale=0.0).wrap(inner)(Z_T, t, LABELS)
+    torch.testing.assert_close(guided.x0, inner(Z_T, t, LABELS.null()).x0)
 
 
 @given(t=st.floats(0.05, 0.95))
 def test_outside_of_its_interval_guidance_is_one_plain_pass(t) -> None:
     inner = Labelled()
-    f = ClassifierFree(scale=3.0, t_min=0.3, t_max=0.6).wrap(inner, null_label=3)
+    f = ClassifierFree(scale=3.0, t_min=0.3, t_max=0.6).wrap(inner)
     guided = f(Z_T, t, LABELS)
     rows = inner.rows[:]
     plain = inner(Z_T, t, LABELS)
@@ -172,7 +174,7 @@ def test_outside_of_its_interval_guidance_is_one_plain_pass(t) -> None:
 
 def test_guidance_where_the_class_says_nothing_changes_nothing() -> None:
     inner = GaussianDenoiser(Cosine(), MEAN, STD)
-    guided = ClassifierFree(scale=4.0).wrap(inner, 3)(Z_T, 0.5, LABELS)
+    guided = ClassifierFree(scale=4.0).wrap(inner)(Z_T, 0.5, LABELS)
     torch.testing.assert_close(guided.x0, inner(Z_T, 0.5, LABELS).x0)
 
 
@@ -187,15 +189,15 @@ def test_a_grid_ends_at_one_exactly_and_rises(shift, t_start):
 @pytest.mark.parametrize("kind", ["eps", "score"])
 def test_noise_predictions_with_small_errors_sample_the_right_scale_from_t_start(kind):
     class Erring(GaussianDenoiser):
-        def __call__(self, z_t, t, label):
-            exact = getattr(super().__call__(z_t, t, label), kind)
+        def __call__(self, z_t, t, condition):
+            exact = getattr(super().__call__(z_t, t, condition), kind)
             times = torch.full((len(z_t),), t, dtype=z_t.dtype)
             return self.path.estimate(exact + 0.01, z_t, times, kind)
 
     f = Erring(Linear(), mean=0.3, std=0.7)
     g = torch.Generator().manual_seed(0)
     start = torch.randn(4096, 1, 1, generator=g, dtype=torch.float64)
-    label = torch.zeros(4096, dtype=torch.long)
-    z = Heun(steps=25, t_start=0.01).sample(f, start, label, torch.randn_like)
+    condition = Labels(torch.zeros(4096, dtype=torch.long), 1)
+    z = Heun(steps=25, t_start=0.01).sample(f, start, condition, torch.randn_like)
     # An error of 0.01 in eps is one of 1 in x0 at t = 0.01, weighed by one step of 1 / 25.
     assert abs(float(z.std()) - 0.7) < 0.1

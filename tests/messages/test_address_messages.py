@@ -187,7 +187,7 @@ def test_guidance_of_a_plugin_is_held_to_it_too(host, seen: list[str]) -> None:
         def references(self) -> tuple[Reference, ...]:
             return (Reference(run=self.other),)
 
-        def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+        def wrap(self, inner: Denoiser) -> Denoiser:
             return inner
 
     recipe = attrs.evolve(parse_recipe(host, TINY, "tiny"), guidance=Foreign())

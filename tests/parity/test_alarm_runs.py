@@ -18,7 +18,7 @@ import torch
 from command_line import e2ediff
 
 from e2ediff import hookimpl
-from e2ediff.data import Batch, ImageSpec
+from e2ediff.data import ImageSpec
 from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import CheckpointError, CollapseError
 from e2ediff.host.plugins import load
@@ -481,9 +481,7 @@ def test_gradients_of_the_probe_are_those_of_a_step_and_leave_no_trace(host, tin
     assert all(p.grad is None for p in parts.step.parameters())
     assert all(torch.equal(v, before[k]) for k, v in parts.step.state_dict().items())
     # The naive objective's gradient through z alone, by hand.
-    x, label = observer.probe.x[:16], observer.probe.label[:16]
-    terms = parts.step.terms(
-        Batch(x=x, label=label), draw_for(recipe, label, "probe-draw"), "joint"
-    )
+    part = observer.probe.rows(slice(16))
+    terms = parts.step.terms(part, draw_for(recipe, part.condition, "probe-draw"), "joint")
     (expected,) = torch.autograd.grad(terms.losses["denoising"], terms.z)
     assert torch.equal(found["denoising"], expected)

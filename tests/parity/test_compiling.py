@@ -77,7 +77,7 @@ def assembled(text, *changes):
         for i, p in enumerate(parts.nets.online.parameters()):
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
     batch = make_batch(recipe.data.image, size=8)
-    draw = partial(draw_for, recipe, batch.label, "draw")
+    draw = partial(draw_for, recipe, batch.condition, "draw")
     return parts, lambda: parts.step(batch, draw(), "joint")[0]
 
 

@@ -21,7 +21,9 @@ def trained_steps(net, steps: int):
     for step in range(steps):
         z = net.encode(batch.x)
         loss = (net.decode(z) - batch.x).square().mean()
-        loss = loss + net.denoise(z, make_draw(batch, seed=step).t, batch.label).square().mean()
+        loss = (
+            loss + net.denoise(z, make_draw(batch, seed=step).t, batch.condition).square().mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -19,9 +19,9 @@ def passes_of(net, z):
     return [
         Encode(x=batch.x, taps=(1, 3)),
         Decode(z=z),
-        Denoise(z_t=z, t=draw.t, label=draw.label, taps=(2,)),
+        Denoise(z_t=z, t=draw.t, condition=draw.condition, taps=(2,)),
         Encode(x=batch.x[:2], mask=hidden[:2]),
-        Denoise(z_t=z[:3], t=1 - draw.t[:3], label=draw.label[:3], taps=(1, 2)),
+        Denoise(z_t=z[:3], t=1 - draw.t[:3], condition=draw.condition.rows(slice(3)), taps=(1, 2)),
         Decode(z=z[:1], taps=(3,)),
     ]
 

@@ -23,6 +23,7 @@ from source_kinds import COUNTS, SIZE, TOTAL, folder, make
 from tiny_recipe import tiny
 
 from e2ediff import hookimpl
+from e2ediff.condition import ClassLabels
 from e2ediff.data import DataSource, SourceConfig
 from e2ediff.errors import BadImageError, DataError, ResourceError
 from e2ediff.host.plugins import load
@@ -47,6 +48,7 @@ def seen(config: SourceConfig, source: DataSource | None = None, **options: obje
     return list(
         batches(
             source or config.open(),
+            config.image.conditioning,
             flip=config.flip,
             device=CPU,
             sampling=config.sampling,
@@ -59,7 +61,7 @@ def assert_same(these, those) -> None:
     assert len(these) == len(those) > 0
     for a, b in zip(these, those, strict=True):
         assert torch.equal(a.x, b.x)
-        assert torch.equal(a.label, b.label)
+        assert torch.equal(a.condition.label, b.condition.label)
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar of class tars", "parquet", "prepared as raw"])
@@ -146,8 +148,8 @@ def test_reading_leaves_the_handler_of_dying_processes_as_it_was(place, handler)
     """torch's own raises wherever the main thread is when a process dies."""
     before = signal.signal(signal.SIGCHLD, handler)
     try:
-        items = batches(folder(place).open(), batch=20, seed=1, first=0, last=9, flip=False,
-                        workers=1, device=CPU)  # fmt: skip
+        items = batches(folder(place).open(), ClassLabels(2), batch=20, seed=1, first=0, last=9,
+                        flip=False, workers=1, device=CPU)  # fmt: skip
         next(items)
         assert signal.getsignal(signal.SIGCHLD) is handler
     finally:
@@ -158,8 +160,8 @@ def test_reading_leaves_the_handler_of_dying_processes_as_it_was(place, handler)
 def test_a_kill_at_the_worst_moment_is_reported_and_hangs_nothing(place) -> None:
     """When the main thread has just taken a queue's lock to hand out the next index."""
     others = multiprocessing.active_children()
-    items = batches(folder(place).open(), batch=20, seed=1, first=0, last=9, flip=False,
-                    workers=1, device=CPU)  # fmt: skip
+    items = batches(folder(place).open(), ClassLabels(2), batch=20, seed=1, first=0, last=9,
+                    flip=False, workers=1, device=CPU)  # fmt: skip
     next(items)
     (worker,) = (p for p in multiprocessing.active_children() if p not in others)
     taken, put = threading.Condition.__enter__.__code__, Queue.put.__code__
@@ -188,8 +190,8 @@ def fail_at_first(items) -> None:
 @pytest.mark.parametrize("end", ["closed", "dropped", "error"])
 def test_reading_that_ends_early_takes_its_processes_along(place, end) -> None:
     others = multiprocessing.active_children()
-    items = batches(folder(place).open(), batch=20, seed=1, first=0, last=9, flip=False,
-                    workers=2, device=CPU)  # fmt: skip
+    items = batches(folder(place).open(), ClassLabels(2), batch=20, seed=1, first=0, last=9,
+                    flip=False, workers=2, device=CPU)  # fmt: skip
     if end == "error":
         with pytest.raises(ZeroDivisionError):
             fail_at_first(items)
@@ -229,7 +231,9 @@ def test_rows_of_several_ranks_are_the_batch_of_one(place, sampling) -> None:
     parts = [seen(config, rows=rows) for rows in (slice(0, 10), slice(10, 15), slice(15, 20))]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[step].x for part in parts]), batch.x)
-        assert torch.equal(torch.cat([part[step].label for part in parts]), batch.label)
+        assert torch.equal(
+            torch.cat([part[step].condition.label for part in parts]), batch.condition.label
+        )
 
 
 def test_rows_that_another_rank_has_are_not_read(place) -> None:
@@ -317,7 +321,7 @@ def test_skipping_keeps_labels_and_all_other_images_where_they_are(place, broken
     skipped, whole = seen(config, source, **options), seen(folder(place))
     order = torch.tensor(Order(TOTAL, 1).indices(0, 180)).reshape(9, 20)
     for a, b, indices in zip(skipped, whole, order, strict=True):
-        assert torch.equal(a.label, b.label)
+        assert torch.equal(a.condition.label, b.condition.label)
         same = (a.x == b.x).flatten(1).all(dim=1)
         good = ~torch.isin(indices, torch.tensor(bad))
         assert torch.equal(same, good)

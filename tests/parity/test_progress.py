@@ -67,7 +67,7 @@ def test_such_a_run_is_the_same_after_a_stop_and_in_another_number_of_processes(
 
 def test_a_part_of_a_draw_has_its_progress(tiny_text) -> None:
     recipe = parse_recipe(load(entry_points=False), tiny_text, "tiny", ["objective=detached"])
-    draw = training_draw(recipe, "joint", recipe.total_images // 2, 0, make_batch().label, 0)
+    draw = training_draw(recipe, "joint", recipe.total_images // 2, 0, make_batch().condition, 0)
     assert float(draw.progress) == float(part_of(draw, slice(0, 2)).progress) == 0.5
     assert float(draw.again().progress) == 0.5
 

@@ -15,6 +15,7 @@ from command_line import trained
 from PIL import Image
 from tiny_recipe import tiny
 
+from e2ediff.condition import ClassLabels
 from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
 from e2ediff.model.inference import Model
@@ -334,10 +335,10 @@ def test_autoguidance_asks_an_earlier_checkpoint_of_the_run(run, model):
     assert (tile.calls, tile.passes) == (10, 10.0)
     assert [other.origin.checkpoint for other in weak.others] == ["images-000000000016"]
     z = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(0))
-    label = torch.tensor(labels)
+    condition = ClassLabels(plain.image.classes).accept(torch.tensor(labels), "the test")
     older = load_model(run, checkpoint="images-000000000016", overrides=["guidance=null"])
-    x0, base = (m.denoiser()(z, 0.5, label).x0 for m in (plain, older))
-    torch.testing.assert_close(weak.denoiser()(z, 0.5, label).x0, base + 2 * (x0 - base))
+    x0, base = (m.denoiser()(z, 0.5, condition).x0 for m in (plain, older))
+    torch.testing.assert_close(weak.denoiser()(z, 0.5, condition).x0, base + 2 * (x0 - base))
 
 
 # Between images

@@ -79,11 +79,15 @@ def test_epochs_differ_and_so_do_seeds() -> None:
 # Batches
 
 
+KIND = Synthetic().image.conditioning
+
+
 def collect(first: int, last: int, workers: int, batch: int = 7):
     source = Synthetic(size=8, count=30).open()
     return list(
         batches(
             source,
+            KIND,
             batch=batch,
             seed=1,
             first=first,
@@ -99,7 +103,7 @@ def assert_same(these, those) -> None:
     assert len(these) == len(those)
     for a, b in zip(these, those, strict=True):
         assert torch.equal(a.x, b.x)
-        assert torch.equal(a.label, b.label)
+        assert torch.equal(a.condition.label, b.condition.label)
 
 
 def test_worker_processes_give_the_same_batches_as_none() -> None:
@@ -114,7 +118,9 @@ def test_batches_from_the_middle_are_those_of_the_whole_run(workers) -> None:
 
 def test_batches_lie_in_minus_one_to_one_and_some_are_mirrored() -> None:
     source = Synthetic(size=8, count=30).open()
-    (batch,) = batches(source, batch=30, seed=1, first=0, last=1, flip=True, workers=0, device=CPU)
+    (batch,) = batches(
+        source, KIND, batch=30, seed=1, first=0, last=1, flip=True, workers=0, device=CPU
+    )
     x, _ = source.read(Order(30, 1).indices(0, 30))
     plain = x.float() / 127.5 - 1
     assert -1 <= batch.x.min() <= batch.x.max() <= 1
@@ -126,10 +132,10 @@ def test_batches_lie_in_minus_one_to_one_and_some_are_mirrored() -> None:
 
 def test_fixed_images_are_fixed_and_never_more_than_there_are() -> None:
     source = Synthetic(size=8, count=30).open()
-    first, second = (fixed_images(source, 12, 0, "probe", CPU) for _ in range(2))
+    first, second = (fixed_images(source, KIND, 12, 0, "probe", CPU) for _ in range(2))
     assert_same([first], [second])
-    assert len(fixed_images(source, 100, 0, "probe", CPU).x) == 30
-    other = fixed_images(source, 12, 0, "calibration", CPU)
+    assert len(fixed_images(source, KIND, 100, 0, "probe", CPU).x) == 30
+    other = fixed_images(source, KIND, 12, 0, "calibration", CPU)
     assert not torch.equal(first.x, other.x)
 
 

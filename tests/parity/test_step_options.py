@@ -173,6 +173,12 @@ def test_if_one_of_two_processes_lacks_memory_both_compute_in_parts(tiny_recipe,
     assert [e["images_at_once"] for e in events(tmp_path / "two", "memory")] == [2]
 
 
+def first_batch(recipe):
+    options = {"seed": 0, "first": 0, "last": 1, "flip": False, "workers": 0, "device": CPU}
+    kind = recipe.data.image.conditioning
+    return next(batches(recipe.data.open(), kind, batch=recipe.batch, **options))
+
+
 @pytest.mark.parametrize("changes", [DSD, ["objective={name: detached, draws: 2}"]])
 def test_parts_of_a_draw_are_the_rows_of_the_whole_draw(changes, tiny_text) -> None:
     """Every loss, weighted by images, over unequal parts of 7 images and 1."""
@@ -180,13 +186,12 @@ def test_parts_of_a_draw_are_the_rows_of_the_whole_draw(changes, tiny_text) -> N
         pytest.importorskip("e2ediff_dsd", reason="the plugin e2ediff-dsd is not installed")
     recipe = parse_recipe(load(), tiny_text, "tiny", [*changes, "backbone.latent_norm=layer"])
     parts = assemble(recipe, CPU)
-    batch = next(batches(recipe.data.open(), batch=8, seed=0, first=0, last=1, flip=False,
-                         workers=0, device=CPU))  # fmt: skip
-    whole = parts.step.terms(batch, draw_for(recipe, batch.label, "draw", 0), "joint")
+    batch = first_batch(recipe)
+    whole = parts.step.terms(batch, draw_for(recipe, batch.condition, "draw", 0), "joint")
     sums = dict.fromkeys(whole.losses, 0.0)
     for rows in (slice(0, 7), slice(7, 8)):
-        part = attrs.evolve(batch, x=batch.x[rows], label=batch.label[rows])
-        draw = part_of(draw_for(recipe, batch.label, "draw", 0), rows)
+        part = batch.rows(rows)
+        draw = part_of(draw_for(recipe, batch.condition, "draw", 0), rows)
         for name, value in parts.step.terms(part, draw, "joint").losses.items():
             sums[name] += float(value.detach()) * len(part.x) / 8
     assert sums == pytest.approx({k: float(v.detach()) for k, v in whole.losses.items()}, rel=1e-5)
@@ -194,7 +199,7 @@ def test_parts_of_a_draw_are_the_rows_of_the_whole_draw(changes, tiny_text) -> N
 
 def test_a_draw_that_cannot_be_cut_says_so(tiny_text) -> None:
     recipe = parse_recipe(load(), tiny_text, "tiny")
-    draw = part_of(draw_for(recipe, make_batch(size=8).label, "draw", 0), slice(0, 2))
+    draw = part_of(draw_for(recipe, make_batch(size=8).condition, "draw", 0), slice(0, 2))
     with pytest.raises(UnclearDrawError, match=r"\(2, 2\)"):
         draw.uniform(2, 2)
 
@@ -211,8 +216,7 @@ def one_step(text, *changes):
     with torch.no_grad():
         for i, p in enumerate(parts.nets.online.parameters()):
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-    batch = next(batches(recipe.data.open(), batch=recipe.batch, seed=0, first=0, last=1,
-                         flip=False, workers=0, device=CPU))  # fmt: skip
+    batch = first_batch(recipe)
     update = Update(recipe, parts, World(), lambda *a, **k: None)
     record = update(batch, 0)
     grads = {k: p.grad for k, p in parts.step.named_parameters() if p.grad is not None}
@@ -238,7 +242,7 @@ def test_activations_are_really_computed_again(tiny_text) -> None:
             lambda *_, calls=calls: calls.append(1)
         )
         batch = make_batch(recipe.data.image, size=2)
-        draw = draw_for(recipe, batch.label, "draw")
+        draw = draw_for(recipe, batch.condition, "draw")
         parts.step.terms(batch, draw, "joint").total.backward()
         counts.append(len(calls))
     assert counts[1] == 2 * counts[0] > 0
@@ -306,7 +310,7 @@ def test_bfloat16_leaves_weights_losses_norms_and_averages_in_float32(changes, t
     for block in parts.nets.online.blocks():
         block.mlp.inner.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
     batch = make_batch(recipe.data.image, size=8)
-    terms = parts.step.terms(batch, draw_for(recipe, batch.label, "draw"), "joint")
+    terms = parts.step.terms(batch, draw_for(recipe, batch.condition, "draw"), "joint")
     assert seen == {torch.bfloat16}
     assert {v.dtype for v in terms.losses.values()} == {torch.float32}
     assert terms.z.dtype == terms.total.dtype == torch.float32

@@ -28,7 +28,8 @@ class MixtureDenoiser(Denoiser):
     def path(self):
         return self._path
 
-    def __call__(self, z_t, t, label):
+    def __call__(self, z_t, t, condition):
+        label = condition.label
         self.rows.append(len(z_t))
         times = torch.full((len(z_t),), t, dtype=z_t.dtype)
         a, s = spread(self._path.alpha(times), z_t), spread(self._path.sigma(times), z_t)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from e2ediff import hookimpl
 from e2ediff.averaging import Averaging
+from e2ediff.condition import Condition
 from e2ediff.data import DataSource, ImageSpec, SourceConfig
 from e2ediff.denoiser import Denoiser
 from e2ediff.diagnostic import Diagnostic, Probe
@@ -89,23 +90,22 @@ class SquaredMean(Regularizer):
 
 @attrs.frozen(kw_only=True)
 class Blend(Guidance):
-    """The mean of the answers with the class and without it."""
+    """The mean of the answers with the condition and without it."""
 
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
-        return _Blended(inner, null_label)
+    def wrap(self, inner: Denoiser) -> Denoiser:
+        return _Blended(inner)
 
 
 class _Blended(Denoiser):
-    def __init__(self, inner: Denoiser, null_label: int) -> None:
-        self.inner, self.null_label = inner, null_label
+    def __init__(self, inner: Denoiser) -> None:
+        self.inner = inner
 
     @property
     def path(self) -> Interpolant:
         return self.inner.path
 
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Prediction:
-        null = torch.full_like(label, self.null_label)
-        answers = [self.inner(z_t, t, own) for own in (label, null)]
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Prediction:
+        answers = [self.inner(z_t, t, own) for own in (condition, condition.null())]
         x0 = (answers[0].x0 + answers[1].x0) / 2
         return self.path.estimate(x0, z_t, torch.full((len(z_t),), t), "x0")
 
@@ -116,9 +116,9 @@ class HalfWay(Sampler):
 
     steps: int = 8
 
-    def step(self, f, z, t, s, label, noise):
-        middle = z + (s - t) / 2 * f(z, t, label).v
-        return z + (s - t) * f(middle, (t + s) / 2, label).v
+    def step(self, f, z, t, s, condition, noise):
+        middle = z + (s - t) / 2 * f(z, t, condition).v
+        return z + (s - t) * f(middle, (t + s) / 2, condition).v
 
 
 @attrs.frozen(kw_only=True)

@@ -15,6 +15,7 @@ from attrs import validators
 from torch import Tensor
 from torch.nn import functional
 
+from e2ediff.condition import Labels
 from e2ediff.diagnostic import Costly, Diagnostic, Probe
 from e2ediff.parts.diagnostics.latent_health import singular_values
 
@@ -171,7 +172,7 @@ class Neighbours(Diagnostic):
 
     `knn` compares whole latents, `knn_mean` their means over positions; each leaves the image
     itself out and lets the `k` nearest others vote.
-    Without labels both are 1.
+    Without labels both are 1; conditions of another kind have no figures.
     """
 
     asks: ClassVar[frozenset[Costly]] = frozenset({"many"})
@@ -180,7 +181,10 @@ class Neighbours(Diagnostic):
 
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """Knn and knn_mean, in [0, 1]."""
+        if not isinstance(probe.condition, Labels):
+            return {}
+        label = probe.condition.label
         return {
-            "knn": neighbour_accuracy(probe.z.flatten(1), probe.label, self.k),
-            "knn_mean": neighbour_accuracy(probe.z.mean(dim=1), probe.label, self.k),
+            "knn": neighbour_accuracy(probe.z.flatten(1), label, self.k),
+            "knn_mean": neighbour_accuracy(probe.z.mean(dim=1), label, self.k),
         }

@@ -1,4 +1,4 @@
-"""Guidance by the network's own answer without a class: denoisers that wrap denoisers.
+"""Guidance by the network's own answer without the condition: denoisers that wrap denoisers.
 
 Shapes: B batch, N latent tokens, D latent channels.
 """
@@ -12,6 +12,7 @@ import torch
 from attrs import validators
 from torch import Tensor
 
+from e2ediff.condition import Condition, concatenate
 from e2ediff.denoiser import Denoiser
 from e2ediff.guidance import Guidance
 from e2ediff.interpolant import Estimate, Interpolant
@@ -36,14 +37,14 @@ class ClassifierFree(Guidance):
     t_min: float = attrs.field(default=0.0, validator=_TIME)
     t_max: float = attrs.field(default=1.0, validator=_TIME)
 
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+    def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself at scale 1."""
-        return inner if self.scale == 1 else _Guided(inner, self, null_label)
+        return inner if self.scale == 1 else _Guided(inner, self)
 
 
 @attrs.frozen(kw_only=True)
 class CFGPlusPlus(Guidance):
-    """CFG++: x0 is guided as far as `strength`, in [0, 1], and renoised without the class.
+    """CFG++: x0 is guided as far as `strength`, in [0, 1], and renoised without the condition.
 
     This is classifier-free guidance whose scale, strength / (1 - e^-h), follows from the step's
     length h in half the logSNR, so it is exact for steps that hold x0 constant: `euler` on the
@@ -56,9 +57,9 @@ class CFGPlusPlus(Guidance):
 
     strength: float = attrs.field(default=0.6, validator=_TIME)
 
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+    def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser."""
-        return _Renoised(inner, self, null_label)
+        return _Renoised(inner, self)
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
         """A sampler that asks within its steps."""
@@ -88,9 +89,9 @@ class CFGZeroStar(Guidance):
     scale: float = attrs.field(default=1.5, validator=_SCALE)
     zero_until: float = attrs.field(default=0.04, validator=_TIME)
 
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+    def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself at scale 1."""
-        return inner if self.scale == 1 else _Rescaled(inner, self, null_label)
+        return inner if self.scale == 1 else _Rescaled(inner, self)
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
         """A sampler that would extrapolate from steps that were left out."""
@@ -121,9 +122,9 @@ class APG(Guidance):
     norm: float = attrs.field(default=0.0, validator=validators.ge(0))
     momentum: float = attrs.field(default=-0.5, validator=[validators.gt(-1), validators.lt(1)])
 
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+    def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself at scale 1."""
-        return inner if self.scale == 1 else _Projected(inner, self, null_label)
+        return inner if self.scale == 1 else _Projected(inner, self)
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
         """Momentum over the steps of a sampler that does not show them."""
@@ -153,12 +154,9 @@ class Wrapped(Denoiser):
         return self.path.estimate(x0, z_t, times, "x0")
 
 
-def with_and_without(
-    inner: Denoiser, z_t: Tensor, t: float, label: Tensor, null_label: int
-) -> Estimate:
-    """Estimates (2 B, N, D) with the class and, after them, without; from one batch."""
-    null = torch.full_like(label, null_label)
-    return inner(torch.cat([z_t, z_t]), t, torch.cat([label, null]))
+def with_and_without(inner: Denoiser, z_t: Tensor, t: float, condition: Condition) -> Estimate:
+    """Estimates (2 B, N, D) with the condition and, after them, without; from one batch."""
+    return inner(torch.cat([z_t, z_t]), t, concatenate([condition, condition.null()]))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -167,66 +165,59 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Guided(Wrapped):
-    def __init__(self, inner: Denoiser, guidance: ClassifierFree, null_label: int) -> None:
+    def __init__(self, inner: Denoiser, guidance: ClassifierFree) -> None:
         super().__init__(inner)
         self.guidance = guidance
-        self.null_label = null_label
 
     def between(self, t: float, s: float) -> Denoiser:
-        return _Guided(self.inner.between(t, s), self.guidance, self.null_label)
+        return _Guided(self.inner.between(t, s), self.guidance)
 
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         g = self.guidance
         if not g.t_min <= t <= g.t_max:
-            return self.inner(z_t, t, label)
-        both = with_and_without(self.inner, z_t, t, label, self.null_label)
+            return self.inner(z_t, t, condition)
+        both = with_and_without(self.inner, z_t, t, condition)
         conditional, unconditional = both.x0.chunk(2)
         return self.clean(unconditional + g.scale * (conditional - unconditional), z_t, t)
 
 
 class _Renoised(Wrapped):
-    def __init__(
-        self, inner: Denoiser, guidance: CFGPlusPlus, null_label: int, gain: float = 1.0
-    ) -> None:
+    def __init__(self, inner: Denoiser, guidance: CFGPlusPlus, gain: float = 1.0) -> None:
         super().__init__(inner)
         self.guidance = guidance
-        self.null_label = null_label
         self.gain = gain  # 1 / (1 - e^-h); 1 for the step that ends at the data
 
     def between(self, t: float, s: float) -> Denoiser:
         at = torch.tensor([t, s], dtype=torch.float64)
         (a, a_end), (b, b_end) = self.path.alpha(at).tolist(), self.path.sigma(at).tolist()
         gain = 1 / (1 - a * b_end / (a_end * b))
-        return _Renoised(self.inner.between(t, s), self.guidance, self.null_label, gain)
+        return _Renoised(self.inner.between(t, s), self.guidance, gain)
 
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         if self.guidance.strength == 0:
-            return self.inner(z_t, t, torch.full_like(label, self.null_label))
-        both = with_and_without(self.inner, z_t, t, label, self.null_label)
+            return self.inner(z_t, t, condition.null())
+        both = with_and_without(self.inner, z_t, t, condition)
         conditional, unconditional = both.x0.chunk(2)
         scale = self.guidance.strength * self.gain
         return self.clean(unconditional + scale * (conditional - unconditional), z_t, t)
 
 
 class _Rescaled(Wrapped):
-    def __init__(
-        self, inner: Denoiser, guidance: CFGZeroStar, null_label: int, *, waits: bool = False
-    ) -> None:
+    def __init__(self, inner: Denoiser, guidance: CFGZeroStar, *, waits: bool = False) -> None:
         super().__init__(inner)
         self.guidance = guidance
-        self.null_label = null_label
         self.waits = waits  # through a whole step
 
     def between(self, t: float, s: float) -> Denoiser:
         waits = s <= self.guidance.zero_until and s < 1  # the last step has an answer to give
         inner = self.inner.between(t, s)
-        return _Rescaled(inner, self.guidance, self.null_label, waits=waits)
+        return _Rescaled(inner, self.guidance, waits=waits)
 
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
         if self.waits:
             return self.path.estimate(torch.zeros_like(z_t), z_t, times, "v")
-        both = with_and_without(self.inner, z_t, t, label, self.null_label)
+        both = with_and_without(self.inner, z_t, t, condition)
         conditional, unconditional = both.v.chunk(2)
         along = _dot(conditional, unconditional) / _dot(unconditional, unconditional).clamp_min(
             1e-8
@@ -246,25 +237,23 @@ class _Projected(Wrapped):
         self,
         inner: Denoiser,
         guidance: APG,
-        null_label: int,
         before: Tensor | None = None,
         *,
         stepping: bool = False,
     ) -> None:
         super().__init__(inner)
         self.guidance = guidance
-        self.null_label = null_label
         self.before = before
         self.stepping = stepping
         self.first: Tensor | None = None
 
     def between(self, t: float, s: float) -> Denoiser:
         inner = self.inner.between(t, s)
-        return _Projected(inner, self.guidance, self.null_label, self.first, stepping=True)
+        return _Projected(inner, self.guidance, self.first, stepping=True)
 
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         g = self.guidance
-        both = with_and_without(self.inner, z_t, t, label, self.null_label)
+        both = with_and_without(self.inner, z_t, t, condition)
         conditional, unconditional = both.x0.chunk(2)
         difference = conditional - unconditional
         if self.before is not None:

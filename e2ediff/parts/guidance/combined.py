@@ -12,6 +12,7 @@ from attrs import validators
 from torch import Tensor
 
 from e2ediff import addresses
+from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.guidance import Guidance, Reference
@@ -52,7 +53,7 @@ class Autoguidance(Guidance):
         """The same with its weak denoiser at hand."""
         return _Armed(self.scale, others[self.references[0]]) if self.references else self
 
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+    def wrap(self, inner: Denoiser) -> Denoiser:
         """The inner denoiser, at scale 1; otherwise `given` comes first.
 
         Raises:
@@ -70,7 +71,7 @@ class _Armed(Guidance):
     scale: float
     weak: Denoiser
 
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+    def wrap(self, inner: Denoiser) -> Denoiser:
         return _Extrapolated(inner, self.weak, self.scale)
 
 
@@ -83,8 +84,8 @@ class _Extrapolated(Wrapped):
     def between(self, t: float, s: float) -> Denoiser:
         return _Extrapolated(self.inner.between(t, s), self.weak.between(t, s), self.scale)
 
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
-        strong, weak = self.inner(z_t, t, label).x0, self.weak(z_t, t, label).x0
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
+        strong, weak = self.inner(z_t, t, condition).x0, self.weak(z_t, t, condition).x0
         return self.clean(weak + self.scale * (strong - weak), z_t, t)
 
 
@@ -108,9 +109,9 @@ class Interval(Guidance):
         """The same with its denoisers at hand."""
         return attrs.evolve(self, guidance=self.guidance.given(others))
 
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+    def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself where its guidance changes nothing."""
-        guided = self.guidance.wrap(inner, null_label)
+        guided = self.guidance.wrap(inner)
         return inner if guided is inner else _Within(inner, guided, self.t_min, self.t_max)
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
@@ -131,9 +132,9 @@ class _Within(Denoiser):
     def between(self, t: float, s: float) -> Denoiser:
         return _Within(self.plain.between(t, s), self.guided.between(t, s), *self.ends)
 
-    def __call__(self, z_t: Tensor, t: float, label: Tensor) -> Estimate:
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         first, last = self.ends
-        return (self.guided if first <= t <= last else self.plain)(z_t, t, label)
+        return (self.guided if first <= t <= last else self.plain)(z_t, t, condition)
 
 
 @attrs.frozen(kw_only=True)
@@ -155,10 +156,10 @@ class Chain(Guidance):
         """The same with its parts' denoisers at hand."""
         return Chain(parts=tuple(part.given(others) for part in self.parts))
 
-    def wrap(self, inner: Denoiser, null_label: int) -> Denoiser:
+    def wrap(self, inner: Denoiser) -> Denoiser:
         """The first part around `inner`, the second around that, and so on."""
         for part in self.parts:
-            inner = part.wrap(inner, null_label)
+            inner = part.wrap(inner)
         return inner
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:

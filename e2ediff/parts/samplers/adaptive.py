@@ -10,6 +10,7 @@ import torch
 from attrs import validators
 from torch import Tensor
 
+from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.interpolant import Interpolant
@@ -31,7 +32,7 @@ _FIRST = 0.05  # share of the interval that is tried first
 
 
 def dormand_prince(
-    f: Denoiser, z: Tensor, t: float, h: float, label: Tensor, k1: Tensor
+    f: Denoiser, z: Tensor, t: float, h: float, condition: Condition, k1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of length h in six network calls, `k1` being the velocity at its beginning.
 
@@ -41,7 +42,7 @@ def dormand_prince(
     k, end = [k1], z
     for place, row in zip(_PLACES, _STAGES, strict=True):
         end = z + h * sum((a * v for a, v in zip(row, k, strict=True) if a), 0 * z)
-        k.append(f(end, t + place * h, label).v)
+        k.append(f(end, t + place * h, condition).v)
     error = h * sum((e * v for e, v in zip(_ERROR, k, strict=True) if e), 0 * z)
     return end, error, k[-1]
 
@@ -86,14 +87,14 @@ class Dopri5(Sampler):
         return [self.t_start, stop, 1.0]
 
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         """From t to s in as many steps as the tolerance takes.
 
         Raises:
             RecipeError: That would be more than `max_calls` network calls.
         """
-        k, calls, h = f(z, t, label).v, 1, _FIRST * (s - t)
+        k, calls, h = f(z, t, condition).v, 1, _FIRST * (s - t)
         while t < s:
             last = t + h >= s
             h = s - t if last else h
@@ -103,7 +104,7 @@ class Dopri5(Sampler):
                     "sampling",
                     [Problem("sampler.max_calls", what, hint="Raise it, or rtol and atol.")],
                 )
-            end, error, k_end = dormand_prince(f, z, t, h, label, k)
+            end, error, k_end = dormand_prince(f, z, t, h, condition, k)
             calls += 6
             scale = self.atol + self.rtol * z.abs().maximum(end.abs())
             # The worst image decides, so that none is worse for being among others.

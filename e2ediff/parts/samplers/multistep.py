@@ -16,6 +16,7 @@ import torch
 from attrs import validators
 from torch import Tensor
 
+from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Interpolant
 from e2ediff.parts.samplers.ode import OnGrid
@@ -55,11 +56,11 @@ class _Remembering(OnGrid):
         return True
 
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         """A first-order step, for want of earlier ones."""
         now, then = _Level.at(f.path, t), _Level.at(f.path, s)
-        return _exponential_euler(z, f(z, t, label).x0, now, then)
+        return _exponential_euler(z, f(z, t, condition).x0, now, then)
 
 
 @attrs.frozen(kw_only=True)
@@ -84,10 +85,10 @@ class _TwoM:
         self.before: tuple[_Level, Tensor] | None = None
 
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         now, then = _Level.at(f.path, t), _Level.at(f.path, s)
-        x0 = f(z, t, label).x0
+        x0 = f(z, t, condition).x0
         used = x0
         if self.before is not None:
             level, old = self.before
@@ -125,10 +126,10 @@ class _PredictCorrect:
         self.start: Tensor | None = None  # where the step before began
 
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         now, then = _Level.at(f.path, t), _Level.at(f.path, s)
-        x0 = f(z, t, label).x0
+        x0 = f(z, t, condition).x0
         if self.start is not None and self.known[-1][0].alpha > 0:
             z = _unified(self.start, self.known, now, x0)
         # What lies infinitely far back says nothing about slopes.

@@ -11,6 +11,7 @@ import attrs
 from attrs import validators
 from torch import Tensor
 
+from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.sampler import Noise, Sampler, Spacing
 
@@ -47,10 +48,10 @@ class Euler(OnGrid):
         return True
 
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         """z + (s - t) v(z, t)."""
-        return z + (s - t) * f(z, t, label).v
+        return z + (s - t) * f(z, t, condition).v
 
 
 @attrs.frozen(kw_only=True)
@@ -63,11 +64,11 @@ class Heun(OnGrid):
     """
 
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         """z + (s - t) times the mean of v at both ends of the Euler step."""
-        v = f(z, t, label).v
-        end = f(z + (s - t) * v, s, label).v
+        v = f(z, t, condition).v
+        end = f(z + (s - t) * v, s, condition).v
         return z + (s - t) * (v + end) / 2
 
 
@@ -79,11 +80,11 @@ class Midpoint(OnGrid):
     """
 
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         """z + (s - t) v at the middle of the Euler step."""
-        middle = z + (s - t) / 2 * f(z, t, label).v
-        return z + (s - t) * f(middle, (t + s) / 2, label).v
+        middle = z + (s - t) / 2 * f(z, t, condition).v
+        return z + (s - t) * f(middle, (t + s) / 2, condition).v
 
 
 @attrs.frozen(kw_only=True)
@@ -94,12 +95,12 @@ class RK4(OnGrid):
     """
 
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         """z + (s - t) (k1 + 2 k2 + 2 k3 + k4) / 6."""
         h, middle = s - t, (t + s) / 2
-        k1 = f(z, t, label).v
-        k2 = f(z + h / 2 * k1, middle, label).v
-        k3 = f(z + h / 2 * k2, middle, label).v
-        k4 = f(z + h * k3, s, label).v
+        k1 = f(z, t, condition).v
+        k2 = f(z + h / 2 * k1, middle, condition).v
+        k3 = f(z + h / 2 * k2, middle, condition).v
+        k4 = f(z + h * k3, s, condition).v
         return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)

@@ -13,6 +13,7 @@ import torch
 from attrs import validators
 from torch import Tensor
 
+from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Interpolant
 from e2ediff.parts.samplers.ode import OnGrid
@@ -62,10 +63,10 @@ class SDE(OnGrid):
         return self.strength * w
 
     def step(
-        self, f: Denoiser, z: Tensor, t: float, s: float, label: Tensor, noise: Noise
+        self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         """z + (s - t) (v + w / 2 score) + sqrt(w (s - t)) noise."""
-        h, w, found = s - t, self.coefficient(f.path, t), f(z, t, label)
+        h, w, found = s - t, self.coefficient(f.path, t), f(z, t, condition)
         if w == 0:
             return z + h * found.v
         return z + h * (found.v + w / 2 * found.score) + math.sqrt(w * h) * noise(z)

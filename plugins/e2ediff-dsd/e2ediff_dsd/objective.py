@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e2ediff.backbone import Backbone, Decode, Encode, Output
+from e2ediff.condition import class_labels
 from e2ediff.data import Batch
 from e2ediff.losses import (
     DecodeNoise,
@@ -136,7 +137,7 @@ class DSD(Objective):
         if self.class_weight > 0:  # "classification loss": of the mean token
             pooled = online.features[net.depth].float().mean(dim=1)  # (B, W)
             losses["class"] = functional.cross_entropy(
-                nets.heads["class"](pooled).float(), batch.label
+                nets.heads["class"](pooled).float(), class_labels(batch.condition)
             )
             weights["class"] = self.class_weight
         return Terms(losses, weights, z1)

@@ -11,6 +11,7 @@ from e2ediff_dsd.objective import DSD
 from torch import nn
 
 from e2ediff.backbone import Backbone, BackboneConfig, LatentSpec
+from e2ediff.condition import ClassLabels
 from e2ediff.data import Batch, ImageSpec
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
@@ -235,7 +236,7 @@ class Wiener(Backbone):
     def decode(self, z):
         return (z[:, 0] / self.w)[:, :, None, None]
 
-    def denoise(self, z_t, t, label):
+    def denoise(self, z_t, t, condition):
         t, variance = t[:, None, None], self.w.detach().square()
         return t * variance / (t.square() * variance + (1 - t).square()) * z_t
 
@@ -262,9 +263,11 @@ def pull(objective: DSD) -> torch.Tensor:
     nets = make_nets(WienerConfig(), image=FLAT)
     t = ((torch.arange(NODES) + 0.5) / NODES).repeat_interleave(4)
     x = SIGNS[:, 0].repeat(NODES)[:, None, None, None].expand(-1, len(MODES), 1, 1)
-    label = torch.zeros(len(t), dtype=torch.long)
-    draw = ExactMoments(t=t, label=label, generator=None, times=Uniform())
-    loss = objective.terms(nets, Batch(x=x, label=label), draw, "joint").losses["denoising"]
+    condition = ClassLabels(0).null(len(t))
+    draw = ExactMoments(t=t, condition=condition, generator=None, times=Uniform())
+    loss = objective.terms(nets, Batch(x=x, condition=condition), draw, "joint").losses[
+        "denoising"
+    ]
     if not loss.requires_grad:
         return torch.zeros(len(MODES))
     return -torch.autograd.grad(loss, nets.online.w)[0] * len(MODES)

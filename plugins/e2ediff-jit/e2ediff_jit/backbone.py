@@ -14,6 +14,7 @@ from attrs import validators
 from torch import Tensor, nn
 
 from e2ediff.backbone import Backbone, BackboneConfig, LatentSpec, patch_problems
+from e2ediff.condition import Condition
 from e2ediff.data import ImageSpec
 from e2ediff.latent import LatentNorm
 from e2ediff.nn.attention import Backend, use_attention
@@ -37,8 +38,8 @@ class JiTConfig(BackboneConfig):
 
     `width`, `depth` and `heads` shape the transformer; `patch` is the side of a patch in pixels.
     `bottleneck` is the width between the two linear layers that embed a patch.
-    `context` class tokens join the patches after the first `context_start` blocks; 0 leaves them
-    out.
+    `context` tokens of the condition join the patches after the first `context_start` blocks; 0
+    leaves them out.
     `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
     `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
     fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere. Beside a kernel
@@ -107,7 +108,7 @@ class JiT(Backbone):
             nn.Linear(dim, c.bottleneck, bias=False), nn.Linear(c.bottleneck, c.width)
         )
         self.embed_time = TimeEmbedding(c.width, 10000.0 ** (-torch.arange(128) / 128))
-        self.embed_label = nn.Embedding(image.classes + 1, c.width)
+        self.embed_label = image.conditioning.embedding(c.width)
         self.embed_context = nn.Parameter(torch.empty(c.context, c.width))
         self.register_buffer("positions", sincos_positions(self.grid, c.width), persistent=False)
         self.rotary = Rotary(self.grid, c.width // c.heads, base=10000.0)
@@ -119,7 +120,8 @@ class JiT(Backbone):
         self.trunk = Trunk(blocks, c.width, shared=False, norm="rms")
         self.head_pixels = nn.Linear(c.width, dim)
         times = [m.weight for m in self.embed_time.layers if isinstance(m, nn.Linear)]
-        small = (self.embed_label.weight, self.embed_context, *times)
+        own = self.embed_label.parameters(recurse=False)
+        small = (*own, self.embed_context, *times)
         initialise(self, small, [self.head_pixels])
 
     def encode(self, x: Tensor) -> Tensor:
@@ -130,10 +132,10 @@ class JiT(Backbone):
         """Patches put together, (B, N, D) -> (B, C, H, W)."""
         return unpatchify(z.float(), self.config.patch, self.grid)
 
-    def denoise(self, z_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Prediction (B, N, D) from z_t (B, N, D), t (B,), label (B,)."""
+    def denoise(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Prediction (B, N, D) from z_t (B, N, D), t (B,) and a condition a row."""
         tokens = self.embed_pixels(z_t) + self.positions
-        named = self.embed_label(label)  # (B, W)
+        named = self.embed_label(condition)  # (B, W)
         context = None
         if self.config.context:
             context = Context(named[:, None] + self.embed_context, self.config.context_start)

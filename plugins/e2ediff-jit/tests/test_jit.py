@@ -12,6 +12,7 @@ from e2ediff_jit.backbone import JiTConfig
 from e2ediff_jit.interpolant import LinearScaled
 from e2ediff_jit.objective import Pixel
 
+from e2ediff.condition import ClassLabels, Labels
 from e2ediff.data import ImageSpec
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
@@ -80,7 +81,7 @@ def test_its_loss_is_the_released_one_of_velocities() -> None:
     with torch.no_grad():
         x, t = nets.online.encode(BATCH.x), draw.t[:, None, None]
         z_t = t * x + (1 - t) * make_draw(BATCH).noise(x)
-        f, span = nets.online.denoise(z_t, draw.t, draw.label), (1 - t).clamp_min(0.05)
+        f, span = nets.online.denoise(z_t, draw.t, draw.condition), (1 - t).clamp_min(0.05)
         expected = ((f - z_t) / span - (x - z_t) / span).square().mean()
     (loss,) = Pixel().terms(nets, BATCH, make_draw(BATCH), "joint").losses.values()
     # differences of numbers up to 20 in float32
@@ -97,26 +98,31 @@ def test_every_weight_is_the_denoiser_s() -> None:
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_louder_noise_is_what_sampling_begins_from(scale) -> None:
     """Samples of a Gaussian come out right only from noise of the path's own scale."""
-    path, label = LinearScaled(noise_scale=scale), torch.zeros(4096, dtype=torch.long)
+    path, condition = LinearScaled(noise_scale=scale), ClassLabels(1).null(4096)
     heun = load(entry_points=False).registries["samplers"].get("heun")(steps=30)
     start = torch.randn(4096, 1, 2, generator=torch.Generator().manual_seed(0))
-    z = heun.sample(GaussianDenoiser(path, 1.0, 0.5), start, label, torch.randn_like)
+    z = heun.sample(GaussianDenoiser(path, 1.0, 0.5), start, condition, torch.randn_like)
     # 0.03 is the error of 4096 samples and 30 steps
     assert float(z.mean()) == pytest.approx(1.0, abs=0.03)
     assert float(z.std()) == pytest.approx(0.5, abs=0.03)
 
 
+def two_classes(net):
+    """Conditions of six rows that differ in their class."""
+    return [Labels(torch.full((6,), k), net.image.classes) for k in (0, 1)]
+
+
 @pytest.mark.parametrize("option", ["label", "t"])
 def test_the_denoiser_hears_of_class_and_time(option) -> None:
     net, z = shaken().online, shaken().online.encode(BATCH.x)
-    t, label = torch.full((6,), 0.5), torch.zeros(6, dtype=torch.long)
-    other = (t, label + 1) if option == "label" else (t + 0.3, label)
-    assert not torch.allclose(net.denoise(z, t, label), net.denoise(z, *other), atol=1e-3)
+    t, one, two = torch.full((6,), 0.5), *two_classes(net)
+    other = (t, two) if option == "label" else (t + 0.3, one)
+    assert not torch.allclose(net.denoise(z, t, one), net.denoise(z, *other), atol=1e-3)
 
 
 def test_the_class_reaches_the_patches_through_the_context_too() -> None:
     """Without adaLN, context tokens are the only way; before their block there is none."""
-    t, label = torch.full((6,), 0.5), torch.zeros(6, dtype=torch.long)
+    t = torch.full((6,), 0.5)
     for start, reaches in ((1, True), (None, False)):
         net = shaken(context=2 if reaches else 0, context_start=start or 0).online
         with torch.no_grad():
@@ -124,7 +130,8 @@ def test_the_class_reaches_the_patches_through_the_context_too() -> None:
                 block.modulation.weight.zero_()
             net.trunk.final.weight.zero_()
         z = net.encode(BATCH.x)
-        same = torch.allclose(net.denoise(z, t, label), net.denoise(z, t, label + 1), atol=1e-6)
+        one, two = (net.denoise(z, t, condition) for condition in two_classes(net))
+        same = torch.allclose(one, two, atol=1e-6)
         assert same != reaches
 
 

@@ -64,7 +64,7 @@ class UnifiedLatents(Objective):
         t = draw.t * t_0
         z_t = nets.path.mix(z, draw.noise(z), t)
         decode = Decode(z=z + ratio * draw.noise(z))
-        x_hat, out = nets.online.run(decode, Denoise(z_t=z_t, t=t, label=draw.label))
+        x_hat, out = nets.online.run(decode, Denoise(z_t=z_t, t=t, condition=draw.condition))
         clean = nets.path.estimate(out, z_t, t, nets.predicts).x0
         losses = {
             "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),

@@ -173,7 +173,7 @@ def test_the_tweedie_term_is_the_weighted_pixel_error_of_the_decoded_estimate(ki
     with torch.no_grad():
         z = nets.online.encode(BATCH.x)
         (level,) = noise_levels(z, make_draw(BATCH), nets.path, 1)
-        f = nets.online.denoise(level.z_t, draw.t, draw.label)
+        f = nets.online.denoise(level.z_t, draw.t, draw.condition)
         gap = nets.online.decode(f) - BATCH.x
         error = gap.abs() if kind == "l1" else gap.square()
         expected = sum(t * e.mean() for t, e in zip(draw.t, error, strict=True)) / len(draw.t)

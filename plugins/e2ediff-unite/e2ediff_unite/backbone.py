@@ -25,6 +25,7 @@ from e2ediff.backbone import (
     Pass,
     patch_problems,
 )
+from e2ediff.condition import Condition, concatenate
 from e2ediff.data import ImageSpec
 from e2ediff.latent import LatentNorm, NormKind, norm_problems
 from e2ediff.nn.attention import Backend, use_attention
@@ -127,7 +128,7 @@ class UniteNet(FusedBackbone):
         self.embed_latent = nn.Linear(c.latent_dim, c.width)
         self.embed_register = nn.Parameter(line_positions(c.registers, c.width))
         self.embed_time = TimeEmbedding(c.width, 2 * math.pi * normal_quantiles(256))
-        self.embed_label = nn.Embedding(image.classes + 1, c.width)
+        self.embed_label = image.conditioning.embedding(c.width)
         self.embed_context = nn.Parameter(torch.empty(c.context, c.width))
         self.register_buffer("start", even_noise(c.registers, c.latent_dim), persistent=False)
         line = (c.registers + grid[0] * grid[1],)
@@ -139,7 +140,8 @@ class UniteNet(FusedBackbone):
         own = c.decoder.filled(c.width, c.depth, c.heads)
         self.decoder = Decoder(own, c.registers, c.latent_dim, c.patch, grid, image.channels)
         times = [m.weight for m in self.embed_time.layers if isinstance(m, nn.Linear)]
-        small = (self.embed_label.weight, self.embed_context, *times)
+        table = self.embed_label.parameters(recurse=False)
+        small = (*table, self.embed_context, *times)
         initialise(self, small)
 
     def outputs(self, *passes: Pass) -> list[Output]:
@@ -163,7 +165,7 @@ class UniteNet(FusedBackbone):
                 raw = out.value
                 results[i] = Output(self.latent_norm(raw), out.features, raw)
         if denoises:
-            given = [(p.z_t, p.t, p.label) for _, p in denoises]
+            given = [(p.z_t, p.t, p.condition) for _, p in denoises]
             for i, out in self._registers(given, [(i, p.taps) for i, p in denoises]):
                 value = self.latent_norm(out.value) if self.config.norm_prediction else out.value
                 results[i] = Output(value, out.features)
@@ -173,36 +175,36 @@ class UniteNet(FusedBackbone):
                 results[i] = Output(part)
         return [r for r in results if r is not None]
 
-    def _start(self, p: Encode) -> tuple[Tensor, Tensor, Tensor]:
-        """What an encode pass denoises: z_t, t and the null label."""
+    def _start(self, p: Encode) -> tuple[Tensor, Tensor, Condition]:
+        """What an encode pass denoises: z_t, t and null conditions."""
         if p.mask is not None:
             raise ValueError("this backbone cannot hide patches; leave out the mask")
         if (p.z_t is None) != (p.t is None):
             raise ValueError("an encode pass takes z_t and t together, or neither")
         t = p.x.new_zeros(len(p.x)) if p.t is None else p.t
         z_t = self.start.expand(len(p.x), -1, -1) if p.z_t is None else p.z_t
-        return z_t, t, torch.full_like(t, self.image.null_label, dtype=torch.long)
+        return z_t, t, self.image.conditioning.null(len(t), t.device)
 
     def _registers(
         self,
-        given: Sequence[tuple[Tensor, Tensor, Tensor]],
+        given: Sequence[tuple[Tensor, Tensor, Condition]],
         wanted: Sequence[tuple[int, tuple[int, ...]]],
         x: Tensor | None = None,
     ) -> list[tuple[int, Output]]:
         """The trunk's answer (B, N, D), before any norm, to each pass of one kind.
 
         Args:
-            given: z_t, t and label of each pass.
+            given: z_t, t and condition of each pass.
             wanted: Number and taps of each pass.
             x: Images of all passes, to encode; none to denoise.
         """
         n, sizes = self.latent.tokens, [len(t) for _, t, _ in given]
-        z_t, t, label = (torch.cat(column) for column in zip(*given, strict=True))
+        z_t, t = torch.cat([z for z, _, _ in given]), torch.cat([t for _, t, _ in given])
         tokens = self.embed_latent(z_t) + self.embed_register  # (B, N, W)
         if x is not None:
             tokens = torch.cat([tokens, self.embed_pixels(patchify(x, self.config.patch))], dim=1)
         turn = self.rotary(tokens.shape[1])
-        named = self.embed_label(label)  # (B, W)
+        named = self.embed_label(concatenate([c for _, _, c in given]))  # (B, W)
         context = None
         if self.config.context:
             context = Context(named[:, None] + self.embed_context, self.config.context_start)

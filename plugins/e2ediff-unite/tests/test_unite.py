@@ -91,7 +91,7 @@ def test_its_loss_is_the_released_one_of_velocities() -> None:
         z = nets.online.encode(BATCH.x)
         (level,) = noise_levels(z, make_draw(BATCH), nets.path, 1)
         t = level.draw.t
-        f = nets.online.denoise(level.z_t, t, level.draw.label)
+        f = nets.online.denoise(level.z_t, t, level.draw.condition)
         span = (1 - t).clamp_min(0.05)[:, None, None]
         expected = ((f - level.z_t) / span - (z - level.z_t) / span).square().mean()
     # differences of numbers up to 20 in float32

@@ -14,6 +14,7 @@ from e2ediff_unite.decoder import DecoderConfig
 from e2ediff_unite.objective import Unite
 
 from e2ediff.backbone import Decode, Denoise, Encode
+from e2ediff.condition import Labels
 from e2ediff.data import ImageSpec
 from e2ediff.host.plugins import load
 from e2ediff.testing import (
@@ -72,10 +73,10 @@ def test_the_objective_keeps_its_contract_on_it(changes) -> None:
 def test_fused_passes_equal_single_ones() -> None:
     net, z, draw = shaken().online, latents(), make_draw(BATCH)
     passes = [
-        Denoise(z_t=z, t=draw.t, label=draw.label, taps=(2,)),
+        Denoise(z_t=z, t=draw.t, condition=draw.condition, taps=(2,)),
         Encode(x=BATCH.x, taps=(1, 3)),
         Decode(z=z),
-        Denoise(z_t=z[:3], t=1 - draw.t[:3], label=draw.label[:3], taps=(1, 2)),
+        Denoise(z_t=z[:3], t=1 - draw.t[:3], condition=draw.condition.rows(slice(3)), taps=(1, 2)),
         Encode(x=BATCH.x[:2], z_t=z[:2], t=draw.t[:2]),
         Decode(z=z[:1]),
     ]
@@ -114,7 +115,7 @@ def test_the_fixed_start_is_spread_like_the_noise_it_stands_for() -> None:
 def test_to_encode_is_to_denoise_with_the_image_in_sight() -> None:
     """At the same start, time and null label, patches alone make the difference."""
     net, t = shaken(latent_norm="none").online, torch.full((6,), 0.005)
-    null = torch.full((6,), net.image.null_label)
+    null = net.image.conditioning.null(6)
     blind = net.denoise(latents(), t, null)
     seen = net.run(Encode(x=BATCH.x, z_t=latents(), t=t))[0]
     assert not torch.allclose(blind, seen, atol=1e-3)
@@ -126,12 +127,17 @@ def test_to_encode_is_to_denoise_with_the_image_in_sight() -> None:
     torch.testing.assert_close(net.run(Encode(x=BATCH.x, z_t=latents(), t=t))[0], blind)
 
 
+def two_classes(net):
+    """Conditions of six rows that differ in their class."""
+    return [Labels(torch.full((6,), k), net.image.classes) for k in (0, 1)]
+
+
 @pytest.mark.parametrize("option", ["label", "t"])
 def test_the_denoiser_hears_of_class_and_time(option) -> None:
     net, z = shaken().online, latents()
-    t, label = torch.full((6,), 0.5), torch.zeros(6, dtype=torch.long)
-    other = (t, label + 1) if option == "label" else (t + 0.3, label)
-    assert not torch.allclose(net.denoise(z, t, label), net.denoise(z, *other), atol=1e-3)
+    t, one, two = torch.full((6,), 0.5), *two_classes(net)
+    other = (t, two) if option == "label" else (t + 0.3, one)
+    assert not torch.allclose(net.denoise(z, t, one), net.denoise(z, *other), atol=1e-3)
 
 
 def test_each_loss_reaches_exactly_its_modules() -> None:

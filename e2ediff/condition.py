@@ -1,0 +1,312 @@
+"""What the denoiser is told of an image: class labels, vectors or tokens, and nothing.
+
+Objectives, backbones and guidance pass a `Condition` on and ask it for its `null`; only the
+source of the images, which offers a `ConditionSpec`, and the embedding that the spec builds know
+its kind. A plugin may add kinds of its own.
+
+Shapes: B batch, M rows, T tokens, K channels, W width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor, nn
+
+from e2ediff.errors import DataError
+
+
+class Condition(ABC):
+    """A batch of conditions, one a row.
+
+    A subclass is a frozen attrs class. Rows lie along the first axis of each of its tensors;
+    fields that are no tensors hold for all rows.
+    """
+
+    @abstractmethod
+    def null(self) -> Self:
+        """As many rows that say nothing, on the same device."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by field."""
+        found = {name: getattr(self, name) for name in attrs.fields_dict(type(self))}  # type: ignore[arg-type]
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return next(iter(self.tensors().values())).device
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(next(iter(self.tensors().values())))
+
+    def rows(self, index: slice | Tensor) -> Self:
+        """Some rows: a slice, or those at an index (M,), int64."""
+        return self._each(lambda value: value[index])
+
+    def where(self, chosen: Tensor, other: Self) -> Self:
+        """The rows of `other` where `chosen` (B,), bool, is True, and these elsewhere."""
+        theirs = other.tensors()
+        found = {
+            name: torch.where(chosen.reshape(-1, *[1] * (value.ndim - 1)), theirs[name], value)
+            for name, value in self.tensors().items()
+        }
+        return attrs.evolve(self, **found)  # type: ignore[misc]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same on a device."""
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same where a GPU can copy it beside its work; torch's loader asks for that."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        found = {name: change(value) for name, value in self.tensors().items()}
+        return attrs.evolve(self, **found)  # type: ignore[misc]
+
+
+C = TypeVar("C", bound=Condition)
+
+
+def concatenate(conditions: Sequence[C]) -> C:
+    """The rows of all, in order; they are of one kind, and there is at least one."""
+    first, parts = conditions[0], [one.tensors() for one in conditions]
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return attrs.evolve(first, **found)  # type: ignore[misc]
+
+
+@attrs.frozen(eq=False)
+class Labels(Condition):
+    """Class labels, (B,), int64, of so many classes; the label `classes` is that of no class."""
+
+    label: Tensor
+    classes: int
+
+    def null(self) -> Labels:
+        """As many labels of no class."""
+        return Labels(torch.full_like(self.label, self.classes), self.classes)
+
+
+@attrs.frozen(eq=False)
+class Vectors(Condition):
+    """Vectors, (B, K), float; where `known` (B,), bool, is False there is none."""
+
+    value: Tensor
+    known: Tensor
+
+    def null(self) -> Vectors:
+        """As many rows without a vector."""
+        return Vectors(torch.zeros_like(self.value), torch.zeros_like(self.known))
+
+
+@attrs.frozen(eq=False)
+class Tokens(Condition):
+    """Tokens, (B, T, K), float, of which `mask` (B, T), bool, says which are there."""
+
+    value: Tensor
+    mask: Tensor
+
+    def null(self) -> Tokens:
+        """As many rows without a token."""
+        return Tokens(torch.zeros_like(self.value), torch.zeros_like(self.mask))
+
+
+class ConditionSpec(ABC):
+    """What a source of images offers as conditions: a frozen value, known before any file."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """Its kind and sizes in words, for messages: `vectors of 3 numbers`."""
+
+    @property
+    def kinds(self) -> int | None:
+        """How many different conditions there are; None where they cannot be counted."""
+        return None
+
+    @abstractmethod
+    def embedding(self, width: int) -> nn.Module:
+        """A module that maps a condition to (B, W), its null rows too.
+
+        A backbone starts it as all else: its linears by Xavier's rule, and its own parameters,
+        those that lie in no module of it, from a normal distribution with std 0.02.
+
+        Randomness: torch's global generator.
+        """
+
+    @abstractmethod
+    def null(self, count: int, device: torch.device | str = "cpu") -> Condition:
+        """Conditions that say nothing, one a row."""
+
+    @abstractmethod
+    def example(self, count: int) -> Condition:
+        """Conditions on which parts are tried: several different ones, always the same."""
+
+    def accept(self, given: Tensor | Condition, where: str) -> Condition:
+        """What a source or a caller gives, once it is known to be of this kind and shape.
+
+        Args:
+            given: A condition; for class labels also the labels alone, (B,), int64.
+            where: Who gives it, for the message.
+
+        Raises:
+            DataError: It is of another kind or shape.
+        """
+        like = self.null(1, "meta").tensors()
+        if isinstance(given, Condition) and type(given) is type(self.null(0)):
+            shapes = {name: value.shape[1:] for name, value in given.tensors().items()}
+            if shapes == {name: value.shape[1:] for name, value in like.items()}:
+                return given
+            found = ", ".join(f"{k} {tuple(v.shape)}" for k, v in given.tensors().items())
+        else:
+            found = "class labels" if isinstance(given, Tensor) else ""
+        found = found or type(given).__name__
+        raise DataError(f"{where}: gives {found}, where conditions are {self.title}")
+
+    def in_turn(self, count: int, held_out: Condition) -> Condition:
+        """Conditions of `count` samples: those of held-out images in order, again and again."""
+        index = torch.arange(count, device=held_out.device)
+        return held_out.rows(index % len(held_out))
+
+
+@attrs.frozen
+class ClassLabels(ConditionSpec):
+    """Class labels; 0 classes are images without labels."""
+
+    classes: int
+
+    @property
+    def title(self) -> str:
+        """With the number of classes."""
+        return f"labels of {self.classes:,} classes"
+
+    @property
+    def kinds(self) -> int:
+        """The classes; images without labels are of one."""
+        return max(1, self.classes)
+
+    def embedding(self, width: int) -> nn.Module:
+        """A table with a row for each class and one for none."""
+        return _ClassTable(self.classes + 1, width)
+
+    def null(self, count: int, device: torch.device | str = "cpu") -> Labels:
+        """Labels of no class."""
+        return Labels(torch.full((count,), self.classes, device=device), self.classes)
+
+    def example(self, count: int) -> Labels:
+        """The classes in turn."""
+        return Labels(torch.arange(count) % self.kinds, self.classes)
+
+    def accept(self, given: Tensor | Condition, where: str) -> Condition:
+        """As for every spec; labels alone become `Labels`."""
+        if isinstance(given, Tensor) and given.ndim == 1:
+            return Labels(given, self.classes)
+        return super().accept(given, where)
+
+    def in_turn(self, count: int, held_out: Condition) -> Labels:
+        """The classes in turn, whatever the held-out images are."""
+        return Labels(torch.arange(count) % self.kinds, self.classes).to(held_out.device)
+
+
+class _ClassTable(nn.Embedding):
+    def forward(self, condition: Labels) -> Tensor:  # type: ignore[override]
+        return super().forward(condition.label)
+
+
+@attrs.frozen
+class VectorSpec(ConditionSpec):
+    """Vectors of `size` numbers."""
+
+    size: int = attrs.field(validator=validators.ge(1))
+
+    @property
+    def title(self) -> str:
+        """With their size."""
+        return f"vectors of {self.size} numbers"
+
+    def embedding(self, width: int) -> nn.Module:
+        """A linear map, and a learned row for images without a vector."""
+        return _VectorMap(self.size, width)
+
+    def null(self, count: int, device: torch.device | str = "cpu") -> Vectors:
+        """Rows without a vector."""
+        value = torch.zeros(count, self.size, device=device)
+        return Vectors(value, torch.zeros(count, dtype=torch.bool, device=device))
+
+    def example(self, count: int) -> Vectors:
+        """Normal numbers."""
+        value = torch.randn(count, self.size, generator=torch.Generator().manual_seed(0))
+        return Vectors(value, torch.ones(count, dtype=torch.bool))
+
+
+class _VectorMap(nn.Module):
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, width)
+        self.null = nn.Parameter(torch.randn(width) * 0.02)
+
+    def forward(self, condition: Vectors) -> Tensor:
+        return torch.where(
+            condition.known[:, None], self.linear(condition.value).float(), self.null
+        )
+
+
+@attrs.frozen
+class TokenSpec(ConditionSpec):
+    """Up to `tokens` tokens of `size` numbers, such as those of a text encoder."""
+
+    tokens: int = attrs.field(validator=validators.ge(1))
+    size: int = attrs.field(validator=validators.ge(1))
+
+    @property
+    def title(self) -> str:
+        """With their number and size."""
+        return f"up to {self.tokens} tokens of {self.size} numbers"
+
+    def embedding(self, width: int) -> nn.Module:
+        """The mean of a linear map of the tokens that are there, and a learned row for none."""
+        return _TokenMean(self.size, width)
+
+    def null(self, count: int, device: torch.device | str = "cpu") -> Tokens:
+        """Rows without a token."""
+        value = torch.zeros(count, self.tokens, self.size, device=device)
+        return Tokens(value, torch.zeros(count, self.tokens, dtype=torch.bool, device=device))
+
+    def example(self, count: int) -> Tokens:
+        """Normal numbers, of one token, two tokens and so on in turn."""
+        g = torch.Generator().manual_seed(0)
+        value = torch.randn(count, self.tokens, self.size, generator=g)
+        there = torch.arange(count)[:, None] % self.tokens
+        return Tokens(value, torch.arange(self.tokens) <= there)
+
+
+class _TokenMean(nn.Module):
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, width)
+        self.null = nn.Parameter(torch.randn(width) * 0.02)
+
+    def forward(self, condition: Tokens) -> Tensor:
+        there = condition.mask[..., None]  # (B, T, 1)
+        # Not by a product: what lies behind the mask may be anything, NaN included.
+        mapped = torch.where(there, self.linear(condition.value).float(), 0.0)
+        mean = mapped.sum(dim=1) / there.sum(dim=1).clamp_min(1)
+        return torch.where(condition.mask.any(dim=1)[:, None], mean, self.null)
+
+
+def class_labels(condition: Condition) -> Tensor:
+    """The labels (B,) of class labels, for what makes sense of classes alone.
+
+    Raises:
+        DataError: The condition is of another kind.
+    """
+    if isinstance(condition, Labels):
+        return condition.label
+    raise DataError(f"class labels are needed, and the condition is {type(condition).__name__}")

@@ -1,0 +1,54 @@
+"""What the images of a set are conditioned on: classes, or what is known of held-out images.
+
+A set counts its conditions by number, so that a list of them is short and crosses processes: a
+number is a class, or with conditions of another kind a held-out image, whose condition is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from e2ediff.condition import ClassLabels, Condition
+from e2ediff.data import DataSource
+from e2ediff.host.recipe import Recipe
+from e2ediff.loading.bad_images import open_source
+from e2ediff.model.labels import LabelLaw, lay_out
+
+SetLaw = LabelLaw | Literal["held_out"]
+"""The law of class labels, or `held_out`: those of held-out images in order, again and again."""
+
+
+def numbers_of(recipe: Recipe, images: int, law: LabelLaw, seed: int) -> tuple[list[int], SetLaw]:
+    """Numbers of the conditions of a set of images over all classes or held-out images; their law.
+
+    Raises:
+        DataError: The held-out images cannot be read.
+    """
+    conditioning = recipe.data.image.conditioning
+    if isinstance(conditioning, ClassLabels):
+        return lay_out(range(conditioning.kinds), images, law, seed), law
+    held_out = range(len(open_source(recipe.data, held_out=True)))
+    return lay_out(held_out, images, "balanced", seed), "held_out"
+
+
+class Conditions:
+    """The conditions of these numbers, for `Model.sample`; held-out images are read when asked."""
+
+    def __init__(self, recipe: Recipe, numbers: Sequence[int]) -> None:
+        self.recipe = recipe
+        self.numbers = numbers
+        self._source: DataSource | None = None
+
+    def __getitem__(self, rows: slice) -> Sequence[int] | Condition:
+        """Of some images of the set.
+
+        Raises:
+            DataError: A held-out image cannot be read.
+        """
+        numbers, conditioning = self.numbers[rows], self.recipe.data.image.conditioning
+        if isinstance(conditioning, ClassLabels):
+            return numbers
+        if self._source is None:
+            self._source = open_source(self.recipe.data, held_out=True)
+        return conditioning.accept(self._source.read(numbers)[1], "data")
