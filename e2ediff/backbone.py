@@ -68,14 +68,17 @@ class Denoise:
 
     Args:
         z_t: (B, N, D).
-        t: Time, (B,), in [0, 1]; 1 is data.
+        t: Time, (B,), in [0, 1]; 1 is data. For a backbone of `token_times` it may be (B, N).
         condition: One a row; null rows for unconditional.
+        r: A second time, (B,), not before t, for a backbone of `second_time`, as of an average
+            velocity between t and r; by default t itself.
         taps: Blocks (1 is the first) whose output tokens are wanted as features.
     """
 
     z_t: Tensor
     t: Tensor
     condition: Condition
+    r: Tensor | None = None
     taps: tuple[int, ...] = ()
 
 
@@ -109,6 +112,8 @@ class Backbone(nn.Module, ABC):
     `masks` is True where encode passes can hide patches.
     `encodes_from_noise` is True where the encoder is the denoiser, given the image: encode passes
     then take `z_t` and `t`.
+    `token_times` is True where denoise passes take a time for each token, and `second_time` where
+    they take a second time; `accept_times` refuses the others.
     """
 
     image: ImageSpec
@@ -119,6 +124,8 @@ class Backbone(nn.Module, ABC):
     denoiser_apart: bool = False
     masks: bool = False
     encodes_from_noise: bool = False
+    token_times: bool = False
+    second_time: bool = False
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -139,7 +146,8 @@ class Backbone(nn.Module, ABC):
         that do not need each other into one batch.
 
         Raises:
-            ValueError: A pass asks for a mask, a start or features that this backbone lacks.
+            ValueError: A pass asks for a mask, a start, features or times that this backbone
+                lacks.
         """
         results = []
         for p in passes:
@@ -151,8 +159,20 @@ class Backbone(nn.Module, ABC):
             elif isinstance(p, Decode):
                 results.append(Output(self.decode(p.z)))
             else:
+                self.accept_times(p)
                 results.append(Output(self.denoise(p.z_t, p.t, p.condition)))
         return results
+
+    def accept_times(self, p: Denoise) -> None:
+        """Refuse times that this backbone would not look at; every `outputs` calls it.
+
+        Raises:
+            ValueError: The pass has times of tokens, or a second time.
+        """
+        if p.t.ndim > 1 and not self.token_times:
+            raise ValueError(f"{type(self).__name__} takes one time for each latent, not (B, N)")
+        if p.r is not None and not self.second_time:
+            raise ValueError(f"{type(self).__name__} takes one time, and no second one r")
 
     def run(self, *passes: Pass) -> list[Tensor]:
         """The values of `outputs`, for objectives that need no features."""

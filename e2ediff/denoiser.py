@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from e2ediff.backbone import Backbone
+from e2ediff.backbone import Backbone, Denoise
 from e2ediff.condition import Condition
 from e2ediff.interpolant import Estimate, Interpolant, Kind
 
@@ -61,8 +61,44 @@ class Plain(Denoiser):
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         """One denoise pass."""
+        return self.ask(z_t, t, condition)
+
+    def ask(self, z_t: Tensor, t: float, condition: Condition, r: float | None = None) -> Estimate:
+        """One denoise pass, with the second time `r` for a network that takes one."""
         self.calls += 1
         self.rows += len(z_t)
         times = torch.full((len(z_t),), t, device=z_t.device)  # (B,)
-        out = self.net.denoise(z_t, times, condition)  # (B, N, D)
+        if r is None:
+            out = self.net.denoise(z_t, times, condition)  # (B, N, D)
+        else:
+            ends = torch.full_like(times, r)
+            (out,) = self.net.run(Denoise(z_t=z_t, t=times, condition=condition, r=ends))
         return self._path.estimate(out, z_t, times, self.predicts)
+
+    def between(self, t: float, s: float) -> Denoiser:
+        """For a network that takes a second time, the denoiser that gives it the step's end."""
+        return _UpTo(self, s) if self.net.second_time else self
+
+
+class _UpTo(Denoiser):
+    """A network with a second time, in a step that ends at `end`.
+
+    An Euler step along its velocity is then one along the average velocity of the step.
+    """
+
+    def __init__(self, plain: Plain, end: float) -> None:
+        self.plain = plain
+        self.end = end
+
+    @property
+    def path(self) -> Interpolant:
+        """The interpolant that the network was trained on."""
+        return self.plain.path
+
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
+        """One denoise pass from t to the step's end."""
+        return self.plain.ask(z_t, t, condition, max(t, self.end))
+
+    def between(self, t: float, s: float) -> Denoiser:
+        """The denoiser of the next step."""
+        return self.plain.between(t, s)

@@ -5,6 +5,7 @@ flow_matching.
 DDPM, SD3, REPA and EDM count the other way; their t is our 1 - t.
 
 Shapes: B batch, * any trailing dimensions (for latents N, D).
+Times are (B,), one for each latent, or (B, N), one for each of its tokens.
 """
 
 from __future__ import annotations
@@ -126,8 +127,11 @@ class Interpolant(ABC):
 
 
 def spread(coefficient: Tensor, like: Tensor) -> Tensor:
-    """A coefficient (B,) shaped (B, 1, ..., 1) so that it multiplies `like` (B, *)."""
-    return coefficient.reshape(-1, *([1] * (like.ndim - 1)))
+    """A coefficient shaped so that it multiplies `like` (B, *).
+
+    (B,) becomes (B, 1, ..., 1); one for each token, (B, N), becomes (B, N, 1) for latents.
+    """
+    return coefficient.reshape(*coefficient.shape, *([1] * (like.ndim - coefficient.ndim)))
 
 
 def last_time(before: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:

@@ -91,6 +91,8 @@ class Rotary(nn.Module):
 class TimeEmbedding(nn.Module):
     """Time (B,) in [0, 1] to conditioning (B, W): sines and cosines, then two linear layers.
 
+    Times of tokens, (B, N), become (B, N, W).
+
     `frequencies` (F,), in radians over [0, 1], gives 2 F of them; by default 64 from 1000 down
     to 0.1, as DiT's of t in [0, 1000].
     """
@@ -107,7 +109,7 @@ class TimeEmbedding(nn.Module):
 
     @override
     def forward(self, t: Tensor) -> Tensor:
-        angles = t.float()[:, None] * self.frequencies
+        angles = t.float()[..., None] * self.frequencies
         embedded: Tensor = self.layers(torch.cat([angles.cos(), angles.sin()], dim=-1))
         return embedded
 
@@ -168,9 +170,13 @@ class SelfAttention(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, W) scaled by 1 + scale and shifted, both (B, W)."""
-    out: Tensor = x * (1 + scale[:, None]) + shift[:, None]
-    return out
+    """x (B, N, W) scaled by 1 + scale and shifted, both (B, W), or (B, N, W) for each token."""
+    return x * (1 + of_tokens(scale)) + of_tokens(shift)
+
+
+def of_tokens(vectors: Tensor) -> Tensor:
+    """Vectors of tokens (B, N, W) as they are; those of whole latents (B, W) as (B, 1, W)."""
+    return vectors if vectors.ndim == 3 else vectors[:, None]
 
 
 def token_norm(kind: TokenNorm, width: int) -> nn.Module:
@@ -221,14 +227,17 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, common: Tensor | None, turn: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Tokens (B, N, W) under conditioning c (B, W), with the shared vectors (B, 6 W)."""
+        """Tokens (B, N, W) under conditioning c (B, W), with the shared vectors (B, 6 W).
+
+        Both may be those of each token: c (B, N, W) and the shared vectors (B, N, 6 W).
+        """
         vectors = self.modulation(c) if self.modulation is not None else self.offset
         if common is not None:
             vectors = common + vectors
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
         h = self.attention(modulate(self.norm1(x), shift1, scale1), turn)
-        x = x + gate1[:, None] * h
-        out: Tensor = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + of_tokens(gate1) * h
+        out: Tensor = x + of_tokens(gate2) * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return out
 
 
@@ -267,6 +276,7 @@ class Trunk(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Normalised tokens (B, N, W), and the tokens after the tapped blocks (1 is the first).
 
+        Conditioning c is (B, W), or (B, N, W) where there is no context.
         Context tokens take part in attention and are in neither.
         """
         c = functional.silu(c)

@@ -36,6 +36,7 @@ from e2ediff.nn.layers import (
     TimeEmbedding,
     Trunk,
     initialise,
+    of_tokens,
     patchify,
     sincos_positions,
     unpatchify,
@@ -74,6 +75,8 @@ class ViTConfig(BackboneConfig):
     denoises too: `time`, the denoiser's t = 1 without a condition and an embedding of the mode, or
     `own`, that embedding alone, which then begins large. With `time` what the two learn is also
     heard by the denoiser near t = 1, where few training times lie.
+    `second_time` takes a second time r in denoise passes, as of an average velocity between t and
+    r, by an embedding of r - t. Times of tokens are taken in any case.
     `refine` is the number of channels of two 3x3 convolutions after the patches are put
     together, which smooth the seams; 0 leaves them out.
     `norm_prediction` normalises the denoiser's output as the encoder's; off by default, because
@@ -100,6 +103,7 @@ class ViTConfig(BackboneConfig):
     modulation: Modulation = "block"
     modulation_rank: int = attrs.field(default=128, validator=validators.gt(0))
     mode_conditioning: Literal["time", "own"] = "time"
+    second_time: bool = False
     refine: int = attrs.field(default=0, validator=validators.ge(0))
     norm_prediction: bool = False
     attention: Backend = "auto"
@@ -132,7 +136,8 @@ class ViT(FusedBackbone):
         self.config = config
         self.image = image
         self.depth, self.width = config.depth, config.width
-        self.masks = True
+        self.masks = self.token_times = True
+        self.second_time = config.second_time
         self.denoiser_apart = config.trunks in ("denoiser_apart", "three")
         self.grid = (image.height // config.patch, image.width // config.patch)
         tokens, width, dim = self.grid[0] * self.grid[1], config.width, config.latent_dim
@@ -147,6 +152,8 @@ class ViT(FusedBackbone):
         # Time and condition are the denoiser's: a trunk of its own shares nothing with the others.
         self.embed_time = TimeEmbedding(width)
         self.embed_label = image.conditioning.embedding(width)
+        if config.second_time:
+            self.embed_gap = TimeEmbedding(width)
         self.embed_mode = nn.ParameterDict(
             {m: nn.Parameter(torch.zeros(width)) for m in ("encode", "decode", "denoise")}
         )
@@ -199,7 +206,7 @@ class ViT(FusedBackbone):
         return Trunk(blocks, c.width, shared=c.modulation != "block")
 
     def _conditioning(self, p: Pass) -> tuple[Mode, Tensor, Tensor]:
-        """Mode, input tokens (B, N, W) and conditioning (B, W) of one pass."""
+        """Mode, input tokens (B, N, W) and conditioning (B, W), or (B, N, W), of one pass."""
         mode: Mode
         trunk_of = _TRUNK_OF[self.config.trunks]
         if isinstance(p, Denoise):
@@ -219,7 +226,14 @@ class ViT(FusedBackbone):
             tokens = tokens + self.positions
         c = self.embed_mode[mode].expand(len(tokens), -1)
         if isinstance(p, Denoise):
-            c = c + self.embed_time(p.t) + self.embed_label(p.condition)
+            self.accept_times(p)
+            t, label = p.t, self.embed_label(p.condition)
+            if t.ndim == 2:  # of tokens
+                c, label = c[:, None], label[:, None]
+            c = c + self.embed_time(t) + label
+            if self.config.second_time:
+                r = t if p.r is None else p.r[:, None] if t.ndim == 2 else p.r
+                c = c + self.embed_gap(r - t)
         elif trunk == trunk_of["denoise"] and self.config.mode_conditioning == "time":
             t = torch.ones(len(tokens), device=tokens.device)  # the clean end, without a condition
             null = self.image.conditioning.null(len(t), t.device)
@@ -232,6 +246,9 @@ class ViT(FusedBackbone):
         Fused and single passes give the same values to rounding.
         """
         modes, tokens, conditions = zip(*(self._conditioning(p) for p in passes), strict=True)
+        if any(c.ndim == 3 for c in conditions):
+            n = self.latent.tokens
+            conditions = tuple(of_tokens(c).expand(-1, n, -1) for c in conditions)
         turn = self.rotary() if self.config.position == "rope" else None
         results: list[Output | None] = [None] * len(passes)
         trunk_of = _TRUNK_OF[self.config.trunks]

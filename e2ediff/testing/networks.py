@@ -188,6 +188,30 @@ def _same_in_float32(
         assert near(before.value, after.value), f"{what} has another value; {advice}"
 
 
+def _other_times(name: str, net: Backbone, z: Tensor, t: Tensor, batch: Batch) -> None:
+    """Times of tokens and a second time are taken, or refused, as the backbone says."""
+    tokens = t[:, None].expand(-1, z.shape[1])
+    for kind, offered, p in (
+        ("token_times", net.token_times, Denoise(z_t=z, t=tokens, condition=batch.condition)),
+        ("second_time", net.second_time, Denoise(z_t=z, t=t, r=t, condition=batch.condition)),
+    ):
+        if offered:
+            (whole,) = net.outputs(Denoise(z_t=z, t=t, condition=batch.condition))
+            (out,) = net.outputs(p)
+            assert near(out.value, whole.value), (
+                f"{name}: equal times give another answer ({kind})"
+            )
+            continue
+        try:
+            net.outputs(p)
+        except ValueError:
+            continue
+        raise AssertionError(
+            f"{name}: {kind} is False, and such a pass is not refused; call self.accept_times(p) "
+            "for every denoise pass"
+        )
+
+
 def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> None:
     """Shapes, repeatable and independent passes, fused as single, finite gradients."""
     image = image or IMAGE
@@ -231,6 +255,7 @@ def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> No
     both = sorted((reached[0] | reached[1]) & (reached[2] | reached[3]))
     apart = not (online.denoiser_apart and both)
     assert apart, f"{name}: denoiser_apart is True, yet denoise shares {', '.join(both)}"
+    _other_times(name, online, z, t, batch)
     _same_in_float32(name, twin.online, passes, fused)
     wrote = [k for k, v in online.state_dict().items() if not torch.equal(v, before[k])]
     assert not wrote, f"{name}: a pass changed {', '.join(wrote)}"

@@ -75,6 +75,7 @@ class _Tiny(FusedBackbone):
             y = self.to_latent(h).float()
             return Output(self.latent_norm(y), dict.fromkeys(p.taps, h), y)
         if isinstance(p, Denoise):
+            self.accept_times(p)
             h = self.noised(p.z_t) * (1 + p.t[:, None, None]) + self.label(p.condition)[:, None]
             return Output(self.answer(h).float(), dict.fromkeys(p.taps, h))
         h = self.from_latent(p.z)

@@ -165,6 +165,8 @@ class UniteNet(FusedBackbone):
                 raw = out.value
                 results[i] = Output(self.latent_norm(raw), out.features, raw)
         if denoises:
+            for _, p in denoises:
+                self.accept_times(p)
             given = [(p.z_t, p.t, p.condition) for _, p in denoises]
             for i, out in self._registers(given, [(i, p.taps) for i, p in denoises]):
                 value = self.latent_norm(out.value) if self.config.norm_prediction else out.value
