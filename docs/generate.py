@@ -14,6 +14,16 @@ from pathlib import Path
 import attrs
 
 from e2ediff.backbone import Backbone, Decode, Denoise, Encode, FusedBackbone, LatentSpec, Output
+from e2ediff.condition import (
+    ClassLabels,
+    Condition,
+    ConditionSpec,
+    Labels,
+    Tokens,
+    TokenSpec,
+    Vectors,
+    VectorSpec,
+)
 from e2ediff.data import Batch, DataSource, ImageSpec
 from e2ediff.denoiser import Denoiser
 from e2ediff.diagnostic import Probe
@@ -31,8 +41,17 @@ from e2ediff.objective import Draw, Nets, Terms
 from e2ediff.tracker import Tracker
 
 # What the parts build, and the values that pass between them.
-BUILT = (Backbone, FusedBackbone, Denoiser, DataSource, Tracker, FeatureNetwork)
-VALUES = (ImageSpec, Batch, LatentSpec, LatentNorm, LatentContract, Latents, Encode, Decode,
+BUILT = (
+    Backbone,
+    FusedBackbone,
+    Denoiser,
+    DataSource,
+    Condition,
+    ConditionSpec,
+    Tracker,
+    FeatureNetwork,
+)
+VALUES = (ImageSpec, Batch, ClassLabels, VectorSpec, TokenSpec, Labels, Vectors, Tokens, LatentSpec, LatentNorm, LatentContract, Latents, Encode, Decode,
           Denoise, Output, Nets, Draw, Terms, Estimate, Probe, FeatureSet, Moments,
           Score, Figure)  # fmt: skip
 

@@ -1,8 +1,8 @@
 """e2ediff: encoder, decoder and diffusion network trained together, in one stage.
 
-The vocabulary lies at the top of this package, one contract a file: `data`, `interpolant`,
-`times`, `latent`, `backbone`, `objective`, `regularizer`, `denoiser`, `sampler`, `features`,
-`metric`, `distances`, `diagnostic`, `optimizer`, `averaging`, `tracker`, `addresses`, `errors`.
+The vocabulary lies at the top of this package, one contract a file: `condition`, `data`,
+`interpolant`, `times`, `latent`, `backbone`, `objective`, `regularizer`, `denoiser`, `sampler`,
+`features`, `metric`, `distances`, `diagnostic`, `optimizer`, `averaging`, `tracker`, `addresses`, `errors`.
 This module itself imports nothing heavy, so that the command line answers at once.
 """
 

@@ -160,14 +160,12 @@ class ConditionSpec(ABC):
             DataError: It is of another kind or shape.
         """
         like = self.null(1, "meta").tensors()
+        found = "class labels" if isinstance(given, Tensor) else type(given).__name__
         if isinstance(given, Condition) and type(given) is type(self.null(0)):
             shapes = {name: value.shape[1:] for name, value in given.tensors().items()}
             if shapes == {name: value.shape[1:] for name, value in like.items()}:
                 return given
             found = ", ".join(f"{k} {tuple(v.shape)}" for k, v in given.tensors().items())
-        else:
-            found = "class labels" if isinstance(given, Tensor) else ""
-        found = found or type(given).__name__
         raise DataError(f"{where}: gives {found}, where conditions are {self.title}")
 
     def in_turn(self, count: int, held_out: Condition) -> Condition:
@@ -208,7 +206,14 @@ class ClassLabels(ConditionSpec):
         """As for every spec; labels alone become `Labels`."""
         if isinstance(given, Tensor) and given.ndim == 1:
             return Labels(given, self.classes)
-        return super().accept(given, where)
+        if isinstance(given, Labels) and given.classes == self.classes:
+            return given
+        found = type(given).__name__
+        if isinstance(given, Tensor):
+            found = f"class labels {tuple(given.shape)}"
+        elif isinstance(given, Labels):
+            found = f"labels of {given.classes:,} classes"
+        raise DataError(f"{where}: gives {found}, where conditions are {self.title}")
 
     def in_turn(self, count: int, held_out: Condition) -> Labels:
         """The classes in turn, whatever the held-out images are."""
@@ -253,9 +258,9 @@ class _VectorMap(nn.Module):
         self.null = nn.Parameter(torch.randn(width) * 0.02)
 
     def forward(self, condition: Vectors) -> Tensor:
-        return torch.where(
-            condition.known[:, None], self.linear(condition.value).float(), self.null
-        )
+        known = condition.known[:, None]  # (B, 1)
+        mapped = self.linear(torch.where(known, condition.value, 0.0)).float()
+        return torch.where(known, mapped, self.null)
 
 
 @attrs.frozen
@@ -295,9 +300,9 @@ class _TokenMean(nn.Module):
 
     def forward(self, condition: Tokens) -> Tensor:
         there = condition.mask[..., None]  # (B, T, 1)
-        # Not by a product: what lies behind the mask may be anything, NaN included.
-        mapped = torch.where(there, self.linear(condition.value).float(), 0.0)
-        mean = mapped.sum(dim=1) / there.sum(dim=1).clamp_min(1)
+        # Not by products: what lies behind the mask may be anything, NaN included.
+        mapped = self.linear(torch.where(there, condition.value, 0.0)).float()
+        mean = torch.where(there, mapped, 0.0).sum(dim=1) / there.sum(dim=1).clamp_min(1)
         return torch.where(condition.mask.any(dim=1)[:, None], mean, self.null)
 
 
