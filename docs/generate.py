@@ -51,9 +51,9 @@ BUILT = (
     Tracker,
     FeatureNetwork,
 )
-VALUES = (ImageSpec, Batch, ClassLabels, VectorSpec, TokenSpec, Labels, Vectors, Tokens, LatentSpec, LatentNorm, LatentContract, Latents, Encode, Decode,
-          Denoise, Output, Nets, Draw, Terms, Estimate, Probe, FeatureSet, Moments,
-          Score, Figure)  # fmt: skip
+VALUES = (ImageSpec, Batch, ClassLabels, VectorSpec, TokenSpec, Labels, Vectors, Tokens,
+          LatentSpec, LatentNorm, LatentContract, Latents, Encode, Decode, Denoise, Output, Nets,
+          Draw, Terms, Estimate, Probe, FeatureSet, Moments, Score, Figure)  # fmt: skip
 
 REFERENCE = Path(__file__).parent / "reference"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ from e2ediff.data import DataSource, ImageSpec, SourceConfig
 
 @attrs.frozen(kw_only=True)
 class Patches(SourceConfig):
-    "Images of one colour, which is what is known of them."
+    "Images of one colour, which is what is known of them. `count` and `sampling` as everywhere."
     count: int = 48
     workers: int = 0
     on_bad_image: str = "stop"
@@ -196,6 +197,44 @@ def test_the_source_and_the_backbone_keep_their_contracts(folder, kind) -> None:
     check_source(config)
     vit = host.registries["backbones"].get("vit")
     check_backbone(vit(width=16, depth=1, heads=2, patch=8, latent_dim=4), config.image)
+
+
+def test_the_kit_passes_a_source_of_another_kind(folder) -> None:
+    done = e2ediff("plugins", "check", "source.py")
+    assert done.code == 0, done.out
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("kind", ["tokens"])
+def test_a_compiled_step_sees_through_conditions(folder, kind, monkeypatch) -> None:
+    """Traced as for any compiler, and run by torch's own kernels: they are quicker to have."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    found = []
+    for how in ("off", "step"):
+        run(how, steps="4", compile=how, scores="null", cadence="{log: 1}")
+        lines = [json.loads(line) for line in Path(how, "metrics.jsonl").read_text().splitlines()]
+        found.append([line["loss/denoising"] for line in lines if "loss/denoising" in line])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert len(found[0]) == 4
+
+
+@pytest.mark.parametrize("kind", ["tokens"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_hand_conditions_on(folder, parallel, kind) -> None:
+    """As one process with two micro-shards: to the bit by DDP, as near as sums go by FSDP2."""
+    lines = {
+        "microshards": "2",
+        "steps": "4",
+        "scores": "null",
+        "optimizer": "{name: adamw, lr: 0.001}",
+    }
+    run("one", **lines)
+    run("two", "--nproc", "2", parallel=parallel, **lines)
+    one, two = weights("one"), weights("two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        near = {"rtol": 0, "atol": 0} if parallel == "ddp" else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(two[name], value, **near)
 
 
 def test_workers_and_skipping_hand_conditions_on(folder) -> None:
