@@ -31,7 +31,7 @@ class Denoiser(ABC):
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         """Estimate at time t of z_t (B, N, D), for a condition a row."""
 
-    def between(self, t: float, s: float) -> Denoiser:
+    def for_step(self, t: float, s: float) -> Denoiser:
         """The denoiser for a sampler's step from t to s.
 
         Itself, but for guidance that depends on the step's length or on the steps before.
@@ -75,7 +75,7 @@ class Plain(Denoiser):
             (out,) = self.net.run(Denoise(z_t=z_t, t=times, condition=condition, r=ends))
         return self._path.estimate(out, z_t, times, self.predicts)
 
-    def between(self, t: float, s: float) -> Denoiser:
+    def for_step(self, t: float, s: float) -> Denoiser:
         """For a network that takes a second time, the denoiser that gives it the step's end."""
         return _UpTo(self, s) if self.net.second_time else self
 
@@ -99,6 +99,6 @@ class _UpTo(Denoiser):
         """One denoise pass from t to the step's end."""
         return self.plain.ask(z_t, t, condition, max(t, self.end))
 
-    def between(self, t: float, s: float) -> Denoiser:
+    def for_step(self, t: float, s: float) -> Denoiser:
         """The denoiser of the next step."""
-        return self.plain.between(t, s)
+        return self.plain.for_step(t, s)

@@ -32,10 +32,10 @@ class Guidance(ABC):
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """Further networks that it asks; who samples loads them and calls `given` first."""
+        """Further networks that it asks, loaded for `with_references` by whoever samples."""
         return ()
 
-    def given(self, others: Mapping[Reference, Denoiser]) -> Guidance:
+    def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
         """This guidance with the denoisers of its `references`."""
         return self
 

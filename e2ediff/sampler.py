@@ -103,12 +103,12 @@ class Sampler(ABC):
         return 0.0
 
     @property
-    def couples(self) -> bool:
+    def couples_images(self) -> bool:
         """Whether an image depends on the others in its batch, as by a common step size."""
         return False
 
     @property
-    def asks_once(self) -> bool:
+    def one_call_per_step(self) -> bool:
         """Whether each step asks the denoiser once, at the time where it begins."""
         return False
 
@@ -149,7 +149,7 @@ class Sampler(ABC):
         """The denoiser of the last step, which may remember, and the latent after it."""
         stepper = self.stepper()
         for t, s in pairwise(times):
-            f = f.between(t, s)
+            f = f.for_step(t, s)
             z = stepper.step(f, z, t, s, condition, noise)
         return f, z
 
@@ -169,4 +169,4 @@ class Sampler(ABC):
         times = self.grid(f.path)
         z = start * float(f.path.sigma(torch.tensor([self.t_start])))
         f, z = self._follow(f, z, times[:-1], condition, noise)
-        return f.between(times[-2], 1.0)(z, times[-2], condition).x0
+        return f.for_step(times[-2], 1.0)(z, times[-2], condition).x0

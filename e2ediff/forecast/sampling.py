@@ -32,7 +32,7 @@ def count_calls(recipe: Recipe) -> Calls:
     guidance = recipe.guidance
     if guidance is not None and guidance.references:
         other = Plain(counting, recipe.interpolant, recipe.predicts)
-        guidance = guidance.given(dict.fromkeys(guidance.references, other))
+        guidance = guidance.with_references(dict.fromkeys(guidance.references, other))
     Model(recipe, counting, guidance, rows=1).sample(recipe.data.image.conditioning.example(1))
     return Calls(counting.denoised, counting.decoded)
 

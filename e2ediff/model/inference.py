@@ -80,7 +80,7 @@ class Model:
     Images are computed in tiles of `rows`: image i of a set is always row i mod `rows` of a batch
     of that size, whatever else is asked for, because a matrix product may round differently for
     another number of rows. So an image depends on weights, seed, number and condition alone,
-    to the bit. With a sampler that `couples` images it also depends on the others in its tile.
+    to the bit. With a sampler that couples images it also depends on the others in its tile.
 
     `guidance` is the recipe's with the networks it asks, which are `others`.
     `precision` is the networks'; samplers and guidance compute in float32.

@@ -89,7 +89,7 @@ class ModelRef:
                 found = _open(host, other, device, warn, "give the guidance `checkpoint: {}`")
                 others[reference] = _other(own, found)
             given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
-            guidance = guidance.given(given)
+            guidance = guidance.with_references(given)
         asked, rows = tuple(others.values()), self.rows
         return Model(recipe, net, guidance, asked, origin, rows, self.precision, latent, image)
 

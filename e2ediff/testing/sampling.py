@@ -48,9 +48,9 @@ def check_guidance(g: Guidance) -> None:
     """The same path, one consistent and repeatable estimate, inputs left alone."""
     name, inner = type(g).__name__, GaussianDenoiser(Linear(), 1.0, 0.5)
     others = {reference: GaussianDenoiser(Linear(), 0.8, 0.7) for reference in g.references}
-    f, condition = g.given(others).wrap(inner), Labels(torch.tensor([0, 1, 4]), 4)
+    f, condition = g.with_references(others).wrap(inner), Labels(torch.tensor([0, 1, 4]), 4)
     assert f.path is inner.path, f"{name}: the guided denoiser must keep the inner path"
-    f = f.between(0.0, 0.5)
+    f = f.for_step(0.0, 0.5)
     for t in (0.01, 0.5, 0.99):
         z_t = torch.linspace(-1, 2, 12).reshape(3, 2, 2)
         kept, times = z_t.clone(), torch.full((3,), t)

@@ -44,7 +44,7 @@ def auto(scale: float) -> Autoguidance:
 
 
 def armed(guidance, weak: Denoiser):
-    return guidance.given({WEAK: weak})
+    return guidance.with_references({WEAK: weak})
 
 
 # Scale 1
@@ -61,7 +61,7 @@ def test_scale_one_is_the_denoiser_itself_in_one_pass_and_loads_nothing(guidance
     inner = MixtureDenoiser(Linear())
     f = guidance.wrap(inner)
     assert f is inner
-    assert f.between(0.1, 0.2) is inner
+    assert f.for_step(0.1, 0.2) is inner
     f(Z_T, 0.5, LABELS)
     assert inner.rows == [4]
     assert guidance.references == ()
@@ -112,7 +112,7 @@ def test_apg_s_momentum_is_the_running_sum_of_the_steps_before_and_starts_anew()
     for _ in range(2):  # a second trajectory begins without memory
         step, running = f, torch.zeros_like(Z_T)
         for t in times:
-            step = step.between(t, t + 0.2)
+            step = step.for_step(t, t + 0.2)
             plain, null = inner(Z_T, t, LABELS).x0, inner(Z_T, t, NULLS).x0
             running = plain - null - 0.5 * running
             for _ in range(2):  # a second question within a step changes nothing
@@ -206,8 +206,8 @@ def test_guidance_within_guidance_says_where_the_trouble_is() -> None:
 
 @pytest.mark.parametrize("sampler", [*ONCE, *OFTEN], ids=lambda s: type(s).__name__)
 def test_a_sampler_that_asks_once_asks_where_its_step_begins(sampler) -> None:
-    if sampler.couples:
-        assert not sampler.asks_once
+    if sampler.couples_images:
+        assert not sampler.one_call_per_step
         return
     asked = []
 
@@ -218,7 +218,7 @@ def test_a_sampler_that_asks_once_asks_where_its_step_begins(sampler) -> None:
 
     times = [0.1, 0.3, 0.5]
     sampler.integrate(Noting(Linear()), Z_T, times, LABELS, torch.zeros_like)
-    assert (asked == times[:-1]) is sampler.asks_once
+    assert (asked == times[:-1]) is sampler.one_call_per_step
 
 
 @each_path
@@ -230,7 +230,7 @@ def test_cfg_plus_plus_is_its_algorithm(path, strength) -> None:
     grid = Euler(steps=8).grid()[1:]  # VE and its kin begin anywhere; at t = 0 alpha may be 0
     found = wanted = Z_T * path.sigma(torch.tensor(grid[0]).double())
     for t, s in pairwise(grid[:-1]):
-        found = DPMSolverPP2M().step(f.between(t, s), found, t, s, LABELS, silent)
+        found = DPMSolverPP2M().step(f.for_step(t, s), found, t, s, LABELS, silent)
         with_class, without = inner(wanted, t, LABELS), inner(wanted, t, NULLS)
         a, b = (path.alpha(torch.tensor(x).double()) for x in (t, s))
         sigma, sigma_s = (path.sigma(torch.tensor(x).double()) for x in (t, s))

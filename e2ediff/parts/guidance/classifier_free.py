@@ -63,7 +63,7 @@ class CFGPlusPlus(Guidance):
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
         """A sampler that asks within its steps."""
-        if sampler.asks_once or self.strength == 0:
+        if sampler.one_call_per_step or self.strength == 0:
             return ()
         what = (
             "cfg_plus_plus scales by a step's length and needs a sampler that asks once a step; "
@@ -128,7 +128,7 @@ class APG(Guidance):
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
         """Momentum over the steps of a sampler that does not show them."""
-        if self.momentum == 0 or self.scale == 1 or not sampler.couples:
+        if self.momentum == 0 or self.scale == 1 or not sampler.couples_images:
             return ()
         what = (
             "momentum adds up the steps of a sampler, and this one chooses its own, which "
@@ -169,8 +169,8 @@ class _Guided(Wrapped):
         super().__init__(inner)
         self.guidance = guidance
 
-    def between(self, t: float, s: float) -> Denoiser:
-        return _Guided(self.inner.between(t, s), self.guidance)
+    def for_step(self, t: float, s: float) -> Denoiser:
+        return _Guided(self.inner.for_step(t, s), self.guidance)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         g = self.guidance
@@ -187,11 +187,11 @@ class _Renoised(Wrapped):
         self.guidance = guidance
         self.gain = gain  # 1 / (1 - e^-h); 1 for the step that ends at the data
 
-    def between(self, t: float, s: float) -> Denoiser:
+    def for_step(self, t: float, s: float) -> Denoiser:
         at = torch.tensor([t, s], dtype=torch.float64)
         (a, a_end), (b, b_end) = self.path.alpha(at).tolist(), self.path.sigma(at).tolist()
         gain = 1 / (1 - a * b_end / (a_end * b))
-        return _Renoised(self.inner.between(t, s), self.guidance, gain)
+        return _Renoised(self.inner.for_step(t, s), self.guidance, gain)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         if self.guidance.strength == 0:
@@ -208,9 +208,9 @@ class _Rescaled(Wrapped):
         self.guidance = guidance
         self.waits = waits  # through a whole step
 
-    def between(self, t: float, s: float) -> Denoiser:
+    def for_step(self, t: float, s: float) -> Denoiser:
         waits = s <= self.guidance.zero_until and s < 1  # the last step has an answer to give
-        inner = self.inner.between(t, s)
+        inner = self.inner.for_step(t, s)
         return _Rescaled(inner, self.guidance, waits=waits)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
@@ -247,8 +247,8 @@ class _Projected(Wrapped):
         self.stepping = stepping
         self.first: Tensor | None = None
 
-    def between(self, t: float, s: float) -> Denoiser:
-        inner = self.inner.between(t, s)
+    def for_step(self, t: float, s: float) -> Denoiser:
+        inner = self.inner.for_step(t, s)
         return _Projected(inner, self.guidance, self.first, stepping=True)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:

@@ -49,12 +49,12 @@ class Autoguidance(Guidance):
         reference = Reference(run=self.run, checkpoint=self.checkpoint, weights=self.weights)
         return () if self.scale == 1 else (reference,)
 
-    def given(self, others: Mapping[Reference, Denoiser]) -> Guidance:
+    def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
         """The same with its weak denoiser at hand."""
         return _Armed(self.scale, others[self.references[0]]) if self.references else self
 
     def wrap(self, inner: Denoiser) -> Denoiser:
-        """The inner denoiser, at scale 1; otherwise `given` comes first.
+        """The inner denoiser, at scale 1; otherwise `with_references` comes first.
 
         Raises:
             RecipeError: It did not.
@@ -62,7 +62,7 @@ class Autoguidance(Guidance):
         if self.scale == 1:
             return inner
         what = "autoguidance has no weak network here"
-        hint = "Load the model with `e2ediff.load`, or call `given`."
+        hint = "Load the model with `e2ediff.load`, or call `with_references`."
         raise RecipeError("sampling", [Problem("guidance", what, hint=hint)])
 
 
@@ -81,8 +81,8 @@ class _Extrapolated(Wrapped):
         self.weak = weak
         self.scale = scale
 
-    def between(self, t: float, s: float) -> Denoiser:
-        return _Extrapolated(self.inner.between(t, s), self.weak.between(t, s), self.scale)
+    def for_step(self, t: float, s: float) -> Denoiser:
+        return _Extrapolated(self.inner.for_step(t, s), self.weak.for_step(t, s), self.scale)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         strong, weak = self.inner(z_t, t, condition).x0, self.weak(z_t, t, condition).x0
@@ -105,9 +105,9 @@ class Interval(Guidance):
         """Those of the inner guidance."""
         return self.guidance.references
 
-    def given(self, others: Mapping[Reference, Denoiser]) -> Guidance:
+    def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
         """The same with its denoisers at hand."""
-        return attrs.evolve(self, guidance=self.guidance.given(others))
+        return attrs.evolve(self, guidance=self.guidance.with_references(others))
 
     def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself where its guidance changes nothing."""
@@ -129,8 +129,8 @@ class _Within(Denoiser):
     def path(self) -> Interpolant:
         return self.plain.path
 
-    def between(self, t: float, s: float) -> Denoiser:
-        return _Within(self.plain.between(t, s), self.guided.between(t, s), *self.ends)
+    def for_step(self, t: float, s: float) -> Denoiser:
+        return _Within(self.plain.for_step(t, s), self.guided.for_step(t, s), *self.ends)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         first, last = self.ends
@@ -152,9 +152,9 @@ class Chain(Guidance):
         """Those of all parts."""
         return tuple(reference for part in self.parts for reference in part.references)
 
-    def given(self, others: Mapping[Reference, Denoiser]) -> Guidance:
+    def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
         """The same with its parts' denoisers at hand."""
-        return Chain(parts=tuple(part.given(others) for part in self.parts))
+        return Chain(parts=tuple(part.with_references(others) for part in self.parts))
 
     def wrap(self, inner: Denoiser) -> Denoiser:
         """The first part around `inner`, the second around that, and so on."""

@@ -74,7 +74,7 @@ class Dopri5(Sampler):
         return 2
 
     @property
-    def couples(self) -> bool:
+    def couples_images(self) -> bool:
         """Step sizes are common to a batch."""
         return True
 

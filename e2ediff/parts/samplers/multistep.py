@@ -51,7 +51,7 @@ class _Remembering(OnGrid):
     """A sampler whose `stepper` uses earlier estimates, and whose step alone is of first order."""
 
     @property
-    def asks_once(self) -> bool:
+    def one_call_per_step(self) -> bool:
         """It does."""
         return True
 

@@ -43,7 +43,7 @@ class Euler(OnGrid):
     """
 
     @property
-    def asks_once(self) -> bool:
+    def one_call_per_step(self) -> bool:
         """It does."""
         return True
 

@@ -41,7 +41,7 @@ class SDE(OnGrid):
     strength: float = attrs.field(default=1.0, validator=validators.ge(0))
 
     @property
-    def asks_once(self) -> bool:
+    def one_call_per_step(self) -> bool:
         """It does."""
         return True
 
