@@ -89,7 +89,7 @@ class Batch:
 
 
 @attrs.frozen
-class Stored:
+class OriginalSize:
     """Size of an image as it lies in its source, before any crop."""
 
     width: int
@@ -134,11 +134,11 @@ class DataSource(ABC):
         """Names of the classes as the data have them, by label; empty if they have none."""
         return ()
 
-    def place(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         """Path of an image, for messages and lists; nothing is read."""
         return f"image {index}"
 
-    def stored(self, index: int) -> Stored:
+    def original_size(self, index: int) -> OriginalSize:
         """Size of an image before any crop, from its header alone where there is one.
 
         Raises:
@@ -146,7 +146,7 @@ class DataSource(ABC):
             DataError: The place where it lies cannot be read.
         """
         x, _ = self.read([index])
-        return Stored(x.shape[-1], x.shape[-2])
+        return OriginalSize(x.shape[-1], x.shape[-2])
 
 
 Certainty = Literal["possible", "likely", "certain"]

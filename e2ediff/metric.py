@@ -140,7 +140,7 @@ class Metric(ABC):
             real: Those of the reference; those of `made` itself if `compares` is False.
         """
 
-    def least(self) -> int:
+    def min_images(self) -> int:
         """Fewest images, of either set, of which the figures can be computed at all."""
         return 2
 

@@ -73,7 +73,7 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
     subject = _subject(host, request)
     data = subject.model.recipe.data if subject.model else None
     references = _references(host, request, data)
-    least = max([m.least() for m in request.metrics], default=1)
+    least = max([m.min_images() for m in request.metrics], default=1)
     if subject.count < least:
         raise DataError(
             f"{request.target.run}: {subject.count} images, and the metrics need {least}; give "
@@ -209,11 +209,11 @@ def _card(
         metric = one.adapted(given)
         ours = made[view]
         other = real if metric.compares and real is not None else ours
-        if other.count and other.count < metric.least():
+        if other.count and other.count < metric.min_images():
             assert reference is not None
             raise DataError(
                 f"{reference.place}: {other.count} images, and {type(metric).__name__} needs "
-                f"{metric.least()}"
+                f"{metric.min_images()}"
             )
         for name, estimate in sections.resampling.measure(metric, ours, other).items():
             full = names_of(metric, name, title, published=published)

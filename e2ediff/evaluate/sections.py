@@ -95,10 +95,10 @@ class Sections:
         count = min(self.subject.count, len(source))
         compared = [one.adapted(m) for m in self.request.metrics if m.compares]
         for metric in compared:
-            if count < metric.least():
+            if count < metric.min_images():
                 raise DataError(
                     f"reconstruction: {count} held-out images, and {type(metric).__name__} needs "
-                    f"{metric.least()}; leave it out of --metrics, or give more images"
+                    f"{metric.min_images()}; leave it out of --metrics, or give more images"
                 )
         done = reconstruct(model, source, count, self.work, view, perceptual)
         notes["reconstructed_images"] = count

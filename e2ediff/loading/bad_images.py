@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.condition import ClassLabels, Condition, concatenate
-from e2ediff.data import DataSource, SourceConfig, Stored
+from e2ediff.data import DataSource, OriginalSize, SourceConfig
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.store.storage import Store
 
@@ -56,13 +56,13 @@ class Skipping(DataSource):
         """The source's."""
         return self.source.class_names
 
-    def place(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         """The source's."""
-        return self.source.place(index)
+        return self.source.path_of(index)
 
-    def stored(self, index: int) -> Stored:
+    def original_size(self, index: int) -> OriginalSize:
         """The source's, damaged images included."""
-        return self.source.stored(index)
+        return self.source.original_size(index)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | Condition]:
         """The images, or others of their classes.

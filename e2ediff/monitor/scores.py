@@ -66,7 +66,7 @@ class Scorer:
         kind = recipe.data.image.conditioning
         batch = fixed_images(held_out, kind, settings.images, recipe.seed, "scores", device)
         x = batch.x
-        least = max((m.least() for m in settings.metrics), default=2)
+        least = max((m.min_images() for m in settings.metrics), default=2)
         if len(x) < least:
             raise DataError(
                 f"scores: {len(x)} held-out images, and the metrics need {least}; raise "

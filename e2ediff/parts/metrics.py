@@ -163,7 +163,7 @@ class InceptionScore(Metric):
         return {"IS": Estimate(mean, std / max(1, self.splits - 1) ** 0.5, said)}
 
     @override
-    def least(self) -> int:
+    def min_images(self) -> int:
         return self.splits
 
 
@@ -196,7 +196,7 @@ class PrecisionRecall(Metric):
         }
 
     @override
-    def least(self) -> int:
+    def min_images(self) -> int:
         return self.k + 1
 
 
@@ -222,7 +222,7 @@ class DensityCoverage(Metric):
         return {"density": Estimate(density), "coverage": Estimate(coverage)}
 
     @override
-    def least(self) -> int:
+    def min_images(self) -> int:
         return self.k + 1
 
 

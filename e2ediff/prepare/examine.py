@@ -61,8 +61,8 @@ class _Chunks(Dataset[_Seen | str]):
         chunk = self.indices[k * _EACH : (k + 1) * _EACH]
         for i in chunk:
             try:
-                stored = self.source.stored(i)
-                sizes.append((stored.width, stored.height))
+                size = self.source.original_size(i)
+                sizes.append((size.width, size.height))
                 if self.quick:
                     continue
                 x = self.source.read([i])[0][0]

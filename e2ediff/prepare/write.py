@@ -223,7 +223,7 @@ class _Shards(Dataset[_Part]):
 
     def _row(self, i: int, name: str, start: int, size: int) -> list[object]:
         label = int(self.labels[i]) if self.labels is not None else 0
-        return [name, label, start, size, self.source.place(i)]
+        return [name, label, start, size, self.source.path_of(i)]
 
     def _tar(self, k: int, kept: list[tuple[int, Tensor]]) -> tuple[str, bytes, list[Any]]:
         s, out, rows = self.settings, io.BytesIO(), []

@@ -200,7 +200,7 @@ def check_features(config: FeatureConfig) -> None:
 def check_metric(m: Metric) -> None:
     """A direction; finite, repeatable figures of a set against itself and against another."""
     name, g = type(m).__name__, torch.Generator().manual_seed(10)
-    count = max(64, m.least())
+    count = max(64, m.min_images())
     assert m.better in ("low", "high"), f"{name}: better is {m.better!r}; give 'low' or 'high'"
     taps = {*m.moments, *m.rows}
     assert taps, f"{name}: say in `moments` or `rows` which taps it reads"

@@ -118,10 +118,10 @@ def test_training_refuses_it_by_name(kind: str, form: str, foreign: dict[str, by
     if form == "parquet":
         pytest.importorskip("pyarrow")
     source = FORMS[form](tree_with(foreign[kind])).open()
-    for read in (lambda: source.read([1]), lambda: source.stored(1)):
+    for read in (lambda: source.read([1]), lambda: source.original_size(1)):
         with pytest.raises(BadImageError) as caught:
             read()
-        assert caught.value.place == source.place(1)
+        assert caught.value.place == source.path_of(1)
         assert SAID[kind] in caught.value.what
     source.read([0, 2, 3])
 

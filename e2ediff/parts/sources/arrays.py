@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import DataSource, ImageSpec, Recognised, Sampling, SourceConfig, Stored
+from e2ediff.data import DataSource, ImageSpec, OriginalSize, Recognised, Sampling, SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import large_images, npy_header
 from e2ediff.files.images import centre_crop, check_unpacked, to_tensor
@@ -56,8 +56,8 @@ class InMemory(DataSource):
         return self.label
 
     @override
-    def stored(self, index: int) -> Stored:
-        return Stored(self.x.shape[-1], self.x.shape[-2])
+    def original_size(self, index: int) -> OriginalSize:
+        return OriginalSize(self.x.shape[-1], self.x.shape[-2])
 
     @override
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:

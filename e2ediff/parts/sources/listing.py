@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from e2ediff import addresses
-from e2ediff.data import DataSource, ImageSpec, Sampling, SourceConfig, Stored
+from e2ediff.data import DataSource, ImageSpec, OriginalSize, Sampling, SourceConfig
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.files.images import MAX_PIXELS, Limit, decode, opened, to_tensor
 from e2ediff.parts.sources.damage import DAMAGED
@@ -184,17 +184,17 @@ class EncodedImages(DataSource):
         x = torch.stack([self._image(i) for i in indices])
         return x, self.listing.labels[torch.as_tensor(indices)]
 
-    def place(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         """Path or URL of the file, or of the archive and the member in it."""
         return self.listing.path(index)
 
     @override
-    def stored(self, index: int) -> Stored:
+    def original_size(self, index: int) -> OriginalSize:
         place, data = self.listing.path(index), self._bytes(index)
         if self.listing.raw:
-            return Stored(self.listing.raw[1], self.listing.raw[0])
+            return OriginalSize(self.listing.raw[1], self.listing.raw[0])
         with opened(data, place, self.image.height, self.limit) as image:
-            return Stored(image.width, image.height)
+            return OriginalSize(image.width, image.height)
 
     def _bytes(self, i: int) -> bytes:
         try:
