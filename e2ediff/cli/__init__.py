@@ -135,9 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(str(cause) or "interrupted", err=True)
         sys.exit(getattr(cause, "exit_code", 130))
     except Exception:
-        from e2ediff.host.discovery import spoiled
+        from e2ediff.host.discovery import broken_distribution
 
-        if not (why := spoiled()):
+        if not (why := broken_distribution()):
             raise
         click.echo(f"error: {why}", err=True)
         sys.exit(PluginError.exit_code)

@@ -228,7 +228,7 @@ def _tell(verdict: Verdict) -> None:
 def _named(name: str, host: Host) -> list[Entry]:
     from e2ediff.errors import PluginError
 
-    found = [entry for entry in host.entries if entry.answers(name)]
+    found = [entry for entry in host.entries if entry.matches(name)]
     if not found:
         raise PluginError(f"there is no plugin and no folder {name!r}. {host.meant(name)}")
     return found

@@ -158,18 +158,18 @@ def _train(
             load(), recipe, overrides, out, resume=resume, restart=restart, world=world,
             stop=stop, choose_threads=choose_threads,
         )  # fmt: skip
-        if world.leads:
+        if world.is_leader:
             for line in _last_lines(outcome, recipe, overrides):
                 click.echo(line, err=True)
             click.echo(outcome.path)
             sys.stdout.flush()
         code = outcome.exit_code
         note_end(code)
-        world.leave()
+        world.shutdown()
     except (Exception, KeyboardInterrupt) as caught:
         if world.size == 1:
             raise
-        error = world.judge(caught)
+        error = world.attribute_error(caught)
         code = exit_code_of(error)
         note_end(code)
 
@@ -182,7 +182,7 @@ def _train(
                 click.echo(str(error) or "interrupted", err=True)
             sys.stderr.flush()
 
-        world.speak(say)
+        world.report_once(say)
     if world.size > 1:
         # Not by sys.exit: the group's threads may wait for processes that are gone, and one that
         # asks for the interpreter while it shuts down would replace the exit code by SIGABRT's.

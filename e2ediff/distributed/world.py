@@ -1,4 +1,4 @@
-"""The processes of one run: who they are, how they agree, and who speaks when one fails.
+"""The processes of one run: who they are, how they agree, and who reports when one fails.
 
 One process needs none of this: it opens no process group, and every function here returns what
 it was given.
@@ -30,7 +30,7 @@ TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: longer than a checkpoint takes to write."""
 
 _ASKED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_GRACE = timedelta(seconds=10)  # for the process that speaks to finish its sentence
+_GRACE = timedelta(seconds=10)  # for the process that reports a failure to finish
 
 
 class ElsewhereError(E2EDiffError):
@@ -55,7 +55,7 @@ class World:
         self.size = size
         self.local = local
         self._store = store
-        self._speaks = True
+        self._reports = True
 
     @classmethod
     def join(cls, timeout: timedelta = TIMEOUT) -> World:
@@ -86,7 +86,7 @@ class World:
         return cls(rank, size, local, PrefixStore("e2ediff", store))
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this is the first process: the one that writes files and reports progress."""
         return self.rank == 0
 
@@ -99,13 +99,13 @@ class World:
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         length = torch.tensor([len(data)])
         dist.broadcast(length, 0)
-        data = data if self.leads else torch.empty(int(length), dtype=torch.uint8)
+        data = data if self.is_leader else torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(data, 0)
         found: T = json.loads(bytes(data.tolist()))
         return found
 
-    def lead(self, act: Callable[[], T]) -> T:
-        """What `act` returns in the first process, which alone runs it; its error, in all.
+    def on_leader(self, act: Callable[[], T]) -> T:
+        """Run `act` in the first process alone; return its value, or raise its error, in all.
 
         Raises:
             E2EDiffError: What `act` raised.
@@ -114,7 +114,7 @@ class World:
             return act()
         said: dict[str, Any] = {}
         error = None
-        if self.leads:
+        if self.is_leader:
             try:
                 said = {"value": act()}
             except E2EDiffError as caught:
@@ -151,14 +151,14 @@ class World:
 
     # Ending
 
-    def judge(self, error: BaseException) -> BaseException:
-        """What an error means for the run: itself, or the one of another process behind it.
+    def attribute_error(self, error: BaseException) -> BaseException:
+        """Return the error that a failed run reports: this one, or another process's behind it.
 
         The first process to fail publishes its error. In the others that error cuts a collective
         short, which says nothing: they take over the published one.
         """
         if self.size == 1 or self._store is None or isinstance(error, ElsewhereError):
-            self._speaks = not isinstance(error, ElsewhereError)
+            self._reports = not isinstance(error, ElsewhereError)
             return error
         lost = is_broken_collective(error)
         if lost:
@@ -174,28 +174,28 @@ class World:
         try:
             first = self._store.compare_set("failed", "", mine).decode()
         except RuntimeError:
-            return error  # the store died with its process: everyone speaks for themselves
+            return error  # the store died with its process: each process reports its own error
         said = json.loads(first)
         if said["rank"] == self.rank:
             return error
-        self._speaks = False
+        self._reports = False
         return ElsewhereError(said["text"], said["code"])
 
-    def speak(self, say: Callable[[], None]) -> None:
-        """Say how a failed run ended, in one process; the others wait until it is said."""
+    def report_once(self, report: Callable[[], None]) -> None:
+        """Call `report` in one process of a failed run; the others wait until it is done."""
         if self.size == 1 or self._store is None:
-            say()
+            report()
             return
         with contextlib.suppress(RuntimeError):  # its store is gone, or it has been waited for
-            if not self._speaks:
+            if not self._reports:
                 self._store.wait(["said"], _GRACE)
-        if self._speaks:
-            say()
+        if self._reports:
+            report()
             with contextlib.suppress(RuntimeError):
                 self._store.set("said", "yes")
 
-    def leave(self) -> None:
-        """Wait for all, and end the group; called by every process of a run that did not fail.
+    def shutdown(self) -> None:
+        """Wait for all and end the group; called by every process of a run that did not fail.
 
         A launcher terminates the others when one exits with a code other than 0; from here on
         all is written, and that signal would only replace the code.

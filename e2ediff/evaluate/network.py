@@ -43,7 +43,7 @@ def _check_takes_a_file(host: Host, root: Node) -> None:
     for part in host.usable("features"):
         options = {field.alias for field in attrs.fields(part.cls)}
         (reading if "weights" in options else others).append(part)
-    if name is not None and any(part.answers(str(name.value)) for part in others):
+    if name is not None and any(part.matches(str(name.value)) for part in others):
         raise DataError(
             f"--weights-file: {name.value} takes no file, its weights come with it; leave "
             "--weights-file out, or name a network that reads one: "

@@ -34,7 +34,7 @@ class UninstalledPlugin:
     version: str
     modules: dict[str, str]
 
-    def answers(self, word: str) -> bool:
+    def matches(self, word: str) -> bool:
         """Whether a user who writes `word` can mean this plugin."""
         return word in self.modules or canonicalize_name(word) == canonicalize_name(self.name)
 

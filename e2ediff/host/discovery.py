@@ -45,7 +45,7 @@ class Entry:
     requires: tuple[str, ...] = ()
     fault: str = ""
 
-    def answers(self, word: str) -> bool:
+    def matches(self, word: str) -> bool:
         """Whether a user who writes `word` can mean this plugin."""
         same = word in (self.name, self.entry)
         return same or canonicalize_name(word) == canonicalize_name(self.distribution)
@@ -62,7 +62,7 @@ class Entry:
         Plugins are blocked by the environment variable E2EDIFF_BLOCK, which lists entry points
         and distributions, separated by commas.
         """
-        if any(self.answers(word) for word in words("E2EDIFF_BLOCK")):
+        if any(self.matches(word) for word in words("E2EDIFF_BLOCK")):
             return "blocked by E2EDIFF_BLOCK"
         if self.fault:
             return self.fault
@@ -128,7 +128,7 @@ def version_of(name: str) -> str:
         raise PluginError(_fault("METADATA", _folder(found), exc)) from exc
 
 
-def spoiled() -> str:
+def broken_distribution() -> str:
     """Which distribution keeps others from reading any entry point, torch among them; "" if none.
 
     Such a file ends `import torch` itself, so nothing here can go on without its repair.

@@ -37,7 +37,7 @@ def time_limit() -> float:
     return seconds
 
 
-class Aside(io.TextIOBase):
+class StdoutToStderr(io.TextIOBase):
     """Stands in for stdout: passes text on to stderr, and keeps the first line of it."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Aside(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def guarded(plugin: str) -> Iterator[Aside]:
+def guarded(plugin: str) -> Iterator[StdoutToStderr]:
     """Run a plugin's code: stdout goes to stderr, and after the time limit it ends in `Hung`.
 
     The limit ends code in the main thread of a system with SIGALRM that comes back to the
@@ -62,13 +62,13 @@ def guarded(plugin: str) -> Iterator[Aside]:
     Code that does not come back, as a C function that waits, is named on stderr, with the way to
     leave the plugin out.
     """
-    seconds, aside = time_limit(), Aside()
+    seconds, diverted = time_limit(), StdoutToStderr()
     watch = threading.Timer(seconds + _GRACE, _name_what_hangs, [plugin, seconds])
     watch.daemon = True
     watch.start()
     try:
-        with contextlib.redirect_stdout(aside), _deadline(plugin, seconds):
-            yield aside
+        with contextlib.redirect_stdout(diverted), _deadline(plugin, seconds):
+            yield diverted
     finally:
         watch.cancel()
 

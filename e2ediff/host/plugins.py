@@ -95,7 +95,7 @@ class Host:
 
     # What to say of plugins
 
-    def why_unknown(self, registry: Registry, name: str, place: str = "") -> str:
+    def explain_unknown(self, registry: Registry, name: str, place: str = "") -> str:
         """What to do about a name that a registry lacks, for the end of an error message.
 
         `place` is where in a recipe the name stands.
@@ -108,7 +108,7 @@ class Host:
                 break
         return did_you_mean(name, registry.names()) + "".join(lost)
 
-    def unmet(self, requirement: str, place: str = "") -> str:
+    def missing_requirement(self, requirement: str, place: str = "") -> str:
         """Why this entry of a recipe's `requires` is not met, and the way out; "" if it is.
 
         `place` is where in a recipe the entry stands.
@@ -140,7 +140,7 @@ class Host:
     def meant(self, word: str) -> str:
         """Which plugins there are instead of one that is not installed, for an error message."""
         known = did_you_mean(word, [entry.name for entry in self.entries], "Installed")
-        beside = next((found for found in uninstalled_plugins() if found.answers(word)), None)
+        beside = next((found for found in uninstalled_plugins() if found.matches(word)), None)
         return f"{known} Run: {beside.install}" if beside else known
 
     def owner_of(self, error: BaseException) -> str:
@@ -226,7 +226,7 @@ class Host:
         """Import an installed plugin in its guard; one that fails joins `broken`."""
         plugin = Plugin(entry.name, entry.distribution, entry.version, requires=entry.requires)
         try:
-            with guarded(entry.name) as aside:
+            with guarded(entry.name) as diverted:
                 self._register(entry.load(), plugin)
         except KeyboardInterrupt:
             raise
@@ -236,8 +236,8 @@ class Host:
             if isinstance(exc, Hung):  # at every command: nobody is to wait without knowing why
                 sys.stderr.write(f"plugin {entry.name!r} {exc}\n")
         else:
-            if aside.first:
-                self.printed[entry.name] = aside.first
+            if diverted.first:
+                self.printed[entry.name] = diverted.first
 
     def _register(self, module: object, plugin: Plugin) -> None:
         """Register a module's hooks and parts, all or none of them."""
@@ -312,7 +312,7 @@ def load(
     if builtins:
         host.add(builtin, Plugin(BUILTIN, "e2ediff", e2ediff.__version__))
     for entry in host.entries:
-        left_out = [why for word, why in (instead or {}).items() if entry.answers(word)]
+        left_out = [why for word, why in (instead or {}).items() if entry.matches(word)]
         if why := "".join(left_out[:1]) or entry.refusal():
             host.broken[entry.name] = why
         else:
@@ -334,7 +334,7 @@ def load(
 
 def _use_listed(host: Host) -> None:
     for word in words("E2EDIFF_LOAD"):
-        meant = [e.name for e in host.entries if e.answers(word)]
+        meant = [e.name for e in host.entries if e.matches(word)]
         if not meant:
             raise PluginError(f"E2EDIFF_LOAD: there is no plugin {word!r}. {host.meant(word)}")
         for name in meant:

@@ -398,6 +398,6 @@ def _missing(host: Host, root: Node) -> Iterator[Problem]:
     for i, item in enumerate(items):
         if not isinstance(item.value, str):
             continue  # said when it is structured
-        what = host.unmet(item.value, item.place)
+        what = host.missing_requirement(item.value, item.place)
         if what:
             yield Problem(path_join("requires", i), what, item.place)

@@ -142,7 +142,7 @@ class Part:
         """`plugin:name`, which is unique."""
         return f"{self.plugin.name}:{self.name}"
 
-    def answers(self, name: str) -> bool:
+    def matches(self, name: str) -> bool:
         """Whether a recipe that says `name` can mean this part."""
         owner, _, bare = name.rpartition(":")
         return bare == self.name and owner in ("", self.plugin.name, self.plugin.distribution)
@@ -243,7 +243,7 @@ class Registry:
             DuplicateNameError: Several plugins registered the name.
             PluginError: The class cannot be imported.
         """
-        found = [part for part in self._parts if part.answers(name)]
+        found = [part for part in self._parts if part.matches(name)]
         found = self._chosen(found) or found
         if len(found) > 1:
             both = " and ".join(str(part.plugin) for part in found)

@@ -125,7 +125,7 @@ def open_source(config: SourceConfig, *, held_out: bool = False) -> DataSource:
     return Skipping(source, classes=isinstance(config.image.conditioning, ClassLabels))
 
 
-def taken(source: DataSource) -> tuple[Skipped, ...]:
+def newly_skipped(source: DataSource) -> tuple[Skipped, ...]:
     """What a source skipped since the last call; nothing if it stops at damaged images."""
     return source.take() if isinstance(source, Skipping) else ()
 

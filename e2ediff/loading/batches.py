@@ -25,7 +25,7 @@ from e2ediff.condition import ClassLabels, Condition, ConditionSpec
 from e2ediff.data import Batch, DataSource, Sampling, from_pixels
 from e2ediff.distributed.signals import SIGNALS
 from e2ediff.errors import DataError, ResourceError
-from e2ediff.loading.bad_images import Skipped, taken
+from e2ediff.loading.bad_images import Skipped, newly_skipped
 from e2ediff.loading.order import Order
 from e2ediff.seeds import generator
 
@@ -77,7 +77,7 @@ class _Steps(Dataset[_Item | str]):
         except DataError as error:
             return str(error)
         flips = mirrored[self.rows] if self.flip else None
-        return _Item(x, condition, flips, taken(self.source))
+        return _Item(x, condition, flips, newly_skipped(self.source))
 
 
 def to_batch(

@@ -48,7 +48,9 @@ class StepThreads:
             return Threads(self._attempt, self._report, fixed=True)
         former = [0, 0.0]
         if at.step > 0:
-            former = recorder.world.lead(lambda: [*former_threads(recorder.directory, at.images)])
+            former = recorder.world.on_leader(
+                lambda: [*former_threads(recorder.directory, at.images)]
+            )
         count, pace = int(former[0]), former[1]
         if not self.choose and count not in (0, now := torch.get_num_threads()):
             recorder.event("threads", count=now)

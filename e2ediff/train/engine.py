@@ -17,7 +17,7 @@ from e2ediff.distributed.world import World
 from e2ediff.errors import CollapseError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
-from e2ediff.loading.bad_images import taken
+from e2ediff.loading.bad_images import newly_skipped
 from e2ediff.loading.batches import batches
 from e2ediff.monitor.alarm import Watch
 from e2ediff.monitor.monitor import Monitor
@@ -61,7 +61,7 @@ class Engine:
         self.update = Update(recipe, self.parts, world, recorder.report)
         self.monitor = Monitor.open(host, recipe, self.parts, world, sources, device)
         self.watch = watch = Watch(recipe.alarm, self.monitor.observer.figures)
-        recorder.skipped([bad for source in sources for bad in taken(source)])
+        recorder.skipped([bad for source in sources for bad in newly_skipped(source)])
         self.measurements = Measurements(recipe, self.monitor, watch, recorder)
         images, data = self.monitor.observer.calibration, describe(sources)
         self.saver = Saver(recipe, self.parts, watch, recorder, images, data)
@@ -76,7 +76,7 @@ class Engine:
             DataError, ResourceError: As the data and the disk have it.
         """
         r, recorder, error = self.recipe, self.recorder, None
-        recorder.sinks.open()
+        recorder.trackers.open()
         recorder.notify("run_started")
         self.set_status("running")
         already_done = self.position.step >= r.total_steps
@@ -97,7 +97,7 @@ class Engine:
             error = caught
             raise
         finally:
-            recorder.sinks.close()
+            recorder.trackers.close()
             recorder.notify("run_ended", error=error)
 
     def _train(self, stop: Stop) -> bool:

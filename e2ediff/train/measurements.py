@@ -109,12 +109,12 @@ class Measurements:
             name, seen = f"step-{at.step:08d}.png", self.monitor.preview()
             directory.write_picture(name, grid_png(seen.x, seen.columns))
             directory.write_picture(f"reconstructions-{name}", grid_png(seen.pairs, 10))
-            self.recorder.sinks.picture(at.images, "samples", seen.x)
+            self.recorder.trackers.picture(at.images, "samples", seen.x)
             self.recorder.notify("sampled", images=seen.x, condition=seen.condition)
 
     def draw_curves(self) -> None:
         """Draw the curves of all figures so far."""
-        if self.recorder.world.leads:
+        if self.recorder.world.is_leader:
             directory = self.recorder.directory
             curves = curves_png(directory.read_metrics(), self.recipe.name, directory.figures())
             directory.store.write("curves.png", curves)

@@ -33,7 +33,7 @@ def notify(
         progress.say(f"plugin {plugin!r}: {hook} failed: {type(error).__name__}: {error}")
 
 
-class Sinks:
+class Trackers:
     """All trackers of a run as one."""
 
     def __init__(

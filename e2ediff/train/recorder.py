@@ -15,7 +15,7 @@ from e2ediff.loading.bad_images import BAD_IMAGES, BadImages, Skipped
 from e2ediff.store.run_directory import RunDirectory, State
 from e2ediff.store.storage import JSON
 from e2ediff.train.clock import Clock
-from e2ediff.train.observers import RunView, Sinks, notify
+from e2ediff.train.observers import RunView, Trackers, notify
 from e2ediff.train.progress import Progress
 
 
@@ -43,19 +43,19 @@ class Recorder:
     position: Position = attrs.field(factory=Position)
     clock: Clock = attrs.field(factory=Clock)
     last_checkpoint: str | None = None
-    sinks: Sinks = attrs.field(init=False)
+    trackers: Trackers = attrs.field(init=False)
     bad_images: BadImages = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        trackers = self.recipe.trackers if self.world.leads else ()
-        self.sinks = Sinks(trackers, self.directory, self.progress)
+        trackers = self.recipe.trackers if self.world.is_leader else ()
+        self.trackers = Trackers(trackers, self.directory, self.progress)
         self.bad_images = BadImages(self.directory.store)
 
     def figures(self, values: Mapping[str, float]) -> None:
         """Add figures to `metrics.jsonl` and to the trackers."""
         at = self.position
         self.directory.log_metrics({"step": at.step, "images": at.images, **values})
-        self.sinks.log(at.images, values)
+        self.trackers.log(at.images, values)
 
     def event(self, kind: str, **fields: JSON) -> None:
         """Add an event to `events.jsonl`, with the run's position."""
@@ -69,7 +69,7 @@ class Recorder:
 
     def notify(self, hook: str, **values: object) -> None:
         """Call a hook of the plugins."""
-        if self.world.leads:
+        if self.world.is_leader:
             view = RunView(
                 self.recipe, self.directory.path, str(self.device), self.position.images
             )

@@ -48,7 +48,7 @@ class Saver:
             if self.recipe.alarm.policy == "rollback" and regular and watch.clean:
                 watch.anchor = at.images
             with uncompiled(self.recipe):
-                held = take(self.parts, self.calibration, keep=self.recorder.world.leads)
+                held = take(self.parts, self.calibration, keep=self.recorder.world.is_leader)
             write = partial(
                 save,
                 recorder.directory.store,
@@ -61,7 +61,7 @@ class Saver:
                 spare=watch.anchor,
             )
             try:
-                recorder.last_checkpoint = self.recorder.world.lead(write)
+                recorder.last_checkpoint = self.recorder.world.on_leader(write)
             except DivergedError as error:
                 raise recorder.diverged(str(error)) from error
             self._saved_at = at.images
@@ -74,9 +74,9 @@ class Saver:
         post_hoc, at, recorder = self.recipe.post_hoc, self.recorder.position, self.recorder
         assert post_hoc is not None
         with self.recorder.clock.paused():
-            files = take_snapshot(self.parts, self.recipe, keep=self.recorder.world.leads)
+            files = take_snapshot(self.parts, self.recipe, keep=self.recorder.world.is_leader)
             try:
-                self.recorder.world.lead(
+                self.recorder.world.on_leader(
                     partial(
                         save, snapshots(recorder.directory.store), at.images, at.step, files, {},
                         keep=post_hoc.keep, warn=recorder.progress.say,
@@ -101,7 +101,7 @@ class Saver:
     def rewind(self, images: int) -> None:
         """Drop figures and snapshots of more images than these: they will be made anew."""
         self.recorder.directory.rewind(images)
-        if self.recipe.post_hoc and self.recorder.world.leads:
+        if self.recipe.post_hoc and self.recorder.world.is_leader:
             store = snapshots(self.recorder.directory.store)
             drop_after(store, images, self.recorder.progress.say)
 

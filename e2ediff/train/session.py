@@ -100,7 +100,7 @@ def train(
     """
     recipe_path = addresses.plain(recipe_path)
     world = world or World()
-    progress = progress or Progress(None if world.leads else _Nowhere())
+    progress = progress or Progress(None if world.is_leader else _Nowhere())
     if stop is None:
         with Stop(at_once=True) as stop:
             return train(
@@ -108,7 +108,7 @@ def train(
                 progress=progress, world=world, stop=stop, choose_threads=choose_threads,
             )  # fmt: skip
     if world.size > 1:  # they must agree to leave
-        stop.grace, stop.quiet = _GRACE, not world.leads
+        stop.grace, stop.quiet = _GRACE, not world.is_leader
         stop.defer()
     stop.write = progress.interject
     if resume and out and is_run(out):  # else the recipe's part would only be unknown
@@ -148,7 +148,7 @@ def train(
                 progress.say(f"what lay in {place} is kept in {place}/{locked[0].kept}")
         return [locked[0].path, begun_before]
 
-    path, begun_before = world.lead(begin)
+    path, begun_before = world.on_leader(begin)
     directory = locked[0] if locked else RunDirectory.open(str(path), silent=True)
     with directory, progress as shown, restored_threads():
         engine = None
@@ -164,7 +164,7 @@ def train(
             stop.defer()
             engine.run(stop)
         except BaseException as caught:
-            error = world.judge(_in_words(host, caught))
+            error = world.attribute_error(_in_words(host, caught))
             code = exit_code_of(error)
             if isinstance(error, Stopped):
                 error.args = (f"{error}; continue with --resume",)
@@ -276,7 +276,7 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
         _keep_figures(directory, found, progress)
         return found.name
 
-    name = engine.world.lead(newest)
+    name = engine.world.on_leader(newest)
     if name:
         # `newest` verified it; its files are hashed again as they are read.
         engine.saver.restore(open_checkpoint(directory.store, name, verify=False))

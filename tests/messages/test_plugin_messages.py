@@ -320,7 +320,7 @@ def test_a_blocked_plugin_is_not_imported(install, monkeypatch, word):
 
 def test_a_required_plugin_that_is_installed_but_broken_says_why(install):
     install("dist-c", "import not_a_module", entry="cee")
-    assert installed().unmet("dist-c>=1") == (
+    assert installed().missing_requirement("dist-c>=1") == (
         "plugin 'cee' was not loaded (ModuleNotFoundError: No module named 'not_a_module')."
     )
 

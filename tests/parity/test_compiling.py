@@ -276,7 +276,7 @@ def test_a_run_compiles_and_computes_again_however_it_is_spread(
             world = World.join()
             lines = [*changes, *more, f"parallel={kind}"]
             run(tiny_recipe, tmp_path / name, *lines, world=world)
-            world.leave()
+            world.shutdown()
             return counter.graphs
 
         counts.append(together(act, seconds=600))

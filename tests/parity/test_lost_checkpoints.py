@@ -404,7 +404,7 @@ def in_two(**given: bool) -> list[object]:
         ended: Outcome = train(
             load(), "tiny.yaml", changes, "two", progress=shown, world=world, **given
         )
-        world.leave()
+        world.shutdown()
         return ended.exit_code
 
     return together(act)

@@ -73,7 +73,7 @@ def run_in_two(recipe, out, *changes, resume=False):
     def act(rank):
         world = World.join()
         code = run(recipe, out, *changes, world=world, resume=resume).exit_code
-        world.leave()
+        world.shutdown()
         return code
 
     return together(act)
@@ -196,7 +196,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
         other = int(world.total(torch.tensor([os.getpid() * rank])))
         host = load(SimpleNamespace(__name__="stopper", step_ended=step_ended))
         ended = run(tiny_recipe, out, "steps=1000", world=world, host=host)
-        world.leave()
+        world.shutdown()
         return ended.exit_code
 
     assert together(act) == [75, 75]
@@ -243,8 +243,8 @@ def test_an_error_in_one_process_ends_all_and_is_said_once(tiny_recipe, tmp_path
         try:
             run(tiny_recipe, out, world=world)
         except E2EDiffError as caught:
-            error = world.judge(caught)
-            world.speak(lambda: said.append(str(error)))
+            error = world.attribute_error(caught)
+            world.report_once(lambda: said.append(str(error)))
             return [error.exit_code, said]
         return "ended well"
 

@@ -339,7 +339,7 @@ def test_of_several_processes_one_answers(to, recipe, tmp_path) -> None:
             load(), recipe, ["steps=100000", "microshards=2"], out,
             progress=Progress(said), world=world,
         )  # fmt: skip
-        world.leave()
+        world.shutdown()
         return [ended.exit_code, said.getvalue().count("stopping: ")]
 
     assert together(act) == [[75, 1], [75, 0]]

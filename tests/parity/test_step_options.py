@@ -163,7 +163,7 @@ def test_if_one_of_two_processes_lacks_memory_both_compute_in_parts(tiny_recipe,
     def act(rank):
         world = World.join()
         run(tiny_recipe, tmp_path / "two", *changes, hungry, world=world)
-        world.leave()
+        world.shutdown()
         return "well"
 
     assert together(act) == ["well", "well"]

@@ -218,7 +218,7 @@ def test_processes_that_train_together_take_the_same_number() -> None:
         work.now += 60
         for i in range(60):  # the pace falls in process 1 alone
             threads.done(1.0, 0.1 if rank == 0 or i < 20 else 0.5)
-        world.leave()
+        world.shutdown()
         return [first, threads.count]
 
     assert together(act) == [[1, 2], [1, 2]]
@@ -236,7 +236,7 @@ def test_processes_on_unlike_machines_take_what_each_of_them_has(there, count) -
         for _ in range(60):
             work.now += 60
             threads.done(1.0, 0.1)
-        world.leave()
+        world.shutdown()
         return [threads.all, threads.count]
 
     found = together(act)
@@ -251,7 +251,7 @@ def test_two_processes_of_a_run_choose_together_by_real_steps(tiny_recipe, tmp_p
         out, quiet = str(tmp_path / "run"), Progress(io.StringIO())
         done = train(load(), tiny_recipe, ["microshards=2"], out, world=world, progress=quiet,
                      choose_threads=True)  # fmt: skip
-        world.leave()
+        world.shutdown()
         return done.exit_code
 
     assert together(act) == [0, 0]

@@ -169,8 +169,10 @@ def test_a_recipe_that_requires_a_damaged_distribution_is_told_so(inside) -> Non
     finally:
         sys.path.remove(str(later))
     file = folder / "METADATA"
-    assert host.unmet("bad-latin").startswith(f"{file} cannot be read (UnicodeDecodeError: ")
-    assert "InvalidVersion: " in host.unmet("bad-number>1")
+    assert host.missing_requirement("bad-latin").startswith(
+        f"{file} cannot be read (UnicodeDecodeError: "
+    )
+    assert "InvalidVersion: " in host.missing_requirement("bad-number>1")
     assert [(e.name, e.version) for e in host.entries if e.name == "good-one"] == [
         ("good-one", "1.2")
     ]

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from e2ediff.parts.sources.listing import Names
-from e2ediff.parts.sources.location import Aside, Location
+from e2ediff.parts.sources.location import Location, SidecarFile
 
 VERSION = 1
 
@@ -106,13 +106,13 @@ def _metadata(data: bytes) -> dict[str, Any]:
 
 def stored_index(location: Location, path: str, key: str, build: Callable[[], Index]) -> Index:
     """The index of that key at `path` or in the cache; if neither has it, built and stored."""
-    aside = Aside(location, path)
-    for data in aside.read():
+    sidecar = SidecarFile(location, path)
+    for data in sidecar.read():
         index = Index.loads(data, key)
         if index is not None:
             return index
     index = build()
-    aside.write(index.dumps(key))
+    sidecar.write(index.dumps(key))
     return index
 
 

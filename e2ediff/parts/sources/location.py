@@ -307,7 +307,7 @@ def fingerprint(files: Sequence[File], *settings: object) -> str:
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-class Aside:
+class SidecarFile:
     """A small file of ours beside the data, or in `cache_folder` where that is read-only."""
 
     def __init__(self, location: Location, path: str) -> None:

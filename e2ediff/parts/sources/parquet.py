@@ -123,9 +123,9 @@ class Parquet(EncodedConfig):
         pattern = self.held_out if held_out and self.held_out else self.path
         location, files = find_files(pattern, option, ".parquet")
         key = fingerprint(files, self.image_column, self.label_column)
-        aside = files[0].beside(f"parquet-{fingerprint(files)[:8]}.index.safetensors")
+        sidecar = files[0].beside(f"parquet-{fingerprint(files)[:8]}.index.safetensors")
         index = stored_index(
-            location, aside, key, lambda: self._index(arrow, location, files, option)
+            location, sidecar, key, lambda: self._index(arrow, location, files, option)
         )
         fetch = GroupBytes(location, [f.path for f in files], index, self.image_column)
         place = files[0].path.rpartition("/")[0]

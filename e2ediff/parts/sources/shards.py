@@ -24,7 +24,7 @@ from e2ediff.data import Recognised, SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.parts.sources.index import Index, RangeBytes
 from e2ediff.parts.sources.listing import EncodedConfig, Listing
-from e2ediff.parts.sources.location import Aside, File, Location, find_files, fingerprint
+from e2ediff.parts.sources.location import File, Location, SidecarFile, find_files, fingerprint
 
 PREPARED = "prepared.json"
 INDEX = "index.safetensors"
@@ -158,11 +158,11 @@ def check_shards(location: Location, told: dict[str, Any], *, verify: bool) -> l
             raise DataError(f"{option}: {path}/{name} {what}. {_AGAIN}.")
     files = [known[name] for name in shards]
     if verify:
-        aside = Aside(location, location.below(VERIFIED))
+        sidecar = SidecarFile(location, location.below(VERIFIED))
         key = verified_key(told, files)
-        if key not in aside.read():
+        if key not in sidecar.read():
             verify_hashes(location, told)
-            aside.write(key)
+            sidecar.write(key)
     return files
 
 

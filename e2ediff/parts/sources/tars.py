@@ -116,8 +116,8 @@ class ClassTars(EncodedConfig):
         location, files = find_files(path, option, ".tar")
         key = fingerprint(files, "class tars", RULES)
         name = files[0].name if len(files) == 1 else "class-tars"
-        aside = files[0].beside(f"{name}.index.safetensors")
-        index = stored_index(location, aside, key, lambda: _scan(location, files))
+        sidecar = files[0].beside(f"{name}.index.safetensors")
+        index = stored_index(location, sidecar, key, lambda: _scan(location, files))
         labels, classes, names = index.labels, index.classes, index.class_names
         if classes == 0 and held_out and self.held_out_labels:
             values = read_labels(self.held_out_labels) or {}
@@ -222,14 +222,14 @@ class TarShards(EncodedConfig):
         pattern = self.held_out if held_out and self.held_out else self.path
         location, files = find_files(pattern, option, ".tar")
         key = fingerprint(files, self.image_suffix, self.label, self.label_key, RULES)
-        aside = files[0].beside(f"shards-{fingerprint(files)[:8]}.index.safetensors")
+        sidecar = files[0].beside(f"shards-{fingerprint(files)[:8]}.index.safetensors")
 
         def build() -> Index:
             with ThreadPoolExecutor(8) as pool:
                 shards = list(pool.map(lambda file: self._samples(location, file), files))
             return self._index(files, shards, option)
 
-        index = stored_index(location, aside, key, build)
+        index = stored_index(location, sidecar, key, build)
         fetch = RangeBytes(location, [f.path for f in files], index)
         place = files[0].path.rpartition("/")[0]
         labels = index.labels
