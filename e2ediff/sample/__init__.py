@@ -1,1 +1,1 @@
-"""A trained run loaded, and asked for images, reconstructions and interpolations."""
+"""Load a trained run, and make images, reconstructions and interpolations with it."""

@@ -1,7 +1,8 @@
 """What the images of a set are conditioned on: classes, or what is known of held-out images.
 
-A set counts its conditions by number, so that a list of them is short and crosses processes: a
-number is a class, or with conditions of another kind a held-out image, whose condition is taken.
+A set refers to its conditions by number, so that a list of them is short and cheap to send to
+other processes: a number is a class or, for conditions of another kind, a held-out image whose
+condition is used.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SetLaw = LabelLaw | Literal["held_out"]
 
 
 def numbers_of(recipe: Recipe, images: int, law: LabelLaw, seed: int) -> tuple[list[int], SetLaw]:
-    """Numbers of the conditions of a set of images over all classes or held-out images; their law.
+    """Number the conditions of a set over all classes or held-out images; also return their law.
 
     Raises:
         DataError: The held-out images cannot be read.
@@ -33,7 +34,7 @@ def numbers_of(recipe: Recipe, images: int, law: LabelLaw, seed: int) -> tuple[l
 
 
 class Conditions:
-    """The conditions of these numbers, for `Model.sample`; held-out images are read when asked."""
+    """The conditions of these numbers, for `Model.sample`; reads held-out images on demand."""
 
     def __init__(self, recipe: Recipe, numbers: Sequence[int]) -> None:
         self.recipe = recipe
@@ -41,7 +42,7 @@ class Conditions:
         self._source: DataSource | None = None
 
     def __getitem__(self, rows: slice) -> Sequence[int] | Condition:
-        """Of some images of the set.
+        """Return the conditions of these images of the set.
 
         Raises:
             DataError: A held-out image cannot be read.

@@ -1,4 +1,4 @@
-"""A finished or running run, opened for use."""
+"""Open a finished or running run for sampling."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _MAY_CHANGE = ("sampler", "guidance")
 
 @attrs.frozen(kw_only=True)
 class ModelRef:
-    """A set of weights of a run, and how it is computed with; it can cross processes.
+    """A set of weights of a run, and how to compute with it; can be sent to other processes.
 
     `run` is the run's directory, or any URL of one.
     `weights` is `online`, `target`, the name of an average in the recipe's `ema`, or a width to
     reconstruct, as `ema:0.08`; by default the first of `ema`, or the target.
-    `checkpoint` is the name of a checkpoint; by default the newest that is whole.
+    `checkpoint` is the name of a checkpoint; by default the newest intact one.
     `device` is `auto`, `cpu`, `cuda`, or one of several as `cuda:1`.
     `overrides` are assignments as given to `--set`, to `sampler` and `guidance` alone.
-    `rows` is the number of images that are computed at once; it may move their last bits.
+    `rows` is the number of images computed at once; it may change their last bits.
     `precision` is the type that the networks compute in.
     """
 
@@ -57,21 +57,21 @@ class ModelRef:
     precision: Precision = "float32"
 
     def load(self, host: Host | None = None, warn: Callable[[str], None] | None = None) -> Model:
-        """The model, in eval mode.
+        """Load the model, in eval mode.
 
         Args:
-            host: What knows the parts; by default everything installed.
-            warn: Told of damaged checkpoints that were passed over, and of kernels that are not
-                here.
+            host: Knows the parts; by default everything installed.
+            warn: Called with a message for each damaged checkpoint that is skipped, and for
+                kernels that are not available here.
 
         Raises:
             RunDirectoryError: There is no run there.
             CheckpointError: It has no such checkpoint or weights, they are damaged, or the width
                 cannot be reconstructed.
             LatentError: The recipe's backbone has other latents than those weights, or guidance
-                asks another run, whose latents are others.
-            RecipeError: An override is wrong, or guidance asks a network of another path or
-                classes.
+                uses another run whose latents differ.
+            RecipeError: An override is wrong, or guidance uses a network of another interpolant or
+                other classes.
         """
         host, warn = host or load(), warn or logging.warning
         device = choose_device(self.device)
@@ -106,7 +106,7 @@ def load_model(
     host: Host | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Model:
-    """The model of a run, in eval mode: `ModelRef(run=run, ...).load(host, warn)`."""
+    """Load the model of a run, in eval mode: `ModelRef(run=run, ...).load(host, warn)`."""
     ref = ModelRef(
         run=run,
         weights=weights,
@@ -120,7 +120,7 @@ def load_model(
 
 
 def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a run was trained by, with another sampler or guidance.
+    """Return the recipe that a run was trained by, with another sampler or guidance.
 
     Raises:
         RecipeError: An override is wrong, or guidance and sampler do not fit each other.
@@ -135,7 +135,7 @@ def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()
 
 
 def image_of(recipe: Recipe, directory: RunDirectory) -> ImageSpec:
-    """Shape and classes of a run's images, with the names that its classes had in training.
+    """Return shape and classes of a run's images, with the class names used in training.
 
     Raises:
         RunDirectoryError: The record of the names is damaged.
@@ -179,7 +179,7 @@ def _open(
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:
-    """Only what concerns sampling may differ from the recipe that the weights were trained by."""
+    """Refuse overrides that change anything but sampling, as the weights fix the rest."""
     wrong = [
         Problem(key, "belongs to training and cannot be changed now.", f"--set {i}")
         for i, assignment in enumerate(overrides, start=1)
@@ -191,16 +191,16 @@ def _refuse_others(overrides: Sequence[str]) -> None:
 
 
 def _other(own: Opened, found: Opened) -> Other:
-    """A network that guidance asks, once it is known to keep the contract of these latents.
+    """Check that a network used by guidance shares the latents of the model, and return it.
 
     Args:
-        own: What is sampled. Its run's earlier checkpoints and averages are taken though
-            statistics of the latent norm differ: the latents have moved, as the weights have.
-        found: The network that guidance asks.
+        own: The sampled model. Earlier checkpoints and averages of its run are accepted although
+            statistics of the latent norm differ, because the weights have changed as well.
+        found: The network that guidance uses.
 
     Raises:
         RecipeError: It has another interpolant or other classes, by number or by name.
-        LatentError: It is of another run, and latents mean something else there.
+        LatentError: It belongs to another run whose latents mean something else.
     """
     recipe, net, here, _, image = own
     theirs, weak, there, _, other = found

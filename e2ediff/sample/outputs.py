@@ -1,7 +1,7 @@
-"""Where the images of a set go: a folder of PNGs, an npz, a zip or webdataset tars.
+"""Write the images of a set: to a folder of PNGs, an npz, a zip or webdataset tars.
 
-Each takes finished images in any order, knows after a crash which it has, and is whole at the end.
-Images of a block are written together, and a block is there as a whole or not at all.
+Each output takes finished images in any order, and knows after a crash which ones it has.
+The images of a block are written together, and a block is complete or absent.
 
 Shapes: M images, H W C pixels, uint8.
 """
@@ -35,7 +35,7 @@ _PART = "parts"
 
 
 class Output(ABC):
-    """A set of images in one format, below one store."""
+    """A set of images in one format, in one store."""
 
     def __init__(self, store: Store, shape: Shape, labels: Sequence[int]) -> None:
         self.store = store
@@ -44,11 +44,11 @@ class Output(ABC):
 
     @abstractmethod
     def finished(self) -> set[int]:
-        """Numbers of the images that are there."""
+        """Return the numbers of the images that are stored."""
 
     @abstractmethod
     def put(self, numbers: range, x: Pixels) -> None:
-        """Store images (M, H, W, C) of these numbers; M is their count.
+        """Store images (M, H, W, C), one for each of these M numbers.
 
         Raises:
             ResourceError: The disk or store refused; what was there before is intact.
@@ -56,10 +56,10 @@ class Output(ABC):
 
     @abstractmethod
     def first(self, count: int) -> Pixels:
-        """The first images, (count, H, W, C), once all are there."""
+        """Return the first images, (count, H, W, C), once all are stored."""
 
     def close(self) -> str:
-        """Make the set whole once all images are there, and say where it lies.
+        """Finish the set once all images are stored, and return its address.
 
         Raises:
             ResourceError: The disk or store refused; no image is lost.
@@ -67,22 +67,22 @@ class Output(ABC):
         return self.store.where()
 
     def file_of(self, number: int) -> str | None:
-        """The file that holds one image alone, if there is such a file."""
+        """Return the file that holds this image alone; None if there is no such file."""
         return None
 
     def bytes_needed(self, missing: int) -> int:
-        """Bytes that so many more images and the end will take, as far as that is known."""
+        """Return the bytes that this many more images and closing take; None if unknown."""
         return 0
 
 
 def open_output(kind: Format, store: Store, shape: Shape, labels: Sequence[int]) -> Output:
-    """The output of a format, for as many images as there are labels."""
+    """Open the output of a format, for as many images as there are labels."""
     kinds: Mapping[Format, type[Output]] = {"png": PNGs, "npz": NPZ, "zip": Zip, "tar": Tars}
     return kinds[kind](store, shape, labels)
 
 
 class PNGs(Output):
-    """`images/000000.png` and so on, one file an image and nothing else beside them."""
+    """`images/000000.png` and so on, one file for each image and nothing else."""
 
     @override
     def finished(self) -> set[int]:
@@ -104,7 +104,7 @@ class PNGs(Output):
 
 
 class _Blocks(Output):
-    """Images in files of a block each, `<first>-<after the last>` in their names."""
+    """Images in one file for each block, with `<first>-<one past the last>` in its name."""
 
     folder = _PART
     suffix: str
@@ -126,8 +126,8 @@ class _Blocks(Output):
         self.encode(buffer, numbers, x)
         self.store.write(self.path_of(numbers), buffer.getvalue())
 
+    @override
     def first(self, count: int) -> Pixels:
-        """From the blocks that hold them."""
         found: dict[int, Pixels] = {}
         for block in self.blocks():
             if block.start < count:
@@ -138,7 +138,7 @@ class _Blocks(Output):
         return io.BytesIO(self.store.read(self.path_of(block)))
 
     def in_order(self) -> Iterable[tuple[range, range]]:
-        """Blocks, and of each the numbers that no block before it holds."""
+        """Yield each block with those of its numbers that no earlier block holds."""
         done = 0
         for block in sorted(self.blocks(), key=lambda b: (b.start, b.stop)):
             if block.stop > done:
@@ -159,7 +159,7 @@ class Tars(_Blocks):
     suffix = "tar"
 
     def encode(self, file: IO[bytes], numbers: range, x: Pixels) -> None:
-        """Without times and owners, so that equal images give equal files."""
+        """Write a tar without times and owners, so that equal images give equal files."""
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for i, pixels in zip(numbers, x, strict=True):
                 label = str(self.labels[i]).encode()
@@ -178,12 +178,12 @@ class Tars(_Blocks):
 
 
 class _Assembled(_Blocks):
-    """Blocks that become one file at the end, and are then removed."""
+    """Blocks that are merged into one file at the end and then removed."""
 
     name: str
 
     def finished(self) -> set[int]:
-        """All, where the file is there."""
+        """Return all numbers once the merged file exists; else those of the blocks."""
         if self.store.exists(self.name):
             return set(range(len(self.labels)))
         return super().finished()
@@ -209,7 +209,7 @@ class NPZ(_Assembled):
     suffix = "npy"
 
     def bytes_needed(self, missing: int) -> int:
-        """Blocks, and the file beside them."""
+        """Count the blocks and the merged file, which exist at the same time."""
         one = int(np.prod(self.shape))
         return 0 if self.store.exists(self.name) else (missing + len(self.labels)) * one
 
@@ -223,7 +223,7 @@ class NPZ(_Assembled):
         return array
 
     def assemble(self, file: IO[bytes]) -> None:
-        """Block by block: the set need not fit into memory."""
+        """Merge block by block, so that the set need not fit into memory."""
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *self.shape)}
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             with archive.open(_entry("arr_0.npy"), "w", force_zip64=True) as array:
@@ -235,7 +235,7 @@ class NPZ(_Assembled):
                 np.save(array, np.array(self.labels, dtype=np.int64), allow_pickle=False)
 
     def first(self, count: int) -> Pixels:
-        """From the blocks, or from the file once they are gone."""
+        """Read from the blocks, or from the merged file once they are removed."""
         if not self.store.exists(self.name):
             return super().first(count)
         with _zip(self.store, self.name) as archive, archive.open("arr_0.npy") as array:
@@ -252,11 +252,11 @@ class Zip(_Assembled):
     suffix = "zip"
 
     def member(self, number: int) -> str:
-        """Its path in the zip."""
+        """Return the path of an image in the zip."""
         return f"{self.labels[number]:05d}/{number:06d}.png"
 
     def encode(self, file: IO[bytes], numbers: range, x: Pixels) -> None:
-        """As a zip of PNGs; they are copied into the last one as they are."""
+        """Write a zip of PNGs, which `assemble` copies without decoding them."""
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for i, pixels in zip(numbers, x, strict=True):
                 archive.writestr(_entry(self.member(i)), png_bytes(pixels))
@@ -267,7 +267,7 @@ class Zip(_Assembled):
             return [pixels_of(archive.read(self.member(i))) for i in numbers]
 
     def assemble(self, file: IO[bytes]) -> None:
-        """Block by block, and the labels at the end."""
+        """Merge block by block, and add the labels at the end."""
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for block, own in self.in_order():
                 with zipfile.ZipFile(self.read(block)) as part:
@@ -277,7 +277,7 @@ class Zip(_Assembled):
             archive.writestr(_entry("dataset.json"), json.dumps({"labels": listed}))
 
     def first(self, count: int) -> Pixels:
-        """From the blocks, or from the file once they are gone."""
+        """Read from the blocks, or from the merged file once they are removed."""
         if not self.store.exists(self.name):
             return super().first(count)
         with _zip(self.store, self.name) as archive:
@@ -290,18 +290,18 @@ def _zip(store: Store, name: str) -> zipfile.ZipFile:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(name)  # its time is 1980: equal images give equal files
+    return zipfile.ZipInfo(name)  # dated 1980, so that equal images give equal files
 
 
 def png_bytes(x: Pixels) -> bytes:
-    """PNG of one image (H, W, C) with 1 or 3 channels."""
+    """Encode one image (H, W, C) with 1 or 3 channels as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def pixels_of(data: bytes) -> Pixels:
-    """The image (H, W, C) of a PNG that `png_bytes` made."""
+    """Decode a PNG that `png_bytes` made to an image (H, W, C)."""
     with opened(data, "a PNG of this set", formats=("PNG",)) as image:
         x = np.array(image)
     return x[..., None] if x.ndim == 2 else x

@@ -34,17 +34,17 @@ class Pipeline:
 
     @classmethod
     def from_run(cls, run: Address, **options: Any) -> Pipeline:
-        """The pipeline of a run; options are those of `e2ediff.load`, and so are the errors."""
+        """Load the pipeline of a run; options and errors are those of `e2ediff.load`."""
         return cls(load_model(run, **options))
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Return the device of the weights."""
         return self.model.device
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class indices by name; empty for classes without names."""
+        """Return class indices by name; empty for classes without names."""
         return {name: i for i, name in enumerate(self.model.image.class_names)}
 
     def to(self, device: str | torch.device) -> Pipeline:
@@ -53,7 +53,7 @@ class Pipeline:
         return self
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Class indices of names.
+        """Return the class indices of names.
 
         Raises:
             DataError: There is no such class.
@@ -71,13 +71,13 @@ class Pipeline:
         seed: int = 0,
         output_type: Literal["pil", "pt"] = "pil",
     ) -> PipelineOutput:
-        """Images of these classes.
+        """Sample images of these classes.
 
         Args:
             class_labels: Indices or names.
             num_inference_steps: Steps of the sampler; by default the recipe's.
             guidance_scale: Scale of the recipe's guidance; by default its own.
-            generator: Where the seed is drawn from, instead of `seed`.
+            generator: Draws the seed, in place of `seed`.
             seed: As for `Model.sample`.
             output_type: `pil`, or `pt` for a tensor.
 

@@ -1,8 +1,8 @@
-"""Snapshots of power-function averages, and weights of any width made of them.
+"""Reconstruct weights of any width from snapshots of power-function averages.
 
-Snapshots lie in `post_hoc/` of the run's directory, and are checkpoints that hold nothing but the
-parameters of the averages: written, verified and retired in the same way.
-The averages of the checkpoint at hand count as its last snapshot.
+Snapshots are checkpoints in `post_hoc/` of the run's directory that hold only the parameters of
+the averages; they are written, verified and deleted in the same way.
+The averages of the opened checkpoint count as its last snapshot.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ PREFIX = "ema:"
 
 
 def width_of(weights: str) -> float | None:
-    """The width that `ema:0.08` asks for; None for a stored set of weights.
+    """Return the width named by `ema:0.08`; None for a stored set of weights.
 
     Raises:
-        CheckpointError: It is no width.
+        CheckpointError: The text after `ema:` is not a width.
     """
     if not weights.startswith(PREFIX):
         return None
@@ -55,14 +55,14 @@ def width_of(weights: str) -> float | None:
 
 @attrs.frozen
 class Source:
-    """A tracked average that is stored somewhere."""
+    """A stored tracked average."""
 
     point: Point
     checkpoint: Checkpoint
 
     @property
     def file(self) -> str:
-        """Its file in the checkpoint."""
+        """Return the name of its file in the checkpoint."""
         return tracked_name(self.point.sigma_rel)
 
 
@@ -77,7 +77,7 @@ class Basis:
     def open(
         cls, store: Store, recipe: Recipe, at: Checkpoint, warn: Callable[[str], None]
     ) -> Basis:
-        """Find them; damaged snapshots are told to `warn` and left out.
+        """Find the averages; damaged snapshots are left out and reported to `warn`.
 
         Raises:
             CheckpointError: The run has none.
@@ -107,15 +107,15 @@ class Basis:
 
     @property
     def points(self) -> list[Point]:
-        """What is stored."""
+        """Return the stored averages as points."""
         return [source.point for source in self.sources]
 
     def widths(self) -> list[float]:
-        """Widths in thousandths that can be reconstructed, rising."""
+        """Return the widths, in thousandths and ascending, that can be reconstructed."""
         return reachable(self.points, self.at.step) if self.sources else []
 
     def chosen(self, width: float) -> list[tuple[Source, float]]:
-        """What to add up for a width, and how often.
+        """Return the averages to add up for a width, with their coefficients.
 
         Raises:
             CheckpointError: The stored averages do not determine it.
@@ -145,20 +145,20 @@ class Basis:
 
 
 def stored_weights(checkpoint: Checkpoint) -> list[str]:
-    """Names of the sets of weights in a checkpoint."""
+    """Return the names of the sets of weights in a checkpoint."""
     files = checkpoint.files
     return sorted(f for f in files if f != "heads" and not f.startswith("optimizer-"))
 
 
 def reconstruct(net: Backbone, basis: Basis, width: float, recipe: Recipe) -> str:
-    """Give a network the weights of a width; returns a hash of what they were made of.
+    """Load the weights of a width into a network; return a hash of their sources.
 
-    Sums are taken in float64. Buffers are the checkpoint's; a latent norm with statistics takes
-    them from the training images, as those of every set of weights are.
+    Sums are taken in float64. Buffers are the checkpoint's; a latent norm with statistics is
+    calibrated on the training images, as for every set of weights.
 
     Raises:
         CheckpointError: The width cannot be reached, or a snapshot is damaged.
-        DataError: The statistics need training images, and they are not there.
+        DataError: The statistics need training images, which are missing.
     """
     chosen = basis.chosen(width)
     own = tracked_name(recipe.post_hoc.widths[0]) if recipe.post_hoc else "online"

@@ -1,4 +1,4 @@
-"""A request for images: which, made with what, and where they go; it can cross processes."""
+"""A request for images: which ones, made by which model, and where they are stored."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from e2ediff.store.storage import Store
 
 @attrs.frozen(kw_only=True)
 class SampleRequest:
-    """Which images are to be made, with what, and where.
+    """Which images to make, by which model, and where to store them; can be sent to a process.
 
-    `model` makes them; `labels` has one class an image, or the number that `Conditions` has for a
-    condition of another kind; `batch` is how many images are made and stored together.
+    `labels` has a class for each image, or the number that `Conditions` gives to a condition of
+    another kind; `batch` is the number of images made and stored together.
     """
 
     model: ModelRef
@@ -34,7 +34,7 @@ class SampleRequest:
     batch: int = 256
 
     def output(self, model: Model) -> Output:
-        """Where the images go."""
+        """Open the output that the images are stored in."""
         image = model.recipe.data.image
         shape = (image.height, image.width, image.channels)
         return open_output(self.format, Store(self.out), shape, self.labels)
@@ -42,7 +42,7 @@ class SampleRequest:
     def make(
         self, model: Model, conditions: Conditions, output: Output, numbers: range
     ) -> Iterator[Cost]:
-        """Make and store some of the images: each tile's cost, the last when all are stored."""
+        """Make and store some images; yield each tile's cost, the last one after storing."""
         labels, cost = conditions[numbers.start : numbers.stop], Cost()
         finished: list[Tensor] = []
         for tile in model.tiles(labels, seed=self.seed, first=numbers.start):
@@ -56,7 +56,7 @@ class SampleRequest:
         yield cost
 
     def missing(self, output: Output) -> list[range]:
-        """Numbers still to be made, in blocks of at most `batch` that begin and end with tiles."""
+        """Return the missing numbers, in blocks of at most `batch` aligned to tiles."""
         have, found = output.finished(), list[range]()
         size = max(1, self.batch // self.model.rows) * self.model.rows
         for start in range(0, len(self.labels), self.model.rows):
@@ -73,7 +73,7 @@ class SampleRequest:
 
 @attrs.frozen(kw_only=True)
 class Cost:
-    """Sums over images: network calls one after another, and latents through a network."""
+    """Sums over images: sequential network calls, and latents passed through a network."""
 
     images: int = 0
     calls: float = 0.0

@@ -1,4 +1,4 @@
-"""Making a set of images, or what is missing of it."""
+"""Make a set of images, or the missing part of it."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def make_set(
     say: Callable[[str], None],
     update: Callable[[str], None],
 ) -> str:
-    """Make what is missing of a set of images; the place of the finished set.
+    """Make the missing part of a set of images; return the address of the finished set.
 
     Args:
-        request: The set; without `out` it goes to a place of its own inside the run.
-        host: What knows the parts.
-        processes: How many compute, each with a copy of the model.
+        request: The set; without `out` it is stored in a directory of its own inside the run.
+        host: Knows the parts.
+        processes: Number of processes, each with a copy of the model.
         threads: CPU threads of each; by default the machine's, shared among them.
-        choose_threads: Take as many in each or one, whichever is faster by timing.
-        overwrite: Replace another set that lies there.
-        say: Told of damaged checkpoints, and of what was found.
-        update: Told of progress.
+        choose_threads: Time one thread and all of them, and use whichever is faster.
+        overwrite: Replace a different set at that address.
+        say: Called with a line for each damaged checkpoint, and with what was found.
+        update: Called with progress.
 
     Raises:
         E2EDiffError: Whatever is wrong with the run, the options, the place or the machine.
-            What was stored before stays, and the same command goes on from there.
+            What is stored already stays, and the same command continues from there.
     """
     threads = threads or max(1, torch.get_num_threads() // processes)
     taken: int | None = threads  # None where each of several processes chooses its own number
@@ -99,7 +99,7 @@ def _here(
     threads: int,
     report: Callable[[str], None] | None,
 ) -> Iterator[Cost]:
-    """Make blocks in this process; `report` is told of threads that are chosen."""
+    """Make blocks in this process; `report` is called with the chosen number of threads."""
     with restored_threads():
         torch.set_num_threads(threads)
         yield from make_blocks(request, model, output, blocks, report)

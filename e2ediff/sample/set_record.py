@@ -1,6 +1,6 @@
-"""The record beside a set of images: `set.json` says everything that decides them.
+"""The record of a set of images: `set.json` has everything that determines them.
 
-A set is continued only by a command that would make the same one.
+A set is continued only by a command that would make the same set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SET, ENTRIES, GRID = "set.json", "samples.json", "grid.png"
 FOLDERS = ("images", "shards", "parts")
 """What holds the images of a set, by format and until it is whole."""
 
-# Words of sets that an earlier e2ediff began, for the same labels.
+# Label laws as sets begun by earlier versions of e2ediff spell them.
 _FORMER_LAWS = {"repeated": "balanced", "random": "uniform"}
 
 _GRID_COLUMNS = 16
@@ -37,7 +37,7 @@ _GRID_ROWS = 16
 
 
 def describe(request: SampleRequest, model: Model, host: Host) -> dict[str, JSON]:
-    """Everything that decides the images of a set, as JSON."""
+    """Return everything that determines the images of a set, as JSON."""
     recipe = model.recipe
     labels: JSON = {
         "law": request.law,
@@ -66,7 +66,7 @@ def describe(request: SampleRequest, model: Model, host: Host) -> dict[str, JSON
 
 
 def origin_entry(origin: Origin) -> dict[str, JSON]:
-    """Without the run's place: a run may be moved."""
+    """Return an origin as JSON, without the run's address, since a run may be moved."""
     return {
         "checkpoint": origin.checkpoint,
         "weights": origin.weights,
@@ -76,13 +76,13 @@ def origin_entry(origin: Origin) -> dict[str, JSON]:
 
 
 def _json(value: object) -> JSON:
-    """The value as JSON reads it back: lists for tuples."""
+    """Return the value as JSON reads it back, with lists for tuples."""
     found: JSON = json.loads(json.dumps(value))
     return found
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
-    """Where two descriptions differ, one line each."""
+    """List where two descriptions differ, one line for each entry."""
     found = []
     for key in sorted({*there, *here}):
         a, b, where = there.get(key), here.get(key), f"{path}{key}"
@@ -94,7 +94,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "
 
 
 def own_place(run: str, seed: int, spec: Mapping[str, JSON]) -> str:
-    """`RUN/samples/seed-<seed>`, with a number behind it where another set lies there."""
+    """Return `RUN/samples/seed-<seed>`, with a number appended if another set has that name."""
     base, number = f"{run.rstrip('/')}/samples/seed-{seed}", 1
     while True:
         place = base if number == 1 else f"{base}-{number}"
@@ -105,10 +105,10 @@ def own_place(run: str, seed: int, spec: Mapping[str, JSON]) -> str:
 
 
 def prepare(store: Store, spec: Mapping[str, JSON], *, overwrite: bool) -> None:
-    """Begin a set, or find the same one begun.
+    """Begin a set, or continue the same one.
 
     Raises:
-        RunDirectoryError: Something else lies there.
+        RunDirectoryError: The directory holds something else.
         ResourceError: The disk or store refused.
     """
     present = not store.is_vacant()
@@ -131,7 +131,7 @@ def prepare(store: Store, spec: Mapping[str, JSON], *, overwrite: bool) -> None:
 
 
 def _clear(store: Store) -> None:
-    """Remove an old set, its description last: a crash leaves something that is still one."""
+    """Remove an old set, its description last, so that after a crash it is still a set."""
     for folder in FOLDERS:
         store.remove_dir(folder)
     for name in ("samples.npz", "samples.zip", ENTRIES, GRID):
@@ -139,7 +139,7 @@ def _clear(store: Store) -> None:
 
 
 def _read(store: Store) -> dict[str, Any] | None:
-    """The description of the set that lies there, without what was found by making it."""
+    """Read the description of the stored set, without the results of making it."""
     try:
         found = json.loads(store.read(SET, 1 << 24))
     except (OSError, ValueError):
@@ -154,10 +154,10 @@ def _read(store: Store) -> dict[str, Any] | None:
 
 
 def check_space(store: Store, needed: int) -> None:
-    """Refuse a set that cannot fit.
+    """Refuse a set that does not fit on the disk.
 
     Raises:
-        ResourceError: It needs more than is free.
+        ResourceError: It needs more space than is free.
     """
     free = store.free_bytes()
     if free is not None and needed > free:
@@ -175,7 +175,7 @@ def finish(
     seconds: float,
     threads: int | None,
 ) -> str:
-    """Assemble the set, write its grid and lists, and say where it lies.
+    """Assemble the set, write its grid and lists, and return its address.
 
     Raises:
         ResourceError: The disk or store refused; no image is lost.

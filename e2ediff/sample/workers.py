@@ -1,6 +1,6 @@
-"""Several processes that make the images of one set, each with a model of its own.
+"""Make the images of one set in several processes, each with its own copy of the model.
 
-They share nothing but the place where the images go: an image is the same whoever makes it.
+They share only the output: an image does not depend on the process that makes it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from e2ediff.sample.request import Cost, SampleRequest
 def in_processes(
     request: SampleRequest, blocks: Sequence[range], processes: int, threads: int, *, choose: bool
 ) -> Iterator[Iterator[Cost]]:
-    """Costs of the tiles, as they are made; process k of P makes every P-th from the k-th.
+    """Yield the costs of tiles as they are made; process k of P makes blocks k, k + P, ...
 
     Raises, while the costs are read:
-        E2EDiffError: What one of them ran into.
-        ResourceError: One ended without a word, as for want of memory.
+        E2EDiffError: The error of one of the processes.
+        ResourceError: A process died without an error, for instance for lack of memory.
     """
     context = multiprocessing.get_context("spawn")
     started: dict[Connection, BaseProcess] = {}
@@ -44,7 +44,7 @@ def in_processes(
             daemon=True,
         )
         process.start()
-        theirs.close()  # so that the end of the process ends the pipe
+        theirs.close()  # keep no copy, so that the pipe closes when the process ends
         started[ours] = process
     try:
         yield _costs(started, sum(map(len, blocks)))
@@ -55,7 +55,7 @@ def in_processes(
 
 
 def _placed(request: SampleRequest, k: int) -> SampleRequest:
-    """Process k takes the GPUs in turn."""
+    """Assign GPUs to the processes in turn."""
     if request.model.device == "cpu" or not torch.cuda.is_available():
         return request
     device = f"cuda:{k % torch.cuda.device_count()}"
@@ -91,7 +91,7 @@ def make_blocks(
     blocks: Sequence[range],
     report: Callable[[str], None] | None,
 ) -> Iterator[Cost]:
-    """The costs of the tiles of some blocks, as they are made.
+    """Make some blocks, and yield the costs of their tiles as they are made.
 
     Where `report` is given, threads are chosen by timing, and it is called with each choice.
     """
@@ -109,9 +109,9 @@ def work(
     request: SampleRequest, blocks: Sequence[range], threads: int, choose: bool, report: Connection
 ) -> None:
     """Make these blocks and report the cost of each, or what went wrong; runs in a process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and ends this one
     torch.set_num_threads(threads)
-    with contextlib.suppress(BrokenPipeError):  # nobody is left to work for
+    with contextlib.suppress(BrokenPipeError):  # the parent process is gone
         try:
             model = request.model.load()
             output = request.output(model)
@@ -122,4 +122,4 @@ def work(
 
 
 def _discard(line: str) -> None:
-    """Leave out what every process would report."""
+    """Discard messages that every process would repeat."""
