@@ -1,1 +1,1 @@
-"""Scores of images against a reference, each with a passport of everything that decides it."""
+"""Score images against a reference; each score has a passport of all that determines it."""

@@ -1,8 +1,8 @@
-"""What papers do between a model and its score, as presets.
+"""Evaluation protocols of published work, as presets.
 
 A score depends on how images became bytes, how they were resized, how labels were drawn, how many
-images there were, and on the reference. Each preset says where its rules were read; what could not
-be confirmed there is in `unconfirmed`, and stands in the passport of every score.
+images there were, and on the reference. Each preset cites the source of its rules; what could
+not be confirmed there is in `unconfirmed`, and in the passport of every score.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Resize = Literal["network", "pil_bicubic"]
 class Convention:
     """How images become features.
 
-    `rounding` is that of `to_pixels`; sets that are bytes already keep theirs.
-    `resize` is the network's own, or Pillow's antialiased bicubic on float channels.
-    `labels` is the law of the labels.
-    `count` is the number of images a score is quoted for.
-    `reference` says in words what it is compared with; the user gives the file.
+    `rounding` is an option of `to_pixels`; it does not apply to images stored as bytes.
+    `resize` is the network's own resize, or Pillow's antialiased bicubic on float channels.
+    `labels` is the law by which labels are drawn.
+    `count` is the number of images that published scores use.
+    `reference` describes in words the reference set; the user supplies the file.
     `options` are options of metrics, by the metric's class.
-    `sources` says of each rule where it was read, `unconfirmed` what was not found there.
+    `sources` cites the source of each rule; `unconfirmed` lists what was not found there.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Convention:
     unconfirmed: tuple[str, ...] = ()
 
     def adapted(self, metric: Metric) -> Metric:
-        """The metric with this convention's options."""
+        """Return the metric with this convention's options."""
         own = self.options.get(type(metric).__name__)
         return attrs.evolve(metric, **own) if own else metric  # type: ignore[misc]
 
@@ -155,10 +155,10 @@ CONVENTIONS: Mapping[str, Convention] = {
 
 
 def convention(name: str) -> Convention:
-    """A preset.
+    """Return the preset of this name.
 
     Raises:
-        DataError: There is none of that name.
+        DataError: There is no such preset.
     """
     from e2ediff.host.registry import did_you_mean
 

@@ -1,4 +1,4 @@
-"""`evaluate`: one feature pass, every metric, under one or several conventions.
+"""Evaluate images with every metric in one feature pass, under one or several conventions.
 
 Shapes: n images.
 """
@@ -38,13 +38,13 @@ from e2ediff.store.storage import JSON
 
 
 def default_metrics(host: Host, network: FeatureNetwork) -> list[Metric]:
-    """Every registered metric, with its defaults, for which the network has what it reads."""
+    """Return every registered metric, with its defaults, whose taps the network offers."""
     found: list[Metric] = []
     for part in host.parts("metrics"):
         try:
             metric = part.cls()
         except TypeError:
-            continue  # it has options without defaults: a user must name it
+            continue  # it has options without defaults, so the user must name it
         assert isinstance(metric, Metric)
         fits = {*metric.moments, *metric.rows} <= {*network.taps}
         if fits and metric.features in ("", network.family):
@@ -53,13 +53,13 @@ def default_metrics(host: Host, network: FeatureNetwork) -> list[Metric]:
 
 
 def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet) -> list[Card]:
-    """Score a run's samples, or stored images, under each convention; one card a convention.
+    """Score a run's samples, or stored images; return one card for each convention.
 
     Args:
-        host: What knows the parts.
-        request: What to do.
-        say: Told how far it is.
-        report: Told what should stay to be read, as the number of threads that was chosen.
+        host: Knows the parts.
+        request: What to evaluate, and how.
+        say: Called with progress.
+        report: Called with lines that should stay visible, such as the chosen thread count.
 
     Raises:
         DataError: Images are missing, too few, of another size, or the metrics do not fit.
@@ -228,7 +228,7 @@ def _card(
 
 
 def departures(one: Convention, subject: Subject) -> list[str]:
-    """Where a score does not follow its convention."""
+    """List where a score departs from its convention."""
     found = []
     if subject.count != one.count:
         found.append(f"{subject.count} images instead of {one.count}")
@@ -257,7 +257,7 @@ def passport_of(
     reference: Reference | None,
     compared: int,
 ) -> Passport:
-    """What decided the scores of a subject against `compared` images of a reference."""
+    """Return the passport of a subject scored against `compared` images of a reference."""
     channels, height, width = subject.images.shape
     protocol: dict[str, JSON] = {
         "convention": one.name,

@@ -1,4 +1,4 @@
-"""Sets of images to be judged, or to judge by: folders, npz files, data sources, a run's samples.
+"""Sets of images to evaluate, or to compare with: folders, npz files, data sources, samples.
 
 Shapes: B batch, n images, C H W image.
 """
@@ -18,6 +18,7 @@ import attrs
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
@@ -51,7 +52,7 @@ _DAMAGED = (
 
 
 class ImageSet(ABC):
-    """Images that can be read in order, from any place in it and from any process."""
+    """Images that can be read in order, from any index and in any process."""
 
     place: str
     count: int
@@ -62,20 +63,20 @@ class ImageSet(ABC):
 
     @abstractmethod
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        """Images `start` to `stop`, (B, C, H, W), B at most `size`.
+        """Yield images `start` to `stop`, (B, C, H, W), B at most `size`.
 
         uint8 where they are stored as bytes, float in [-1, 1] where they are made.
         """
 
     @abstractmethod
     def sha256(self) -> str:
-        """Hash of the content; "" for images that are made."""
+        """Return the hash of the content; "" for sampled images."""
 
 
 class FolderImages(ImageSet):
     """The image files below a folder, sorted by path, without hidden ones; all of one size.
 
-    They are grey if all of them are stored so, and else colour.
+    They are grey if all files are grey, and otherwise colour.
     """
 
     def __init__(self, root: Address) -> None:
@@ -91,7 +92,7 @@ class FolderImages(ImageSet):
         if not self.files:
             raise DataError(f"{root}: holds no images (looked for {', '.join(SUFFIXES)})")
         self.count = len(self.files)
-        # Up to the first that has colour: in a set of colour images that is the first one.
+        # Stop at the first colour image, which in a set of colour images is the first one.
         grey = all(self._is_grey(file) for file in self.files)
         with opened(self._content(self.files[0]), self.files[0]) as first:
             self.shape = (1 if grey else 3, first.height, first.width)
@@ -117,15 +118,15 @@ class FolderImages(ImageSet):
                 )
             return to_tensor(np.array(to_mode(image, self.shape[0])))
 
+    @override
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        """Decoded images, uint8."""
         size = images_at_once(size, self.shape)
         for first in range(start, stop, size):
             chosen = self.files[first : min(first + size, stop)]
             yield torch.stack([self._read(file) for file in chosen])
 
     def sha256(self) -> str:
-        """Of all files' content, in order; names do not count."""
+        """Hash the content of all files, in order, without their names."""
         content = hashlib.sha256()
         for file in self.files:
             content.update(hashlib.sha256(self._content(file)).digest())
@@ -133,7 +134,7 @@ class FolderImages(ImageSet):
 
 
 def images_at_once(size: int, shape: tuple[int, int, int]) -> int:
-    """Images (C, H, W) of a batch, at most `size`, and fewer of very large ones."""
+    """Return the batch size for images (C, H, W): `size`, or less for very large images."""
     return max(1, min(size, _BATCH_PIXELS // (shape[1] * shape[2])))
 
 
@@ -159,8 +160,8 @@ class NpzImages(ImageSet):
         archive = zipfile.ZipFile(addresses.open_file(self.place, typed=True))
         return archive.open("arr_0.npy")  # type: ignore[return-value]
 
+    @override
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        """Rows of the array, uint8."""
         c, h, w = self.shape
         with readable(self.place, "arr_0", _IMAGES), self._array() as file:
             npy_header(file)
@@ -175,13 +176,13 @@ class NpzImages(ImageSet):
                 yield rows.permute(0, 3, 1, 2)
 
     def sha256(self) -> str:
-        """Of the file."""
+        """Hash the file."""
         return file_sha256(self.place)
 
 
 @contextmanager
 def readable(place: str, array: str, expected: str) -> Iterator[None]:
-    """Turn whatever numpy, zip and zlib say of a damaged npz into one message.
+    """Turn the errors of numpy, zip and zlib for a damaged npz into one message.
 
     Raises:
         DataError: The array cannot be read.
@@ -204,7 +205,7 @@ def _exactly(file: io.BufferedIOBase, count: int) -> bytes:
 
 
 def file_sha256(place: Address) -> str:
-    """Hash of a file's bytes."""
+    """Hash a file's bytes."""
     content = hashlib.sha256()
     with addresses.open_file(place, typed=True) as file:
         while chunk := file.read(_CHUNK):
@@ -213,14 +214,14 @@ def file_sha256(place: Address) -> str:
 
 
 class PixelHash:
-    """Hash of images (B, C, H, W) of bytes that pass by, in order; their cut does not count."""
+    """Hash of images (B, C, H, W), uint8, in order; how they are batched does not matter."""
 
     def __init__(self) -> None:
         self._content = hashlib.sha256()
         self._begun = False
 
     def add(self, pixels: Tensor) -> None:
-        """Take a batch in."""
+        """Add a batch to the hash."""
         if not self._begun:
             self._content.update(str(tuple(pixels.shape[1:])).encode())
             self._begun = True
@@ -228,7 +229,7 @@ class PixelHash:
 
     @property
     def sha256(self) -> str:
-        """Of what it has seen."""
+        """Return the hash of all batches so far."""
         return self._content.hexdigest()
 
 
@@ -240,13 +241,13 @@ class SourceImages(ImageSet):
         channels, height, width = source.read([0])[0].shape[1:]
         self.shape = (channels, height, width)
 
+    @override
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        """Images, uint8."""
         for first in range(start, stop, size):
             yield self.source.read(range(first, min(first + size, stop)))[0]
 
     def sha256(self) -> str:
-        """Of the pixels, in order."""
+        """Hash the pixels of all images, in order."""
         content = PixelHash()
         for batch in self.batches(0, self.count, 256):
             content.add(batch)
@@ -254,7 +255,7 @@ class SourceImages(ImageSet):
 
 
 class SomeImages(SourceImages):
-    """Images of a data source that were drawn at random, by (seed, "reference") alone."""
+    """Random images of a data source, chosen by (seed, "reference") alone."""
 
     def __init__(self, source: DataSource, place: str, count: int, seed: int) -> None:
         super().__init__(source, place)
@@ -262,17 +263,17 @@ class SomeImages(SourceImages):
         self.chosen: list[int] = torch.randperm(len(source), generator=g)[:count].tolist()
         self.count = len(self.chosen)
 
+    @override
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        """Images, uint8."""
         for first in range(start, stop, size):
             yield self.source.read(self.chosen[first : min(first + size, stop)])[0]
 
 
 def check_finite(x: Tensor, what: str, first: int) -> None:
-    """Refuse images (B, C, H, W) that bytes would make black.
+    """Refuse images (B, C, H, W) with nan or inf, which become black when rounded to bytes.
 
     Raises:
-        DataError: One is not finite; `first` is the number of x's first.
+        DataError: An image is not finite; `first` is the number of the first image of x.
     """
     broken = (~x.isfinite()).flatten(1).any(dim=1)
     if broken.any():
@@ -285,11 +286,11 @@ def check_finite(x: Tensor, what: str, first: int) -> None:
 
 @attrs.define(eq=False, slots=False)
 class Samples(ImageSet):
-    """Images that a run's model makes, one for each of `labels`; image i by (seed, i) alone.
+    """Images sampled by a run's model, one for each label; image i depends on (seed, i) alone.
 
-    `labels` are classes, or the numbers that `Conditions` has for conditions of another kind.
-    The model is loaded where it is needed first, so that processes load their own.
-    `guides` are hashes of the networks that guidance asks, which must be the same in all.
+    `labels` are classes, or the numbers that `Conditions` gives to other conditions.
+    The model is loaded on first use, so that each process loads its own.
+    `guides` are hashes of the networks that guidance uses, the same in all processes.
     """
 
     ref: ModelRef
@@ -301,7 +302,7 @@ class Samples(ImageSet):
 
     @property
     def model(self) -> Model:
-        """The run's model, in eval mode."""
+        """Load the run's model, in eval mode."""
         if self._model is None:
             self._model = self.ref.load()
             self._check_guides(self._model)
@@ -321,30 +322,30 @@ class Samples(ImageSet):
 
     @property
     def place(self) -> str:  # type: ignore[override]
-        """The run."""
+        """Return the address of the run."""
         return self.ref.run
 
     @property
     def count(self) -> int:  # type: ignore[override]
-        """One for each label."""
+        """Return the number of labels."""
         return len(self.labels)
 
     @property
     def unit(self) -> int:  # type: ignore[override]
-        """Rows of the network's tiles."""
+        """Return the rows of the network's tiles."""
         return self.model.rows
 
     @property
     def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
-        """As the model makes them."""
+        """Return the shape of the model's images."""
         image = self.model.recipe.data.image
         return (image.channels, image.height, image.width)
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        """Samples, float in [-1, 1], not rounded; made in whole tiles whatever the slice.
+        """Yield samples, float in [-1, 1], not rounded; computed in whole tiles for any slice.
 
-        A sampler that couples images would else make others for another slice, and every slice
-        would cost whole tiles.
+        Otherwise a sampler that couples images would make different ones for another slice, and
+        every slice would cost whole tiles.
         """
         if self._conditions is None:
             self._conditions = Conditions(self.model.recipe, self.labels)
@@ -357,5 +358,5 @@ class Samples(ImageSet):
             yield from torch.split(x[max(start - first, 0) : stop - first], size)
 
     def sha256(self) -> str:
-        """They are made, not stored."""
+        """Return "": the images are sampled, not stored."""
         return ""

@@ -1,4 +1,4 @@
-"""What a run's latents say of the class: nearest neighbours and a linear probe.
+"""Predict the class from a run's latents: nearest neighbours and a linear probe.
 
 Shapes: n training images, m held-out images, N tokens, D channels, F = N D or D.
 """
@@ -32,7 +32,7 @@ _OPTIONS: Mapping[str, Mapping[str, JSON]] = {
 def knn_accuracy(
     train: Tensor, label: Tensor, rows: Tensor, truth: Tensor, k: int = _NEIGHBOURS
 ) -> tuple[float, int]:
-    """Share of rows (m, F) whose label is the vote of their k nearest in train (n, F); and m.
+    """Return the accuracy on rows (m, F) of the vote of the k nearest in train (n, F); and m.
 
     Nearness is the cosine after centring; a vote counts exp(cosine / 0.07).
 
@@ -51,7 +51,7 @@ def knn_accuracy(
 
 
 def probe_accuracy(train: Tensor, label: Tensor, rows: Tensor, truth: Tensor) -> tuple[float, int]:
-    """Share of rows (m, F) that a linear classifier of train (n, F) gets right; and m.
+    """Return the accuracy on rows (m, F) of a linear classifier of train (n, F); and m.
 
     Logistic regression on standardised features with weight decay 1/n, by L-BFGS from zero:
     convex, so the figure has neither a seed nor a learning rate.
@@ -81,14 +81,14 @@ def latent_figures(
 ) -> tuple[Mapping[str, Estimate], Mapping[str, Mapping[str, JSON]]]:
     """Accuracy of `knn` and `probe` on whole latents, and `..._mean` on their means over tokens.
 
-    Returns the figures, and by the same names what decided them: numbers and hashes of the images
-    with their labels, and the judge's options.
+    Returns the figures and, by the same names, what determines them: numbers and hashes of the
+    images with their labels, and the options of the classifier.
 
     Args:
         model: A run's model.
-        training: Images to learn from; at most `count`, chosen by the recipe's seed.
-        held_out: Images to judge by; likewise.
-        count: Of each.
+        training: Images to fit on; at most `count`, chosen by the recipe's seed.
+        held_out: Images to test on; likewise.
+        count: Largest number of images of each.
 
     Raises:
         DataError: The data have no labels.
@@ -116,7 +116,7 @@ def latent_figures(
 
 
 def _sha256(batch: Batch) -> str:
-    """Of pixels and labels."""
+    """Hash pixels and labels."""
     content = hashlib.sha256(str(tuple(batch.x.shape)).encode())
     for part in (batch.x, class_labels(batch.condition)):
         content.update(part.contiguous().numpy().tobytes())

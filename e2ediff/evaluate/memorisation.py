@@ -1,6 +1,6 @@
-"""Whether samples copy training images, judged by how near held-out images come to them.
+"""Test whether samples copy training images, by comparison with held-out images.
 
-Shapes: n made, m held-out, k training images, F features.
+Shapes: n generated, m held-out, k training images, F features.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from e2ediff.metric import Estimate
 
 
 def memorisation(made: Tensor, held_out: Tensor, train: Tensor) -> Mapping[str, Estimate]:
-    """How near made images (n, F) are to training ones (k, F), beside held-out ones (m, F).
+    """Compare the distances of generated (n, F) and held-out images (m, F) to training (k, F).
 
-    `copied` is the share of made images nearer to their nearest training image than all but 1 %
-    of held-out images are; a model that copies nothing has about 0.01.
-    `nearness` is the median distance of made images to their nearest training image over that of
-    held-out ones; about 1 without copies, 0 for copies.
+    `copied` is the share of generated images nearer to their nearest training image than all but
+    1 % of held-out images are; a model that copies nothing has about 0.01.
+    `nearness` is the median distance of generated images to their nearest training image divided
+    by that of held-out ones; about 1 without copies, 0 for copies.
     """
     own, usual = nearest(made, train)[0], nearest(held_out, train)[0]
     share = float((own < usual.quantile(0.01)).double().mean())
@@ -33,7 +33,7 @@ def memorisation(made: Tensor, held_out: Tensor, train: Tensor) -> Mapping[str, 
 
 
 def closest_pairs(made: Tensor, train: Tensor, count: int = 10) -> list[dict[str, float]]:
-    """The made images nearest to a training image: both numbers and the distance."""
+    """Return the generated images nearest to a training image: both numbers and the distance."""
     distance, who = nearest(made, train)
     order = distance.argsort()[:count].tolist()
     return [

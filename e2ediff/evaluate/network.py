@@ -15,7 +15,7 @@ from e2ediff.host.yaml import Node, parse_yaml, set_value
 def feature_network(
     host: Host, text: str | None, place: str | None, sha256: str | None
 ) -> FeatureConfig:
-    """The part that `--features`, `--weights-file` and `--sha256` describe.
+    """Return the part that `--features`, `--weights-file` and `--sha256` describe.
 
     Raises:
         RecipeError: The part or its options are wrong.
@@ -37,7 +37,7 @@ def feature_network(
 
 
 def _check_takes_a_file(host: Host, root: Node) -> None:
-    """Refuse a file of weights for a network that reads none; unknown names are found later."""
+    """Refuse a weights file for a network that reads none; unknown names are reported later."""
     name = root.value.get("name") if isinstance(root.value, dict) else None
     reading, others = list[Part](), list[Part]()
     for part in host.usable("features"):

@@ -1,4 +1,4 @@
-"""The feature pass: each image is read or made once, for all metrics and conventions.
+"""The feature pass: read or sample each image once, for all metrics and conventions.
 
 Shapes: B batch, C H W image.
 """
@@ -25,12 +25,12 @@ from e2ediff.metric import FeatureSet
 from e2ediff.model.image_features import Collector
 from e2ediff.model.inference import denoise_once
 
-_ATTEMPT = 16  # images whose features are timed
+_ATTEMPT = 16  # images used for timing
 
 
 @attrs.frozen
 class View:
-    """How images are shown to the network."""
+    """How images are resized and rounded for the network."""
 
     rounding: Rounding
     resize: Resize
@@ -38,9 +38,9 @@ class View:
 
 @attrs.frozen(eq=False)
 class Pass:
-    """What is collected, by which network, and where.
+    """What to collect, with which network, and on which device.
 
-    Each of several processes chooses its CPU threads by timing where `choose_threads` is set.
+    With `choose_threads` each process chooses its number of CPU threads by timing.
     """
 
     network: FeatureNetwork
@@ -51,7 +51,7 @@ class Pass:
     choose_threads: bool = False
 
     def attempt(self, images: ImageSet) -> Callable[[], object]:
-        """A small piece of a pass over these images, for the time that it takes."""
+        """Return a small piece of a pass over these images, to be timed."""
         if isinstance(images, Samples):
             return partial(denoise_once, images.model)
         rows = images_at_once(min(self.batch, _ATTEMPT), images.shape)
@@ -65,7 +65,7 @@ class Pass:
         return attempt
 
     def shown(self, x: Tensor, view: View) -> Tensor:
-        """Images (B, C, H, W), uint8 or in [-1, 1], as a view has them, from 0 to 255."""
+        """Images (B, C, H, W), uint8 or in [-1, 1], transformed by a view, from 0 to 255."""
         pixels = to_pixels(x, view.rounding) if x.is_floating_point() else x
         if view.resize == "pil_bicubic" and self.network.size:
             pixels = pil_bicubic(pixels, self.network.size)
@@ -78,7 +78,7 @@ class Pass:
         span: tuple[int, int],
         progress: Callable[[int], None] | None = None,
     ) -> dict[View, Collector]:
-        """Features of images `span[0]` to `span[1]` under each view, in one process."""
+        """Collect features of images `span[0]` to `span[1]` under each view, in one process."""
         network = self.network.to(self.device)
         found = {view: Collector(network, self.moments, self.rows) for view in views}
         done = 0
@@ -100,10 +100,10 @@ def feature_pass(
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Mapping[View, FeatureSet]:
-    """Features of the first `count` images under each view.
+    """Compute features of the first `count` images under each view.
 
-    With several processes each takes a share of the images, on the next GPU where there are any;
-    moments are merged, so they differ from those of one process by rounding alone.
+    Several processes share the images, and take the GPUs in turn where there are any; moments
+    are merged, so they differ from those of one process by rounding alone.
     """
     if processes == 1:
         found = work.collect(images, views, (0, count), progress)
@@ -135,14 +135,14 @@ def _share(
 ) -> dict[View, Collector]:
     work, images, views, span = part
     if work.device.startswith("cuda"):
-        torch.cuda.set_device(work.device)  # a model that is loaded here goes there, too
+        torch.cuda.set_device(work.device)  # a model loaded in this process is moved there, too
     device, fixed = torch.device(work.device), not work.choose_threads
     with threads_for(work.attempt(images), _discard, device, fixed=fixed) as finished:
         return work.collect(images, views, span, finished)
 
 
 def _discard(line: str) -> None:
-    """Leave out what every process would report."""
+    """Discard messages that every process would repeat."""
 
 
 def _device(device: str, i: int) -> str:
@@ -150,10 +150,10 @@ def _device(device: str, i: int) -> str:
 
 
 def pil_bicubic(pixels: Tensor, size: int) -> Tensor:
-    """Bytes (B, C, H, W) to float (B, C, size, size) by Pillow, channel by channel, not rounded.
+    """Resize bytes (B, C, H, W) to float (B, C, size, size) by Pillow, channel by channel.
 
     Source: clean-fid (Parmar et al. 2022, arXiv 2104.11222), `make_resizer("PIL", False,
-    "bicubic", ...)`; values may leave 0..255, as there.
+    "bicubic", ...)`; as there, values are not rounded and may leave 0..255.
     """
     side = (size, size)
     planes = [

@@ -1,7 +1,7 @@
-"""Passports: what decided a score, in fields that can be compared.
+"""Passports: what determines a score, in fields that can be compared.
 
-`protocol` is how it was measured, and must agree before two scores are ranked; `subject` is what
-was measured; `machine` is where.
+`protocol` says how a score was measured, and must agree before two scores are ranked; `subject`
+says what was measured, `machine` where.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _IDLE = {
 
 @attrs.frozen
 class Score:
-    """One figure of a score file: its value, its standard error, and what decided it.
+    """One figure of a score file: its value, its standard error, and what determines it.
 
-    `interval` is where 95 % of resampled sets lie, if they were asked for.
-    `better` says whether a low or a high value is; None if that is not known.
+    `interval` is the 95 % bootstrap interval, if it was asked for.
+    `better` says whether low or high values are better; None if unknown.
 
-    `metric` has the metric's options; for a figure that is not of the samples also its `section`
-    and the images it is of.
+    `metric` has the metric's options; for a figure that does not describe the samples, also its
+    `section` and images.
     """
 
     value: float
@@ -70,25 +70,25 @@ class Passport:
 
     @property
     def digest(self) -> str:
-        """Hash of what was measured and how; not of where."""
+        """Hash what was measured and how, but not where."""
         text = json.dumps([self.protocol, self.subject], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def measurement(self, score: Score) -> dict[str, JSON]:
-        """All fields that must agree before a score is ranked with another."""
+        """Return all fields that must agree before a score is ranked with another."""
         idle = _IDLE.get(str(score.metric.get("section")), ())
         own = {k: v for k, v in self.protocol.items() if k not in idle}
         return {**own, **{f"metric.{k}": v for k, v in score.metric.items()}}
 
     def protocol_digest(self, score: Score) -> str:
-        """Hash of these fields."""
+        """Hash the fields of `measurement`."""
         text = json.dumps(self.measurement(score), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 @attrs.frozen
 class Card:
-    """A score file: figures measured under one passport."""
+    """The content of a score file: figures measured under one passport."""
 
     place: str
     passport: Passport
@@ -96,17 +96,17 @@ class Card:
     notes: Mapping[str, JSON] = attrs.field(factory=dict)
 
     def text(self) -> str:
-        """JSON, as it is stored."""
+        """Return the JSON text that is stored."""
         content = {"e2ediff_scores": VERSION, **attrs.asdict(self), "digest": self.passport.digest}
         del content["place"]
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 def read_card(place: Address) -> Card:
-    """A score file.
+    """Read a score file.
 
     Raises:
-        DataError: It is missing, or is none.
+        DataError: It is missing, or is not a score file.
     """
     place = addresses.plain(place)
     parent, _, name = place.rpartition("/")
@@ -117,7 +117,7 @@ def read_card(place: Address) -> Card:
 
 
 def parse_card(data: bytes, place: str) -> Card:
-    """As `read_card`, of a file's content."""
+    """Parse the content of a score file; errors are those of `read_card`."""
     try:
         content: dict[str, Any] = json.loads(data)
         version = content["e2ediff_scores"]
@@ -141,7 +141,7 @@ def _score(name: str, s: dict[str, Any]) -> Score:
 
 
 def unlike(a: Card, b: Card, score: str) -> dict[str, tuple[JSON, JSON]]:
-    """Fields in which the measurements of a score differ, with both values; empty if none do."""
+    """Return the fields in which the measurements of a score differ, with both values."""
     ours, theirs = (c.passport.measurement(c.scores[score]) for c in (a, b))
     return {
         field: (ours.get(field), theirs.get(field))
@@ -151,10 +151,10 @@ def unlike(a: Card, b: Card, score: str) -> dict[str, tuple[JSON, JSON]]:
 
 
 def write_card(folder: Address, card: Card) -> str:
-    """Write a score file into a folder; returns where it lies.
+    """Write a score file into a folder; return its address.
 
-    Its name has the convention, the network and the digest, so nothing is overwritten but the
-    same measurement of the same subject.
+    Its name has the convention, the network and the digest, so that only the same measurement of
+    the same subject is overwritten.
     """
     protocol = card.passport.protocol
     name = f"{protocol['convention']}-{protocol['network']}-{card.passport.digest[:8]}.json"

@@ -1,4 +1,4 @@
-"""Scores side by side: ranked where they were measured in the same way, refused where not."""
+"""Rank scores that were measured in the same way, and refuse to rank others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = "scores"
 
 
 def cards_of(run: Address) -> list[Card]:
-    """The score files of a run, by name; those that cannot be read are left out."""
+    """Read the score files of a run, by name; unreadable ones are left out."""
     store, found = Store(run), []
     for name in store.list(FOLDER):
         if name.endswith(".json"):
@@ -28,7 +28,7 @@ def cards_of(run: Address) -> list[Card]:
 
 
 def differences(cards: Sequence[Card], score: str) -> dict[str, tuple[JSON, JSON]]:
-    """Fields in which the measurement of any card differs from the first's, with both values."""
+    """Return the fields in which any card's measurement differs from the first's."""
     found: dict[str, tuple[JSON, JSON]] = {}
     for other in cards[1:]:
         for field, values in unlike(cards[0], other, score).items():
@@ -37,9 +37,9 @@ def differences(cards: Sequence[Card], score: str) -> dict[str, tuple[JSON, JSON
 
 
 def other_versions(cards: Sequence[Card]) -> dict[str, list[str]]:
-    """Of each library, and of the code, that is not the same for all cards: every card's version.
+    """Return every card's version of each library, and of the code, that differs between cards.
 
-    They say nothing of how a score was measured, but may move it.
+    Versions are not part of the measurement, but may change the score.
     """
     each = [_versions(card) for card in cards]
     found = {
@@ -60,21 +60,21 @@ def _versions(card: Card) -> dict[str, JSON]:
 
 
 def direction(cards: Sequence[Card], score: str) -> Better | None:
-    """Whether a low or a high value is better; None if no card says so, or they disagree."""
+    """Return whether low or high is better; None if no card says so, or cards disagree."""
     found = {card.scores[score].better for card in cards} - {None}
     return found.pop() if len(found) == 1 else None
 
 
 def rank(cards: Sequence[Card], score: str, *, regardless: bool = False) -> list[str]:
-    """Lines of a ranking, the best first; in the given order if no value is known to be better.
+    """Return a ranking as lines, best first; in the given order if the direction is unknown.
 
     Args:
-        cards: Two or more that have the score.
+        cards: Two or more cards that have the score.
         score: Its name.
-        regardless: Rank also what was measured in different ways, and say so.
+        regardless: Also rank scores measured in different ways, with a note.
 
     Raises:
-        UnlikeScoresError: It was measured in different ways; names the fields.
+        UnlikeScoresError: The cards measured it in different ways; the error names the fields.
     """
     apart = differences(cards, score)
     if apart and not regardless:
@@ -96,7 +96,7 @@ def rank(cards: Sequence[Card], score: str, *, regardless: bool = False) -> list
 
 
 def shared_scores(cards: Sequence[Card]) -> list[str]:
-    """Scores that all cards have, in the first one's order."""
+    """Return the scores that all cards have, in the first one's order."""
     return [name for name in cards[0].scores if all(name in c.scores for c in cards[1:])]
 
 
@@ -105,7 +105,7 @@ def _listed(apart: Mapping[str, tuple[JSON, JSON]]) -> str:
 
 
 def figures_of(cards: Sequence[Card]) -> dict[str, Score]:
-    """Scores for a report, `FID@adm-1a2b3c4d`: those of unlike measurements have unlike names."""
+    """Name scores for a report, `FID@adm-1a2b3c4d`, so that unlike measurements differ in name."""
     found = {}
     for card in cards:
         for name, score in card.scores.items():

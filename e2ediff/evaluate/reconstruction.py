@@ -1,4 +1,4 @@
-"""Scores of a run's reconstructions: rFID and what compares an image with its own.
+"""Score a run's reconstructions: rFID, and measures of each image against its reconstruction.
 
 Shapes: B batch, C H W image.
 """
@@ -26,16 +26,16 @@ from e2ediff.store.storage import JSON
 
 
 def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (B,) in decibels of bytes (B, C, H, W); at most 148."""
+    """Return the peak signal-to-noise ratio (B,) in dB of bytes (B, C, H, W); at most 148."""
     error = (x_hat.double() - x.double()).square().mean(dim=(1, 2, 3))
     return 10 * (255**2 / error.clamp_min(1e-10)).log10()
 
 
 def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Structural similarity (B,) of bytes (B, C, H, W), the mean over channels and places.
+    """Return the structural similarity (B,) of bytes (B, C, H, W), averaged over pixels.
 
     Source: Wang et al. 2004, eq. 13: Gaussian window of 11 pixels and width 1.5, K1 = 0.01,
-    K2 = 0.03; windows that leave the image are left out.
+    K2 = 0.03; windows that cross the border are left out.
     """
     if min(x.shape[2:]) < 11:
         raise DataError(f"ssim: images of {x.shape[3]} x {x.shape[2]} are smaller than its window")
@@ -70,7 +70,7 @@ class Perceptual:
     heads: tuple[Tensor, ...] = ()
 
     def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """Distances (B,) of images in [-1, 1]."""
+        """Return distances (B,) of images (B, C, H, W) in [-1, 1]."""
         found = torch.zeros(len(x), dtype=torch.float64)
         for i, (f, g) in enumerate(zip(self.network(x_hat), self.network(x), strict=True)):
             f, g = (m / (m.square().sum(1, keepdim=True).sqrt() + 1e-10) for m in (f, g))
@@ -82,12 +82,12 @@ class Perceptual:
 
     @property
     def name(self) -> str:
-        """What the figure is called."""
+        """Return the name of the figure."""
         return "LPIPS" if self.heads else f"perceptual-{self.network.title}"
 
     @property
     def identity(self) -> dict[str, JSON]:
-        """Its network and hashes of all weights, for a passport."""
+        """Return the network and hashes of all weights, for a passport."""
         content = hashlib.sha256()
         for head in self.heads:
             content.update(head.detach().cpu().float().contiguous().numpy().tobytes())
@@ -99,10 +99,10 @@ class Perceptual:
 
 
 def lpips_heads(state: Mapping[str, Tensor], place: str) -> tuple[Tensor, ...]:
-    """The linear weights of the released LPIPS file: `lin0.model.1.weight`, ...
+    """Read the linear weights of the released LPIPS file: `lin0.model.1.weight`, ...
 
     Raises:
-        DataError: The file has none.
+        DataError: The file has no such weights.
     """
     heads: list[Tensor] = []
     while (name := f"lin{len(heads)}.model.1.weight") in state:
@@ -114,7 +114,7 @@ def lpips_heads(state: Mapping[str, Tensor], place: str) -> tuple[Tensor, ...]:
 
 @attrs.frozen(eq=False)
 class Reconstructions:
-    """Features of images and of their reconstructions, figures of each pair, the images' hash."""
+    """Features of images and of their reconstructions, figures of each pair, and a hash."""
 
     made: FeatureSet
     real: FeatureSet
@@ -125,7 +125,7 @@ class Reconstructions:
 def _pairs(
     model: Model, source: DataSource, count: int, size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images with their reconstructions, at most `size`, computed in whole tiles."""
+    """Yield images with their reconstructions, at most `size` at once, computed in whole tiles."""
     whole = max(1, size // model.rows) * model.rows
     for first in range(0, count, whole):
         pixels = source.read(range(first, min(first + whole, count)))[0]
@@ -146,7 +146,7 @@ def reconstruct(
 ) -> Reconstructions:
     """Pass the first `count` images through encoder and decoder, and compare.
 
-    Both are judged as bytes, reconstructions rounded as the view has it.
+    Both are compared as bytes; reconstructions are rounded as the view says.
     """
     network = work.network.to(work.device)
     sides = [Collector(network, work.moments, work.rows) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What images are compared with: statistics in an npz, images, or both; features are cached.
+"""Reference sets: statistics in an npz, images, or both; features are cached.
 
 Shapes: n images, F features.
 """
@@ -39,14 +39,14 @@ from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.store.storage import Store
 
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-_CACHED = 2  # 1 read 16-bit grey as white, and sets of colour by their first image
+_CACHED = 2  # version 1 read 16-bit grey as white, and took colour from the first image
 _MOST = 1 << 31  # bytes: a covariance of 16,000 features
 _STATISTICS = "numbers, a mean (F,) and a covariance (F, F)"
 
 
 @attrs.frozen(eq=False)
 class Reference:
-    """Statistics by tap, images, or both; `sha256` is that of its content."""
+    """Statistics by tap, images, or both; `sha256` is the hash of its content."""
 
     place: str
     sha256: str
@@ -55,12 +55,12 @@ class Reference:
 
 
 def open_reference(place: Address, host: Host, data: SourceConfig | None) -> Reference:
-    """A reference from what a user says.
+    """Open the reference that a user names.
 
     Args:
         place: An npz, a folder, a data source's block in YAML, or for a run `data` or `held-out`.
-        host: What knows the data sources.
-        data: The run's data source, if a run is judged.
+        host: Knows the data sources.
+        data: The run's data source, if a run is evaluated.
 
     Raises:
         DataError: There is no such file, or it holds neither statistics nor images.
@@ -89,10 +89,10 @@ def _of_images(images: ImageSet) -> Reference:
 
 
 def npz_keys(place: Address) -> list[str]:
-    """Names of the arrays in an npz.
+    """Return the names of the arrays in an npz.
 
     Raises:
-        DataError: It is missing or no npz.
+        DataError: It is missing or not an npz.
     """
     try:
         with addresses.open_file(place, typed=True) as file, zipfile.ZipFile(file) as archive:
@@ -154,12 +154,12 @@ def reference_features(
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> FeatureSet:
-    """Features of the reference: its own statistics first, and the rest from its images.
+    """Return features of the reference: stored statistics where it has them, else from images.
 
     Raises:
         DataError: It has statistics of another network, or no images where they are needed.
     """
-    # Statistics beside images are of the network's own resize; alone, they are what the user says.
+    # Statistics stored with images used the network's own resize; for others the user vouches.
     usable = view.resize == "network" or reference.images is None
     given = _given(reference, work.network) if usable else {}
     lacking = sorted(({*work.moments} - {*given}) | {*work.rows})
@@ -177,7 +177,7 @@ def reference_features(
 
 
 def _given(reference: Reference, network: FeatureNetwork) -> Mapping[str, Moments]:
-    """The npz's statistics, if they can be of this network."""
+    """Return the npz's statistics, if they fit this network."""
     title = network_title(network)
     if not reference.moments or (reference.images is not None and title != "Inception2015"):
         return {}
@@ -211,7 +211,7 @@ def _cached(
     try:
         return _read(load(store.read(name)))
     except (OSError, SafetensorError, KeyError):
-        pass  # not there, or cut short by a crash: it is made again
+        pass  # missing, or cut short by a crash: compute it again
     images = reference.images
     found = feature_pass(
         work, images, [view], images.count, processes=processes, progress=progress

@@ -1,4 +1,4 @@
-"""What an evaluation is asked: the judged, the metrics, the conventions."""
+"""The request for an evaluation: what to score, the metrics, the conventions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 
 def quiet(text: str) -> None:
-    """The default of `evaluate`'s progress."""
+    """Discard progress messages; the default of `evaluate`."""
 
 
 def _plain_places(places: Mapping[str, Address]) -> dict[str, str]:
@@ -28,15 +28,15 @@ def _plain_places(places: Mapping[str, Address]) -> dict[str, str]:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Request:
-    """What is judged, by what.
+    """What to score, and how.
 
-    `target` is the model that is judged, or, in its `run`, a folder or an npz of images; its
-    `device` is that of all networks.
-    `references` are places by convention's name, "" for all others; `sections` of
+    `target` is the model to score or, in its `run`, a folder or npz of images; its `device` is
+    used for all networks.
+    `references` are addresses by convention, "" for all others; `sections` are some of
     `e2ediff.evaluate.sections.SECTIONS`.
-    `count` and `labels` are the first convention's where they are None.
-    `bootstrap` is the number of resampled sets from which errors and intervals are taken.
-    `choose_threads` takes one CPU thread or all, whichever is faster by timing.
+    `count` and `labels` default to the first convention's.
+    `bootstrap` is the number of resampled sets for errors and intervals.
+    With `choose_threads` timing decides between one CPU thread and all.
     """
 
     target: ModelRef

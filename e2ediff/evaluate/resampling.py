@@ -1,4 +1,4 @@
-"""The bootstrap: errors and intervals of any metric, over the choice of the images.
+"""Bootstrap the error and interval of any metric over the choice of images.
 
 Shapes: n images.
 """
@@ -18,9 +18,9 @@ _TAILS = (0.025, 0.975)
 
 @attrs.frozen(kw_only=True)
 class Resampling:
-    """Measures metrics; with `sets` above 0 on so many resampled sets, too.
+    """Measures metrics; with `sets` above 0 also on that many resampled sets.
 
-    `say` is told how far it is.
+    `say` is called with progress.
 
     Source: Efron & Tibshirani 1993, chapters 6 and 13.
     """
@@ -29,20 +29,20 @@ class Resampling:
     say: Callable[[str], None]
 
     def taps(self, metrics: Sequence[Metric]) -> frozenset[str]:
-        """Taps of which it needs every image's features, beside those that the metrics read."""
+        """Return the taps of which resampling needs every image's features."""
         return taps_of([m for m in metrics if m.compares])[0] if self.sets else frozenset()
 
     def measure(
         self, metric: Metric, made: FeatureSet, real: FeatureSet, *, pairs: bool = False
     ) -> Mapping[str, Estimate]:
-        """What the metric measures, with bootstrap errors and 95 % intervals if it compares.
+        """Measure a metric, with bootstrap errors and 95 % intervals if it compares two sets.
 
-        Made images are drawn anew with replacement. The reference is kept, as it is the same for
-        all that is ranked with it; but with `pairs`, image i of both sets belongs together (a
-        reconstruction with its original) and is drawn together.
-        The error is the standard deviation over the drawn sets. The interval has their 2.5 and
-        97.5 % quantiles, moved by the difference of the value and their mean: a drawn set has
-        fewer different images, so that its distance has a larger bias.
+        Generated images are resampled with replacement. The reference is kept, as it is the same
+        for all scores ranked with it; but with `pairs`, image i of both sets belongs together (a
+        reconstruction and its original) and is drawn together.
+        The error is the standard deviation over the resampled sets. The interval has their 2.5
+        and 97.5 % quantiles, shifted by the difference between the value and their mean: a
+        resampled set has fewer distinct images, so that its distance has a larger bias.
 
         Randomness: a generator of its own, seeded with 0.
         """

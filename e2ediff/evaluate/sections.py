@@ -1,7 +1,7 @@
-"""Scores of a run beside those of its samples: of reconstructions, of latents, and of copies.
+"""Further scores of a run: of reconstructions, of latents, and of memorisation.
 
-Each says in its own passport which images it was measured on: they are not the samples, nor the
-reference that samples are compared with.
+Each records in its own passport the images that it was measured on, which are neither the samples
+nor their reference.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LATENTS = 10_000
 
 
 def options_of(host: Host, metric: Metric) -> dict[str, JSON]:
-    """A metric's name and options, as a passport has them."""
+    """Return a metric's name and options for a passport."""
     found: Any = unstructure(host, metric, Metric)
     return dict(found)
 
@@ -46,14 +46,14 @@ def options_of(host: Host, metric: Metric) -> dict[str, JSON]:
 def score_of(
     estimate: Estimate, decided_by: Mapping[str, JSON], better: Better | None = None
 ) -> Score:
-    """An estimate with what decided it beside the protocol, and its metric's direction."""
+    """Make a score of an estimate, with what determines it besides the protocol."""
     e = estimate
     return Score(e.value, e.error, decided_by, e.warnings, e.interval, e.better or better)
 
 
 @attrs.define(eq=False, slots=False)
 class Sections:
-    """The sections that a request asks of a subject; what conventions share is made once."""
+    """The sections that a request asks for; work shared between conventions is done once."""
 
     host: Host
     request: Request
@@ -64,11 +64,11 @@ class Sections:
     def scores(
         self, one: Convention, view: View, made: FeatureSet | None
     ) -> tuple[dict[str, Score], dict[str, JSON]]:
-        """Scores under a convention, and what to note of them.
+        """Return scores under a convention, and notes on them.
 
         Args:
             one: The convention.
-            view: As it shows images.
+            view: The convention's view of images.
             made: Features of the samples under this view.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What is judged: a run's samples, a folder or an npz; and what its passport says of it.
+"""The images to score: a run's samples, a folder or an npz; with their passport entries.
 
 Shapes: n images.
 """
@@ -37,7 +37,7 @@ from e2ediff.store.storage import JSON
 
 @attrs.frozen(eq=False)
 class Subject:
-    """Images, and what decided them: `protocol` by the way they were made, `identity` by what."""
+    """Images, with the passport fields of how (`protocol`) and of what (`identity`) they are."""
 
     images: ImageSet
     count: int
@@ -48,10 +48,10 @@ class Subject:
 
 
 def stored_subject(place: Address, count: int | None) -> Subject:
-    """A folder's or an npz's images.
+    """Open the images of a folder or an npz.
 
     Raises:
-        DataError: There are none, or fewer than `count`.
+        DataError: There are no images, or fewer than `count`.
     """
     place = addresses.plain(place)
     if place.endswith(".npz") and "arr_0" not in (keys := npz_keys(place)):
@@ -79,15 +79,15 @@ def run_subject(
     seed: int = 0,
     model: Model | None = None,
 ) -> Subject:
-    """A run's samples.
+    """Describe a run's samples.
 
     Args:
-        host: What knows the parts.
+        host: Knows the parts.
         ref: The run's model.
-        count: How many.
-        law: Of their labels; conditions of another kind are those of held-out images, in order.
-        seed: Of their noise.
-        model: What `ref` loads, if it is there already.
+        count: Number of samples.
+        law: How labels are drawn; other conditions are those of held-out images, in order.
+        seed: Seed of their noise.
+        model: The model that `ref` loads, if it is loaded already.
 
     Raises:
         RunDirectoryError, CheckpointError: The run or its weights cannot be used.
@@ -133,16 +133,16 @@ def run_subject(
 
 
 def _guided_by(origins: Iterable[Origin]) -> dict[str, JSON]:
-    """Further networks that guidance asked; nothing where it asked none.
+    """Describe further networks that guidance used; empty if it used none.
 
-    Those of the run itself belong to what is judged, as its weights do; those of other runs to
-    how it was sampled, and must agree.
+    Networks of the run itself belong to the subject, as its weights do; those of other runs
+    belong to the protocol, and must agree.
     """
     found: list[JSON] = [origin_entry(origin) for origin in origins]
     return {"guided_by": found} if found else {}
 
 
 def network_calls(model: Model) -> float:
-    """Denoiser evaluations an image, those of guidance counted, over a sample of one image."""
+    """Count denoiser evaluations for one image, including those of guidance."""
     (tile,) = model.tiles(model.image.conditioning.example(1), seed=0)
     return tile.passes
