@@ -1,1 +1,1 @@
-"""A run in time: begun, trained, observed, saved, stopped and continued."""
+"""Train a run: start, observe, save, stop and resume it."""

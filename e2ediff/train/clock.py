@@ -1,4 +1,4 @@
-"""How fast a run trains, what interrupts it left out."""
+"""Measure training throughput, excluding pauses."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Iterator
 
 
 class Clock:
-    """Steps and the seconds that they took, without those of looking and saving."""
+    """Counts steps and the seconds they took, without diagnoses and saving."""
 
     def __init__(self) -> None:
         self.start(0)
 
     def start(self, step: int) -> None:
-        """Count from this step and from now."""
+        """Start counting at this step, now."""
         self._since, self._first = time.perf_counter(), step
 
     def rate(self, step: int, batch: int) -> float:
-        """Images a second since the start."""
+        """Return images per second since the start."""
         seconds = time.perf_counter() - self._since
         return (step - self._first) * batch / max(seconds, 1e-9)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in here takes no time."""
+        """Exclude the time spent inside."""
         began = time.perf_counter()
         try:
             yield

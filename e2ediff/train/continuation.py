@@ -1,4 +1,4 @@
-"""What may differ between a run and its continuation, which must go on with the same numbers."""
+"""Check what differs between a run and its continuation, which must compute the same numbers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from e2ediff.store.checkpoint import finished_checkpoints, open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import JSON
 
-# None of it moves a trained number by more than rounding, but for the length, whose schedule then
-# ends elsewhere, and under `alarm.policy: rollback` for what is looked at and saved, which decides
-# when a run goes back, and where to.
+# None of these changes a trained number by more than rounding, with two exceptions: the length, on
+# which schedules depend, and under `alarm.policy: rollback` the cadence of diagnoses and
+# checkpoints, which decides when a run is rolled back, and to where.
 _MAY_CHANGE = (
     "name",
     "images",
@@ -43,9 +43,9 @@ _MAY_CHANGE = (
 
 
 def describe(sources: Sequence[DataSource]) -> list[JSON]:
-    """What a checkpoint notes of images: how many, and the hash of their labels.
+    """Return what a checkpoint records of the images: their number, and the hash of their labels.
 
-    The hash is null for a source that would have to read its images to know their labels.
+    The hash is null for a source that would have to read its images to find their labels.
     """
     return [{"images": len(source), "labels": _labels(source)} for source in sources]
 
@@ -68,17 +68,17 @@ def refuse_other_recipe(
     """Refuse a recipe that would not compute what the run computed so far.
 
     Args:
-        host: What knows the parts.
-        recipe: That of the continuation.
-        directory: The run's.
-        source: Where the recipe is from, for messages.
+        host: Knows the parts.
+        recipe: The recipe of the continuation.
+        directory: The run's directory.
+        source: Address of the recipe, for messages.
         images: The continuation's training and held-out images.
 
     Returns:
-        What differs: by path in the recipe, the old and the new value.
+        The old and new value of everything that differs, by path in the recipe.
 
     Raises:
-        RecipeError: It has another value of what may not differ, or other images.
+        RecipeError: A value differs that must not, or the images differ.
     """
     place = directory.store.where("resolved.yaml")
     then = parse_recipe(host, directory.resolved(), place)
@@ -89,7 +89,7 @@ def refuse_other_recipe(
     differ = [path for path in {**before, **now} if before.get(path) != now.get(path)]
     may_change = {*_MAY_CHANGE, *(f"data.{option}" for option in recipe.data.harmless)}
     changed = [p for p in differ if not {p.partition(".")[0], _option(p)} & may_change]
-    # Another part has other options: its name says it all.
+    # Another part has other options, so its name is enough.
     chosen = [path for path in changed if path.endswith(".name") or path == "target.kind"]
     other = tuple(path.removesuffix("name").removesuffix("kind") for path in chosen)
     changed = [p for p in changed if p in chosen or not p.startswith(other)]
@@ -116,19 +116,19 @@ def refuse_other_recipe(
 
 
 def _option(path: str) -> str:
-    """The path of the block's option to which a value belongs."""
+    """Return the path of the block's option to which a value belongs."""
     return ".".join(path.split(".")[:2])
 
 
 def class_names(recipe: Recipe, training: DataSource) -> tuple[str, ...]:
-    """Names of a recipe's classes, by label: those of the data, else those that it has itself."""
+    """Return a recipe's class names, by label: those of the data, else the recipe's own."""
     return training.class_names or recipe.data.image.class_names
 
 
 def _renamed(
     recipe: Recipe, directory: RunDirectory, images: Sequence[DataSource]
 ) -> list[Problem]:
-    """What tells that a label meant another class; numbers instead of names tell nothing."""
+    """Report labels that meant another class in the run; unnamed classes cannot be compared."""
     before = directory.class_names() if images else ()
     now = class_names(recipe, images[0]) if before else ()
     if not now or before == now:
@@ -142,13 +142,13 @@ def _renamed(
 
 
 def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool) -> str:
-    """How images differ from those of the run's checkpoints; empty if they do not.
+    """Describe how images differ from those of the run's checkpoints; empty if they do not.
 
-    With `sure` also empty where nobody can tell.
+    With `sure` the text is also empty where it is unknown whether they differ.
     """
     if not finished_checkpoints(directory.store):
-        return ""  # it begins again, if at all
-    # What is wrong with damaged ones is said when one is restored.
+        return ""  # without checkpoints the run starts again
+    # Damaged checkpoints are reported when one is restored.
     try:
         found = open_checkpoint(directory.store, verify=False, warn=lambda text: None)
     except CheckpointError:

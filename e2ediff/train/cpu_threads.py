@@ -1,4 +1,4 @@
-"""The number of CPU threads of a run: as set, as before a stop, or the faster one."""
+"""Choose the number of CPU threads of a run: as set, as before a stop, or the fastest."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from e2ediff.train.recorder import Recorder
 
 @attrs.define(eq=False)
 class StepThreads:
-    """Times a run's steps, and changes the number of threads where another one is faster.
+    """Times a run's steps, and changes the number of threads if another is faster.
 
-    `rehearse` computes a piece of the next step without changing anything. Without `choose` the
-    number stays as torch has it.
+    `rehearse` computes a part of the next step without side effects. Without `choose` torch's
+    number of threads stays.
     """
 
     rehearse: Callable[[Batch], None]
@@ -29,14 +29,14 @@ class StepThreads:
     _began: float = 0.0
 
     def begin(self, batch: Batch) -> None:
-        """Begin to time a step on this batch; at the first one, take the number of threads."""
+        """Start timing a step on this batch; the first call sets the number of threads."""
         self._batch = batch
         if self._threads is None:
             self._threads = self._open()
         self._began = time.perf_counter()
 
     def done(self) -> None:
-        """The step is done, and another one follows."""
+        """Record the end of a step that another step follows."""
         seconds = time.perf_counter() - self._began
         if self._threads is not None:
             with self.recorder.clock.paused():

@@ -1,7 +1,6 @@
-"""The training loop: machinery without science.
+"""The training loop, which knows no loss by name.
 
-What is learned, from what, and where gradients stop, is the objective's; the engine never
-learns a loss's name.
+The objective decides what is learned, from what, and where gradients stop.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from e2ediff.train.saving import Saver
 
 
 class Engine:
-    """One run: builds everything from a recipe, trains, and does what is due after a step."""
+    """One run: builds everything from a recipe, trains, and does what is due after each step."""
 
     def __init__(
         self,
@@ -47,7 +46,7 @@ class Engine:
         *,
         choose_threads: bool = False,
     ) -> None:
-        """Build what the recipe asks for; `choose_threads` is `train`'s."""
+        """Build what the recipe asks for; `choose_threads` is as for `train`."""
         self.host = host
         self.recipe = recipe
         self.directory = directory
@@ -68,12 +67,12 @@ class Engine:
         self.threads = StepThreads(self._rehearse, recorder, choose=choose_threads)
 
     def run(self, stop: Stop) -> None:
-        """Train from where the engine stands to the end, or until `stop` is asked.
+        """Train from the current position to the end, or until `stop` is requested.
 
         Raises:
             DivergedError: A loss or gradient is not finite.
             CollapseError: The alarm ended the run.
-            DataError, ResourceError: As the data and the disk have it.
+            DataError, ResourceError: The data cannot be read, or the disk refuses.
         """
         r, recorder, error = self.recipe, self.recorder, None
         recorder.trackers.open()
@@ -101,7 +100,7 @@ class Engine:
             recorder.notify("run_ended", error=error)
 
     def _train(self, stop: Stop) -> bool:
-        """Take the steps to the end; False if the alarm sent the run back instead."""
+        """Take the remaining steps; return False if the alarm rolled the run back instead."""
         at, r = self.position, self.recipe
         self.recorder.clock.start(at.step)
         try:
@@ -124,7 +123,7 @@ class Engine:
         return True
 
     def _after_step(self, record: Mapping[str, Tensor | float]) -> None:
-        """Do what is due after a step, of whose losses and figures `record` has the shares."""
+        """Do what is due after a step; `record` has this process's share of the figures."""
         r, step, monitor = self.recipe, self.position.step, self.monitor
         last = step == r.total_steps
         if step % r.cadence.log == 0 or last:
@@ -149,7 +148,7 @@ class Engine:
         self.update.rehearse(batch, self.position.images, self.watch.attempt)
 
     def _batches(self) -> Iterator[Batch]:
-        """This process's rows of every batch from here on."""
+        """Yield this process's rows of every batch from the current position on."""
         r = self.recipe
         return batches(
             self.source,
@@ -167,19 +166,19 @@ class Engine:
         )
 
     def _asked(self, stop: Stop) -> bool:
-        """Whether any process was asked to stop: all of them then stop after the same step."""
+        """Return whether any process was asked to stop, so that all stop after the same step."""
         agreed = self.world.highest(stop.signal or 0)
-        if agreed:  # else a signal may have come while the processes agreed: it counts next time
+        if agreed:  # a signal that came while the processes agreed counts next time
             if not stop.asked:
                 stop.note(agreed)
             stop.signal = agreed
         return bool(agreed)
 
     def _refuse_spent(self) -> None:
-        """End a run at once whose alarm ended it after its last return.
+        """Refuse to continue a run that its alarm ended after the last rollback.
 
         Raises:
-            CollapseError: It is such a run.
+            CollapseError: The alarm ended the run.
         """
         watch = self.watch
         rollback = self.recipe.alarm.policy == "rollback"
@@ -189,7 +188,7 @@ class Engine:
             )
 
     def _end_again(self) -> None:
-        """Do what a run whose alarm sounded at its last step has left to do.
+        """Finish a run whose alarm sounded at its last step.
 
         Raises:
             CollapseError: The alarm still ends it.
@@ -205,5 +204,5 @@ class Engine:
                 self.measurements.score()
 
     def set_status(self, state: State, code: int | None = None, reason: str = "") -> None:
-        """Replace `status.json` by how the run stands now."""
+        """Replace `status.json` by the current status."""
         self.recorder.status(state, self.watch.collapsed, code, reason)

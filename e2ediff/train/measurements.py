@@ -1,4 +1,4 @@
-"""Losses, diagnoses, scores and previews of a run: measured, recorded, and judged by its alarm."""
+"""Measure and record a run's losses, diagnoses, scores and previews, and evaluate its alarm."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from e2ediff.train.recorder import Recorder
 
 @attrs.define(eq=False)
 class Measurements:
-    """Measures a run, records what was found, and raises where that must end or turn it."""
+    """Measures a run, records the results, and raises if they must end it or roll it back."""
 
     recipe: Recipe
     monitor: Monitor
@@ -51,8 +51,8 @@ class Measurements:
         self.recorder.progress.update(line)
 
     def _averaged(self, record: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """Figures as numbers: losses summed over the processes' shares of them."""
-        # Rates and the norm are the same in every process.
+        """Return figures as numbers, with losses summed over the processes."""
+        # Learning rates and the gradient norm are the same in every process.
         shared = [n for n in record if n not in ("lr", "grad_norm") and not n.startswith("lr/")]
         device = self.recorder.device
         sums = [torch.as_tensor(record[name], device=device).float() for name in shared]
@@ -67,7 +67,7 @@ class Measurements:
             phases: Phases of the objective whose losses' gradients are measured.
 
         Raises:
-            DivergedError: What the networks make of the probe is not finite.
+            DivergedError: Outputs of the networks on the probe are not finite.
             CollapseError: The latents have collapsed, and the alarm does more than warn.
         """
         step = self.recorder.position.step
@@ -77,13 +77,13 @@ class Measurements:
                 found = self.monitor.diagnose(step, phases)
             except DivergedError as error:
                 raise self.recorder.diverged(str(error)) from error
-            self.health = found  # replaced: figures of an earlier survey would look current
+            self.health = found  # Replace, don't merge: old survey figures would look current.
             self._record(found, "wall_look_seconds", began)
             if step > 0:
                 self._judge(found)
 
     def _judge(self, figures: Mapping[str, float]) -> None:
-        """Let the alarm go on or off, and end the run where it says so."""
+        """Update the alarm, and end the run if its policy says so."""
         step, watch = self.recorder.position.step, self.watch
         verdict = self.monitor.observer.verdict(figures)
         self._report_failures()
@@ -97,7 +97,7 @@ class Measurements:
             raise CollapseError(f"step {step}: {said}. {watch.advice()}")
 
     def score(self) -> None:
-        """Measure the recipe's `scores`."""
+        """Measure and record the recipe's `scores`."""
         with self.recorder.clock.paused():
             began = time.perf_counter()
             self._record(self.monitor.score(), "wall_score_seconds", began)
@@ -120,7 +120,7 @@ class Measurements:
             directory.store.write("curves.png", curves)
 
     def _record(self, found: Mapping[str, float], timed: str, began: float) -> None:
-        """Record figures with the time that they took, and tell plugins."""
+        """Record figures with the time that they took, and notify plugins."""
         seconds = time.perf_counter() - began
         self.recorder.directory.declare(self.monitor.figures)
         self.recorder.figures({**found, timed: round(seconds, 4)})

@@ -1,4 +1,4 @@
-"""Who is told what happens in a run: plugins and trackers, none of which can stop it."""
+"""Notify plugins and trackers of what happens in a run; none of them can stop it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from e2ediff.train.progress import Progress
 
 @attrs.frozen(eq=False)
 class RunView:
-    """What observers see of a run: nothing they could change it by."""
+    """A read-only view of a run for observers."""
 
     recipe: Recipe
     directory: str
@@ -28,13 +28,13 @@ class RunView:
 def notify(
     host: Host, view: RunView, progress: Progress, hook: str, values: Mapping[str, object]
 ) -> None:
-    """Call a hook; what an observer raises stops neither the run nor the other observers."""
+    """Call a hook; an exception in one observer stops neither the run nor other observers."""
     for plugin, error in host.observe(hook, run=view, **values):
         progress.say(f"plugin {plugin!r}: {hook} failed: {type(error).__name__}: {error}")
 
 
 class Trackers:
-    """All trackers of a run as one."""
+    """Sends figures and pictures to all trackers of a run."""
 
     def __init__(
         self, configs: Sequence[TrackerConfig], directory: RunDirectory, progress: Progress
@@ -45,7 +45,7 @@ class Trackers:
         self.trackers: list[Tracker] = []
 
     def open(self) -> None:
-        """Open every tracker; one that is not installed is an error of the user's."""
+        """Open every tracker; one that is not installed raises an error for the user."""
         path = self.directory.store.local_path() or self.directory.path
         for config in self.configs:
             try:
@@ -72,14 +72,14 @@ class Trackers:
         self.directory.event("tracker_off", tracker=name, error=str(error))
 
     def log(self, images: int, values: Mapping[str, float]) -> None:
-        """Figures to all."""
+        """Send figures to all trackers."""
         self._each(lambda tracker: tracker.log(images, values))
 
     def picture(self, images: int, name: str, x: Tensor) -> None:
-        """A picture to all."""
+        """Send a picture to all trackers."""
         self._each(lambda tracker: tracker.picture(images, name, x))
 
     def close(self) -> None:
-        """Close all."""
+        """Close all trackers."""
         self._each(lambda tracker: tracker.close())
         self.trackers.clear()

@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors and JSON, and back, bit for bit."""
+"""Convert an optimizer's state to named tensors and JSON, and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from e2ediff.errors import CheckpointError
 from e2ediff.store.manifest import plain
 from e2ediff.store.storage import JSON
 
-# Which kernels step the optimizer is a matter of the machine at hand, not of the state.
+# The choice of kernels belongs to the machine, not to the state.
 _KERNELS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
 
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
 ) -> tuple[dict[str, Tensor], dict[str, JSON]]:
-    """An optimizer's state as tensors `{parameter name}.{key}`, and the rest as JSON.
+    """Return an optimizer's state as tensors `{parameter name}.{key}`, and the rest as JSON.
 
     Raises:
         CheckpointError: a value is neither a tensor nor JSON, or two tensors get one name.
@@ -60,7 +60,7 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
-    """Put back what `flatten_optimizer` gave, bit for bit; on an error nothing changes.
+    """Restore what `flatten_optimizer` returned, bit for bit; on an error nothing changes.
 
     Unlike torch's `load_state_dict` nothing is cast to the parameter's dtype. Options that
     only choose kernels (`fused`, `foreach`, ...) stay those of this optimizer.
@@ -112,10 +112,10 @@ def _state_of(
     for key, where in saved["tensors"].items():
         value = tensors[where].detach()
         host = key in saved["away"]
-        if key == "step" and not value.dim():  # torch's rule, whatever device it was saved on
+        if key == "step" and not value.dim():  # as in torch, whatever device it was saved on
             host = not (group.get("fused") or group.get("capturable"))
         device = torch.device("cpu") if host else p.device
-        # Fused kernels walk memory in order, so the strides must be the parameter's.
+        # Fused kernels read memory in order, so strides must match the parameter's.
         like = p.detach() if value.shape == p.shape else value
         if is_split(like):
             state[key] = split_as(value, like)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a live line on a terminal, plain lines elsewhere."""
+"""Show progress: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.stream.isatty():
-            # Imported here: it takes a quarter of a second and serves terminals only.
+            # Imported here: it takes a quarter of a second, and only terminals need it.
             from rich.console import Console
             from rich.live import Live
 
@@ -53,7 +53,7 @@ class Progress:
 
             text, console = Text(line), self._live.console
             self._rows = len(text.wrap(console, console.width))
-            self._live.update(text)  # wrapped: a narrow terminal loses nothing
+            self._live.update(text)  # wrapped, so that a narrow terminal shows all of it
             self._pending = line
         elif now - self._last >= self.plain_seconds:
             print(line, file=self.stream, flush=True)
@@ -62,14 +62,14 @@ class Progress:
             self._pending = line
 
     def interject(self, line: str) -> None:
-        """Write a line that stays, at once; also a signal handler may call it."""
-        # The live line is drawn again over as many rows as it has, from the last one upwards.
+        """Write a permanent line at once; may be called from a signal handler."""
+        # The live line is redrawn over its rows, from the last one upwards.
         live = self._live is not None
         text = "\r\x1b[2K" + line + "\n" * (self._rows + 1) if live else f"{line}\n"
         write_now(self.stream, text)
 
     def say(self, line: str) -> None:
-        """Write a line that stays."""
+        """Write a permanent line."""
         if self._live is not None:
             self._live.console.print(line, markup=False, soft_wrap=True)
         else:
@@ -77,7 +77,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 2h05m, 3m20s or 12s."""
+    """Format seconds as 2h05m, 3m20s or 12s."""
     s = round(seconds)
     if s >= 3600:
         return f"{s // 3600}h{s % 3600 // 60:02d}m"
@@ -87,7 +87,7 @@ def duration(seconds: float) -> str:
 def training_line(
     step: int, steps: int, rate: float, batch: int, losses: Mapping[str, float], health: str
 ) -> str:
-    """One line on a run's progress: step, images/s, time left, health of the latents, losses."""
+    """Format a run's progress on one line: step, images/s, time left, latent health, losses."""
     left = duration((steps - step) * batch / rate) if rate > 0 else "?"
     shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
     return f"step {step}/{steps}  {rate:.0f} img/s  left {left}  {health}  {shown}"

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it trains: figures, events, pictures and its status."""
+"""Record what a run produces while it trains: figures, events, pictures and its status."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from e2ediff.train.progress import Progress
 
 @attrs.define
 class Position:
-    """Where a run stands: optimizer steps taken, and training images seen in them."""
+    """Position in a run: optimizer steps taken, and training images seen."""
 
     step: int = 0
     images: int = 0
@@ -29,9 +29,9 @@ class Position:
 
 @attrs.define(eq=False)
 class Recorder:
-    """Writes a run's records, shows them on its progress, and tells trackers and plugins.
+    """Writes a run's records, shows progress, and notifies trackers and plugins.
 
-    Trackers and plugins are told by the first process alone, so that it happens once.
+    Only the first process notifies trackers and plugins, so that it happens once.
     """
 
     host: Host
@@ -63,7 +63,7 @@ class Recorder:
         self.directory.event(kind, **{"step": at.step, "images": at.images, **fields})
 
     def report(self, kind: str, text: str, **fields: JSON) -> None:
-        """Add an event, and show its text."""
+        """Add an event, and show its text to the user."""
         self.event(kind, text=text, **fields)
         self.progress.say(f"step {self.position.step}: {text}")
 
@@ -86,7 +86,7 @@ class Recorder:
     def status(
         self, state: State, collapsed: str, code: int | None = None, reason: str = ""
     ) -> None:
-        """Replace `status.json` by how the run stands now."""
+        """Replace `status.json` by the current status."""
         self.directory.set_status(
             state,
             images=self.position.images,
@@ -98,7 +98,7 @@ class Recorder:
         )
 
     def diverged(self, what: str) -> DivergedError:
-        """The error for figures or weights that are not finite, with the way back."""
+        """Return the error for figures or weights that are not finite, with advice."""
         return DivergedError(
             f"step {self.position.step}: {what} The last good checkpoint is "
             f"{self.last_checkpoint or 'none yet'}. Lower the learning rate (optimizer.lr), or "

@@ -1,4 +1,4 @@
-"""Checkpoints and snapshots of a run: written, restored, and returned to after a collapse."""
+"""Write and restore checkpoints and snapshots of a run, and roll back after a collapse."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from e2ediff.train.snapshot import put_back, snapshots, take, take_snapshot
 
 @attrs.define(eq=False)
 class Saver:
-    """Writes a run's state to its directory, and brings it back.
+    """Writes a run's state to its directory, and restores it.
 
-    `calibration` (M, C, H, W) are the training images of which statistics are taken, and `data`
-    is what a checkpoint says of the data.
+    `calibration` (M, C, H, W) are the training images from which statistics are taken, and `data`
+    is the description of the data that checkpoints carry.
     """
 
     recipe: Recipe
@@ -37,11 +37,11 @@ class Saver:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the newest checkpoint is of where the run stands."""
+        """Return whether the newest checkpoint holds the current position."""
         return self._saved_at == self.recorder.position.images
 
     def save(self) -> None:
-        """Write a checkpoint; the statistics of every set of weights are those weights' own."""
+        """Write a checkpoint, with norm statistics calibrated for every set of weights."""
         at, watch, recorder = self.recorder.position, self.watch, self.recorder
         with self.recorder.clock.paused():
             regular = at.step % self.recipe.cadence.checkpoint == 0 or watch.anchor is None
@@ -70,7 +70,7 @@ class Saver:
             recorder.notify("checkpoint_saved", path=recorder.last_checkpoint)
 
     def snapshot(self) -> None:
-        """Store the averages that other widths are reconstructed from."""
+        """Store the averages from which other widths are reconstructed."""
         post_hoc, at, recorder = self.recipe.post_hoc, self.recorder.position, self.recorder
         assert post_hoc is not None
         with self.recorder.clock.paused():
@@ -99,14 +99,14 @@ class Saver:
         self.rewind(at.images)
 
     def rewind(self, images: int) -> None:
-        """Drop figures and snapshots of more images than these: they will be made anew."""
+        """Drop figures and snapshots after this many images, as they will be recomputed."""
         self.recorder.directory.rewind(images)
         if self.recipe.post_hoc and self.recorder.world.is_leader:
             store = snapshots(self.recorder.directory.store)
             drop_after(store, images, self.recorder.progress.say)
 
     def go_back(self) -> None:
-        """Return to the checkpoint from before the first sign, and draw otherwise from there.
+        """Roll back to the checkpoint before the first sign of collapse, and draw other noise.
 
         Raises:
             CheckpointError: It is damaged or was removed.
@@ -114,7 +114,7 @@ class Saver:
         directory, at = self.recorder.directory, self.recorder.position
         step, images, attempt = at.step, at.images, self.watch.attempt + 1
         anchor = checkpoint_at(directory.store, self.watch.anchor or 0)
-        # The run has no option for another one, and goes on from the newest.
+        # A run cannot choose a checkpoint: it can only continue from the newest one.
         found = open_checkpoint(directory.store, anchor, use="continue with --resume")
         kept = directory.set_aside(found.images, found.step)
         self.restore(found)
@@ -127,5 +127,5 @@ class Saver:
             f"return {attempt} of at most {self.recipe.alarm.attempts}. What was recorded since "
             f"is kept in {directory.store.where(kept)}"
         )
-        # At once, so that a crash does not undo it; later checkpoints are set aside.
+        # Save at once, so that a crash does not undo the rollback; later ones are set aside.
         self.save()

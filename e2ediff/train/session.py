@@ -1,4 +1,4 @@
-"""A run from a person's point of view: start or resume, train, say how it ended."""
+"""Train from a recipe as a user asks: start or resume, train, and report the outcome."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ from e2ediff.train.engine import Engine
 from e2ediff.train.progress import Progress
 
 _STATES: dict[int, State] = {75: "preempted", 130: "interrupted"}
-_GRACE = 5.0  # seconds in which one request to stop may reach a process twice
+_GRACE = 5.0  # seconds in which the same request to stop may reach a process twice
 
 
 @attrs.frozen
 class Outcome:
-    """Where a run lies and how it ended; `exit_code` is 0 when it is done.
+    """Address of a run and how it ended; `exit_code` is 0 when it is done.
 
-    `collapsed` says since when its latents are collapsed, "" if they are not, and `advice` what
-    may be tried then, as an assignment for `--set`, "" where nothing is known.
+    `collapsed` says since when its latents are collapsed, "" if they are not; `advice` is a remedy
+    to try, as an assignment for `--set`, "" if none is known.
     """
 
     path: str
@@ -76,21 +76,21 @@ def train(
     stop: Stop | None = None,
     choose_threads: bool = False,
 ) -> Outcome:
-    """Train by a recipe, from the start or from a run's last checkpoint.
+    """Train from a recipe, from the start or from a run's last checkpoint.
 
     Args:
-        host: What knows the parts.
+        host: Knows the parts.
         recipe_path: Path or URL of a recipe.
-        overrides: Assignments as given to `--set`.
+        overrides: Assignments, as for `--set`.
         out: The run's directory; by default `runs/<name>`, or with `resume` or `restart` the
-            newest such.
+            newest of that name.
         resume: Continue the run in that directory.
-        restart: Begin again in that directory; what is there moves to its `attempts/`.
+        restart: Start again in that directory; its content moves to `attempts/`.
         progress: Where to show progress; by default stderr.
-        world: The processes that train together; by default this one alone. All of them call
+        world: The processes that train together; by default only this one. All of them call
             this with the same arguments; the first one writes.
-        stop: What takes signals, in its `with`; by default one of its own.
-        choose_threads: Take one CPU thread or all, whichever is faster by timing; by default
+        stop: Receives signals, inside its `with`; by default a new one.
+        choose_threads: Use one CPU thread or all, whichever timing finds faster; by default
             torch's number stays.
 
     Raises:
@@ -107,26 +107,26 @@ def train(
                 host, recipe_path, overrides, out, resume=resume, restart=restart,
                 progress=progress, world=world, stop=stop, choose_threads=choose_threads,
             )  # fmt: skip
-    if world.size > 1:  # they must agree to leave
+    if world.size > 1:  # processes must agree before leaving
         stop.grace, stop.quiet = _GRACE, not world.is_leader
         stop.defer()
     stop.write = progress.interject
-    if resume and out and is_run(out):  # else the recipe's part would only be unknown
+    if resume and out and is_run(out):  # a missing plugin would be reported as an unknown part
         refuse_other_plugin_files(host, RunDirectory.open(out))
     recipe = load_recipe(host, recipe_path, overrides)
     check_fits(recipe, recipe_path)
     check_shares(recipe, world, recipe_path)
     device = choose_device(recipe.device, world.local if world.size > 1 else None)
     check_precision(recipe.precision, device)
-    # Data first: nothing is created for a run that cannot start.
+    # Open the data first: create nothing for a run that cannot start.
     training = open_source(recipe.data)
     check_enough(training, recipe.batch)
-    # Without a held-out set both are the same images; listing a large folder twice takes minutes.
+    # Without a held-out set reuse the training images: listing a large folder takes minutes.
     held_out = training
     if recipe.data.has_held_out:
         held_out = open_source(recipe.data, held_out=True)
     sources = (training, held_out)
-    # Nor for one in which another process cannot, or that was asked to stop meanwhile.
+    # Barrier: create nothing unless every process opened its data and none was stopped.
     if asked := world.highest(stop.signal or 0):
         raise Stopped(asked, BEFORE)
 
@@ -180,7 +180,7 @@ def train(
 
 
 def _in_words(host: Host, error: BaseException) -> BaseException:
-    """What the machine refuses outside of a training step, or a plugin did, as a user's error."""
+    """Turn failures of the machine or of a plugin outside a training step into user errors."""
     if isinstance(error, LostReaderError):
         return ResourceError(f"{error}. What was saved is intact: continue with --resume")
     if not isinstance(error, torch.OutOfMemoryError):
@@ -199,7 +199,7 @@ def _in_words(host: Host, error: BaseException) -> BaseException:
 
 
 class _Nowhere(io.StringIO):
-    """Where the progress of all processes but the first goes."""
+    """Discards the progress of all processes but the first."""
 
     def write(self, text: str) -> int:
         return len(text)
@@ -212,7 +212,7 @@ def _continued(
     place: Address | None,
     sources: tuple[DataSource, DataSource],
 ) -> RunDirectory:
-    """The directory of a run to go on with, locked."""
+    """Open and lock the directory of a run to resume."""
     if place is None:
         raise RunDirectoryError(
             f"--resume: no run of '{recipe.name}' to continue; start one without --resume, or "
@@ -244,7 +244,7 @@ def _new(
     *,
     restart: bool,
 ) -> RunDirectory:
-    """A new run's directory, locked."""
+    """Create and lock a new run's directory."""
     with addresses.open_file(recipe_path, typed=True) as file:
         text = file.read().decode()
     environment = describe_environment(
@@ -261,7 +261,7 @@ def _new(
 
 
 def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> None:
-    """Continue from the newest whole checkpoint; a run that has none begins again."""
+    """Continue from the newest intact checkpoint; a run without one starts again."""
 
     def newest() -> str:
         if not finished_checkpoints(directory.store):
@@ -278,7 +278,7 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
 
     name = engine.world.on_leader(newest)
     if name:
-        # `newest` verified it; its files are hashed again as they are read.
+        # It was verified when opened; its files are hashed again as they are read.
         engine.saver.restore(open_checkpoint(directory.store, name, verify=False))
         progress.say(f"resumed {directory.path} at step {engine.position.step}")
     else:
@@ -287,7 +287,7 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
 
 
 def _keep_figures(directory: RunDirectory, found: Checkpoint, progress: Progress) -> None:
-    """Where a later checkpoint is gone, keep what the run recorded after this one, and say so."""
+    """Keep what the run recorded after this checkpoint if a later one is lost, and report it."""
     lost = newest_saved(directory)
     if images_of(lost) <= found.images:
         return
@@ -301,7 +301,7 @@ def _keep_figures(directory: RunDirectory, found: Checkpoint, progress: Progress
 
 
 def _greet(progress: Progress, engine: Engine) -> None:
-    """Say where the run goes, on what, and by which kernels."""
+    """Report the run's directory, device and kernels."""
     nets = engine.parts.nets
     parameters = sum(p.numel() for net in (nets.online, nets.heads) for p in net.parameters())
     progress.say(
@@ -317,7 +317,7 @@ def _greet(progress: Progress, engine: Engine) -> None:
 
 
 def _place(engine: Engine) -> str:
-    """The device, and of several processes their number and how they share the work."""
+    """Describe the device and, for several processes, their number and how they share the work."""
     size = engine.world.size
     if size == 1:
         return str(engine.device)
@@ -325,7 +325,7 @@ def _place(engine: Engine) -> str:
 
 
 def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
-    """Record how a run ended that did not fail."""
+    """Record the end of a run that did not fail."""
     if engine.position.step >= engine.recipe.total_steps:
         state: State = "done"
         code, reason = 0, "all steps done"
@@ -343,12 +343,12 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
 
 
 def _advice(engine: Engine) -> str:
-    """Where every loss reaches the encoder, an objective that keeps one from it and would fit."""
+    """If every loss reaches the encoder, advise a compatible objective that detaches one."""
     recipe = engine.recipe
     if _spares_encoder(recipe.objective):
         return ""
     for part in engine.host.parts("objectives"):
-        # One may lack an option that must be given; no plugin's fault ends a run that is done.
+        # A part may need an option, and a plugin may fail: neither may end a finished run.
         with contextlib.suppress(Exception):
             objective = part.cls()
             if _spares_encoder(objective) and not problems(
@@ -365,7 +365,7 @@ def _spares_encoder(objective: Objective) -> bool:
 def _set_status(
     directory: RunDirectory, engine: Engine | None, state: State, code: int, reason: str
 ) -> None:
-    """Record how a run ended; one that had not got to training stands where it stood before."""
+    """Record how a run ended; without training its previous position stays."""
     if engine:
         engine.set_status(state, code, reason)
         return

@@ -1,4 +1,4 @@
-"""What a checkpoint or a snapshot of averages holds of an assembly, taken and put back."""
+"""Collect and restore the content of a checkpoint or of a snapshot of averages."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 @attrs.frozen(eq=False)
 class Snapshot:
-    """Tensors by file, and the rest as JSON; its `latent` goes into the manifest."""
+    """Tensors by file, and the rest as JSON; `latent` is stored in the manifest."""
 
     files: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, JSON]
 
 
 def take(parts: Assembly, calibration: Tensor, *, keep: bool = True) -> Snapshot:
-    """The weights, averages and optimizers as they are, whole where they are split.
+    """Collect the current weights, averages and optimizers, with split tensors gathered.
 
-    The statistics of every set of weights are made those weights' own, from training images
-    `calibration` (M, C, H, W).
-    All processes of a run take it together; those that do not `keep` it get no tensors.
+    Norm statistics are calibrated for every set of weights, from training images `calibration`
+    (M, C, H, W).
+    A collective call; processes without `keep` get no tensors.
     """
     nets = parts.nets
     with parts.parallel.whole():
@@ -57,7 +57,7 @@ def take(parts: Assembly, calibration: Tensor, *, keep: bool = True) -> Snapshot
 def tensors_of(
     parts: Assembly,
 ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, JSON]]:
-    """All tensors of a checkpoint, by file, and what else the optimizers hold, by phase."""
+    """Return all tensors of a checkpoint, by file, and other optimizer state, by phase."""
     nets, names = parts.nets, _names(parts)
     held: dict[str, Mapping[str, Tensor]] = {"online": nets.online.state_dict()}
     if len(nets.heads):
@@ -71,14 +71,14 @@ def tensors_of(
 
 @torch.no_grad()
 def _contract(net: Backbone, images: Tensor) -> dict[str, JSON]:
-    """What the latents of these weights mean; images (M, C, H, W) tell their scale."""
-    free = net.latent.norm == "none"  # nothing but a measurement knows the scale then
+    """Return the latent contract of these weights; images (M, C, H, W) give the scale."""
+    free = net.latent.norm == "none"  # the scale can only be measured then
     scale = float(net.encode(images[:256]).std()) if free else 1.0
     return {key: plain(value, key) for key, value in net.contract(scale).as_json().items()}
 
 
 def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors; what had to be gathered waits in the CPU's memory, one after another."""
+    """Return full tensors; gathered ones are moved to the CPU, one at a time."""
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
@@ -88,7 +88,7 @@ def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]
 
 
 def put_back(parts: Assembly, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Give an assembly the weights, averages and optimizers of a checkpoint.
+    """Load the weights, averages and optimizers of a checkpoint into an assembly.
 
     Raises:
         CheckpointError: Its tensors do not fit the recipe.
@@ -116,16 +116,16 @@ def _names(parts: Assembly) -> dict[nn.Parameter, str]:
 
 
 def snapshots(store: Store) -> Store:
-    """Where a run keeps them."""
+    """Return the store of a run's snapshots."""
     return Store(store.where("post_hoc"))
 
 
 def take_snapshot(
     parts: Assembly, recipe: Recipe, *, keep: bool = True
 ) -> dict[str, dict[str, Tensor]]:
-    """Parameters of the averages of `post_hoc`, by average, whole where they are split.
+    """Collect the parameters of the averages of `post_hoc`, with split tensors gathered.
 
-    All processes of a run take it together; those that do not `keep` it get no tensors.
+    A collective call; processes without `keep` get no tensors.
     """
     assert recipe.post_hoc is not None
     found: dict[str, dict[str, Tensor]] = {}
