@@ -1,1 +1,1 @@
-"""What is looked at while a run trains: diagnostics, scores, previews, and the alarm."""
+"""Observe a run while it trains: diagnostics, scores, previews, and the alarm."""

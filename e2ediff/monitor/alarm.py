@@ -1,4 +1,4 @@
-"""The alarm: when signs of collapse count, and what follows.
+"""The alarm: decide when signs of collapse count, and what follows.
 
 A pure state machine over figures: it touches neither networks nor files, so that a run's
 alarms can be replayed from its `metrics.jsonl`.
@@ -24,8 +24,8 @@ def alarm_blind_spot(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
     Returns "" if it can.
 
     Args:
-        recipe: With its alarm, and how often diagnostics are measured.
-        diagnostics: Those that the run measures.
+        recipe: Has the alarm and the cadence of diagnoses.
+        diagnostics: The diagnostics that the run measures.
     """
     judged = any(type(d).verdict is not Diagnostic.verdict for d in diagnostics)
     if not judged and not any(figure.alarm for figure in declared(diagnostics)):
@@ -44,20 +44,20 @@ def alarm_blind_spot(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
 
 
 def diagnosis_steps(recipe: Recipe) -> set[int]:
-    """The steps after which diagnostics are measured; they also are before the first step."""
+    """Return the steps after which diagnostics are measured, besides before the first."""
     each = recipe.cadence.diagnose
     return {*range(each, recipe.total_steps + 1, each), *survey_steps(recipe)}
 
 
 def survey_steps(recipe: Recipe) -> set[int]:
-    """The steps after which all diagnostics are measured, the costly ones too."""
+    """Return the steps after which all diagnostics are measured, including costly ones."""
     each = recipe.cadence.survey_every
     return {*range(each, recipe.total_steps + 1, each), recipe.total_steps}
 
 
 @attrs.frozen
 class Finding:
-    """What one diagnosis means: signs in words, and whether the alarm went on or off by it."""
+    """Result of one diagnosis: signs in words, and whether it turned the alarm on or off."""
 
     signs: Sequence[str]
     change: Literal["", "collapse", "recovered"]
@@ -65,14 +65,14 @@ class Finding:
 
 @attrs.define
 class Watch:
-    """What the alarm remembers of a run.
+    """State of the alarm of a run.
 
-    `figures` is what the diagnostics declare of their figures.
-    `streak` counts diagnoses in a row with signs, `on` is whether the latents count as
-    collapsed, `since` the step at which they began to, `best` has the largest figures so far,
-    `mute` and `still` say of the newest logged step that every loss or the gradient was next to
-    nothing, `attempt` counts returns to a checkpoint, and `anchor` is the images count of the
-    checkpoint to return to.
+    `figures` are the declarations of the diagnostics.
+    `streak` counts consecutive diagnoses with signs, `on` is whether the latents count as
+    collapsed, `since` the step at which that began, `best` has the largest figures so far, `mute`
+    and `still` say whether every loss, or the gradient, was next to zero at the newest logged
+    step, `attempt` counts rollbacks, and `anchor` is the number of images of the checkpoint to
+    roll back to.
     """
 
     alarm: Alarm
@@ -87,7 +87,7 @@ class Watch:
     anchor: int | None = None
 
     def record(self, values: Mapping[str, float]) -> None:
-        """Note the losses and gradient norm of a logged step."""
+        """Record the losses and gradient norm of a logged step."""
         losses = [abs(v) for k, v in values.items() if k.startswith("loss/")]
         self.mute = bool(losses) and max(losses) < self.alarm.silence
         self.still = values.get("grad_norm", 1.0) < self.alarm.silence
@@ -95,12 +95,12 @@ class Watch:
     def evaluate(
         self, figures: Mapping[str, float], verdict: Sequence[str], step: int = 0
     ) -> Finding:
-        """Judge the figures of a diagnosis.
+        """Evaluate the figures of a diagnosis.
 
         Args:
-            figures: Those of all diagnostics.
-            verdict: Signs of collapse that the diagnostics themselves found in them.
-            step: The step that was taken last.
+            figures: The figures of all diagnostics.
+            verdict: Signs of collapse that the diagnostics found in them.
+            step: The last step taken.
         """
         signs = [*verdict, *self._falls(figures)]
         complete = self.mute or (bool(signs) and (self.still or self._is_dead(figures)))
@@ -118,7 +118,7 @@ class Watch:
         return Finding(signs, "")
 
     def _falls(self, figures: Mapping[str, float]) -> list[str]:
-        """Signs against the run's own past; raises the marks that figures are held against."""
+        """Return signs relative to the run's past, and update the largest figures so far."""
         found = []
         for name, value in figures.items():
             figure = find(name, self.figures)
@@ -130,7 +130,7 @@ class Watch:
         return found
 
     def _is_dead(self, figures: Mapping[str, float]) -> bool:
-        """Whether a figure is beyond a bound of its own, where nothing is left to wait for."""
+        """Return whether a figure is beyond its own bound, where waiting is pointless."""
         for name, value in figures.items():
             figure = find(name, self.figures)
             if figure is not None and (
@@ -142,23 +142,23 @@ class Watch:
 
     @property
     def clean(self) -> bool:
-        """Whether a checkpoint of this moment is worth returning to."""
+        """Return whether a checkpoint of this moment is worth rolling back to."""
         return self.streak == 0
 
     @property
     def may_return(self) -> bool:
-        """Whether the run may go back to its anchor once more."""
+        """Return whether the run may roll back to its anchor once more."""
         within = self.attempt < self.alarm.attempts
         return self.alarm.policy == "rollback" and within and self.anchor is not None
 
     @property
     def collapsed(self) -> str:
-        """That the latents have collapsed, and since when, in words; "" if they have not."""
+        """Say since when the latents are collapsed; "" if they are not."""
         since = "" if self.since is None else f" since step {self.since}"
         return f"the latents have been collapsed{since}" if self.on else ""
 
     def advice(self) -> str:
-        """What to do about an alarm that ends the run."""
+        """Return advice for an alarm that ends the run."""
         tried = ""
         if self.attempt:
             times = {1: "once", 2: "twice"}.get(self.attempt, f"{self.attempt} times")
@@ -169,11 +169,11 @@ class Watch:
         )
 
     def state(self) -> dict[str, JSON]:
-        """All but the options and what the figures are, for a checkpoint."""
+        """Return the state for a checkpoint: all but options and declarations."""
         state = attrs.asdict(self, filter=attrs.filters.exclude("alarm", "figures"))
         return dict(state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave."""
+        """Restore what `state` returned."""
         for name, value in state.items():
             setattr(self, name, dict(value) if isinstance(value, dict) else value)

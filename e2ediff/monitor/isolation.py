@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Isolated:
     """Calls parts; one that raises is not called again in this run.
 
-    `failed` has the failures that were not reported yet, as (event, message) pairs; the event is
+    `failed` has the failures not yet reported, as (event, message) pairs; the event is
     `diagnostic_off` or `metric_off`.
     """
 
@@ -30,16 +30,16 @@ class Isolated:
     _off: list[object] = attrs.field(factory=list)
 
     def call(self, kind: str, part: object, work: Callable[[], T], otherwise: T) -> T:
-        """What `work` returns; `otherwise` if it fails, or if the part has failed before.
+        """Return what `work` returns; `otherwise` if it fails, or if the part has failed before.
 
         Args:
             kind: What the part is, such as `diagnostic`.
             part: The part, or its class.
             work: Calls it.
-            otherwise: Stands in for its answer.
+            otherwise: The default result.
 
         Raises:
-            torch.OutOfMemoryError: Memory is nobody's bug, and the caller knows what to lower.
+            torch.OutOfMemoryError: Not a fault of the part; the caller advises what to lower.
         """
         if any(part is other for other in self._off):
             return otherwise
@@ -59,14 +59,14 @@ class Isolated:
             return otherwise
 
     def drain(self) -> list[tuple[str, str]]:
-        """The failures since the last call, as (event, message) pairs."""
+        """Return and clear the failures since the last call, as (event, message) pairs."""
         found = [*self.failed]
         self.failed.clear()
         return found
 
 
 def declared(diagnostics: Sequence[Diagnostic], isolated: Isolated | None = None) -> list[Figure]:
-    """What diagnostics declare of their figures; one that fails to is left out."""
+    """Collect the figure declarations of diagnostics; one that fails is left out."""
     isolated = isolated or Isolated()
     found: list[Figure] = []
     for diagnostic in diagnostics:
@@ -82,9 +82,9 @@ def _figures(diagnostic: Diagnostic) -> Sequence[Figure]:
 
 
 def numbers(figures: Mapping[str, float]) -> dict[str, float]:
-    """A stranger's figures, as what can be written and plotted.
+    """Convert figures of third-party code to floats that can be written and plotted.
 
     Raises:
-        TypeError, ValueError: They are no mapping of names to numbers.
+        TypeError, ValueError: They are not a mapping of names to numbers.
     """
     return {str(k): v if isinstance(v, int | float) else float(v) for k, v in figures.items()}

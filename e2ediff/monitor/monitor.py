@@ -1,4 +1,4 @@
-"""Diagnostics, previews and scores of a run: when they are due, and of which weights.
+"""Schedule and measure diagnostics, previews and scores of a run, with the right weights.
 
 Shapes: B images, C H W image.
 """
@@ -39,7 +39,7 @@ class Preview:
 
 @attrs.frozen(eq=False)
 class Monitor:
-    """Measures a run's networks as they are; all processes do so together."""
+    """Measures a run's current networks; all processes take part."""
 
     recipe: Recipe
     parts: Assembly
@@ -70,31 +70,31 @@ class Monitor:
         return cls(recipe, parts, world, observer, scorer)
 
     def due(self, step: int) -> bool:
-        """Whether diagnostics are due after this step."""
+        """Return whether diagnostics are due after this step."""
         return step % self.recipe.cadence.diagnose == 0 or self._survey_due(step)
 
     def preview_due(self, step: int) -> bool:
-        """Whether a preview is due after this step."""
+        """Return whether a preview is due after this step."""
         return step % self.recipe.cadence.preview == 0 or step == self.recipe.total_steps
 
     def scores_due(self, step: int) -> bool:
-        """Whether scores are due after this step."""
+        """Return whether scores are due after this step."""
         return self.scorer is not None and self.scorer.due(step)
 
     def _survey_due(self, step: int) -> bool:
-        """Whether all diagnostics are due: at the first and last step, and by the cadence."""
+        """Return whether a survey is due: at the first and last step, and by the cadence."""
         every = self.recipe.cadence.survey_every
         return step % every == 0 or step == self.recipe.total_steps
 
     def diagnose(self, step: int, phases: Sequence[str]) -> dict[str, float]:
-        """The figures that are due at this step, the same in all processes.
+        """Measure the figures due at this step; return the same ones in all processes.
 
         Args:
-            step: The step that was taken last.
+            step: The last step taken.
             phases: Phases of the objective whose losses' gradients are measured.
 
         Raises:
-            DivergedError: What the networks make of the probe is not finite.
+            DivergedError: Outputs of the networks on the probe are not finite.
         """
         with self._whole():
             found = self.observer.measure(
@@ -103,12 +103,12 @@ class Monitor:
                 survey=self._survey_due(step),
                 progress=step / self.recipe.total_steps,
             )
-        # Every process must measure, since split weights are gathered together; the first one's
-        # values are used.
+        # Every process must measure, since gathering split weights is a collective; the values of
+        # the first process are used.
         return self.world.share(found)
 
     def preview(self) -> Preview:
-        """Samples with fixed noise, and probe images with their reconstructions."""
+        """Make samples with fixed noise, and reconstructions of probe images."""
         net = self._shown()
         with self._whole():
             x, condition = self.observer.samples(net)
@@ -116,7 +116,7 @@ class Monitor:
         return Preview(x, condition, pairs, len(condition) // self.recipe.preview.rows)
 
     def score(self) -> dict[str, float]:
-        """The recipe's `scores`, of the weights that previews show; none if it asks for none."""
+        """Measure the recipe's `scores` on the weights of previews; empty without `scores`."""
         if self.scorer is None:
             return {}
         with self._whole(), in_use(self._shown(), self.observer.calibration) as ready:
@@ -125,15 +125,15 @@ class Monitor:
 
     @property
     def figures(self) -> list[Figure]:
-        """What the figures of the diagnostics are, and those of the scores measured so far."""
+        """Return the declarations of the diagnostics, and of the scores measured so far."""
         return [*self.observer.figures, *(self.scorer.figures.values() if self.scorer else ())]
 
     def _shown(self) -> Backbone:
-        """The weights that previews and `sample` use: the first extra average, or the target."""
+        """Return the weights that previews and `sample` use: the first of `ema`, or the target."""
         return self.parts.averages[self.recipe.default_weights].net
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
-        """Whole weights, and nothing compiled for sizes that no step has."""
+        """Gather split weights, and disable compilation, which is for the sizes of a step."""
         with self.parts.parallel.whole(), uncompiled(self.recipe):
             yield

@@ -1,4 +1,4 @@
-"""Images and curves as PNG.
+"""Encode images and curves as PNG.
 
 Shapes: M images, C H W image.
 """
@@ -18,7 +18,7 @@ from e2ediff.figure import Figure, find
 
 
 def png(x: Tensor) -> bytes:
-    """PNG of one image (C, H, W) in [-1, 1], with 1 or 3 channels."""
+    """Encode one image (C, H, W) in [-1, 1], with 1 or 3 channels, as PNG."""
     pixels = to_pixels(x).permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     buffer = io.BytesIO()
@@ -27,11 +27,13 @@ def png(x: Tensor) -> bytes:
 
 
 def grid_png(x: Tensor, columns: int, enlarge: int = 0) -> bytes:
-    """PNG of images (M, C, H, W) in [-1, 1], row by row in `columns` columns.
+    """Encode images (M, C, H, W) in [-1, 1] as PNG, row by row in `columns` columns.
 
     `enlarge` repeats pixels; 0 chooses so that an image is about 64 pixels wide or larger.
     """
-    from torchvision.utils import make_grid  # imports in a second, and is not needed by `check`
+    from torchvision.utils import (
+        make_grid,  # takes a second to import, and `check` does not need it
+    )
 
     times = enlarge or max(1, round(64 / x.shape[-1]))
     x = x.cpu().clamp(-1, 1)
@@ -42,12 +44,12 @@ def grid_png(x: Tensor, columns: int, enlarge: int = 0) -> bytes:
 def curves_png(
     metrics: Sequence[Mapping[str, float]], title: str, declared: Sequence[Figure]
 ) -> bytes:
-    """PNG of a run's losses, and of the figures that are shown as curves, over images seen.
+    """Plot a run's losses, and the figures declared as curves, over images seen, as PNG.
 
     Args:
         metrics: Lines of `metrics.jsonl`.
-        title: Of the picture.
-        declared: What the figures are; one that is not declared has no curve.
+        title: Title of the picture.
+        declared: Declarations of the figures; an undeclared figure has no curve.
     """
     # Imported here: it takes half a second and is needed at the end of a run only.
     from matplotlib.figure import Figure as Sheet
@@ -91,7 +93,7 @@ def curves_png(
 def _curve(
     axes: Any, metrics: Sequence[Mapping[str, float]], name: str, label: str
 ) -> list[float]:
-    """Draw a figure's curve; returns its finite values."""
+    """Draw a figure's curve; return its finite values."""
     points = [(m["images"], m[name]) for m in metrics if name in m]
     if points:
         axes.plot(*zip(*points, strict=True), label=label)

@@ -1,4 +1,4 @@
-"""The fixed probe images, what diagnostics are given of them, and the preview sheet."""
+"""Measure diagnostics on fixed probe images, and make the preview sheet."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Observer:
     """Fixed images, noise and conditions on which a run is diagnosed.
 
     A diagnostic that raises is switched off, and `isolated` keeps the reason.
-    `figures` is what the diagnostics declare of their figures.
+    `figures` are the declarations of the diagnostics.
     """
 
     recipe: Recipe
@@ -58,7 +58,7 @@ class Observer:
         device: torch.device,
         isolated: Isolated | None = None,
     ) -> Observer:
-        """Read the probe from the held-out images, the calibration from the training ones."""
+        """Read probe images from the held-out set, calibration images from the training set."""
         kind, seed = recipe.data.image.conditioning, recipe.seed
         probe = fixed_images(held_out, kind, recipe.probe.images, seed, "probe", device)
         count = recipe.probe.calibration
@@ -71,22 +71,22 @@ class Observer:
     def measure(
         self, step: Step, phases: Sequence[str], *, survey: bool, progress: float = 0.0
     ) -> dict[str, float]:
-        """The diagnostics, on the target network's weights; no weight or gradient is touched.
+        """Measure diagnostics on the target network; no weight or gradient changes.
 
-        A few images also pass the online network, whose collapse a slow average shows late.
+        A few images also pass through the online network, as a slow average shows collapse late.
 
         Args:
-            step: The networks and how a training step computes with them.
+            step: The networks, and how a training step uses them.
             phases: Phases of the objective whose losses' gradients are measured.
             survey: Measure the costly diagnostics too.
-            progress: Share of training that is done.
+            progress: Completed fraction of training.
 
         Raises:
-            DivergedError: What the networks make of the probe is not finite.
+            DivergedError: Outputs of the networks on the probe are not finite.
         """
         chosen = [d for d in self.diagnostics if survey or not d.asks]
-        # Include those that are switched off, so that all processes take part in the same
-        # collective calls: in another one they may still work.
+        # Include disabled diagnostics, which other processes may still measure, so that all
+        # processes take part in the same collectives.
         asked = set(chain.from_iterable(d.asks for d in chosen))
         first = self.recipe.probe.glance
         with at_rest(step.nets.target) as net:
@@ -108,13 +108,13 @@ class Observer:
         return figures
 
     def _ask(self, diagnostic: Diagnostic, probe: Probe) -> dict[str, float]:
-        """The figures of one diagnostic; none if it fails."""
+        """Return the figures of one diagnostic; empty if it fails."""
         return self.isolated.call(
             "diagnostic", diagnostic, lambda: numbers(diagnostic.measure(probe)), {}
         )
 
     def _encoded(self, net: Backbone, count: int) -> Probe:
-        """The first `count` images and their latents."""
+        """Encode the first `count` images."""
         part, r, learned = self.probe.rows(slice(count)), self.recipe, net.latent.learned
         z, raw = own_latents(net, part.x)
         path = r.interpolant
@@ -129,7 +129,7 @@ class Observer:
         phases: Sequence[str],
         progress: float,
     ) -> dict[str, Any]:
-        """The fields of a probe that are asked for, of the images of `few`."""
+        """Compute the requested fields of a probe, for the images of `few`."""
         found: dict[str, Any] = {}
         if "x_hat" in asked:
             found["x_hat"] = net.decode(few.z)
@@ -141,7 +141,7 @@ class Observer:
         return found
 
     def _trained(self, step: Step) -> Tensor | None:
-        """Latents (O, N, D) of the first images by the trained network; None of fixed ones."""
+        """Return latents (O, N, D) of the first images by the online network; None if frozen."""
         if not step.nets.online.latent.learned:
             return None
         with at_rest(step.nets.online) as online:
@@ -150,9 +150,9 @@ class Observer:
     def gradients(
         self, step: Step, phases: Sequence[str], progress: float = 0.0
     ) -> dict[str, Tensor]:
-        """Gradient (K, N, D) of every weighted loss with respect to the online latents.
+        """Return the gradient (K, N, D) of every weighted loss at the online latents.
 
-        As in a training step, on the first probe images, with a draw that never changes.
+        Computed as in a training step, on the first probe images, with fixed randomness.
         """
         part = self.probe.rows(slice(GRADIENT_IMAGES))
         found: dict[str, Tensor] = {}
@@ -171,7 +171,7 @@ class Observer:
         return found
 
     def verdict(self, figures: Mapping[str, float]) -> list[str]:
-        """What the diagnostics make of their figures; empty for healthy latents."""
+        """Return the signs of collapse that the diagnostics find; empty for healthy latents."""
         signs: list[str] = []
         for d in self.diagnostics:
             said = partial(lambda d: [str(sign) for sign in d.verdict(figures)], d)
@@ -179,7 +179,7 @@ class Observer:
         return signs
 
     def _denoise(self, net: Backbone, z: Tensor, condition: Condition, t: float) -> Tensor:
-        """The clean estimate (P, N, D) of the probe's latents, noised to time t."""
+        """Return the clean estimate (P, N, D) of the probe's latents, noised to time t."""
         r = self.recipe
         g = generator(_CPU, r.seed, "probe-noise", round(t * 1_000_000))
         eps = torch.randn(z.shape, generator=g).to(z.device)
@@ -189,15 +189,15 @@ class Observer:
         return r.interpolant.estimate(out, z_t, times, r.predicts).x0
 
     def samples(self, net: Backbone) -> tuple[Tensor, Condition]:
-        """A sheet of samples, (rows * columns, C, H, W) in [-1, 1], with fixed noise; conditions.
+        """Sample a sheet (rows * columns, C, H, W) in [-1, 1] with fixed noise; also conditions.
 
-        A column has one condition: a class, or of another kind that of a probe image.
+        Each column has one condition: a class or, for other kinds, that of a probe image.
         """
         r, columns = self.recipe, preview_columns(self.recipe)
         each = r.data.image.conditioning.in_turn(columns, self.probe.condition)
         index = torch.arange(columns, device=each.device)
         condition = each.rows(index.repeat(r.preview.rows))
-        # Networks from elsewhere are for finished models, and may not exist yet.
+        # Guiding networks of other runs are for finished models, and may not exist yet.
         guidance = None if r.guidance is None or r.guidance.references else r.guidance
         with in_use(net, self.calibration) as ready:
             model = Model(r, ready, guidance, rows=len(condition))
@@ -205,7 +205,7 @@ class Observer:
 
     @torch.no_grad()
     def reconstructions(self, net: Backbone, count: int) -> Tensor:
-        """Probe images, each followed by its reconstruction, (2 count, C, H, W)."""
+        """Return probe images, each followed by its reconstruction, (2 count, C, H, W)."""
         x = self.probe.x[:count]
         with in_use(net, self.calibration) as ready:
             x_hat = ready.decode(ready.encode(x))
@@ -213,7 +213,7 @@ class Observer:
 
 
 def _first(net: Backbone, many: Probe, count: int) -> Probe:
-    """The first images of a probe, normalised as if they were all; the norm is left like that."""
+    """Return the first images of a probe, normalised by their own statistics, which are kept."""
     raw = many.raw[:count]
     z = normalised(net, raw) if net.latent_norm.has_statistics else many.z[:count]
     first = many.condition.rows(slice(count))
@@ -221,7 +221,7 @@ def _first(net: Backbone, many: Probe, count: int) -> Probe:
 
 
 def preview_columns(recipe: Recipe) -> int:
-    """Conditions of a preview: `preview.classes`, or all where there are fewer."""
+    """Return the number of conditions of a preview: `preview.classes`, or fewer if need be."""
     kinds = recipe.data.image.conditioning.kinds
     return recipe.preview.classes if kinds is None else max(1, min(recipe.preview.classes, kinds))
 
@@ -229,10 +229,10 @@ def preview_columns(recipe: Recipe) -> int:
 def chosen_diagnostics(
     host: Host, recipe: Recipe, isolated: Isolated | None = None
 ) -> Sequence[Diagnostic]:
-    """The recipe's diagnostics; without any, all that are registered, with their defaults.
+    """Return the recipe's diagnostics; by default all registered ones, with default options.
 
-    Those of a plugin are when the recipe requires the plugin or names a part of it.
-    One that refuses its own defaults is left out, and `isolated` keeps the reason.
+    A plugin counts if the recipe requires it or names a part of it.
+    A diagnostic that refuses its own defaults is left out, and `isolated` keeps the reason.
     """
     isolated = isolated or Isolated()
     if recipe.diagnostics is not None:
@@ -240,7 +240,7 @@ def chosen_diagnostics(
     found: list[Diagnostic] = []
     for part in host.parts("diagnostics"):
         if any(option.required for option in options(part.cls).values()):
-            continue  # a recipe must name it
+            continue  # it has required options, so a recipe must name it
         made = isolated.call("diagnostic", part.cls, part.cls, None)
         if made is not None:
             assert isinstance(made, Diagnostic)
@@ -249,7 +249,7 @@ def chosen_diagnostics(
 
 
 def figures_line(figures: Mapping[str, float], declared: Sequence[Figure]) -> str:
-    """The figures that are declared to be shown on the progress line."""
+    """Format the figures that are declared for the progress line."""
     shown = [(find(name, declared), value) for name, value in figures.items()]
     return "  ".join(
         f"{figure.short} {value:{figure.form}}"

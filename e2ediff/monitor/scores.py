@@ -1,6 +1,6 @@
-"""The recipe's `scores`: cheap distances of reconstructions and of samples while training.
+"""Measure the recipe's `scores`: cheap distances of reconstructions and samples in training.
 
-A decoder with a better reconstruction may make worse samples; both figures, side by side, say so
+A model with better reconstructions may give worse samples; the two figures side by side show that
 before a full evaluation.
 
 Shapes: M images, C H W image.
@@ -32,10 +32,10 @@ _BATCH = 64
 
 @attrs.frozen(eq=False)
 class Scorer:
-    """Fixed held-out images with their features, and the network that makes them.
+    """Fixed held-out images with their features, and the feature network.
 
     A metric that raises is switched off, and `isolated` keeps the reason.
-    `figures` has what the figures are that were measured so far, by name.
+    `figures` has the declarations of the figures measured so far, by name.
     """
 
     recipe: Recipe
@@ -82,7 +82,7 @@ class Scorer:
         return cls(recipe, settings, network, batch, real, isolated or Isolated())
 
     def due(self, step: int) -> bool:
-        """Whether a multiple of `every` images was passed in this step, or it is the last one."""
+        """Return whether this step passed a multiple of `every` images, or is the last one."""
         every, seen = self.settings.every, step * self.recipe.batch
         return seen // every > (seen - self.recipe.batch) // every or (
             step == self.recipe.total_steps
@@ -90,13 +90,13 @@ class Scorer:
 
     @torch.no_grad()
     def measure(self, net: Backbone) -> dict[str, float]:
-        """Figures of reconstructions, `rFD-...`, and of samples, `gFD-...`, by name.
+        """Measure figures of reconstructions, `rFD-...`, and of samples, `gFD-...`, by name.
 
         Args:
-            net: Weights in use: eval mode, with the norm's statistics of their own.
+            net: In eval mode, with norm statistics of its own weights.
         """
         r = self.recipe
-        # As in previews: networks from elsewhere may not exist yet.
+        # As in previews: guiding networks of other runs may not exist yet.
         guidance = None if r.guidance is None or r.guidance.references else r.guidance
         model = Model(r, net, guidance)
         x, of_images = self.held_out.x, self.held_out.condition
