@@ -1,1 +1,1 @@
-"""Processes and threads: how many there are, what they agree on, and what ends them."""
+"""Run processes and threads: their number, communication, signals and failures."""

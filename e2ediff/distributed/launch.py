@@ -1,7 +1,7 @@
-"""Starting several processes of one run, through torch's own elastic launcher.
+"""Start several processes of one run with torch's elastic launcher.
 
-The launcher's own command, `torchrun`, ends with code 1 whatever its processes end with. Here the
-first process of each machine leaves its exit code in a file, so that a batch system sees 75.
+`torchrun` exits with code 1 whatever the exit codes of its processes. Here the first process of
+each machine leaves its exit code in a file, so that a batch system sees 75.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
     """Run `python -m e2ediff WORDS` in `nproc` processes on each of `nnodes` machines.
 
     Args:
-        words: The command line, without what asks for several processes.
+        words: The command line, without the options of this function.
         nproc: Processes on this machine.
-        nnodes: Machines, on each of which this is called.
-        rendezvous: `HOST:PORT` of one of them, where all meet; one machine needs none.
+        nnodes: Number of machines; each of them calls this function.
+        rendezvous: `HOST:PORT` of one of them, to which all connect; "" for one machine.
 
     Returns:
         The exit code of the run.
@@ -52,7 +52,7 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
         min_nodes=nnodes,
         max_nodes=nnodes,
         nproc_per_node=nproc,
-        # Machines find one another by the address that they were all given.
+        # The shared address identifies the run to all machines.
         run_id=f"e2ediff-{rendezvous or uuid.uuid4().hex}",
         rdzv_backend="c10d",
         rdzv_endpoint=rendezvous or "localhost:0",
@@ -71,7 +71,7 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
         except ChildFailedError as error:
             failed = error
         except SignalException as error:
-            stopped = error.sigval  # handed on to the processes, which saved and left
+            stopped = error.sigval  # forwarded to the processes, which saved and exited
         except (RuntimeError, OSError, ValueError, TimeoutError) as error:
             what = str(error).partition("\n")[0]
             raise ResourceError(f"the processes could not be started: {what}") from error
@@ -80,7 +80,7 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
         with contextlib.suppress(OSError, ValueError):
             return int(ended.read_text())
     if failed is None:
-        raise Stopped(stopped or signal.SIGTERM, BEFORE)  # else they had said how it ended
+        raise Stopped(stopped or signal.SIGTERM, BEFORE)  # no process left an exit code
     _, first = failed.get_first_failure()
     if first.exitcode > 0:
         return int(first.exitcode)
@@ -99,13 +99,13 @@ def note_end(code: int) -> None:
 
 
 def _patience(config: type) -> dict[str, Any]:
-    """The time to save, where this torch's launcher can be told of it."""
+    """Return the shutdown timeout, if this version of the launcher has that option."""
     known = config.__dataclass_fields__  # type: ignore[attr-defined]
     return {"shutdown_timeout": PATIENCE} if "shutdown_timeout" in known else {}
 
 
 def _quiet() -> None:
-    """Silence the launcher, which tells of exit codes at length; the processes have told why."""
+    """Silence the launcher, whose long reports repeat what the processes have reported."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,6 +1,6 @@
-"""The number of CPU threads that a command was given, and how they wait.
+"""Set the number of CPU threads of a command, and how they wait.
 
-Nothing here loads torch: OpenMP reads how threads wait once, when torch is loaded.
+Nothing here loads torch, because OpenMP reads its wait policy once, when torch is loaded.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from e2ediff.errors import E2EDiffError
 
-_MOST = 1024  # more would exhaust the system before anything is computed
+_MOST = 1024  # more would exhaust the system
 _LOOKS = 5
-_APART = 0.004  # seconds between two looks: a single one sees one slice of the scheduler's time
+_APART = 0.004  # seconds between two samples: a single one sees one time slice of the scheduler
 
 
 def threads_of(asked: str) -> int | None:
-    """The number that `--threads` means; None is `auto`.
+    """Parse `--threads`; None is `auto`.
 
     Raises:
         E2EDiffError: It is neither a number nor `auto`.
@@ -31,7 +31,7 @@ def threads_of(asked: str) -> int | None:
 
 
 def prepare_threads(asked: str) -> int | None:
-    """Prepare this process for what `--threads` means; call it before torch is loaded.
+    """Prepare this process for `--threads`; call it before torch is loaded.
 
     Raises:
         E2EDiffError: It is neither a number nor `auto`.
@@ -47,7 +47,7 @@ def prepare_threads(asked: str) -> int | None:
 
 
 def all_threads() -> int:
-    """How many threads OpenMP would use here: `OMP_NUM_THREADS`, or the cores of this process."""
+    """Return how many threads OpenMP would use: `OMP_NUM_THREADS`, or the available cores."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given) > 0:
         return int(given)
@@ -55,10 +55,10 @@ def all_threads() -> int:
 
 
 def let_waiting_threads_sleep() -> None:
-    """On busy cores, have OpenMP's threads sleep while they wait.
+    """Let OpenMP's threads sleep while they wait, if cores are busy.
 
-    By default they spin, which is faster by 6 to 25 % on idle cores, and takes the cores from
-    the threads that are waited for where other processes use them as well.
+    By default they spin, which is faster by 6 to 25 % on idle cores, but on cores shared with
+    other processes takes time from the threads that are waited for.
     """
     given = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ)
     if not given and _busy():
@@ -66,12 +66,12 @@ def let_waiting_threads_sleep() -> None:
 
 
 def _cores() -> int:
-    """The cores that this process may use; 0 where the system does not say."""
+    """Return the number of cores that this process may use; 0 if unknown."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
 
 def _busy() -> bool:
-    """Whether other processes compute on cores that all of this one's threads would need."""
+    """Return whether other processes use cores that this one's threads would need."""
     free = (os.cpu_count() or 1) - _cores()
     running = []
     try:
@@ -84,5 +84,5 @@ def _busy() -> bool:
 
 
 def _running() -> int:
-    """Threads of the machine that run or could run at this moment, this one among them."""
+    """Return the number of runnable threads of the machine, including this one."""
     return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])

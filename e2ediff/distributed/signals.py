@@ -1,4 +1,4 @@
-"""Ctrl-C and termination: finish the step, save, leave; a second one leaves at once."""
+"""Handle Ctrl-C and termination: finish the step, save, exit; a second signal exits at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """The process leaves at once, because it has nothing to save or was asked a second time."""
+    """The process exits at once, because it has nothing to save or got a second signal."""
 
     def __init__(self, number: int, when: str) -> None:
         self.number = number
@@ -31,19 +31,19 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, else 75: run again with --resume."""
+        """Return 130 after Ctrl-C, else 75, which means: run again with --resume."""
         return 130 if self.number == signal.SIGINT else 75
 
 
 class Stop:
-    """Whether the process was asked to stop, and by which signal; it answers at once.
+    """Records a request to stop and its signal, and acknowledges it at once.
 
-    In `with`, signals are noted, and whoever works looks at `asked`. Before that, with `at_once`
-    and until `defer`, they end the process by `Stopped`; so does a second one at any time.
-    Signals within `grace` seconds of the first one are the same request: a launcher hands on to
-    its processes what a batch system has sent them as well.
-    `words` are the answer to the first signal, `quiet` leaves it to another process, and `write`
-    takes a line for it to stderr.
+    Inside `with`, signals are recorded, and the work checks `asked`. With `at_once` they raise
+    `Stopped` until `defer` is called; a second signal always does.
+    Signals within `grace` seconds of the first one are the same request, as the launcher may
+    forward a signal that the scheduler already delivered.
+    `words` is the answer to the first signal, `quiet` leaves it to another process, and `write`
+    writes it to stderr.
     In a fork of the process, which may be a plugin's own, signals act as they did before.
     """
 
@@ -67,22 +67,22 @@ class Stop:
 
     @property
     def asked(self) -> bool:
-        """True after the first signal."""
+        """Return whether a signal has come."""
         return self.signal is not None
 
     def defer(self) -> None:
-        """From here on note signals: there is something to finish or to save."""
+        """Record signals from now on, because there is something to finish or save."""
         self.at_once = False
 
     def note(self, number: int) -> None:
-        """Take a signal, or what another process of the run was sent, for a request to stop."""
+        """Record a signal, of this process or of another one of the run, as a request to stop."""
         self.signal, self._since = number, time.monotonic()
         if not self.quiet:
             self.write(_NOTHING if self.at_once else self.words)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Signals act as they would without this: for calls that let no Python handler run."""
+        """Restore the default handlers, for calls during which no Python handler can run."""
         self._restore()
         try:
             yield
@@ -97,7 +97,7 @@ class Stop:
         self._restore()
 
     def _install(self) -> None:
-        # Only the main thread may set handlers; elsewhere (a notebook's worker) signals stay.
+        # Only the main thread may set handlers; in other threads they are left as they are.
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
             for number in SIGNALS:
@@ -126,7 +126,7 @@ class Stop:
 
 
 def write_now(stream: TextIO, text: str) -> None:
-    """Write past a stream's buffer, which the code that a signal interrupted may be filling."""
+    """Write past a stream's buffer, which the interrupted code may be filling."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
         try:
             file = stream.fileno()
@@ -137,7 +137,7 @@ def write_now(stream: TextIO, text: str) -> None:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The exit code of a command that an error ends."""
+    """Return the exit code of a command that ends with this error."""
     if isinstance(error, E2EDiffError | Stopped):
         return error.exit_code
     return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -1,4 +1,4 @@
-"""Tensors that may be split over the processes: made whole, split alike, and clipped together."""
+"""Gather, split and clip tensors that may be split over the processes."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from torch import Tensor, nn
 
 from e2ediff.distributed.world import World
 
-if TYPE_CHECKING:  # half a second to import, for FSDP2 alone
+if TYPE_CHECKING:  # takes half a second to import, and only FSDP2 needs it
     from torch.distributed.tensor import DTensor
 
-_PIECE = 2**16  # gradients whose squares are added up in float32 on a CPU
+_PIECE = 2**16  # elements whose squares are summed in float32 on a CPU
 
 
 def is_split(value: Tensor) -> TypeGuard[DTensor]:
-    """Whether each process holds a part of this tensor."""
-    return hasattr(value, "full_tensor")  # what no other tensor has
+    """Return whether each process holds a part of this tensor."""
+    return hasattr(value, "full_tensor")  # an attribute of split tensors only
 
 
 def whole(value: Tensor) -> Tensor:
-    """The full tensor of one that may be split; all processes call it together."""
+    """Gather a tensor that may be split; a collective call."""
     return value.full_tensor() if is_split(value) else value
 
 
 def split_as(value: Tensor, like: Tensor) -> Tensor:
-    """A full tensor that every process has, split as `like` is; itself if that is not split."""
+    """Split a full tensor that every process has like `like`; return it if that is not split."""
     if not is_split(like) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
     value = value.to(like.device)
-    # Every process has read the value: nothing needs to be sent.
+    # Every process has the value, so nothing needs to be sent.
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def mine(values: Sequence[Tensor]) -> list[Tensor]:
-    """The part of each tensor that this process holds; shares its memory."""
+    """Return the part of each tensor that this process holds, sharing its memory."""
     return [v.to_local() if is_split(v) else v for v in values]
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: World) -> Tensor:
-    """Scale all gradients so that their common norm is at most `largest`; returns the norm.
+    """Scale all gradients so that their total norm is at most `largest`; return the norm.
 
     As torch's `clip_grad_norm_`, but squares are added in float64, so that the norm depends on how
     the gradients are grouped or split in its seventh digit at most.
@@ -56,23 +56,23 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: Wo
     if not with_gradient:
         return torch.zeros((), dtype=torch.float64)
     grads = mine(with_gradient)
-    computes = grads[0].device.type == "cpu" and type(grads[0]) is Tensor  # not shapes alone
+    computes = grads[0].device.type == "cpu" and type(grads[0]) is Tensor  # not fake tensors
     squares = _squares(grads) if computes else _squares_at_once(grads)
     if any(is_split(g) for g in with_gradient):
         squares = world.total(squares)
     norm = squares.sqrt()
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    # A GPU would have to be waited for.
+    # On a GPU the check would wait for the device.
     if not (computes and factor >= 1):
         torch._foreach_mul_(grads, factor.to(grads[0].dtype))
     return norm
 
 
 def _squares(gradients: Sequence[Tensor]) -> Tensor:
-    """The sum of all squares in float64, on a CPU.
+    """Sum all squares in float64, on a CPU.
 
-    Added up in float32 piece by piece: one sum over millions has four right digits there, and a
-    norm in float64 converts every number first, which takes three times as long.
+    Pieces are summed in float32 and added in float64: a float32 sum over millions of elements
+    has four correct digits, and converting all of them to float64 takes three times as long.
     """
     sums = []
     for gradient in gradients:
@@ -85,7 +85,7 @@ def _squares(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _squares_at_once(gradients: list[Tensor]) -> Tensor:
-    """The sum of all squares in float64, by one operation on a GPU."""
+    """Sum all squares in float64, with one operation on a GPU."""
     # pieces of a split gradient may be empty
     filled = [g for g in gradients if g.numel()] or gradients
     norms = torch._foreach_norm(filled, 2, dtype=torch.float64)

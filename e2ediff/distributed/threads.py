@@ -1,8 +1,8 @@
-"""How many CPU threads compute: one or all, whichever is faster where and when it runs.
+"""Choose between one CPU thread and all of them, whichever timing finds faster.
 
 The threads of an operation wait for one another at its end, and spin while they wait. On cores
-that other processes use as well, all threads can be ten times slower than one; small networks
-gain nothing from them on idle cores either. Which is faster is found by timing.
+shared with other processes all threads can be ten times slower than one, and small networks gain
+nothing from them even on idle cores.
 """
 
 from __future__ import annotations
@@ -26,27 +26,26 @@ GAIN = 1.05
 PERIOD = 600.0
 """Seconds after which the numbers are timed again, whatever the pace."""
 
-_TRIAL = 0.3  # seconds that a comparison takes, so that other processes have their turns in it
+_TRIAL = 0.3  # seconds of a comparison, enough for other processes to have their turns
 _CLEAR_AFTER = 0.1  # seconds after which a clear difference ends a comparison
 _CLEAR = 1.25  # times slower than the fastest
-_SURE = 1.1  # times slower than the fastest: less may be chance, and is timed again soon
-_REST = 20  # times what a comparison took, before which none follows
-_SOON = 40  # times what a comparison took, after which one follows that was not sure
-_MORE_SELDOM = 4  # times as long until each further one
-_HOPELESS = 1.5  # times slower than the number taken, at first sight: not timed further for now
+_SURE = 1.1  # times slower than the fastest: less may be noise, and is timed again soon
+_REST = 20  # pause after a comparison, in multiples of its duration
+_SOON = 40  # the same, after a comparison that was not sure
+_MORE_SELDOM = 4  # factor of that pause from one comparison to the next
+_HOPELESS = 1.5  # times slower than the current number in the first round: not timed further
 _WINDOW = 1.0  # seconds of work over which the pace is measured
-_SLOW_WINDOWS = 2  # in a row that make a fall of the pace: one is chance
+_SLOW_WINDOWS = 2  # consecutive slow windows that count: a single one may be noise
 _SHARED_WINDOW = 20  # calls of `done` instead, where several processes measure together
 
 
 class Threads:
-    """Sets torch's number of threads to one or all, and again when the pace falls by half.
+    """Sets torch's number of threads to one or all, and again when the pace drops by half.
 
-    A comparison runs `attempt` with each number in turn. One thread is taken unless all are more
-    than 5 % faster, and a number that was taken stays until another is more than 5 % faster, so
-    that chance does not decide. Where the fastest gained less than 10 %, and where one look was
-    enough, the next comparison comes soon, and then ever more seldom: for a moment a machine may
-    have no second core to give.
+    A comparison runs `attempt` with each number in turn. One thread is used unless all are more
+    than 5 % faster, and a number stays until another is more than 5 % faster, so that noise does
+    not decide. If the fastest gained less than 10 %, or one round was enough, the next comparison
+    comes soon, and later ones ever less often, as the machine may have been busy for a moment.
     """
 
     def __init__(
@@ -60,21 +59,21 @@ class Threads:
         fixed: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Take what is to be timed; torch's number of threads now is that of all.
+        """Set up the timing; torch's current number of threads counts as all.
 
         Args:
-            attempt: A piece of the work, for its time alone: it changes nothing.
-            report: Called with a line, the number of threads taken, and that of all.
-            world: The processes that compute together: they take the same number.
-            count: The number to begin with, as where a run is resumed; 0 compares first.
-            pace: Pieces a second that the work had with that number.
+            attempt: A piece of the work to be timed; has no side effects.
+            report: Called with a line, the chosen number of threads, and the number of all.
+            world: The processes that compute together, which use the same number.
+            count: The initial number, for a resumed run; 0 compares first.
+            pace: Pieces per second that the work had with that number.
             fixed: Leave the number as it is.
-            clock: Seconds from any moment on.
+            clock: Returns seconds, from any origin.
         """
         self.attempt = attempt
         self.report = report
         self.world = world or World()
-        # Of processes on unlike machines all take what each of them has.
+        # Processes on different machines use what all of them have.
         self.all = self.world.lowest(torch.get_num_threads())
         self.count = count if count <= self.all else 0
         self.fixed = fixed or self.all == 1
@@ -82,11 +81,11 @@ class Threads:
         self.clock = clock
         self._soonest, self._next = clock(), clock() + PERIOD
         self._slow = 0
-        self._patience = 0.0  # seconds to the next comparison, after one that was not sure
+        self._patience = 0.0  # seconds until the next comparison, after one that was not sure
         self._begin_window()
 
     def begin(self) -> None:
-        """Take the number to begin with."""
+        """Set the initial number."""
         if self.fixed:
             return
         if self.count:
@@ -96,7 +95,7 @@ class Threads:
             self._compare()
 
     def done(self, pieces: float, seconds: float) -> None:
-        """Count finished work, and compare anew if it took more than twice as long as before."""
+        """Count finished work, and compare again if it took more than twice as long as before."""
         if self.fixed:
             return
         self._pieces += pieces
@@ -119,7 +118,7 @@ class Threads:
         self._calls = 0
 
     def _compare(self) -> None:
-        """Time each number by equal work, in turns, and take the fastest."""
+        """Time each number in turns on equal work, and use the fastest."""
         began, before = self.clock(), self.count
         current = before or 1
         numbers = sorted({1, current, self.all})
@@ -137,7 +136,7 @@ class Threads:
         if self.count != before:
             times = [f"{1e3 * s / rounds:.3g} ms with {n}" for n, s in seconds.items()]
             self._report(f"by time: {', '.join(times)}")
-        # At most a twentieth of the time goes into comparing, and mostly a hundredth.
+        # Comparing takes at most a twentieth of the time, and mostly a hundredth.
         now = self.clock()
         cost = now - began
         self._soonest = now + _REST * cost
@@ -152,14 +151,14 @@ class Threads:
         self._begin_window()
 
     def _round(self, numbers: list[int]) -> dict[int, float]:
-        """Seconds of one attempt with each number."""
+        """Return the seconds of one attempt with each number."""
         found = {}
         for n in numbers:
             torch.set_num_threads(n)
             start = self.clock()
             self.attempt()
             taken = self.clock() - start
-            # Processes that compute together are as fast as the slowest one.
+            # Processes that compute together are as fast as the slowest of them.
             found[n] = self.world.highest(round(1e6 * taken)) / 1e6
         return found
 
@@ -168,7 +167,7 @@ class Threads:
 
 
 def _is_settled(seconds: list[float], rounds: int) -> bool:
-    """Whether the times of some rounds, rising, tell the numbers apart."""
+    """Return whether the sorted times of some rounds distinguish the numbers."""
     total = sum(seconds)
     clear = rounds > 1 and total > _CLEAR_AFTER and seconds[1] > _CLEAR * seconds[0]
     return rounds > 0 and (clear or total > _TRIAL)
@@ -182,16 +181,16 @@ def threads_for(
     *,
     fixed: bool = False,
 ) -> Iterator[Callable[[float], None]]:
-    """Within it, work has the number of CPU threads that suits it; then the former one again.
+    """Use the fastest number of CPU threads inside the block, then restore the former one.
 
     Args:
-        attempt: A piece of the work, for its time alone: it changes nothing.
-        report: Called with a line whenever a number is taken.
-        device: Where the work is done; where that is no CPU, the number stays as it is.
+        attempt: A piece of the work to be timed; has no side effects.
+        report: Called with a line whenever a number is chosen.
+        device: Device of the work; unless it is the CPU, the number stays as it is.
         fixed: Leave the number as it is.
 
     Yields:
-        What to call with the number of pieces that are finished so far.
+        A function to call with the number of pieces finished so far.
     """
     with restored_threads():
         fixed = fixed or device.type != "cpu"
@@ -218,14 +217,14 @@ def restored_threads() -> Iterator[None]:
 
 
 def former_threads(directory: RunDirectory, images: int) -> tuple[int, float]:
-    """The number of threads that a run had at a checkpoint, and its images a second there.
+    """Return the number of threads of a run at a checkpoint, and its images per second.
 
-    The number decides the last bits of what is trained: a run goes on with its own. It is 0,
-    which chooses anew, on a machine with another number of cores and where no record tells it.
+    The number affects the last bits of trained weights, so a resumed run keeps its own. It is 0,
+    which chooses anew, on a machine with another number of cores or without a record.
 
     Args:
-        directory: The run's; its records are read as far as they are whole.
-        images: Those that the checkpoint had seen.
+        directory: The run's directory; damaged records are ignored.
+        images: Images that the checkpoint had seen.
     """
     hardware = directory.environment().get("hardware")
     if not isinstance(hardware, Mapping) or hardware.get("cpus") != os.cpu_count():

@@ -1,7 +1,6 @@
 """The processes of one run: who they are, how they agree, and who reports when one fails.
 
-One process needs none of this: it opens no process group, and every function here returns what
-it was given.
+A single process opens no process group, and every function here returns its argument.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _GRACE = timedelta(seconds=10)  # for the process that reports a failure to fini
 
 
 class ElsewhereError(E2EDiffError):
-    """Another process of the run failed first; it says so, and this one ends with its code."""
+    """Another process of the run failed first and reports it; this one exits with its code."""
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
@@ -45,7 +44,7 @@ class World:
     """One process's view of all that train together.
 
     `rank` counts the `size` processes from 0, `local` those of this machine.
-    Collectives run over gloo on the CPU, so that agreeing never waits for a GPU.
+    Collectives run over gloo on the CPU, so that agreement never waits for a GPU.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class World:
 
     @classmethod
     def join(cls, timeout: timedelta = TIMEOUT) -> World:
-        """The world that the launcher's environment (`torchrun`'s) describes; else one process.
+        """Join the world described by the environment of `torchrun`; without it, a single process.
 
         Raises:
             ResourceError: The other processes cannot be reached.
@@ -93,7 +92,7 @@ class World:
     # Agreeing
 
     def share(self, value: T) -> T:
-        """The first process's value, in every process."""
+        """Return the first process's value, in every process."""
         if self.size == 1:
             return value
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -154,15 +153,15 @@ class World:
     def attribute_error(self, error: BaseException) -> BaseException:
         """Return the error that a failed run reports: this one, or another process's behind it.
 
-        The first process to fail publishes its error. In the others that error cuts a collective
-        short, which says nothing: they take over the published one.
+        The first process to fail publishes its error. In the others a collective then fails with
+        an error that explains nothing, which is replaced by the published one.
         """
         if self.size == 1 or self._store is None or isinstance(error, ElsewhereError):
             self._reports = not isinstance(error, ElsewhereError)
             return error
         lost = is_broken_collective(error)
         if lost:
-            with contextlib.suppress(RuntimeError):  # nobody said why
+            with contextlib.suppress(RuntimeError):  # no process published an error
                 self._store.wait(["failed"], timedelta(seconds=2))
             error = ResourceError(
                 f"process {self.rank} of {self.size} lost another process of the run, which was "
@@ -197,8 +196,8 @@ class World:
     def shutdown(self) -> None:
         """Wait for all and end the group; called by every process of a run that did not fail.
 
-        A launcher terminates the others when one exits with a code other than 0; from here on
-        all is written, and that signal would only replace the code.
+        A launcher terminates the others when one exits with a code other than 0; everything is
+        written by now, and that signal would only replace the exit code.
         """
         if self.size > 1:
             self.share(None)
@@ -208,7 +207,7 @@ class World:
 
 
 def is_broken_collective(error: BaseException) -> bool:
-    """Whether a collective failed, which says that another process is gone."""
+    """Return whether a collective failed, which means that another process is gone."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
