@@ -1,1 +1,1 @@
-"""From a source of images to batches: their order, workers, and damaged images."""
+"""Load batches from a source of images: their order, workers, and damaged images."""

@@ -1,4 +1,4 @@
-"""Images that cannot be used: replaced by others of their class, and listed."""
+"""Replace images that cannot be read by others of their class, and list them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.condition import ClassLabels, Condition, concatenate
 from e2ediff.data import DataSource, OriginalSize, SourceConfig
@@ -18,7 +19,7 @@ BAD_IMAGES = "bad_images.jsonl"
 
 
 class Skipped(NamedTuple):
-    """An image that was not used; `what` is wrong with it, and `instead` was shown."""
+    """An image that was not used, `what` is wrong with it, and the image used `instead`."""
 
     number: int
     place: str
@@ -29,10 +30,10 @@ class Skipped(NamedTuple):
 class Skipping(DataSource):
     """A source whose damaged images are replaced.
 
-    Instead of a damaged image comes the next readable one of its class, counted from its index
-    and beginning again at the first: labels, and all other images, stay where they are, in
-    every process and at every resume. Without `classes` it is the next readable one of all, with
-    its own condition.
+    A damaged image is replaced by the next readable one of its class, counting from its index
+    and wrapping around: labels and all other images keep their indices, in every process and
+    after every resume. Without `classes` it is the next readable image of all, with its own
+    condition.
     """
 
     def __init__(self, source: DataSource, *, classes: bool = True) -> None:
@@ -45,15 +46,15 @@ class Skipping(DataSource):
     def __len__(self) -> int:
         return len(self.source)
 
+    @override
     def labels(self) -> Tensor:
-        """The source's."""
         if self._labels is None:
             self._labels = self.source.labels()
         return self._labels
 
     @property
+    @override
     def class_names(self) -> tuple[str, ...]:
-        """The source's."""
         return self.source.class_names
 
     def path_of(self, index: int) -> str:
@@ -65,11 +66,11 @@ class Skipping(DataSource):
         return self.source.original_size(index)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | Condition]:
-        """The images, or others of their classes.
+        """Read these images, replacing damaged ones by others of their classes.
 
         Raises:
-            DataError: No image of a class can be used, or the place where they lie cannot be
-                read: that is no image's fault, and is never skipped.
+            DataError: No image of a class can be read, or the storage cannot be read, which is not
+                the fault of an image and never skipped.
         """
         known = [self._instead.get(i, i) for i in indices]
         try:
@@ -79,7 +80,7 @@ class Skipping(DataSource):
         return torch.cat([x for x, _ in parts]), _joined([given for _, given in parts])
 
     def take(self) -> tuple[Skipped, ...]:
-        """What was skipped for the first time since the last call, in this process."""
+        """Return images skipped for the first time since the last call, in this process."""
         new, self._new = tuple(self._new), []
         return new
 
@@ -107,14 +108,14 @@ class Skipping(DataSource):
 
 
 def _joined(given: Sequence[Tensor | Condition]) -> Tensor | Condition:
-    """The labels or conditions of single images as those of a batch."""
+    """Join the labels or conditions of single images into those of a batch."""
     labels = [one for one in given if isinstance(one, Tensor)]
     conditions = [one for one in given if isinstance(one, Condition)]
     return torch.cat(labels) if labels else concatenate(conditions)
 
 
 def open_source(config: SourceConfig, *, held_out: bool = False) -> DataSource:
-    """The images of a recipe's data block, with its policy for damaged ones.
+    """Open the images of a recipe's data block, with its policy for damaged ones.
 
     Raises:
         DataError: The data are missing or not what the block says.
@@ -126,14 +127,14 @@ def open_source(config: SourceConfig, *, held_out: bool = False) -> DataSource:
 
 
 def newly_skipped(source: DataSource) -> tuple[Skipped, ...]:
-    """What a source skipped since the last call; nothing if it stops at damaged images."""
+    """Return what a source skipped since the last call; empty if it stops at damaged images."""
     return source.take() if isinstance(source, Skipping) else ()
 
 
 class BadImages:
-    """The list of a run's damaged images in its directory, one line for each.
+    """The list of damaged images in a run's directory, one line for each.
 
-    Several processes of a run may add to it, each what it met itself.
+    Several processes of a run may add to it.
     """
 
     def __init__(self, store: Store) -> None:
@@ -141,14 +142,14 @@ class BadImages:
         self._met: set[str] = set()
 
     def add(self, found: Iterable[Skipped]) -> bool:
-        """List those that are not listed yet; whether the first of the run is among them."""
+        """Add images not yet listed; return whether they include the first one of the run."""
         new = {s.place: s for s in found if s.place not in self._met}
         if not new:
             return False
         listed = self.listed()
         for skipped in (s for place, s in new.items() if place not in listed):
             entry = {"image": skipped.place, "index": skipped.number, "what": skipped.what}
-            # A line of its own, also behind one that a crash tore.
+            # Start a new line, even after one that a crash cut short.
             apart = "\n" if self._torn() else ""
             line = json.dumps({**entry, "instead": skipped.instead})
             self.store.append(BAD_IMAGES, apart + line)
@@ -160,7 +161,7 @@ class BadImages:
         return there and not self.store.read(BAD_IMAGES).endswith(b"\n")
 
     def listed(self) -> set[str]:
-        """Paths in the list, from before a resume and of other processes too."""
+        """Return the paths in the list, including those of earlier runs and other processes."""
         if not self.store.exists(BAD_IMAGES):
             return set()
         return {
@@ -169,7 +170,7 @@ class BadImages:
 
 
 def _image(line: bytes) -> tuple[str, ...]:
-    """The path in a line; none in one that a crash tore."""
+    """Return the path in a line; empty for a line that a crash cut short."""
     try:
         return (str(json.loads(line)["image"]),)
     except (ValueError, TypeError, KeyError):

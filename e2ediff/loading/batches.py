@@ -1,4 +1,4 @@
-"""Batches as a function of the number of images seen.
+"""Load batches as a function of the number of images seen.
 
 The k-th image of a run, and whether it is mirrored, depend on the seed and k alone (`order`).
 A run therefore resumes in the middle of an epoch with the image it would have seen next, for
@@ -46,10 +46,10 @@ class _Item(NamedTuple):
 
 
 class _Steps(Dataset[_Item | str]):
-    """Item s is the batch of optimizer step s, as bytes; what worker processes hold.
+    """Item s is the batch of optimizer step s, as bytes; copied to worker processes.
 
-    An item that cannot be read is the message that says so: an exception that crosses a
-    process arrives as a page of traceback.
+    An item that cannot be read is returned as its error message, since an exception from a
+    worker process would arrive with a page of traceback.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class _Steps(Dataset[_Item | str]):
 def to_batch(
     x: Tensor, condition: Condition, device: torch.device, mirrored: Tensor | None = None
 ) -> Batch:
-    """Bytes (B, C, H, W) to a batch in [-1, 1] on the device; the bytes travel, not the floats.
+    """Move bytes (B, C, H, W) to the device, and convert them to a batch in [-1, 1] there.
 
-    `mirrored` (B,), bool, says which images are turned left to right.
+    `mirrored` (B,), bool, says which images are flipped horizontally.
     """
     x = x.to(device, non_blocking=True)
     if mirrored is not None:
@@ -98,7 +98,7 @@ def check_enough(source: DataSource, batch: int) -> None:
     """Refuse a source smaller than one batch.
 
     Raises:
-        DataError: It is.
+        DataError: The source has fewer images than a batch.
     """
     if len(source) < batch:
         raise DataError(
@@ -122,26 +122,26 @@ def batches(
     sampling: Sampling = "natural",
     report: Callable[[Sequence[Skipped]], None] | None = None,
 ) -> Iterator[Batch]:
-    """Batches of the optimizer steps `first` to `last`, or these rows of each of them.
+    """Yield the batches of the optimizer steps `first` to `last`, or these rows of each.
 
     Args:
         source: The images.
-        conditioning: What is known of them.
+        conditioning: The kind of their conditions.
         batch: Images in a whole batch.
-        seed: The run's.
+        seed: The run's seed.
         first: First step.
         last: One past the last step.
-        flip: Whether half of the images are mirrored.
-        workers: Processes that read; 0 reads in this one.
-        device: Where batches go; on CUDA one is copied while the one before is worked on.
-        rows: Only these rows of each batch are read.
+        flip: Whether half of the images are flipped horizontally.
+        workers: Number of worker processes; 0 reads in this process.
+        device: Device of the batches; on CUDA copies overlap with computation.
+        rows: Rows to read of each batch.
         sampling: How often each class is shown.
-        report: Told of images that the source skipped and that no batch skipped before, as
-            each worker process sees it.
+        report: Called with images skipped for the first time, separately in each worker
+            process.
 
     Raises:
-        DataError: The source is smaller than one batch, an image cannot be read, it gives other
-            conditions, or `sampling` asks for classes that it has not.
+        DataError: The source is smaller than one batch, an image cannot be read, conditions
+            are of another kind, or `sampling` needs classes that the source lacks.
         LostReaderError: A worker process died.
     """
     check_enough(source, batch)
@@ -175,7 +175,7 @@ def _whole(
 
 
 def _ahead(items: Iterator[_Item], device: torch.device) -> Iterator[Batch]:
-    """Batches on the device; on CUDA the next one's copy runs beside the work on this one."""
+    """Move batches to the device; on CUDA the next one is copied during work on this one."""
     if device.type != "cuda":
         for item in items:
             yield to_batch(item.x, item.condition, device, item.mirrored)
@@ -206,10 +206,10 @@ def read(
     option: str,
     pin_memory: bool = False,
 ) -> Iterator[_T]:
-    """Read these items, in order, in no more worker processes than there are cores.
+    """Read these items in order, with at most as many worker processes as there are cores.
 
-    Nothing but speed depends on how many read; with 0 this process does, when asked for an item.
-    `option` is what a user calls their number.
+    Their number affects only the speed; with 0 items are read in this process, on demand.
+    `option` is the option that sets their number, for messages.
 
     Raises:
         LostReaderError: A worker process died, which is noticed within five seconds.
@@ -220,9 +220,9 @@ def read(
     started: list[BaseProcess] = []
 
     def order() -> Iterator[int]:
-        # torch draws the first index when all workers run and none has anything to read. By then
+        # torch draws the first index once all workers are started and idle. By then
         # it has set a handler of SIGCHLD that raises wherever the main thread is when a worker
-        # dies. Inside a queue that leaves a lock taken, and the iterator's finalizer waits for it
+        # dies. Inside a queue that leaves a lock held, and the iterator's finalizer waits for it
         # for ever. Without the handler, the wait for the next item reports the worker.
         started.extend(p for p in multiprocessing.active_children() if p not in others)
         in_main = threading.current_thread() is threading.main_thread()
@@ -237,11 +237,11 @@ def read(
         num_workers=min(workers, cores, len(indices)),
         pin_memory=pin_memory,
         worker_init_fn=_quiet,
-        # Its own: drawing the workers' seed would move the global generator.
+        # Drawing the workers' seed would advance the global generator.
         generator=torch.Generator(),
     )
     try:
-        # A worker that a terminal's Ctrl-C reached before `_quiet` would end, and the run with it.
+        # A Ctrl-C that reaches a worker before `_quiet` would end the worker, and the run with it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             reading = iter(loader)
@@ -255,7 +255,7 @@ def read(
 
 
 def _quiet(worker: int) -> None:
-    """One thread a worker; signals are the main process's business."""
+    """Use one thread in a worker, and leave signals to the main process."""
     torch.set_num_threads(1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -263,7 +263,7 @@ def _quiet(worker: int) -> None:
 
 
 def _cause(workers: Iterable[BaseProcess]) -> str:
-    """Which of them a signal killed, in torch's words; empty if none."""
+    """Name the worker that a signal killed, in torch's words; empty if there is none."""
     for worker in workers:
         if (code := worker.exitcode or 0) < 0:
             name = signal.strsignal(-code) or f"signal {-code}"
@@ -272,11 +272,11 @@ def _cause(workers: Iterable[BaseProcess]) -> str:
 
 
 class LostReaderError(ResourceError):
-    """A process that reads images died."""
+    """A worker process that reads images died."""
 
 
 def _lost(what: str, option: str) -> LostReaderError:
-    """The error for a worker that died of `what`; `option` is what sets how many there are."""
+    """Return the error for a worker that died of `what`; `option` sets their number."""
     what = " ".join(what.split()).rstrip(".")
     if "Bus error" in what:
         why = (
@@ -301,7 +301,7 @@ def fixed_images(
     purpose: str,
     device: torch.device,
 ) -> Batch:
-    """The same `count` images at every call, chosen by (seed, purpose); all if fewer."""
+    """Return the same `count` images at every call, chosen by (seed, purpose); all if fewer."""
     g = generator(_CPU, seed, purpose)
     chosen: Sequence[int] = torch.randperm(len(source), generator=g)[:count].tolist()
     x, given = source.read(chosen)

@@ -1,4 +1,4 @@
-"""Which image is seen when, and which are mirrored: functions of (seed, images seen) alone.
+"""Order and flips of training images, as functions of (seed, images seen) alone.
 
 Shapes: M images of a source.
 """
@@ -14,13 +14,13 @@ _CPU = torch.device("cpu")
 
 
 class Order:
-    """Which images a run sees, in order.
+    """The order in which a run sees images.
 
     The k-th image of a run is order(epoch)[k mod M] with epoch = k div M, and order(epoch)
     depends on (seed, epoch) alone.
     Without `labels` it is a permutation. With the labels of all images, (M,), it shows all
-    classes equally often, to within one image in each epoch: classes take turns, in another
-    order at each turn, and within a class no image comes again before all others have come.
+    classes equally often, to within one image in each epoch: classes take turns, in a new
+    random order each time, and no image of a class repeats before all its others were shown.
     """
 
     def __init__(self, size: int, seed: int, labels: Tensor | None = None) -> None:
@@ -31,13 +31,13 @@ class Order:
         self._places = self._mirrored = torch.empty(0, dtype=torch.long)
 
     def indices(self, start: int, count: int) -> list[int]:
-        """Indices of images `start` to `start + count` of the run."""
+        """Return the indices of images `start` to `start + count` of the run."""
         return self.seen(start, count)[0]
 
     def seen(self, start: int, count: int) -> tuple[list[int], Tensor]:
-        """As `indices`, and which of these images are mirrored when mirroring is on.
+        """Return `indices`, and which of these images are flipped if flipping is on.
 
-        Whether an image is mirrored in an epoch depends on (seed, epoch, its index) alone.
+        Whether an image is flipped in an epoch depends on (seed, epoch, its index) alone.
         """
         found: list[int] = []
         mirrored = []
@@ -62,7 +62,7 @@ class Order:
 
 
 def _balanced(labels: Tensor, g: torch.Generator) -> Tensor:
-    """Indices (M,) in which classes take turns."""
+    """Return indices (M,) in which classes take turns."""
     present: Tensor = torch.unique(labels)
     turns = -(-len(labels) // len(present))
     classes = torch.cat([torch.randperm(len(present), generator=g) for _ in range(turns)])
