@@ -1,1 +1,1 @@
-"""Files of a run on disks and stores: whole or absent, locked, hashed. Knows no network."""
+"""Store the files of a run: whole or absent, locked, hashed; knows nothing of networks."""

@@ -1,4 +1,4 @@
-"""Former attempts of a run: whatever is replaced by beginning again, or by going back, is kept.
+"""Keep what a restart or a rollback of a run replaces, as numbered attempts.
 
 `attempts/<n>/` is laid out as the run's own directory, so that all commands read it as a run.
 """
@@ -17,13 +17,13 @@ PICTURE = re.compile(r"(?:reconstructions-)?step-(\d{1,12})\.png")
 
 
 def numbers(store: Store) -> list[int]:
-    """Numbers of the attempts that are kept, rising."""
+    """Return the numbers of the kept attempts, ascending."""
     found = [name for name in store.list(ATTEMPTS) if name.isdecimal()]
     return sorted(int(name) for name in found if store.list(f"{ATTEMPTS}/{name}"))
 
 
 def next_place(store: Store) -> str:
-    """Where the next one goes: `attempts/3`."""
+    """Return the path of the next attempt: `attempts/3`."""
     return f"{ATTEMPTS}/{max(numbers(store), default=0) + 1}"
 
 
@@ -38,7 +38,7 @@ def move(store: Store, names: Iterable[str], place: str) -> None:
 
 
 def later_files(store: Store, images: int, step: int) -> list[str]:
-    """Pictures and snapshots of more training images, or steps, than these."""
+    """List pictures and snapshots made after this many training images, or steps."""
     found = []
     for name in store.list("samples"):
         if (match := PICTURE.fullmatch(name)) and int(match[1]) > step:

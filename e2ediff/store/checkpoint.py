@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent, and never believed unless their hashes agree.
+"""Write and open checkpoints, which are whole or absent, and used only if their hashes agree.
 
 A checkpoint is a directory `checkpoints/images-000000256000/`: one safetensors file for each
-group of tensors, `state.json` for all that is no tensor, and `MANIFEST.json`, which lists the
+group of tensors, `state.json` for everything else, and `MANIFEST.json`, which lists the
 others with sizes and SHA-256 and is written last. Locally all of it is written under another
 name and renamed; on other stores the manifest is the commit mark. Nothing is ever pickled.
 """
@@ -53,13 +53,12 @@ def save(
     warn: Callable[[str], None] = _warn,
     spare: int | None = None,
 ) -> str:
-    """Write a checkpoint, make it durable, then retire old ones; returns its name.
+    """Write a checkpoint, make it durable, then delete old ones; return its name.
 
-    One of the same images count is replaced; some checkpoint is valid at every moment.
-    Checkpoints of *more* images belong to a future that was rewound: they are renamed to
-    `abandoned-...` and left alone. `keep` newest ones stay (0: all), and
-    that of `spare` images. Trouble with old checkpoints is told to `warn` and never stops
-    training.
+    A checkpoint of the same number of images is replaced; some checkpoint is valid at any time.
+    Checkpoints of *more* images belong to a future that was rolled back: they are renamed to
+    `abandoned-...` and left alone. The `keep` newest ones stay (0: all), and the one of `spare`
+    images. Trouble with old checkpoints is reported to `warn` and never stops training.
 
     Raises:
         CheckpointError: something is neither a tensor nor JSON. Nothing was written.
@@ -108,7 +107,7 @@ def save(
 
 
 def list_checkpoints(store: Store) -> list[str]:
-    """Names of the checkpoints of a run, oldest first, damaged ones included.
+    """Return the names of a run's checkpoints, oldest first, including damaged ones.
 
     Raises:
         CheckpointError: the directory cannot be read.
@@ -122,7 +121,7 @@ def list_checkpoints(store: Store) -> list[str]:
 
 
 def finished_checkpoints(store: Store) -> list[str]:
-    """As `list_checkpoints`, without those that have no manifest: their save never finished.
+    """Return the checkpoints that have a manifest, without which a save never finished.
 
     Raises:
         CheckpointError: the directory cannot be read.
@@ -135,7 +134,7 @@ def finished_checkpoints(store: Store) -> list[str]:
 
 
 def checkpoint_at(store: Store, images: int) -> str:
-    """Name of the checkpoint after this many training images, be it there or not."""
+    """Return the name of the checkpoint after this many training images, even if there is none."""
     name = f"images-{images:012d}"
     saved = [found for found in list_checkpoints(store) if found.partition("-r")[0] == name]
     return saved[-1] if saved else name
@@ -150,13 +149,13 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open one checkpoint by name, or the newest that verifies.
 
-    `verify` hashes every file now; without it the file set and the sizes are checked now,
+    `verify` hashes every file now; without it the set of files and their sizes are checked now,
     and each file's hash when `tensors` reads it.
-    `use` is what to do, in the error, with another one that verifies, its name in braces.
+    `use` is the advice in the error for another one that verifies, with `{}` for its name.
 
     Raises:
         CheckpointError: the named one is missing, damaged or of a newer format, or there is
-            none that verifies. Damaged ones that were skipped are told to `warn`.
+            none that verifies. Skipped damaged ones are reported to `warn`.
     """
     if name is not None:
         try:
@@ -178,7 +177,7 @@ def open_checkpoint(
 
 
 def drop_after(store: Store, images: int, warn: Callable[[str], None] = _warn) -> None:
-    """Delete the checkpoints of more training images than these."""
+    """Delete the checkpoints made after this many training images."""
     for name in list_checkpoints(store):
         if int(name.split("-")[1]) > images:
             _discard(store, name, warn)
@@ -196,7 +195,7 @@ def _way_out(store: Store, name: str, use: str) -> str:
 def _deduplicated(
     file: str, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What to store, and alias -> stored name for tensors that are one and the same."""
+    """Return the tensors to store, and the stored name of each alias of another tensor."""
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[object, str] = {}
@@ -213,7 +212,7 @@ def _deduplicated(
                     f"{file}: {name} holds nan or inf ({bad:,} of {exact.numel():,} values); "
                     "this checkpoint was not written, the older ones are intact."
                 )
-        # Views of the same memory that differ in shape are stored apart: values are kept.
+        # Views of the same memory that differ in shape are stored separately: values are kept.
         place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in seen:
             aliases[name] = seen[place]
@@ -226,7 +225,7 @@ def _deduplicated(
 def _prepare(
     store: Store, name: str, needed: int, warn: Callable[[str], None]
 ) -> tuple[str, str | None]:
-    """Sweep what crashes left, check the space; returns a free name, and the parent's."""
+    """Remove what crashes left, and check the space; return a free name, and the parent's."""
     for found in store.list(FOLDER):
         if found.startswith((".tmp-", ".trash-")):
             _report(store.remove_dir(f"{FOLDER}/{found}"), store, found, warn)
@@ -254,7 +253,7 @@ def _write(
     state: bytes,
     body: Mapping[str, JSON],
 ) -> None:
-    """Fill a folder, its manifest last, and give it its name."""
+    """Write the files into a folder, the manifest last, and rename it."""
     written: dict[str, JSON] = {}
 
     def put(file: str, data: bytes) -> None:
@@ -276,7 +275,7 @@ def _write(
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous and on the CPU; safetensors refuses views of one memory, so they are copied."""
+    """Copy tensors to contiguous CPU memory; safetensors refuses views that share memory."""
     dense: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -288,7 +287,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _supersede(store: Store, saved: str, name: str, warn: Callable[[str], None]) -> str:
-    """Drop earlier saves of the same count; the new one then takes their plain name."""
+    """Delete earlier saves of the same number of images, then give the new one the plain name."""
     if saved == name:
         return name
     for found in list_checkpoints(store):
@@ -313,7 +312,7 @@ def _retire(
         return
     sound = [name for name in names if is_sound(store, name, verify=False)]
     kept = sound[-keep:]
-    # Sizes do not prove content: one that is kept must verify before others are deleted.
+    # Sizes do not prove content: verify the one that is kept before deleting others.
     if not any(is_sound(store, name, verify=True) for name in reversed(kept)):
         warn(f"{store.where(FOLDER)}: none of {', '.join(kept)} verifies; old ones are kept.")
         return
@@ -329,7 +328,7 @@ def _abandoned(name: str, number: int) -> str:
 
 
 def _discard(store: Store, name: str, warn: Callable[[str], None]) -> None:
-    """Delete so that what a crash leaves of it is never taken for a checkpoint."""
+    """Delete a checkpoint so that no remains after a crash look like a checkpoint."""
     path = f"{FOLDER}/{name}"
     if store.local:
         trash = f"{FOLDER}/.trash-{name}-{secrets.token_hex(4)}"

@@ -1,8 +1,8 @@
-"""What figures are of runs and score files that do not say it themselves.
+"""Declare the figures of runs and score files from before they declared them themselves.
 
-A run keeps what its figures are in `figures.json`, and a score file has `better`. What was
-written before they did is judged by the names that e2ediff's own metrics and diagnostics had; a
-figure of any other name has no known direction, and is not ranked.
+A run declares its figures in `figures.json`, and a score file has `better`. For older files the
+names of e2ediff's own metrics and diagnostics of that time count; a figure of any other name has
+no known direction, and is not ranked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SECTIONS: dict[str, Better] = {
 }
 """Figures of `e2ediff eval` beside metrics."""
 
-# Those that were shown before diagnostics declared their own.
+# Figures that were shown before diagnostics declared theirs.
 _RANK, _VARIANCE = "effective rank of the latents", "variance of the latents"
 _DIAGNOSTICS = (
     Figure("rank", "effective rank", "high", ".2f", ("table", "charts"), _RANK),
@@ -45,7 +45,7 @@ _DIAGNOSTICS = (
 
 
 def earlier_figure(name: str) -> Figure | None:
-    """What a figure of `metrics.jsonl` is, by its name; None if it is none of ours."""
+    """Return the declaration of a figure of `metrics.jsonl` by its name; None if unknown."""
     if found := find(name, _DIAGNOSTICS):
         return found
     for metric, better in _METRICS.items():
@@ -56,6 +56,6 @@ def earlier_figure(name: str) -> Figure | None:
 
 
 def earlier_direction(score: str) -> Better | None:
-    """Whether low or high values of a score of `e2ediff eval` are better; None if unknown."""
+    """Return whether low or high values of an `e2ediff eval` score are better; None if unknown."""
     reconstructed = {prefixed("r", name, better): better for name, better in _METRICS.items()}
     return {**_SECTIONS, **_METRICS, **reconstructed}.get(score.partition("-")[0])

@@ -1,4 +1,4 @@
-"""Where a run took place: versions, hardware, commit; no host name, no user, no secrets."""
+"""Describe where a run takes place: versions, hardware, commit; no host, user or secrets."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def describe_environment(
     device: str = "cpu",
     argv: Sequence[str] | None = None,
 ) -> dict[str, JSON]:
-    """What ran where, for `run.json`: no host name, no user, and secrets in `argv` masked.
+    """Describe the environment for `run.json`; no host name, no user, secrets in `argv` masked.
 
-    The device is only asked for its name when it is a CUDA one, as that starts CUDA.
+    Only a CUDA device is asked for its name, as that initialises CUDA.
     """
     hardware: dict[str, JSON] = {
         "system": platform.system(),
@@ -51,7 +51,7 @@ def describe_environment(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a checkpoint's bits depend on."""
+    """Return the versions of the libraries that a checkpoint's bits depend on."""
     return {
         "e2ediff": e2ediff.__version__,
         "python": platform.python_version(),
@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """Tells machines apart without naming them."""
+    """Return a hash that identifies the machine without naming it."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
 
 
@@ -81,11 +81,11 @@ def _masked(argv: Sequence[str]) -> list[str]:
 
 
 def _git() -> dict[str, JSON] | None:
-    """Commit of the directory that the command ran in, and whether files differ from it."""
+    """Return the commit of the working directory, and whether files differ from it."""
 
     def ask(*words: str) -> str:
         command = ["git", "--no-optional-locks", *words]
-        return subprocess.run(  # noqa: S603 - the words are the two lines below
+        return subprocess.run(  # noqa: S603 - the arguments are the two lines below
             command, capture_output=True, text=True, timeout=5, check=True
         ).stdout.strip()
 

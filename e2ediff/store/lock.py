@@ -1,4 +1,4 @@
-"""One process trains in a run directory: a lock that dies with its process."""
+"""Lock a run directory for one training process; the lock is released when that dies."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ LOCK = ".lock"
 
 
 def acquire(store: Store, shown: str) -> int | None:
-    """Lock a store for this process; closing the file that is returned unlocks it.
+    """Lock a store for this process; closing the returned file unlocks it.
 
     Args:
-        store: What to lock.
+        store: The store to lock.
         shown: Its address for messages.
 
     Returns:
-        An open file, or None where there are no locks: stores that are not local, some network
-        file systems, Windows.
+        An open file, or None where locks are not supported: stores that are not local, some
+        network file systems, Windows.
 
     Raises:
         RunDirectoryError: Another process holds it.
@@ -37,7 +37,7 @@ def acquire(store: Store, shown: str) -> int | None:
 
     path = Path(store.local_path() or "", LOCK)
     if not store.create_dir("", LOCK) and not path.parent.is_dir():
-        return None  # the place is a file: the caller says so
+        return None  # the address is a file: the caller reports that
     while True:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -58,12 +58,12 @@ def acquire(store: Store, shown: str) -> int | None:
             finally:
                 os.close(file)
             continue
-        # Another process may have taken over, and with it replaced, the file just locked.
+        # Another process may have replaced the file that was just locked.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), path.stat()):
                 break
         os.close(file)
-    with contextlib.suppress(OSError):  # the text only serves the message of the other one
+    with contextlib.suppress(OSError):  # the text only serves the other process's message
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()} {machine()}\n".encode(), 0)
     return file
@@ -84,7 +84,7 @@ def _refuse_or_take_over(shown: str, path: Path, file: int) -> None:
 
 
 def _unlink_same(path: Path, file: int) -> bool:
-    """Remove a stale lock, one process at a time, lest one removes the next one's new lock."""
+    """Remove a stale lock, one process at a time, so that none removes another's new lock."""
     import fcntl
 
     folder = os.open(path.parent, os.O_RDONLY)

@@ -1,6 +1,6 @@
-"""Reading a checkpoint: its manifest, and the proof that the rest is as it was written.
+"""Read a checkpoint: its manifest, and files verified against it.
 
-Nothing is parsed before its bytes agreed with a hash: what is parsed is what was checked.
+Nothing is parsed before its hash is verified, and the bytes parsed are the bytes hashed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NAME = re.compile(r"(?:abandoned-)?images-(\d{12,18})(?:-r(\d{1,6}))?")
 
 @attrs.frozen
 class Checkpoint:
-    """An opened checkpoint: its counters and state are read, its tensors on demand."""
+    """An opened checkpoint: counters and state are loaded, tensors are read on demand."""
 
     name: str
     path: str
@@ -48,10 +48,10 @@ class Checkpoint:
     _body: Body = attrs.field(repr=False)
 
     def latent(self, file: str) -> LatentContract | None:
-        """What the latents of these weights mean; `None` if whoever saved it did not say.
+        """Return the latent contract of these weights; `None` if it was not saved.
 
         Raises:
-            CheckpointError: What it says of them cannot be read.
+            CheckpointError: The saved contract cannot be read.
         """
         body = self._body.latent.get(file)
         if body is None:
@@ -63,10 +63,10 @@ class Checkpoint:
             raise _damaged(self._store, self.name, what) from error
 
     def tensors(self, file: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The tensors of one file; names that shared memory when saved share it again.
+        """Read the tensors of one file; names that shared memory when saved share it again.
 
         Raises:
-            CheckpointError: there is no such file in it, or its content is damaged.
+            CheckpointError: The checkpoint has no such file, or its content is damaged.
         """
         if file not in self.files:
             raise CheckpointError(
@@ -83,13 +83,13 @@ class Checkpoint:
         return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
     def sha256(self, file: str) -> str:
-        """The hash of one file's content, which `tensors` verifies."""
+        """Return the hash of one file's content, which `tensors` verifies."""
         return self._manifest.files[f"{file}.safetensors"][1]
 
 
 @attrs.frozen
 class Manifest:
-    """What `MANIFEST.json` says: counters, files, names that share a stored tensor, latents."""
+    """Content of `MANIFEST.json`: counters, files, names that share a stored tensor, latents."""
 
     version: int
     images: int
@@ -128,7 +128,7 @@ def open_one(store: Store, name: str, verify: bool) -> Checkpoint:
 
 
 def is_sound(store: Store, name: str, verify: bool) -> bool:
-    """Whether `open_one` would open it."""
+    """Return whether `open_one` succeeds."""
     try:
         open_one(store, name, verify)
     except CheckpointError:
@@ -137,13 +137,13 @@ def is_sound(store: Store, name: str, verify: bool) -> bool:
 
 
 def sealed(body: Mapping[str, JSON]) -> bytes:
-    """The manifest's text, with the hash of all the rest as its last entry."""
+    """Return the manifest's text, with the hash of all other entries as its last entry."""
     seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": seal}, indent=1).encode() + b"\n"
 
 
 def plain(value: object, where: str) -> JSON:
-    """The value if JSON keeps it as it is; json.dumps would quietly turn keys into text."""
+    """Return the value if JSON preserves it; json.dumps would silently turn keys into text."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -157,7 +157,7 @@ def plain(value: object, where: str) -> JSON:
 
 
 def json_bytes(value: JSON) -> bytes:
-    """The text of `state.json`.
+    """Return the text of `state.json`.
 
     Raises:
         CheckpointError: It would be too long to be read.
@@ -169,7 +169,7 @@ def json_bytes(value: JSON) -> bytes:
 
 
 def _read_manifest(store: Store, name: str) -> Manifest:
-    """The manifest, once it, the set of files and their sizes are as they were written."""
+    """Read the manifest, after checking its hash, the set of files and their sizes."""
     try:
         plain = name not in {"", ".", ".."} and not re.search(r"[/\\\0]", name)
         present = set(store.list(f"{FOLDER}/{name}")) if plain else set()
@@ -208,7 +208,7 @@ def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
                 f"format {version}, this one reads {FORMAT_VERSION}). Upgrade e2ediff."
             )
         del body["sha256"]
-        # Equal text is more than an equal hash: nothing in the file is left unchecked.
+        # Compare the text, not only the hash, so that nothing in the file is left unchecked.
         if sealed(body) != raw:
             raise _damaged(store, name, f"{MANIFEST} does not match its own hash")
         files = {str(f): (int(e["bytes"]), str(e["sha256"])) for f, e in body["files"].items()}
@@ -232,7 +232,7 @@ def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
 
 
 def _content(store: Store, name: str, manifest: Manifest, file: str, keep: bool = True) -> bytes:
-    """The bytes of a file (if `keep`), hashed as read: what is parsed is what was checked."""
+    """Read and verify a file; return its bytes if `keep`, the same ones that were hashed."""
     if file not in manifest.files:
         raise _damaged(store, name, f"missing: {file}")
     digest, pieces = hashlib.sha256(), []

@@ -1,8 +1,8 @@
-"""Checkpoints of earlier formats, brought to the present one step at a time.
+"""Migrate checkpoints of earlier formats to the present one, one step at a time.
 
-A format is raised where `state.json`, the latent contracts or the names of tensors change their
-meaning; the step from the format before goes into `STEPS`, and a run of that format stays in
-`tests/golden`.
+The format number is raised when `state.json`, the latent contracts or the names of tensors change
+their meaning; the step from the previous format is added to `STEPS`, and a run of that format is
+kept in `tests/golden`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ FORMAT_VERSION = 1
 
 @attrs.frozen
 class Body:
-    """What a checkpoint says besides its tensors.
+    """The content of a checkpoint besides its tensors.
 
     Args:
         state: The content of `state.json`.
         latent: The latent contract of each set of weights, by file.
-        names: By file, today's names of tensors that were stored under other ones.
+        names: By file, the present names of tensors that were stored under other names.
     """
 
     state: Mapping[str, Any]
@@ -39,7 +39,7 @@ STEPS: Mapping[int, Step] = {}
 def migrate(
     body: Body, version: int, steps: Mapping[int, Step] = STEPS, to: int = FORMAT_VERSION
 ) -> Body:
-    """Return the body as a checkpoint of format `to` would have it.
+    """Return the body converted to format `to`.
 
     Raises:
         LookupError: There is no such format.

@@ -1,4 +1,4 @@
-"""Plugins of one file in a run's directory: copied when it begins, asked for when it is used."""
+"""Copy single-file plugins into a run's directory, and require them when the run is used."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from e2ediff.store.run_directory import PLUGINS, RunDirectory
 
 
 def copies(host: Host) -> dict[str, bytes]:
-    """What a run's directory keeps of the plugins that are one file, by path in it."""
+    """Return the copies of single-file plugins for a run's directory, by path in it."""
     return {f"{PLUGINS}/{p.name}.py": p.text for p in host.used if p.file}
 
 
 def refuse_other_plugin_files(host: Host, directory: RunDirectory) -> None:
     """Refuse to use a run without the plugin files that it was trained with.
 
-    They are never taken from the run's directory by themselves: it may be a stranger's.
+    The copies in the run's directory are not loaded automatically: a run may come from anyone.
 
     Raises:
         PluginError: A file was not given, or has changed since.

@@ -1,6 +1,6 @@
-"""What a run's records say was saved, for when its checkpoints are not there any more.
+"""Find out from a run's records what was saved, when its checkpoints are gone.
 
-They are read as far as they are whole: a damaged line hides none of the others.
+Damaged lines are skipped.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from e2ediff.store.storage import JSON
 
 
 def newest_saved(directory: RunDirectory) -> str:
-    """The name of the checkpoint that a run had last, returns to earlier ones counted in.
+    """Return the name of the newest checkpoint that a run had, taking rollbacks into account.
 
-    "" if nothing says that there was one.
+    "" if no record shows that there was one.
     """
     name = ""
     for event in whole_lines(directory, EVENTS):
@@ -32,13 +32,13 @@ def newest_saved(directory: RunDirectory) -> str:
 
 
 def images_of(name: str) -> int:
-    """The number of training images in a checkpoint's name; -1 if it is none."""
+    """Return the number of training images in a checkpoint's name; -1 for other names."""
     match = NAME.fullmatch(name)
     return int(match[1]) if match else -1
 
 
 def former_status(directory: RunDirectory) -> dict[str, Any]:
-    """The status that was written last; empty if there is none that can be read."""
+    """Return the last status; empty if there is none, or it cannot be read."""
     try:
         return directory.status()
     except RunDirectoryError:
@@ -46,16 +46,16 @@ def former_status(directory: RunDirectory) -> dict[str, Any]:
 
 
 def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[str, JSON]) -> None:
-    """Refuse to begin a run again that has had a checkpoint; called when there is none.
+    """Refuse to start a run from the beginning if its checkpoints are lost.
 
     Args:
-        directory: The run's.
-        recipe: That of the continuation.
-        changes: What differs in it, as `refuse_other_recipe` returns it.
+        directory: The run's directory, without checkpoints.
+        recipe: The recipe of the continuation.
+        changes: Differences to the run's recipe, as `refuse_other_recipe` returns them.
 
     Raises:
-        CheckpointError: Its events, its status, its figures, pictures or snapshots say that it
-            had one.
+        CheckpointError: Its events, status, figures, pictures or snapshots show that it had
+            a checkpoint.
     """
     events = list(whole_lines(directory, EVENTS))
     due = max(_cadences([changes, *(e.get("changes") for e in events)], recipe))
@@ -78,7 +78,7 @@ def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[st
 
 
 def _cadences(changes: Iterable[object], recipe: Recipe) -> Iterator[int]:
-    """Steps between checkpoints, of this recipe and of earlier ones of the run."""
+    """Yield the steps between checkpoints, of this recipe and of earlier ones of the run."""
     yield recipe.cadence.checkpoint
     for change in changes:
         if isinstance(change, Mapping):
@@ -89,7 +89,7 @@ def _cadences(changes: Iterable[object], recipe: Recipe) -> Iterator[int]:
 
 
 def whole_lines(directory: RunDirectory, file: str) -> Iterator[dict[str, Any]]:
-    """The objects of a run's file of JSON lines; damaged lines are left out."""
+    """Yield the objects of a run's file of JSON lines; damaged lines are skipped."""
     if not directory.store.exists(file):
         return
     for line in directory.store.read(file).split(b"\n"):

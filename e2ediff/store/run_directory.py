@@ -1,4 +1,4 @@
-"""The directory of a run, which explains itself to whoever finds it later.
+"""The directory of a run, which is complete in itself.
 
 `recipe.yaml` as given, `resolved.yaml` with every default, `run.json` (where it ran),
 `status.json` (how it stands), `metrics.jsonl`, `figures.json` (what its figures are),
@@ -38,27 +38,27 @@ METRICS, EVENTS, FIGURES = "metrics.jsonl", "events.jsonl", "figures.json"
 
 PLUGINS = "plugins"
 
-# What there is before RUN, which makes it a run.
+# Files that exist before RUN, which makes the directory a run.
 _BEFORE_RUN = {LOCK, RECIPE, RESOLVED, ATTEMPTS, PLUGINS}
 _RECORDS = (RECIPE, RESOLVED, RUN, STATUS, METRICS, EVENTS, FIGURES)
-_WRITTEN = {*_RECORDS, "bad_images.jsonl", "curves.png"}  # by whoever holds the lock alone
+_WRITTEN = {*_RECORDS, "bad_images.jsonl", "curves.png"}  # only by the process that holds the lock
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class RunDirectory:
-    """A run's files. Make one with `create` or `open`; use it in `with`, or `unlock` at the end.
+    """A run's files. Make one with `create` or `open`; use it in `with`, or call `unlock`.
 
     Writing raises ResourceError when the disk or store refuses.
-    Of several processes of a run the first one writes; the others open it `silent`, and their
-    figures, events, pictures and status go nowhere.
+    Of several processes of a run the first one writes; the others open the directory `silent`, and
+    their figures, events, pictures and status are discarded.
     """
 
     def __init__(self, store: Store, path: str, *, silent: bool = False) -> None:
         self.store = store
         self.path = path
         self.silent = silent
-        self.kept = ""  # the attempt to which `create` moved what lay here
+        self.kept = ""  # the attempt to which `create` moved the former content
         self._lock: int | None = None
         self._declared: dict[str, Figure] | None = None
 
@@ -76,7 +76,7 @@ class RunDirectory:
     ) -> RunDirectory:
         """Start a new run's directory, locked for this process.
 
-        One in which a run was killed before it had begun is taken up.
+        A directory in which a run was killed before it began is reused.
 
         Args:
             out: Where; None is `name`, `name-2`, ... in $E2EDIFF_RUNS, or in `runs`.
@@ -88,14 +88,14 @@ class RunDirectory:
             restart: Move a run that lies in `out` to its `attempts/`; `kept` says where.
 
         Raises:
-            RunDirectoryError: `out` is not empty, or another process is at it.
+            RunDirectoryError: `out` is not empty, or another process uses it.
         """
         if out is None:
             runs = Store(_runs())
             out = runs.where(runs.create_unique_dir(name, LOCK))
         directory = cls(Store(out), addresses.plain(out))
         texts = {RECIPE: recipe_text.encode(), RESOLVED: resolved.encode()}
-        directory._refuse_if_taken(texts, restart=restart)  # a lock is a file in it, too
+        directory._refuse_if_taken(texts, restart=restart)  # the lock file is in it, too
         directory.lock()
         try:
             directory._refuse_if_taken(restart=restart)
@@ -114,7 +114,7 @@ class RunDirectory:
 
     @classmethod
     def never_began(cls, path: Address) -> bool:
-        """Whether a run was killed here before it had begun: `create` takes the place up."""
+        """Return whether a run was killed here before it began; `create` reuses the place."""
         store = Store(path)
         found = store.list()
         ours = any(name in _BEFORE_RUN or name.startswith(".tmp-") for name in found)
@@ -161,7 +161,7 @@ class RunDirectory:
             self.store.truncate_lines(log, keep=lambda line: True)
 
     def unlock(self) -> None:
-        """Let others at it; harmless if it was not locked."""
+        """Release the lock; no-op if not held."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -172,7 +172,7 @@ class RunDirectory:
     def __exit__(self, *error: object) -> None:
         self.unlock()
 
-    # Beginning, and beginning again
+    # Start and restart
 
     def _is_vacant(self) -> bool:
         ours = all(name.isdecimal() for name in self.store.list(ATTEMPTS))
@@ -181,9 +181,9 @@ class RunDirectory:
     def _refuse_if_taken(
         self, texts: Mapping[str, bytes] | None = None, *, restart: bool = False
     ) -> None:
-        """Refuse what is not vacant, or with `restart` neither that nor a run.
+        """Refuse a directory that is not empty; with `restart` a run is accepted.
 
-        Before this process has locked it, `texts` tell a recipe of the user's own.
+        Before this process has locked it, `texts` serve to recognise a recipe of the user.
         """
         local = self.store.local_path()
         is_file = local is not None and os.path.exists(local) and not os.path.isdir(local)
@@ -201,17 +201,17 @@ class RunDirectory:
         raise RunDirectoryError(f"{self.path}: exists and is not empty. {way_out}")
 
     def _is_others(self, found: Sequence[str], texts: Mapping[str, bytes]) -> bool:
-        """Whether a recipe lies in a folder that no run has locked, and is another."""
+        """Return whether the folder holds another recipe, and no run has ever locked it."""
         if LOCK in found or not self.store.local:
             return False
         return any(self._read(file) != text for file, text in texts.items() if file in found)
 
     def _move_aside(self, texts: Mapping[str, bytes]) -> str:
-        """Move to an attempt what is not to be written over; returns where, "" for nothing."""
+        """Move to an attempt what must not be overwritten; return its path, "" for nothing."""
         found = [name for name in self.store.list() if name not in (LOCK, ATTEMPTS)]
         place = next_place(self.store)
         if RUN in found:
-            # First: what a kill leaves is no run then, which might be resumed.
+            # RUN first, so that after a kill the rest is not a run that could be resumed.
             first = [file for file in (RUN, RECIPE, RESOLVED) if file in found]
             names = [*first, *(name for name in found if name not in first)]
         elif not self._is_vacant():
@@ -226,7 +226,7 @@ class RunDirectory:
         return place if names else ""
 
     def set_aside(self, images: int, step: int) -> str:
-        """Keep what is dropped or made anew by going back to a checkpoint of these counts.
+        """Keep what a rollback to a checkpoint of these counts drops or recomputes.
 
         The records are copied to a new attempt; later pictures and snapshots are moved there.
 
@@ -246,27 +246,27 @@ class RunDirectory:
         move(self.store, later, place)
         return place
 
-    # What it says about the run
+    # Descriptions of the run
 
     def recipe(self) -> str:
-        """The recipe as given."""
+        """Read the recipe as given."""
         return self._read(RECIPE).decode()
 
     def resolved(self) -> str:
-        """The recipe with every default spelled out."""
+        """Read the recipe with every default spelled out."""
         return self._read(RESOLVED).decode()
 
     def environment(self) -> dict[str, Any]:
-        """What `create` was told of the machine, with `name` and `created`."""
+        """Read the environment that `create` was given, with `name` and `created`."""
         return self._read_json(RUN)
 
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, by label, as the training images had them when the run began.
+        """Read the names of the classes, by label, that the training images had at the start.
 
-        Empty if they had none, and for runs from before this was kept.
+        Empty if they had none, and for runs from before they were recorded.
 
         Raises:
-            RunDirectoryError: They are no names.
+            RunDirectoryError: The recorded names are damaged.
         """
         found = self.environment().get("class_names", [])
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
@@ -277,7 +277,7 @@ class RunDirectory:
         return tuple(found)
 
     def status(self) -> dict[str, Any]:
-        """The last status; empty before the first."""
+        """Read the last status; empty before the first."""
         return self._read_json(STATUS) if self.store.exists(STATUS) else {}
 
     def set_status(
@@ -291,7 +291,7 @@ class RunDirectory:
         last_checkpoint: str | None = None,
         collapsed: str = "",
     ) -> None:
-        """Replace `status.json`; whoever reads it sees the old one or the new."""
+        """Replace `status.json` atomically."""
         self._write_json(
             STATUS,
             {
@@ -309,13 +309,13 @@ class RunDirectory:
     # Logs and pictures
 
     def log_metrics(self, values: Mapping[str, JSON]) -> None:
-        """Add one line of figures; `images` among them places it in training."""
+        """Add one line of figures; `images` among them is the position in training."""
         if self.silent:
             return
         self.store.append(METRICS, json.dumps(_without_specials(values), allow_nan=False))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All figures logged so far, without a last line that is still being written.
+        """Read all figures logged so far, without an unfinished last line.
 
         Raises:
             RunDirectoryError: a line in the middle is damaged.
@@ -323,7 +323,7 @@ class RunDirectory:
         return self._read_lines(METRICS)
 
     def declare(self, figures: Iterable[Figure]) -> None:
-        """Keep what figures of the run are; those of other names that are kept already stay."""
+        """Record declarations of figures; those of other names recorded before stay."""
         if self.silent:
             return
         before = self._declared
@@ -335,7 +335,7 @@ class RunDirectory:
             self._declared = declared
 
     def figures(self) -> list[Figure]:
-        """What was declared; for a run from before this was kept, what its figures' names tell.
+        """Read the declared figures; for older runs they are derived from the figures' names.
 
         Raises:
             RunDirectoryError: It is damaged.
@@ -355,7 +355,7 @@ class RunDirectory:
             ) from error
 
     def event(self, kind: str, **fields: JSON) -> None:
-        """Add one line on something that happened: a save, a rewind, an alarm, a signal."""
+        """Add one event: a save, a rollback, an alarm, a signal."""
         if self.silent:
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -363,7 +363,7 @@ class RunDirectory:
         self.store.append(EVENTS, json.dumps(entry, allow_nan=False))
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events so far, in order.
+        """Read all events so far, in order.
 
         Raises:
             RunDirectoryError: a line in the middle is damaged.
@@ -371,12 +371,12 @@ class RunDirectory:
         return self._read_lines(EVENTS)
 
     def rewind(self, images: int) -> int:
-        """Drop figures of more images than this, and damaged lines; returns how many went."""
+        """Drop figures after this many images, and damaged lines; return how many were dropped."""
         keep = partial(_is_until, images)
         return 0 if self.silent else self.store.truncate_lines(METRICS, keep)
 
     def write_picture(self, relative_path: str, png_bytes: bytes) -> str:
-        """Save a picture below `samples/`; returns its path inside the run directory."""
+        """Save a picture below `samples/`; return its path inside the run directory."""
         path = f"samples/{relative_path}"
         if not self.silent:
             self.store.write(path, png_bytes)
@@ -420,32 +420,32 @@ class RunDirectory:
 
 
 def is_run(place: Address) -> bool:
-    """Whether a run lies there."""
+    """Return whether there is a run at this address."""
     place = addresses.plain(place)
     return not place.endswith(".npz") and Store(place).exists("run.json")
 
 
 def latest_run(name: str) -> str | None:
-    """The newest run of this name in $E2EDIFF_RUNS, or `runs`; None if there is none.
+    """Find the newest run of this name in $E2EDIFF_RUNS, or `runs`; None if there is none.
 
-    Also one that was killed before it had begun, or halfway through a restart.
+    A run killed before it began, or during a restart, counts.
     """
     runs = Store(_runs())
     pattern = re.compile(re.escape(name) + r"(?:-(\d{1,9}))?")
     numbered = [(pattern.fullmatch(found), found) for found in runs.list()]
     for _, found in sorted(((int(m[1] or 1), n) for m, n in numbered if m), reverse=True):
         path = runs.where(found)
-        # The second run of `flow` and the first of a recipe called `flow-2` look alike.
+        # The second run of `flow` and the first of a recipe called `flow-2` have the same path.
         if _is_run_of(path, name):
             return path
     return None
 
 
 def _is_run_of(path: str, name: str) -> bool:
-    """Whether a run of this name lies here, or may have been about to begin."""
+    """Return whether this is a run of this name, or may have been about to become one."""
     store = Store(path)
     if store.exists(RUN):
-        # A damaged one is no reason to take an older run: what opens it says so.
+        # Don't fall back on an older run if this one is damaged: opening it reports that.
         with contextlib.suppress(RunDirectoryError):
             return RunDirectory.open(path).environment().get("name") == name
     elif not numbers(store) and not RunDirectory.never_began(path):
@@ -453,13 +453,13 @@ def _is_run_of(path: str, name: str) -> bool:
     try:
         recipe, _ = parse_yaml(store.read(RESOLVED).decode(), store.where(RESOLVED))
     except (OSError, UnicodeDecodeError, RecipeError):
-        return True  # killed before this was written, or after it was moved away
+        return True  # killed before the file was written, or after it was moved
     block = recipe.value if recipe else None
     return isinstance(block, dict) and "name" in block and block["name"].value == name
 
 
 def _is_until(images: int, line: str) -> bool:
-    """Whether a line of figures is whole, and not of more training images than these."""
+    """Return whether a line of figures is valid, and of at most this many training images."""
     try:
         seen = json.loads(line).get("images", 0)
     except (ValueError, AttributeError, RecursionError):
@@ -472,7 +472,7 @@ def _runs() -> str:
 
 
 def _without_specials(value: Any) -> Any:
-    """JSON has no nan or inf: they become text."""
+    """Replace nan and inf, which JSON does not have, by text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

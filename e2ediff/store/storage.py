@@ -1,7 +1,7 @@
-"""All file access of a run: one `Store` over a local directory or any address fsspec knows.
+"""Access the files of a run: a `Store` over a local directory or any address fsspec knows.
 
 Local writes are atomic and durable: temporary file, fsync, rename, fsync of the directory.
-Other stores get each object whole. What a disk refuses becomes a `ResourceError`.
+Other stores get each object whole. Failed writes raise `ResourceError`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _TEMPORARY = re.compile(r"\.tmp-(.+)-[0-9a-f]{8}")
 class Store:
     """The files below one address; every path is relative to it, with forward slashes.
 
-    Reading raises OSError (the caller knows what a missing file means); writing raises
+    Reading raises OSError, as the caller knows what a missing file means; writing raises
     ResourceError; `rename_dir`, `remove_dir` and `remove_file` return the error instead.
-    `option` is what the command line calls the address, for messages.
+    `option` is the command-line option of the address, for messages.
 
     Raises:
         RunDirectoryError: the address is not allowed, or no file system for it is installed.
@@ -55,7 +55,7 @@ class Store:
                 f"{url}: cannot be used: {error}. Give a local path, or install the package "
                 "that fsspec needs for this kind of address."
             ) from error
-        except Exception as error:  # drivers of stores raise what they like
+        except Exception as error:  # drivers of stores raise exceptions of any kind
             raise RunDirectoryError(
                 f"{url}: cannot be used: {type(error).__name__}: {error}. Check the address, and "
                 "for a remote store its credentials and your connection."
@@ -64,28 +64,28 @@ class Store:
         self.local = addresses.is_local(self._fs)
 
     def where(self, path: str = "") -> str:
-        """The address of a path for messages, spelled as the user spelled the store's."""
+        """Return the address of a path for messages, spelled as the user spelled the store's."""
         return f"{self.url.rstrip('/')}/{path}" if path else self.url
 
     def local_path(self, path: str = "") -> str | None:
-        """The path in the local file system; None on any other store."""
+        """Return the path in the local file system; None on any other store."""
         return self._full(path) if self.local else None
 
     def read(self, path: str, limit: int | None = None) -> bytes:
-        """The whole content; OSError if there is none, or if it is longer than `limit` bytes."""
+        """Read the whole content; OSError if it is missing, or longer than `limit` bytes."""
         if limit is not None and self.size(path) > limit:
             raise OSError(errno.EFBIG, f"longer than {limit} bytes", self.where(path))
         return b"".join(self.chunks(path))
 
     def chunks(self, path: str) -> Iterator[bytes]:
-        """The content in pieces of some megabytes, for hashing without holding all of it."""
-        self.size(path)  # refuses pipes and devices, whose opening could block for ever
+        """Yield the content in pieces of some megabytes, for hashing without holding all of it."""
+        self.size(path)  # refuses pipes and devices, which could block forever when opened
         with _as_oserror(), self._fs.open(self._full(path), "rb") as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
     def size(self, path: str) -> int:
-        """Bytes of a file; OSError if it is missing or no regular file."""
+        """Return the bytes of a file; OSError if it is missing or not a regular file."""
         if self.local:
             found = os.stat(self._full(path))
             if not stat.S_ISREG(found.st_mode):
@@ -98,7 +98,7 @@ class Store:
         return int(info["size"])
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file or directory of this name."""
+        """Return whether there is a file or directory of this name."""
         if self.local:
             return os.path.lexists(self._full(path))
         self._fs.invalidate_cache()
@@ -106,7 +106,7 @@ class Store:
             return bool(self._fs.exists(self._full(path)))
 
     def list(self, path: str = "") -> list[str]:
-        """Sorted names inside a directory, hidden ones too; empty if there is no directory."""
+        """Return the sorted names inside a directory, hidden ones too; empty if it is missing."""
         full = self._full(path)
         try:
             if self.local:
@@ -121,9 +121,9 @@ class Store:
         return sorted({n.rpartition("/")[2] for n in inside if n.strip("/") != full.strip("/")})
 
     def is_vacant(self, besides: Collection[str] = ()) -> bool:
-        """Whether there is no file but these and what a killed write left, nor a folder with one.
+        """Return whether the store holds no files except leftovers of killed writes.
 
-        `besides` are names at the top.
+        `besides` are names at the top that are ignored.
         """
         return all(
             name in besides or name.startswith(".tmp-") or self._is_hollow(name)
@@ -144,9 +144,9 @@ class Store:
         return all(name.startswith(".tmp-") for name in files)
 
     def sweep(self, path: str, ours: Callable[[str], bool], before: float = math.inf) -> None:
-        """Remove what killed writes left of the files in a directory whose names are `ours`.
+        """Remove leftovers of killed writes of the files in a directory whose names are `ours`.
 
-        Only what was written before this time, in seconds since 1970.
+        Only files written before `before`, in seconds since 1970, are removed.
         """
         for name in self.list(path) if self.local else ():
             full = self._full(f"{path}/{name}" if path else name)
@@ -171,10 +171,10 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, path: str, needed: int = 0) -> Iterator[IO[bytes]]:
-        """A file to fill piece by piece; it replaces `path` when the block ends without error.
+        """Open a file that replaces `path` when the block ends without error.
 
-        For other stores it is collected in the local directory for temporary files.
-        `needed` is how many bytes it will have, for the message of a full disk.
+        For stores that are not local it is collected in the local directory for temporary files.
+        `needed` is its expected size in bytes, for the message of a full disk.
 
         Raises:
             ResourceError: no space, no permission, or the remote store refused.
@@ -205,9 +205,9 @@ class Store:
             _sync_dir(folder)
 
     def append(self, path: str, line: str) -> None:
-        """Add one line (its newline is added here); not fsynced, but handed to the system.
+        """Append one line and a newline; flushed to the system, not fsynced.
 
-        Stores that cannot append are read and written whole, so keep such logs short.
+        In stores that cannot append the file is read and rewritten, so keep such logs short.
 
         Raises:
             ResourceError: the line could not be written; the file is as it was before.
@@ -225,7 +225,7 @@ class Store:
                 try:
                     _write_all(file, data)
                 except OSError:
-                    # Half a line would swallow the next one.
+                    # Remove an incomplete line, which would merge with the next one.
                     with contextlib.suppress(OSError):
                         os.ftruncate(file, before)
                     raise
@@ -233,7 +233,7 @@ class Store:
                 os.close(file)
 
     def truncate_lines(self, path: str, keep: Callable[[str], bool]) -> int:
-        """Drop a torn last line, and all that `keep` refuses; returns how many went.
+        """Drop an incomplete last line, and all lines that `keep` refuses; return their number.
 
         Raises:
             ResourceError: the shortened file could not be written; the old one stays.
@@ -249,7 +249,7 @@ class Store:
         return len(lines) - len(kept) + bool(torn)
 
     def rename_dir(self, old: str, new: str) -> OSError | None:
-        """Rename a directory (atomic and durable locally, copy and delete elsewhere)."""
+        """Rename a directory: atomic and durable locally, by copying and deleting elsewhere."""
         try:
             if self.local:
                 _make_dirs(os.path.dirname(self._full(new)))
@@ -263,7 +263,7 @@ class Store:
         return None
 
     def move(self, old: str, new: str) -> None:
-        """Give a file or directory another path; a move that was cut short is finished by another.
+        """Move a file or directory; repeating an interrupted move completes it.
 
         Raises:
             ResourceError: the disk or store refused; nothing is lost.
@@ -279,7 +279,7 @@ class Store:
             _move_tree(self._fs, source, target)
 
     def remove_dir(self, path: str) -> OSError | None:
-        """Delete a directory and all in it; what is gone already is no error."""
+        """Delete a directory and its content; a missing one is no error."""
         try:
             if self.local:
                 shutil.rmtree(self._full(path))
@@ -293,7 +293,7 @@ class Store:
         return None
 
     def remove_file(self, path: str) -> OSError | None:
-        """Delete one file; what is gone already is no error."""
+        """Delete one file; a missing one is no error."""
         try:
             if self.local:
                 os.unlink(self._full(path))
@@ -307,9 +307,9 @@ class Store:
         return None
 
     def create_dir(self, path: str, holding: str) -> bool:
-        """Make a local directory with an empty file in it, both or neither; False if it is there.
+        """Create a local directory with an empty file in it, atomically; False if it exists.
 
-        So a kill leaves no empty directory, which nobody could tell from another empty one.
+        So a kill leaves no empty directory, which could not be told from one of the user.
 
         Raises:
             ResourceError: the directory could not be made.
@@ -328,21 +328,21 @@ class Store:
                 os.rename(hidden, full)
             except OSError:
                 shutil.rmtree(hidden, ignore_errors=True)
-                if not os.path.isdir(full):  # else another process was faster
+                if not os.path.isdir(full):  # another process was faster
                     raise
                 return False
             _sync_dir(folder)
-        with contextlib.suppress(OSError):  # a folder may be closed to being listed
-            for found in os.listdir(folder):  # of creations that were killed, or are too late now
+        with contextlib.suppress(OSError):  # a folder may not be listable
+            for found in os.listdir(folder):  # left by creations that were killed or came too late
                 if (match := _TEMPORARY.fullmatch(found)) and match[1] == name:
                     shutil.rmtree(os.path.join(folder, found), ignore_errors=True)
         return True
 
     def create_unique_dir(self, base: str, holding: str) -> str:
-        """Make directory `base`, or `base-2`, `base-3`, ... and return which it was.
+        """Create directory `base`, or `base-2`, `base-3`, ..., and return its path.
 
-        Locally it has an empty file `holding`, and one process alone gets it. The number is above
-        all that exist, so that the highest is the newest.
+        Locally it has an empty file `holding`, and only one process gets it. The number is above
+        all existing ones, so that the highest is the newest.
 
         Raises:
             ResourceError: the directory could not be made.
@@ -363,7 +363,7 @@ class Store:
                 number += 1
 
     def free_bytes(self) -> int | None:
-        """Bytes that may still be written here; None where nobody knows."""
+        """Return the bytes that may still be written here; None if unknown."""
         place = Path(self._root or "/")
         while self.local:
             try:
@@ -377,7 +377,7 @@ class Store:
         return None
 
     def refusal(self, path: str, needed: int, error: Exception) -> ResourceError:
-        """What to tell the user when writing `needed` bytes at a path failed with `error`."""
+        """Return the user error for a failed write of `needed` bytes at a path."""
         code = error.errno if isinstance(error, OSError) else None
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         free = self.free_bytes()
@@ -430,9 +430,9 @@ class Store:
 
 
 def _move_tree(fs: Any, old: str, new: str) -> None:
-    """Move a file or directory of a store; what was copied by a move cut short is copied again.
+    """Move a file or directory of a store; an interrupted move copies all files again.
 
-    It goes file by file where `mv` would take a name for a pattern, or put `old` into `new`.
+    Works file by file where `mv` would take a name for a pattern, or put `old` into `new`.
     """
     fs.invalidate_cache()
     if not set("*?[") & {*old, *new} and not fs.exists(new):
@@ -458,13 +458,13 @@ def _remove_tree(fs: Any, path: str) -> None:
         if inside[found]["type"] != "directory":
             fs.rm_file(found)
         else:
-            with contextlib.suppress(OSError):  # object stores have none, or have it no more
+            with contextlib.suppress(OSError):  # object stores have none, or removed it
                 fs.rmdir(found)
 
 
 @contextlib.contextmanager
 def _as_oserror() -> Iterator[None]:
-    """Drivers of remote stores raise what they like; here is the border, as for plugins."""
+    """Turn the exceptions of remote stores, which can be of any kind, into OSError."""
     try:
         yield
     except (OSError, ResourceError):
@@ -497,7 +497,7 @@ def _sync_dir(folder: str) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        # Some network file systems cannot fsync a directory; they promise nothing anyway.
+        # Some network file systems cannot fsync a directory.
         if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
             raise
     finally:
