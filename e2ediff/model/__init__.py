@@ -1,1 +1,1 @@
-"""A recipe's networks, built or trained, and what they are asked for."""
+"""Build the networks of a recipe, and compute with trained ones."""

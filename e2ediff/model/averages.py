@@ -1,4 +1,4 @@
-"""Averaged weights: a copy of the network that follows the trained one."""
+"""Average weights: a copy of the network that follows the trained one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Average(ExponentialMovingAverage):  # type: ignore[misc]
 
     torch-ema keeps the averaged tensors, in the order of the parameters and without names, the
     count of updates and the decay; it copies them elsewhere (`copy_to`, `average_parameters`) and
-    saves and loads them (`state_dict`). All of that is used as it is. Ours are:
+    saves and loads them (`state_dict`). All of that is inherited. This class adds:
 
     - `net`, a copy of the online network whose parameters the averaged tensors are, so that the
-      average has names and is sampled from in one copy. Its buffers are taken over at each update,
+      average has names and is sampled from in one copy. Its buffers are copied at each update,
       but for the latent norm's statistics, which belong to one set of weights and are calibrated
       before the copy is used.
     - `update`, one operation on all tensors.
@@ -52,9 +52,9 @@ class Average(ExponentialMovingAverage):  # type: ignore[misc]
         ]
 
     def bind(self) -> None:
-        """Take up both networks' parameters as they are now; call after they were split."""
+        """Bind the current parameters of both networks; call after they were split."""
         self.shadow_params = list(self.net.parameters())
-        # What is split among processes is averaged piece by piece.
+        # Each process averages the part that it holds.
         self._mine, self._theirs = mine(self.shadow_params), mine([*self.online.parameters()])
 
     @torch.no_grad()
@@ -74,9 +74,9 @@ class Average(ExponentialMovingAverage):  # type: ignore[misc]
             copied.copy_(buffer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of an average, `net`'s parameters included.
+        """Load the state of an average, including the parameters of `net`.
 
-        Its `decay` is not taken: the law is the recipe's.
+        Its `decay` is ignored, as the recipe defines the decay.
         """
         decay = self.decay
         super().load_state_dict(state_dict)
@@ -85,13 +85,13 @@ class Average(ExponentialMovingAverage):  # type: ignore[misc]
         self.bind()
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        """Move `net`, and with it the averaged tensors."""
+        """Move `net`, and with it the averaged tensors, which are its parameters."""
         self.net.to(device=device, dtype=dtype)
         self.bind()
 
     @property
     def updates(self) -> int:
-        """Number of updates so far, which sets the decay; 0 where the decay never changes."""
+        """Return the number of updates, which sets the decay; 0 if the decay is constant."""
         return self.num_updates or 0
 
     @updates.setter

@@ -1,4 +1,4 @@
-"""From a recipe to networks, and what keeps its parts from fitting one another."""
+"""Build the networks of a recipe, and check that its parts fit one another."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(wanted: str, local: int | None = None) -> torch.device:
-    """The device of a recipe's `device`; of several processes on a machine, the `local`th GPU.
+    """Return a recipe's device; for several processes on a machine, the GPU number `local`.
 
     Raises:
-        ResourceError: CUDA is asked for and not there, or has too few GPUs.
+        ResourceError: CUDA is requested but not available, or has too few GPUs.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,15 +46,15 @@ def choose_device(wanted: str, local: int | None = None) -> torch.device:
 def check_precision(
     precision: str, device: torch.device, *, supported: bool | None = None
 ) -> None:
-    """Refuse a precision that the device has no arithmetic for.
+    """Refuse a precision that the device does not support natively.
 
     Args:
-        precision: The recipe's.
-        device: Where the run takes place.
-        supported: Whether that device computes in bfloat16; by default, ask it.
+        precision: The recipe's precision.
+        device: The device of the run.
+        supported: Whether that device computes in bfloat16; by default, query it.
 
     Raises:
-        ResourceError: It emulates bfloat16, if anything.
+        ResourceError: The device emulates bfloat16, or lacks it.
     """
     if precision != "bfloat16" or device.type != "cuda":
         return
@@ -69,7 +69,7 @@ def check_precision(
 
 
 def build_nets(recipe: Recipe, device: torch.device) -> tuple[Nets, Average]:
-    """Freshly initialised networks on `device`, and the target's average.
+    """Build initialised networks on `device`, and the target's average.
 
     Weights depend on the recipe's seed alone.
     """
@@ -81,21 +81,21 @@ def build_nets(recipe: Recipe, device: torch.device) -> tuple[Nets, Average]:
 def fresh_nets(
     recipe: Recipe, device: torch.device
 ) -> tuple[Backbone, nn.ModuleDict, nn.ModuleDict]:
-    """The online network, the objective's heads and its fixed networks."""
+    """Build the online network, the objective's heads and its frozen networks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, "weights") % 2**63)
         with torch.device("meta") if device.type == "meta" else torch.device("cpu"):
             online = recipe.backbone.build(recipe.data.image)
             heads = recipe.objective.heads(online)
-            # A fixed network is loaded from a file; shapes alone do not need it.
+            # A frozen network is loaded from a file, which the meta device does not need.
             frozen = nn.ModuleDict() if device.type == "meta" else recipe.objective.frozen(online)
-    if device.type not in ("cpu", "meta"):  # where they were built
+    if device.type not in ("cpu", "meta"):  # on the device where they were built
         online, heads, frozen = online.to(device), heads.to(device), frozen.to(device)
     return online.train(), heads, frozen
 
 
 def problems(recipe: Recipe) -> list[Problem]:
-    """What does not fit together, found without data or memory for weights."""
+    """Find parts that do not fit together, without data or memory for weights."""
     found = [
         Problem(f"backbone.{field}", what)
         for field, what in recipe.backbone.problems(recipe.data.image)
@@ -135,7 +135,7 @@ def problems(recipe: Recipe) -> list[Problem]:
 
 
 def guidance_problems(recipe: Recipe) -> list[Problem]:
-    """What the recipe's sampler would make of its guidance, and runs that it may not ask."""
+    """Find conflicts of sampler and guidance, and runs that guidance may not use."""
     if recipe.guidance is None:
         return []
     found = [*recipe.guidance.problems(recipe.sampler)]
@@ -145,7 +145,7 @@ def guidance_problems(recipe: Recipe) -> list[Problem]:
 
 
 def _optimizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:
-    """Parameter groups that do not fit the networks."""
+    """Find parameter groups that do not fit the networks."""
     held = nn.ModuleDict({"online": nets.online, "heads": nets.heads})
     names = [name for name, p in held.named_parameters() if p.requires_grad]
     found, phases = [], recipe.objective.phases
@@ -159,7 +159,7 @@ def _optimizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:
 
 
 def _regularizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:
-    """What keeps regularisers from being computed."""
+    """Find what keeps regularisers from being computed."""
     found, images = [], recipe.batch // recipe.microshards
     for i, (name, part) in enumerate(
         zip(names_of(recipe.regularizers), recipe.regularizers, strict=True)
@@ -179,7 +179,7 @@ def _regularizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:
 
 
 def check_fits(recipe: Recipe, source: str) -> None:
-    """Raise what `problems` finds.
+    """Raise the problems that `problems` finds.
 
     Raises:
         RecipeError: Parts of the recipe do not fit one another.
@@ -189,12 +189,12 @@ def check_fits(recipe: Recipe, source: str) -> None:
 
 
 def averagings(recipe: Recipe) -> dict[str, Averaging]:
-    """The laws of a run's averages, by the name of the weights, those of `post_hoc` last."""
+    """Return the laws of a run's averages, by the name of the weights, `post_hoc` last."""
     further = {average.name: average.averaging for average in recipe.ema}
     return {"target": recipe.target, **further, **tracked(recipe)}
 
 
 def tracked(recipe: Recipe) -> dict[str, Power]:
-    """Those of the averages that `post_hoc` asks for."""
+    """Return the averages that `post_hoc` tracks."""
     widths = recipe.post_hoc.widths if recipe.post_hoc else ()
     return {tracked_name(width): Power(width=width) for width in widths}

@@ -1,4 +1,4 @@
-"""A network as a user has it: eval mode, and a latent norm with the statistics of its weights."""
+"""Prepare a network for use: eval mode, and a latent norm calibrated for its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK = 256  # images in one calibration pass
 
 @torch.no_grad()
 def calibrate(net: Backbone, images: Tensor) -> None:
-    """Give the latent norm the statistics of these weights, from images (M, C, H, W)."""
+    """Calibrate the latent norm for these weights, from images (M, C, H, W)."""
     if net.latent_norm.has_statistics:
         norm_training = net.latent_norm.training
         net.latent_norm.train()
@@ -26,7 +26,7 @@ def calibrate(net: Backbone, images: Tensor) -> None:
 
 @torch.no_grad()
 def own_latents(net: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents of images (M, C, H, W) and those before the norm, (M, N, D), in one pass.
+    """Encode images (M, C, H, W) to latents, and those before the norm, (M, N, D), in one pass.
 
     The norm takes its statistics from these images and keeps them, so that `decode` and
     `denoise` agree with the latents; the network is in eval mode.
@@ -40,7 +40,7 @@ def own_latents(net: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalised(net: Backbone, raw: Tensor) -> Tensor:
-    """Latents (M, N, D) from those before the norm, whose statistics the norm takes and keeps."""
+    """Normalise latents (M, N, D) by their own statistics, which the norm keeps."""
     net.latent_norm.calibrate(raw)
     z: Tensor = net.latent_norm.eval()(raw)
     return z
@@ -58,7 +58,7 @@ def _raw(net: Backbone, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def at_rest(net: Backbone) -> Iterator[Backbone]:
-    """The network in eval mode; its modes are put back on leaving."""
+    """Put the network in eval mode; restore its modes on exit."""
     modes = [(m, m.training) for m in net.modules()]
     net.eval()
     try:
@@ -70,13 +70,13 @@ def at_rest(net: Backbone) -> Iterator[Backbone]:
 
 @contextlib.contextmanager
 def in_use(net: Backbone, images: Tensor) -> Iterator[Backbone]:
-    """The network as a user has it: eval mode, with the norm's statistics of its own weights.
+    """Put the network in eval mode, with norm statistics of its own weights.
 
     Args:
         net: Any set of weights.
         images: Training images (M, C, H, W) for the statistics.
 
-    Its modes are put back on leaving.
+    Its modes are restored on exit.
     """
     calibrate(net, images)
     with at_rest(net):

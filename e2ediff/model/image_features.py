@@ -1,4 +1,4 @@
-"""From images to features: rounding to bytes, and vectors of a feature network.
+"""Compute features of images with a feature network, and collect their moments.
 
 Shapes: M images, C H W image, F features.
 """
@@ -17,12 +17,12 @@ from e2ediff.metric import Accumulator, FeatureSet
 
 
 def network_title(network: FeatureNetwork) -> str:
-    """What scores call the network: its `title`, or its class."""
+    """Return the name of the network in scores: its `title`, or its class."""
     return network.title or type(network).__name__
 
 
 def weights_sha256(network: nn.Module) -> str:
-    """Hash of all weights and buffers with their names; the file format does not count."""
+    """Hash all weights and buffers with their names, independently of the file format."""
     content = hashlib.sha256(type(network).__qualname__.encode())
     for name, value in sorted(network.state_dict().items()):
         content.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -31,7 +31,7 @@ def weights_sha256(network: nn.Module) -> str:
 
 
 class Collector:
-    """Features of images that pass by: moments of some taps, rows of others."""
+    """Collects features of a stream of images: moments of some taps, rows of others."""
 
     def __init__(
         self, network: FeatureNetwork, moments: Collection[str], rows: Collection[str]
@@ -51,9 +51,9 @@ class Collector:
 
     @torch.no_grad()
     def add(self, pixels: Tensor) -> None:
-        """Take images (B, C, H, W) with values from 0 to 255 in, on the network's device."""
+        """Add images (B, C, H, W) with values from 0 to 255, on the network's device."""
         assert self.network is not None
-        # TensorFloat-32, cuDNN's default, would move scores in the third digit.
+        # TensorFloat-32, cuDNN's default, would change scores in the third digit.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             found = self.network.vectors(pixels.float(), self.taps) if self.taps else {}
         self.count += len(pixels)
@@ -63,10 +63,13 @@ class Collector:
             kept.append(found[tap].float().cpu())
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "network": None}  # what a process sends back is figures alone
+        return {
+            **self.__dict__,
+            "network": None,
+        }  # workers return statistics, not the network
 
     def merge(self, other: Collector) -> None:
-        """Take in what another collector has seen of later images."""
+        """Merge the features of later images from another collector."""
         self.count += other.count
         for tap, accumulator in self.moments.items():
             accumulator.merge(other.moments[tap])
@@ -74,7 +77,7 @@ class Collector:
             kept += other.rows[tap]
 
     def features(self) -> FeatureSet:
-        """What it has seen."""
+        """Return the collected features."""
         return FeatureSet(
             self.count,
             {tap: accumulator.moments() for tap, accumulator in self.moments.items()},
@@ -89,7 +92,7 @@ def features_of(
     rows: Collection[str],
     progress: Callable[[int], None] | None = None,
 ) -> FeatureSet:
-    """Features of all images of some batches (B, C, H, W), of values from 0 to 255.
+    """Compute features of all images of some batches (B, C, H, W), with values from 0 to 255.
 
     Raises:
         DataError: The network does not offer one of the taps.

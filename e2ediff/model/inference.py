@@ -1,4 +1,4 @@
-"""A trained model: sampling, encoding, decoding, with nothing of the training left.
+"""Sample, encode and decode with a trained model.
 
 Shapes: B batch, C H W image, M images, N latent tokens, D latent channels, R rows of a tile.
 """
@@ -53,7 +53,7 @@ class Origin:
 
 @attrs.frozen(eq=False)
 class Other:
-    """A further network that guidance asks."""
+    """A further network that guidance uses."""
 
     denoiser: Plain
     origin: Origin
@@ -63,8 +63,8 @@ class Other:
 class Tile:
     """Some images of a set: their numbers, x (M, C, H, W) in [-1, 1] on the CPU, and their cost.
 
-    `calls` counts network calls one after another; `passes` the latents that went through a
-    network for each image, so that a call for two answers counts twice.
+    `calls` counts sequential network calls; `passes` the latents passed through a network for each
+    image, so that a call with two conditions counts twice.
     """
 
     numbers: range
@@ -77,16 +77,16 @@ class Tile:
 class Model:
     """One set of weights, in eval mode, with the recipe it was trained by.
 
-    Images are computed in tiles of `rows`: image i of a set is always row i mod `rows` of a batch
-    of that size, whatever else is asked for, because a matrix product may round differently for
-    another number of rows. So an image depends on weights, seed, number and condition alone,
-    to the bit. With a sampler that couples images it also depends on the others in its tile.
-
-    `guidance` is the recipe's with the networks it asks, which are `others`.
-    `precision` is the networks'; samplers and guidance compute in float32.
-    `latent` is the latent contract as its checkpoint has it.
-    `image` is the images' shape and conditioning; `image.class_names` are those of the training
-    data.
+        Images are computed in tiles of `rows`: image i of a set is always row i mod `rows` of a batch
+            of that size, whatever else is asked for, because matrix products may round differently
+        for another number of rows. So an image depends on weights, seed, number and condition alone,
+        to the bit. With a sampler that couples images it also depends on the others in its tile.
+    
+        `guidance` is the recipe's guidance with the networks that it uses, which are `others`.
+        `precision` is that of the networks; samplers and guidance compute in float32.
+        `latent` is the latent contract in its checkpoint.
+        `image` is the images' shape and conditioning; `image.class_names` are those of the training
+        data.
     """
 
     recipe: Recipe
@@ -105,18 +105,18 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Return the device of the weights."""
         return next(self.net.parameters()).device
 
     def to(self, device: str | torch.device) -> Model:
-        """The same model on another device; the weights themselves are moved."""
+        """Return the same model on another device; the weights are moved, not copied."""
         for net in (self.net, *(other.denoiser.net for other in self.others)):
             net.to(device)
             choose_kernels(net, self.device, self.precision)
         return self
 
     def denoiser(self) -> Denoiser:
-        """The denoiser, with the model's guidance."""
+        """Return the denoiser, with the model's guidance."""
         return self._guided(Plain(self.net, self.recipe.interpolant, self.recipe.predicts))
 
     def _guided(self, plain: Plain) -> Denoiser:
@@ -133,12 +133,12 @@ class Model:
         first: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Images of these classes or conditions.
+        """Sample images of these classes or conditions.
 
         Args:
             labels: (M,), class indices or names; the null label for images of any class. In their
                 place a condition of M rows, which other kinds of conditioning need.
-            seed: With the image's number it decides the image's noise.
+            seed: Determines the noise, together with the image's number.
             first: Number of the first image, to continue a set.
             progress: Called with the number of images finished so far.
 
@@ -158,13 +158,13 @@ class Model:
         return torch.cat([torch.empty(0, image.channels, image.height, image.width), *finished])
 
     def tiles(self, labels: Given, *, seed: int = 0, first: int = 0) -> Iterator[Tile]:
-        """As `sample`, tile by tile."""
+        """Sample as `sample` does, and yield tile by tile."""
         r = self.rows
         chosen = self._condition(labels)
         last = first + len(chosen)
         for start in range(first - first % r, last, r):
             numbers = range(max(start, first), min(start + r, last))
-            # Rows that nobody asked for repeat one that somebody did, and are thrown away.
+            # Pad the tile by repeating a requested row; the padding is discarded.
             rows = [i if i in numbers else numbers[0] for i in range(start, start + r)]
             noise = _own_noise(seed, rows)
             index = torch.tensor(rows, device=chosen.device) - first
@@ -173,16 +173,16 @@ class Model:
 
     @property
     def contract(self) -> LatentContract:
-        """What this model's latents mean."""
+        """Return the contract of this model's latents."""
         return self.net.contract() if self.latent is None else self.latent
 
     def latents(self, x: Tensor) -> Latents:
-        """As `encode`, with the contract that says what the latents mean."""
+        """Encode images, and return latents with their contract."""
         return Latents(self.encode(x), self.contract)
 
     @torch.no_grad()
     def denoise(self, latents: Latents, t: float, labels: Given) -> Latents:
-        """Clean estimates of latents (M, N, D) that are noised to time t, by the denoiser.
+        """Return clean estimates of latents (M, N, D) that are noised to time t.
 
         Args:
             latents: z_t on the recipe's interpolant, with the contract of the clean latents.
@@ -198,7 +198,7 @@ class Model:
         return Latents(x0.cpu(), self.contract)
 
     def accept(self, latents: Latents) -> Tensor:
-        """The tensor of latents that this model may decode and denoise.
+        """Check that this model may decode and denoise latents, and return their tensor.
 
         Raises:
             LatentError: Weights encoded them whose latents mean something else.
@@ -210,10 +210,10 @@ class Model:
     def interpolate(
         self, seeds: tuple[int, int], label: int | str | Condition = "none", *, frames: int = 8
     ) -> Tensor:
-        """Images between two seeds, (frames, C, H, W) in [-1, 1], on the CPU.
+        """Sample between two seeds: images (frames, C, H, W) in [-1, 1], on the CPU.
 
-        All noise is turned from that of image 0 of one seed to that of the other, on the sphere,
-        where it keeps its variance.
+        All noise is interpolated on the sphere from image 0 of one seed to that of the other, which
+        keeps its variance.
         The ends are the images that `sample` makes with these seeds. `label` is a class or a
         condition of one row; by default none.
         """
@@ -235,7 +235,7 @@ class Model:
         return torch.cat(made)[:frames]
 
     def _condition(self, given: Given) -> Condition:
-        """What a caller gives, as a condition.
+        """Convert what the caller gave to a condition.
 
         Raises:
             DataError: There is no such class, or the run has conditions of another kind.
@@ -252,7 +252,7 @@ class Model:
         return conditioning.accept(torch.tensor(labels, dtype=torch.long), "the caller")
 
     def _make(self, condition: Condition, noise: Noise) -> tuple[Tensor, int, float]:
-        """Images of one whole tile, (R, C, H, W), its network calls, and passes an image."""
+        """Make one whole tile: images (R, C, H, W), network calls, and passes per image."""
         plain = Plain(self.net, self.recipe.interpolant, self.recipe.predicts)
         asked, spec = [plain, *(other.denoiser for other in self.others)], self.net.latent
         calls, rows = sum(p.calls for p in asked), sum(p.rows for p in asked)
@@ -270,21 +270,21 @@ class Model:
         return torch.autocast(self.device.type, getattr(torch, self.precision))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents (M, N, D) of images (M, C, H, W) in [-1, 1], on the CPU."""
+        """Encode images (M, C, H, W) in [-1, 1] to latents (M, N, D), on the CPU."""
         return self._in_tiles(self.net.encode, x)
 
     def decode(self, z: Tensor | Latents) -> Tensor:
-        """Images (M, C, H, W) in [-1, 1], clipped, of latents (M, N, D), on the CPU.
+        """Decode latents (M, N, D) to images (M, C, H, W) in [-1, 1], clipped, on the CPU.
 
         Raises:
             LatentError: Weights encoded them whose latents mean something else; a bare tensor
-                does not say what it means, and is believed.
+                has no contract and is not checked.
         """
         found = self.accept(z) if isinstance(z, Latents) else z
         return self._in_tiles(self.net.decode, found).clamp(-1, 1)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Images (M, C, H, W) in [-1, 1] through encoder and decoder, clipped, on the CPU."""
+        """Pass images (M, C, H, W) in [-1, 1] through encoder and decoder; clipped, on the CPU."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
@@ -298,7 +298,7 @@ class Model:
         return torch.cat(made)
 
     def with_options(self, part: Literal["sampler", "guidance"], **options: Any) -> Model:
-        """The same model with other options of its sampler or its guidance.
+        """Return the same model with other options of its sampler or its guidance.
 
         Raises:
             RecipeError: The part has no such option, or refuses the value.
@@ -318,7 +318,7 @@ class Model:
         return attrs.evolve(self, recipe=attrs.evolve(self.recipe, sampler=changed))
 
     def with_steps(self, steps: int) -> Model:
-        """The same model with another number of sampler steps.
+        """Return the same model with another number of sampler steps.
 
         Raises:
             RecipeError: The sampler has no option `steps`, or refuses the number.
@@ -326,7 +326,7 @@ class Model:
         return self.with_options("sampler", steps=steps)
 
     def label_of(self, text: str) -> int:
-        """The class index that a user's text means: an index, a name, or `none`.
+        """Return the class index that a user's text means: an index, a name, or `none`.
 
         Raises:
             DataError: There is no such class.
@@ -336,9 +336,9 @@ class Model:
 
 @torch.no_grad()
 def denoise_once(model: Model) -> None:
-    """Call a model's denoiser on a tile, for the time that it takes.
+    """Call a model's denoiser on a whole tile, to be timed.
 
-    On a whole one: what threads gain depends on the size of tensors.
+    The gain of several threads depends on the size of tensors.
     """
     image, spec = model.recipe.data.image, model.net.latent
     z_t = torch.zeros(model.rows, spec.tokens, spec.dim, device=model.device)
@@ -349,7 +349,7 @@ def denoise_once(model: Model) -> None:
 
 @torch.no_grad()
 def reconstruct_once(model: Model, x: Tensor) -> None:
-    """Pass images (M, C, H, W) through encoder and decoder, for the time that it takes."""
+    """Pass images (M, C, H, W) through encoder and decoder, to be timed."""
     with model._autocast():
         model.net.decode(model.net.encode(x.to(model.device)))
 
@@ -362,8 +362,8 @@ def choose_kernels(
 ) -> None:
     """Choose the kernels of a trained network.
 
-    What its recipe asks for by name was there where it was trained; it is used on other machines
-    and in other types too, where it computes by what it was built with, and `warn` is told.
+    The kernels that the recipe names may not exist on this machine or for this precision; then
+    the network keeps the ones it was built with, and `warn` is called.
     """
     try:
         net.prepare(device, getattr(torch, precision))
@@ -372,7 +372,7 @@ def choose_kernels(
 
 
 def _own_noise(seed: int, numbers: Sequence[int]) -> Noise:
-    """Noise whose row i belongs to image `numbers[i]` of this seed, drawn on the CPU."""
+    """Return noise whose row i belongs to image `numbers[i]` of this seed, drawn on the CPU."""
     generators = [generator(_CPU, seed, "image", i) for i in numbers]
 
     def noise(like: Tensor) -> Tensor:
@@ -383,7 +383,7 @@ def _own_noise(seed: int, numbers: Sequence[int]) -> Noise:
 
 
 def spherical(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From a (share 0) to b (share 1) on the arc between them, any shape.
+    """Interpolate from a (share 0) to b (share 1) on the arc between them, any shape.
 
     Source: Shoemake 1985; for noise White 2016 (arXiv 1609.04468), section 2.1.
     """

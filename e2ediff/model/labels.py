@@ -1,4 +1,4 @@
-"""Which classes a person means, and the law of the labels of a set of images."""
+"""Parse the classes that a user names, and lay out the labels of a set of images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from e2ediff.seeds import generator
 LabelLaw = Literal["balanced", "uniform"]
 """The classes in turn, or independent draws of which each class is equally likely."""
 
-_MOST = 20  # names that a message lists
+_MOST = 20  # number of names that a message lists
 
 
 def label_of(image: ImageSpec, text: str, option: str = "--label") -> int:
-    """The class index that a user's text means: an index, a name, or `none`.
+    """Return the class index that a user's text means: an index, a name, or `none`.
 
-    `name:2` is the class that is called 2, and `index:2` that of this index; where these are two,
-    2 alone is refused, as is any number that is the index of a class called by another number.
+    `name:2` is the class named 2, and `index:2` the class of this index; where these differ, a
+    bare 2 is refused, as is any number that is the index of a class named by another number.
 
     Raises:
         DataError: There is no such class, the text is ambiguous, or the images have no classes
@@ -52,7 +52,7 @@ def _refuse_others(image: ImageSpec, option: str) -> None:
 
 
 def _meanings(image: ImageSpec, text: str) -> dict[str, int]:
-    """Labels that a text may mean, each by a text that means it alone."""
+    """Return the labels that a text may mean, each by an unambiguous text."""
     kind, _, rest = text.partition(":")
     found: dict[str, int] = {}
     for name in (text, rest) if kind == "name" else (text,):
@@ -68,13 +68,13 @@ def _meanings(image: ImageSpec, text: str) -> dict[str, int]:
 
 
 def _index(image: ImageSpec, text: str) -> int | None:
-    """The class of this index; None if there is none, or the text is no number."""
+    """Return the class of this index; None if there is none, or the text is not a number."""
     number = _number(text)
     return number if number is not None and number < _classes(image) else None
 
 
 def class_of(image: ImageSpec, label: object, option: str = "label") -> int:
-    """As `label_of`, of what a program gives: text, or an integer of any kind.
+    """Return the class index of a program's argument: text as for `label_of`, or any integer.
 
     An integer is always an index; the null label is one, too.
 
@@ -98,14 +98,14 @@ def class_of(image: ImageSpec, label: object, option: str = "label") -> int:
 
 
 def _classes(image: ImageSpec) -> int:
-    """How many there are; images without labels are of one."""
+    """Return the number of classes; images without labels have one."""
     return max(1, image.classes)
 
 
 def labels_of(image: ImageSpec, text: str, option: str = "--labels") -> list[int]:
-    """Classes from a list such as `0-9,cat,none`: indices, ranges of them, names, `all`.
+    """Parse classes from a list such as `0-9,cat,none`: indices, ranges of them, names, `all`.
 
-    A range has both its ends; `index:0-9` is one also where classes are called by numbers.
+    A range includes both ends; `index:0-9` also works where classes are named by numbers.
 
     Raises:
         DataError: One of them is no class or ambiguous, or a range runs backwards.
@@ -129,7 +129,7 @@ def labels_of(image: ImageSpec, text: str, option: str = "--labels") -> list[int
 
 
 def _span(image: ImageSpec, span: re.Match[str], option: str) -> range:
-    """The classes of a range."""
+    """Return the classes of a range."""
     first, last = int(span[2]), int(span[3])
     found = range(first, last + 1)
     if not span[1] and _called_otherwise(image, found):
@@ -143,14 +143,14 @@ def _span(image: ImageSpec, span: re.Match[str], option: str) -> range:
 
 
 def _called_otherwise(image: ImageSpec, numbers: range) -> bool:
-    """Whether the classes that are called by these numbers are not those of these indices."""
+    """Return whether the classes named by these numbers differ from those of these indices."""
     own = [_number(name) for name in image.class_names[: _classes(image)]]
     called = [label for label, number in enumerate(own) if number in numbers]
     return called != [k for k in numbers[: len(own)] if k < len(own) and own[k] is not None]
 
 
 def _number(name: str) -> int | None:
-    # isdigit takes a superscript for a digit, which int refuses, as it does thousands of them.
+    # isdigit accepts superscripts, which int refuses, as it does thousands of digits.
     return int(name) if name.isascii() and name.isdecimal() and len(name) < 10 else None
 
 
@@ -176,23 +176,22 @@ def _called(image: ImageSpec, label: int) -> str:
 
 
 def _listed(image: ImageSpec) -> str:
-    """The classes' names, of many the first ones."""
+    """List the classes' names, or the first of many."""
     names = image.class_names
     more = f", ... ({len(names):,} in all)" if len(names) > _MOST else ""
     return ", ".join(map(_shown, names[:_MOST])) + more
 
 
 def _shown(text: str) -> str:
-    """Text that a terminal may have: names are what a stranger called the folders."""
+    """Make names safe for a terminal, as they come from folders of any origin."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def lay_out(classes: Sequence[int], images: int, law: LabelLaw, seed: int) -> list[int]:
-    """Labels of `images` images of these classes, image i's at place i.
+    """Return labels for `images` images of these classes; entry i belongs to image i.
 
-    `balanced` goes through the classes again and again, so that every class has equally many
-    images, or one more than others where they do not divide the set; `uniform` draws each label
-    alone.
+    `balanced` cycles through the classes, so that their numbers of images differ by at most one;
+    `uniform` draws each label independently.
 
     Randomness: for `uniform` alone, from the seed.
     """

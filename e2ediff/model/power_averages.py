@@ -1,4 +1,4 @@
-"""Power-function averages: their profiles over training time, and widths made of others.
+"""Power-function averages: their profiles over training time, and reconstruction of widths.
 
 An average of profile p holds the integral of p(tau) theta(tau) over training time tau, with
 p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) up to its own time t, and 0 from there on.
@@ -24,18 +24,18 @@ TOLERANCE = 0.05
 
 
 def sigma_rel_of(gamma: float) -> float:
-    """The width of a profile with exponent gamma >= 0: its standard deviation over t."""
+    """Return the width of a profile with exponent gamma >= 0: its standard deviation over t."""
     return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
 
 
 def tracked_name(width: float) -> str:
-    """The name in a checkpoint of the average of this width that `post_hoc` tracks."""
+    """Return the name in a checkpoint of the tracked average of this width."""
     return f"ema-{width:g}"
 
 
 @attrs.frozen
 class Point:
-    """A tracked average at one moment: its width, and the optimizer step it was stored after."""
+    """A stored tracked average: its width, and the optimizer step after which it was stored."""
 
     sigma_rel: float
     step: int
@@ -43,14 +43,14 @@ class Point:
 
 @attrs.frozen
 class Mixture:
-    """Coefficients of points, which add up to 1, and the error of the profile they make."""
+    """Coefficients of points, which add up to 1, and the error of the resulting profile."""
 
     coefficients: tuple[float, ...]
     error: float
 
 
 def mixture(points: Sequence[Point], wanted: Point) -> Mixture:
-    """The mixture of points whose profile is nearest to the wanted one, by least squares.
+    """Return the mixture of points whose profile is nearest to the wanted one, by least squares.
 
     Unlike in the paper, coefficients add up to 1, as profiles do: then a weight that never moved
     is returned as it is, however few points there are.
@@ -64,7 +64,7 @@ def mixture(points: Sequence[Point], wanted: Point) -> Mixture:
     norm = float(inner_products(last, goal, last, goal)[0, 0])
     ones = np.ones((len(t), 1))
     system = np.block([[gram, ones], [ones.T, np.zeros((1, 1))]])
-    # Not `solve`: two widths that are nearly one make the system singular.
+    # Not `solve`: two nearly equal widths make the system singular.
     solution = np.linalg.lstsq(system, np.vstack([right, [[1.0]]]), rcond=1e-15)[0]
     x = solution[: len(t)]
     rest = float((x.T @ gram @ x - 2 * x.T @ right)[0, 0]) + norm
@@ -72,7 +72,7 @@ def mixture(points: Sequence[Point], wanted: Point) -> Mixture:
 
 
 def inner_products(t_a: Floats, gamma_a: Floats, t_b: Floats, gamma_b: Floats) -> Floats:
-    """Integrals of products of profiles, (A, B), for A and B of them.
+    """Return the integrals of products of A and B profiles, (A, B).
 
     Source: appendix C.3; the ratio of times is at most 1, so that no power overflows.
     """
@@ -85,6 +85,6 @@ def inner_products(t_a: Floats, gamma_a: Floats, t_b: Floats, gamma_b: Floats) -
 
 
 def reachable(points: Sequence[Point], step: int) -> list[float]:
-    """Widths in thousandths, rising, that these points give at this step within `TOLERANCE`."""
+    """Return widths in thousandths, ascending, that points give at a step within `TOLERANCE`."""
     grid = [i / 1000 for i in (*range(5, 100, 5), *range(100, 290, 10))]
     return [w for w in grid if mixture(points, Point(w, step)).error <= TOLERANCE]

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint into a network."""
+"""Load weights of a checkpoint into a network."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from e2ediff.store.manifest import Checkpoint
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
-    """Fill a module from one file of a checkpoint.
+    """Load one file of a checkpoint into a module.
 
     Raises:
-        LatentError: The file's latents are others than the module's.
+        LatentError: The latents of the file differ from the module's.
         CheckpointError: Names or shapes differ.
     """
     if isinstance(module, Backbone) and (theirs := checkpoint.latent(name)):
