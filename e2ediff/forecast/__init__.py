@@ -1,6 +1,6 @@
-"""What a recipe will cost before it is run: arithmetic, memory, time and disk.
+"""Forecast what a recipe costs before it is run: arithmetic, memory, time and disk.
 
-Passes are counted on the meta device, memory is followed through a step on fake tensors, and
-what neither can know (a device's ceiling, the share of it that is reached) is an assumption
-that `e2ediff plan` prints with its source.
+Passes are counted on the meta device, and memory is followed through a step on fake tensors. What
+neither shows (a device's peak rate, the share of it that is reached) is an assumption that
+`e2ediff plan` prints with its source.
 """

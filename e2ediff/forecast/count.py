@@ -1,4 +1,4 @@
-"""What a recipe costs, counted on the meta device."""
+"""Count parameters and FLOPs of a recipe on the meta device."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Count:
     `parameters` counts trained parameters, the objective's heads and the class table included,
     averaged copies excluded; `modules` splits them.
     `flops` is by phase, for one image, forward and backward.
-    `state_bytes` holds float32 weights, gradients and the averages; what an optimizer keeps
-    besides is its own, and `e2ediff plan` measures it.
+    `state_bytes` holds float32 weights, gradients and the averages, without optimizer state, which
+    `e2ediff plan` measures.
     """
 
     parameters: int
@@ -40,9 +40,9 @@ class Count:
 def count(recipe: Recipe) -> Count:
     """Build on the meta device and count.
 
-    FLOPs are counted over the real step by torch's FlopCounterMode, which sees matrix products,
+    FLOPs are counted over the real step by torch's FlopCounterMode, which counts matrix products,
     convolutions and attention (two FLOPs a multiply-add), on a batch of two.
-    Perceptual networks are left out: their weights are not read here.
+    Perceptual networks are left out, as their weights are not read here.
     """
     nets, _ = build_nets(recipe, _META)
     objective = recipe.objective
@@ -84,7 +84,7 @@ def count(recipe: Recipe) -> Count:
 
 
 def _modules(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
-    """Children of `root`; containers are opened once, so that trunks and heads are seen apart."""
+    """Return the children of `root`, with containers expanded once to show trunks and heads."""
     found = []
     for name, child in root.named_children():
         if isinstance(child, nn.ModuleDict):

@@ -1,4 +1,4 @@
-"""Devices: how fast they multiply matrices at most, and how much they hold."""
+"""Devices: their peak rate of matrix products, and their memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESERVE = 0.08
 
 @attrs.frozen
 class Device:
-    """Dense matrix products in FLOP/s by precision, and memory in bytes, with their source."""
+    """Peak FLOP/s of dense matrix products by precision, and memory in bytes, with source."""
 
     name: str
     flops: Mapping[str, float]
@@ -22,7 +22,7 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """Bytes that a run may take."""
+        """Return the bytes that a run may use."""
         return self.memory if self.name.startswith("cpu") else self.memory * (1 - RESERVE)
 
 
@@ -49,7 +49,7 @@ _CORE = {"float32": 85e9, "bfloat16": 7.5e9}
 
 
 def cpu() -> Device:
-    """This machine's cores at the rate of a typical one, and this machine's memory."""
+    """Describe this machine: its cores at a typical rate, and its memory."""
     cores = os.cpu_count() or 1
     flops = {kind: rate * cores for kind, rate in _CORE.items()}
     source = (
@@ -60,5 +60,5 @@ def cpu() -> Device:
 
 
 def memory_of_machine() -> float:
-    """Bytes of main memory."""
+    """Return the bytes of main memory."""
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

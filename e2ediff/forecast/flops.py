@@ -1,4 +1,4 @@
-"""FLOPs of every pass of a step, forward and backward, counted on the meta device."""
+"""Count FLOPs of every pass of a step, forward and backward, on the meta device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PassCost:
 
     @property
     def total(self) -> float:
-        """Both directions."""
+        """Return the sum of both directions."""
         return self.forward + self.backward
 
 
@@ -49,15 +49,17 @@ class PhaseCost:
 
     @property
     def per_image(self) -> PassCost:
-        """All passes together."""
+        """Return the sum over all passes."""
         costs = self.passes.values()
         return PassCost(sum(c.forward for c in costs), sum(c.backward for c in costs))
 
 
 def count_passes(recipe: Recipe) -> dict[str, PhaseCost]:
-    """Each phase's passes: `encode`, `encode target`, `decode`, `denoise`, `heads`, `perceptual`.
+    """Count the passes of each phase.
 
-    FLOPs are those that torch's FlopCounterMode sees (matrix products, convolutions and
+    They are `encode`, `encode target`, `decode`, `denoise`, `heads` and `perceptual`.
+
+    FLOPs are those that torch's FlopCounterMode counts (matrix products, convolutions and
     attention, two a multiply-add), over the real step on a batch of two.
     Passes that the backbone would fuse are run one by one, which takes as many FLOPs; a pass
     owns the backward FLOPs of the operations that it recorded.
@@ -82,7 +84,7 @@ def count_passes(recipe: Recipe) -> dict[str, PhaseCost]:
 
 
 def _meta_step(recipe: Recipe) -> tuple[Nets, Step, Batch, Draw]:
-    """Networks, a step of theirs and what it is called with, on the meta device."""
+    """Build networks, a step and its arguments on the meta device."""
     nets = meta_nets(recipe)
     step = Step(recipe.objective, nets, torch.float32, recipe.regularizers)
     image = recipe.data.image
@@ -99,7 +101,7 @@ def _meta_step(recipe: Recipe) -> tuple[Nets, Step, Batch, Draw]:
 
 
 def count_latent_gradients(recipe: Recipe) -> float:
-    """FLOPs of an image's gradients of every loss at the latents, in the costliest phase.
+    """Count FLOPs per image of the gradients of every loss at the latents, in the costliest phase.
 
     Raises:
         DataError: A feature network cannot be built here.
@@ -119,7 +121,7 @@ def count_latent_gradients(recipe: Recipe) -> float:
 
 
 def count_inference(recipe: Recipe) -> dict[str, float]:
-    """FLOPs of an image's `encode`, `decode` and `denoise`, one pass each, without gradients."""
+    """Count FLOPs per image of `encode`, `decode` and `denoise`, one pass each, no gradients."""
     net = build_nets(recipe, _META)[0].online
     image, (n, d) = recipe.data.image, (net.latent.tokens, net.latent.dim)
     x = torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META)
@@ -140,7 +142,7 @@ def count_inference(recipe: Recipe) -> dict[str, float]:
 
 
 def count_features(config: FeatureConfig, image: ImageSpec) -> float:
-    """FLOPs of an image's features.
+    """Count FLOPs per image of a feature network.
 
     Raises:
         DataError: The network cannot be built here.
@@ -155,7 +157,7 @@ def count_features(config: FeatureConfig, image: ImageSpec) -> float:
 
 
 def meta_nets(recipe: Recipe) -> Nets:
-    """The recipe's networks on the meta device, its feature networks without their weights."""
+    """Build the networks on the meta device, feature networks without their weights."""
     nets, _ = build_nets(recipe, _META)
     with _META:
         frozen = without_weights(recipe.objective).frozen(nets.online)
@@ -171,7 +173,7 @@ class _Blank(FeatureConfig):
 
 
 def without_weights(part: Any) -> Any:
-    """A part whose feature networks are built without reading their weights."""
+    """Return the part with feature networks that are built without reading weights."""
     if isinstance(part, FeatureConfig):
         return _Blank(part)
     if not attrs.has(type(part)):
@@ -183,25 +185,25 @@ def without_weights(part: Any) -> Any:
 
 
 class _Ledger:
-    """FLOPs by pass and direction; whatever is counted belongs to the last pass turned to."""
+    """FLOPs by pass and direction; operations count for the pass selected last."""
 
     def __init__(self) -> None:
         self.counter = FlopCounterMode(display=False)
         self._flops: Counter[tuple[str, bool]] = Counter()
         self._mark = 0
         self.key = (OTHER, False)
-        # Kept, because a node's Python object would otherwise be another one at each sight.
+        # Kept alive, because a node's Python object would otherwise be a new one each time.
         self._claimed: set[Node] = set()
 
     def turn_to(self, name: str, *, backward: bool = False) -> None:
-        """Count for this pass from here on."""
+        """Select the pass that counts from now on."""
         total = self.counter.get_total_flops()
         self._flops[self.key] += total - self._mark
         self._mark, self.key = total, (name, backward)
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """Count for this pass; within another pass that one keeps counting."""
+        """Count for this pass inside the block; within another pass the outer one counts."""
         if self.key != (OTHER, False):
             yield
             return
@@ -212,7 +214,7 @@ class _Ledger:
             self.turn_to(OTHER)
 
     def claim(self, name: str, made: Iterable[Tensor]) -> None:
-        """Give this pass all operations behind these tensors that no earlier pass recorded."""
+        """Assign to this pass all operations behind these tensors that no pass has recorded."""
         waiting = [t.grad_fn for t in made if t.grad_fn is not None]
         while waiting:
             node = waiting.pop()
@@ -223,7 +225,7 @@ class _Ledger:
             waiting += [n for n, _ in node.next_functions if n is not None]
 
     def costs(self) -> dict[str, PassCost]:
-        """FLOPs of one image by pass; passes without any are left out."""
+        """Return FLOPs of one image by pass; passes without any are left out."""
         names = dict.fromkeys(name for (name, _), flops in self._flops.items() if flops)
         return {
             name: PassCost(
@@ -236,7 +238,7 @@ class _Ledger:
 
 @contextlib.contextmanager
 def _watched(nets: Nets, ledger: _Ledger) -> Iterator[None]:
-    """Passes and heads tell the ledger when they begin and what they made."""
+    """Report to the ledger when passes and heads start, and what they return."""
     _watch_passes(nets.online, "", ledger)
     _watch_passes(nets.target, " target", ledger)
     for name, owner in (("heads", nets.heads), *nets.frozen.items()):

@@ -1,4 +1,4 @@
-"""The machine at hand: how fast it multiplies matrices, and how fast and large a real step is."""
+"""Measure this machine: its rate of matrix products, and time and memory of a real step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import DTYPES, choose_device
 from e2ediff.step.assembly import assemble
 
-_SECONDS = 4.0  # about what a measured step may take on a CPU
+_SECONDS = 4.0  # approximate limit of a measured step on a CPU
 _ROUNDS = 5
 
 
 @attrs.frozen
 class Measured:
-    """A real step in one micro-shard of `rows` images: its seconds, and its peak in bytes.
+    """A real step with micro-shards of `rows` images: its seconds, and peak memory in bytes.
 
-    `peak` is None on a CPU, where torch does not keep it.
+    `peak` is None on a CPU, where torch does not record it.
     """
 
     rows: int
@@ -32,10 +32,10 @@ class Measured:
 
 
 def measured_device(recipe: Recipe) -> Device:
-    """The device that the recipe would run on, its matrix products timed in its precision.
+    """Return the device of the recipe, with timed matrix products in its precision.
 
     Raises:
-        ResourceError: The recipe asks for a device that is not there.
+        ResourceError: The recipe asks for a device that is not available.
     """
     device = choose_device(recipe.device)
     dtype = DTYPES[recipe.precision]
@@ -51,9 +51,9 @@ def measured_device(recipe: Recipe) -> Device:
 
 
 def measured_step(recipe: Recipe, device: Device, flops_per_image: float) -> Measured:
-    """Time real steps on this machine, on grey images, with micro-shards as the recipe's.
+    """Time real steps on this machine, on grey images, with the recipe's micro-shards.
 
-    On a CPU the micro-shard is cut to what takes a few seconds.
+    On a CPU the micro-shard is reduced so that a step takes a few seconds.
     """
     where, rows = choose_device(recipe.device), recipe.batch // recipe.microshards
     if where.type == "cpu":
@@ -65,7 +65,7 @@ def measured_step(recipe: Recipe, device: Device, flops_per_image: float) -> Mea
     def step() -> None:
         optimizer_step(recipe, parts, batch, rows, 1)
 
-    step()  # makes the optimizers' state
+    step()  # creates the optimizers' state
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     seconds = _best(step, where, statistics.median)

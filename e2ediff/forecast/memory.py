@@ -1,4 +1,4 @@
-"""Memory of a training step, followed storage by storage on tensors that hold no numbers."""
+"""Follow the memory of a training step, storage by storage, on fake tensors."""
 
 from __future__ import annotations
 
@@ -57,22 +57,22 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most that is alive at once in a step, with micro-shards of `rows` images."""
+        """Return the peak memory of a step, with micro-shards of `rows` images."""
         return max(self.passing, self.updating)
 
     def peak_at(self, rows: int) -> float:
-        """The peak with micro-shards of this many images, on the line through two of them."""
+        """Return the peak for micro-shards of this many images, by linear extrapolation."""
         return max(self.passing + (rows - self.rows) * self.per_image, self.updating)
 
     def rows_that_fit(self, usable: float) -> int:
-        """Largest micro-shard whose peak is within these bytes; 0 if none is."""
+        """Return the largest micro-shard whose peak fits into these bytes; 0 if none fits."""
         if usable < self.updating:
             return 0
         return max(0, self.rows + int((usable - self.passing) // self.per_image))
 
 
 def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
-    """Follow the step that one of `gpus` devices has, as if alone; takes seconds and no memory.
+    """Follow the step of one of `gpus` devices, as if alone; takes seconds and no memory.
 
     Tensors are torch's fake ones on the CPU: shapes, types and storages are those of a real
     step, autocast included, so what is counted is what torch asks its allocator for.
@@ -86,7 +86,7 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
     other = rows // 2 if rows > 1 else 2
     shards = min(2, max(1, recipe.microshards // gpus))
     with _fake(like_cuda=like_cuda) as live:
-        # A compiler does not take tensors without values.
+        # Compilers do not accept fake tensors.
         blank = attrs.evolve(recipe, objective=without_weights(recipe.objective), compile="off")
         parts = assemble(blank, _CPU)
         images = max(recipe.batch // gpus, rows * shards, other * shards)
@@ -95,7 +95,7 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
         watched_images = blank_batch(recipe, watched, _CPU)  # the engine keeps them on its device
         peaks: dict[int, int] = {}
         passages: dict[int, Passage] = {}
-        optimizer_step(recipe, parts, batch, other, 1)  # makes the optimizers' state
+        optimizer_step(recipe, parts, batch, other, 1)  # creates the optimizers' state
         updating = 0
         for size in (other, rows):
             live.peak = live.now
@@ -136,7 +136,7 @@ class _Turns:
         self.passing = self.updating = 0
 
     def __call__(self, passing: bool) -> None:
-        """Passes begin (True) or end."""
+        """Mark the start (True) or end of the passes."""
         if passing:
             self.updating = max(self.updating, self.live.peak)
         else:
@@ -144,12 +144,12 @@ class _Turns:
         self.live.peak = self.live.now
 
     def end(self) -> int:
-        """The updates' peak, after the last one."""
+        """Return the peak of the updates, after the last one."""
         return max(self.updating, self.live.peak)
 
 
 def _state(parts: Assembly, gradients: int) -> dict[str, int]:
-    """What stays between steps, by kind, in bytes."""
+    """Return what stays between steps, by kind, in bytes."""
     own = nn.ModuleList([parts.nets.online, parts.nets.heads])
     found = {
         "weights": _bytes([*own.parameters(), *own.buffers()]),
@@ -165,7 +165,7 @@ def _state(parts: Assembly, gradients: int) -> dict[str, int]:
 
 
 def _bytes(values: Iterable[Any]) -> int:
-    """Bytes of the different storages of tensors; other values are passed over."""
+    """Return the bytes of the distinct storages of tensors; other values are ignored."""
     storages = [v.untyped_storage() for v in values if isinstance(v, Tensor)]
     return sum({s._cdata: s.nbytes() for s in storages}.values())
 
@@ -186,7 +186,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is not torch.ops.prim.device.default:  # asked tens of thousands of times
+        if func is not torch.ops.prim.device.default:  # called tens of thousands of times
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):
                     self._see(leaf.untyped_storage())
@@ -206,14 +206,14 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def __deepcopy__(self, memo: object) -> _FakeMode:
-        """Itself: a network and its copy compute with each other."""
+        """Return self: a model and its copy must share one fake mode."""
         return self
 
 
 class _LikeCUDA(TorchFunctionMode):
-    """RMS norms as CUDA's kernel keeps them: the input in float32 and one number a row.
+    """Saves for RMS norms what CUDA's kernel saves: the input in float32 and one number a row.
 
-    On a CPU torch composes the norm of several operations, each of which keeps its own input.
+    On a CPU torch composes the norm of several operations, each of which saves its input.
     """
 
     def __torch_function__(
@@ -239,7 +239,7 @@ def _rms_norm(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Shapes and storages of aten::_fused_rms_norm and its backward; its numbers are not used."""
+    """Shapes and storages of aten::_fused_rms_norm and its backward; the values are not used."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int) -> Tensor:
@@ -255,7 +255,7 @@ class _RMSNorm(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _fake(*, like_cuda: bool) -> Iterator[_Live]:
-    """Tensors made inside have shapes and storages, and no numbers."""
+    """Create fake tensors inside the block: shapes and storages without values."""
     norms = _LikeCUDA() if like_cuda else contextlib.nullcontext()
     with warnings.catch_warnings(), _FakeMode(), norms, _Live() as live:
         # Copying a fake tensor asks for its address; bfloat16 norms say which kernel they miss.

@@ -1,4 +1,4 @@
-"""A recipe's whole bill: time, memory and disk on a device, from what was counted."""
+"""Estimate time, memory and disk of a recipe on a device, from counted costs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _RECONSTRUCTIONS = 20
 
 @attrs.frozen
 class Look:
-    """Something besides training that computes: how often, and FLOPs each time."""
+    """Work besides training: how often it happens, and FLOPs each time."""
 
     times: int
     flops: float
@@ -47,7 +47,7 @@ class Plan:
 
     Rates are images a second over all devices; seconds are of wall time; FLOPs, unless they are
     called a step's, are of one image.
-    `fraction` is the share of the device's ceiling that is assumed or, with `measured`, found.
+    `fraction` is the assumed or, with `measured`, measured share of the device's peak rate.
     """
 
     recipe: Recipe
@@ -64,12 +64,12 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """FLOPs of an image in training, on average over the phases."""
+        """Return FLOPs of an image in training, averaged over the phases."""
         return sum(cost.per_image.total * self._share(p) for p, cost in self.phases.items())
 
     @property
     def optimizer_flops(self) -> float:
-        """FLOPs of a step's optimizer, on average over the phases."""
+        """Return FLOPs of the optimizer in a step, averaged over the phases."""
         return sum(f * self._share(p) for p, f in self.memory.optimizer_flops.items())
 
     def _share(self, phase: str) -> float:
@@ -78,37 +78,37 @@ class Plan:
 
     @property
     def pace(self) -> float:
-        """FLOP/s of one device: the ceiling times the fraction."""
+        """Return FLOP/s of one device: the peak rate times the fraction."""
         return self.device.flops[self.recipe.precision] * self.fraction
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of an optimizer step of the whole batch."""
+        """Return seconds of an optimizer step of the whole batch."""
         return (self.flops * self.recipe.batch / self.gpus + self.optimizer_flops) / self.pace
 
     @property
     def images_per_second(self) -> float:
-        """Training images a second, over all devices."""
+        """Return training images per second, over all devices."""
         return self.recipe.batch / self.step_seconds
 
     @property
     def training_seconds(self) -> float:
-        """Seconds of all optimizer steps."""
+        """Return seconds of all optimizer steps."""
         return self.step_seconds * self.recipe.total_steps
 
     @property
     def looking_seconds(self) -> float:
-        """Seconds of looks, scores and calibrations, on one device while others wait."""
+        """Return seconds of diagnoses, scores and calibrations, during which others wait."""
         return sum(look.times * look.flops for look in self.looks.values()) / self.pace
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole recipe."""
+        """Return seconds of the whole recipe."""
         return self.training_seconds + self.looking_seconds
 
     @property
     def sample_flops(self) -> float:
-        """FLOPs of one sampled image."""
+        """Return FLOPs of one sampled image."""
         return (
             self.calls.denoise * self.inference["denoise"]
             + self.calls.decode * self.inference["decode"]
@@ -116,18 +116,18 @@ class Plan:
 
     @property
     def evaluation_seconds(self) -> float:
-        """Seconds of sampling an evaluation's images on one device."""
+        """Return seconds of sampling an evaluation's images on one device."""
         return EVALUATED * self.sample_flops / self.pace
 
     @property
     def rows_that_fit(self) -> int:
-        """Most images of a micro-shard that fit into the device's memory."""
+        """Return the largest micro-shard, in images, that fits into the device's memory."""
         local = self.recipe.batch // self.gpus
         return min(local, self.memory.rows_that_fit(self.device.usable))
 
     @property
     def microshards_that_fit(self) -> int | None:
-        """Fewest micro-shards that divide over the devices and fit; None if none do."""
+        """Return the fewest micro-shards that divide over the devices and fit; None if none do."""
         batch = self.recipe.batch
         for shards in range(self.gpus, batch + 1, self.gpus):
             if batch % shards == 0 and batch // shards <= self.rows_that_fit:
@@ -136,13 +136,13 @@ class Plan:
 
     @property
     def checkpoints(self) -> int:
-        """Checkpoints on the disk at once, the one that is being written included."""
+        """Return the number of checkpoints on the disk, including the one being written."""
         spare = self.recipe.alarm.policy == "rollback"
         return self.recipe.checkpoint.keep + 1 + spare
 
     @property
     def snapshot_bytes(self) -> float:
-        """Bytes on the disk of the snapshots of `post_hoc`, in the end."""
+        """Return the final bytes on the disk of the snapshots of `post_hoc`."""
         r = self.recipe
         if r.post_hoc is None:
             return 0.0
@@ -161,20 +161,20 @@ def make_plan(
     gpus: int = 1,
     fraction: float = 0.35,
 ) -> Plan:
-    """Count a recipe and price it.
+    """Count a recipe and estimate its cost.
 
     Args:
-        host: What knows the parts.
+        host: Knows the parts.
         recipe: A recipe whose parts fit one another.
-        source: Where it came from, for messages.
+        source: Address of the recipe, for messages.
         device: A key of `devices.GPUS`, `cpu`, or `measured` for the machine at hand.
         gpus: Devices, each of which takes an equal share of the micro-shards.
-        fraction: Share of the ceiling that is reached, unless the device is measured.
+        fraction: Share of the peak rate that is reached, unless the device is measured.
 
     Raises:
         RecipeError: The micro-shards do not divide over the devices.
         DataError: A feature network cannot be built here.
-        ResourceError: The device to be measured is not there.
+        ResourceError: The device to be measured is not available.
     """
     if recipe.microshards % gpus:
         what = (
@@ -202,7 +202,7 @@ def make_plan(
     if device != "measured":
         return plan
     step = measured_step(recipe, known, plan.flops)
-    # Of the phases one after the other, as the step took them.
+    # The FLOPs of consecutive phases, as the step ran them.
     done = sum(cost.per_image.total for cost in phases.values()) * step.rows
     done += sum(plan.memory.optimizer_flops.values())
     reached = done / step.seconds / known.flops[recipe.precision]
@@ -210,7 +210,7 @@ def make_plan(
 
 
 def _looks(host: Host, plan: Plan) -> dict[str, Look]:
-    """What the monitor looks at, and the calibrations of batch statistics before saving."""
+    """Return the work of the monitor, and calibrations of batch statistics before saving."""
     r, cost = plan.recipe, plan.inference
     online = build_nets(r, torch.device("meta"))[0].online
     statistics = online.latent_norm.has_statistics
@@ -242,13 +242,13 @@ def _glance(recipe: Recipe) -> int:
 
 
 def _diagnoses(recipe: Recipe, survey: int) -> int:
-    """Diagnoses that are no surveys: between the first step and the last."""
+    """Return the number of diagnoses that are not surveys, between first and last step."""
     steps, every = recipe.total_steps - 1, recipe.cadence.diagnose
     return steps // every - steps // math.lcm(every, survey)
 
 
 def _survey(host: Host, plan: Plan) -> float:
-    """FLOPs of what all diagnostics together ask for."""
+    """Return the FLOPs of the fields that all diagnostics together ask for."""
     r, cost, few = plan.recipe, plan.inference, _glance(plan.recipe)
     asked = {what for d in chosen_diagnostics(host, r) for what in d.asks}
     flops = (r.probe.images if "many" in asked else few) * cost["encode"]
@@ -262,7 +262,7 @@ def _survey(host: Host, plan: Plan) -> float:
 
 
 def _scorings(recipe: Recipe) -> int:
-    """How often a run is scored: at multiples of `scores.every` images, and at the end."""
+    """Return how often a run is scored: at multiples of `scores.every` images, and at the end."""
     assert recipe.scores is not None
     every, seen = recipe.scores.every, recipe.total_steps * recipe.batch
     before = seen - recipe.batch  # at the last but one step
@@ -270,5 +270,5 @@ def _scorings(recipe: Recipe) -> int:
 
 
 def _times(recipe: Recipe, every: int) -> int:
-    """How often something happens that also happens at the end."""
+    """Return how often something happens that also happens at the end."""
     return -(-recipe.total_steps // every)

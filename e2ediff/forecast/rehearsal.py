@@ -1,4 +1,4 @@
-"""One optimizer step as the engine takes it, on whatever tensors there are: real or fake."""
+"""Run one optimizer step as the engine does, on real or fake tensors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from e2ediff.step.draws import draw_for
 
 @attrs.frozen
 class Passage:
-    """What one optimizer step left behind, by phase.
+    """Memory and FLOPs of one optimizer step, by phase.
 
-    `saved` is the bytes that a micro-shard's forward pass kept for its backward pass: each
+    `saved` is the bytes that a micro-shard's forward pass saved for its backward pass: each
     storage once, parameters and the batch left out.
     `gradients` is the bytes of the gradients.
-    `optimizer_flops` is what the optimizer multiplied.
+    `optimizer_flops` is the FLOPs of the optimizer.
     """
 
     saved: Mapping[str, int]
@@ -35,7 +35,7 @@ class Passage:
 
 
 def blank_batch(recipe: Recipe, images: int, device: torch.device) -> Batch:
-    """A batch of this many grey images on the device."""
+    """Make a batch of this many grey images on the device."""
     shape = recipe.data.image
     x = torch.zeros(images, shape.channels, shape.height, shape.width, device=device)
     return Batch(x=x, condition=shape.conditioning.null(images, device))
@@ -49,9 +49,9 @@ def optimizer_step(
     shards: int,
     turn: Callable[[bool], None] = lambda passing: None,
 ) -> Passage:
-    """A step of every phase on the first `shards` micro-shards of `rows` images of the batch.
+    """Run a step of every phase on the first `shards` micro-shards of `rows` images of the batch.
 
-    And of the averages, as the engine's.
+    Averages are updated as the engine does.
     `turn` is called with True before forward and backward passes, and with False after them.
     """
     saved: dict[str, int] = {}
@@ -88,7 +88,7 @@ def optimizer_step(
 
 
 class _Kept:
-    """Bytes of the storages that are being kept for the backward pass."""
+    """Counts bytes of the storages saved for the backward pass."""
 
     def __init__(self, others: Sequence[Tensor]) -> None:
         self._others = {t.untyped_storage()._cdata for t in others}
@@ -100,7 +100,7 @@ class _Kept:
         if key not in self._others and key not in self._held:
             self._held[key] = storage.nbytes()
             weakref.finalize(storage, self._held.pop, key, 0)
-        # Not t itself: an operation that keeps its own output would never be freed.
+        # Not t itself: an operation that saves its own output would never be freed.
         return t.detach()
 
     @property

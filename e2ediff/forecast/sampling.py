@@ -1,4 +1,4 @@
-"""How often sampling asks the network, found by sampling once with a network that only counts."""
+"""Count network calls of sampling, by sampling once with a network that only counts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Calls:
 
 
 def count_calls(recipe: Recipe) -> Calls:
-    """Sample one image with the recipe's sampler and guidance; a guided call counts its rows.
+    """Sample one image with the recipe's sampler and guidance, and count rows.
 
-    A solver that chooses its own steps is counted on a denoiser that always answers zero.
-    Another network that guidance asks counts as one of this recipe's size.
+    An adaptive solver is counted on a denoiser that always returns zero.
+    Another network that guidance uses counts as one of this recipe's size.
     """
     counting = _Counting(build_nets(recipe, torch.device("meta"))[0].online)
     guidance = recipe.guidance
@@ -38,12 +38,12 @@ def count_calls(recipe: Recipe) -> Calls:
 
 
 class _Counting(Backbone):
-    """Answers zeros of the right shape, and counts rows."""
+    """Returns zeros of the right shape, and counts rows."""
 
     def __init__(self, like: Backbone) -> None:
         super().__init__()
         self.image, self.latent, self.latent_norm = like.image, like.latent, like.latent_norm
-        self.place = nn.Parameter(torch.zeros(1))  # where weights lie is where sampling happens
+        self.place = nn.Parameter(torch.zeros(1))  # sampling happens on the device of the weights
         self.denoised = self.decoded = 0
 
     def encode(self, x: Tensor) -> Tensor:

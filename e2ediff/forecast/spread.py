@@ -1,4 +1,4 @@
-"""Memory of one of several devices, from that of one alone: what DDP adds, what FSDP2 splits."""
+"""Derive the memory of one of several devices from that of one: DDP adds, FSDP2 splits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from e2ediff.forecast.memory import Memory
 from e2ediff.host.recipe import Recipe
 
 GATHERED = "gathered for a pass"
-# Every device holds these whole.
+# Every device holds these in full.
 _WHOLE = ("images of the probe", "feature networks")
 # Blocks that FSDP2 has in memory at once: the one that computes, its gradient, the next one, and
 # the buffer that one of them travels in.
@@ -16,7 +16,7 @@ BLOCKS = 4
 
 
 def spread(memory: Memory, recipe: Recipe, gpus: int) -> Memory:
-    """Memory on each of `gpus` devices, under the recipe's `parallel`."""
+    """Return memory on each of `gpus` devices, under the recipe's `parallel`."""
     if gpus == 1:
         return memory
     shards = recipe.microshards // gpus
@@ -24,9 +24,9 @@ def spread(memory: Memory, recipe: Recipe, gpus: int) -> Memory:
 
 
 def _ddp(memory: Memory, shards: int) -> Memory:
-    """Gradients lie in buckets, which exist before the first backward pass.
+    """Add the gradient buckets, which exist before the first backward pass.
 
-    The second of a device's micro-shards finds gradients in memory anyway.
+    From the second micro-shard of a device on, gradients are in memory anyway.
     """
     if shards > 1:
         return memory
@@ -34,10 +34,10 @@ def _ddp(memory: Memory, shards: int) -> Memory:
 
 
 def _fsdp2(memory: Memory, gpus: int, shards: int) -> Memory:
-    """Weights, averages, gradients and optimizer state are split over the devices.
+    """Split weights, averages, gradients and optimizer state over the devices.
 
-    What is outside of blocks is gathered for the whole pass, and blocks one after another.
-    Gradients of several micro-shards are added up whole before they are split.
+    Weights outside of blocks are gathered for the whole pass, blocks one after another.
+    Gradients of several micro-shards are accumulated in full before they are split.
     """
     whole = {k: v for k, v in memory.state.items() if k in _WHOLE}
     split = {k: v // gpus for k, v in memory.state.items() if k not in _WHOLE}

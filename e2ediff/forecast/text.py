@@ -1,4 +1,4 @@
-"""A plan as text for people and as JSON for programs, its assumptions included."""
+"""Format a plan as text and as JSON, including its assumptions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GB = 1e9
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """The plan, line by line."""
+    """Yield the plan, line by line."""
     r, memory = plan.recipe, plan.memory
     yield f"recipe      {r.name}: {r.total_images:,} images, {r.total_steps:,} steps of {r.batch}"
     yield f"on          {plan.gpus} x {plan.device.name}, {r.precision}"
@@ -99,7 +99,7 @@ def _time(plan: Plan) -> Iterator[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that people would use."""
+    """Format seconds in a readable unit."""
     for unit, size, below in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 72)):
         if seconds / size < below:
             return f"{seconds / size:.1f} {unit}"
@@ -116,7 +116,7 @@ _PARALLEL = {
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """Everything that was not counted, with where it comes from."""
+    """List everything that was assumed rather than counted, with its source."""
     rate = plan.device.flops[plan.recipe.precision] / 1e12
     reached = (
         f"{plan.fraction:.1%} of it is what a real step of {plan.measured.rows} images reached "
@@ -165,7 +165,7 @@ def assumptions(plan: Plan) -> list[str]:
 
 
 def as_json(plan: Plan) -> dict[str, JSON]:
-    """The same for programs: bytes, seconds and FLOPs."""
+    """Return the plan as JSON, in bytes, seconds and FLOPs."""
     r, memory = plan.recipe, plan.memory
     return {
         "recipe": r.name,
