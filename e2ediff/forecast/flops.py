@@ -58,7 +58,6 @@ def count_passes(recipe: Recipe) -> dict[str, PhaseCost]:
     """Count the passes of each phase.
 
     They are `encode`, `encode target`, `decode`, `denoise`, `heads` and `perceptual`.
-
     FLOPs are those that torch's FlopCounterMode counts (matrix products, convolutions and
     attention, two a multiply-add), over the real step on a batch of two.
     Passes that the backbone would fuse are run one by one, which takes as many FLOPs; a pass

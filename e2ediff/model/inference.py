@@ -212,8 +212,8 @@ class Model:
     ) -> Tensor:
         """Sample between two seeds: images (frames, C, H, W) in [-1, 1], on the CPU.
 
-        All noise is interpolated on the sphere from image 0 of one seed to that of the other, which
-        keeps its variance.
+        All noise is interpolated on the sphere, which keeps its variance, from image 0 of one seed
+        to that of the other.
         The ends are the images that `sample` makes with these seeds. `label` is a class or a
         condition of one row; by default none.
         """

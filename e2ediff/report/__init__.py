@@ -1,1 +1,1 @@
-"""One static page that compares runs: curves, tables, samples side by side, and a verdict."""
+"""Write one static page that compares runs: curves, tables, samples, and a verdict."""

@@ -1,4 +1,4 @@
-"""Curves as inline SVG, whose colours follow the page's light or dark scheme."""
+"""Draw curves as inline SVG, whose colours follow the page's light or dark scheme."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ COLOURS = 8
 
 _PALETTE = tuple(f"#abcde{i}" for i in range(COLOURS))
 _INK, _SOFT, _LINE = "#abcdea", "#abcdeb", "#abcdec"
-# Colours stand for variables of the page's style, which knows a light and a dark scheme.
+# Placeholders for variables of the page's style, which has a light and a dark scheme.
 _VARIABLES = {colour: f"--c{i}" for i, colour in enumerate(_PALETTE)}
 _VARIABLES |= {_INK: "--ink", _SOFT: "--soft", _LINE: "--line"}
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # keep text as text
     "font.size": 8,
     "figure.titlesize": 9.5,
     "figure.titleweight": "bold",
@@ -46,7 +46,7 @@ _STYLE = {
     "xtick.color": _SOFT,
     "ytick.color": _SOFT,
 }
-# Several charts stand on one page: no names within them, which would be taken.
+# Several charts share one page, so ids inside them would collide.
 _NAMES = re.compile(r' (?:id|clip-path)="[^"]*"')
 
 Points = Sequence[tuple[float, float]]
@@ -62,12 +62,12 @@ class Line:
 
 
 def dashes(style: int) -> str:
-    """The dash pattern of a cell's lines, as SVG has it; "" for the first colours."""
+    """Return the SVG dash pattern of a cell's lines; "" for the first colours."""
     return ("", "6 3", "2 2", "8 3 2 3")[style // COLOURS % 4]
 
 
 def panels(cells: Mapping[str, Sequence[Run]], *, over: str) -> list[str]:
-    """Charts of losses and of the figures that are shown so, over `images` or over `flops`."""
+    """Draw charts of losses and of figures declared as curves, over `images` or over `flops`."""
     runs = [run for found in cells.values() for run in found]
     shown = dict[str, str]()
     for run in runs:
@@ -92,7 +92,7 @@ def panels(cells: Mapping[str, Sequence[Run]], *, over: str) -> list[str]:
 
 
 def points(run: Run, key: str, over: str) -> Points:
-    """Finite values of one figure of a run, over images or FLOPs."""
+    """Return the finite values of one figure of a run, over images or FLOPs."""
     place: Callable[[float], float] = float
     if over == "flops":
         if run.cost is None:
@@ -106,7 +106,7 @@ def points(run: Run, key: str, over: str) -> Points:
 
 
 def thinned(line: Points, most: int) -> Points:
-    """At most `most` points: means of neighbours, so that the noise of single steps is less."""
+    """Reduce to at most `most` points by averaging neighbours, which also reduces noise."""
     if len(line) <= most:
         return line
     found = []
@@ -117,20 +117,20 @@ def thinned(line: Points, most: int) -> Points:
 
 
 def mean_line(seeds: Sequence[Points]) -> Points:
-    """The mean over seeds where all of them were measured."""
+    """Return the mean over seeds where all of them were measured."""
     shared = set.intersection(*({x for x, _ in line} for line in seeds))
     values = [dict(line) for line in seeds]
     return [(x, sum(v[x] for v in values) / len(values)) for x in sorted(shared)]
 
 
 def chart(lines: Sequence[Line], title: str, x_label: str, *, log: bool = False) -> str:
-    """One chart as SVG markup, in colours that the page defines; "" if there is no line to draw.
+    """Draw one chart as SVG, in colours that the page defines; "" if there is no line to draw.
 
     Args:
-        lines: What to draw: thin lines for seeds, and a thick one for their mean.
-        title: Above it, and for those who cannot see it.
-        x_label: Below it.
-        log: Draw it logarithmically where all values are positive and span a factor of ten.
+        lines: Lines to draw: thin ones for seeds, and a thick one for their mean.
+        title: Title, and text alternative.
+        x_label: Label of the x axis.
+        log: Use a logarithmic scale where all values are positive and span a factor of ten.
     """
     count = sum(len(line.seeds) for line in lines)
     most = max(20, min(_POINTS, _POINTS_OF_ALL // max(1, count)))
@@ -150,10 +150,10 @@ def chart(lines: Sequence[Line], title: str, x_label: str, *, log: bool = False)
     names = ", ".join(line.name for line in lines if line.seeds)
     alt = f"{title} over {x_label}, from {min(ys):.4g} to {max(ys):.4g}: {names}"
     drawn = io.StringIO()
-    with style.context(["default", _STYLE]):  # whatever a user's matplotlibrc has
+    with style.context(["default", _STYLE]):  # whatever the user's matplotlibrc says
         axes = (figure := Figure(figsize=_INCHES)).add_axes(_AXES)
         above = f"{title} (log)" if log else title
-        # Text, never mathematics: names of losses are a plugin's.
+        # No math mode: names of losses come from plugins.
         figure.suptitle(above, x=_AXES[0], ha="left", color=_INK, parse_math=False)
         axes.set_xlabel(x_label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

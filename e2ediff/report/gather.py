@@ -1,4 +1,4 @@
-"""Runs as a report sees them: their state, final figures, curves, events and costs."""
+"""Collect runs for a report: their state, final figures, curves, events and costs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _PICTURE = re.compile(r"(reconstructions-)?step-(\d{1,12})\.png")
 class Run:
     """One run; `state` is that of its `status.json`, or `missing`, or `damaged`.
 
-    `figures` are final ones, `leaves` the resolved recipe by path, `error` why it failed.
-    `described` says what figures are, as far as that is known.
+    `figures` are the final ones, `leaves` the resolved recipe by path, `error` why it failed.
+    `described` has the known declarations of figures.
     `previews` maps `samples` and `reconstructions` to files by step.
     """
 
@@ -58,12 +58,12 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether it has all of its steps."""
+        """Return whether all steps were taken."""
         return self.state == "done"
 
     @property
     def collapse(self) -> str:
-        """When its latents collapsed and how that shows; "" if they did not, or recovered."""
+        """Say when its latents collapsed, with the signs; "" if they did not, or recovered."""
         signs = ""
         for event in self.events:
             if event.get("kind") == "collapse":
@@ -77,10 +77,10 @@ class Run:
 
 @attrs.frozen(eq=False)
 class Gathered:
-    """What a report is about: cells of runs, in order, and how they came about.
+    """The content of a report: cells of runs, in order, and their origin.
 
     `kind` is `group`, `run` or `compare`; `baseline` is the cell that others are compared with.
-    `recipes` has the values of each cell's resolved recipe by path.
+    `recipes` has the values of each cell's resolved recipe, by path.
     """
 
     kind: str
@@ -96,12 +96,12 @@ class Gathered:
 
     @property
     def runs(self) -> list[Run]:
-        """All of them."""
+        """Return the runs of all cells."""
         return [run for runs in self.cells.values() for run in runs]
 
     @property
     def described(self) -> dict[str, Figure]:
-        """What figures are; one of which runs say that it is better otherwise is neither."""
+        """Return the declarations of figures; without direction where runs disagree."""
         found: dict[str, Figure] = {}
         for run in self.runs:
             for name, figure in run.described.items():
@@ -115,7 +115,7 @@ def gather(host: Host, path: Address) -> Gathered:
     """Read a run's or an ablation's directory.
 
     Raises:
-        RunDirectoryError: It is neither, or damaged.
+        RunDirectoryError: The directory is neither, or damaged.
     """
     path = addresses.plain(path)
     store = Store(path)
@@ -154,7 +154,7 @@ def gather_runs(host: Host, paths: Sequence[Address]) -> Gathered:
     """Read runs; those whose recipes differ in nothing but the seed are seeds of one cell.
 
     Raises:
-        RunDirectoryError: One of them is no run, or damaged.
+        RunDirectoryError: One of them is not a run, or damaged.
         RecipeError: A resolved recipe is no YAML.
     """
     texts, costs = [*map(addresses.plain, paths)], dict[str, Cost]()
@@ -198,7 +198,7 @@ def _read_of_group(
     outcome: Mapping[str, Any],
     costs: dict[str, Cost],
 ) -> Run:
-    """A run of an ablation, whose trouble is its own."""
+    """Read a run of an ablation; its errors are recorded in the result."""
     code, said = outcome.get("exit_code", 0), str(outcome.get("error", ""))
     failed = code not in (0, *STOPPED)
     if not Store(path).exists("run.json"):
@@ -216,13 +216,13 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, Cost]) -> Ru
     """Read a run's directory.
 
     Args:
-        host: What knows the parts, to count costs; a recipe that it does not know is not counted.
+        host: Knows the parts, to count costs; a recipe with unknown parts is not counted.
         path: The run's directory or URL.
-        cell: What it belongs to.
-        costs: Counted before, by recipe; added to.
+        cell: The cell that it belongs to.
+        costs: Costs counted so far, by recipe; extended here.
 
     Raises:
-        RunDirectoryError: It is no run, or damaged.
+        RunDirectoryError: It is not a run, or damaged.
         RecipeError: Its resolved recipe is no YAML.
     """
     path = addresses.plain(path)
@@ -236,7 +236,7 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, Cost]) -> Ru
     if key not in costs:
         try:
             costs[key] = cost_of(parse_recipe(host, resolved, directory.store.where(RESOLVED)))
-        except E2EDiffError as error:  # a plugin that is not here
+        except E2EDiffError as error:  # a plugin is missing
             uncounted = str(error)
     last = metrics[-1] if metrics else {}
     scores, declared = figures_of(cards_of(path)), directory.figures()
@@ -268,9 +268,9 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, Cost]) -> Ru
 
 
 def final_figures(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Last value of each diagnostic and of the speed; of a loss the mean of its last tenth.
+    """Return the last value of diagnostics and speed, and the mean of a loss's last tenth.
 
-    One step's loss is that of one batch at its own times; the mean is less a matter of luck.
+    One step's loss is that of one batch and its times; the mean is less noisy.
     Figures that are not finite are left out.
     """
     series: dict[str, list[float]] = {}
@@ -288,7 +288,7 @@ def final_figures(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _described(name: str, score: Score) -> Figure:
-    """What a score of `e2ediff eval` is: a figure without a curve."""
+    """Declare a score of `e2ediff eval`, as a figure without a curve."""
     section = score.metric.get("section")
     if section is None:
         return Figure(name, better=score.better, shown_on=("table",), of="samples")

@@ -1,4 +1,4 @@
-"""The page: one HTML file without scripts, fonts or addresses of others."""
+"""Render the page: one HTML file without scripts, web fonts or external addresses."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _EVENTS = 60
 
 
 def render(gathered: Gathered, summary: Summary, sentences: Sequence[str], written: str) -> str:
-    """The page of a report.
+    """Render the page of a report.
 
     Args:
         gathered: The runs.
         summary: Their table.
         sentences: The verdict.
-        written: When, in ISO 8601.
+        written: Time of writing, in ISO 8601.
     """
     source = resources.files("e2ediff.report").joinpath("page.html.jinja").read_text("utf-8")
     environment = Environment(
@@ -68,7 +68,7 @@ def render(gathered: Gathered, summary: Summary, sentences: Sequence[str], writt
 
 
 def _failures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """Cell, its seeds and the error, once for seeds that failed alike."""
+    """List cell, seeds and error of failures, with seeds that failed alike together."""
     seeds: dict[tuple[str, str, str], list[str]] = {}
     for run in runs:
         if run.error:
@@ -80,12 +80,12 @@ def _failures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
 
 
 def _swatch(i: int) -> tuple[str, str]:
-    """The class and the dash pattern of a cell's colour."""
+    """Return the CSS class and the dash pattern of a cell."""
     return f"c{i % charts.COLOURS}", charts.dashes(i)
 
 
 def event_lines(run: Run) -> list[tuple[str, str, str]]:
-    """Time, kind and words of a run's events; saves in a row are one line."""
+    """List time, kind and text of a run's events; consecutive saves are one line."""
     found: list[tuple[str, str, str]] = []
     saves = 0
     for event in run.events:
@@ -115,9 +115,9 @@ def _words(value: object) -> str:
 
 
 def _environments(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """What the runs' environments agree in, and what differs, by run.
+    """Return what the runs' environments have in common, and what differs, by run.
 
-    Command, seeds and the time of start differ by nature; names of classes are the data's.
+    Command, seeds and start time always differ, and class names belong to the data.
     """
     own = {run: _flat(run.environment) for run in runs if run.environment}
     paths = {path: None for facts in own.values() for path in facts}
@@ -148,7 +148,7 @@ def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
 
 @attrs.frozen
 class Written:
-    """Where the files of a report lie."""
+    """Addresses of the files of a report."""
 
     html: str
     csv: str

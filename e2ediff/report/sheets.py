@@ -1,4 +1,4 @@
-"""Sheets of samples and reconstructions, chosen at equal steps or compute, as data URIs."""
+"""Choose sheets of samples and reconstructions at equal steps or compute, as data URIs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sheet:
 
 @attrs.frozen
 class Choice:
-    """Which picture of a run is shown."""
+    """The picture of a run to show."""
 
     run: Run
     step: int
@@ -41,17 +41,17 @@ class Choice:
 
 @attrs.frozen
 class Row:
-    """Pictures that belong side by side."""
+    """Pictures to show side by side."""
 
     title: str
     sheets: Sequence[Sheet]
 
 
 def rows(cells: Mapping[str, Sequence[Run]]) -> list[Row]:
-    """Samples and reconstructions of each cell's first seed, at equal steps, at equal compute.
+    """Choose samples and reconstructions of each first seed, at equal steps and compute.
 
     The step is the last that all cells have reached, and so is the compute; each cell shows its
-    nearest preview. Where both choose the same pictures they are shown once.
+    nearest preview. If both choose the same pictures, they are shown once.
     """
     shown = [run for runs in cells.values() if (run := _first(runs))]
     chosen: list[tuple[str, str, list[Choice]]] = []
@@ -82,7 +82,7 @@ def _first(runs: Sequence[Run]) -> Run | None:
 
 
 def _nearest(runs: Sequence[Run], kind: str, by: str) -> list[Choice]:
-    """Each run's preview that is nearest to the last step, or FLOPs, that all runs have."""
+    """Choose each run's preview nearest to the last step, or FLOPs, that all runs reached."""
     places = [
         {
             step: place
@@ -128,10 +128,10 @@ def _sheet(choice: Choice, kind: str, most: int) -> Sheet:
 
 
 def data_uri(data: bytes, most: int, place: str) -> str:
-    """A PNG as it is, or, where it is longer than `most` bytes, smaller as WebP.
+    """Encode a PNG as a data URI; one longer than `most` bytes is reduced to WebP.
 
     Raises:
-        DataError: It is no PNG, a damaged one, or one of too many pixels.
+        DataError: It is not a PNG, is damaged, or has too many pixels.
     """
     with opened(data, place, formats=("PNG",)) as image:
         image.load()

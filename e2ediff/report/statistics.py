@@ -1,4 +1,4 @@
-"""Means over seeds, and paired differences with Student's t intervals."""
+"""Compute means over seeds, and paired differences with Student's t intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @attrs.frozen
 class Spread:
-    """Mean of `n` values and their sample standard deviation, which one value has not."""
+    """Mean of `n` values and their sample standard deviation (None for a single value)."""
 
     n: int
     mean: float
@@ -23,7 +23,7 @@ class Spread:
 
 @attrs.frozen
 class Difference:
-    """Mean of `n` paired differences, and its interval, which one pair has not."""
+    """Mean of `n` paired differences, and its interval (None for a single pair)."""
 
     n: int
     mean: float
@@ -32,12 +32,12 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval is there and lies on one side of zero."""
+        """Return whether there is an interval, on one side of zero."""
         return self.low is not None and self.high is not None and self.low * self.high > 0
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation (n - 1) of at least one value.
+    """Return mean and sample standard deviation (n - 1) of at least one value.
 
     Raises:
         ValueError: There is no value.
@@ -53,13 +53,13 @@ def paired(
     baseline: Mapping[int, float],
     confidence: float = CONFIDENCE,
 ) -> Difference | None:
-    """Values minus the baseline's, paired by seed.
+    """Compare values with the baseline's, paired by seed.
 
     Args:
-        values: By seed.
-        baseline: By seed; seeds that only one of both has are left out.
-        confidence: Of the interval for the mean difference, by Student's t with n - 1 degrees
-            of freedom.
+        values: Values by seed.
+        baseline: Values by seed; seeds that only one of them has are left out.
+        confidence: Level of the interval for the mean difference, by Student's t with n - 1
+            degrees of freedom.
 
     Returns:
         None if they share no seed; without an interval if they share one.
@@ -70,7 +70,7 @@ def paired(
     found = spread(differences)
     if found.std is None:
         return Difference(1, found.mean, None, None)
-    # What `stats.t.ppf` calls, in a module that is imported in a fourth of the time.
+    # `stats.t.ppf` calls this function, whose module imports in a quarter of the time.
     from scipy.special import stdtrit
 
     half = float(stdtrit(found.n - 1, (1 + confidence) / 2)) * found.std / math.sqrt(found.n)

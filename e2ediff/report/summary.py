@@ -1,4 +1,4 @@
-"""From runs to a table: figures by cell, over seeds, and against the baseline."""
+"""Summarise runs as a table: figures by cell, over seeds, and against the baseline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MINUS = "\N{MINUS SIGN}"
 class Column:
     """A figure of the table: `form` is `.2f`-like, or `si`; `better` is high, low or neither.
 
-    `of` says what it scores: samples, reconstructions, or neither.
+    `of` is what it scores: samples, reconstructions, or neither.
     """
 
     key: str
@@ -39,10 +39,10 @@ _COST = (
 
 @attrs.frozen
 class Figure:
-    """One figure of one cell: over its seeds, and its paired difference to the baseline.
+    """One figure of one cell over its seeds, and its paired difference to the baseline.
 
-    `values` are by seed; `difference` is None for the baseline itself, for figures that no seed
-    changes, and where no seed is shared.
+    `values` are by seed; `difference` is None for the baseline itself, for figures that do not
+    depend on the seed, and if no seed is shared.
     """
 
     values: Mapping[int, float]
@@ -54,7 +54,7 @@ class Figure:
 
 @attrs.frozen
 class CellSummary:
-    """A cell's figures, from the `counted` of its `runs`; `collapsed` is out of all of them."""
+    """A cell's figures, from `counted` of its `runs`; `collapsed` counts among all of them."""
 
     name: str
     runs: int
@@ -65,7 +65,7 @@ class CellSummary:
 
 @attrs.frozen
 class Summary:
-    """The table: `columns` come first, `further` after; `judged` is what the verdict is about."""
+    """The table: `columns`, then `further` ones; `judged` is the figure of the verdict."""
 
     columns: Sequence[Column]
     further: Sequence[Column]
@@ -75,7 +75,7 @@ class Summary:
 
 
 def counted_runs(gathered: Gathered, cell: str) -> list[Run]:
-    """The runs of a cell that figures are taken from: in an ablation, those that are done."""
+    """Return the runs of a cell that count: in an ablation, those that are done."""
     runs = gathered.cells[cell]
     if gathered.kind == "group":
         return [run for run in runs if run.is_done]
@@ -83,12 +83,12 @@ def counted_runs(gathered: Gathered, cell: str) -> list[Run]:
 
 
 def summarize(gathered: Gathered, judged: str | None = None) -> Summary:
-    """Figures of every cell, with differences to the baseline.
+    """Summarise the figures of every cell, with differences to the baseline.
 
     Args:
         gathered: The runs.
-        judged: The figure that the verdict is about; by default a score of samples that every
-            cell has, a distance if there is one, else a figure of reconstructions.
+        judged: The figure of the verdict; by default a score of samples that every cell has,
+            preferably a distance, else a figure of reconstructions.
 
     Raises:
         GridError: No run has the figure `judged`.
@@ -124,10 +124,10 @@ def summarize(gathered: Gathered, judged: str | None = None) -> Summary:
 
 
 def judged_of(cells: Sequence[Mapping[str, object]], described: Mapping[str, Described]) -> str:
-    """The figure that shows best which cell is better; "" if there is none.
+    """Choose the figure that compares cells best; "" if there is none.
 
     Scores of samples that all cells have come before figures of reconstructions, evaluations
-    before scores of the training, which have curves, and distances before others.
+    before scores measured in training, which have curves, and distances before others.
     """
     shared = set.intersection(*(set(cell) for cell in cells)) if cells else set()
     judging = [f for f in described.values() if f.better and "table" in f.shown_on]
@@ -138,7 +138,7 @@ def judged_of(cells: Sequence[Mapping[str, object]], described: Mapping[str, Des
 
 
 def columns_of(seen: set[str], described: Mapping[str, Described]) -> list[Column]:
-    """The columns that come first, of the figures that there are: scores of samples lead."""
+    """Choose the main columns among the existing figures, scores of samples first."""
     losses = [
         Column(key, f"loss: {key.removeprefix('loss/')}", ".4g", "low")
         for key in sorted(seen)
@@ -187,15 +187,15 @@ def _figure(
 ) -> Figure:
     own = spread(list(values.values()))
     difference = paired(values, baseline) if baseline else None
-    if fixed and difference:  # chance has no part in it
+    if fixed and difference:  # the seed does not change it
         difference = attrs.evolve(difference, low=None, high=None)
     return Figure(values, own.n, own.mean, None if fixed else own.std, difference)
 
 
 def differing(gathered: Gathered) -> dict[str, dict[str, str]]:
-    """Values of the recipe that differ between cells, by path and cell.
+    """Return values of the recipe that differ between cells, by path and cell.
 
-    An option that only one part has is not a difference: the part's name says it all.
+    An option that only one part has is not listed, as the parts' names differ already.
     """
     recipes = list(gathered.recipes.values())
     found: dict[str, dict[str, str]] = {}
@@ -212,7 +212,7 @@ def differing(gathered: Gathered) -> dict[str, dict[str, str]]:
 
 
 def number(value: float, form: str) -> str:
-    """A figure as text: by a format such as `.2f`, or with an SI prefix."""
+    """Format a figure by a format such as `.2f`, or with an SI prefix."""
     if form != "si":
         return f"{value:,{form}}" if form.endswith("f") else f"{value:{form}}"
     for scale, prefix in (
@@ -229,6 +229,6 @@ def number(value: float, form: str) -> str:
 
 
 def signed(value: float, form: str) -> str:
-    """As `number`, with its sign in front, and a true minus."""
+    """Format a figure as `number` does, with a sign and a typographic minus."""
     text = number(abs(value), form)
     return f"{MINUS if value < 0 else '+'}{text}"

@@ -1,4 +1,4 @@
-"""The table of a report as JSON, CSV and LaTeX."""
+"""Write the table of a report as JSON, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _TEX = {
 def as_json(
     gathered: Gathered, summary: Summary, sentences: Sequence[str], written: str
 ) -> dict[str, Any]:
-    """Everything that the page shows, but for curves and pictures.
+    """Return everything that the page shows, except curves and pictures.
 
     Args:
         gathered: The runs.
         summary: Their table.
         sentences: The verdict.
-        written: When, in ISO 8601.
+        written: Time of writing, in ISO 8601.
     """
     return {
         "version": 1,
@@ -89,12 +89,12 @@ def _figure(figure: Figure) -> dict[str, Any]:
 
 
 def json_text(document: Mapping[str, Any]) -> str:
-    """JSON text of a document."""
+    """Format a document as JSON."""
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
 def csv_text(summary: Summary) -> str:
-    """A line for each cell, with mean, standard deviation and difference of each figure."""
+    """Format a CSV line for each cell, with mean, standard deviation and difference."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     every = [*summary.columns, *summary.further]
@@ -120,7 +120,7 @@ def _numbers(figure: Figure | None) -> list[object]:
 
 
 def tex_text(summary: Summary) -> str:
-    """A `tabular` of the main figures; the document needs the package booktabs."""
+    """Format the main figures as a LaTeX `tabular`, which needs the package booktabs."""
     columns = summary.columns
     head = ["cell", "runs", "collapsed", *(column.title for column in columns)]
     lines = [
@@ -146,7 +146,7 @@ def tex_text(summary: Summary) -> str:
 
 
 def texts(figure: Figure | None, column: Column) -> tuple[str, str]:
-    """A figure as `mean ± std`, and its difference as `+mean [low, high]`; "" without any."""
+    """Format a figure as `mean ± std`, and its difference as `+mean [low, high]`."""
     if figure is None:
         return "", ""
     form = column.form
@@ -163,11 +163,11 @@ def texts(figure: Figure | None, column: Column) -> tuple[str, str]:
 
 
 def plain_lines(summary: Summary, differences: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The table for a terminal, a figure a line, and then what differs in the recipes.
+    """Format the table for a terminal, one figure a line, then differences of the recipes.
 
     Args:
         summary: The table.
-        differences: Values by path and cell.
+        differences: Values of the recipe, by path and cell.
     """
     names = list(summary.cells)
     rows: list[list[str]] = [["", *names]]
@@ -190,7 +190,7 @@ def plain_lines(summary: Summary, differences: Mapping[str, Mapping[str, str]]) 
 
 
 def tex(text: str) -> str:
-    """Text with what LaTeX takes for commands escaped."""
+    """Escape the special characters of LaTeX."""
     return "".join(_TEX.get(sign, sign) for sign in " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""What a report's figures say, in sentences that claim no more than they do."""
+"""Summarise a report's figures in sentences that claim no more than the figures show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from e2ediff.report.summary import CellSummary, Column, Figure, Summary, number,
 
 
 def verdict(gathered: Gathered, summary: Summary) -> list[str]:
-    """Sentences on what is best, whether that is more than chance, and what did not go well."""
+    """Return sentences on the best cell, whether that is significant, and on failures."""
     if gathered.kind == "run":
         return _one_run(gathered.runs[0])
     sentences = [*_best(summary), *_collapsed(summary)]

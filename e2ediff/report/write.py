@@ -1,4 +1,4 @@
-"""Writing a report: the page, and its table as CSV, LaTeX and JSON beside it."""
+"""Write a report: the page, and its table as CSV, LaTeX and JSON beside it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def write_report(
     """Write a report.
 
     Args:
-        gathered: What it is about.
+        gathered: The runs.
         out: The page's file. By default `report.html` in the directory of the run or ablation,
-            beside `report.json`, `table.csv` and `table.tex`; otherwise these are named as it is.
-        judged: The figure that the verdict is about, as `summarize` has it.
+            beside `report.json`, `table.csv` and `table.tex`; otherwise these are named after it.
+        judged: The figure of the verdict, as for `summarize`.
 
     Returns:
-        Where the files are, and the verdict.
+        Addresses of the files, and the verdict.
 
     Raises:
         GridError: `out` does not end in .html, or no run has the figure `judged`.
