@@ -1,1 +1,1 @@
-"""Grids of runs: planned, trained, and found again."""
+"""Plan and train grids of runs."""

@@ -1,4 +1,4 @@
-"""What training by a recipe costs, over phases that are active for a part of it."""
+"""Count the cost of training, with phases that are active for a part of it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from e2ediff.host.recipe import Recipe
 
 @attrs.frozen
 class Cost:
-    """Parameters, FLOPs of an image by phase, and when phases are active.
+    """Parameters, FLOPs of an image by phase, and the active range of each phase.
 
-    Forward and backward, as `e2ediff check` counts; averages' updates, diagnostics and previews
-    are left out.
+    Forward and backward, counted as by `e2ediff check`; updates of averages, diagnostics and
+    previews are left out.
     """
 
     parameters: int
@@ -26,22 +26,22 @@ class Cost:
 
     @property
     def total_images(self) -> int:
-        """Training images of the whole training."""
+        """Return the number of training images of the whole training."""
         return self.batch * self.total_steps
 
     @property
     def per_image(self) -> float:
-        """FLOPs of an image, on average over training."""
+        """Return FLOPs of an image, averaged over training."""
         shares = ((self.flops[p], end - start) for p, (start, end) in self.spans.items())
         return sum(flops * share for flops, share in shares)
 
     @property
     def total(self) -> float:
-        """FLOPs of the whole training."""
+        """Return FLOPs of the whole training."""
         return self.per_image * self.total_images
 
     def at(self, images: float) -> float:
-        """FLOPs spent when this many images have been seen."""
+        """Return FLOPs spent after this many images."""
         whole = self.total_images
         spent = 0.0
         for phase, (start, end) in self.spans.items():
@@ -58,5 +58,5 @@ def cost_of(recipe: Recipe) -> Cost:
 
 
 def matched_steps(cost: Cost, baseline: Cost) -> int:
-    """Steps that the baseline's FLOPs pay for, at least one."""
+    """Return the steps that the baseline's FLOPs pay for, at least one."""
     return max(1, round(baseline.total / (cost.per_image * cost.batch)))

@@ -1,4 +1,4 @@
-"""The grid of an ablation: from `--vary PATH=A,B` to named cells with their assignments."""
+"""Parse the grid of an ablation: `--vary PATH=A,B` gives named cells with assignments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class GridError(E2EDiffError):
 
 @attrs.frozen
 class Assignment:
-    """A change of the recipe, `path=text` as for `--set`, and the option it comes from."""
+    """A change of the recipe, `path=text` as for `--set`, and the option that it came from."""
 
     path: str
     text: str
@@ -40,7 +40,7 @@ class Assignment:
 
 @attrs.frozen
 class Value:
-    """One value of an axis with the settings that go with it, and words to call them by."""
+    """One value of an axis with its accompanying settings, and words to name it."""
 
     assignments: tuple[Assignment, ...]
     words: tuple[str, ...]
@@ -49,7 +49,7 @@ class Value:
 
 @attrs.frozen
 class Axis:
-    """What one `--vary` varies."""
+    """The path and values of one `--vary`."""
 
     path: str
     values: tuple[Value, ...]
@@ -57,9 +57,9 @@ class Axis:
 
 @attrs.frozen
 class Cell:
-    """One combination of values; `name` is fit for a directory.
+    """One combination of values; `name` is a valid directory name.
 
-    `recipe` is what the assignments change, where that is not the recipe of the ablation.
+    `recipe` is the recipe to change, if it is not that of the ablation.
     """
 
     name: str
@@ -71,7 +71,7 @@ def split_top(text: str, at: Callable[[str, int], bool]) -> list[str]:
     """Split where `at(text, i)` holds, outside of brackets and quotes.
 
     Raises:
-        GridError: A bracket or a quote is not closed, or closed without being open.
+        GridError: A bracket or a quote is unbalanced.
     """
     parts, start, quote = [], 0, ""
     open_: list[str] = []
@@ -95,12 +95,12 @@ def split_top(text: str, at: Callable[[str, int], bool]) -> list[str]:
 
 
 def parse_axis(text: str) -> Axis:
-    """The axis that `PATH=A,B,...` or `PATH=[A, B, ...]` describes.
+    """Parse an axis, `PATH=A,B,...` or `PATH=[A, B, ...]`.
 
-    A value may bring settings of its own: `objective=two_stage+backbone.trunks=apart`.
+    A value may have accompanying settings: `objective=two_stage+backbone.trunks=apart`.
 
     Raises:
-        GridError: It is not of that form, or has no value, or an empty one, or one twice.
+        GridError: It does not have that form, or has no value, an empty or a repeated one.
     """
     path, sign, rest = text.partition("=")
     path = path.strip()
@@ -146,7 +146,7 @@ def _value(path: str, word: str) -> Value:
 
 
 def _distinct(values: Sequence[Value]) -> list[Value]:
-    """Without the words that say nothing, as all values have them."""
+    """Remove words that all values have in common."""
     shared = set.intersection(*({*value.words} for value in values))
     found = []
     for value in values:
@@ -156,12 +156,12 @@ def _distinct(values: Sequence[Value]) -> list[Value]:
 
 
 def _called(path: str, text: str) -> list[str]:
-    """`coupled`, `latent_dim=4`, `spread-weight=0.5`: short, and readable without the path."""
+    """Name a value `coupled`, `latent_dim=4` or `spread-weight=0.5`: short, without the path."""
     key = path.rpartition(".")[2]
     try:
         node, _ = parse_yaml(text, "--vary", marks=False)
     except RecipeError:
-        node = None  # said with the cell's other problems
+        node = None  # reported with the cell's other problems
     return [_slug(word) for word in _words(key, node or Node(text, ""), text)]
 
 
@@ -188,7 +188,7 @@ def _slug(text: str) -> str:
 
 
 def cells(axes: Sequence[Axis]) -> list[Cell]:
-    """The product of the axes, the first one changing slowest; names are all different.
+    """Return the product of the axes, the first one changing slowest, with unique names.
 
     Raises:
         GridError: There is no axis, or one is given twice.
@@ -226,10 +226,10 @@ def _limited(name: str) -> str:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Seeds as in `0,1,2`.
+    """Parse seeds such as `0,1,2`.
 
     Raises:
-        GridError: One of them is no number of at least 0, or given twice.
+        GridError: A seed is not a number of at least 0, or is repeated.
     """
     words = [word.strip() for word in text.split(",")]
     for word in words:
@@ -242,7 +242,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def find_cell(name: str | None, grid: Sequence[Cell]) -> Cell:
-    """The cell of this name, by default the first one.
+    """Return the cell of this name, by default the first one.
 
     Raises:
         GridError: There is no such cell.

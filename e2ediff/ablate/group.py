@@ -24,9 +24,9 @@ SPEC, OUTCOMES, RECIPE = "spec.json", "outcomes.json", "recipe.yaml"
 
 
 class Group:
-    """An ablation's files, all below `path`; nothing in them is absolute.
+    """An ablation's files, all below `path`; they contain no absolute paths.
 
-    Make one with `create` or `open`; train in it inside of `with`.
+    Make one with `create` or `open`; train inside `with`.
     """
 
     def __init__(self, path: Address, spec: Mapping[str, Any]) -> None:
@@ -42,10 +42,10 @@ class Group:
         Args:
             out: Where; None is `groups/NAME`, `groups/NAME-2`, ...
             plan: The ablation.
-            environment: What `describe_environment` returned.
+            environment: The result of `describe_environment`.
 
         Raises:
-            RunDirectoryError: `out` exists and is not empty, or is no local path.
+            RunDirectoryError: `out` exists and is not empty, or is not a local path.
             ResourceError: It cannot be written.
         """
         if out is None:
@@ -72,7 +72,7 @@ class Group:
 
     @classmethod
     def never_began(cls, path: Address) -> bool:
-        """Whether an ablation was killed here before it had begun: `create` takes it up."""
+        """Return whether an ablation was killed here before it began; `create` reuses it."""
         store = _local(path)
         return bool(store.list()) and _is_vacant(store)
 
@@ -98,7 +98,7 @@ class Group:
 
     @classmethod
     def latest(cls, plan: Plan) -> str:
-        """Where the newest group of a plan's name lies in `groups/`, or began and was killed.
+        """Find the newest group of a plan's name in `groups/`, even one killed at its start.
 
         Raises:
             RunDirectoryError: There is none.
@@ -108,9 +108,9 @@ class Group:
         for _, found in sorted(((int(m[1] or 1), f) for m, f in matches if m), reverse=True):
             path = f"groups/{found}"
             store = Store(path)
-            # The second of `flow` and the first of a recipe called `flow-2` look alike.
+            # The second of `flow` and the first of a recipe called `flow-2` have the same path.
             if store.exists(SPEC):
-                # A damaged one is no reason to take an older one: what opens it says so.
+                # Don't fall back on an older one if this is damaged: opening it reports that.
                 with contextlib.suppress(RunDirectoryError):
                     if cls.open(path).spec["name"] != plan.name:
                         continue
@@ -132,15 +132,15 @@ class Group:
             self._lock = None
 
     def run(self, place: str) -> str:
-        """Path of a run's directory."""
+        """Return the path of a run's directory."""
         return f"{self.path}/runs/{place}"
 
     def log(self, place: str) -> Path:
-        """Path of what a run printed; beside the run, whose directory must begin empty."""
+        """Return the path of a run's log; outside the run's directory, which must start empty."""
         return Path(self.store.local_path("logs") or "logs", f"{place}.log")
 
     def outcomes(self) -> dict[str, dict[str, Any]]:
-        """How each run's process ended the last time, by the run's name."""
+        """Read how each run's process ended last, by the run's name."""
         try:
             found = json.loads(self.store.read(OUTCOMES))
         except (OSError, ValueError):
@@ -149,23 +149,23 @@ class Group:
         return {name: entry for name, entry in entries if isinstance(entry, dict)}
 
     def record(self, place: str, exit_code: int, error: str) -> None:
-        """Note how a run's process ended."""
+        """Record how a run's process ended."""
         entry = {"exit_code": exit_code, "error": error}
         outcomes = {**self.outcomes(), place: entry}
         self.store.write(OUTCOMES, json.dumps(outcomes, indent=1).encode() + b"\n")
 
     def is_done(self, job: Job) -> bool:
-        """Whether a run has all of its steps."""
+        """Return whether a run took all of its steps."""
         try:
             return RunDirectory.open(self.run(job.place)).status().get("state") == "done"
         except RunDirectoryError:
-            return False  # none yet, or damaged: then the run itself says so
+            return False  # none yet, or damaged, which the run itself will report
 
     def refuse_other(self, plan: Plan) -> None:
-        """Let only the ablation continue here that was begun here, perhaps with more seeds.
+        """Refuse a plan other than the one started here; further seeds are allowed.
 
         Raises:
-            RecipeError: What differs, as it was and as it is.
+            RecipeError: The plan differs; lists former and present values.
         """
         before, now = _flat(self.spec), _flat(plan.spec())
         if set(self.spec["seeds"]) < set(plan.seeds):
@@ -181,11 +181,11 @@ class Group:
             if before.get(path) != now.get(path)
         ]
         options = [p for p in found if not p.where.startswith("cells.")]
-        if found:  # other options make other cells: they say it all
+        if found:  # other options change the cells, which need no listing then
             raise RecipeError(f"{plan.recipe} (--resume)", options or found)
 
     def extend(self, plan: Plan) -> None:
-        """Take up the plan's further seeds, and the command that names them; inside of `with`.
+        """Add the plan's further seeds, and the command that names them; inside `with`.
 
         Raises:
             ResourceError: It cannot be written.
@@ -197,7 +197,7 @@ class Group:
 
 
 def _flat(spec: Mapping[str, Any]) -> dict[str, str]:
-    """What counts of a specification: its options, and each cell's recipe."""
+    """Flatten the part of a specification that matters: options, and each cell's recipe."""
     options = {"vary": "--vary", "seeds": "--seeds", "set": "--set"}
     options |= {"baseline": "--baseline", "match": "--match"}
     found = {option: json.dumps(spec[key]) for key, option in options.items()}
@@ -231,7 +231,7 @@ def _whole(spec: Mapping[str, Any]) -> bool:
 
 
 def places(spec: Mapping[str, Any]) -> Iterator[Job]:
-    """The runs of a specification, cell by cell; their overrides are left out."""
+    """Yield the runs of a specification, cell by cell, without overrides."""
     for cell in spec["cells"]:
         for seed in spec["seeds"]:
             yield Job(cell, seed, ())

@@ -1,4 +1,4 @@
-"""What an ablation will do, checked as a whole before the first run starts."""
+"""Plan an ablation, and check it as a whole before the first run starts."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ Match = Literal["steps", "compute"]
 
 @attrs.frozen
 class Job:
-    """One run of a grid: what to change in the recipe, and the name of its directory.
+    """One run of a grid: its changes of the recipe, and the name of its directory.
 
-    `recipe` is that of the cell, where it has one of its own.
+    `recipe` is the cell's recipe, if it has one of its own.
     """
 
     cell: str
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def place(self) -> str:
-        """Name below `runs/`."""
+        """Return its path below `runs/`."""
         return f"{self.cell}-seed{self.seed}"
 
 
@@ -54,7 +54,7 @@ class Plan:
     """An ablation: `jobs` are all cells of the first seed, then of the next.
 
     `costs` and `resolved` (YAML with seed 0) are by cell.
-    `words` are the command that makes it, where that is not `e2ediff ablate`.
+    `words` are the command that makes it, if that is not `e2ediff ablate`.
     """
 
     recipe: str
@@ -72,11 +72,11 @@ class Plan:
 
     @property
     def cells(self) -> list[str]:
-        """Their names, in the order of the grid."""
+        """Return the names of the cells, in the order of the grid."""
         return list(self.costs)
 
     def command(self) -> list[str]:
-        """The command that makes this group again."""
+        """Return the command that makes this group again."""
         if self.words:
             return list(self.words)
         words = ["e2ediff", "ablate", self.recipe]
@@ -88,7 +88,7 @@ class Plan:
         return [*words, "--baseline", self.baseline, "--match", self.match]
 
     def remarks(self) -> list[str]:
-        """What makes the cells compare less than they could."""
+        """Return remarks on what limits the comparison of cells."""
         return [*self._unscored(), *self._reset()]
 
     def _unscored(self) -> list[str]:
@@ -103,13 +103,13 @@ class Plan:
         ]
 
     def _reset(self) -> list[str]:
-        """Options that cells share with the baseline and lost when a part was named."""
+        """List options that cells lost to defaults because naming a part resets its options."""
         leaves = {name: leaves_of(text, name) for name, text in self.resolved.items()}
         base, changes = leaves[self.baseline], {j.cell: j.overrides for j in self.jobs}
         lost: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for cell, own in leaves.items():
             texts = dict(change.split("=", 1) for change in changes[cell])
-            given = {  # what blocks say themselves, by path
+            given = {  # options that blocks set themselves, by path
                 f"{path}.{key}" for path, text in texts.items() for key in leaves_of(text, path)
             } | set(texts)
             found = tuple(
@@ -132,7 +132,7 @@ class Plan:
         ]
 
     def spec(self) -> dict[str, Any]:
-        """What must be the same when the ablation is resumed, and what each cell is."""
+        """Return what must not change when the ablation is resumed, and the cells."""
         overrides = {j.cell: j.overrides for j in self.jobs if j.seed == self.seeds[0]}
         return {
             "vary": list(self.vary),
