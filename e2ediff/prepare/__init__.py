@@ -1,1 +1,1 @@
-"""Before training: cropping images once, looking for damaged ones, counting classes."""
+"""Prepare data for training: crop images once, find damaged ones, count classes."""

@@ -1,4 +1,4 @@
-"""What a user points at: a recipe, a data block, or the data themselves."""
+"""Find the data that a user names: by a recipe, a data block, or their own address."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _LEVELS = ("possible", "likely", "certain")
 def source_config(
     host: Host, address: Address, overrides: Sequence[str] = (), size: int | None = None
 ) -> SourceConfig:
-    """The data block of a recipe or a YAML file, or one for the data at a path or URL.
+    """Return the data block of a recipe or YAML file, or one for the data at a path or URL.
 
-    A YAML file without the key `backbone` is read as a data block: its keys stand at the top,
-    or below `data`.
+    A YAML file without the key `backbone` is read as a data block, with its keys at the top
+    level or below `data`.
     `overrides` are those of `run` for a recipe; for a block and a path `data.` may be left out
     (`--set labels=labels.csv`).
-    `size` replaces the block's.
+    `size` replaces the size in the block.
 
     Raises:
         RecipeError: The block is wrong.
-        DataError: There is nothing at the address, or nothing that can be recognised.
+        DataError: There is nothing at the address, or it is not recognised.
     """
     address = addresses.plain(address)
     if address.endswith((".yaml", ".yml")):
@@ -55,7 +55,7 @@ def source_config(
             f"images have {config.image.height}"
         ) from error
     except ValueError as error:
-        # attrs' validators put the attribute and the options behind the message.
+        # attrs' validators append the attribute and the options to the message.
         raise DataError(
             f"{address}: cannot be cropped to {size} pixels: {error.args[0]}"
         ) from error
@@ -93,13 +93,13 @@ def _structured(host: Host, node: Node, source: str, overrides: Sequence[str]) -
 
 @attrs.frozen(kw_only=True)
 class _Holder:
-    """What a data block lies in."""
+    """The parent of a data block."""
 
     data: SourceConfig
 
 
 def _counted(host: Host, block: Mapping[str, Any], overrides: Sequence[str]) -> SourceConfig:
-    """The block with the number of classes that the data have, unless it is given."""
+    """Add the number of classes in the data to a block, unless it is given."""
     cls = host.registries["sources"].find(_named(overrides) or block["name"])
     defaults = {"size": 256, "classes": 0}
     known = options(cls) if cls else defaults
@@ -107,29 +107,29 @@ def _counted(host: Host, block: Mapping[str, Any], overrides: Sequence[str]) -> 
     node = Node({key: Node(value, "data") for key, value in full.items()}, "data")
     config = _structured(host, node, "data", overrides)
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides}
-    # `--set data=...` is a whole block in itself.
+    # `--set data=...` is a whole block.
     if "classes" in block or given & {"classes", "data"}:
         return config
     return config.with_counted_classes()
 
 
 def _named(overrides: Sequence[str]) -> str:
-    """The source that is asked for by name, "" for none."""
+    """Return the source that is requested by name, "" for none."""
     pairs = [text.partition("=") for text in overrides]
     return next((v.strip() for k, _, v in pairs[::-1] if k.strip() in ("name", "data.name")), "")
 
 
 def recognise(host: Host, address: Address, name: str = "") -> dict[str, Any]:
-    """A data block for what lies at a path, URL or pattern, perhaps without `size` and `classes`.
+    """Make a data block for a path, URL or pattern, possibly without `size` and `classes`.
 
     Args:
-        host: Whose sources are asked, those of plugins too.
+        host: Knows the sources, including those of plugins.
         address: The path, URL or pattern.
         name: Prefer this source, where it recognises the data.
 
     Raises:
-        DataError: Nothing is there, nothing that is known, or something that several sources
-            read; or the place cannot be read.
+        DataError: The data are missing, unreadable, not recognised, or recognised by several
+            sources.
         PluginError: A plugin's source fails.
     """
     address, sources = addresses.plain(address), host.registries["sources"]
@@ -150,7 +150,7 @@ def recognise(host: Host, address: Address, name: str = "") -> dict[str, Any]:
 
 
 def _asked(host: Host, part: Part, address: str) -> Recognised | None:
-    """What a source makes of an address."""
+    """Return what a source recognises at an address."""
     try:
         answer: Recognised | None = part.cls.recognises(address)  # type: ignore[attr-defined]
     except E2EDiffError:
@@ -165,7 +165,7 @@ def _asked(host: Host, part: Part, address: str) -> Recognised | None:
 
 
 def _why_unknown(host: Host, address: str) -> str:
-    """Why no source recognises what lies at an address, and what they would."""
+    """Explain that no source recognises what is at an address, and what they accept."""
     own = [part.name for part in host.registries["sources"] if part.plugin.name != BUILTIN]
     expected = f"Expected {_KINDS}" + "".join(f", or data of {name}" for name in own)
     fs, path = addresses.file_system(address)

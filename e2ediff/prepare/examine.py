@@ -1,6 +1,6 @@
-"""Reading images for `e2ediff data check` and `data stats`.
+"""Read images for `e2ediff data check` and `data stats`.
 
-Shapes: M images looked at, C channels.
+Shapes: M images examined, C channels.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class _Seen(NamedTuple):
 
 @attrs.frozen(eq=False)
 class Examined:
-    """What was seen: `bad` has path and fault of each image that cannot be used.
+    """Result of an examination: `bad` has path and fault of each unusable image.
 
-    `sizes` (M, 2) are widths and heights as stored; `mean` and `std` (C,) those of the cropped
-    pixels in [-1, 1], empty after a quick pass; `colour` the number of images that are not grey.
+    `sizes` (M, 2) are widths and heights as stored; `mean` and `std` (C,) are of the cropped
+    pixels in [-1, 1], empty after a quick pass; `colour` is the number of images not grey.
     """
 
     count: int
@@ -81,10 +81,10 @@ class _Chunks(Dataset[_Seen | str]):
 
 
 def compare_hashes(config: SourceConfig) -> None:
-    """Compare the hashes of prepared shards, also where they agreed before; else nothing.
+    """Compare the hashes of prepared shards anew; do nothing for other sources.
 
     Raises:
-        DataError: Some differ.
+        DataError: Some hashes differ.
     """
     if isinstance(config, Shards):
         for path in (config.path, config.held_out):
@@ -101,11 +101,11 @@ def examine(
     workers: int,
     progress: Callable[[str], None],
 ) -> Examined:
-    """Read these images; with `quick` their headers alone.
+    """Read these images; with `quick` only their headers.
 
     Raises:
-        DataError: The place where they lie cannot be read.
-        ResourceError: The system killed a process that reads.
+        DataError: The storage cannot be read.
+        ResourceError: The system killed a worker process.
     """
     chunks = -(-len(indices) // _EACH)
     seen: list[_Seen] = []

@@ -1,4 +1,4 @@
-"""What `e2ediff data stats` prints: counts, sizes, and a proposed data block."""
+"""Format the output of `e2ediff data stats`: counts, sizes, and a proposed data block."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from e2ediff.host.yaml import dump_yaml
 from e2ediff.prepare.examine import Examined
 
 _SIZES = (32, 64, 128, 256, 512)
-_IMBALANCE = 10.0  # from this ratio on balanced sampling is proposed
+_IMBALANCE = 10.0  # ratio from which balanced sampling is proposed
 
 
 def counts(source: DataSource, classes: int) -> Tensor:
-    """Images of each class, (classes,)."""
+    """Count the images of each class, (classes,)."""
     return torch.bincount(source.labels(), minlength=classes)
 
 
 def lines(source: DataSource, config: SourceConfig, seen: Examined) -> Iterator[str]:
-    """Figures of a source, one a line."""
+    """Yield the figures of a source, one a line."""
     yield f"images      {len(source):,}"
     if classes := config.image.classes:
         yield from _class_lines(source, config, counts(source, classes))
@@ -67,12 +67,12 @@ def _names(source: DataSource, config: SourceConfig) -> Sequence[str]:
 
 
 def _word(names: Sequence[str], label: int) -> str:
-    """A class in words: its name, or its number if it has none."""
+    """Return the name of a class, or its number if it has none."""
     return names[label] if label < len(names) else str(label)
 
 
 def every_class(source: DataSource, config: SourceConfig) -> Iterator[tuple[int, str, int]]:
-    """Label, name (or the label again) and number of images of every class, by label."""
+    """Yield label, name (or the label again) and number of images of every class."""
     names = _names(source, config)
     per = counts(source, config.image.classes).tolist() if config.image.classes else []
     for label, count in enumerate(per):
@@ -82,10 +82,10 @@ def every_class(source: DataSource, config: SourceConfig) -> Iterator[tuple[int,
 def as_json(
     host: Host, source: DataSource, config: SourceConfig, seen: Examined
 ) -> dict[str, Any]:
-    """All that `lines` and `proposal` say, and every class and broken image.
+    """Return the content of `lines` and `proposal`, with every class and broken image.
 
-    Sizes are pixels of the shorter side, of the images looked at; `mean` and `std` those of
-    channels in [-1, 1].
+    Sizes are pixels of the shorter side of the examined images; `mean` and `std` are of channels
+    in [-1, 1].
     """
     shorter = seen.sizes.min(dim=1).values.sort().values if len(seen.sizes) else None
     found: dict[str, Any] = {"images": len(source), "looked_at": seen.count}
@@ -104,7 +104,7 @@ def as_json(
 def proposed(
     host: Host, source: DataSource, config: SourceConfig, seen: Examined
 ) -> dict[str, Any]:
-    """A data block, and settings that follow from the number of images and classes."""
+    """Propose a data block, and settings that follow from the number of images and classes."""
     changes: dict[str, Any] = {}
     options = {field.name for field in attrs.fields(type(config))}  # type: ignore[arg-type]
     told = unstructure(host, config, SourceConfig)
@@ -135,5 +135,5 @@ def proposed(
 
 
 def proposal(host: Host, source: DataSource, config: SourceConfig, seen: Examined) -> str:
-    """What is proposed, as YAML."""
+    """Return the proposal as YAML."""
     return dump_yaml(proposed(host, source, config, seen))

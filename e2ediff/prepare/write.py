@@ -1,8 +1,8 @@
 """`e2ediff data prepare`: crop every image once, into shards with an index and hashes.
 
 The result is what the source `shards` reads (`e2ediff.parts.sources.shards` has the layout).
-While it is made, `parts/` keeps one JSON file for each finished shard: after a kill only shards
-that have none, or whose hash differs, are made again.
+Meanwhile `parts/` keeps one JSON file for each finished shard: after a kill only shards without
+one, or whose hash differs, are made again.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from e2ediff.store.storage import Store
 
 Format = Literal["png", "jpeg", "raw"]
 SETTINGS = "parts/settings.json"
-_DST = "DST"  # what the command line calls the folder
-_Part = dict[str, Any] | str | ResourceError  # what is noted of a shard, or why it is not made
+_DST = "DST"  # the folder's argument on the command line
+_Part = dict[str, Any] | str | ResourceError  # record of a shard, or the error
 _HEADER = 512  # bytes of a tar member's header
 
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """What decides the content of the shards.
+    """Settings that determine the content of the shards.
 
     `source` is the data block as text; `images`, `classes`, `channels` and `size` describe it;
-    `each` is the number of images of the source in a shard, `quality` that of JPEG.
+    `each` is the number of images of the source in a shard, `quality` the JPEG quality.
     """
 
     source: str
@@ -68,13 +68,13 @@ class Settings:
 
     @property
     def shards(self) -> int:
-        """Number of shards."""
+        """Return the number of shards."""
         return -(-self.images // self.each)
 
 
 @attrs.frozen
 class Done:
-    """What was made: images, those left out, shards, and how many of them were there already."""
+    """Counts of images, images left out, shards, and shards that existed already."""
 
     images: int
     left_out: tuple[tuple[str, str], ...]
@@ -90,18 +90,18 @@ def prepare(
     workers: int,
     progress: Callable[[str], None],
 ) -> Done:
-    """Write shards of all images of a source, or what is missing of them.
+    """Write shards of all images of a source, or the missing ones.
 
     Args:
         source: Opened with the size to crop to.
         settings: The same at every resumption.
         folder: A folder or URL, new or of an earlier attempt.
-        workers: Processes that crop; 0 crops in this one.
-        progress: Told how far it is.
+        workers: Number of worker processes; 0 crops in this process.
+        progress: Called with progress.
 
     Raises:
         DataError: An image is damaged and `skip` is off, or the folder holds something else.
-        ResourceError: The disk is full or read-only, or the system killed a process that crops.
+        ResourceError: The disk is full or read-only, or the system killed a worker process.
     """
     folder = addresses.plain(folder)
     store = Store(folder, _DST)
@@ -127,7 +127,7 @@ def prepare(
 
 
 def _claim(store: Store, settings: Settings) -> None:
-    """Note the settings in a new folder, or compare them with those of the attempt before."""
+    """Record the settings in a new folder, or compare them with the recorded ones."""
     now = json.dumps(attrs.asdict(settings), indent=1)
     if store.exists(SETTINGS):
         before, wanted = _noted(store), json.loads(now)
@@ -145,7 +145,7 @@ def _claim(store: Store, settings: Settings) -> None:
 
 
 def _noted(store: Store) -> dict[str, Any]:
-    """The settings of the attempt before."""
+    """Read the settings of the previous attempt."""
     try:
         found = json.loads(store.read(SETTINGS))
     except ValueError:
@@ -163,7 +163,7 @@ def _part_name(k: int) -> str:
 
 
 def _finished(store: Store, location: Location, k: int) -> dict[str, Any] | None:
-    """What is noted of a shard that is whole; None if it has to be made."""
+    """Return the record of an intact shard; None if it has to be made."""
     if not store.exists(_part_name(k)):
         return None
     try:
@@ -177,10 +177,10 @@ def _finished(store: Store, location: Location, k: int) -> dict[str, Any] | None
 
 
 class _Shards(Dataset[_Part]):
-    """Item k makes shard k, and is what is noted of it; what worker processes hold.
+    """Item k makes shard k and returns its record; copied to worker processes.
 
-    An item that cannot be made is the reason: an exception that crosses a process arrives as a
-    page of traceback.
+    For a shard that cannot be made the item is the error message, since an exception from a
+    worker process would arrive with a page of traceback.
     """
 
     def __init__(self, source: DataSource, settings: Settings, folder: str) -> None:
@@ -252,13 +252,13 @@ class _Shards(Dataset[_Part]):
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # no time, no owner: the same images give the same bytes
+    info = tarfile.TarInfo(name)  # no time or owner, so that equal images give equal bytes
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
 
 
 def encode(x: Tensor, format_: Format, quality: int) -> bytes:
-    """PNG (lossless) or JPEG (4:4:4) of an image (C, H, W), uint8."""
+    """Encode an image (C, H, W), uint8, as PNG (lossless) or JPEG (4:4:4)."""
     pixels = x.permute(1, 2, 0).numpy()
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     out = io.BytesIO()
@@ -277,7 +277,7 @@ def _finish(
     parts: list[dict[str, Any]],
     kept: int,
 ) -> Done:
-    """Write the index, then what commits the whole."""
+    """Write the index, then the file that commits the result."""
     rows = [(k, *row) for k, part in enumerate(parts) for row in part["images"]]
     left_out = tuple((place, what) for part in parts for place, what in part["left_out"])
     if not rows:
@@ -305,6 +305,6 @@ def _finish(
     }
     store.write(PREPARED, json.dumps(told, indent=1).encode())
     shards = check_shards(location, told, verify=False)
-    # The hashes are of what was just written: nobody has to read it all once more.
+    # The hashes were taken while writing, so the first use need not verify them.
     store.write(VERIFIED, verified_key(told, shards))
     return Done(len(rows), left_out, s.shards, kept)
