@@ -1,1 +1,1 @@
-"""Which weights, guidance and sampler suit a trained run: a search on a cheap score."""
+"""Search the weights, guidance and sampler that suit a trained run, on a cheap score."""

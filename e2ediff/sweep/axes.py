@@ -1,4 +1,4 @@
-"""What a sweep varies: axes as `ablate` takes them, of weights, sampler and guidance alone."""
+"""Axes of a sweep: as for `ablate`, but of weights, sampler and guidance only."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _INTERVALS = ((0.0, 1.0), (0.2, 1.0), (0.0, 0.8), (0.2, 0.8))
 
 
 def parse_axes(texts: Sequence[str]) -> list[Axis]:
-    """The axes that `--vary` asks for.
+    """Parse the axes of `--vary`.
 
     Raises:
-        GridError: One is malformed, given twice, or of something that training decided.
+        GridError: One is malformed, repeated, or of an option fixed by training.
     """
     axes = [parse_axis(text) for text in texts]
     for axis in axes:
@@ -47,7 +47,7 @@ def parse_axes(texts: Sequence[str]) -> list[Axis]:
 
 
 def default_axes(run: SweptRun) -> list[Axis]:
-    """Width or weights, guidance scale, guidance interval, sampler with its steps, and spacing."""
+    """Return axes of width or weights, guidance scale and interval, sampler, and spacing."""
     return [parse_axis(text) for text in _defaults(run)]
 
 
@@ -85,10 +85,10 @@ def _guidances(recipe: Recipe) -> Iterator[str]:
 
 
 def _samplers(host: Host, recipe: Recipe) -> Iterator[str]:
-    """The recipe's, `heun` and `dpmpp_2m`, at its number of steps and at half of it; then spacing.
+    """Yield the recipe's sampler, `heun` and `dpmpp_2m` at full and half steps; then spacing.
 
-    `heun` asks the network twice a step, and so has half as many. What does not suit the
-    recipe's guidance is left out.
+    `heun` calls the network twice a step, and so gets half as many. Samplers that do not suit the
+    recipe's guidance are left out.
     """
     own = unstructure(host, recipe.sampler, Sampler)
     if not isinstance(own, dict) or "steps" not in own:
@@ -107,7 +107,7 @@ def _samplers(host: Host, recipe: Recipe) -> Iterator[str]:
 
 
 def _block(options: Mapping[str, object]) -> str:
-    """YAML on one line; a text needs no quotes here."""
+    """Format a block as YAML on one line; text needs no quotes here."""
     words = (f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items())
     return f"{{{', '.join(words)}}}"
 
@@ -115,11 +115,10 @@ def _block(options: Mapping[str, object]) -> str:
 def check(run: SweptRun, axes: Sequence[Axis]) -> None:
     """Refuse axes of which some combination cannot be sampled.
 
-    Combinations of axes that concern different parts are harmless if their own are; but for
-    sampler and guidance.
+    Axes of different parts can be checked separately, except those of sampler and guidance.
 
     Raises:
-        RecipeError: With every problem.
+        RecipeError: Some combination is wrong; has every problem.
     """
     problems: dict[Problem, None] = {}
     for group in _groups(axes):
@@ -147,7 +146,7 @@ def _problems(run: SweptRun, candidate: Candidate) -> Iterator[Problem]:
 
 
 def _groups(axes: Sequence[Axis]) -> list[list[Axis]]:
-    """Axes that concern a common part, together; sampler and guidance must suit each other."""
+    """Group axes of the same part; sampler and guidance, which must suit each other, together."""
     groups: list[tuple[set[str], list[Axis]]] = [(set(), [])]
     for axis in axes:
         named = {a.path.partition(".")[0] for v in axis.values for a in v.assignments}

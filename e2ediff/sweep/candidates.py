@@ -1,4 +1,4 @@
-"""The run that is swept, and a candidate: one way to sample it."""
+"""The swept run, and candidates: ways to sample it."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from e2ediff.store.run_directory import RunDirectory
 
 @attrs.frozen
 class Candidate:
-    """One way to sample a run: its weights, and assignments for `--set`; empty is the recipe's."""
+    """One way to sample a run: weights, and assignments for `--set`; the recipe's if empty."""
 
     weights: str
     overrides: tuple[str, ...] = ()
 
     def of(self, ref: ModelRef) -> ModelRef:
-        """The model that it makes of a run's."""
+        """Return the run's model with this candidate's choices."""
         return attrs.evolve(ref, weights=self.weights, overrides=self.overrides)
 
     @property
     def words(self) -> str:
-        """As options of `sample` and `eval`."""
+        """Format the candidate as options of `sample` and `eval`."""
         sets = [word for assignment in self.overrides for word in ("--set", assignment)]
         return shlex.join(["--weights", self.weights, *sets])
 
 
 @attrs.frozen(eq=False)
 class SweptRun:
-    """The run that is swept, as candidates are read against it."""
+    """The swept run, against which candidates are checked."""
 
     host: Host
     ref: ModelRef
@@ -52,25 +52,25 @@ class SweptRun:
     basis: Basis | None
 
     def candidate(self, values: Sequence[Value]) -> Candidate:
-        """The candidate with one value of each of some axes."""
+        """Return the candidate with these values, one for each axis."""
         given = [a for value in values for a in value.assignments]
         weights = [a.text for a in given if a.path == "weights"]
         overrides = [*self.ref.overrides, *(str(a) for a in given if a.path != "weights")]
-        # A block is set before its options are, whichever was given first.
+        # Set a block before its options, whichever was given first.
         overrides.sort(key=lambda text: text.partition("=")[0].count("."))
         default = self.ref.weights or self.recipe.default_weights
         return Candidate([default, *weights][-1], tuple(overrides))
 
     def recipe_of(self, candidate: Candidate) -> Recipe:
-        """The run's recipe with a candidate's sampler and guidance; raises RecipeError."""
+        """Return the run's recipe with a candidate's sampler and guidance; raises RecipeError."""
         return recipe_of(self.host, self.directory, candidate.overrides)
 
     def key(self, candidate: Candidate) -> str:
-        """What a candidate amounts to: equal for two ways to say the same."""
+        """Return a key that is equal for equivalent candidates."""
         recipe = self.recipe_of(candidate)
         guidance = recipe.guidance and unstructure(self.host, recipe.guidance, Guidance)
         if isinstance(guidance, dict) and guidance.get("scale") == 1:
-            guidance = None  # no guidance, whatever its other options
+            guidance = None  # no guidance, so its other options do not matter
         sampler = unstructure(self.host, recipe.sampler, Sampler)
         return json.dumps([candidate.weights, sampler, guidance], sort_keys=True)
 
@@ -91,11 +91,11 @@ class SweptRun:
 
 
 def _quiet(text: str) -> None:
-    """What was left out is said when the run is opened."""
+    """Discard messages, which were shown when the run was opened."""
 
 
 def open_run(host: Host, ref: ModelRef, warn: Callable[[str], None]) -> SweptRun:
-    """The run, with its tracked averages if it has any; `ref` has what all candidates share.
+    """Open the run, with its tracked averages; `ref` holds what all candidates share.
 
     Raises:
         RunDirectoryError, CheckpointError: It cannot be used.

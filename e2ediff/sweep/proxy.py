@@ -1,6 +1,6 @@
-"""The score that candidates are compared by: a kernel distance with a share for each image.
+"""The score that compares candidates: a kernel distance with a share for each image.
 
-Shapes: n made rows, m real rows, F features.
+Shapes: n generated rows, m real rows, F features.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Z = 1.96
 
 @attrs.frozen(eq=False)
 class Proxy:
-    """Unbiased squared MMD with KID's kernel, of made rows to real rows (m, F).
+    """Unbiased squared MMD with KID's kernel, of generated rows to real rows (m, F).
 
     `own` is the mean kernel between different real rows.
     """
@@ -29,15 +29,15 @@ class Proxy:
 
     @classmethod
     def of(cls, real: Tensor) -> Proxy:
-        """The proxy that compares with these rows."""
+        """Make a proxy that compares with these rows."""
         return cls(real.double(), polynomial_mean(real))
 
     def shares(self, made: Tensor) -> list[float]:
-        """The jackknife's pseudo-value of each made row (n, F), n at least 3.
+        """Return the jackknife pseudo-value of each generated row (n, F), n at least 3.
 
-        Their mean is the distance, and the standard deviation over the root of n its standard
-        error over the choice of noise and labels. The real rows are taken as given: their own
-        error is the same for all candidates.
+        Their mean is the distance, and their standard deviation over the root of n its standard
+        error over the choice of noise and labels. The real rows are fixed, as their error is the
+        same for all candidates.
 
         Source: Efron & Tibshirani 1993, chapter 11; the distance is Binkowski et al. 2018 (KID,
         arXiv 1801.01401), eq. 4.
@@ -55,14 +55,14 @@ class Mean:
 
     @classmethod
     def of(cls, shares: Sequence[float]) -> Mean:
-        """Of independent shares, at least two."""
+        """Return mean and standard error of independent shares, at least two."""
         x = np.asarray(shares, dtype=np.float64)
         return cls(float(x.mean()), float(x.std(ddof=1) / len(x) ** 0.5))
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> Mean:
-    """By how much a's distance is larger than b's: image i of both has the same noise and label.
+    """Return a's distance minus b's, where image i of both has the same noise and label.
 
-    So what an image's noise and label do to both cancels.
+    Effects of noise and label that both share cancel.
     """
     return Mean.of(np.subtract(a, b).tolist())

@@ -1,4 +1,4 @@
-"""The search itself: candidates scored with the same noise and labels, each score kept at once."""
+"""Score candidates with the same noise and labels, and store each score at once."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class Result:
 
     @property
     def mean(self) -> Mean:
-        """The distance with its standard error."""
+        """Return the distance with its standard error."""
         return Mean.of(self.shares)
 
     @property
     def calls(self) -> float:
-        """Network calls an image."""
+        """Return network calls per image."""
         return float(self.card.passport.protocol["network_calls"])  # type: ignore[arg-type]
 
 
 def open_subset(run: SweptRun, place: Address, count: int, seed: int) -> Reference:
-    """What samples are compared with; of a run's data a random part, of others all images.
+    """Open the reference: a random subset of a run's data, or all images of another set.
 
     Raises:
         DataError: There is no such reference, or it has fewer than two images.
@@ -80,7 +80,7 @@ def open_subset(run: SweptRun, place: Address, count: int, seed: int) -> Referen
 
 @attrs.define(eq=False)
 class Search:
-    """Scores candidates and remembers them in a folder.
+    """Scores candidates and stores the scores in a folder.
 
     `request` holds what all candidates share.
     """
@@ -96,7 +96,7 @@ class Search:
     _loaded: tuple[str, Model] | None = None
 
     def begin(self) -> None:
-        """Take up what the folder has, or begin it.
+        """Load the scores in the folder, or create it.
 
         Raises:
             RunDirectoryError: It holds another sweep, or something else.
@@ -132,7 +132,7 @@ class Search:
         return result
 
     def _spec(self) -> dict[str, JSON]:
-        """What must agree for scores to be compared; axes may change."""
+        """Return what must agree for scores to be comparable; axes may change."""
         r, checkpoint = self.request, self.run.checkpoint
         return {
             "e2ediff_sweep": 1,
@@ -150,7 +150,7 @@ class Search:
         }
 
     def score(self, candidate: Candidate) -> Result:
-        """A candidate's score, measured unless it is known; raises as sampling does."""
+        """Return a candidate's score, measured unless known; errors are those of sampling."""
         key = self.run.key(candidate)
         if key not in self.found:
             self._measure(candidate, key)
@@ -160,7 +160,7 @@ class Search:
         return self.found[key]
 
     def attempt(self) -> None:
-        """Call the denoiser of the recipe's own candidate once, for the time that it takes."""
+        """Call the denoiser of the recipe's own candidate once, to be timed."""
         if self._loaded is None:
             self._model(self.run.candidate([]))
         assert self._loaded is not None
@@ -203,7 +203,7 @@ class Search:
         self._take(attrs.evolve(card, place=place))
 
     def _model(self, candidate: Candidate) -> Model:
-        """The candidate's model; weights that are loaded stay for the next candidate."""
+        """Return the candidate's model; loaded weights are kept for the next candidate."""
         recipe, r = self.run.recipe_of(candidate), self.request
         plain = recipe.guidance is None or not recipe.guidance.references
         if plain and self._loaded is not None and self._loaded[0] == candidate.weights:
@@ -215,7 +215,7 @@ class Search:
 
 
 def every(run: SweptRun, axes: Sequence[Axis]) -> list[Candidate]:
-    """All combinations."""
+    """Return all combinations."""
     products = itertools.product(*(axis.values for axis in axes))
     return [run.candidate(values) for values in products]
 
@@ -225,7 +225,7 @@ def one_by_one(
 ) -> Iterator[Result]:
     """Score one axis after another, the others staying at their best values so far.
 
-    Begins with what the recipe has. Stops early after a round that changed nothing.
+    Starts with the recipe. Stops early after a round that changed nothing.
     """
     chosen: dict[str, object] = {}
 

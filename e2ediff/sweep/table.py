@@ -1,4 +1,4 @@
-"""Candidates in order, which of them are tied with the best, as a table and as CSV."""
+"""Rank candidates, mark those tied with the best, and format a table and CSV."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _COLUMNS = (
 
 @attrs.frozen(eq=False)
 class Row:
-    """A candidate's place: `behind` is by how much the best one is better, pair by pair."""
+    """A candidate's rank: `behind` is the paired difference to the best one."""
 
     result: Result
     behind: Mean
 
     @property
     def tied(self) -> bool:
-        """Whether 0 lies in the 95 % interval of the difference."""
+        """Return whether 0 lies in the 95 % interval of the difference."""
         return self.behind.value <= Z * self.behind.error
 
 
 def ranked(results: Sequence[Result]) -> list[Row]:
-    """The best first."""
+    """Rank results, the best first."""
     order = sorted(results, key=lambda r: r.mean.value)
     return [Row(r, difference(r.shares, order[0].shares)) for r in order]
 
 
 def cheapest(rows: Sequence[Row]) -> Row:
-    """Of the candidates that are tied with the best, the one with the fewest network calls."""
+    """Return the candidate with the fewest network calls among those tied with the best."""
     return min((row for row in rows if row.tied), key=lambda row: row.result.calls)
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """The table for people; `*` marks the best and what is tied with it."""
+    """Format the table; `*` marks the best and those tied with it."""
     (name,) = rows[0].result.card.scores
     head = ("", name, "+-", "behind the best", "calls", "candidate")
     cells = [head]
@@ -62,7 +62,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """All figures, one line a candidate; intervals are 95 %."""
+    """Format all figures as CSV, one line a candidate; intervals are 95 %."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(_COLUMNS)
@@ -80,7 +80,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 def full_words(
     run: str, checkpoint: str, best: Candidate, count: int, seed: int, given: Sequence[str]
 ) -> list[str]:
-    """The full evaluation of a candidate, as arguments of `e2ediff`; its seed was not swept."""
+    """Return `e2ediff` arguments for the full evaluation of a candidate, with a new seed."""
     words = ["eval", run, "--weights", best.weights, "--checkpoint", checkpoint]
     for assignment in best.overrides:
         words += ["--set", assignment]
@@ -88,5 +88,5 @@ def full_words(
 
 
 def command_line(words: Sequence[str]) -> str:
-    """For a shell."""
+    """Quote words for a shell."""
     return shlex.join(["e2ediff", *words])
