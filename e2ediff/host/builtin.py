@@ -1,11 +1,11 @@
-"""The parts that ship with e2ediff, registered through the same hook as a stranger's."""
+"""Register the parts that ship with e2ediff, through the same hook as any plugin."""
 
 from __future__ import annotations
 
 from e2ediff import hookimpl
 from e2ediff.host.hookspecs import Add
 
-# By kind, the name of each part and its class in `e2ediff.parts`.
+# The name of each part and its class in `e2ediff.parts`, by kind.
 PARTS = {
     "backbones": {
         "vit": "backbones:ViTConfig",
@@ -109,7 +109,7 @@ PARTS = {
 
 @hookimpl
 def register(add: Add) -> None:
-    """Everything in `e2ediff.parts`; a class is imported when a recipe names it."""
+    """Register everything in `e2ediff.parts`; a class is imported when a recipe names it."""
     for kind, parts in PARTS.items():
         for name, where in parts.items():
             add(kind, name, f"e2ediff.parts.{where}")

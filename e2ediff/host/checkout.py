@@ -1,7 +1,7 @@
-"""Plugins that lie in a folder and are not installed: which there are, and how pip installs them.
+"""Find plugins in folders that are not installed, and the command that installs them.
 
-Their sources are read and not imported: whoever runs a command in a strange folder must not run
-what lies there.
+Their sources are read but not imported: a command run in a folder must not execute the code that
+happens to be there.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class UninstalledPlugin:
     modules: dict[str, str]
 
     def matches(self, word: str) -> bool:
-        """Whether a user who writes `word` can mean this plugin."""
+        """Return whether `word` may refer to this plugin."""
         return word in self.modules or canonicalize_name(word) == canonicalize_name(self.name)
 
     def satisfies(self, wanted: Requirement) -> bool:
-        """Whether installing it meets a requirement."""
+        """Return whether installing it meets a requirement."""
         same = canonicalize_name(wanted.name) == canonicalize_name(self.name)
         return same and wanted.specifier.contains(self.version, prereleases=True)
 
     def registers(self, plural: str, part: str) -> bool:
-        """Whether its hook for this kind adds a part of this name, as far as its text shows."""
+        """Return whether its source appears to register a part of this kind and name."""
         for value in self.modules.values():
             path = self.folder / value.partition(":")[0].replace(".", "/")
             root = self.folder / "src" / path.relative_to(self.folder)
@@ -57,18 +57,18 @@ class UninstalledPlugin:
 
     @property
     def install(self) -> str:
-        """The command that installs it, for the folder in which the user stands."""
+        """Return the command that installs it from the current folder."""
         inside = Path.cwd() in self.folder.parents
         return pip_install(os.path.relpath(self.folder) if inside else str(self.folder))
 
 
 def pip_install(folder: str | os.PathLike[str]) -> str:
-    """The command that installs what lies in a folder, which pip would else look up by its name.
+    """Return the shell command that installs a folder, spelled so that pip takes it for a path.
 
-    Quoted for a shell.
+    The path is quoted.
     """
     path = os.fspath(folder)
-    if re.search(r"[;\[\]]", path):  # in a path, to pip, they are marks of its own
+    if re.search(r"[;\[\]]", path):  # characters with a special meaning for pip
         path = Path(path).absolute().as_uri()
     elif path not in (".", "..") and (os.sep not in path or path.startswith(("-", "~"))):
         path = f".{os.sep}{path}"
@@ -76,7 +76,7 @@ def pip_install(folder: str | os.PathLike[str]) -> str:
 
 
 def install_command(requirement: str, near: Iterable[str] = ()) -> str:
-    """The command that installs a distribution: from its folder, if that is known."""
+    """Return the command that installs a distribution, from its folder if that is known."""
     with contextlib.suppress(InvalidRequirement):
         wanted = Requirement(requirement)
         for found in uninstalled_plugins(near):
@@ -86,16 +86,16 @@ def install_command(requirement: str, near: Iterable[str] = ()) -> str:
 
 
 def install_hint(error: BaseException, requires: Sequence[str]) -> str:
-    """What to install after a failed import of a plugin with these requirements; "" if nothing."""
+    """Return what to install after a failed import of a plugin with these requirements, or ""."""
     if isinstance(error, ImportError) and (lacking := missing(requires)):
         return f"; run: {install_command(lacking)}"
     return ""
 
 
 def uninstalled_plugins(near: Iterable[str] = ()) -> Iterator[UninstalledPlugin]:
-    """Plugins in a folder `plugins` that are not installed.
+    """Find plugins in folders `plugins` that are not installed.
 
-    It is looked for in the current folder, in those of the files `near`, in the checkout from
+    They are searched for in the current folder, in those of the files `near`, in the checkout from
     which e2ediff was installed, and in all folders above these.
     """
     starts = [Path.cwd(), *(Path(file).absolute().parent for file in near if os.path.exists(file))]
@@ -111,7 +111,7 @@ def uninstalled_plugins(near: Iterable[str] = ()) -> Iterator[UninstalledPlugin]
 
 
 def _own_checkout() -> Iterator[Path]:
-    """Where this e2ediff lies, and where pip took it from."""
+    """Yield the folders of this e2ediff, and of the source that pip installed."""
     yield Path(__file__).absolute().parent
     try:
         noted = json.loads(metadata.distribution("e2ediff").read_text("direct_url.json") or "{}")
@@ -133,7 +133,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _read(project: Path) -> UninstalledPlugin | None:
-    """What a pyproject.toml says, if it is a plugin's."""
+    """Read a pyproject.toml, if it belongs to a plugin."""
     try:
         said = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
         entries = {str(k): str(v) for k, v in said["entry-points"][GROUP].items()}
@@ -145,7 +145,7 @@ def _read(project: Path) -> UninstalledPlugin | None:
 
 
 def _adds(file: Path, plural: str, part: str) -> bool:
-    """Whether a file's hook `register` adds a part of this kind and name, as its text shows."""
+    """Return whether the `register` in a file's source adds a part of this kind and name."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):

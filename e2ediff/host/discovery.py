@@ -1,6 +1,6 @@
-"""Which plugins are installed, read from metadata alone: nothing of theirs is imported here.
+"""Find installed plugins from their metadata, without importing them.
 
-Metadata is a stranger's, too: what cannot be read is the fault of one distribution alone.
+Metadata may be damaged, too; that affects only the distribution it belongs to.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Entry:
     fault: str = ""
 
     def matches(self, word: str) -> bool:
-        """Whether a user who writes `word` can mean this plugin."""
+        """Return whether `word` may refer to this plugin."""
         same = word in (self.name, self.entry)
         return same or canonicalize_name(word) == canonicalize_name(self.distribution)
 
@@ -55,9 +55,9 @@ class Entry:
         return metadata.EntryPoint(self.entry, self.value, GROUP).load()
 
     def refusal(self) -> str:
-        """Why this plugin is not imported at all, "" if it is.
+        """Return why this plugin is not imported, "" if it is.
 
-        It is blocked, or its metadata is damaged, or it is for another e2ediff.
+        It may be blocked, have damaged metadata, or be for another version of e2ediff.
 
         Plugins are blocked by the environment variable E2EDIFF_BLOCK, which lists entry points
         and distributions, separated by commas.
@@ -79,12 +79,12 @@ class Entry:
 
     @property
     def blocked(self) -> bool:
-        """Whether the user keeps it out."""
+        """Return whether the user blocks it."""
         return self.refusal().startswith("blocked")
 
 
 def missing(requires: Sequence[str]) -> str:
-    """The first of these requirements that is not installed, as pip takes it; "" if all are."""
+    """Return the first requirement that is not installed, as for pip; "" if all are."""
     for line in requires:
         try:
             wanted = Requirement(line)
@@ -98,12 +98,12 @@ def missing(requires: Sequence[str]) -> str:
 
 
 def words(variable: str) -> list[str]:
-    """What an environment variable lists, separated by commas."""
+    """Split the comma-separated list in an environment variable."""
     return [word.strip() for word in os.environ.get(variable, "").split(",") if word.strip()]
 
 
 def installed() -> list[Entry]:
-    """Every installed plugin, in a fixed order, by names of which no two are equal."""
+    """Return every installed plugin, in a fixed order, with unique names."""
     found = sorted(_entries(), key=lambda e: (e.entry, e.distribution))
     count = Counter([BUILTIN, *(e.entry for e in found)])
     return [
@@ -115,11 +115,11 @@ def installed() -> list[Entry]:
 
 
 def version_of(name: str) -> str:
-    """The version of an installed distribution.
+    """Return the version of an installed distribution.
 
     Raises:
         PackageNotFoundError: There is none of this name.
-        PluginError: Its metadata cannot be read, or has no version as pip takes it.
+        PluginError: Its metadata cannot be read, or has no valid version.
     """
     found = metadata.distribution(name)
     try:
@@ -129,13 +129,13 @@ def version_of(name: str) -> str:
 
 
 def broken_distribution() -> str:
-    """Which distribution keeps others from reading any entry point, torch among them; "" if none.
+    """Name a distribution whose damaged metadata makes all entry points unreadable; "" if none.
 
-    Such a file ends `import torch` itself, so nothing here can go on without its repair.
+    Even `import torch` fails then, so nothing works until it is repaired.
     """
     try:
         metadata.entry_points(group=GROUP)
-    except Exception as failed:  # a stranger's metadata, as below
+    except Exception as failed:  # arbitrary metadata, as below
         for distribution in metadata.distributions():
             try:
                 _ = distribution.entry_points
@@ -147,7 +147,7 @@ def broken_distribution() -> str:
 
 
 def _entries() -> Iterator[Entry]:
-    """All entry points of the group; of equal distributions the first on Python's path counts."""
+    """Yield all entry points of the group; of equal distributions the first on the path counts."""
     seen: set[str] = set()
     for distribution in metadata.distributions():
         found = _entries_of(distribution)
@@ -158,7 +158,7 @@ def _entries() -> Iterator[Entry]:
 
 
 def _entries_of(distribution: metadata.Distribution) -> Sequence[Entry]:
-    """Its entry points of the group; with a fault where they or its metadata cannot be read."""
+    """Return its entry points of the group, with a fault if its metadata cannot be read."""
     if f"[{GROUP}]" not in _declared(distribution):
         return ()
     folder = _folder(distribution)
@@ -167,7 +167,7 @@ def _entries_of(distribution: metadata.Distribution) -> Sequence[Entry]:
         points = list(distribution.entry_points.select(group=GROUP))
         if len({p.name for p in points}) < len(points):
             raise ValueError("two entry points have one name")
-    except Exception as exc:  # a stranger's metadata, here and below
+    except Exception as exc:  # arbitrary metadata, here and below
         return [Entry(own, own, "", own, fault=_fault("entry_points.txt", folder, exc))]
     try:
         name, version = distribution.metadata["Name"], distribution.version or ""
@@ -181,17 +181,17 @@ def _entries_of(distribution: metadata.Distribution) -> Sequence[Entry]:
 
 
 def _declared(distribution: metadata.Distribution) -> str:
-    """The text of its entry points, whatever bytes are in it."""
+    """Read the text of its entry points, which may hold arbitrary bytes."""
     try:
         return distribution.read_text("entry_points.txt") or ""
     except UnicodeDecodeError as exc:
         return exc.object.decode(errors="replace")
     except OSError:
-        return ""  # as importlib.metadata takes a file that may not be read
+        return ""  # as importlib.metadata treats an unreadable file
 
 
 def _folder(distribution: metadata.Distribution) -> Path:
-    """Where its metadata lies; importlib.metadata has no public name for it."""
+    """Return the folder of its metadata, for which importlib.metadata has no public name."""
     return Path(getattr(distribution, "_path", "unknown"))
 
 
@@ -202,6 +202,6 @@ def _fault(file: str, folder: Path, exc: Exception) -> str:
 
 
 def _shadowed(distribution: metadata.Distribution, name: str) -> bool:
-    """Whether a distribution of this name comes earlier on Python's path."""
+    """Return whether a distribution of this name comes earlier on Python's path."""
     first = next(iter(metadata.distributions(name=name)), distribution)
     return first.locate_file("") != distribution.locate_file("")

@@ -1,4 +1,4 @@
-"""The plugin boundary: a stranger's code runs, fails, and nobody else is hurt."""
+"""The plugin boundary: run third-party code so that its failures stay its own."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from types import FrameType
 
 from e2ediff.errors import PluginError
 
-_GRACE = 0.5  # seconds after which the limit has not ended what hangs
+_GRACE = 0.5  # seconds after the limit until code that still hangs is reported
 
 
 class Hung(BaseException):
-    """A plugin took longer than it may; no `except Exception` of its own swallows this."""
+    """A plugin exceeded its time limit; a BaseException, so that it does not swallow this."""
 
 
 def time_limit() -> float:
-    """Seconds that a plugin may take to be imported: E2EDIFF_PLUGIN_TIMEOUT, by default 10.
+    """Return the time limit for importing a plugin: E2EDIFF_PLUGIN_TIMEOUT, 10 s by default.
 
     Raises:
-        PluginError: The variable holds no positive number.
+        PluginError: The variable is not a positive number.
     """
     text = os.environ.get("E2EDIFF_PLUGIN_TIMEOUT", "10")
     try:
@@ -38,29 +38,29 @@ def time_limit() -> float:
 
 
 class StdoutToStderr(io.TextIOBase):
-    """Stands in for stdout: passes text on to stderr, and keeps the first line of it."""
+    """Replaces stdout: forwards text to stderr, and keeps the first line."""
 
     def __init__(self) -> None:
         self.first = ""
 
     def write(self, text: str) -> int:
-        """To stderr, which is looked up now: what stdout was may have been closed since."""
+        """Write to the current stderr, as the former stdout may have been closed."""
         self.first = self.first or text.strip().partition("\n")[0][:80]
         return sys.stderr.write(text)
 
     def flush(self) -> None:
-        """Of stderr."""
+        """Flush stderr."""
         sys.stderr.flush()
 
 
 @contextlib.contextmanager
 def guarded(plugin: str) -> Iterator[StdoutToStderr]:
-    """Run a plugin's code: stdout goes to stderr, and after the time limit it ends in `Hung`.
+    """Run a plugin's code: stdout goes to stderr, and the time limit raises `Hung`.
 
-    The limit ends code in the main thread of a system with SIGALRM that comes back to the
+    The limit works in the main thread, on systems with SIGALRM, for code that returns to the
     interpreter.
-    Code that does not come back, as a C function that waits, is named on stderr, with the way to
-    leave the plugin out.
+    Code that does not return, such as a C function that waits, is reported on stderr, with the way
+    to block the plugin.
     """
     seconds, diverted = time_limit(), StdoutToStderr()
     watch = threading.Timer(seconds + _GRACE, _name_what_hangs, [plugin, seconds])
@@ -95,20 +95,20 @@ def _deadline(plugin: str, seconds: float) -> Iterator[None]:
 
     started = time.monotonic()
     previous = signal.signal(signal.SIGALRM, ring) or signal.SIG_DFL
-    # Rings again every second, in case that code swallows the first.
+    # Repeat every second, in case the code swallows the first one.
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-        if left:  # somebody else's alarm, such as a test runner's
+        if left:  # restore the alarm of other code, such as a test runner
             rest = max(left - (time.monotonic() - started), 1e-3)
             signal.setitimer(signal.ITIMER_REAL, rest, interval)
 
 
 def cause(exc: BaseException) -> str:
-    """An exception in one line: `ModuleNotFoundError: No module named 'x'`."""
+    """Format an exception in one line: `ModuleNotFoundError: No module named 'x'`."""
     text = " ".join(str(exc).split())
     text = text if len(text) <= 300 else text[:300] + "..."
     return text if isinstance(exc, PluginError | Hung) else f"{type(exc).__name__}: {text}"

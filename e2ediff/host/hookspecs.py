@@ -2,13 +2,13 @@
 
 A plugin is a module (or any object) with functions marked `@e2ediff.hookimpl`: named by an entry
 point of the group `e2ediff`, or one file given with `--plugin`.
-Every installed plugin is loaded, each in a guard, so that one that fails hurts nobody else.
-Import what takes long where it is used, or give `register` the text `module:Class`: then a plugin
+Every installed plugin is loaded, each in a guard, so that a failing one does not affect others.
+Import slow modules where they are used, or give `register` the text `module:Class`: then a plugin
 costs a millisecond until a recipe names a part of it.
 Observers are called in the runs whose recipe requires the plugin or names one of its parts, and
 in all runs where the environment variable E2EDIFF_LOAD lists it.
 A hook may leave out any of its arguments.
-Hooks register or observe; none alters a run: what changes training stands in the recipe.
+Hooks register or observe; none alters a run: whatever changes training is part of the recipe.
 
     from e2ediff import hookimpl
 
@@ -33,7 +33,7 @@ hookspec = pluggy.HookspecMarker("e2ediff")
 
 
 class Add(Protocol):
-    """Registers a part or a command; the plugin that calls it is known."""
+    """Registers a part or a command of the calling plugin."""
 
     def __call__(self, kind: str, name: str, target: type | str) -> None:
         """Register `target` as `name`, in snake_case.

@@ -1,4 +1,4 @@
-"""Recipes as flat lists of values, to compare them."""
+"""Flatten recipes into lists of values, to compare them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from e2ediff.host.yaml import Node, parse_yaml
 
 
 def leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Path and value of everything in a tree of blocks that is no block itself."""
+    """Yield path and value of every leaf in a tree of blocks."""
     if not isinstance(tree, dict) or not tree:
         yield path, tree
         return
@@ -18,10 +18,10 @@ def leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def leaves_of(text: str, source: str) -> dict[str, str]:
-    """Path and text of every leaf of a YAML text.
+    """Return path and text of every leaf of a YAML text.
 
     Raises:
-        RecipeError: It is no YAML.
+        RecipeError: It is not YAML.
     """
     root, _ = parse_yaml(text, source)
     return {path: _text(value) for path, value in leaves(_plain(root))} if root else {}

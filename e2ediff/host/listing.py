@@ -1,4 +1,4 @@
-"""Parts and their options as text, for `e2ediff parts` and the reference page."""
+"""Format parts and their options, for `e2ediff parts` and the reference page."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from e2ediff.host.structure import describe
 
 
 def summary(part: Part) -> str:
-    """The first line of a part's documentation."""
+    """Return the first line of a part's documentation."""
     return (part.cls.__doc__ or "").strip().split("\n", 1)[0]
 
 
 def option_rows(cls: type) -> Iterator[tuple[str, str, str]]:
-    """Name, type and default of each option of a part or block; `required` for no default."""
+    """Yield name, type and default of each option of a part or block; or `required`."""
     defaults = {a.name: a.default for a in attrs.fields(cls)}
     for option in options(cls).values():
         default = defaults[option.attribute]
@@ -31,14 +31,14 @@ def option_rows(cls: type) -> Iterator[tuple[str, str, str]]:
 
 
 def part_lines(part: Part) -> Iterator[str]:
-    """A part on one line, and each of its options on another, indented."""
+    """Yield a part on one line, and each of its options on another, indented."""
     yield f"{part.name}  [{part.plugin.name}]  {summary(part)}"
     for name, kind, default in option_rows(part.cls):
         yield f"    {name}: {kind} = {default}"
 
 
 def lines_of(part: Part) -> Iterator[str]:
-    """As `part_lines`; of a class that cannot be imported, why."""
+    """Yield `part_lines`, or the reason why the class cannot be imported."""
     try:
         yield from part_lines(part)
     except PluginError as error:
@@ -46,7 +46,7 @@ def lines_of(part: Part) -> Iterator[str]:
 
 
 def part_page(part: Part) -> Iterator[str]:
-    """Lines of a part's whole documentation and its options."""
+    """Yield the lines of a part's documentation and its options."""
     lines = (inspect.getdoc(part.cls) or "").splitlines() or [""]
     yield f"{part.name}  [{part.plugin.name}]  {lines[0]}"
     yield from (f"    {line}".rstrip() for line in lines[1:])
@@ -54,7 +54,7 @@ def part_page(part: Part) -> Iterator[str]:
 
 
 def _written(default: object) -> str:
-    """A default as a recipe would have it; a block by the words that differ in none."""
+    """Format a default as in a recipe; a block with all of its defaults."""
     if default is None:
         return "null"
     if isinstance(default, bool):

@@ -1,4 +1,4 @@
-"""A plugin that is one Python file, given with `--plugin` and not installed."""
+"""Load a plugin that is one Python file, given with `--plugin` and not installed."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ HASHED = "sha256:"
 
 
 def given_files() -> list[str]:
-    """Plugin files that the environment lists."""
+    """Return the plugin files that the environment lists."""
     return [path for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path]
 
 
 @contextlib.contextmanager
 def giving(paths: Sequence[str]) -> Iterator[None]:
-    """Add files to the environment's list for the body, and for processes that it starts.
+    """Add files to the environment's list inside the block, also for child processes.
 
     Raises:
-        PluginError: A path holds what separates paths, or is no file.
+        PluginError: A path contains the path separator, or is not a file.
     """
     found, before = given_files(), os.environ.get(VARIABLE)
     for path in paths:
@@ -54,7 +54,7 @@ def giving(paths: Sequence[str]) -> Iterator[None]:
 
 
 def read_plugin_file(path: str) -> tuple[ModuleType, Plugin]:
-    """Run a plugin's file and return its module, and who it is: the file's name without `.py`.
+    """Run a plugin's file; return its module and its plugin, named like the file without `.py`.
 
     Raises:
         PluginError: It cannot be read, or raises.
@@ -68,7 +68,7 @@ def read_plugin_file(path: str) -> tuple[ModuleType, Plugin]:
         raise PluginError(f"{path}: cannot be read ({exc.strerror})") from exc
     version = f"{HASHED}{hashlib.sha256(text).hexdigest()}"
     plugin = Plugin(file.stem, version=version, file=path, text=text)
-    # Where Python looks for the types of annotations, and under no name that a package may have.
+    # Python resolves annotations through sys.modules; the name is one that no package has.
     name = f"e2ediff_plugin_file_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -80,13 +80,13 @@ def read_plugin_file(path: str) -> tuple[ModuleType, Plugin]:
             spec.loader.exec_module(module)
     except KeyboardInterrupt:
         raise
-    except BaseException as exc:  # the plugin boundary: SystemExit and stranger ones, too
+    except BaseException as exc:  # the plugin boundary: SystemExit and the like, too
         raise PluginError(f"{path}{_line(exc, path)}: {cause(exc)}") from exc
     return module, plugin
 
 
 def _line(error: BaseException, path: str) -> str:
-    """`:12`, the last line of the file that was on the way to an error; "" if none was."""
+    """Return `:12`, the last line of the file in a traceback; "" if there is none."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return f":{error.lineno}"
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__)

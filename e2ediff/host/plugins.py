@@ -1,4 +1,4 @@
-"""Loading plugins: `load` returns a `Host`, and nothing about it is global."""
+"""Load plugins: `load` returns a `Host`, without global state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from e2ediff.host.registry import (
 
 @attrs.frozen(eq=False)
 class Host:
-    """The parts by kind, the plugins that were loaded, and those that are of no use.
+    """The parts by kind, the loaded plugins, and the broken ones.
 
     `registries` has a registry for each plural of `KINDS`.
     `entries` are the installed plugins; each is loaded in a guard.
@@ -64,10 +64,10 @@ class Host:
 
     @property
     def used(self) -> list[Plugin]:
-        """The plugins that count for a run.
+        """Return the plugins that count for a run.
 
-        The built-in one, those that a recipe requires or names a part of, those in E2EDIFF_LOAD,
-        and those that were given as a module or a file.
+        These are the built-in one, those that a recipe requires or names a part of, those in
+        E2EDIFF_LOAD, and those given as a module or a file.
         """
         return [plugin for plugin in self.plugins if plugin.name in self._used]
 
@@ -76,27 +76,27 @@ class Host:
         self._used.add(plugin.name)
 
     def parts(self, kind: str) -> Iterator[Part]:
-        """Parts of a kind, of the plugins that are `used`: what stands for "all" in a run."""
+        """Yield parts of a kind from the `used` plugins, which are what "all" means in a run."""
         return (p for p in self.registries[kind] if p.plugin.name in self._used)
 
     def usable(self, kind: str) -> Iterator[Part]:
-        """All parts of a kind whose class can be imported."""
+        """Yield all parts of a kind whose class can be imported."""
         for part in self.registries[kind]:
             with contextlib.suppress(PluginError):
                 _ = part.cls
                 yield part
 
     def registry_of(self, contract: type) -> Registry | None:
-        """The registry of the parts that keep this contract, if it is one."""
+        """Return the registry of the parts of this contract; None for other classes."""
         for registry in self.registries.values():
             if registry.contract is contract:
                 return registry
         return None
 
-    # What to say of plugins
+    # Messages about plugins
 
     def explain_unknown(self, registry: Registry, name: str, place: str = "") -> str:
-        """What to do about a name that a registry lacks, for the end of an error message.
+        """Return advice about a name that a registry lacks, for the end of an error message.
 
         `place` is where in a recipe the name stands.
         """
@@ -109,7 +109,7 @@ class Host:
         return did_you_mean(name, registry.names()) + "".join(lost)
 
     def missing_requirement(self, requirement: str, place: str = "") -> str:
-        """Why this entry of a recipe's `requires` is not met, and the way out; "" if it is.
+        """Explain why an entry of `requires` is not met, with advice; "" if it is met.
 
         `place` is where in a recipe the entry stands.
         """
@@ -138,15 +138,15 @@ class Host:
         return ""
 
     def meant(self, word: str) -> str:
-        """Which plugins there are instead of one that is not installed, for an error message."""
+        """Suggest plugins in place of one that is not installed, for an error message."""
         known = did_you_mean(word, [entry.name for entry in self.entries], "Installed")
         beside = next((found for found in uninstalled_plugins() if found.matches(word)), None)
         return f"{known} Run: {beside.install}" if beside else known
 
     def owner_of(self, error: BaseException) -> str:
-        """The plugin in whose code an exception was raised, with file and line; "" for none.
+        """Return the plugin whose code raised an exception, with file and line; "" for none.
 
-        Also where its code called ours or torch's, and these raised.
+        Calls from its code into ours or torch's count, too.
         """
         owners = {
             part.cls.__module__.partition(".")[0]: part.plugin
@@ -166,10 +166,10 @@ class Host:
     # Commands and observers
 
     def command(self, name: str) -> Any:
-        """The click command that a plugin registered under this name; `None` if none did.
+        """Return the click command that a plugin registered under this name; `None` if none did.
 
         Raises:
-            PluginError: It cannot be imported, or is no command.
+            PluginError: It cannot be imported, or is not a command.
         """
         if name not in self.commands:
             return None
@@ -190,9 +190,9 @@ class Host:
         return target
 
     def observe(self, hook: str, **arguments: object) -> list[tuple[str, BaseException]]:
-        """Call an observer hook of every plugin that is used, and return who raised what.
+        """Call an observer hook of every plugin that is used, and return their errors by plugin.
 
-        One that raises does not keep the next from being called.
+        An error in one does not stop the others from being called.
         """
         failed: list[tuple[str, BaseException]] = []
         for plugin in [p for p in self.used if hook in p.hooks]:
@@ -210,7 +210,7 @@ class Host:
     # Registration
 
     def add(self, module: object, plugin: Plugin) -> None:
-        """Register a plugin that is imported already.
+        """Register an imported plugin.
 
         Raises:
             PluginError: It is wrong.
@@ -223,24 +223,24 @@ class Host:
         self.use(plugin)
 
     def _load(self, entry: Entry) -> None:
-        """Import an installed plugin in its guard; one that fails joins `broken`."""
+        """Import an installed plugin in its guard; one that fails is added to `broken`."""
         plugin = Plugin(entry.name, entry.distribution, entry.version, requires=entry.requires)
         try:
             with guarded(entry.name) as diverted:
                 self._register(entry.load(), plugin)
         except KeyboardInterrupt:
             raise
-        except BaseException as exc:  # the plugin boundary: SystemExit and stranger ones, too
+        except BaseException as exc:  # the plugin boundary: SystemExit and the like, too
             self.broken[entry.name] = cause(exc) + install_hint(exc, entry.requires)
             self.errors[entry.name] = exc
-            if isinstance(exc, Hung):  # at every command: nobody is to wait without knowing why
+            if isinstance(exc, Hung):  # explain the delay, which every command has
                 sys.stderr.write(f"plugin {entry.name!r} {exc}\n")
         else:
             if diverted.first:
                 self.printed[entry.name] = diverted.first
 
     def _register(self, module: object, plugin: Plugin) -> None:
-        """Register a module's hooks and parts, all or none of them."""
+        """Register a module's hooks and parts, all or none."""
         if other := [known for known in self.plugins if known.name == plugin.name]:
             raise PluginError(f"its name is taken by plugin {other[0]}; give it another one")
         try:
@@ -260,7 +260,7 @@ class Host:
         self.plugins.append(plugin)
 
     def _add(self, plugin: Plugin, kind: str, name: str, target: Any) -> None:
-        """What a plugin's `register` is given as `add`."""
+        """Add a part or command; passed to a plugin's `register` as `add`."""
         if kind == "commands":
             if name in self.commands:
                 other = self.commands[name][1]
@@ -279,11 +279,11 @@ def load(
     builtins: bool = True,
     instead: Mapping[str, str] | None = None,
 ) -> Host:
-    """A host with the built-in parts, the installed plugins, and the modules given.
+    """Return a host with the built-in parts, the installed plugins, and the given modules.
 
     Plugins named in the environment variable E2EDIFF_BLOCK (by entry point or distribution,
     separated by commas) are left out.
-    An installed plugin that fails is recorded in `Host.broken` and hurts nobody else; one that
+    An installed plugin that fails is recorded in `Host.broken` and affects nothing else; one that
     takes longer to import than E2EDIFF_PLUGIN_TIMEOUT, 10 seconds by default, counts as failed.
     Plugins in E2EDIFF_LOAD must work, and their observers are called in every run.
     E2EDIFF_PLUGIN_FILES lists plugins that are one file, as `--plugin` does.
@@ -325,7 +325,7 @@ def load(
         if manager.is_registered(module):
             continue
         name = getattr(module, "__name__", type(module).__name__)
-        if module.__hash__ is None:  # a SimpleNamespace; pluggy keeps plugins in sets
+        if module.__hash__ is None:  # as a SimpleNamespace; pluggy keeps plugins in sets
             namespace, module = module, ModuleType(name)
             vars(module).update(vars(namespace))
         host.add(module, Plugin(name))
@@ -344,7 +344,7 @@ def _use_listed(host: Host) -> None:
 
 
 def _hooks(manager: pluggy.PluginManager, module: object) -> tuple[str, ...]:
-    """Names of a module's hooks.
+    """Return the names of a module's hooks.
 
     Raises:
         PluginError: A hook is misspelt or not marked, or there is none.
@@ -367,7 +367,7 @@ def _hooks(manager: pluggy.PluginManager, module: object) -> tuple[str, ...]:
 
 
 def _file(place: str) -> str:
-    """The file of a place such as `recipes/quickstart.yaml:7:12`."""
+    """Return the file of a place such as `recipes/quickstart.yaml:7:12`."""
     return place.rsplit(":", 2)[0]
 
 

@@ -1,4 +1,4 @@
-"""A recipe is a value: what it holds, how it is read from YAML, how it is written back."""
+"""The recipe: its options, and how it is read from and written to YAML."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Cadence:
 
     @property
     def survey_every(self) -> int:
-        """Steps between surveys, where none is told: ten diagnoses."""
+        """Return the steps between surveys, by default ten diagnoses."""
         return self.survey or 10 * self.diagnose
 
 
@@ -141,7 +141,7 @@ class ProbeSettings:
 
     @property
     def trained(self) -> int:
-        """Images that every diagnosis encodes with the trained network too."""
+        """Return the number of images that a diagnosis also encodes with the trained network."""
         return min(self.images, self.glance, max(16, self.glance // 4))
 
 
@@ -298,7 +298,7 @@ class Recipe:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole training; `images` is rounded up to whole batches."""
+        """Return the optimizer steps of the training; `images` is rounded up to whole batches."""
         if self.steps is not None:
             return self.steps
         assert self.images is not None
@@ -306,17 +306,17 @@ class Recipe:
 
     @property
     def total_images(self) -> int:
-        """Training images of the whole training, in whole batches: at least `images`."""
+        """Return the images of the training, in whole batches: at least `images`."""
         return self.total_steps * self.batch
 
     @property
     def default_weights(self) -> str:
-        """The weights to sample from where none are named: the first of `ema`, or `target`."""
+        """Return the default weights to sample from: the first of `ema`, or `target`."""
         return self.ema[0].name if self.ema else "target"
 
     @property
     def snapshot_steps(self) -> int:
-        """Optimizer steps between snapshots of the averages of `post_hoc`; 0 if there are none."""
+        """Return the optimizer steps between snapshots of `post_hoc`; 0 if there are none."""
         if self.post_hoc is None:
             return 0
         return self.post_hoc.every or max(1, self.total_steps // 32)
@@ -326,7 +326,7 @@ def load_recipe(host: Host, path: Address, overrides: Sequence[str] = ()) -> Rec
     """Read a recipe from a file or from any URL that fsspec knows.
 
     Args:
-        host: What knows the parts.
+        host: Knows the parts.
         path: The recipe.
         overrides: Assignments such as `objective.floor=0.5`, as given to `--set`, in order.
 
@@ -340,7 +340,7 @@ def load_recipe(host: Host, path: Address, overrides: Sequence[str] = ()) -> Rec
     try:
         with addresses.open_file(source, typed=True) as file:
             data = file.read(MAX_BYTES + 1)
-    except Exception as exc:  # a file system's implementation, of which fsspec has dozens
+    except Exception as exc:  # fsspec has dozens of file systems, with errors of their own
         what = "there is no such file." if isinstance(exc, FileNotFoundError) else ""
         what = what or f"cannot be read ({type(exc).__name__}: {exc})."
         raise RecipeError(source, [Problem("recipe", what, source)]) from exc
@@ -355,7 +355,7 @@ def load_recipe(host: Host, path: Address, overrides: Sequence[str] = ()) -> Rec
 
 
 def parse_recipe(host: Host, text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """As `load_recipe`, of a text; `source` is what its places begin with."""
+    """Read a recipe from a text as `load_recipe` does; `source` is the prefix of positions."""
     root, problems = parse_yaml(text, source)
     if root is None or not isinstance(root.value, dict):
         found = "is empty." if root is None else f"expected 'key: value' lines, got {show(root)}."
@@ -370,7 +370,7 @@ def parse_recipe(host: Host, text: str, source: str, overrides: Sequence[str] = 
             root.value.pop(other, None)
     version = root.value.get("e2ediff")
     if version and type(version.value) is int and (what := _version_problem(version.value)):
-        # What the other keys of another schema ought to be is not known here.
+        # The other keys of another schema are not known here.
         raise RecipeError(source, [Problem("e2ediff", what, version.place)])
     missing = list(_missing(host, root))
     structurer = Structurer(host, excused=bool(missing))
@@ -383,7 +383,7 @@ def parse_recipe(host: Host, text: str, source: str, overrides: Sequence[str] = 
 
 
 def dump_recipe(host: Host, recipe: Recipe) -> str:
-    """YAML text of a recipe with every default spelled out; reading it gives an equal recipe.
+    """Format a recipe as YAML with every default; reading it gives an equal recipe.
 
     Raises:
         PluginError: The recipe holds a part that `host` does not know.
@@ -392,12 +392,12 @@ def dump_recipe(host: Host, recipe: Recipe) -> str:
 
 
 def _missing(host: Host, root: Node) -> Iterator[Problem]:
-    """Requirements that are not met."""
+    """Yield requirements that are not met."""
     listed = root.value.get("requires") if isinstance(root.value, dict) else None
     items = listed.value if listed and isinstance(listed.value, list) else []
     for i, item in enumerate(items):
         if not isinstance(item.value, str):
-            continue  # said when it is structured
+            continue  # reported by the structurer
         what = host.missing_requirement(item.value, item.place)
         if what:
             yield Problem(path_join("requires", i), what, item.place)

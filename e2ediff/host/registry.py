@@ -1,4 +1,4 @@
-"""Registries: one for each kind of part, from names to classes, and what a class's options are."""
+"""Map names to classes, in one registry for each kind of part, and find a class's options."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SCALARS = (int, float, bool, str, type(None))
 
 
 def import_named(target: str) -> Any:
-    """The object that `module:name` names."""
+    """Import the object that `module:name` names."""
     module, _, path = target.partition(":")
     found: Any = importlib.import_module(module)
     for word in path.split("."):
@@ -62,7 +62,7 @@ def import_named(target: str) -> Any:
 
 @functools.cache
 def contracts() -> dict[str, type]:
-    """The contract of each kind of part, by its plural."""
+    """Return the contract of each kind of part, by its plural."""
     return {plural: import_named(contract) for plural, _, contract in KINDS}
 
 
@@ -101,10 +101,10 @@ class Part:
 
     @property
     def cls(self) -> type:
-        """The class, imported when it is asked for first.
+        """Return the class, imported on first use.
 
         Raises:
-            PluginError: It cannot be imported, or is no complete part of its kind.
+            PluginError: It cannot be imported, or is not a complete part of its kind.
         """
         if self._cls is None:
             self._cls = self._imported() if isinstance(self.target, str) else self.target
@@ -117,7 +117,7 @@ class Part:
 
     @property
     def imported(self) -> bool:
-        """Whether its class is there already."""
+        """Return whether its class is imported already."""
         return self._cls is not None
 
     def _imported(self) -> type:
@@ -131,7 +131,7 @@ class Part:
                 found = import_named(self.target)
         except KeyboardInterrupt:
             raise
-        except BaseException as exc:  # the plugin boundary: SystemExit and stranger ones, too
+        except BaseException as exc:  # the plugin boundary: SystemExit and the like, too
             what = cause(exc) + install_hint(exc, self.plugin.requires)
             title = f"{self.registry.kind} {self.name!r} of plugin {self.plugin}"
             raise PluginError(f"{title} cannot be imported from {self.target} ({what})") from exc
@@ -139,11 +139,11 @@ class Part:
 
     @property
     def qualified(self) -> str:
-        """`plugin:name`, which is unique."""
+        """Return `plugin:name`, which is unique."""
         return f"{self.plugin.name}:{self.name}"
 
     def matches(self, name: str) -> bool:
-        """Whether a recipe that says `name` can mean this part."""
+        """Return whether `name` in a recipe may refer to this part."""
         owner, _, bare = name.rpartition(":")
         return bare == self.name and owner in ("", self.plugin.name, self.plugin.distribution)
 
@@ -152,8 +152,8 @@ class Part:
 class Registry:
     """The parts of one kind.
 
-    Two plugins may register one name: the error comes when a recipe uses it, unless the recipe
-    requires one of them alone (`required` has the names of such plugins).
+    Two plugins may register one name: using it in a recipe is an error, unless the recipe requires
+    only one of them (`required` has the names of such plugins).
     The recipe can choose by writing `plugin:name` or `distribution:name`.
     Functions in `on_use` are called with the plugin of each part that is found by its name.
     """
@@ -167,13 +167,13 @@ class Registry:
 
     @property
     def contract(self) -> type[object]:
-        """What the classes of this kind are derived from."""
+        """Return the base class of the classes of this kind."""
         found: type[object] = import_named(self.contract_name)
         return found
 
     @property
     def key(self) -> str:
-        """The word by which a block chooses a part."""
+        """Return the key by which a block chooses a part."""
         return "kind" if self.contract in DEFAULTS else "name"
 
     def add(self, name: str, target: type | str, plugin: Plugin) -> None:
@@ -197,14 +197,14 @@ class Registry:
                 )
         part = Part(name, target, plugin, self)
         if not isinstance(target, str):
-            _ = part.cls  # checked at once
+            _ = part.cls  # check it now
         self._parts.append(part)
 
     def check(self, name: str, cls: type, plugin: Plugin) -> None:
-        """Refuse a class that is no complete part of this kind.
+        """Refuse a class that is not a complete part of this kind.
 
         Raises:
-            PluginError: It is no attrs class of this kind whose options a recipe can hold.
+            PluginError: It is not an attrs class of this kind whose options a recipe can hold.
         """
         title = f"{self.kind} {name!r} of plugin {plugin}"
         if not (isinstance(cls, type) and issubclass(cls, self.contract)):
@@ -233,11 +233,11 @@ class Registry:
                 )
 
     def remove(self, plugin: Plugin) -> None:
-        """Forget what a plugin registered before it failed."""
+        """Remove what a plugin registered before it failed."""
         self._parts[:] = [part for part in self._parts if part.plugin.name != plugin.name]
 
     def find(self, name: str) -> type | None:
-        """The class of that name, bare or as `plugin:name`; `None` if there is none.
+        """Return the class of that name, bare or as `plugin:name`; `None` if there is none.
 
         Raises:
             DuplicateNameError: Several plugins registered the name.
@@ -259,7 +259,7 @@ class Registry:
         return found[0].cls
 
     def get(self, name: str) -> type:
-        """As `find`, but an unknown name is an error.
+        """Return the class of that name; an unknown name is an error.
 
         Raises:
             PluginError: No part has that name.
@@ -271,12 +271,12 @@ class Registry:
         return cls
 
     def name_of(self, cls: type) -> str:
-        """The name by which a recipe gets this class, qualified where it must be.
+        """Return the name of this class in a recipe, qualified if necessary.
 
         Raises:
             PluginError: The class is not registered.
         """
-        # A class in a recipe was found by its name: others need not be imported to find it here.
+        # A class in a recipe was found by its name, so others need not be imported.
         known = [part for part in self._parts if part.imported]
         for part in [*known, *self._parts]:
             if part.cls is cls:
@@ -284,7 +284,7 @@ class Registry:
         raise PluginError(f"{cls.__qualname__} is not registered as {self.kind}")
 
     def names(self) -> list[str]:
-        """Every name that a recipe can use, sorted."""
+        """Return every name that a recipe can use, sorted."""
         return sorted(self._shortest(part) for part in self._parts)
 
     def _shortest(self, part: Part) -> str:
@@ -292,7 +292,7 @@ class Registry:
         return part.name if len(same) == 1 or self._chosen(same) == [part] else part.qualified
 
     def _chosen(self, parts: Sequence[Part]) -> list[Part]:
-        """Those of plugins that the recipe requires."""
+        """Return the parts of plugins that the recipe requires."""
         return [part for part in parts if part.plugin.name in self.required]
 
     def __iter__(self) -> Iterator[Part]:
@@ -314,28 +314,28 @@ class Option:
 
 
 def closest(word: str, known: Collection[str]) -> list[str]:
-    """At most three known words that look like a misspelling's meaning, best first."""
+    """Return at most three known words that resemble a misspelling, best first."""
     plain = {name.lower().replace("-", "_"): name for name in known}
     near = difflib.get_close_matches(word[:60].lower().replace("-", "_"), list(plain), cutoff=0.6)
     return [plain[name] for name in near]
 
 
 def did_you_mean(word: str, known: Collection[str], label: str = "Known") -> str:
-    """`Did you mean 'linear'? Known: cosine, linear.`, as far as that can be said."""
+    """Return `Did you mean 'linear'? Known: cosine, linear.`, without what does not apply."""
     near = " or ".join(repr(name) for name in closest(word, known))
     meant = f"Did you mean {near}? " if near else ""
     return f"{meant}{label}: {', '.join(sorted(known)) or 'none'}."
 
 
 def options(cls: type) -> dict[str, Option]:
-    """What a block of this class may hold.
+    """Return the options of a block of this class.
 
     Raises:
-        PluginError: The class has an option without a type, or with one that is not importable.
+        PluginError: An option of the class has no type, or one that cannot be imported.
     """
     try:
         hints = typing.get_type_hints(cls)
-    except Exception as exc:  # any error that evaluating a stranger's annotations can raise
+    except Exception as exc:  # evaluating third-party annotations can raise any error
         cause = f"{type(exc).__name__}: {exc}"
         raise PluginError(f"the types of {cls.__qualname__}'s options: {cause}") from exc
     found = {}
@@ -352,7 +352,7 @@ def options(cls: type) -> dict[str, Option]:
 
 
 def expressible(hint: object, seen: frozenset[type] = frozenset()) -> bool:
-    """Whether a recipe can hold values of this type."""
+    """Return whether a recipe can hold values of this type."""
     if hint in SCALARS or hint in contracts().values() or hint in seen:
         return True
     origin, args = typing.get_origin(hint), typing.get_args(hint)

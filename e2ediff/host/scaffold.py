@@ -1,4 +1,4 @@
-"""`e2ediff plugins new`: the files of a plugin, from the templates beside this module."""
+"""Write the files of a plugin, for `e2ediff plugins new`, from templates in this folder."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _KEYS = {
 
 
 def template_kinds() -> list[str]:
-    """Kinds of parts for which there is a template, as `--kind` takes them."""
+    """Return the kinds of parts that have a template, as for `--kind`."""
     found = [file.name for file in (resources.files("e2ediff.host") / "templates").iterdir()]
     kinds = {name.removesuffix(".py.txt") for name in found if name.endswith(".py.txt")}
     return sorted(kinds - {"test"})
 
 
 def plugin_files(kind: str, name: str) -> dict[str, str]:
-    """Text by path of a whole plugin.
+    """Return the text of every file of a plugin, by path.
 
     Args:
         kind: One of `template_kinds`.
@@ -73,21 +73,21 @@ def plugin_files(kind: str, name: str) -> dict[str, str]:
 
 
 def assignment(kind: str, part: str) -> str:
-    """What `--set` takes to put a part of this kind into a recipe."""
+    """Return the `--set` assignment that puts a part of this kind into a recipe."""
     return _KEYS.get(kind, kind + "={}").format(part)
 
 
 def version_range() -> str:
-    """The versions of e2ediff that a plugin written now is for: `>=0.1,<0.2`."""
+    """Return the versions of e2ediff that a plugin written now supports: `>=0.1,<0.2`."""
     major, minor = (int(n) for n in __version__.split(".")[:2])
     return f">={major}.{minor},<{major}.{minor + 1}" if major == 0 else f">={major},<{major + 1}"
 
 
 def write_plugin(kind: str, name: str, out: Address | None) -> Path:
-    """Write a plugin's files into a folder that is new or empty, and return it.
+    """Write a plugin's files into a new or empty folder, and return it.
 
     Raises:
-        PluginError: The name is wrong, or something lies in the folder.
+        PluginError: The name is wrong, or the folder is not empty.
     """
     files = plugin_files(kind, name)
     folder = Path(out or f"e2ediff-{name.replace('_', '-')}")

@@ -1,4 +1,4 @@
-"""A YAML tree to typed values, and back: a part's attrs class is its schema."""
+"""Convert a YAML tree to typed values, and back: a part's attrs class is its schema."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _FAILED: Final = object()
 
 @attrs.frozen
 class Structurer:
-    """Reads a tree into typed values and collects every problem on the way.
+    """Reads a tree into typed values, and collects every problem.
 
-    `excused` holds while a distribution that the recipe requires is missing: names that only it
-    could know are then not complained about again.
+    `excused` is set while a distribution that the recipe requires is missing: unknown names that
+    it may define are then not reported again.
     """
 
     host: Host
@@ -33,7 +33,7 @@ class Structurer:
     excused: bool = False
 
     def read(self, node: Node, cls: type) -> object:
-        """The value of class `cls` that a whole tree holds; `None` if `problems` is not empty."""
+        """Read a whole tree into a value of class `cls`; `None` if `problems` is not empty."""
         value = self._value(node, cls, "recipe")
         return None if value is _FAILED else value
 
@@ -117,7 +117,7 @@ class Structurer:
         return _FAILED if any(v is _FAILED for v in found.values()) else found
 
     def _union(self, node: Node, members: tuple[object, ...], where: str) -> object:
-        # The exact type goes first, so that an int stays an int under `float | int`.
+        # Try the exact type first, so that an int stays an int under `float | int`.
         for hint in sorted(members, key=lambda m: m is not type(node.value)):
             trial = attrs.evolve(self, problems=[])
             value = trial._value(node, hint, where)
@@ -146,7 +146,7 @@ class Structurer:
         return self._block(node, cls, where, entries) if isinstance(cls, type) else _FAILED
 
     def _chosen(self, node: Node, contract: type, where: str, entries: dict[str, Node]) -> object:
-        """The class of the part that a block's entries name; takes the name out of them."""
+        """Return the class of the part that a block names; remove the name from its entries."""
         registry = self.host.registry_of(contract)
         assert registry is not None
         name = entries.pop(registry.key, None)
@@ -203,7 +203,7 @@ class Structurer:
                 empty = Node({}, node.place)
                 values[option.name] = self._value(empty, option.hint, where)
             elif option.required:
-                # Not said twice of an option that is there, but misspelt.
+                # Do not report an option twice that is given, but misspelt.
                 if option.name not in meant:
                     way_out = f"Add `{option.name}:` with {describe(option.hint)}."
                     self._complain(where, f"{option.name!r} is missing.", node.place, way_out)
@@ -226,7 +226,7 @@ class Structurer:
     ) -> object:
         try:
             return cls(**values)
-        except Exception as exc:  # validators are plugins' code; ours and attrs' raise ValueError
+        except Exception as exc:  # a plugin's validator; ours and attrs' raise ValueError
             for key, cause in list(_refusals(cls, values)) or [("", exc)]:
                 place = entries[key].place if key in entries else node.place
                 self._complain(path_join(where, key) if key else where, _text(cause), place)
@@ -234,11 +234,11 @@ class Structurer:
 
 
 def _refusals(cls: type, values: Mapping[str, object]) -> Iterator[tuple[str, Exception]]:
-    """Each option that its validator refuses: attrs itself stops at the first."""
+    """Yield each option that its validator refuses, as attrs stops at the first."""
     try:
         with attrs.validators.disabled():
             instance = cls(**values)
-    except Exception:  # a converter's or __attrs_post_init__'s own, which the caller reports
+    except Exception:  # of a converter or __attrs_post_init__, which the caller reports
         return
     for field in attrs.fields(cls):
         if field.validator is not None:
@@ -249,14 +249,14 @@ def _refusals(cls: type, values: Mapping[str, object]) -> Iterator[tuple[str, Ex
 
 
 def _text(exc: Exception) -> str:
-    # attrs' validators put the attribute and the options behind the message.
+    # attrs' validators append the attribute and the options to the message.
     text = " ".join(str(exc.args[0] if exc.args else "").split())[:300]
     meant_for_users = isinstance(exc, ValueError | TypeError) and text
     return text if meant_for_users else f"{type(exc).__name__}: {text}"
 
 
 def show(node: Node) -> str:
-    """A value as an error message names it: `float 3.7`."""
+    """Format a value for an error message: `float 3.7`."""
     if isinstance(node.value, dict):
         return "a block"
     if isinstance(node.value, list):
@@ -268,7 +268,7 @@ def show(node: Node) -> str:
 
 
 def describe(hint: object) -> str:
-    """A type as an error message names it."""
+    """Format a type for an error message."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(repr(a) for a in args)
@@ -295,7 +295,7 @@ def _many(hint: object) -> str:
 
 
 def unstructure(host: Host, value: object, hint: object) -> object:
-    """What `Structurer` would read back as `value` where `hint` is the type."""
+    """Convert a value of type `hint` to what `Structurer` reads back as that value."""
     members = typing.get_args(hint) if typing.get_origin(hint) not in (tuple, list, dict) else ()
     members = members or (hint,)
     if isinstance(value, tuple | list):

@@ -1,8 +1,8 @@
-"""Recipe text to a tree that knows where each key and value stands; `--set` edits that tree.
+"""Parse recipes into a tree with the position of every key and value, which `--set` edits.
 
-YAML 1.2 scalars (`1e-4` is a number, `on` a word, `0777` is 777), and less than YAML otherwise:
-no anchors, aliases, tags or second documents.
-A recipe needs none of them, and without them no short text stands for a huge value.
+Scalars follow YAML 1.2 (`1e-4` is a number, `on` a word, `0777` is 777). Anchors, aliases, tags
+and several documents are not supported: recipes do not need them, and without them no short text
+expands to a huge value.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _BASED_INT = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-# Python refuses to read longer integers, and no recipe means one.
+# Python refuses to read longer integers, and no recipe needs one.
 _MAX_DIGITS = 400
 
 
 @attrs.define
 class Node:
-    """A value and its place; `keys` has the place of each key of a block."""
+    """A value and its position; `keys` has the position of each key of a block."""
 
     value: Scalar | list[Node] | dict[str, Node]
     place: str
@@ -48,7 +48,7 @@ class Node:
 
 
 def resolve(text: str) -> Scalar:
-    """What a plain (unquoted) scalar means in YAML 1.2's core schema, with 1_000 as an int."""
+    """Resolve a plain (unquoted) scalar by YAML 1.2's core schema, with 1_000 as an int."""
     if text in _WORDS:
         return _WORDS[text]
     if len(text) > _MAX_DIGITS:
@@ -63,15 +63,15 @@ def resolve(text: str) -> Scalar:
 
 
 def path_join(where: str, key: str | int) -> str:
-    """Path of a child: `objective` and `floor` give `objective.floor`."""
+    """Return the path of a child: `objective` and `floor` give `objective.floor`."""
     word = str(key) if str(key).isprintable() and len(str(key)) < 60 else repr(str(key)[:40])
     return word if where == "recipe" else f"{where}.{word}"
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what recipes do not use before more of it is read.
+    """Refuses what recipes do not use, before reading on.
 
-    A deep text would overflow the stack, and aliases make a huge value of a short one.
+    Deep nesting would overflow the stack, and aliases expand a short text to a huge value.
     """
 
     def __init__(self, text: str, refuse: Callable[[yaml.Mark, str, str], NoReturn]) -> None:
@@ -80,7 +80,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        """Check what comes next, then compose it; of a block's keys `index` is None."""
+        """Check the next event, then compose it; `index` is None for keys of a block."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         at, scalar = event.start_mark, isinstance(event, yaml.ScalarEvent)
         self.values += 1
@@ -102,7 +102,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def document(self) -> yaml.Node | None:
-        """The only one; None where there is no text."""
+        """Return the only document; None if the text is empty."""
         try:
             root = self.get_node() if self.check_node() else None
             more = self.peek_event() if self.check_node() else None  # type: ignore[no-untyped-call]
@@ -113,7 +113,7 @@ class _Loader(yaml.SafeLoader):
             mark = exc.problem_mark or exc.context_mark or self.get_mark()
             self.refuse(mark, f"not valid YAML: {what}.", hint)
         except (ValueError, OverflowError):
-            # The scanner hands "\UFFFFFFFF" to chr() and `%YAML 9...9` to int() unguarded.
+            # The scanner passes "\UFFFFFFFF" to chr() and `%YAML 9...9` to int() unchecked.
             what = "not valid YAML: a number in an escape or a directive is out of range."
             self.refuse(self.get_mark(), what, "Write the character itself.")
         if more:
@@ -124,11 +124,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, source: str, *, marks: bool = True) -> tuple[Node | None, list[Problem]]:
-    """Tree of a text, `None` where it is empty, and the keys that it writes twice.
+    """Return the tree of a text, `None` if it is empty, and its duplicate keys.
 
     Args:
         text: YAML.
-        source: What places begin with: `recipe.yaml` gives `recipe.yaml:14:5`.
+        source: Prefix of positions: `recipe.yaml` gives `recipe.yaml:14:5`.
         marks: False leaves the line and column out, for a text that has only one line.
 
     Raises:
@@ -175,13 +175,13 @@ def parse_yaml(text: str, source: str, *, marks: bool = True) -> tuple[Node | No
 
 
 def set_value(root: Node, assignment: str, place: str) -> list[Problem]:
-    """Apply `a.b=c` to the tree; whether the schema has `a.b` is found when it is structured.
+    """Apply `a.b=c` to the tree; whether the schema has `a.b` is checked later.
 
-    A bare name in place of a part with another name drops the old part's options; an option set
-    on a bare name turns it into a block.
+    A bare name in place of a part with another name drops the options of that part; setting an
+    option of a bare name turns it into a block.
 
     Returns:
-        What is wrong with the assignment, at `place`.
+        Problems of the assignment, at `place`.
     """
     path, sign, text = assignment.partition("=")
     keys = [key.strip() for key in path.split(".")]
@@ -240,7 +240,7 @@ def _same_part(old: Node, new: Node) -> bool:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `resolve` would not read back as text, and nothing else."""
+    """Quotes only what `resolve` would not read back as text."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -255,7 +255,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Left to itself PyYAML writes U+0085 plainly, and reads it back as a line break.
+    # PyYAML would write U+0085 unquoted, and read it back as a line break.
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -269,7 +269,7 @@ _Dumper.add_representer(float, _represent_float)
 
 
 def dump_yaml(tree: object) -> str:
-    """YAML text of dicts, lists and scalars, read back as equal values by `parse_yaml`."""
+    """Format dicts, lists and scalars as YAML, which `parse_yaml` reads back as equal values."""
     return yaml.dump(
         tree,
         Dumper=_Dumper,

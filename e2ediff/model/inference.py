@@ -77,16 +77,16 @@ class Tile:
 class Model:
     """One set of weights, in eval mode, with the recipe it was trained by.
 
-        Images are computed in tiles of `rows`: image i of a set is always row i mod `rows` of a batch
-            of that size, whatever else is asked for, because matrix products may round differently
-        for another number of rows. So an image depends on weights, seed, number and condition alone,
-        to the bit. With a sampler that couples images it also depends on the others in its tile.
-    
-        `guidance` is the recipe's guidance with the networks that it uses, which are `others`.
-        `precision` is that of the networks; samplers and guidance compute in float32.
-        `latent` is the latent contract in its checkpoint.
-        `image` is the images' shape and conditioning; `image.class_names` are those of the training
-        data.
+    Images are computed in tiles of `rows`: image i of a set is always row i mod `rows` of a batch
+    of that size, whatever else is asked for, because matrix products may round differently for
+    another number of rows. So an image depends on weights, seed, number and condition alone, to
+    the bit. With a sampler that couples images it also depends on the others in its tile.
+
+    `guidance` is the recipe's guidance with the networks that it uses, which are `others`.
+    `precision` is that of the networks; samplers and guidance compute in float32.
+    `latent` is the latent contract in its checkpoint.
+    `image` is the images' shape and conditioning; `image.class_names` are those of the training
+    data.
     """
 
     recipe: Recipe
