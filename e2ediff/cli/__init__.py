@@ -1,4 +1,4 @@
-"""The command line: one file a command, imported when it is called.
+"""The command line: one file for each command, imported when it is called.
 
 Nothing here imports torch, so that `--help` answers at once.
 Results go to stdout, everything else to stderr.
@@ -18,7 +18,7 @@ import click
 from e2ediff import __version__
 from e2ediff.errors import E2EDiffError, PluginError
 
-# Command, its module below this package, and what the overview says of it.
+# Command, its module below this package, and its line in the overview.
 _COMMANDS = {
     "run": ("run", "Train by a recipe."),
     "sample": ("sample", "Make images with a trained run."),
@@ -52,7 +52,7 @@ class _Lazy(click.Group):
 
         host = load()
         for other in host.commands:
-            self.commands.setdefault(other, click.Command(other))  # to be suggested
+            self.commands.setdefault(other, click.Command(other))  # so that it can be suggested
         found: click.Command | None = host.command(name)
         return found
 
@@ -74,7 +74,7 @@ class _Lazy(click.Group):
 
 
 def _with_plugin_files(command: click.Command) -> click.Command:
-    """The same command with the option `--plugin`; of a group, every command in it."""
+    """Add the option `--plugin` to a command, or to every command in a group."""
     for inner in getattr(command, "commands", {}).values():
         _with_plugin_files(inner)
     known = any(option.name == "plugin_files" for option in command.params)
@@ -113,11 +113,11 @@ e2ediff sample runs/quickstart --label sneaker
 @click.group(cls=_Lazy, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "--version", prog_name="e2ediff")
 def group() -> None:
-    """The command line; what users read of it is `_HELP`."""
+    """Define the command group; its help text is `_HELP`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake ends in one message and its exit code."""
+    """Run the command line; a user's mistake gives one message and an exit code."""
     # Images have a limit of their own (`e2ediff.files.images`), whose message names the file.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
-        cause = error.__cause__ or error  # click makes an Abort of every KeyboardInterrupt
+        cause = error.__cause__ or error  # click turns every KeyboardInterrupt into an Abort
         click.echo(str(cause) or "interrupted", err=True)
         sys.exit(getattr(cause, "exit_code", 130))
     except Exception:

@@ -75,7 +75,7 @@ def command(
     """
     from e2ediff.distributed.signals import Stop
 
-    # First of all: what is imported below takes seconds.
+    # First of all, because the imports below take seconds.
     stop = context.with_resource(Stop(at_once=True, words=_STOPPING))
 
     from typing import cast

@@ -126,7 +126,7 @@ def _show(card: Card) -> None:
 
 
 def _request(host: Host, target: str, given: dict[str, object]) -> Request:
-    """What the options ask for."""
+    """Build the request from the options."""
     from e2ediff.addresses import cache_folder
     from e2ediff.evaluate.conventions import CONVENTIONS, convention
     from e2ediff.evaluate.evaluate import default_metrics

@@ -48,7 +48,7 @@ def list_() -> None:
 
 
 def _row(host: Host, entry: Entry) -> tuple[str, str, str, str]:
-    """Name, state, distribution, and what there is to say."""
+    """Return name, state, distribution and remark of a plugin."""
     from e2ediff.host.checkout import install_command
     from e2ediff.host.discovery import missing
 
@@ -68,7 +68,7 @@ def _row(host: Host, entry: Entry) -> tuple[str, str, str, str]:
 
 
 def _brings(host: Host, plugin: Plugin) -> str:
-    """Parts, hooks and commands of a plugin, on one line."""
+    """List parts, hooks and commands of a plugin on one line."""
     found = [
         f"{kind}: {', '.join(names)}"
         for kind, registry in host.registries.items()
@@ -82,7 +82,7 @@ def _brings(host: Host, plugin: Plugin) -> str:
 
 
 def _shared(host: Host) -> Iterator[str]:
-    """A line for each name that several plugins register."""
+    """Yield a line for each name that several plugins register."""
     for kind, registry in host.registries.items():
         owners: dict[str, list[Part]] = {}
         for part in registry:

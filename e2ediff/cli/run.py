@@ -80,8 +80,8 @@ def command(
         )
     if nnodes > 1 and not rdzv:
         raise click.UsageError("--nnodes needs --rdzv HOST:PORT, the same on every machine")
-    quiet = os.environ.get("RANK", "0") != "0"  # of several processes, the first one speaks
-    # First of all: what is imported below takes seconds.
+    quiet = os.environ.get("RANK", "0") != "0"  # of several processes, the first one reports
+    # First of all, because the imports below take seconds.
     with _leaving(quiet=quiet), Stop(at_once=True, quiet=quiet) as stop:
         number = prepare_threads(threads)
         count = _count(nproc)
@@ -91,7 +91,9 @@ def command(
             from e2ediff.distributed.launch import launch
 
             share = number or max(1, all_threads() // count)
-            os.environ["OMP_NUM_THREADS"] = str(share)  # of which each takes all or one
+            os.environ["OMP_NUM_THREADS"] = str(
+                share
+            )  # each process uses all of its share, or one
             words = ["run", recipe, "--threads", threads]
             words += [word for change in overrides for word in ("--set", change)]
             words += ["--out", out] if out else []
@@ -105,7 +107,7 @@ def command(
 
 @contextlib.contextmanager
 def _leaving(*, quiet: bool) -> Iterator[None]:
-    """Leave the code of a process that is stopped for its launcher, and the word to the first."""
+    """Pass the exit code of a stopped process to its launcher; only the first one prints."""
     from e2ediff.distributed.launch import note_end
     from e2ediff.distributed.signals import exit_code_of
 
@@ -119,7 +121,7 @@ def _leaving(*, quiet: bool) -> Iterator[None]:
 
 
 def _count(nproc: str) -> int:
-    """The number of processes that `--nproc` means.
+    """Parse the number of processes of `--nproc`.
 
     Raises:
         click.UsageError: It is no number.
@@ -143,7 +145,7 @@ def _train(
     restart: bool,
     choose_threads: bool,
 ) -> int:
-    """Train in this process, which may be one of several; one of them says how it ended."""
+    """Train in this process, which may be one of several; one of them reports the outcome."""
     from e2ediff.distributed.launch import note_end
     from e2ediff.distributed.signals import exit_code_of
     from e2ediff.distributed.world import World
@@ -184,7 +186,7 @@ def _train(
 
         world.report_once(say)
     if world.size > 1:
-        # Not by sys.exit: the group's threads may wait for processes that are gone, and one that
+        # Not by sys.exit: threads of the group may wait for processes that are gone, and one that
         # asks for the interpreter while it shuts down would replace the exit code by SIGABRT's.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -193,7 +195,7 @@ def _train(
 
 
 def _last_lines(outcome: Outcome, recipe: str, overrides: tuple[str, ...]) -> Iterator[str]:
-    """How a run ended, and what to do next."""
+    """Report how a run ended, and what to do next."""
     path = outcome.path
     if outcome.exit_code:
         yield f"{path}: {outcome.reason}"
