@@ -219,7 +219,7 @@ class SourceConfig(ABC):
 
     @property
     def on_bad_image(self) -> Literal["stop", "skip"]:
-        """What follows from a damaged image: the end, or another image of its class instead."""
+        """Whether a damaged image stops the run or is replaced by another of its class."""
         return "stop"
 
     @property

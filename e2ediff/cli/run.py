@@ -91,9 +91,7 @@ def command(
             from e2ediff.distributed.launch import launch
 
             share = number or max(1, all_threads() // count)
-            os.environ["OMP_NUM_THREADS"] = str(
-                share
-            )  # each process uses all of its share, or one
+            os.environ["OMP_NUM_THREADS"] = str(share)  # each process uses its share or one
             words = ["run", recipe, "--threads", threads]
             words += [word for change in overrides for word in ("--set", change)]
             words += ["--out", out] if out else []
