@@ -51,7 +51,7 @@ from score import (
 from e2ediff.ablate.cost import cost_of
 from e2ediff.ablate.grid import Assignment, Cell
 from e2ediff.ablate.group import SPEC, Group
-from e2ediff.ablate.plan import Job, Plan, plan_cells
+from e2ediff.ablate.plan import AblationPlan, Job, plan_cells
 from e2ediff.ablate.train import exit_code, train_all
 from e2ediff.distributed.signals import Stop
 from e2ediff.errors import E2EDiffError
@@ -114,7 +114,7 @@ class Study:
                 named[name] = attrs.evolve(v, recipe=str(folder / v.recipe))
         return cls(str(folder / body.pop("recipe")), named, **body)
 
-    def plan(self, host: Host, seeds: Sequence[int], sets: Sequence[str]) -> Plan:
+    def plan(self, host: Host, seeds: Sequence[int], sets: Sequence[str]) -> AblationPlan:
         """The grid of an ablation with a cell for each variant, `a b` as `a-b`."""
         base = load_recipe(host, self.recipe, [*self.set, *sets])
         grid = []
@@ -143,7 +143,7 @@ def cell_of(variant: str) -> str:
 
 def trained(
     host: Host,
-    plan: Plan,
+    plan: AblationPlan,
     out: Path,
     jobs: Sequence[Job],
     at_once: int,

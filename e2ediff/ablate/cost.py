@@ -11,7 +11,7 @@ from e2ediff.host.recipe import Recipe
 
 
 @attrs.frozen
-class Cost:
+class TrainingCost:
     """Parameters, FLOPs of an image by phase, and the active range of each phase.
 
     Forward and backward, counted as by `e2ediff check`; updates of averages, diagnostics and
@@ -50,13 +50,13 @@ class Cost:
         return spent
 
 
-def cost_of(recipe: Recipe) -> Cost:
+def cost_of(recipe: Recipe) -> TrainingCost:
     """Count a recipe on the meta device; needs neither data nor memory for weights."""
     counted = count(recipe)
     spans = {phase: recipe.objective.span(phase) for phase in recipe.objective.phases}
-    return Cost(counted.parameters, counted.flops, spans, recipe.batch, recipe.total_steps)
+    return TrainingCost(counted.parameters, counted.flops, spans, recipe.batch, recipe.total_steps)
 
 
-def matched_steps(cost: Cost, baseline: Cost) -> int:
+def matched_steps(cost: TrainingCost, baseline: TrainingCost) -> int:
     """Return the steps that the baseline's FLOPs pay for, at least one."""
     return max(1, round(baseline.total / (cost.per_image * cost.batch)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from e2ediff import addresses
-from e2ediff.ablate.plan import Job, Plan
+from e2ediff.ablate.plan import AblationPlan, Job
 from e2ediff.addresses import Address
 from e2ediff.errors import Problem, RecipeError, RunDirectoryError
 from e2ediff.host.leaves import leaves_of
@@ -36,7 +36,9 @@ class Group:
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, out: Address | None, plan: Plan, environment: Mapping[str, Any]) -> Group:
+    def create(
+        cls, out: Address | None, plan: AblationPlan, environment: Mapping[str, Any]
+    ) -> Group:
         """Make the directory of a new ablation.
 
         Args:
@@ -97,7 +99,7 @@ class Group:
         return cls(path, spec)
 
     @classmethod
-    def latest(cls, plan: Plan) -> str:
+    def latest(cls, plan: AblationPlan) -> str:
         """Find the newest group of a plan's name in `groups/`, even one killed at its start.
 
         Raises:
@@ -161,7 +163,7 @@ class Group:
         except RunDirectoryError:
             return False  # none yet, or damaged, which the run itself will report
 
-    def refuse_other(self, plan: Plan) -> None:
+    def refuse_other(self, plan: AblationPlan) -> None:
         """Refuse a plan other than the one started here; further seeds are allowed.
 
         Raises:
@@ -184,7 +186,7 @@ class Group:
         if found:  # other options change the cells, which need no listing then
             raise RecipeError(f"{plan.recipe} (--resume)", options or found)
 
-    def extend(self, plan: Plan) -> None:
+    def extend(self, plan: AblationPlan) -> None:
         """Add the plan's further seeds, and the command that names them; inside `with`.
 
         Raises:

@@ -10,7 +10,7 @@ import attrs
 import yaml
 
 from e2ediff import addresses
-from e2ediff.ablate.cost import Cost, cost_of, matched_steps
+from e2ediff.ablate.cost import TrainingCost, cost_of, matched_steps
 from e2ediff.ablate.grid import (
     Assignment,
     Axis,
@@ -50,7 +50,7 @@ class Job:
 
 
 @attrs.frozen
-class Plan:
+class AblationPlan:
     """An ablation: `jobs` are all cells of the first seed, then of the next.
 
     `costs` and `resolved` (YAML with seed 0) are by cell.
@@ -66,7 +66,7 @@ class Plan:
     baseline: str
     match: Match
     jobs: tuple[Job, ...]
-    costs: Mapping[str, Cost]
+    costs: Mapping[str, TrainingCost]
     resolved: Mapping[str, str]
     words: tuple[str, ...] = ()
 
@@ -165,7 +165,7 @@ def make_plan(
     sets: Sequence[str] = (),
     baseline: str | None = None,
     match: Match = "steps",
-) -> Plan:
+) -> AblationPlan:
     """Read the grid and check every cell with every seed.
 
     Args:
@@ -198,8 +198,8 @@ def plan_cells(
     sets: Sequence[str],
     baseline: str,
     match: Match,
-    budget: Cost | None = None,
-) -> Plan:
+    budget: TrainingCost | None = None,
+) -> AblationPlan:
     """Check every cell of a grid with every seed.
 
     Args:
@@ -237,7 +237,7 @@ def plan_cells(
         resolved[job.cell] = dump_recipe(host, one)
     with addresses.open_file(recipe, typed=True) as file:
         text = file.read().decode("utf-8-sig")
-    return Plan(
+    return AblationPlan(
         recipe, text, found[baseline].name, tuple(sets), (), tuple(seeds), baseline, match,
         tuple(jobs), costs, resolved,
     )  # fmt: skip
@@ -342,7 +342,7 @@ def _refuse_same(found: Mapping[str, Recipe]) -> None:
         seen.append((name, recipe))
 
 
-def plan_lines(plan: Plan) -> list[str]:
+def plan_lines(plan: AblationPlan) -> list[str]:
     """The table of `--dry-run`: cells with parameters, FLOPs, length and changes."""
     rows = [("cell", "parameters", "MFLOP/image", "steps", "TFLOP in all", "changes")]
     for name, cell in plan.spec()["cells"].items():

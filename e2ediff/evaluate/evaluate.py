@@ -19,7 +19,7 @@ from e2ediff.evaluate.conventions import Convention
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.evaluate.passport import Card, Passport, Score
 from e2ediff.evaluate.reference import (
-    Reference,
+    ReferenceSet,
     open_reference,
     reference_features,
 )
@@ -154,10 +154,10 @@ def _subject(host: Host, request: Request) -> Subject:
 
 def _references(
     host: Host, request: Request, data: SourceConfig | None
-) -> Mapping[str, Reference]:
+) -> Mapping[str, ReferenceSet]:
     if not any(metric.compares for metric in request.metrics):
         return {}
-    opened: dict[str, Reference] = {}
+    opened: dict[str, ReferenceSet] = {}
     found = {}
     for one in request.conventions:
         default = "data" if data is not None else ""
@@ -173,7 +173,7 @@ def _references(
     return found
 
 
-def _check_sizes(subject: Subject, references: Iterable[Reference]) -> None:
+def _check_sizes(subject: Subject, references: Iterable[ReferenceSet]) -> None:
     for reference in references:
         images = reference.images
         if images is not None and images.shape[1:] != subject.images.shape[1:]:
@@ -191,7 +191,7 @@ def _card(
     one: Convention,
     view: View,
     made: Mapping[View, FeatureSet],
-    reference: Reference | None,
+    reference: ReferenceSet | None,
 ) -> Card:
     subject, work = sections.subject, sections.work
     title, published = network_title(request.network), request.network.published
@@ -240,7 +240,7 @@ def departures(one: Convention, subject: Subject) -> list[str]:
     return found
 
 
-def _described(one: Convention, reference: Reference | None) -> dict[str, JSON]:
+def _described(one: Convention, reference: ReferenceSet | None) -> dict[str, JSON]:
     return {
         "reference": reference.place if reference else None,
         "reference_of_convention": one.reference,
@@ -254,7 +254,7 @@ def passport_of(
     subject: Subject,
     one: Convention,
     view: View,
-    reference: Reference | None,
+    reference: ReferenceSet | None,
     compared: int,
 ) -> Passport:
     """Return the passport of a subject scored against `compared` images of a reference."""

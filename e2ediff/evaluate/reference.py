@@ -45,7 +45,7 @@ _STATISTICS = "numbers, a mean (F,) and a covariance (F, F)"
 
 
 @attrs.frozen(eq=False)
-class Reference:
+class ReferenceSet:
     """Statistics by tap, images, or both; `sha256` is the hash of its content."""
 
     place: str
@@ -54,7 +54,7 @@ class Reference:
     images: ImageSet | None = None
 
 
-def open_reference(place: Address, host: Host, data: SourceConfig | None) -> Reference:
+def open_reference(place: Address, host: Host, data: SourceConfig | None) -> ReferenceSet:
     """Open the reference that a user names.
 
     Args:
@@ -84,8 +84,8 @@ def open_reference(place: Address, host: Host, data: SourceConfig | None) -> Ref
     return _of_images(FolderImages(place))
 
 
-def _of_images(images: ImageSet) -> Reference:
-    return Reference(images.place, images.sha256(), images=images)
+def _of_images(images: ImageSet) -> ReferenceSet:
+    return ReferenceSet(images.place, images.sha256(), images=images)
 
 
 def npz_keys(place: Address) -> list[str]:
@@ -101,7 +101,7 @@ def npz_keys(place: Address) -> list[str]:
         raise DataError(f"{place}: cannot be read as an npz: {error}") from error
 
 
-def _of_npz(place: str) -> Reference:
+def _of_npz(place: str) -> ReferenceSet:
     keys = npz_keys(place)
     moments = {}
     for tap, names in _KEYS.items():
@@ -115,7 +115,7 @@ def _of_npz(place: str) -> Reference:
             f"{place}: holds {', '.join(keys) or 'nothing'}; expected mu and sigma (and mu_s and "
             "sigma_s) of Inception features, or images in arr_0, or both"
         )
-    return Reference(place, file_sha256(place), moments, images)
+    return ReferenceSet(place, file_sha256(place), moments, images)
 
 
 def _arrays(place: str, names: Sequence[str]) -> list[np.ndarray]:
@@ -146,7 +146,7 @@ def _moments(place: str, mean: np.ndarray, covariance: np.ndarray) -> Moments:
 
 
 def reference_features(
-    reference: Reference,
+    reference: ReferenceSet,
     work: Pass,
     view: View,
     *,
@@ -176,7 +176,7 @@ def reference_features(
     return FeatureSet(found.count, {**found.moments, **own}, found.rows)
 
 
-def _given(reference: Reference, network: FeatureNetwork) -> Mapping[str, Moments]:
+def _given(reference: ReferenceSet, network: FeatureNetwork) -> Mapping[str, Moments]:
     """Return the npz's statistics, if they fit this network."""
     title = network_title(network)
     if not reference.moments or (reference.images is not None and title != "Inception2015"):
@@ -196,7 +196,7 @@ def _given(reference: Reference, network: FeatureNetwork) -> Mapping[str, Moment
 
 
 def _cached(
-    reference: Reference,
+    reference: ReferenceSet,
     work: Pass,
     view: View,
     cache: str,

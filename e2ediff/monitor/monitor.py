@@ -28,7 +28,7 @@ from e2ediff.step.compiling import uncompiled
 
 
 @attrs.frozen
-class Preview:
+class PreviewSheet:
     """A sheet of samples x (B, C, H, W) by condition, and pairs of images and reconstructions."""
 
     x: Tensor
@@ -107,13 +107,13 @@ class Monitor:
         # the first process are used.
         return self.world.share(found)
 
-    def preview(self) -> Preview:
+    def preview(self) -> PreviewSheet:
         """Make samples with fixed noise, and reconstructions of probe images."""
         net = self._shown()
         with self._whole():
             x, condition = self.observer.samples(net)
             pairs = self.observer.reconstructions(net, 20)
-        return Preview(x, condition, pairs, len(condition) // self.recipe.preview.rows)
+        return PreviewSheet(x, condition, pairs, len(condition) // self.recipe.preview.rows)
 
     def score(self) -> dict[str, float]:
         """Measure the recipe's `scores` on the weights of previews; empty without `scores`."""

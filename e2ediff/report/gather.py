@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from e2ediff import addresses
-from e2ediff.ablate.cost import Cost, cost_of
+from e2ediff.ablate.cost import TrainingCost, cost_of
 from e2ediff.ablate.group import SPEC, Group, places
 from e2ediff.ablate.train import STOPPED
 from e2ediff.addresses import Address
@@ -52,7 +52,7 @@ class Run:
     leaves: Mapping[str, str] = attrs.field(factory=dict)
     environment: Mapping[str, Any] = attrs.field(factory=dict)
     previews: Mapping[str, Mapping[int, str]] = attrs.field(factory=dict)
-    cost: Cost | None = None
+    cost: TrainingCost | None = None
     uncounted: str = ""
     store: Store | None = None
 
@@ -128,7 +128,7 @@ def gather(host: Host, path: Address) -> Gathered:
                 "e2ediff run or e2ediff ablate printed."
             )
         return gather_runs(host, [path])
-    group, costs = Group.open(path), dict[str, Cost]()
+    group, costs = Group.open(path), dict[str, TrainingCost]()
     outcomes = group.outcomes()
     cells: dict[str, list[Run]] = {cell: [] for cell in group.spec["cells"]}
     for job in places(group.spec):
@@ -157,7 +157,7 @@ def gather_runs(host: Host, paths: Sequence[Address]) -> Gathered:
         RunDirectoryError: One of them is not a run, or damaged.
         RecipeError: A resolved recipe is no YAML.
     """
-    texts, costs = [*map(addresses.plain, paths)], dict[str, Cost]()
+    texts, costs = [*map(addresses.plain, paths)], dict[str, TrainingCost]()
     runs = [read_run(host, place, "", costs) for place in texts]
     cells: dict[str, list[Run]] = {}
     keys: dict[str, object] = {}
@@ -196,7 +196,7 @@ def _read_of_group(
     cell: str,
     seed: int,
     outcome: Mapping[str, Any],
-    costs: dict[str, Cost],
+    costs: dict[str, TrainingCost],
 ) -> Run:
     """Read a run of an ablation; its errors are recorded in the result."""
     code, said = outcome.get("exit_code", 0), str(outcome.get("error", ""))
@@ -212,7 +212,7 @@ def _read_of_group(
     return run
 
 
-def read_run(host: Host, path: Address, cell: str, costs: dict[str, Cost]) -> Run:
+def read_run(host: Host, path: Address, cell: str, costs: dict[str, TrainingCost]) -> Run:
     """Read a run's directory.
 
     Args:

@@ -40,14 +40,14 @@ class Choice:
 
 
 @attrs.frozen
-class Row:
+class SheetRow:
     """Pictures to show side by side."""
 
     title: str
     sheets: Sequence[Sheet]
 
 
-def rows(cells: Mapping[str, Sequence[Run]]) -> list[Row]:
+def rows(cells: Mapping[str, Sequence[Run]]) -> list[SheetRow]:
     """Choose samples and reconstructions of each first seed, at equal steps and compute.
 
     The step is the last that all cells have reached, and so is the compute; each cell shows its
@@ -69,7 +69,7 @@ def rows(cells: Mapping[str, Sequence[Run]]) -> list[Row]:
     pictures = sum(len(choices) for _, _, choices in chosen)
     most = min(_ONE_MOST, _ALL_BYTES // max(1, pictures))
     return [
-        Row(title, [_sheet(choice, kind, most) for choice in choices])
+        SheetRow(title, [_sheet(choice, kind, most) for choice in choices])
         for title, kind, choices in chosen
         if choices
     ]

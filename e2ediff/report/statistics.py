@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 
 
 @attrs.frozen
-class Spread:
+class MeanStd:
     """Mean of `n` values and their sample standard deviation (None for a single value)."""
 
     n: int
@@ -36,7 +36,7 @@ class Difference:
         return self.low is not None and self.high is not None and self.low * self.high > 0
 
 
-def spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> MeanStd:
     """Return mean and sample standard deviation (n - 1) of at least one value.
 
     Raises:
@@ -45,7 +45,7 @@ def spread(values: Sequence[float]) -> Spread:
     if not values:
         raise ValueError("no values")
     std = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(len(values), statistics.fmean(values), std)
+    return MeanStd(len(values), statistics.fmean(values), std)
 
 
 def paired(

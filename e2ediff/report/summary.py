@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from e2ediff.ablate.grid import GridError
-from e2ediff.figure import Figure as Described
+from e2ediff.figure import Figure
 from e2ediff.report.gather import Gathered, Run
 from e2ediff.report.statistics import Difference, paired, spread
 
@@ -38,7 +38,7 @@ _COST = (
 
 
 @attrs.frozen
-class Figure:
+class CellFigure:
     """One figure of one cell over its seeds, and its paired difference to the baseline.
 
     `values` are by seed; `difference` is None for the baseline itself, for figures that do not
@@ -60,7 +60,7 @@ class CellSummary:
     runs: int
     counted: int
     collapsed: int
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, CellFigure]
 
 
 @attrs.frozen
@@ -123,7 +123,7 @@ def summarize(gathered: Gathered, judged: str | None = None) -> Summary:
     return Summary(columns, every[len(columns) :], cells, gathered.baseline, about)
 
 
-def judged_of(cells: Sequence[Mapping[str, object]], described: Mapping[str, Described]) -> str:
+def judged_of(cells: Sequence[Mapping[str, object]], described: Mapping[str, Figure]) -> str:
     """Choose the figure that compares cells best; "" if there is none.
 
     Scores of samples that all cells have come before figures of reconstructions, evaluations
@@ -137,7 +137,7 @@ def judged_of(cells: Sequence[Mapping[str, object]], described: Mapping[str, Des
     return next((f.name for f in judging if f.of == "reconstructions"), "")
 
 
-def columns_of(seen: set[str], described: Mapping[str, Described]) -> list[Column]:
+def columns_of(seen: set[str], described: Mapping[str, Figure]) -> list[Column]:
     """Choose the main columns among the existing figures, scores of samples first."""
     losses = [
         Column(key, f"loss: {key.removeprefix('loss/')}", ".4g", "low")
@@ -150,18 +150,18 @@ def columns_of(seen: set[str], described: Mapping[str, Described]) -> list[Colum
     return [column for column in (*shown, *losses, *_COST) if column.key in seen]
 
 
-def _column(figure: Described) -> Column:
+def _column(figure: Figure) -> Column:
     return Column(figure.name, figure.title, figure.form, figure.better or "", of=figure.of)
 
 
 def _further(
-    seen: set[str], columns: Sequence[Column], described: Mapping[str, Described]
+    seen: set[str], columns: Sequence[Column], described: Mapping[str, Figure]
 ) -> list[Column]:
     known = {column.key for column in columns}
     titles = {"wall_": "", "_": " "}
     found = []
     for key in sorted(seen - known):
-        column = _column(described.get(key) or Described(key))
+        column = _column(described.get(key) or Figure(key))
         title = column.title
         for old, new in titles.items():
             title = title.replace(old, new)
@@ -184,12 +184,12 @@ def _values(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
 
 def _figure(
     values: Mapping[int, float], baseline: Mapping[int, float] | None, *, fixed: bool
-) -> Figure:
+) -> CellFigure:
     own = spread(list(values.values()))
     difference = paired(values, baseline) if baseline else None
     if fixed and difference:  # the seed does not change it
         difference = attrs.evolve(difference, low=None, high=None)
-    return Figure(values, own.n, own.mean, None if fixed else own.std, difference)
+    return CellFigure(values, own.n, own.mean, None if fixed else own.std, difference)
 
 
 def differing(gathered: Gathered) -> dict[str, dict[str, str]]:

@@ -13,7 +13,7 @@ import attrs
 
 from e2ediff.report.gather import Gathered
 from e2ediff.report.statistics import CONFIDENCE
-from e2ediff.report.summary import MINUS, Column, Figure, Summary, differing, number, signed
+from e2ediff.report.summary import MINUS, CellFigure, Column, Summary, differing, number, signed
 
 _TEX = {
     "\\": r"\textbackslash{}",
@@ -78,7 +78,7 @@ def as_json(
     }
 
 
-def _figure(figure: Figure) -> dict[str, Any]:
+def _figure(figure: CellFigure) -> dict[str, Any]:
     return {
         "n": figure.n,
         "mean": figure.mean,
@@ -110,7 +110,7 @@ def csv_text(summary: Summary) -> str:
     return buffer.getvalue()
 
 
-def _numbers(figure: Figure | None) -> list[object]:
+def _numbers(figure: CellFigure | None) -> list[object]:
     if figure is None:
         return [""] * 6
     difference = figure.difference
@@ -145,7 +145,7 @@ def tex_text(summary: Summary) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 
-def texts(figure: Figure | None, column: Column) -> tuple[str, str]:
+def texts(figure: CellFigure | None, column: Column) -> tuple[str, str]:
     """Format a figure as `mean ± std`, and its difference as `+mean [low, high]`."""
     if figure is None:
         return "", ""

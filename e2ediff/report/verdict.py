@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from e2ediff.report.gather import Gathered, Run
 from e2ediff.report.statistics import CONFIDENCE, Difference, paired
-from e2ediff.report.summary import CellSummary, Column, Figure, Summary, number, signed
+from e2ediff.report.summary import CellFigure, CellSummary, Column, Summary, number, signed
 
 
 def verdict(gathered: Gathered, summary: Summary) -> list[str]:
@@ -175,7 +175,7 @@ def _names(runs: Sequence[Run]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _value(figure: Figure, column: Column) -> str:
+def _value(figure: CellFigure, column: Column) -> str:
     std = "" if figure.std is None else f" ± {number(figure.std, column.form)}"
     return f"{number(figure.mean, column.form)}{std} over {_seeds(figure.n)}"
 

@@ -34,7 +34,7 @@ _BLOCK = re.compile(r"(\d{9,})-(\d{9,})\.\w+")
 _PART = "parts"
 
 
-class Output(ABC):
+class ImageOutput(ABC):
     """A set of images in one format, in one store."""
 
     def __init__(self, store: Store, shape: Shape, labels: Sequence[int]) -> None:
@@ -75,13 +75,13 @@ class Output(ABC):
         return 0
 
 
-def open_output(kind: Format, store: Store, shape: Shape, labels: Sequence[int]) -> Output:
+def open_output(kind: Format, store: Store, shape: Shape, labels: Sequence[int]) -> ImageOutput:
     """Open the output of a format, for as many images as there are labels."""
-    kinds: Mapping[Format, type[Output]] = {"png": PNGs, "npz": NPZ, "zip": Zip, "tar": Tars}
+    kinds: Mapping[Format, type[ImageOutput]] = {"png": PNGs, "npz": NPZ, "zip": Zip, "tar": Tars}
     return kinds[kind](store, shape, labels)
 
 
-class PNGs(Output):
+class PNGs(ImageOutput):
     """`images/000000.png` and so on, one file for each image and nothing else."""
 
     @override
@@ -103,7 +103,7 @@ class PNGs(Output):
         return f"images/{number:06d}.png"
 
 
-class _Blocks(Output):
+class _Blocks(ImageOutput):
     """Images in one file for each block, with `<first>-<one past the last>` in its name."""
 
     folder = _PART

@@ -54,7 +54,7 @@ def width_of(weights: str) -> float | None:
 
 
 @attrs.frozen
-class Source:
+class TrackedAverage:
     """A stored tracked average."""
 
     point: Point
@@ -71,7 +71,7 @@ class Basis:
     """The tracked averages up to a checkpoint, its own last."""
 
     at: Checkpoint
-    sources: tuple[Source, ...]
+    sources: tuple[TrackedAverage, ...]
 
     @classmethod
     def open(
@@ -98,7 +98,7 @@ class Basis:
         return cls(
             at,
             tuple(
-                Source(Point(width, one.step), one)
+                TrackedAverage(Point(width, one.step), one)
                 for one in [*before, at]
                 for width in recipe.post_hoc.widths
                 if one.step > 0 and tracked_name(width) in one.files
@@ -114,7 +114,7 @@ class Basis:
         """Return the widths, in thousandths and ascending, that can be reconstructed."""
         return reachable(self.points, self.at.step) if self.sources else []
 
-    def chosen(self, width: float) -> list[tuple[Source, float]]:
+    def chosen(self, width: float) -> list[tuple[TrackedAverage, float]]:
         """Return the averages to add up for a width, with their coefficients.
 
         Raises:
@@ -172,7 +172,7 @@ def reconstruct(net: Backbone, basis: Basis, width: float, recipe: Recipe) -> st
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def _sums(net: Backbone, chosen: Sequence[tuple[Source, float]]) -> Mapping[str, Tensor]:
+def _sums(net: Backbone, chosen: Sequence[tuple[TrackedAverage, float]]) -> Mapping[str, Tensor]:
     sums = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in net.named_parameters()}
     for source, share in chosen:
         for name, value in _parameters(source, sums):
@@ -180,7 +180,9 @@ def _sums(net: Backbone, chosen: Sequence[tuple[Source, float]]) -> Mapping[str,
     return sums
 
 
-def _parameters(source: Source, known: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _parameters(
+    source: TrackedAverage, known: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     tensors, place = source.checkpoint.tensors(source.file), source.checkpoint.path
     for name, like in known.items():
         if name not in tensors or tensors[name].shape != like.shape:

@@ -13,7 +13,7 @@ from e2ediff.data import to_pixels
 from e2ediff.model.inference import Model
 from e2ediff.sample.conditions import Conditions, SetLaw
 from e2ediff.sample.load import ModelRef
-from e2ediff.sample.outputs import Format, Output, open_output
+from e2ediff.sample.outputs import Format, ImageOutput, open_output
 from e2ediff.store.storage import Store
 
 
@@ -33,29 +33,29 @@ class SampleRequest:
     out: str = attrs.field(default="", converter=addresses.plain)
     batch: int = 256
 
-    def output(self, model: Model) -> Output:
+    def output(self, model: Model) -> ImageOutput:
         """Open the output that the images are stored in."""
         image = model.recipe.data.image
         shape = (image.height, image.width, image.channels)
         return open_output(self.format, Store(self.out), shape, self.labels)
 
     def make(
-        self, model: Model, conditions: Conditions, output: Output, numbers: range
-    ) -> Iterator[Cost]:
+        self, model: Model, conditions: Conditions, output: ImageOutput, numbers: range
+    ) -> Iterator[SampleCost]:
         """Make and store some images; yield each tile's cost, the last one after storing."""
-        labels, cost = conditions[numbers.start : numbers.stop], Cost()
+        labels, cost = conditions[numbers.start : numbers.stop], SampleCost()
         finished: list[Tensor] = []
         for tile in model.tiles(labels, seed=self.seed, first=numbers.start):
             if finished:
                 yield cost
             finished.append(tile.x)
             n = len(tile.x)
-            cost = Cost(images=n, calls=tile.calls * n, passes=tile.passes * n)
+            cost = SampleCost(images=n, calls=tile.calls * n, passes=tile.passes * n)
         x = to_pixels(torch.cat(finished)).permute(0, 2, 3, 1)
         output.put(numbers, x.contiguous().numpy())
         yield cost
 
-    def missing(self, output: Output) -> list[range]:
+    def missing(self, output: ImageOutput) -> list[range]:
         """Return the missing numbers, in blocks of at most `batch` aligned to tiles."""
         have, found = output.finished(), list[range]()
         size = max(1, self.batch // self.model.rows) * self.model.rows
@@ -72,15 +72,15 @@ class SampleRequest:
 
 
 @attrs.frozen(kw_only=True)
-class Cost:
+class SampleCost:
     """Sums over images: sequential network calls, and latents passed through a network."""
 
     images: int = 0
     calls: float = 0.0
     passes: float = 0.0
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
+    def __add__(self, other: SampleCost) -> SampleCost:
+        return SampleCost(
             images=self.images + other.images,
             calls=self.calls + other.calls,
             passes=self.passes + other.passes,

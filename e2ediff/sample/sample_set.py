@@ -12,8 +12,8 @@ import torch
 from e2ediff.distributed.threads import restored_threads
 from e2ediff.host.plugins import Host
 from e2ediff.model.inference import Model
-from e2ediff.sample.outputs import Output
-from e2ediff.sample.request import Cost, SampleRequest
+from e2ediff.sample.outputs import ImageOutput
+from e2ediff.sample.request import SampleCost, SampleRequest
 from e2ediff.sample.set_record import (
     FOLDERS,
     check_space,
@@ -70,8 +70,8 @@ def make_set(
     check_space(output.store, output.bytes_needed(todo))
     if todo < n:
         say(f"{output.store.where()}: {n - todo} of {n} images are there already")
-    began, since, cost = time.monotonic(), time.time(), Cost()
-    workers: AbstractContextManager[Iterator[Cost]]
+    began, since, cost = time.monotonic(), time.time(), SampleCost()
+    workers: AbstractContextManager[Iterator[SampleCost]]
     if processes > 1 and len(blocks) > 1:
         workers = in_processes(
             request, blocks, min(processes, len(blocks)), threads, choose=choose_threads
@@ -94,11 +94,11 @@ def make_set(
 def _here(
     request: SampleRequest,
     model: Model,
-    output: Output,
+    output: ImageOutput,
     blocks: Sequence[range],
     threads: int,
     report: Callable[[str], None] | None,
-) -> Iterator[Cost]:
+) -> Iterator[SampleCost]:
     """Make blocks in this process; `report` is called with the chosen number of threads."""
     with restored_threads():
         torch.set_num_threads(threads)

@@ -19,8 +19,8 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.model.inference import Model, Origin
 from e2ediff.monitor.pictures import grid_png
-from e2ediff.sample.outputs import Output
-from e2ediff.sample.request import Cost, SampleRequest
+from e2ediff.sample.outputs import ImageOutput
+from e2ediff.sample.request import SampleCost, SampleRequest
 from e2ediff.sampler import Sampler
 from e2ediff.store.environment import versions
 from e2ediff.store.storage import JSON, Store
@@ -169,9 +169,9 @@ def check_space(store: Store, needed: int) -> None:
 
 def finish(
     request: SampleRequest,
-    output: Output,
+    output: ImageOutput,
     spec: Mapping[str, JSON],
-    cost: Cost,
+    cost: SampleCost,
     seconds: float,
     threads: int | None,
 ) -> str:

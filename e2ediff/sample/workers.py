@@ -20,14 +20,14 @@ from e2ediff.distributed.threads import threads_for
 from e2ediff.errors import E2EDiffError, ResourceError
 from e2ediff.model.inference import Model, denoise_once
 from e2ediff.sample.conditions import Conditions
-from e2ediff.sample.outputs import Output
-from e2ediff.sample.request import Cost, SampleRequest
+from e2ediff.sample.outputs import ImageOutput
+from e2ediff.sample.request import SampleCost, SampleRequest
 
 
 @contextlib.contextmanager
 def in_processes(
     request: SampleRequest, blocks: Sequence[range], processes: int, threads: int, *, choose: bool
-) -> Iterator[Iterator[Cost]]:
+) -> Iterator[Iterator[SampleCost]]:
     """Yield the costs of tiles as they are made; process k of P makes blocks k, k + P, ...
 
     Raises, while the costs are read:
@@ -62,7 +62,7 @@ def _placed(request: SampleRequest, k: int) -> SampleRequest:
     return attrs.evolve(request, model=attrs.evolve(request.model, device=device))
 
 
-def _costs(started: dict[Connection, BaseProcess], images: int) -> Iterator[Cost]:
+def _costs(started: dict[Connection, BaseProcess], images: int) -> Iterator[SampleCost]:
     while images > 0:
         for ready in wait(list(started)):
             assert isinstance(ready, Connection)
@@ -87,10 +87,10 @@ def _costs(started: dict[Connection, BaseProcess], images: int) -> Iterator[Cost
 def make_blocks(
     request: SampleRequest,
     model: Model,
-    output: Output,
+    output: ImageOutput,
     blocks: Sequence[range],
     report: Callable[[str], None] | None,
-) -> Iterator[Cost]:
+) -> Iterator[SampleCost]:
     """Make some blocks, and yield the costs of their tiles as they are made.
 
     Where `report` is given, threads are chosen by timing, and it is called with each choice.

@@ -16,7 +16,7 @@ from e2ediff.evaluate.evaluate import passport_of
 from e2ediff.evaluate.images import SomeImages
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.evaluate.passport import Card, Score, parse_card, write_card
-from e2ediff.evaluate.reference import Reference, open_reference, reference_features
+from e2ediff.evaluate.reference import ReferenceSet, open_reference, reference_features
 from e2ediff.evaluate.request import Request
 from e2ediff.evaluate.subject import run_subject
 from e2ediff.loading.bad_images import open_source
@@ -51,7 +51,7 @@ class Result:
         return float(self.card.passport.protocol["network_calls"])  # type: ignore[arg-type]
 
 
-def open_subset(run: SweptRun, place: Address, count: int, seed: int) -> Reference:
+def open_subset(run: SweptRun, place: Address, count: int, seed: int) -> ReferenceSet:
     """Open the reference: a random subset of a run's data, or all images of another set.
 
     Raises:
@@ -61,7 +61,7 @@ def open_subset(run: SweptRun, place: Address, count: int, seed: int) -> Referen
     if place in ("data", "held-out"):
         source = open_source(run.recipe.data, held_out=place == "held-out")
         images = SomeImages(source, place, count, seed)
-        found = Reference(f"{images.count} of {place}", images.sha256(), images=images)
+        found = ReferenceSet(f"{images.count} of {place}", images.sha256(), images=images)
     else:
         found = open_reference(place, run.host, run.recipe.data)
     if found.images is None or found.images.count < 2:
@@ -87,7 +87,7 @@ class Search:
 
     run: SweptRun
     request: Request
-    reference: Reference
+    reference: ReferenceSet
     store: Store
     say: Callable[[str], None]
     update: Callable[[str], None]

@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 @attrs.frozen(eq=False)
-class Row:
+class RankedCandidate:
     """A candidate's rank: `behind` is the paired difference to the best one."""
 
     result: Result
@@ -32,18 +32,18 @@ class Row:
         return self.behind.value <= Z * self.behind.error
 
 
-def ranked(results: Sequence[Result]) -> list[Row]:
+def ranked(results: Sequence[Result]) -> list[RankedCandidate]:
     """Rank results, the best first."""
     order = sorted(results, key=lambda r: r.mean.value)
-    return [Row(r, difference(r.shares, order[0].shares)) for r in order]
+    return [RankedCandidate(r, difference(r.shares, order[0].shares)) for r in order]
 
 
-def cheapest(rows: Sequence[Row]) -> Row:
+def cheapest(rows: Sequence[RankedCandidate]) -> RankedCandidate:
     """Return the candidate with the fewest network calls among those tied with the best."""
     return min((row for row in rows if row.tied), key=lambda row: row.result.calls)
 
 
-def lines(rows: Sequence[Row]) -> list[str]:
+def lines(rows: Sequence[RankedCandidate]) -> list[str]:
     """Format the table; `*` marks the best and those tied with it."""
     (name,) = rows[0].result.card.scores
     head = ("", name, "+-", "behind the best", "calls", "candidate")
@@ -61,7 +61,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[RankedCandidate]) -> str:
     """Format all figures as CSV, one line a candidate; intervals are 95 %."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")

@@ -11,7 +11,7 @@ from command_line import e2ediff
 from e2ediff.errors import PluginError
 from e2ediff.monitor.isolation import Isolated
 
-ONLOOKERS = """
+OBSERVERS = """
 import attrs
 from attrs import validators
 from e2ediff import hookimpl
@@ -100,7 +100,7 @@ def register(add):
 def test_diagnostics_and_metrics_that_fail_are_said_once_and_the_run_goes_on(
     inside, tiny_text
 ) -> None:
-    inside.install("looks-on", ONLOOKERS)
+    inside.install("looks-on", OBSERVERS)
     (inside.cwd / "tiny.yaml").write_text(tiny_text)
     scores = "{every: 8, images: 8, features: random_projection, metrics: [divides, fid]}"
     done = e2ediff(
