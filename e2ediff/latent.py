@@ -141,7 +141,7 @@ class LatentContract:
         return cls(**known, grid=rows)  # type: ignore[arg-type]
 
     def as_json(self) -> dict[str, object]:
-        """What `read` takes."""
+        """Return the contract as JSON, which `read` accepts."""
         return attrs.asdict(self)
 
     def accept(self, other: LatentContract, who: str) -> None:

@@ -15,6 +15,7 @@ import attrs
 import torch
 from attrs import validators
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
@@ -51,8 +52,8 @@ class _Remembering(OnGrid):
     """A sampler whose `stepper` uses earlier estimates, and whose step alone is of first order."""
 
     @property
+    @override
     def one_call_per_step(self) -> bool:
-        """It does."""
         return True
 
     def step(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import attrs
 from attrs import validators
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
@@ -43,8 +44,8 @@ class Euler(OnGrid):
     """
 
     @property
+    @override
     def one_call_per_step(self) -> bool:
-        """It does."""
         return True
 
     def step(

@@ -12,6 +12,7 @@ import attrs
 import torch
 from attrs import validators
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
@@ -41,8 +42,8 @@ class SDE(OnGrid):
     strength: float = attrs.field(default=1.0, validator=validators.ge(0))
 
     @property
+    @override
     def one_call_per_step(self) -> bool:
-        """It does."""
         return True
 
     def coefficient(self, path: Interpolant, t: float) -> float:
