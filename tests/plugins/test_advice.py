@@ -22,12 +22,9 @@ from e2ediff.host.checkout import pip_install, uninstalled_plugins
 from e2ediff.host.scaffold import write_plugin
 
 ROOT = Path(__file__).parents[2]
-FOREIGN = {
-    "--help",
-    "--no-optional-locks",
-    "--porcelain",
-    "--shm-size",
-}  # click's, git's, docker's
+# click's, git's, docker's, and variables of a report's style
+FOREIGN = {"--help", "--no-optional-locks", "--porcelain", "--shm-size"}
+FOREIGN |= {"--ink", "--soft", "--line"}
 OURS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 
 

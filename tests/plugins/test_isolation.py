@@ -296,6 +296,20 @@ def test_a_hang_in_this_process_ends_and_leaves_the_alarm_of_others_alone(
     assert "bad_hangs" not in sys.modules
 
 
+def test_a_plugin_that_is_the_first_to_import_torch_is_not_blamed_for_a_slow_disk(
+    inside, monkeypatch
+) -> None:
+    monkeypatch.setenv("E2EDIFF_PLUGIN_TIMEOUT", "0.2")
+    slow = "import time, torch\ntorch.__spec__._initializing = True\ntime.sleep(0.5)\n"
+    inside.install(
+        "slow-disk", slow + "torch.__spec__._initializing = False\n" + GOOD.format(name="one")
+    )
+    host = load(builtins=False)
+    assert "slow-disk" not in host.broken
+    inside.install("bad-slow", "import time\ntime.sleep(5)\n" + GOOD.format(name="two"))
+    assert "takes longer than 0.2 s" in load(builtins=False).broken["bad-slow"]
+
+
 def test_a_hang_that_no_signal_ends_is_named_while_it_lasts(site) -> None:
     """As in a C function that waits: the user reads whose it is, and how to leave it out."""
     site.install(
