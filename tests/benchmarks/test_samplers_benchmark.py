@@ -34,8 +34,10 @@ def test_every_sampler_gets_as_many_steps_as_the_calls_pay_for(
         spent = []
         for steps in (recipe.sampler.steps, recipe.sampler.steps + 1):
             sampler = type(recipe.sampler)(steps=steps, spacing=recipe.sampler.spacing)
-            f = Plain(make_nets().online, Linear(), "x0")
-            sampler.sample(f, torch.zeros(1, 4, 6), torch.zeros(1).long(), torch.zeros_like)
+            net = make_nets().online
+            f = Plain(net, Linear(), "x0")
+            null = net.image.conditioning.null(1)
+            sampler.sample(f, torch.zeros(1, 4, 6), null, torch.zeros_like)
             spent.append(f.calls)
         assert spent[0] <= calls < spent[1], case.title
 

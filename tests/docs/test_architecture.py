@@ -18,7 +18,8 @@ from e2ediff.parts.objectives.controls import Detached
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 
-CORE = Path(e2ediff.__file__).parent
+RUNNING = Path(e2ediff.__file__).parent  # perhaps installed elsewhere
+CORE = Path(__file__).parents[2] / "e2ediff"
 PAGE = CORE.parent / "docs" / "explanation" / "architecture.md"
 CALLS: list[str] = []
 
@@ -32,8 +33,8 @@ class Traced(Detached):
         frame, found = sys._getframe(), []
         while frame is not None:
             path = Path(frame.f_code.co_filename)
-            if path.is_relative_to(CORE):
-                found.append(f"{path.relative_to(CORE)} {frame.f_code.co_qualname}")
+            if path.is_relative_to(RUNNING):
+                found.append(f"{path.relative_to(RUNNING)} {frame.f_code.co_qualname}")
             frame = frame.f_back
         if any(name.endswith("Engine._train") for name in found):
             CALLS[:] = found[::-1]
