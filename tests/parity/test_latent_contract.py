@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from e2ediff.condition import Labels
 from e2ediff.errors import CheckpointError, LatentError
 from e2ediff.host.plugins import load
 from e2ediff.latent import TIME
@@ -77,7 +78,8 @@ def test_latents_pass_through_their_own_model_as_through_its_networks(runs) -> N
     assert torch.equal(one.decode(latents), one.reconstruct(X))
     labels = torch.arange(4)
     clean = one.denoise(latents, 0.9, labels)
-    assert torch.equal(clean.z, one.denoiser()(latents.z, 0.9, labels).x0.detach())
+    condition = Labels(labels, one.image.classes)
+    assert torch.equal(clean.z, one.denoiser()(latents.z, 0.9, condition).x0.detach())
     assert clean.contract == one.contract
 
 
