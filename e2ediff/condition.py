@@ -1,4 +1,4 @@
-"""What the denoiser is told of an image: class labels, vectors or tokens, and nothing.
+"""Conditioning: class labels, vectors or tokens, one row an image, and their null rows.
 
 Objectives, backbones and guidance pass a `Condition` on and ask it for its `null`; only the
 source of the images, which offers a `ConditionSpec`, and the embedding that the spec builds know
@@ -30,16 +30,16 @@ class Condition(ABC):
 
     @abstractmethod
     def null(self) -> Self:
-        """As many rows that say nothing, on the same device."""
+        """Return as many null rows, on the same device."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors, by field."""
+        """Return the tensors of each field."""
         found = {name: getattr(self, name) for name in attrs.fields_dict(type(self))}  # type: ignore[arg-type]
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of its tensors."""
         return next(iter(self.tensors().values())).device
 
     def __len__(self) -> int:
@@ -47,11 +47,11 @@ class Condition(ABC):
         return len(next(iter(self.tensors().values())))
 
     def rows(self, index: slice | Tensor) -> Self:
-        """Some rows: a slice, or those at an index (M,), int64."""
+        """Return some rows: a slice, or those at an index (M,), int64."""
         return self._each(lambda value: value[index])
 
     def where(self, chosen: Tensor, other: Self) -> Self:
-        """The rows of `other` where `chosen` (B,), bool, is True, and these elsewhere."""
+        """Take the rows of `other` where `chosen` (B,), bool, is True, and these elsewhere."""
         theirs = other.tensors()
         found = {
             name: torch.where(chosen.reshape(-1, *[1] * (value.ndim - 1)), theirs[name], value)
@@ -60,11 +60,11 @@ class Condition(ABC):
         return attrs.evolve(self, **found)  # type: ignore[misc]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same on a device."""
+        """Move it to a device."""
         return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same where a GPU can copy it beside its work; torch's loader asks for that."""
+        """Pin its memory, as torch's loader does for copies that overlap with work."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -76,7 +76,7 @@ C = TypeVar("C", bound=Condition)
 
 
 def concatenate(conditions: Sequence[C]) -> C:
-    """The rows of all, in order; they are of one kind, and there is at least one."""
+    """Join the rows of at least one condition, all of one kind, in order."""
     first, parts = conditions[0], [one.tensors() for one in conditions]
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return attrs.evolve(first, **found)  # type: ignore[misc]
@@ -124,16 +124,16 @@ class ConditionSpec(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """Its kind and sizes in words, for messages: `vectors of 3 numbers`."""
+        """Name the kind and sizes for messages: `vectors of 3 numbers`."""
 
     @property
     def kinds(self) -> int | None:
-        """How many different conditions there are; None where they cannot be counted."""
+        """Number of different conditions; None where they cannot be counted."""
         return None
 
     @abstractmethod
     def embedding(self, width: int) -> nn.Module:
-        """A module that maps a condition to (B, W), its null rows too.
+        """Build the module that maps a condition, null rows included, to (B, W).
 
         A backbone starts it as all else: its linears by Xavier's rule, and its own parameters,
         those that lie in no module of it, from a normal distribution with std 0.02.
@@ -143,14 +143,14 @@ class ConditionSpec(ABC):
 
     @abstractmethod
     def null(self, count: int, device: torch.device | str = "cpu") -> Condition:
-        """Conditions that say nothing, one a row."""
+        """Return `count` null rows."""
 
     @abstractmethod
     def example(self, count: int) -> Condition:
-        """Conditions on which parts are tried: several different ones, always the same."""
+        """Return conditions for trying parts: several different ones, always the same."""
 
     def accept(self, given: Tensor | Condition, where: str) -> Condition:
-        """What a source or a caller gives, once it is known to be of this kind and shape.
+        """Check that what a source or a caller gives is of this kind and shape, and return it.
 
         Args:
             given: A condition; for class labels also the labels alone, (B,), int64.
@@ -169,7 +169,7 @@ class ConditionSpec(ABC):
         raise DataError(f"{where}: gives {found}, where conditions are {self.title}")
 
     def in_turn(self, count: int, held_out: Condition) -> Condition:
-        """Conditions of `count` samples: those of held-out images in order, again and again."""
+        """Return conditions of `count` samples: those of held-out images in order, repeated."""
         index = torch.arange(count, device=held_out.device)
         return held_out.rows(index % len(held_out))
 
@@ -307,7 +307,7 @@ class _TokenMean(nn.Module):
 
 
 def class_labels(condition: Condition) -> Tensor:
-    """The labels (B,) of class labels, for what makes sense of classes alone.
+    """Return the labels (B,) of class labels, for what makes sense for classes only.
 
     Raises:
         DataError: The condition is of another kind.

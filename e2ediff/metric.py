@@ -61,7 +61,7 @@ class Accumulator:
         self.count = total
 
     def moments(self) -> Moments:
-        """Of all rows so far; the covariance divides by n - 1.
+        """Return the moments of all rows so far; the covariance divides by n - 1.
 
         Raises:
             ValueError: There are fewer than two rows.

@@ -84,7 +84,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """Those of the first `tokens` places, or of all."""
+        """Return cos and sin for the first `tokens` positions, or for all."""
         return self.cos[:tokens], self.sin[:tokens]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 CONFIDENCE = 0.95
-"""Of every interval in a report."""
+"""Level of every interval in a report."""
 
 
 @attrs.frozen

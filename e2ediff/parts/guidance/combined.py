@@ -102,7 +102,7 @@ class Interval(Guidance):
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """Those of the inner guidance."""
+        """Return those of the inner guidance."""
         return self.guidance.references
 
     def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
@@ -115,7 +115,7 @@ class Interval(Guidance):
         return inner if guided is inner else _Within(inner, guided, self.t_min, self.t_max)
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
-        """Those of the inner guidance."""
+        """Return those of the inner guidance."""
         return [(f"guidance.{field}", what) for field, what in self.guidance.problems(sampler)]
 
 
@@ -149,7 +149,7 @@ class Chain(Guidance):
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """Those of all parts."""
+        """Return those of all parts."""
         return tuple(reference for part in self.parts for reference in part.references)
 
     def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
@@ -163,7 +163,7 @@ class Chain(Guidance):
         return inner
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
-        """Those of all parts."""
+        """Return those of all parts."""
         return [
             (f"parts.{i}.{field}", what)
             for i, part in enumerate(self.parts)
