@@ -41,7 +41,9 @@ class _Lazy(click.Group):
     """A group whose commands are imported when they are called, and plugins' when looked for."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return [*_COMMANDS, *sorted(self.commands)]
+        from e2ediff.host.plugins import load
+
+        return [*_COMMANDS, *sorted(load().commands)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name in _COMMANDS:
@@ -50,10 +52,7 @@ class _Lazy(click.Group):
             return _with_plugin_files(command)
         from e2ediff.host.plugins import load
 
-        host = load()
-        for other in host.commands:
-            self.commands.setdefault(other, click.Command(other))  # so that it can be suggested
-        found: click.Command | None = host.command(name)
+        found: click.Command | None = load().command(name)
         return found
 
     def resolve_command(
@@ -71,6 +70,12 @@ class _Lazy(click.Group):
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+        # From their metadata: to import plugins, and torch with them, would take seconds.
+        from e2ediff.host.discovery import installed
+
+        if rows := [(e.name, e.summary) for e in installed() if not e.refusal()]:
+            with formatter.section("Plugins, whose commands `e2ediff plugins list` shows"):
+                formatter.write_dl(rows)
 
 
 def _with_plugin_files(command: click.Command) -> click.Command:

@@ -33,7 +33,8 @@ class Entry:
     """An entry point of the group `e2ediff`.
 
     `name` is unique among all that are installed; `entry` is the name that its distribution
-    gave it, `value` the module (or `module:object`), `requires` the distribution's requirements.
+    gave it, `value` the module (or `module:object`), `requires` the distribution's requirements,
+    `summary` its line about itself.
     `fault` is what is wrong with its metadata, in one line, "" if nothing.
     """
 
@@ -44,6 +45,7 @@ class Entry:
     version: str = ""
     requires: tuple[str, ...] = ()
     fault: str = ""
+    summary: str = ""
 
     def matches(self, word: str) -> bool:
         """Return whether `word` may refer to this plugin."""
@@ -172,12 +174,15 @@ def _entries_of(distribution: metadata.Distribution) -> Sequence[Entry]:
     try:
         name, version = distribution.metadata["Name"], distribution.version or ""
         requires = tuple(distribution.requires or ())
+        summary = distribution.metadata["Summary"] or ""
         if not name:
             raise ValueError("there is no Name")
     except Exception as exc:
         fault = _fault("METADATA", folder, exc)
         return [Entry(p.name, p.name, p.value, own, fault=fault) for p in points]
-    return [Entry(p.name, p.name, p.value, name, version, requires) for p in points]
+    return [
+        Entry(p.name, p.name, p.value, name, version, requires, summary=summary) for p in points
+    ]
 
 
 def _declared(distribution: metadata.Distribution) -> str:

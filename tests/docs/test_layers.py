@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import e2ediff
 from e2ediff.host.plugins import load
 from e2ediff.host.registry import KINDS
 
@@ -58,6 +59,9 @@ ROOMS = {
     "cli": ("contracts parts host store distributed loading model monitor train sample evaluate "
             "forecast prepare ablate report sweep testing", "torch click"),
 }  # fmt: skip
+# Plugins of this repository that are rooms of their own: each is released with the core, and
+# requires its very version, since it may import rooms like `cli` does.
+TOOLS: dict[str, tuple[str, str]] = {}
 PAGE = ROOT / "docs" / "explanation" / "architecture.md"
 # Of the checks for authors, those that run a whole plugin.
 KIT = ("kit.py", "kinds.py", "trials.py", "parallel.py", "source.py")
@@ -292,6 +296,11 @@ def room_table() -> str:
         above = ", ".join(f"`{name}`" for name in below.split())
         title = "contracts" if room == "contracts" else f"`{room}/`"
         lines.append(f"| {title} | {text.splitlines()[0]} | {above} | {packages} |")
+    for tool, (rooms, packages) in TOOLS.items():
+        module = ROOT / "plugins" / tool / tool.replace("-", "_") / "__init__.py"
+        text = (ast.get_docstring(tree_of(module)) or "").splitlines()[0]
+        above = ", ".join(f"`{name}`" for name in rooms.split())
+        lines.append(f"| `plugins/{tool}` | {text} | {above} | {packages} |")
     return "\n".join(lines)
 
 
@@ -358,12 +367,34 @@ def test_what_is_optional_or_slow_is_imported_where_it_is_used() -> None:
 # Plugins
 
 
-@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "plugin", [p for p in PLUGINS if p.name not in TOOLS], ids=lambda p: p.name
+)
 def test_a_plugin_uses_what_a_stranger_may_use(plugin: Path) -> None:
     """Contracts, layers and attention among them, the checks, `hookimpl`, its own modules."""
-    own = {p.stem for p in plugin.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    rule = (PUBLIC | {"e2ediff.hookimpl"}, {"torch", "attrs"} | own)
+    rule = (PUBLIC | {"e2ediff.hookimpl"}, {"torch", "attrs"} | own_modules(plugin))
     assert broken_by(sources(plugin), *rule) == {}
+
+
+def own_modules(plugin: Path) -> set[str]:
+    return {p.stem for p in plugin.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_tool_imports_what_the_table_says_and_requires_this_version(tool: str) -> None:
+    rooms, packages = (words.split() for words in TOOLS[tool])
+    plugin = ROOT / "plugins" / tool
+    ours = {"e2ediff.hookimpl"} | {one for name in rooms for one in modules_of(name)}
+    assert broken_by(sources(plugin), ours, {*packages} | own_modules(plugin)) == {}
+    used = {
+        room_of(name)
+        for path in sources(plugin)
+        for name in imports(tree_of(path))
+        if name.startswith("e2ediff.")
+    }
+    assert used - {""} == {*rooms}, "the table allows what nobody needs"
+    project = tomllib.loads((plugin / "pyproject.toml").read_text())["project"]
+    assert f"e2ediff=={e2ediff.__version__}" in project["dependencies"]
 
 
 def test_the_core_names_no_plugin() -> None:

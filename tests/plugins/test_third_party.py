@@ -78,6 +78,11 @@ def test_plugins_lists_a_stranger_with_its_version_and_parts_and_a_broken_one_on
     assert "brokenplug" not in done.stderr
 
 
+def test_the_help_shows_each_plugin_with_the_line_of_its_metadata(call):
+    done = call("--help")
+    assert re.search(r"\n  varfloor +A variance floor for latents", done.stdout)
+
+
 def test_parts_shows_a_stranger_s_options_as_ours(call) -> None:
     done = call("parts", "objectives")
     assert done.returncode == 0, done.stderr
