@@ -61,10 +61,14 @@ class _Lazy(click.Group):
         try:
             return super().resolve_command(context, arguments)
         except click.UsageError as error:
+            from e2ediff.host.checkout import uninstalled_plugins
             from e2ediff.host.registry import did_you_mean
 
-            known = did_you_mean(arguments[0], self.list_commands(context))
-            what = f"unknown command '{arguments[0]}'. {known}"
+            name = arguments[0]
+            what = f"unknown command '{name}'. {did_you_mean(name, self.list_commands(context))}"
+            for found in uninstalled_plugins():
+                if found.registers("commands", name):
+                    what = f"{found.name} brings '{name}' and is not installed. Run: {found.install}"
             raise click.UsageError(what, context) from error
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:

@@ -124,6 +124,18 @@ def test_another_version_than_the_one_that_lies_beside_is_not_promised(place) ->
     assert done.err.endswith("is not installed. Run: pip install 'e2ediff-my-way>=2'\n")
 
 
+def test_a_command_of_a_plugin_that_lies_beside_is_named_with_its_folder(place) -> None:
+    hook = place / "plugins" / "e2ediff-my-way" / "e2ediff_my_way.py"
+    hook.write_text(hook.read_text() + '    add("commands", "mine", "e2ediff_my_way:command")\n')
+    done = e2ediff("mine", "--fast")
+    assert done.code == 2
+    assert done.err.splitlines()[-1] == (
+        "Error: e2ediff-my-way brings 'mine' and is not installed. "
+        "Run: pip install plugins/e2ediff-my-way"
+    )
+    assert "unknown command 'mines'." in e2ediff("mines").err
+
+
 def test_a_part_of_a_plugin_that_lies_beside_is_named_with_its_folder(place) -> None:
     """For its own kind alone."""
     done = e2ediff("check", "tiny.yaml", "--set", "objective=my_way")
