@@ -68,7 +68,8 @@ class _Lazy(click.Group):
             what = f"unknown command '{name}'. {did_you_mean(name, self.list_commands(context))}"
             for found in uninstalled_plugins():
                 if found.registers("commands", name):
-                    what = f"{found.name} brings '{name}' and is not installed. Run: {found.install}"
+                    what = f"{found.name} brings '{name}' and is not installed. "
+                    what += f"Run: {found.install}"
             raise click.UsageError(what, context) from error
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
