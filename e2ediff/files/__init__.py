@@ -1,1 +1,1 @@
-"""Files that others made: which are images, how one is opened, and addresses taken literally."""
+"""Files that others made: which are images, where they lie, their labels, and how one is opened."""

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from e2ediff.data import DataSource, SourceConfig
 from e2ediff.errors import BadImageError, DataError
+from e2ediff.files.location import Location
 from e2ediff.loading.batches import read
 from e2ediff.parts.sources import Shards
-from e2ediff.parts.sources.location import Location
 from e2ediff.parts.sources.shards import read_prepared, verify_hashes
 
 _EACH = 64

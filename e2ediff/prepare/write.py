@@ -26,10 +26,10 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource
 from e2ediff.errors import BadImageError, DataError, ResourceError
+from e2ediff.files.index import Index, column
+from e2ediff.files.listing import Names
+from e2ediff.files.location import Location
 from e2ediff.loading.batches import read
-from e2ediff.parts.sources.index import Index, column
-from e2ediff.parts.sources.listing import Names
-from e2ediff.parts.sources.location import Location
 from e2ediff.parts.sources.shards import (
     INDEX,
     PREPARED,

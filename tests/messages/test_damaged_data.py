@@ -18,8 +18,8 @@ from tiny_recipe import tiny
 
 from e2ediff.data import SourceConfig
 from e2ediff.errors import BadImageError, DataError
+from e2ediff.files.index import Index
 from e2ediff.parts import sources
-from e2ediff.parts.sources.index import Index
 
 PIXELS = np.random.default_rng(0).integers(256, size=(20, 16, 16, 3), dtype=np.uint8)
 

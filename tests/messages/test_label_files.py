@@ -11,8 +11,8 @@ from pictures import tar_bytes
 from PIL import Image
 
 from e2ediff.errors import DataError
+from e2ediff.files.labels import read_labels
 from e2ediff.parts import sources
-from e2ediff.parts.sources.labels import read_labels
 
 
 @pytest.fixture(autouse=True)

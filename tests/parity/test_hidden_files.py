@@ -18,11 +18,11 @@ from pictures import as_shards, tar_bytes, write_tree
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.evaluate.images import FolderImages
+from e2ediff.files.index import Index, column
+from e2ediff.files.listing import Names
+from e2ediff.files.location import find_files, fingerprint
 from e2ediff.files.names import is_hidden
 from e2ediff.parts import sources
-from e2ediff.parts.sources.index import Index, column
-from e2ediff.parts.sources.listing import Names
-from e2ediff.parts.sources.location import find_files, fingerprint
 from e2ediff.parts.sources.own_images import list_images
 
 SIZE, COUNTS = 8, [3, 2]

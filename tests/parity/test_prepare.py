@@ -18,8 +18,8 @@ from pictures import damage, write_tree
 
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
+from e2ediff.files.index import Index
 from e2ediff.parts.sources import ImageFolder, Shards
-from e2ediff.parts.sources.index import Index
 from e2ediff.prepare.examine import compare_hashes
 from e2ediff.prepare.write import Done, Settings, prepare
 

@@ -20,8 +20,8 @@ from pictures import as_idx, write_tree
 from source_kinds import KINDS, SIZE, classes_of, folder
 
 from e2ediff.errors import DataError
+from e2ediff.files.location import Location
 from e2ediff.parts import sources
-from e2ediff.parts.sources.location import Location
 
 pytestmark = pytest.mark.usefixtures("cache")
 

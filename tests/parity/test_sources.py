@@ -12,9 +12,9 @@ from pictures import as_class_tars, tar_bytes, write_tree
 from source_kinds import COUNTS, KINDS, SIZE, TOTAL, folder, make, prepared
 
 from e2ediff.errors import DataError
+from e2ediff.files.location import expand
 from e2ediff.loading.order import Order
 from e2ediff.parts import sources
-from e2ediff.parts.sources.location import expand
 
 pytestmark = pytest.mark.usefixtures("cache")
 

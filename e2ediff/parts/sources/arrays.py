@@ -26,10 +26,10 @@ from e2ediff.addresses import Address
 from e2ediff.data import DataSource, ImageSpec, OriginalSize, Recognised, Sampling, SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import large_images, npy_header
+from e2ediff.files.damage import DAMAGED
 from e2ediff.files.images import centre_crop, check_unpacked, to_tensor
-from e2ediff.parts.sources.damage import DAMAGED
-from e2ediff.parts.sources.listing import MOST_CLASSES
-from e2ediff.parts.sources.location import Location
+from e2ediff.files.listing import MOST_CLASSES
+from e2ediff.files.location import Location
 
 # A damaged header may also promise more than the memory holds.
 _UNREADABLE = (*DAMAGED, OSError, ValueError, TypeError, MemoryError, TokenError)

@@ -16,12 +16,12 @@ from typing_extensions import override
 from e2ediff import addresses
 from e2ediff.data import Recognised
 from e2ediff.errors import DataError
+from e2ediff.files.damage import DAMAGED
 from e2ediff.files.images import SUFFIXES, check_unpacked, is_image, read_file
+from e2ediff.files.labels import labelled, read_labels
+from e2ediff.files.listing import EncodedConfig, Listing, Names, numbered
+from e2ediff.files.location import Location
 from e2ediff.files.names import below, files_below, is_hidden
-from e2ediff.parts.sources.damage import DAMAGED
-from e2ediff.parts.sources.labels import labelled, read_labels
-from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
-from e2ediff.parts.sources.location import Location
 
 DATASET_JSON = "dataset.json"
 """Where StyleGAN and EDM keep labels."""

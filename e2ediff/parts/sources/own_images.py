@@ -14,9 +14,9 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import ImageSpec, from_pixels
 from e2ediff.errors import DataError
+from e2ediff.files.damage import DAMAGED
 from e2ediff.files.images import SUFFIXES, decode, is_image, read_file
 from e2ediff.files.names import files_below
-from e2ediff.parts.sources.damage import DAMAGED
 
 
 def list_images(places: Sequence[Address]) -> list[str]:

@@ -14,9 +14,9 @@ from typing_extensions import override
 from e2ediff import addresses
 from e2ediff.data import Recognised
 from e2ediff.errors import DataError
-from e2ediff.parts.sources.index import Index, column, stored_index
-from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
-from e2ediff.parts.sources.location import File, Location, find_files, fingerprint
+from e2ediff.files.index import Index, column, stored_index
+from e2ediff.files.listing import EncodedConfig, Listing, Names, numbered
+from e2ediff.files.location import File, Location, find_files, fingerprint
 
 _KEPT = 4  # row groups that a process keeps; ImageNet's are of 100 images, 11 MB
 

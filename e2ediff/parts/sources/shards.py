@@ -22,9 +22,9 @@ from typing_extensions import override
 from e2ediff import addresses
 from e2ediff.data import Recognised, SourceConfig
 from e2ediff.errors import DataError
-from e2ediff.parts.sources.index import Index, RangeBytes
-from e2ediff.parts.sources.listing import EncodedConfig, Listing
-from e2ediff.parts.sources.location import File, Location, SidecarFile, find_files, fingerprint
+from e2ediff.files.index import Index, RangeBytes
+from e2ediff.files.listing import EncodedConfig, Listing
+from e2ediff.files.location import File, Location, SidecarFile, find_files, fingerprint
 
 PREPARED = "prepared.json"
 INDEX = "index.safetensors"

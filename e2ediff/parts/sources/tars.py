@@ -17,10 +17,10 @@ from e2ediff import addresses
 from e2ediff.data import Recognised
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, is_image
-from e2ediff.parts.sources.index import Index, RangeBytes, column, stored_index
-from e2ediff.parts.sources.labels import labelled, read_labels
-from e2ediff.parts.sources.listing import EncodedConfig, Listing, Names, numbered
-from e2ediff.parts.sources.location import File, Location, find_files, fingerprint
+from e2ediff.files.index import Index, RangeBytes, column, stored_index
+from e2ediff.files.labels import labelled, read_labels
+from e2ediff.files.listing import EncodedConfig, Listing, Names, numbered
+from e2ediff.files.location import File, Location, find_files, fingerprint
 from e2ediff.parts.sources.tar_members import RULES, inside, members, read_member
 
 

@@ -21,8 +21,8 @@ from typing_extensions import override
 from e2ediff import addresses
 from e2ediff.data import DataSource, ImageSpec, OriginalSize, Sampling, SourceConfig
 from e2ediff.errors import BadImageError, DataError
+from e2ediff.files.damage import DAMAGED
 from e2ediff.files.images import MAX_PIXELS, Limit, decode, opened, to_tensor
-from e2ediff.parts.sources.damage import DAMAGED
 
 MOST_CLASSES = 100_000_000
 """Class numbers are smaller: a larger one is no class, and counting it would fill the memory."""

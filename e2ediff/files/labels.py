@@ -12,8 +12,8 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES
+from e2ediff.files.location import Location
 from e2ediff.files.names import is_hidden
-from e2ediff.parts.sources.location import Location
 
 _EXPECTED = (
     "expected a line '<image> <class>' for each image, or a dataset.json with "

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from e2ediff.parts.sources.listing import Names
-from e2ediff.parts.sources.location import Location, SidecarFile
+from e2ediff.files.listing import Names
+from e2ediff.files.location import Location, SidecarFile
 
 VERSION = 1
 
