@@ -1,1 +1,1 @@
-"""Files that others made: which are images, where they lie, their labels, and how one is opened."""
+"""Files that others made: which are images, where they lie, how they are labelled and opened."""

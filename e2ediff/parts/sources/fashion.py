@@ -19,8 +19,8 @@ from typing_extensions import override
 from e2ediff import addresses
 from e2ediff.data import DataSource, ImageSpec, SourceConfig
 from e2ediff.errors import DataError
+from e2ediff.files.arrays import InMemory, read_idx
 from e2ediff.files.location import Location
-from e2ediff.parts.sources.arrays import InMemory, read_idx
 
 FASHION_CLASSES = (
     "t-shirt",

@@ -9,22 +9,19 @@ from pathlib import PurePosixPath
 from typing import ClassVar
 
 import attrs
-import torch
 from attrs.converters import optional
 from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import Recognised
 from e2ediff.errors import DataError
+from e2ediff.files.class_folders import DATASET_JSON, class_folders, with_labels
 from e2ediff.files.damage import DAMAGED
-from e2ediff.files.images import SUFFIXES, check_unpacked, is_image, read_file
-from e2ediff.files.labels import labelled, read_labels
-from e2ediff.files.listing import EncodedConfig, Listing, Names, numbered
+from e2ediff.files.images import check_unpacked, read_file
+from e2ediff.files.labels import read_labels
+from e2ediff.files.listing import EncodedConfig, Listing, Names
 from e2ediff.files.location import Location
 from e2ediff.files.names import below, files_below, is_hidden
-
-DATASET_JSON = "dataset.json"
-"""Where StyleGAN and EDM keep labels."""
 
 
 class FolderBytes:
@@ -88,59 +85,6 @@ def walk(location: Location) -> tuple[list[str], list[str]]:
             here = below(root, place)
             paths += [f"{here}/{name}" for name in names if not is_hidden(name)]
     return paths, sorted(folders)
-
-
-def class_folders(
-    paths: list[str], folders: list[str], place: str, option: str, *, everything: bool
-) -> tuple[Names, torch.Tensor, tuple[str, ...]]:
-    """Names, labels and class names of images in class folders, sorted by path.
-
-    With `everything` images outside of class folders are taken too, and folders may be empty.
-
-    Raises:
-        DataError: There are none, a class folder is empty, or images lie beside the folders.
-    """
-    images = sorted(p for p in paths if is_image(p) and (everything or "/" in p))
-    if not images:
-        wanted = "<name>" if everything else "<class>/<name>"
-        where = "" if everything else " in class folders"
-        raise DataError(
-            f"{option}: {place} holds no images{where} (looked for {wanted} with "
-            f"{', '.join(SUFFIXES)})"
-        )
-    classes = [p.partition("/")[0] if "/" in p else "" for p in images]
-    empty = sorted(set(folders) - set(classes))
-    if empty and not everything:
-        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        raise DataError(
-            f"{option}: {len(empty)} of {len(folders)} class folders in {place} hold no images "
-            f"({shown}); put images ({', '.join(SUFFIXES)}) there, or remove the folders and "
-            f"`--set data.classes={len(folders) - len(empty)}`"
-        )
-    beside = [] if everything else sorted(p for p in paths if is_image(p) and "/" not in p)
-    if beside:
-        shown = ", ".join(beside[:5]) + (", ..." if len(beside) > 5 else "")
-        raise DataError(
-            f"{option}: {len(beside)} of {len(beside) + len(images)} images lie beside the class "
-            f"folders of {place} ({shown}); nobody can tell their class: move them into one or "
-            "away, or `--set data.classes=0` to take all images without classes"
-        )
-    if "" in classes:
-        return Names(images), torch.zeros(len(images), dtype=torch.int64), ()
-    # By name, also where the names are numbers: a folder's name is no label.
-    names = sorted(set(classes))
-    number = {name: i for i, name in enumerate(names)}
-    return Names(images), torch.tensor([number[c] for c in classes]), tuple(names)
-
-
-def with_labels(
-    paths: list[str], values: dict[str, str], place: str, option: str, source: str
-) -> tuple[Names, torch.Tensor, int, tuple[str, ...]]:
-    """Names, labels, number of classes and class names of images whose labels are in a file."""
-    images = sorted(p for p in paths if is_image(p))
-    found = labelled(images, values, place, option, source)
-    labels, classes, names = numbered(found, images, option)
-    return Names(images), labels, classes, names
 
 
 @attrs.frozen(kw_only=True)
