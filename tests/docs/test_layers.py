@@ -26,7 +26,7 @@ CONTRACTS = {
     for path in CORE.glob("*.py")
     if path.stem not in {"__init__", "__main__", "testing"}
 }
-PUBLIC = CONTRACTS | {"e2ediff.nn", "e2ediff.testing"}
+PUBLIC = CONTRACTS | {"e2ediff.files", "e2ediff.nn", "e2ediff.testing"}
 # Each room, from the ground up: the rooms that it may import, all of them above it in this table,
 # and the packages. `python tests/docs/test_layers.py` shows it on the page of the architecture.
 ROOMS = {

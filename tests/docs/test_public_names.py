@@ -24,8 +24,12 @@ CONTRACTS = sorted(
     f"e2ediff.{path.stem}" for path in ROOT.glob("*.py") if not path.stem.startswith("_")
 )
 PAGES = Path(__file__).parents[2] / "docs" / "reference"
-NETWORKS = sorted(f"e2ediff.nn.{path.stem}" for path in (ROOT / "nn").glob("[a-z]*.py"))
-MODULES = ["e2ediff", *CONTRACTS, *NETWORKS, "e2ediff.host.hookspecs", "e2ediff.testing"]
+ROOMS = sorted(
+    f"e2ediff.{room}.{path.stem}"
+    for room in ("files", "nn")
+    for path in (ROOT / room).glob("[a-z]*.py")
+)
+MODULES = ["e2ediff", *CONTRACTS, *ROOMS, "e2ediff.host.hookspecs", "e2ediff.testing"]
 
 
 def public_names() -> list[str]:
@@ -41,15 +45,22 @@ def public_names() -> list[str]:
 def _module(name: str) -> Iterator[str]:
     module = importlib.import_module(name)
     chosen = getattr(module, "__all__", None)
+    imported = _imported(Path(module.__file__ or ""))
     for key, value in sorted(vars(module).items()):
         own = getattr(value, "__module__", name) == name
-        constant = key.isupper() and key != "TYPE_CHECKING"
+        constant = key.isupper() and key not in imported
         simple = inspect.isclass(value) or inspect.isfunction(value) or constant
         if (key in chosen) if chosen else (own and simple and not key.startswith("_")):
             yield from _thing(f"{name}.{key}", value)
     yield from _aliases(name, Path(module.__file__ or ""))
     if name == "e2ediff":
         yield from (f"{name}.{key}" for key in ("__version__", "hookimpl"))
+
+
+def _imported(file: Path) -> set[str]:
+    """Names that a module has from others; a constant is listed where it is defined."""
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return {a.asname or a.name for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names}
 
 
 def _thing(name: str, value: object) -> Iterator[str]:
