@@ -55,11 +55,6 @@ PARTS = {
     "sources": {
         "fashion_mnist": "sources:FashionMNIST",
         "image_folder": "sources:ImageFolder",
-        "archive": "sources:Archive",
-        "class_tars": "sources:ClassTars",
-        "tar_shards": "sources:TarShards",
-        "parquet": "sources:Parquet",
-        "arrays": "sources:Arrays",
         "shards": "sources:Shards",
         "synthetic": "sources:Synthetic",
     },

@@ -18,7 +18,7 @@ from command_line import needs_dsd
 from PIL import Image
 
 from e2ediff.ablate.cost import cost_of
-from e2ediff.parts.sources import Archive
+from e2ediff.parts.sources import ImageFolder
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = (
@@ -239,8 +239,9 @@ def test_the_first_held_out_images_are_of_all_classes_where_a_source_sorts_them(
             Image.new("RGB", (16, 16), (6 * i, i // 20, 0)).save(png, "PNG")
             for part in ("train", "test"):
                 file.writestr(f"{part}/{i // 20}/{i:02}.png", png.getvalue())
-    source = Archive(
-        path=str(tmp_path / "sorted.zip"), inside="train", held_out="test", size=16, classes=2
+    folder = f"zip://{{}}::{tmp_path}/sorted.zip"
+    source = ImageFolder(
+        root=folder.format("train"), held_out=folder.format("test"), size=16, classes=2
     )
     plain = judge.load_images(source)
     assert plain.label.tolist() == [0] * 20 + [1] * 20

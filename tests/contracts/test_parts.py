@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from itertools import pairwise
 
 import attrs
-import numpy as np
 import pytest
 import torch
 from declared_stops import holds_its_declaration
 from part_checks import CHECKS
-from pictures import (
-    as_class_tars,
-    as_npz,
-    as_parquet,
-    as_shards,
-    as_zip,
-    write_tree,
-)
+from pictures import write_tree
 
 from e2ediff import testing
 from e2ediff.data import ImageSpec
@@ -53,7 +44,6 @@ def required(tmp_path_factory):
     place = tmp_path_factory.mktemp("pictures")
     tree = write_tree(place / "tree", [3, 3], size=(40, 17))
     image = {"size": 16, "classes": 2}
-    x = np.random.default_rng(0).integers(256, size=(6, 20, 17, 3), dtype=np.uint8)
     prepared = place / "prepared"
     folder = HOST.registries["sources"].get("image_folder")(root=str(tree), **image)
     settings = Settings(
@@ -67,19 +57,10 @@ def required(tmp_path_factory):
         **image,
     )
     prepare(folder.open(), settings, str(prepared), workers=0, progress=lambda line: None)
-    paths = {
-        "archive": as_zip(tree, place / "pictures.zip"),
-        "class_tars": as_class_tars(tree, place / "train.tar"),
-        "tar_shards": as_shards(tree, place / "shards", each=4),
-        "shards": prepared,
-    }
-    if find_spec("pyarrow"):
-        paths["parquet"] = as_parquet(tree, place / "parquet")
     return {
         "vit": VIT,
         "image_folder": {"root": str(tree), **image},
-        "arrays": {"images": str(as_npz(x, np.arange(6) % 2, place / "x.npz")), **image},
-        **{name: {"path": str(path), **image} for name, path in paths.items()},
+        "shards": {"path": str(prepared), **image},
         **{name: {"weights": "w.pth"} for name in WEIGHED},
     }
 

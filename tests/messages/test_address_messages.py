@@ -19,6 +19,7 @@ from tiny_recipe import tiny
 from e2ediff import addresses
 from e2ediff.denoiser import Denoiser
 from e2ediff.errors import DataError, RecipeError, RunDirectoryError
+from e2ediff.files.location import find_files
 from e2ediff.guidance import Guidance, Reference
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
@@ -231,7 +232,7 @@ NO_ADDRESSES = {
 
 def address_options() -> Iterator[tuple[str, str, str]]:
     """Kind, part and option of all text options, but for those that are known to be none."""
-    for plural, registry in load(entry_points=False).registries.items():
+    for plural, registry in load().registries.items():
         if plural not in NO_ADDRESSES:
             continue
         for part in registry:
@@ -244,7 +245,7 @@ def test_there_are_addresses_of_every_kind() -> None:
     found = [*address_options()]
     assert len(found) > 20
     assert {("guidance", "autoguidance", "run"), ("sources", "image_folder", "root"),
-            ("sources", "arrays", "held_out_labels"), ("features", "exported", "weights"),
+            ("sources", "shards", "held_out"), ("features", "exported", "weights"),
             ("features", "inception2015", "weights")} <= {*found}  # fmt: skip
 
 
@@ -313,10 +314,9 @@ def test_a_source_or_weights_in_python_are_refused_too(seen: list[str]) -> None:
 
 def test_a_pattern_cannot_spell_a_protocol(tmp_path: Path, seen: list[str]) -> None:
     """Braces are expanded after the recipe was read."""
-    source = load(entry_points=False).registries["sources"].find("tar_shards")
     for pattern in ("watched:{/,x}/a.tar", "watched{:,x}//a.tar", "{watched:,x}//a.tar"):
         with pytest.raises(DataError, match=r"protocol|no file"):
-            source(path=pattern, size=8, classes=1).open()
+            find_files(pattern, "data.path", ".tar")
     assert seen == []
 
 

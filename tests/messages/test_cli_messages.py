@@ -269,7 +269,7 @@ def zipped(folder: Path) -> str:
     with zipfile.ZipFile("images.zip", "w") as file:
         for path in sorted(folder.rglob("*.jpg")):
             file.write(path)
-    return "data={name: archive, path: images.zip, inside: images, size: 16, classes: 2}"
+    return "data={name: image_folder, root: 'zip://images::images.zip', size: 16, classes: 2}"
 
 
 def test_a_folder_and_a_zip_of_the_same_images_train_alike(folder: Path) -> None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import struct
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 import numpy as np
 import pytest
 from command_line import e2ediff
-from pictures import as_npz, as_zip, tar_bytes, write_tree
-from tiny_recipe import tiny
+from pictures import write_tree
 
 from e2ediff.data import SourceConfig
-from e2ediff.errors import BadImageError, DataError
+from e2ediff.errors import DataError
+from e2ediff.files.arrays import read_idx
 from e2ediff.files.index import Index
 from e2ediff.parts import sources
 
@@ -54,86 +52,7 @@ def refusal(config: SourceConfig, kind: type[DataError] = DataError) -> str:
     return line
 
 
-# Zips
-
-
-def a_zip(method: int) -> None:
-    with zipfile.ZipFile("x.zip", "w", method) as file:
-        for path in sorted(Path("tree").rglob("*.JPEG")):
-            file.writestr(str(path.relative_to("tree")), path.read_bytes())
-
-
-def content_of(name: str) -> int:
-    """Where a member's bytes begin."""
-    with zipfile.ZipFile("x.zip") as file:
-        info = file.getinfo(name)
-        return info.header_offset + 30 + len(info.filename)
-
-
-BROKEN = "n00000001/n00000001_2.JPEG"
-
-
-def unknown_method() -> None:
-    at = content_of(BROKEN) - 30 - len(BROKEN)
-    overwrite("x.zip", at + 8, struct.pack("<H", 97))
-    directory = Path("x.zip").read_bytes().rindex(BROKEN.encode()) - 46
-    overwrite("x.zip", directory + 10, struct.pack("<H", 97))
-
-
-MEMBERS: dict[str, tuple[int, Callable[[], None], str]] = {
-    "deflated": (
-        zipfile.ZIP_DEFLATED,
-        lambda: overwrite("x.zip", content_of(BROKEN), b"\xff" * 4),
-        "Error -3 while decompressing data: invalid block type",
-    ),
-    "stored": (
-        zipfile.ZIP_STORED,
-        lambda: overwrite("x.zip", content_of(BROKEN) + 200, b"\xff" * 4),
-        f"Bad CRC-32 for file '{BROKEN}'",
-    ),
-    "of an unknown method": (
-        zipfile.ZIP_DEFLATED, unknown_method, "That compression method is not supported"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", MEMBERS)
-def test_a_damaged_member_of_a_zip_is_one_damaged_image(kind: str) -> None:
-    method, harm, what = MEMBERS[kind]
-    a_zip(method)
-    harm()
-    config = sources.Archive(path="x.zip", size=16, classes=2)
-    assert refusal(config, BadImageError) == (
-        f"x.zip/{BROKEN}: damaged image ({what}); remove or replace it, or set "
-        "`data.on_bad_image: skip`"
-    )
-    done = e2ediff("data", "check", "x.zip", "--set", "size=16", "--workers", 0)
-    assert (done.code, done.out) == (5, f"x.zip/{BROKEN}: damaged image ({what})\n")
-
-
-def test_a_run_skips_the_damaged_member_of_a_zip() -> None:
-    a_zip(zipfile.ZIP_DEFLATED)
-    overwrite("x.zip", content_of(BROKEN), b"\xff" * 4)
-    data = "{name: archive, path: x.zip, size: 16, classes: 2, on_bad_image: skip, workers: 1}"
-    Path("tiny.yaml").write_text(tiny(steps="4", batch="4", data=data))
-    done = e2ediff("run", "tiny.yaml", "--out", "x")
-    assert done.code == 0, done.err
-    (line,) = Path("x/bad_images.jsonl").read_text().splitlines()
-    assert json.loads(line)["image"] == f"x.zip/{BROKEN}"
-
-
-def test_a_damaged_dataset_json_in_a_zip_is_said() -> None:
-    told = json.dumps({"labels": [["0.png", 0]]}) + " " * 3000
-    with zipfile.ZipFile("x.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("dataset.json", told)
-        file.writestr("0.png", b"")
-    overwrite("x.zip", content_of("dataset.json"), b"\xff" * 10)
-    assert refusal(sources.Archive(path="x.zip", size=16, classes=1)) == (
-        "data.path: x.zip cannot be read as a zip: Error -3 while decompressing data: invalid "
-        "block type; fetch it again"
-    )
-
-
-# Arrays
+# Files of MNIST's
 
 
 def idx(*shape: int) -> bytes:
@@ -141,73 +60,30 @@ def idx(*shape: int) -> bytes:
     return head + bytes(range(256)) * (int(np.prod(shape)) // 256)
 
 
-def cut_npz() -> None:
-    as_npz(PIXELS, np.arange(20) % 3, Path("x.npz"))
-    Path("x.npz").write_bytes(Path("x.npz").read_bytes()[:-40])
+def gzipped() -> bytes:
+    data = bytearray(gzip.compress(idx(50, 16, 16)))
+    data[12:20] = b"\xff" * 8
+    return bytes(data)
 
 
-def flipped_npz() -> None:
-    as_npz(PIXELS, np.arange(20) % 3, Path("x.npz"))
-    overwrite("x.npz", 3000, bytes([255 - Path("x.npz").read_bytes()[3000]]))
-
-
-def compressed_npz() -> None:
-    np.savez_compressed("x.npz", images=PIXELS, labels=np.arange(20) % 3)
-    overwrite("x.npz", 60, b"\xff" * 10)
-
-
-def torn_npy() -> None:
-    np.save("x.npy", PIXELS)
-    overwrite("x.npy", 8, struct.pack("<H", 20))  # ends its header within a bracket
-
-
-def gzipped() -> None:
-    Path("x-ubyte.gz").write_bytes(gzip.compress(idx(50, 16, 16)))
-    overwrite("x-ubyte.gz", 12, b"\xff" * 8)
-
-
-ARRAYS: dict[str, tuple[str, Callable[[], object], str]] = {
-    "npz cut short": (
-        "x.npz", cut_npz,
-        "data.images: x.npz cannot be read as npz: File is not a zip file; fetch it again"),
-    "npz of another checksum": (
-        "x.npz", flipped_npz,
-        "data.images: x.npz: Bad CRC-32 for file 'images.npy'; fetch it again"),
-    "compressed npz": (
-        "x.npz", compressed_npz,
-        "data.images: x.npz: Error -3 while decompressing data: invalid block type; fetch it "
-        "again"),
-    "npy of a torn header": (
-        "x.npy", torn_npy, "data.images: x.npy cannot be read as npy: "),
-    "npy larger than any memory": (
-        "x.npy",
-        lambda: Path("x.npy").write_bytes(
-            b"\x93NUMPY\x01\x00\x76\x00"
-            + b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000000000, 16, 16), }"
-            .ljust(117) + b"\n"),
-        "data.images: x.npy cannot be read as npy: Unable to allocate"),
-    "gzipped idx": (
-        "x-ubyte.gz", gzipped,
-        "x-ubyte.gz: damaged gzip file (Error -3 while decompressing data: invalid code lengths "
-        "set); fetch it again"),
-    "idx cut in its header": (
-        "x-ubyte", lambda: Path("x-ubyte").write_bytes(b"\0\0\x08\x03\0\0"),
-        "x-ubyte: its header is cut short: 6 bytes, expected 16 for an array of rank 3; fetch it "
-        "again"),
-    "idx cut in its data": (
-        "x-ubyte", lambda: Path("x-ubyte").write_bytes(idx(2, 16, 16)[:-1]),
-        "x-ubyte: 511 bytes of data, expected 512 for shape [2, 16, 16]; fetch it again"),
-    "idx without images": (
-        "x-ubyte", lambda: Path("x-ubyte").write_bytes(idx(0, 16, 16)),
-        "data.images: x-ubyte holds no images; expected one or more"),
+IDX = {
+    "gzipped": (gzipped, "damaged gzip file (Error -3 while decompressing data: invalid code "
+                         "lengths set); fetch it again"),
+    "cut in its header": (
+        lambda: b"\0\0\x08\x03\0\0",
+        "its header is cut short: 6 bytes, expected 16 for an array of rank 3; fetch it again"),
+    "cut in its data": (
+        lambda: idx(2, 16, 16)[:-1],
+        "511 bytes of data, expected 512 for shape [2, 16, 16]; fetch it again"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ARRAYS)
-def test_damaged_arrays_are_said(kind: str) -> None:
-    path, make, said = ARRAYS[kind]
-    make()
-    assert refusal(sources.Arrays(images=path, size=16, classes=0)).startswith(said)
+@pytest.mark.parametrize("kind", IDX)
+def test_a_damaged_idx_file_is_said(kind: str) -> None:
+    make, said = IDX[kind]
+    with pytest.raises(DataError) as caught:
+        read_idx(make(), "x-ubyte")
+    assert str(caught.value) == f"x-ubyte: {said}"
 
 
 # Class numbers
@@ -230,34 +106,27 @@ def test_a_number_that_no_class_can_have_is_named_with_its_image() -> None:
     assert refusal(config) == f"data.root: {images[0]}{said}"
     Path("tree/dataset.json").write_text(json.dumps({"labels": rows}))
     assert refusal(attrs.evolve(config, labels=None)) == f"data.root: {images[0]}{said}"
-    Path("x.tar").write_bytes(tar_bytes([("0.jpg", b"x"), ("0.cls", LARGE.encode())]))
-    config = sources.TarShards(path="x.tar", size=16, classes=2)
-    assert refusal(config) == f"data.path: x.tar/0.jpg{said}"
-    as_npz(PIXELS, np.full(20, 10**12), Path("x.npz"))
-    assert refusal(sources.Arrays(images="x.npz", size=16, classes=2)).startswith(
-        "data.labels: x.npz!labels holds label 1000000000000; expected class numbers below"
-    )
 
 
-def shard_with(*labels: str) -> SourceConfig:
-    members = []
-    for i, label in enumerate(labels):
-        members += [(f"{i}.jpg", b"x"), (f"{i}.cls", label.encode())]
-    Path("x.tar").write_bytes(tar_bytes(members))
-    return sources.TarShards(path="x.tar", size=16, classes=len(set(labels)))
+def labelled(*labels: str) -> SourceConfig:
+    Path("flat").mkdir()
+    for i in range(len(labels)):
+        Path(f"flat/{i}.jpg").write_bytes(b"x")
+    Path("labels.txt").write_text("".join(f"{i}.jpg {one}\n" for i, one in enumerate(labels)))
+    return sources.ImageFolder(root="flat", labels="labels.txt", size=16, classes=len(set(labels)))
 
 
 @pytest.mark.parametrize("odd", ["-1", "+3", "1.0", "3."])
 def test_one_odd_number_does_not_make_names_of_all(odd: str) -> None:
     """As names, 0, 10, 2 and -1 would be sorted as text: the classes 1, 2, 3 and 0."""
-    line = refusal(shard_with("0", "10", "2", odd))
-    assert line == f"data.path: x.tar/3.jpg has label {odd}{NO_CLASS}"
+    line = refusal(labelled("0", "10", "2", odd))
+    assert line == f"data.root: 3.jpg has label {odd}{NO_CLASS}"
 
 
 def test_numbers_among_names_are_refused() -> None:
-    assert refusal(shard_with("0", "10", "cat")) == (
-        "data.path: x.tar/0.jpg has a number as label (0), x.tar/2.jpg a name (cat); expected "
-        "numbers or names for all. Write one kind"
+    assert refusal(labelled("0", "10", "cat")) == (
+        "data.root: 0.jpg has a number as label (0), 2.jpg a name (cat); expected numbers or "
+        "names for all. Write one kind"
     )
 
 
@@ -270,16 +139,8 @@ def test_numbers_among_names_are_refused() -> None:
     ],
 )
 def test_numbers_stay_and_names_are_sorted(labels, numbers, names) -> None:
-    source = attrs.evolve(shard_with(*labels), classes=len(names) or 11).open()
+    source = attrs.evolve(labelled(*labels), classes=len(names) or 11).open()
     assert (source.labels().tolist(), source.class_names) == (numbers, names)
-
-
-def test_a_row_without_an_image_is_one_damaged_image() -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    good = next(Path("tree").rglob("*.JPEG")).read_bytes()
-    pq.write_table(pa.table({"image": [good, None], "label": [0, 1]}), "x.parquet")
-    line = refusal(sources.Parquet(path="x.parquet", size=16, classes=2), BadImageError)
-    assert "x.parquet#1: damaged image (empty file); remove or replace it" in line
 
 
 # Prepared shards
@@ -342,7 +203,6 @@ def test_torn_notes_of_prepare_are_made_again_or_said(shards, torn: str) -> None
 def test_a_whole_block_takes_the_place_of_what_was_recognised() -> None:
     done = e2ediff("data", "stats", "tree", "--workers", 0, "--set", "data=synthetic")
     assert (done.code, "name: synthetic" in done.out) == (0, True)
-    as_zip(Path("tree"), Path("x.zip"))
-    block = "data={name: archive, path: x.zip, size: 16, classes: 0}"
+    block = "data={name: image_folder, root: tree, size: 16, classes: 0}"
     done = e2ediff("data", "stats", "tree", "--workers", 0, "--set", block)
     assert (done.code, "classes     0 (unconditional)" in done.out) == (0, True)

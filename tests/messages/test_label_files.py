@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-from pictures import tar_bytes
 from PIL import Image
 
 from e2ediff.errors import DataError
@@ -91,21 +89,6 @@ def test_a_name_that_two_images_have_is_refused_unless_its_path_is_given() -> No
         config.open()
     Path("labels.csv").write_text("a/001.jpg,0\nb/001.jpg,1\na/002.jpg,1\n002.jpg,0")
     assert config.open().labels().tolist() == [0, 1, 1, 0]
-
-
-def test_a_flat_tar_refuses_a_name_that_two_images_have() -> None:
-    out = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(out, "PNG")
-    named = [(name, out.getvalue()) for name in ("a/0.png", "b/0.png")]
-    Path("val.tar").write_bytes(tar_bytes(named))
-    inner = tar_bytes([("0.png", out.getvalue())])
-    Path("train.tar").write_bytes(tar_bytes([("a.tar", inner), ("b.tar", inner)]))
-    Path("val.txt").write_text("0.png a")
-    config = sources.ClassTars(
-        path="train.tar", held_out="val.tar", held_out_labels="val.txt", size=8, classes=2
-    )
-    with pytest.raises(DataError, match=r"'0\.png' may be"):
-        config.open(held_out=True)
 
 
 def test_two_labels_for_one_image_are_refused() -> None:

@@ -14,13 +14,12 @@ import pytest
 import torch
 from command_line import e2ediff
 from pictures import as_shards, tar_bytes, write_tree
+from source_kinds import source_of
 
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.evaluate.images import FolderImages
-from e2ediff.files.index import Index, column
-from e2ediff.files.listing import Names
-from e2ediff.files.location import find_files, fingerprint
+from e2ediff.files.location import find_files
 from e2ediff.files.names import is_hidden
 from e2ediff.parts import sources
 from e2ediff.parts.sources.own_images import list_images
@@ -115,12 +114,12 @@ FORMS: dict[str, Callable[[str, Path], SourceConfig]] = {
     "folder in a zip": lambda root, _: sources.ImageFolder(
         root=f"zip://::{zipped(root)}", **BLOCK
     ),
-    "zip": lambda root, _: sources.Archive(path=str(zipped(root)), **BLOCK),
-    "folder of a zip": lambda root, _: sources.Archive(
-        path=str(zipped(root, ".top/train/")), inside=".top/train", **BLOCK
+    "zip": lambda root, _: source_of("archive", path=str(zipped(root)), **BLOCK),
+    "folder of a zip": lambda root, _: source_of(
+        "archive", path=str(zipped(root, ".top/train/")), inside=".top/train", **BLOCK
     ),
-    "class tars": lambda root, _: sources.ClassTars(path=str(tree_of_tars(root)), **BLOCK),
-    "tar shards": lambda root, _: sources.TarShards(path=str(shards(root)), **BLOCK),
+    "class tars": lambda root, _: source_of("class_tars", path=str(tree_of_tars(root)), **BLOCK),
+    "tar shards": lambda root, _: source_of("tar_shards", path=str(shards(root)), **BLOCK),
 }
 
 
@@ -149,13 +148,18 @@ def test_a_root_may_lie_in_a_hidden_folder(tmp_path: Path) -> None:
     for config in (
         sources.ImageFolder(root=root, **BLOCK),
         sources.ImageFolder(root=in_memory(root, tmp_path), **BLOCK),
-        sources.Archive(path=str(zipped(root)), **BLOCK),
-        sources.ClassTars(path=str(tree_of_tars(root)), **BLOCK),
     ):
         assert len(config.open()) == sum(COUNTS)
     images = (root, f".data/@eaDir/{'looked-at'}/n00000000", in_memory(root, tmp_path))
     assert [len(list_images([place])) for place in images] == [5, 3, 5]
     assert [FolderImages(place).count for place in images] == [5, 3, 5]
+
+
+@pytest.mark.parametrize("form", ["zip", "class tars"])
+def test_packed_files_may_lie_in_a_hidden_folder(form: str, tmp_path: Path) -> None:
+    Path(".data/@eaDir").mkdir(parents=True)
+    Path("looked-at").rename(".data/@eaDir/looked-at")
+    assert len(FORMS[form](".data/@eaDir/looked-at", tmp_path).open()) == sum(COUNTS)
 
 
 @pytest.mark.parametrize("form", ["folder", "folder elsewhere", "zip"])
@@ -204,11 +208,13 @@ def test_labels_of_hidden_images_are_passed_over() -> None:
     assert config.open().labels().tolist() == [0, 0, 0, 1, 1]
 
 
-def test_data_commands_recognise_and_count_without_them() -> None:
-    for address in ("looked-at", zipped("looked-at"), tree_of_tars("looked-at")):
-        done = e2ediff("data", "check", address, "--workers", 0, "--set", f"size={SIZE}")
-        assert done.code == 0, done.err
-        assert "all 5 images can be read" in done.err
+@pytest.mark.parametrize("form", ["folder", "zip", "class tars"])
+def test_data_commands_recognise_and_count_without_them(form: str, tmp_path: Path) -> None:
+    config = FORMS[form]("looked-at", tmp_path)
+    address = config.root if form == "folder" else config.path
+    done = e2ediff("data", "check", address, "--workers", 0, "--set", f"size={SIZE}")
+    assert done.code == 0, done.err
+    assert "all 5 images can be read" in done.err
 
 
 def test_a_pattern_does_not_find_them_but_a_name_does() -> None:
@@ -218,17 +224,6 @@ def test_a_pattern_does_not_find_them_but_a_name_does() -> None:
         assert names == ["train-0000.tar", "train-0001.tar", "train-0002.tar"]
     _, (found,) = find_files(f"{folder}/._zzz.tar", "data.path", ".tar")
     assert found.name == "._zzz.tar"
-
-
-def test_an_index_that_counted_them_is_made_again() -> None:
-    """It lies beside the data, as an earlier version left it."""
-    path = tree_of_tars("looked-at")
-    _, files = find_files(str(path), "data.path", ".tar")
-    wrong = Index(
-        (path.name,), Names(["a/._0.jpg"]), *(column([0]) for _ in range(4)), 1, ("a",)
-    ).dumps(fingerprint(files, "class tars"))  # fmt: skip
-    Path(f"{path}.index.safetensors").write_bytes(wrong)
-    assert len(sources.ClassTars(path=str(path), **BLOCK).open()) == sum(COUNTS)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def read_everywhere(path: Path, channels: int) -> list[Tensor]:
         file.write(path, path.name)
     block = {"size": SIDE, "classes": 0, "channels": channels}
     folder = sources.ImageFolder(root=str(path.parent), **block)
-    archive = sources.Archive(path=str(zipped), **block)
+    archive = sources.ImageFolder(root=f"zip://::{zipped}", **block)
     own = read_images([str(path)], ImageSpec(channels, SIDE, SIDE, 0))
     scored = FolderImages(str(path.parent))
     (first,) = scored.batches(0, 1, 1)

@@ -15,7 +15,7 @@ from command_line import e2ediff
 from pictures import as_class_tars, as_npz, as_parquet, as_shards, as_zip, write_tree
 from PIL import Image
 from safetensors.torch import save
-from source_kinds import separate_tars
+from source_kinds import part, separate_tars, source_of
 from tiny_recipe import tiny
 
 from e2ediff.data import SourceConfig
@@ -65,23 +65,25 @@ FORMS: dict[str, Callable[[Path], SourceConfig]] = {
     "folder in a zip": lambda odd: sources.ImageFolder(
         root=f"zip://::{as_zip(odd / 'tree', odd / 'x[1].zip')}", **BLOCK
     ),
-    "zip": lambda odd: sources.Archive(path=str(as_zip(odd / "tree", odd / "x[1].zip")), **BLOCK),
-    "class tars": lambda odd: sources.ClassTars(
-        path=str(as_class_tars(odd / "tree", odd / "x[1]?*.tar")), **BLOCK
+    "zip": lambda odd: source_of(
+        "archive", path=str(as_zip(odd / "tree", odd / "x[1].zip")), **BLOCK
     ),
-    "separate class tars": lambda odd: sources.ClassTars(
-        path=str(separate_tars(odd / "tree", odd / "t[1]*")), **BLOCK
+    "class tars": lambda odd: source_of(
+        "class_tars", path=str(as_class_tars(odd / "tree", odd / "x[1]?*.tar")), **BLOCK
     ),
-    "tar shards": lambda odd: sources.TarShards(
-        path=str(Path(as_shards(odd / "tree", odd / "s[1]*?", 2)).parent), **BLOCK
+    "separate class tars": lambda odd: source_of(
+        "class_tars", path=str(separate_tars(odd / "tree", odd / "t[1]*")), **BLOCK
     ),
-    "braces of tar shards": lambda odd: sources.TarShards(
-        path=as_shards(odd / "tree", Path("s[1]?"), 2), **BLOCK
+    "tar shards": lambda odd: source_of(
+        "tar_shards", path=str(Path(as_shards(odd / "tree", odd / "s[1]*?", 2)).parent), **BLOCK
     ),
-    "parquet": lambda odd: sources.Parquet(
-        path=str(Path(as_parquet(odd / "tree", odd / "p[1]*?")).parent), **BLOCK
+    "braces of tar shards": lambda odd: source_of(
+        "tar_shards", path=as_shards(odd / "tree", Path("s[1]?"), 2), **BLOCK
     ),
-    "npz": lambda odd: sources.Arrays(images=str(npz(odd)), **BLOCK),
+    "parquet": lambda odd: source_of(
+        "parquet", path=str(Path(as_parquet(odd / "tree", odd / "p[1]*?")).parent), **BLOCK
+    ),
+    "npz": lambda odd: source_of("arrays", images=str(npz(odd)), **BLOCK),
 }
 
 
@@ -92,8 +94,6 @@ def npz(odd: Path) -> Path:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_source_reads_below_odd_names(form: str) -> None:
-    if form == "parquet":
-        pytest.importorskip("pyarrow")
     plain = sources.ImageFolder(root="plain", **BLOCK).open()
     source = FORMS[form](Path(ODD)).open()
     x, y = source.read(range(len(source)))
@@ -103,22 +103,20 @@ def test_every_source_reads_below_odd_names(form: str) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "tar shards", "class tars", "parquet", "zip"])
 def test_every_source_reads_below_odd_names_of_a_store(kind: str, tmp_path: Path) -> None:
-    if kind == "parquet":
-        pytest.importorskip("pyarrow")
     odd, url = Path(ODD), f"memory:/{tmp_path}/{ODD}"
     made = {
         "folder": lambda: (odd, "tree", sources.ImageFolder, "root"),
         "tar shards": lambda: (
-            Path(as_shards(odd / "tree", odd / "s[1]", 2)), "s[1]", sources.TarShards, "path"),
+            Path(as_shards(odd / "tree", odd / "s[1]", 2)), "s[1]", part("tar_shards"), "path"),
         "class tars": lambda: (
-            separate_tars(odd / "tree", odd / "t[1]"), "t[1]", sources.ClassTars, "path"),
+            separate_tars(odd / "tree", odd / "t[1]"), "t[1]", part("class_tars"), "path"),
         "parquet": lambda: (
-            as_parquet(odd / "tree", odd / "p[1]"), "p[1]", sources.Parquet, "path"),
-        "zip": lambda: (as_zip(odd / "tree", odd / "x?.zip"), "x?.zip", sources.Archive, "path"),
+            as_parquet(odd / "tree", odd / "p[1]"), "p[1]", part("parquet"), "path"),
+        "zip": lambda: (as_zip(odd / "tree", odd / "x?.zip"), "x?.zip", part("archive"), "path"),
     }  # fmt: skip
-    _, name, part, option = made[kind]()
+    _, name, config, option = made[kind]()
     on_store(ODD, tmp_path)
-    source = part(**{option: f"{url}/{name}"}, **BLOCK).open()
+    source = config(**{option: f"{url}/{name}"}, **BLOCK).open()
     plain = sources.ImageFolder(root="plain", **BLOCK).open()
     assert torch.equal(source.read(range(6))[0], plain.read(range(6))[0])
     assert len(source) == 6
@@ -162,10 +160,6 @@ def test_what_is_there_as_it_is_written_is_no_pattern(host) -> None:
     assert recognise(host, f"{ODD}/tree") == {"name": "image_folder", "root": f"{ODD}/tree"}
     with pytest.raises(DataError, match="nothing is there"):
         recognise(host, "set [1]/tree")
-    as_shards(Path("plain"), Path("x*{0,1}"), 2)
-    assert recognise(host, "x*{0,1}") == {"name": "tar_shards", "path": "x*{0,1}"}
-    assert recognise(host, "x*{0,1}/train-0000.tar")["name"] == "tar_shards"
-    assert recognise(host, "x*/train-*.tar") == {"name": "tar_shards", "path": "x*/train-*.tar"}
 
 
 # Commands

@@ -19,6 +19,7 @@ from e2ediff.condition import ClassLabels
 from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
 from e2ediff.model.inference import Model
+from e2ediff.parts.sources import ImageFolder
 from e2ediff.sample.load import ModelRef, load_model
 from e2ediff.sample.request import SampleRequest
 from e2ediff.sample.sample_set import make_set
@@ -261,7 +262,7 @@ def test_a_tar_is_a_webdataset(run, whole, tmp_path):
     assert seen == 71
 
 
-def test_a_zip_has_a_folder_a_class_and_trains_as_an_archive(run, whole, tmp_path, host):
+def test_a_zip_has_a_folder_a_class_and_is_read_as_class_folders_are(run, whole, tmp_path):
     place = make(request_of(run, tmp_path / "set", format="zip"))
     with zipfile.ZipFile(place) as found:
         listed = json.loads(found.read("dataset.json"))["labels"]
@@ -269,8 +270,7 @@ def test_a_zip_has_a_folder_a_class_and_trains_as_an_archive(run, whole, tmp_pat
         for i in (0, 70):
             x = np.array(Image.open(found.open(listed[i][0])))
             assert np.array_equal(x, pixels(whole[i : i + 1])[0])
-    archive = host.registries["sources"].get("archive")
-    source = archive(path=place, size=16, classes=6).open()
+    source = ImageFolder(root=f"zip://::{place}", size=16, classes=6).open()
     x, label = source.read([0])
     assert len(source) == 71
     assert label.tolist() == [0]

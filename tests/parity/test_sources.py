@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import attrs
 import pytest
 import torch
-from pictures import as_class_tars, tar_bytes, write_tree
+from pictures import write_tree
 from source_kinds import COUNTS, KINDS, SIZE, TOTAL, folder, make, prepared
 
 from e2ediff.errors import DataError
@@ -85,24 +84,6 @@ def test_braces_stand_for_ranges_and_choices() -> None:
     assert expand("plain.tar") == ["plain.tar"]
 
 
-# The index of tars
-
-
-def test_an_index_is_kept_beside_the_data_and_made_again_when_they_change(tmp_path) -> None:
-    tree = write_tree(tmp_path / "tree", [3, 2])
-    path = as_class_tars(tree, tmp_path / "x.tar")
-    config = sources.ClassTars(path=str(path), size=SIZE, classes=2)
-    first = config.open().read(range(5))[0]
-    assert (tmp_path / "x.tar.index.safetensors").exists()
-    write_tree(tmp_path / "more", [4, 4])
-    as_class_tars(tmp_path / "more", path)
-    assert len(config.open()) == 8
-    (tmp_path / "x.tar.index.safetensors").write_bytes(b"damaged")
-    assert len(config.open()) == 8
-    as_class_tars(tree, path)
-    assert torch.equal(config.open().read(range(5))[0], first)
-
-
 @pytest.mark.parametrize("kind", ["tar of class tars", "shards with cls", "parquet"])
 def test_files_may_be_links_and_are_noticed_when_what_they_point_to_changes(
     kind: str, place: Path, tmp_path: Path
@@ -121,37 +102,3 @@ def test_files_may_be_links_and_are_noticed_when_what_they_point_to_changes(
     files[0].write_bytes(b"x" * 1024)
     with pytest.raises(DataError, match=r"cannot be read as"):
         linked.open()
-
-
-def test_an_index_lies_in_the_cache_where_the_data_cannot_be_written(tmp_path, cache) -> None:
-    path = as_class_tars(write_tree(tmp_path / "tree", [3, 2]), tmp_path / "x.tar")
-    (tmp_path / "x.tar.index.safetensors").mkdir()  # also root may not replace a folder
-    config = sources.ClassTars(path=str(path), size=SIZE, classes=2)
-    whole = config.open().read(range(5))[0]
-    (kept,) = cache.iterdir()
-    # From now on nobody could scan the tar, whose images are where they were.
-    stat, data = path.stat(), bytearray(path.read_bytes())
-    data[257:262] = b"wrong"
-    path.write_bytes(data)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert torch.equal(config.open().read(range(5))[0], whole)
-    kept.unlink()
-    with pytest.raises(DataError, match="cannot be read as a plain tar"):
-        config.open()
-
-
-def test_a_flat_validation_tar_takes_its_labels_from_a_file(tmp_path) -> None:
-    tree = write_tree(tmp_path / "tree", [3, 2])
-    path = as_class_tars(tree, tmp_path / "train.tar")
-    images = sorted(tree.rglob("*.JPEG"))
-    flat = [(f"val_{i}.JPEG", p.read_bytes()) for i, p in enumerate(images)]
-    (tmp_path / "val.tar").write_bytes(tar_bytes(flat))
-    rows = [f"val_{i},{p.parent.name} 1 2 3 4" for i, p in enumerate(images)]
-    (tmp_path / "val.csv").write_text("\n".join(["ImageId,PredictionString", *rows[::-1]]))
-    config = sources.ClassTars(
-        path=str(path), held_out=str(tmp_path / "val.tar"), size=SIZE, classes=2,
-        held_out_labels=str(tmp_path / "val.csv"),
-    )  # fmt: skip
-    training, held_out = config.open(), config.open(held_out=True)
-    assert torch.equal(training.labels(), held_out.labels())
-    assert torch.equal(training.read(range(5))[0], held_out.read(range(5))[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,12 +20,37 @@ from pictures import (
 )
 
 from e2ediff.data import SourceConfig
+from e2ediff.host.plugins import Host, load
 from e2ediff.parts import sources
 from e2ediff.prepare.write import Settings, prepare
+
+PACKED = ("archive", "class_tars", "tar_shards", "parquet", "arrays")
+"""Sources of the plugin."""
 
 COUNTS = [2 + k % 5 for k in range(30)]  # 119 images, up to three times as many in a class
 TOTAL = sum(COUNTS)
 SIZE = 8
+
+
+@functools.cache
+def installed() -> Host:
+    """Core and the plugins that are installed."""
+    return load()
+
+
+def part(name: str) -> type[SourceConfig]:
+    """The source of this name; skips the test that needs it where its plugin is not installed."""
+    if name in PACKED:
+        needed = "needs `pip install plugins/e2ediff-sources`"
+        pytest.importorskip("e2ediff_sources", reason=needed)
+    if name == "parquet":
+        pytest.importorskip("pyarrow")
+    return installed().registries["sources"].get(name)
+
+
+def source_of(name: str, **options: object) -> SourceConfig:
+    """A source with these options."""
+    return part(name)(**options)
 
 
 def classes_of(place: Path) -> int:
@@ -37,12 +63,12 @@ def folder(place: Path, **options: object) -> SourceConfig:
 
 
 def prepared(place: Path, path: Path, form: str) -> Path:
-    source = folder(place).open()
+    images = folder(place).open()
     settings = Settings(
-        source="", images=len(source), size=SIZE, channels=3, classes=classes_of(place),
+        source="", images=len(images), size=SIZE, channels=3, classes=classes_of(place),
         format=form, quality=95, each=25, skip=False,
     )  # fmt: skip
-    prepare(source, settings, str(path), workers=0, progress=lambda line: None)
+    prepare(images, settings, str(path), workers=0, progress=lambda line: None)
     return path
 
 
@@ -64,41 +90,40 @@ def separate_tars(tree: Path, out: Path) -> Path:
 
 
 def arrays(place: Path, tmp: Path, kind: str) -> dict[str, str]:
-    source = folder(place).open()
-    x, y = source.read(range(len(source)))
+    images = folder(place).open()
+    x, y = images.read(range(len(images)))
     x = x.permute(0, 2, 3, 1).numpy()
     if kind == "npz":
         return {"images": str(as_npz(x, y.numpy(), tmp / "all.npz"))}
-    images, labels = as_idx(x, tmp / "x-ubyte"), as_idx(y.numpy(), tmp / "y-ubyte")
-    return {"images": str(images), "labels": str(labels)}
+    pixels, labels = as_idx(x, tmp / "x-ubyte"), as_idx(y.numpy(), tmp / "y-ubyte")
+    return {"images": str(pixels), "labels": str(labels)}
 
 
 # Part, and what gives its options from the folder that holds the tree and a new one.
 KINDS: dict[str, tuple[str, Callable[[Path, Path], dict[str, str]]]] = {
     "folder on another file system": (
-        "ImageFolder", lambda p, t: {"root": in_memory(p / "tree", t / "m")}),
+        "image_folder", lambda p, t: {"root": in_memory(p / "tree", t / "m")}),
     "folder in a zip": (
-        "ImageFolder", lambda p, t: {"root": f"zip://::{as_zip(p / 'tree', t / 'x.zip')}"}),
-    "zip": ("Archive", lambda p, t: {"path": as_zip(p / "tree", t / "x.zip")}),
-    "zip as EDM's": ("Archive", lambda p, t: {"path": as_dataset_json(p / "tree", t / "x.zip")}),
+        "image_folder", lambda p, t: {"root": f"zip://::{as_zip(p / 'tree', t / 'x.zip')}"}),
+    "zip": ("archive", lambda p, t: {"path": as_zip(p / "tree", t / "x.zip")}),
+    "zip as EDM's": ("archive", lambda p, t: {"path": as_dataset_json(p / "tree", t / "x.zip")}),
     "tar of class tars": (
-        "ClassTars", lambda p, t: {"path": as_class_tars(p / "tree", t / "x.tar")}),
-    "class tars": ("ClassTars", lambda p, t: {"path": separate_tars(p / "tree", t / "x")}),
-    "shards with cls": ("TarShards", lambda p, t: {"path": as_shards(p / "tree", t / "x", 50)}),
+        "class_tars", lambda p, t: {"path": as_class_tars(p / "tree", t / "x.tar")}),
+    "class tars": ("class_tars", lambda p, t: {"path": separate_tars(p / "tree", t / "x")}),
+    "shards with cls": ("tar_shards", lambda p, t: {"path": as_shards(p / "tree", t / "x", 50)}),
     "shards with json": (
-        "TarShards", lambda p, t: {"path": as_shards(p / "tree", t / "x", 50, "json")}),
-    "parquet": ("Parquet", lambda p, t: {"path": as_parquet(p / "tree", t / "x")}),
-    "npz": ("Arrays", lambda p, t: arrays(p, t, "npz")),
-    "idx": ("Arrays", lambda p, t: arrays(p, t, "idx")),
-    "prepared as png": ("Shards", lambda p, t: {"path": prepared(p, t / "x", "png")}),
-    "prepared as raw": ("Shards", lambda p, t: {"path": prepared(p, t / "x", "raw")}),
+        "tar_shards", lambda p, t: {"path": as_shards(p / "tree", t / "x", 50, "json")}),
+    "parquet": ("parquet", lambda p, t: {"path": as_parquet(p / "tree", t / "x")}),
+    "npz": ("arrays", lambda p, t: arrays(p, t, "npz")),
+    "idx": ("arrays", lambda p, t: arrays(p, t, "idx")),
+    "prepared as png": ("shards", lambda p, t: {"path": prepared(p, t / "x", "png")}),
+    "prepared as raw": ("shards", lambda p, t: {"path": prepared(p, t / "x", "raw")}),
 }  # fmt: skip
 
 
 def make(kind: str, place: Path, tmp: Path, **options: object) -> SourceConfig:
-    if kind == "parquet":
-        pytest.importorskip("pyarrow")
     name, given = KINDS[kind]
+    config = part(name)
     paths = {key: str(value) for key, value in given(place, tmp).items()}
     options = {"size": SIZE, "classes": classes_of(place), **options}
-    return getattr(sources, name)(**paths, **options)
+    return config(**paths, **options)

@@ -1,11 +1,8 @@
-"""Images in class folders: a folder through fsspec, or a zip."""
+"""Images in class folders, through fsspec."""
 
 from __future__ import annotations
 
 import os
-import stat
-import zipfile
-from pathlib import PurePosixPath
 from typing import ClassVar
 
 import attrs
@@ -17,7 +14,7 @@ from e2ediff.data import Recognised
 from e2ediff.errors import DataError
 from e2ediff.files.class_folders import DATASET_JSON, class_folders, with_labels
 from e2ediff.files.damage import DAMAGED
-from e2ediff.files.images import check_unpacked, read_file
+from e2ediff.files.images import read_file
 from e2ediff.files.labels import read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names
 from e2ediff.files.location import Location
@@ -39,28 +36,6 @@ class FolderBytes:
             raise
         except Exception as error:  # drivers of stores raise what they like
             raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-class ZipBytes:
-    """Members of a zip, by number; each process opens it for itself."""
-
-    def __init__(self, location: Location, names: Names) -> None:
-        self.location = location
-        self.names = names
-        self._zip: zipfile.ZipFile | None = None
-        self._owner = -1
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_zip": None, "_owner": -1}
-
-    def __call__(self, i: int) -> bytes:
-        """Content of one member; nothing is ever extracted to disk."""
-        if self._zip is None or self._owner != os.getpid():
-            self._zip = zipfile.ZipFile(self.location.fs.open(self.location.path, "rb"))
-            self._owner = os.getpid()
-        member = self._zip.getinfo(self.names[i])
-        check_unpacked(member.file_size)
-        return self._zip.read(member)
 
 
 def walk(location: Location) -> tuple[list[str], list[str]]:
@@ -152,114 +127,3 @@ class ImageFolder(EncodedConfig):
             classes = len(class_names)
         fetch = FolderBytes(location, names)
         return Listing(root, names, labels, classes, class_names, fetch)
-
-
-@attrs.frozen(kw_only=True)
-class Archive(EncodedConfig):
-    """A zip file with one folder of images for each class, or as StyleGAN and EDM write it.
-
-    `path` is the zip's path or fsspec URL; `inside` the folder in it that holds the class
-    folders (empty for the top), `held_out` such a folder for the probe and for scores.
-    A `dataset.json` there has the labels instead of folders; `labels` is another file of them.
-    The other options are those of `image_folder`.
-    """
-
-    movable: ClassVar[tuple[str, ...]] = ("path", "inside", "held_out", "labels")
-    word: ClassVar[str] = "class folders"
-
-    path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
-    inside: str = ""
-    labels: str | None = attrs.field(
-        default=None, converter=optional(addresses.plain), validator=addresses.allowed
-    )
-
-    @classmethod
-    @override
-    def recognises(cls, address: str) -> Recognised | None:
-        zipped = Location(address, "data").is_file_named(".zip")
-        return Recognised({"path": address}) if zipped else None
-
-    @override
-    def option(self, *, held_out: bool) -> str:
-        return "data.path"
-
-    def listing(self, *, held_out: bool) -> Listing:
-        """Every image below the folder inside."""
-        inside = self.held_out if held_out and self.held_out is not None else self.inside
-        prefix = f"{PurePosixPath(inside)}/" if inside else ""
-        place = f"{self.path}!{inside}" if inside else self.path
-        location = Location(self.path, "data.path")
-        members, folders, dataset = _members(location, prefix)
-        paths = list(members)
-        values, source = None, self.labels or f"{place}/{DATASET_JSON}"
-        if self.labels and not held_out:
-            values = read_labels(self.labels)
-        elif dataset is not None:
-            values = read_labels(source, data=dataset)
-        if values is not None:
-            names, labels, classes, class_names = with_labels(
-                paths, values, place, "data.path", source
-            )
-        else:
-            names, labels, class_names = class_folders(
-                paths, folders, place, "data.path", everything=self.classes == 0
-            )
-            classes = len(class_names)
-        fetch = ZipBytes(location, Names(members[name] for name in names))
-        return Listing(place, names, labels, classes, class_names, fetch)
-
-
-def _members(location: Location, prefix: str) -> tuple[dict[str, str], list[str], bytes | None]:
-    """Files below a folder of a zip with their members, the folders in it, its dataset.json.
-
-    Hidden members are left out before anything is checked.
-    """
-    path = location.url
-    if not location.is_file():
-        raise DataError(f"data.path: no file {path}. Expected the path or URL of a zip")
-    with location.opened(location.path) as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                files, folders = dict[str, str](), set[str]()
-                for info in archive.infolist():
-                    # Some write `./cat/0.jpg`.
-                    name = "/".join(p for p in info.filename.split("/") if p not in ("", "."))
-                    inner = f"{name}/".removeprefix(prefix)[:-1]
-                    if not f"{name}/".startswith(prefix) or not inner or is_hidden(inner):
-                        continue
-                    _check_member(path, info)
-                    if info.is_dir():
-                        folders.add(inner.partition("/")[0])
-                    elif inner in files:
-                        raise DataError(
-                            f"data.path: {path}: member {info.filename!r} is there twice; "
-                            "expected each name once. Pack the images again without one of them"
-                        )
-                    else:
-                        files[inner] = info.filename
-                dataset = None
-                if DATASET_JSON in files:
-                    member = archive.getinfo(files[DATASET_JSON])
-                    check_unpacked(member.file_size, f"a {DATASET_JSON}")
-                    dataset = archive.read(member)
-                return files, sorted(folders), dataset
-        except (*DAMAGED, OSError, ValueError) as error:
-            raise DataError(
-                f"data.path: {path} cannot be read as a zip: {error}; fetch it again"
-            ) from error
-
-
-def _check_member(path: str, info: zipfile.ZipInfo) -> None:
-    name = info.filename
-    what = ""
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        what = "lies outside of the archive"
-    elif stat.S_ISLNK(info.external_attr >> 16):
-        what = "is a link"
-    elif info.flag_bits & 1:
-        what = "is encrypted"
-    if what:
-        raise DataError(
-            f"data.path: {path}: member {name!r} {what}; expected plain files below the top. "
-            "Pack the images again without it"
-        )

@@ -9,11 +9,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from e2ediff_sources.tar_members import members
+from e2ediff_sources.tars import ClassTars, TarShards
 from pictures import tar_bytes
 
 from e2ediff.errors import DataError
-from e2ediff.parts import sources
-from e2ediff.parts.sources.tar_members import members
 
 # One that fills its blocks, one that does not, one with a name that needs a header of its own.
 FILES = [("a.jpg", b"x" * 1024), ("b.jpg", b"y" * 700), (f"{'c' * 120}.jpg", b"z")]
@@ -83,11 +83,11 @@ def test_a_damaged_header_between_members_is_not_taken_for_the_end() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("kind", ["TarShards", "ClassTars"])
+@pytest.mark.parametrize("kind", [TarShards, ClassTars])
 def test_a_tar_that_the_disk_does_not_give_is_said(kind: str, tmp_path: Path) -> None:
     (tmp_path / "x.tar").symlink_to("/proc/self/mem")  # opens, and fails to be read
     with pytest.raises(DataError, match=r"data.path: cannot open .*x.tar: \[Errno \d+\]"):
-        getattr(sources, kind)(path=str(tmp_path / "x.tar"), size=8, classes=1).open()
+        kind(path=str(tmp_path / "x.tar"), size=8, classes=1).open()
 
 
 def test_class_tars_without_images_are_named(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_class_tars_without_images_are_named(tmp_path: Path) -> None:
         (tmp_path / "folder" / name).write_bytes(data)
     for path in ("x.tar", "folder"):
         with pytest.raises(DataError) as caught:
-            sources.ClassTars(path=str(tmp_path / path), size=8, classes=1).open()
+            ClassTars(path=str(tmp_path / path), size=8, classes=1).open()
         assert str(caught.value) == (
             f"data.path: class tars without images in {tmp_path}/{path}: n02.tar, n03.tar; fetch "
             "them again, or pack without them"
@@ -110,9 +110,9 @@ def test_a_shard_and_a_class_tar_that_were_cut_are_named(tmp_path: Path) -> None
     whole = tar_bytes([("0.jpg", b"x"), ("0.cls", b"0"), ("1.jpg", b"x"), ("1.cls", b"1")])
     (tmp_path / "x.tar").write_bytes(whole[: 4 * BLOCK])
     with pytest.raises(DataError, match=r"x.tar is cut short: it ends after 2 members"):
-        sources.TarShards(path=str(tmp_path / "x.tar"), size=8, classes=1).open()
+        TarShards(path=str(tmp_path / "x.tar"), size=8, classes=1).open()
     images = tar_bytes([("n01_0.JPEG", b"x"), ("n01_1.JPEG", b"x")])
     (tmp_path / "x.tar").write_bytes(tar_bytes([("n01.tar", images[: 2 * BLOCK])]))
     with pytest.raises(DataError, match=r"x.tar/n01.tar is cut short: it ends after 1 member "):
-        sources.ClassTars(path=str(tmp_path / "x.tar"), size=8, classes=1).open()
+        ClassTars(path=str(tmp_path / "x.tar"), size=8, classes=1).open()
     assert not list(tmp_path.glob("*.safetensors")), "no index is kept of what was refused"

@@ -21,7 +21,7 @@ from e2ediff.files.index import Index, RangeBytes, column, stored_index
 from e2ediff.files.labels import labelled, read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names, numbered
 from e2ediff.files.location import File, Location, find_files, fingerprint
-from e2ediff.parts.sources.tar_members import RULES, inside, members, read_member
+from e2ediff_sources.tar_members import RULES, inside, members, read_member
 
 
 @attrs.define
