@@ -20,7 +20,7 @@ def command() -> None:
     """Prepare, check and describe images.
 
     The data are named by a recipe, by a YAML file of a data block, or by their path or URL: a
-    folder, a zip, tars, Parquet files, arrays, or prepared shards.
+    folder, prepared shards, or what a source of an installed plugin reads.
     """
 
 

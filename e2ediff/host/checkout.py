@@ -43,17 +43,16 @@ class UninstalledPlugin:
         same = canonicalize_name(wanted.name) == canonicalize_name(self.name)
         return same and wanted.specifier.contains(self.version, prereleases=True)
 
-    def registers(self, plural: str, part: str) -> bool:
-        """Return whether its source appears to register a part of this kind and name."""
+    def parts(self, plural: str) -> list[str]:
+        """Return the names of the parts of this kind that its source appears to register."""
+        found = set[str]()
         for value in self.modules.values():
             path = self.folder / value.partition(":")[0].replace(".", "/")
             root = self.folder / "src" / path.relative_to(self.folder)
-            for file in (base.with_suffix(".py") for base in (path, root)):
-                if _adds(file, plural, part):
-                    return True
-            if any(_adds(base / "__init__.py", plural, part) for base in (path, root)):
-                return True
-        return False
+            for base in (path, root):
+                found |= _added(base.with_suffix(".py"), plural)
+                found |= _added(base / "__init__.py", plural)
+        return sorted(found)
 
     @property
     def install(self) -> str:
@@ -144,16 +143,17 @@ def _read(project: Path) -> UninstalledPlugin | None:
         return None
 
 
-def _adds(file: Path, plural: str, part: str) -> bool:
-    """Return whether the `register` in a file's source adds a part of this kind and name."""
+def _added(file: Path, plural: str) -> set[str]:
+    """Return the names of the parts of this kind that the `register` in a file's source adds."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
-        return False
-    return any(
-        [a.value for a in node.args[:2] if isinstance(a, ast.Constant)] == [plural, part]
+        return set()
+    calls = (
+        [a.value for a in node.args[:2] if isinstance(a, ast.Constant)]
         for hook in tree.body
         if isinstance(hook, ast.FunctionDef) and hook.name == "register"
         for node in ast.walk(hook)
         if isinstance(node, ast.Call)
     )
+    return {str(words[1]) for words in calls if len(words) == 2 and words[0] == plural}

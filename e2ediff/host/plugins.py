@@ -103,7 +103,7 @@ class Host:
         lost = [f" Plugin {n!r} was not loaded ({why})." for n, why in sorted(self.broken.items())]
         bare = name.rpartition(":")[2]
         for found in uninstalled_plugins([_file(place)]):
-            if found.registers(registry.plural, bare):
+            if bare in found.parts(registry.plural):
                 lost.append(f" {found.name} brings it and is not installed. Run: {found.install}")
                 break
         return did_you_mean(name, registry.names()) + "".join(lost)

@@ -11,6 +11,7 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import Recognised, SourceConfig
 from e2ediff.errors import DataError, E2EDiffError, PluginError, Problem, RecipeError
+from e2ediff.host.checkout import uninstalled_plugins
 from e2ediff.host.discovery import BUILTIN
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import load_recipe
@@ -18,10 +19,7 @@ from e2ediff.host.registry import Part, options
 from e2ediff.host.structure import Structurer
 from e2ediff.host.yaml import Node, parse_yaml, set_value
 
-_KINDS = (
-    "a folder of class folders or images, a zip of them, ImageNet's tars, tar shards, Parquet "
-    "files, an npz, npy or idx file, or a folder that `e2ediff data prepare` wrote"
-)
+_KINDS = "a folder of class folders or images, or one that `e2ediff data prepare` wrote"
 _LEVELS = ("possible", "likely", "certain")
 
 
@@ -171,6 +169,11 @@ def _why_unknown(host: Host, address: str) -> str:
     fs, path = addresses.file_system(address)
     if fs.isdir(path):
         return f"an empty folder. {expected}."
+    lacking = "".join(
+        f" {plugin.name} reads {', '.join(names)} and is not installed. Run: {plugin.install}"
+        for plugin in uninstalled_plugins()
+        if (names := plugin.parts("sources"))
+    )
     if not fs.exists(path):
-        return f"nothing is there. {expected}."
-    return f"not recognised. {expected}, or a YAML file of a block."
+        return f"nothing is there. {expected}.{lacking}"
+    return f"not recognised. {expected}, or a YAML file of a block.{lacking}"

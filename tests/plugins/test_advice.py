@@ -147,6 +147,17 @@ def test_a_part_of_a_plugin_that_lies_beside_is_named_with_its_folder(place) -> 
     assert "brings it" not in done.err
 
 
+def test_a_plugin_that_lies_beside_is_named_where_data_are_not_recognised(place) -> None:
+    write_plugin("source", "my_files", str(place / "plugins" / "e2ediff-my-files"))
+    Path("x.mine").touch()
+    for address in ("x.mine", "nowhere.mine"):
+        done = e2ediff("data", "check", address)
+        assert done.code == 5
+        said = " e2ediff-my-files reads my_files and is not installed. Run: pip install "
+        assert f"{said}plugins/e2ediff-my-files" in done.err
+        assert "e2ediff-my-way" not in done.err
+
+
 @pytest.mark.parametrize("words", [("info", "my_way"), ("check", "e2ediff-my-way")])
 def test_a_command_about_a_plugin_that_lies_beside_names_its_folder(place, words) -> None:
     done = e2ediff("plugins", *words)
@@ -162,8 +173,8 @@ def test_what_lies_beside_is_read_and_not_run(place) -> None:
         (place / f"plugins/bad{i}").mkdir()
         (place / f"plugins/bad{i}/pyproject.toml").write_text(text)
     (found,) = [one for one in uninstalled_plugins() if one.folder.is_relative_to(place)]
-    assert found.registers("objectives", "my_way")
-    assert not found.registers("objectives", "other")
+    assert found.parts("objectives") == ["my_way"]
+    assert found.parts("sources") == []
     assert found.satisfies(Requirement("e2ediff_my.way==0.1.0"))
     assert not (place / "ran").exists()
 
@@ -192,7 +203,7 @@ def test_every_part_of_our_plugins_is_found_by_its_name(folder, monkeypatch, hos
     ]
     if not parts:
         pytest.skip(f"needs `pip install plugins/{folder.name}`")
-    assert [one for one in parts if not found.registers(*one)] == []
+    assert [one for one in parts if one[1] not in found.parts(one[0])] == []
 
 
 # All messages
