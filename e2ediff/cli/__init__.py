@@ -53,7 +53,7 @@ class _Lazy(click.Group):
         from e2ediff.host.plugins import load
 
         found: click.Command | None = load().command(name)
-        return found
+        return found and _with_plugin_files(found)
 
     def resolve_command(
         self, context: click.Context, arguments: list[str]
@@ -61,15 +61,10 @@ class _Lazy(click.Group):
         try:
             return super().resolve_command(context, arguments)
         except click.UsageError as error:
-            from e2ediff.host.checkout import uninstalled_plugins
-            from e2ediff.host.registry import did_you_mean
+            from e2ediff.host.plugins import load
 
-            name = arguments[0]
-            what = f"unknown command '{name}'. {did_you_mean(name, self.list_commands(context))}"
-            for found in uninstalled_plugins():
-                if found.registers("commands", name):
-                    what = f"{found.name} brings '{name}' and is not installed. "
-                    what += f"Run: {found.install}"
+            name, known = arguments[0], self.list_commands(context)
+            what = f"unknown command '{name}'. {load().explain_unknown('commands', name, known)}"
             raise click.UsageError(what, context) from error
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -84,10 +79,13 @@ class _Lazy(click.Group):
 
 
 def _with_plugin_files(command: click.Command) -> click.Command:
-    """Add the option `--plugin` to a command, or to every command in a group."""
+    """Add the option `--plugin` to a command, or to every command in a group.
+
+    A plugin's command keeps an option of its own that has this name.
+    """
     for inner in getattr(command, "commands", {}).values():
         _with_plugin_files(inner)
-    known = any(option.name == "plugin_files" for option in command.params)
+    known = any("--plugin" in option.opts for option in command.params)
     if not known and not isinstance(command, click.Group):
         command.params.append(
             click.Option(

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from types import ModuleType
@@ -95,18 +95,21 @@ class Host:
 
     # Messages about plugins
 
-    def explain_unknown(self, registry: Registry, name: str, place: str = "") -> str:
-        """Return advice about a name that a registry lacks, for the end of an error message.
+    def explain_unknown(
+        self, plural: str, name: str, known: Collection[str], place: str = ""
+    ) -> str:
+        """Return advice about an unknown part or command, for the end of an error message.
 
-        `place` is where in a recipe the name stands.
+        `plural` is its kind as `add` takes it, `known` the names of that kind, and `place` where
+        in a recipe the name stands.
         """
         lost = [f" Plugin {n!r} was not loaded ({why})." for n, why in sorted(self.broken.items())]
         bare = name.rpartition(":")[2]
         for found in uninstalled_plugins([_file(place)]):
-            if bare in found.parts(registry.plural):
+            if bare in found.parts(plural):
                 lost.append(f" {found.name} brings it and is not installed. Run: {found.install}")
                 break
-        return did_you_mean(name, registry.names()) + "".join(lost)
+        return did_you_mean(name, known) + "".join(lost)
 
     def missing_requirement(self, requirement: str, place: str = "") -> str:
         """Explain why an entry of `requires` is not met, with advice; "" if it is met.

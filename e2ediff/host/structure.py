@@ -171,7 +171,8 @@ class Structurer:
         if self.excused and not closest(name.value, registry.names()):
             return _FAILED
         what = f"unknown {registry.kind} {name.value[:60]!r}."
-        way_out = self.host.explain_unknown(registry, name.value, name.place)
+        known = registry.names()
+        way_out = self.host.explain_unknown(registry.plural, name.value, known, name.place)
         return self._complain(where, what, name.place, way_out)
 
     def _block(self, node: Node, cls: type, where: str, entries: Mapping[str, Node]) -> object:

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-
-OURS = "dsd,unite,jit,rivals,varfloor,packed_sources"
-"""The plugins of this repository, to be blocked."""
+from command_line import OURS
 
 
 @attrs.frozen

@@ -124,18 +124,6 @@ def test_another_version_than_the_one_that_lies_beside_is_not_promised(place) ->
     assert done.err.endswith("is not installed. Run: pip install 'e2ediff-my-way>=2'\n")
 
 
-def test_a_command_of_a_plugin_that_lies_beside_is_named_with_its_folder(place) -> None:
-    hook = place / "plugins" / "e2ediff-my-way" / "e2ediff_my_way.py"
-    hook.write_text(hook.read_text() + '    add("commands", "mine", "e2ediff_my_way:command")\n')
-    done = e2ediff("mine", "--fast")
-    assert done.code == 2
-    assert done.err.splitlines()[-1] == (
-        "Error: e2ediff-my-way brings 'mine' and is not installed. "
-        "Run: pip install plugins/e2ediff-my-way"
-    )
-    assert "unknown command 'mines'." in e2ediff("mines").err
-
-
 def test_a_part_of_a_plugin_that_lies_beside_is_named_with_its_folder(place) -> None:
     """For its own kind alone."""
     done = e2ediff("check", "tiny.yaml", "--set", "objective=my_way")
@@ -180,7 +168,9 @@ def test_what_lies_beside_is_read_and_not_run(place) -> None:
 
 
 @pytest.mark.parametrize("folder", OURS, ids=lambda path: path.name)
-def test_every_part_of_our_plugins_is_found_by_its_name(folder, monkeypatch, host) -> None:
+def test_every_part_and_command_of_our_plugins_is_found_by_its_name(
+    folder, monkeypatch, host
+) -> None:
     """As it would be where they are not installed."""
     from importlib import metadata
 
@@ -201,6 +191,8 @@ def test_every_part_of_our_plugins_is_found_by_its_name(folder, monkeypatch, hos
         for part in registry
         if part.plugin.distribution == folder.name
     ]
+    commands = host.commands.items()
+    parts += [("commands", name) for name, (_, p) in commands if p.distribution == folder.name]
     if not parts:
         pytest.skip(f"needs `pip install plugins/{folder.name}`")
     assert [one for one in parts if one[1] not in found.parts(one[0])] == []

@@ -10,13 +10,11 @@ import sys
 
 import attrs
 import pytest
-from command_line import e2ediff
+from command_line import OURS, e2ediff
 
 from e2ediff.errors import DuplicateNameError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
-
-OURS = "dsd,unite,jit,rivals,varfloor"  # the plugins of this repository
 
 GOOD = """
 import attrs

@@ -11,13 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from command_line import OURS
 
 from e2ediff.store.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 VARFLOOR = ROOT / "plugins" / "e2ediff-varfloor"
-# Every plugin of this repository by its entry point, and the broken one of these tests.
-OTHERS = "dsd,unite,jit,rivals,varfloor,brokenplug"
+OTHERS = f"{OURS},brokenplug"  # with the broken one of these tests
 
 
 @pytest.fixture(scope="module")

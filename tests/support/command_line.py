@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,14 @@ import attrs
 import pytest
 
 from e2ediff.cli import main
+
+PLUGINS = Path(__file__).parents[2] / "plugins"
+OURS = ",".join(
+    entry
+    for project in sorted(PLUGINS.glob("*/pyproject.toml"))
+    for entry in tomllib.loads(project.read_text())["project"]["entry-points"]["e2ediff"]
+)
+"""The plugins of this repository by their entry points, as E2EDIFF_BLOCK takes them."""
 
 
 def needs(*distributions: str) -> pytest.MarkDecorator:
