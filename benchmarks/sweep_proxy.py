@@ -5,6 +5,7 @@
 Sweeps one grid at several counts, evaluates every candidate in full with another seed, and
 compares the rankings. Runs the commands that a user would; what is in DIR is not made again.
 Features are those of the quickstart's judge, so RUN must be one on Fashion-MNIST.
+Needs the plugin e2ediff-sweep: pip install -c constraints.txt . plugins/e2ediff-sweep
 Leaves `results.json` and `table.md`.
 """
 

@@ -29,7 +29,6 @@ _COMMANDS = {
     "plan": ("plan", "Forecast FLOPs, memory, hours and disk of a recipe, before it is run."),
     "ablate": ("ablate", "Train a grid of variations with several seeds, and report on it."),
     "report": ("report", "Write one HTML page on a run or an ablation."),
-    "sweep": ("sweep", "Search weights, guidance and sampler of a run on few samples."),
     "compare": ("compare", "Print final figures of runs, and what differs in their recipes."),
     "data": ("data", "Prepare, check and describe images."),
     "parts": ("parts", "List the parts that a recipe can name, with their options."),

@@ -53,15 +53,17 @@ ROOMS = {
     "ablate": ("contracts host store distributed model train forecast", "attrs yaml"),
     "report": ("contracts files host store evaluate ablate",
                "attrs PIL scipy matplotlib jinja2 markupsafe"),
-    "sweep": ("contracts host store loading model sample evaluate ablate", "torch attrs numpy"),
     "testing": ("contracts parts host store loading model step train sample",
                 "torch attrs packaging safetensors"),
     "cli": ("contracts parts host store distributed loading model monitor train sample evaluate "
-            "forecast prepare ablate report sweep testing", "torch click"),
+            "forecast prepare ablate report testing", "torch click"),
 }  # fmt: skip
 # Plugins of this repository that are rooms of their own: each is released with the core, and
 # requires its very version, since it may import rooms like `cli` does.
-TOOLS: dict[str, tuple[str, str]] = {}
+TOOLS = {
+    "e2ediff-sweep": ("contracts host store distributed loading model train sample evaluate "
+                      "ablate", "torch attrs numpy click"),
+}  # fmt: skip
 PAGE = ROOT / "docs" / "explanation" / "architecture.md"
 # Of the checks for authors, those that run a whole plugin.
 KIT = ("kit.py", "kinds.py", "trials.py", "parallel.py", "source.py")
@@ -280,7 +282,7 @@ def test_preparing_data_needs_sources_a_loader_and_a_store_alone() -> None:
 def test_a_sweep_needs_the_grids_of_ablations_alone() -> None:
     used = {
         name
-        for path in sources(CORE / "sweep")
+        for path in sources(ROOT / "plugins" / "e2ediff-sweep")
         for name in imports(tree_of(path))
         if name.startswith("e2ediff.ablate")
     }
@@ -408,13 +410,19 @@ def test_a_tool_imports_what_the_table_says_and_requires_this_version(tool: str)
 
 
 def test_the_core_names_no_plugin() -> None:
-    """Neither as a name nor in a string; docstrings may cite a paper."""
+    """Neither as a name nor in a string; docstrings may cite a paper.
+
+    The entry point of a tool is the name of its command, a plain word: core may use the word, and
+    not advise the command.
+    """
     names = set()
     for plugin in PLUGINS:
         project = tomllib.loads((plugin / "pyproject.toml").read_text())["project"]
         entries = project["entry-points"]["e2ediff"]
-        names |= {project["name"], *entries, *entries.values()}
-    assert {"dsd", "varfloor", "e2ediff-dsd", "e2ediff_varfloor"} <= names
+        tool = plugin.name in TOOLS
+        names |= {project["name"], *entries.values()}
+        names |= {f"e2ediff {entry}" if tool else entry for entry in entries}
+    assert {"dsd", "varfloor", "e2ediff-dsd", "e2ediff_varfloor", "e2ediff sweep"} <= names
     pattern = re.compile(rf"(?i)(?<![a-z])({'|'.join(names)})(?![a-z])")
     papers = CORE / "evaluate" / "conventions.py"  # rules of papers, by the papers' names
     found = [

@@ -17,6 +17,7 @@ import click
 
 import e2ediff
 from e2ediff.cli import group
+from e2ediff.host.plugins import load
 
 LIST = Path(__file__).with_name("public_names.txt")
 ROOT = Path(e2ediff.__file__).parent
@@ -101,7 +102,7 @@ def _attributes(name: str, cls: type) -> Iterator[str]:
 
 
 def _command(command: click.Command, words: str) -> Iterator[str]:
-    """A command with its arguments, a line for each option, and its subcommands."""
+    """A command with its arguments, a line for each option, and its subcommands but plugins'."""
     context = click.Context(command)
     given = [p for p in command.params if isinstance(p, click.Argument)]
     yield " ".join([words, *(p.metavar or str(p.name).upper() for p in given)])
@@ -113,7 +114,8 @@ def _command(command: click.Command, words: str) -> Iterator[str]:
             names = "/".join([*option.opts, *option.secondary_opts])
             yield f"{words} {names}{taken}{several}{must}"
     if isinstance(command, click.Group):
-        for name in command.list_commands(context):
+        plugins = load().commands if command is group else {}
+        for name in [n for n in command.list_commands(context) if n not in plugins]:
             found = command.get_command(context, name)
             assert found is not None
             yield from _command(found, f"{words} {name}")

@@ -90,7 +90,7 @@ def test_a_run_in_bfloat16_goes_from_its_first_look_to_its_scores(
         ("reconstruct", run, "--count", 4, "--out", tmp_path / "pairs"),
         ("interpolate", run, "--seeds", 0, 1, "--out", tmp_path / "strip.png"),
         ("eval", run, "--count", 8, "--metrics", "fid,reconstruction,latents", *features),
-        ("sweep", run, "--count", 8, *features, "--vary", "weights=target,ema:0.1"),
+        ("sample", run, "--count", 2, "--weights", "ema:0.1", "--out", tmp_path / "width"),
     ):
         done = e2ediff(*words)
         assert done.code == 0, f"{words}: {done.err}"

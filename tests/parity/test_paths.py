@@ -45,7 +45,6 @@ from e2ediff.sample.request import SampleRequest
 from e2ediff.sample.sample_set import make_set
 from e2ediff.store.run_directory import RunDirectory, is_run
 from e2ediff.store.storage import Store
-from e2ediff.sweep.candidates import open_run
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 
@@ -113,7 +112,6 @@ READERS: dict[str, Callable[[Callable[[str], addresses.Address]], object]] = {
     "gather": lambda at: gather(HOST, at("run")).place,
     "gather_runs": lambda at: gather_runs(HOST, [at("run"), at("run")]).command,
     "read_run": lambda at: read_run(HOST, at("run"), "", {}).path,
-    "open_run": lambda at: open_run(HOST, ModelRef(run=at("run")), print).directory.path,
 }  # fmt: skip
 
 

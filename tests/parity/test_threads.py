@@ -364,7 +364,7 @@ def test_a_run_resumed_with_another_number_records_it(tiny_recipe, tmp_path) -> 
 
 # On the command line
 
-COMPUTE = ["run", "sample", "eval", "reconstruct", "interpolate", "sweep", "ablate"]
+COMPUTE = ["run", "sample", "eval", "reconstruct", "interpolate", "ablate"]
 
 
 @pytest.mark.parametrize("command", COMPUTE)

@@ -61,7 +61,6 @@ def test_a_run_records_the_file_s_hash_and_keeps_a_copy(run) -> None:
         ("sample", "run", "--count", "2"),
         ("reconstruct", "run", "--count", "2"),
         ("eval", "run", "--count", "8", "--features", "random_projection", "--metrics", "fid"),
-        ("sweep", "run", "--vary", "sampler.steps=1,2", "--count", "4", "--dry-run"),
     ],
     ids=lambda words: words[0],
 )

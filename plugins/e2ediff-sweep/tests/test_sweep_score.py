@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from e2ediff_sweep.proxy import Mean, Proxy, Z, difference
 
 from e2ediff.distances import polynomial_mmd
-from e2ediff.sweep.proxy import Mean, Proxy, Z, difference
 
 
 def rows(n: int, seed: int, shift: float = 0.0, width: int = 4) -> torch.Tensor:

@@ -25,8 +25,8 @@ from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.model.inference import Model, denoise_once
 from e2ediff.sample.set_record import differences
 from e2ediff.store.storage import JSON, Store
-from e2ediff.sweep.candidates import Candidate, SweptRun
-from e2ediff.sweep.proxy import Mean, Proxy
+from e2ediff_sweep.candidates import Candidate, SweptRun
+from e2ediff_sweep.proxy import Mean, Proxy
 
 SPEC, SCORES = "sweep.json", "scores"
 _METRIC = {"name": "kernel_distance", "error": "jackknife over samples, reference fixed"}

@@ -100,11 +100,11 @@ def command(
     from e2ediff.model.build import choose_device
     from e2ediff.sample.load import ModelRef
     from e2ediff.store.storage import Store
-    from e2ediff.sweep.axes import check, default_axes, parse_axes
-    from e2ediff.sweep.candidates import open_run
-    from e2ediff.sweep.search import Search, every, one_by_one, open_subset
-    from e2ediff.sweep.table import as_csv, cheapest, command_line, full_words, lines, ranked
     from e2ediff.train.progress import Progress
+    from e2ediff_sweep.axes import check, default_axes, parse_axes
+    from e2ediff_sweep.candidates import open_run
+    from e2ediff_sweep.search import Search, every, one_by_one, open_subset
+    from e2ediff_sweep.table import as_csv, cheapest, command_line, full_words, lines, ranked
 
     if sha256 and not weights_file:
         raise click.UsageError("--sha256 is the hash of --weights-file; give both")

@@ -17,7 +17,7 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.host.structure import unstructure
 from e2ediff.sample.post_hoc import stored_weights
 from e2ediff.sampler import Sampler
-from e2ediff.sweep.candidates import Candidate, SweptRun
+from e2ediff_sweep.candidates import Candidate, SweptRun
 
 ROOTS = ("weights", "sampler", "guidance")
 _WIDTHS = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import attrs
 
-from e2ediff.sweep.candidates import Candidate
-from e2ediff.sweep.proxy import Mean, Z, difference
-from e2ediff.sweep.search import Result
+from e2ediff_sweep.candidates import Candidate
+from e2ediff_sweep.proxy import Mean, Z, difference
+from e2ediff_sweep.search import Result
 
 _COLUMNS = (
     "place", "score", "error", "low", "high", "behind", "behind_error", "tied", "network_calls",

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import e2ediff, trained
+from command_line import OURS, e2ediff, trained
+from e2ediff_sweep import search
+from e2ediff_sweep.axes import parse_axes
+from e2ediff_sweep.candidates import open_run
+from half_only import offer_half_only
 from tiny_recipe import tiny
 
 from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passport import read_card
 from e2ediff.host.plugins import load
 from e2ediff.sample.load import ModelRef
-from e2ediff.sweep import search
-from e2ediff.sweep.axes import parse_axes
-from e2ediff.sweep.candidates import open_run
 
 TINY = tiny(
     steps="12",
@@ -170,7 +174,84 @@ def test_without_axes_widths_guidance_and_samplers_are_searched(run: str) -> Non
     assert e2ediff("sweep", run, "--dry-run", *fixed).out == ""
 
 
+def test_a_run_may_be_given_as_a_path(run: str) -> None:
+    swept = open_run(load(), ModelRef(run=Path(run)), print)
+    assert swept.directory.path == open_run(load(), ModelRef(run=run), print).directory.path
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa_flash"])
+def test_a_run_in_bfloat16_is_swept_where_its_kernel_exists_for_half_types_alone(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer_half_only(monkeypatch)
+    half = trained(tmp_path, tiny(
+        precision="bfloat16",
+        data="{name: synthetic, size: 16, classes: 2, count: 64}",
+        backbone="{name: vit, width: 16, depth: 1, heads: 1, patch: 8, latent_dim: 4, "
+        f"latent_norm: batch, attention: {kernel}}}",
+        post_hoc="{every: 1}",
+    ))  # fmt: skip
+    done = e2ediff("sweep", half, *FEW, "--vary", "weights=target,ema:0.1")
+    assert done.code == 0, done.err
+
+
+# How it is called
+
+
+def test_help_answers_without_torch() -> None:
+    program = (
+        "import sys\n"
+        "from e2ediff.cli import main\n"
+        "try: main(['sweep', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'fsspec', 'rich', 'matplotlib'} & {*sys.modules}\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    others = ",".join(name for name in OURS.split(",") if name != "sweep")
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "E2EDIFF_BLOCK": others},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert words.startswith("Usage: e2ediff sweep [OPTIONS] RUN")
+    assert "--threads N|auto" in words
+    assert "[default: auto]" in words
+
+
+def test_a_run_trained_with_a_plugin_file_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_objective.py").write_text(
+        "from e2ediff import hookimpl\n"
+        "@hookimpl\n"
+        "def register(add):\n"
+        "    add('objectives', 'mine', 'e2ediff.parts.objectives.controls:Detached')\n"
+    )
+    Path("tiny.yaml").write_text(tiny(steps="2"))
+    mine = ("--plugin", "my_objective.py")
+    done = e2ediff("run", "tiny.yaml", "--set", "objective=mine", "--out", "run", *mine)
+    assert done.code == 0, done.err
+    words = ("sweep", "run", "--vary", "sampler.steps=1,2", "--dry-run")
+    done = e2ediff(*words)
+    assert done.code == 4
+    assert "add --plugin my_objective.py" in done.err
+    done = e2ediff(*words, *mine)
+    assert (done.code, done.out) == (0, "sampler.steps=1\nsampler.steps=2\n"), done.err
+
+
 # What is refused
+
+
+@pytest.mark.parametrize(
+    "address", ["reference://::memory://x", "simplecache::reference://x", "REFERENCE://x"]
+)
+def test_an_address_that_is_never_opened_is_refused(run: str, address: str) -> None:
+    for words in ((run, "--out", address), (run, "--reference", address), (address,)):
+        done = e2ediff("sweep", *words, *FEW)
+        assert done.code in (3, 5, 6), (words, done)
+        assert "is never opened" in done.err, (words, done)
 
 
 @pytest.mark.parametrize(
