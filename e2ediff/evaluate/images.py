@@ -39,7 +39,6 @@ from e2ediff.files.names import files_below
 from e2ediff.model.inference import Model
 from e2ediff.sample.conditions import Conditions
 from e2ediff.sample.load import ModelRef
-from e2ediff.seeds import generator
 
 _CHUNK = 1 << 22
 _BATCH_PIXELS = 4 * MAX_PIXELS
@@ -252,21 +251,6 @@ class SourceImages(ImageSet):
         for batch in self.batches(0, self.count, 256):
             content.add(batch)
         return content.sha256
-
-
-class SomeImages(SourceImages):
-    """Random images of a data source, chosen by (seed, "reference") alone."""
-
-    def __init__(self, source: DataSource, place: str, count: int, seed: int) -> None:
-        super().__init__(source, place)
-        g = generator(torch.device("cpu"), seed, "reference")
-        self.chosen: list[int] = torch.randperm(len(source), generator=g)[:count].tolist()
-        self.count = len(self.chosen)
-
-    @override
-    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        for first in range(start, stop, size):
-            yield self.source.read(self.chosen[first : min(first + size, stop)])[0]
 
 
 def check_finite(x: Tensor, what: str, first: int) -> None:

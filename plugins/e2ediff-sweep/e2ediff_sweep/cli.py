@@ -103,7 +103,8 @@ def command(
     from e2ediff.train.progress import Progress
     from e2ediff_sweep.axes import check, default_axes, parse_axes
     from e2ediff_sweep.candidates import open_run
-    from e2ediff_sweep.search import Search, every, one_by_one, open_subset
+    from e2ediff_sweep.reference import open_subset
+    from e2ediff_sweep.search import Search, every, one_by_one
     from e2ediff_sweep.table import as_csv, cheapest, command_line, full_words, lines, ranked
 
     if sha256 and not weights_file:

@@ -8,18 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 
-from e2ediff import addresses
 from e2ediff.ablate.grid import Axis
-from e2ediff.addresses import Address
-from e2ediff.errors import DataError, RunDirectoryError
+from e2ediff.errors import RunDirectoryError
 from e2ediff.evaluate.evaluate import passport_of
-from e2ediff.evaluate.images import SomeImages
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.evaluate.passport import Card, Score, parse_card, write_card
-from e2ediff.evaluate.reference import ReferenceSet, open_reference, reference_features
+from e2ediff.evaluate.reference import ReferenceSet, reference_features
 from e2ediff.evaluate.request import Request
 from e2ediff.evaluate.subject import run_subject
-from e2ediff.loading.bad_images import open_source
 from e2ediff.model.build import choose_device
 from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.model.inference import Model, denoise_once
@@ -49,33 +45,6 @@ class Result:
     def calls(self) -> float:
         """Return network calls per image."""
         return float(self.card.passport.protocol["network_calls"])  # type: ignore[arg-type]
-
-
-def open_subset(run: SweptRun, place: Address, count: int, seed: int) -> ReferenceSet:
-    """Open the reference: a random subset of a run's data, or all images of another set.
-
-    Raises:
-        DataError: There is no such reference, or it has fewer than two images.
-    """
-    place = addresses.plain(place)
-    if place in ("data", "held-out"):
-        source = open_source(run.recipe.data, held_out=place == "held-out")
-        images = SomeImages(source, place, count, seed)
-        found = ReferenceSet(f"{images.count} of {place}", images.sha256(), images=images)
-    else:
-        found = open_reference(place, run.host, run.recipe.data)
-    if found.images is None or found.images.count < 2:
-        raise DataError(
-            f"{place}: a kernel distance needs two images or more as a reference, and statistics "
-            "alone are none; give a folder, an npz with arr_0, or a data source"
-        )
-    image, there = run.recipe.data.image, found.images.shape
-    if there != (image.channels, image.height, image.width):
-        raise DataError(
-            f"{place}: its images have {there[2]} x {there[1]} x {there[0]} values, those of the "
-            f"run {image.width} x {image.height} x {image.channels}; a score needs one resolution"
-        )
-    return found
 
 
 @attrs.define(eq=False)
