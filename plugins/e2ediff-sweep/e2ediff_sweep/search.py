@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 
-from e2ediff.ablate.grid import Axis
+from e2ediff.ablate.grid import Axis, Value
 from e2ediff.errors import RunDirectoryError
 from e2ediff.evaluate.evaluate import passport_of
 from e2ediff.evaluate.passes import Pass, View, feature_pass
@@ -196,25 +196,19 @@ def one_by_one(
 
     Starts with the recipe. Stops early after a round that changed nothing.
     """
-    chosen: dict[str, object] = {}
-
-    def candidate() -> Candidate:
-        return run.candidate([chosen[a.path] for a in axes if a.path in chosen])  # type: ignore[misc]
-
-    best = score(candidate())
+    chosen: dict[str, Value] = {}
+    best = score(run.candidate([]))
     yield best
     for _ in range(rounds):
         before = best
         for axis in axes:
-            held = chosen.get(axis.path)
+            held = chosen
             for value in axis.values:
-                chosen[axis.path] = value
-                result = score(candidate())
+                tried = {**chosen, axis.path: value}
+                result = score(run.candidate([tried[a.path] for a in axes if a.path in tried]))
                 yield result
                 if result.mean.value < best.mean.value:
-                    best, held = result, value
-            chosen.pop(axis.path)
-            if held is not None:
-                chosen[axis.path] = held
+                    best, held = result, tried
+            chosen = held
         if best is before:
             return
