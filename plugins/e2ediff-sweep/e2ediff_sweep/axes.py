@@ -115,7 +115,7 @@ def _block(options: Mapping[str, object]) -> str:
 def check(run: SweptRun, axes: Sequence[Axis]) -> None:
     """Refuse axes of which some combination cannot be sampled.
 
-    Axes of different parts can be checked separately, except those of sampler and guidance.
+    Weights are checked apart from sampler and guidance, to which they do not matter.
 
     Raises:
         RecipeError: Some combination is wrong; has every problem.
@@ -145,14 +145,16 @@ def _problems(run: SweptRun, candidate: Candidate) -> Iterator[Problem]:
     yield from tried(lambda: run.check_weights(candidate.weights))
 
 
-def _groups(axes: Sequence[Axis]) -> list[list[Axis]]:
-    """Group axes of the same part; sampler and guidance, which must suit each other, together."""
-    groups: list[tuple[set[str], list[Axis]]] = [(set(), [])]
+def _groups(axes: Sequence[Axis]) -> list[Sequence[Axis]]:
+    """Group axes that must suit each other, after a group of none for what is set for all.
+
+    Those of weights are one group, those of sampler and guidance another; a value that sets both
+    makes them one.
+    """
+    weights, others = list[Axis](), list[Axis]()
     for axis in axes:
-        named = {a.path.partition(".")[0] for v in axis.values for a in v.assignments}
-        roots = {"sampler" if root == "guidance" else root for root in named}
-        touched = [g for g in groups if g[0] & roots]
-        rest = [g for g in groups if not g[0] & roots]
-        together = [one for g in touched for one in g[1]] + [axis]
-        groups = [*rest, (roots.union(*(g[0] for g in touched)), together)]
-    return [group for _, group in groups]
+        paths = {a.path for value in axis.values for a in value.assignments}
+        if "weights" in paths and len(paths) > 1:
+            return [(), axes]
+        (weights if "weights" in paths else others).append(axis)
+    return [(), weights, others]
