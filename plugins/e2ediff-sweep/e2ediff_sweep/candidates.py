@@ -34,10 +34,15 @@ class Candidate:
         return attrs.evolve(ref, weights=self.weights, overrides=self.overrides)
 
     @property
-    def words(self) -> str:
-        """Format the candidate as options of `sample` and `eval`."""
+    def options(self) -> list[str]:
+        """Return the options that `sample` and `eval` take for this candidate."""
         sets = [word for assignment in self.overrides for word in ("--set", assignment)]
-        return shlex.join(["--weights", self.weights, *sets])
+        return ["--weights", self.weights, *sets]
+
+    @property
+    def words(self) -> str:
+        """Format the options for a shell."""
+        return shlex.join(self.options)
 
 
 @attrs.frozen(eq=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
+
 import click
 
 
@@ -105,7 +108,7 @@ def command(
     from e2ediff_sweep.candidates import open_run
     from e2ediff_sweep.reference import open_subset
     from e2ediff_sweep.search import Search, every, one_by_one
-    from e2ediff_sweep.table import as_csv, cheapest, command_line, full_words, lines, ranked
+    from e2ediff_sweep.table import as_csv, cheapest, lines, ranked
 
     if sha256 and not weights_file:
         raise click.UsageError("--sha256 is the hash of --weights-file; give both")
@@ -139,9 +142,8 @@ def command(
         real = open_subset(swept, reference, 10 * count, seed)
         search = Search(swept, request, real, store, progress.say, progress.update)
         search.begin()
-        candidates = every(swept, axes)
         scored = (
-            map(search.score, candidates)
+            map(search.score, every(swept, axes))
             if grid
             else one_by_one(swept, axes, rounds, search.score)
         )
@@ -157,18 +159,21 @@ def command(
     best = rows[0].result.candidate
     if (cheap := cheapest(rows)).result.calls < rows[0].result.calls:
         click.echo(f"tied, at {cheap.result.calls:g} calls: {cheap.result.candidate.words}")
-    given = [*_same("--features", features), *_same("--weights-file", weights_file)]
-    given += [*_same("--sha256", sha256), *_same("--convention", convention)]
-    if reference != "data":
-        given += ["--reference", reference]
-    words = full_words(run, swept.checkpoint.name, best, full or rules.count, seed, given)
+    options = {
+        "--checkpoint": swept.checkpoint.name,
+        "--count": full or rules.count,
+        "--seed": seed + 1,  # not the noise that the best one was chosen by
+        "--features": features,
+        "--weights-file": weights_file,
+        "--sha256": sha256,
+        "--convention": convention,
+        "--reference": reference,
+    }
+    given = [(name, str(value)) for name, value in options.items() if value is not None]
+    words = ["eval", run, *best.options, *itertools.chain(*given)]
     click.echo(f"table: {store.where('sweep.csv')}")
-    click.echo(f"full evaluation: {command_line(words)}")
+    click.echo(f"full evaluation: {shlex.join(['e2ediff', *words])}")
     if full:
         group = context.find_root().command
         assert isinstance(group, click.Group)
         group.main(words, prog_name="e2ediff", standalone_mode=False)
-
-
-def _same(option: str, value: str | None) -> list[str]:
-    return [] if value is None else [option, value]

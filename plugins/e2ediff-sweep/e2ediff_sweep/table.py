@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 from collections.abc import Sequence
 
 import attrs
 
-from e2ediff_sweep.candidates import Candidate
 from e2ediff_sweep.proxy import Mean, Z, difference
 from e2ediff_sweep.search import Result
 
@@ -75,18 +73,3 @@ def as_csv(rows: Sequence[RankedCandidate]) -> str:
              " ".join(result.candidate.overrides), result.card.place.rpartition("/")[2]]
         )  # fmt: skip
     return text.getvalue()
-
-
-def full_words(
-    run: str, checkpoint: str, best: Candidate, count: int, seed: int, given: Sequence[str]
-) -> list[str]:
-    """Return `e2ediff` arguments for the full evaluation of a candidate, with a new seed."""
-    words = ["eval", run, "--weights", best.weights, "--checkpoint", checkpoint]
-    for assignment in best.overrides:
-        words += ["--set", assignment]
-    return [*words, "--count", str(count), "--seed", str(seed + 1), *given]
-
-
-def command_line(words: Sequence[str]) -> str:
-    """Quote words for a shell."""
-    return shlex.join(["e2ediff", *words])
