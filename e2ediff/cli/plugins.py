@@ -136,6 +136,9 @@ def info(name: str) -> None:
                     click.echo(f"  {registry.plural}")
                     for line in lines_of(part):
                         click.echo(f"    {line}")
+        for command_name, (_, owner) in host.commands.items():
+            if owner == plugin:
+                click.echo(f"  {'command':<9} {command_name}")
 
 
 @command.command("new")
@@ -180,6 +183,7 @@ def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
 
     Each part takes its place in a small recipe and is trained with, for seconds: shapes, types,
     gradients, what stops them, determinism, resume, bfloat16, torch.compile, two processes.
+    Commands are imported.
     Each failure says what to change; the exit code is then 4.
     """
     from e2ediff.errors import PluginError

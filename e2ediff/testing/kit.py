@@ -10,7 +10,7 @@ from pathlib import Path
 
 import attrs
 
-from e2ediff.errors import E2EDiffError
+from e2ediff.errors import E2EDiffError, PluginError
 from e2ediff.host.guard import cause
 from e2ediff.host.plugins import Host
 from e2ediff.host.registry import Part
@@ -86,7 +86,7 @@ def check_plugin(
     source: Source | None = None,
     only: str = "",
 ) -> Iterator[Verdict]:
-    """Run all checks that apply to a plugin's parts.
+    """Run all checks that apply to a plugin's parts, and import its commands.
 
     Each part is tried in a small recipe (`e2ediff.testing.trials.RECIPE`), in the place of the
     part that is there and with the changes that its class attribute `trial` lists; the checks
@@ -97,12 +97,20 @@ def check_plugin(
         plugin: Its name; it must be loaded.
         overrides: Further changes to that recipe, as `--set` takes them.
         source: Its folder, where it is not installed.
-        only: The name of one part, to leave out the others.
+        only: The name of one part or command, to leave out the others.
     """
     for row in KINDS:
         for part in host.registries[row.plural]:
             if part.plugin.name == plugin and only in ("", part.name):
                 yield from _part(host, row.plural, part, overrides, source)
+    for name, (_, owner) in host.commands.items():
+        if owner.name == plugin and only in ("", name):
+            problem = ""
+            try:
+                host.command(name)
+            except PluginError as error:
+                problem = str(error)
+            yield Verdict(f"command {name}", "contract", problem)
 
 
 def _part(

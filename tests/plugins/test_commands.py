@@ -123,3 +123,24 @@ def test_an_unknown_command_names_the_plugin_that_would_bring_it(inside, monkeyp
         " e2ediff-farewell brings it and is not installed. Run: pip install "
         "plugins/e2ediff-farewell\n"
     )
+
+
+def test_a_plugin_of_commands_alone_is_checked_and_shown(inside) -> None:
+    inside.install("careless", SOURCE.partition("@hookimpl")[0] + """
+@hookimpl
+def register(add):
+    add("commands", "lost", "nowhere:command")
+""", requires="e2ediff>=0.1,<0.2")  # fmt: skip
+    done = e2ediff("plugins", "check", "careless")
+    assert done.code == 4
+    assert done.out == (
+        "FAIL  command lost  contract: command 'lost' of plugin 'careless' (careless 1.2): "
+        "ModuleNotFoundError: No module named 'nowhere'\n"
+    )
+    done = e2ediff("plugins", "check", "greeter", "--part", "ends")
+    assert "ok    command ends  contract\n" in done.out
+    assert "command own" not in done.out
+    shown = e2ediff("plugins", "info", "greeter").out.splitlines()
+    assert [line.split() for line in shown[-3:]] == [
+        ["command", "greet"], ["command", "ends"], ["command", "own"],
+    ]  # fmt: skip

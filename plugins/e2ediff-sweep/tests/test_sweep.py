@@ -219,6 +219,11 @@ def test_help_answers_without_torch() -> None:
     assert "[default: auto]" in words
 
 
+def test_the_plugin_passes_its_check() -> None:
+    done = e2ediff("plugins", "check", "sweep")
+    assert (done.code, done.out) == (0, "ok    command sweep  contract\n1 checks passed\n")
+
+
 def test_a_run_trained_with_a_plugin_file_asks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
