@@ -1,16 +1,25 @@
-"""Feature networks: fixed networks whose features compare images.
+"""Feature networks: fixed networks whose features compare images, and the files of their weights.
 
 Shapes: B batch, C H W image, K channels of a map, F features of an image.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 
+import torch
 from torch import Tensor, nn
 
+from e2ediff import addresses
+from e2ediff.addresses import Address
 from e2ediff.data import from_pixels
+from e2ediff.errors import DataError
+
+_SHOWN = 3
 
 
 class FeatureNetwork(nn.Module, ABC):
@@ -48,7 +57,11 @@ class FeatureNetwork(nn.Module, ABC):
 
 
 class FeatureConfig(ABC):
-    """Names a feature network in a recipe, with the place and hash of its weights."""
+    """Names a feature network in a recipe, with the place and hash of its weights.
+
+    Weights that lie in a file are read by `read_weights`, which checks the hash and unpickles
+    nothing but tensors, and loaded by `load_weights`, which names what does not fit.
+    """
 
     @abstractmethod
     def build(self) -> FeatureNetwork:
@@ -61,3 +74,107 @@ class FeatureConfig(ABC):
     def blank(self) -> FeatureNetwork:
         """The same network with whatever weights need no file: for its shapes and its cost."""
         return self.build()
+
+
+def read_file(place: Address, sha256: str | None = None) -> tuple[bytes, str]:
+    """Read a file of weights in any format; return its bytes and their sha256.
+
+    Args:
+        place: Path or URL.
+        sha256: The hash that the file must have, in full.
+
+    Raises:
+        DataError: The file is missing or has another hash.
+    """
+    place = addresses.plain(place)
+    try:
+        with addresses.open_file(place) as file:
+            data = file.read()
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"feature network: cannot read the weights at {place}: {error}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        raise DataError(
+            f"feature network: {place} has sha256 {found}, the recipe expects {sha256}; these are "
+            "other weights"
+        )
+    return data, found
+
+
+def read_weights(place: Address, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """Read a state dict, unpickling nothing but tensors; return it with the sha256 of its file.
+
+    Args:
+        place: Path or URL of a safetensors or a `.pt`/`.pth` file.
+        sha256: The hash that the file must have, in full; checked before it is parsed.
+
+    Raises:
+        DataError: The file is missing, has another hash, or holds more than tensors.
+    """
+    data, found = read_file(place, sha256)
+    return _parse(data, addresses.plain(place)), found
+
+
+def _parse(data: bytes, place: str) -> dict[str, Tensor]:
+    if place.endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise DataError(f"feature network: {place} is no safetensors file: {error}") from error
+    try:
+        state: dict[str, Tensor] = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise DataError(
+            f"feature network: {place} is not a file of tensors: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(
+            f"feature network: {place} holds no state dict, a mapping of names to tensors"
+        )
+    return state
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], place: str, title: str) -> None:
+    """Load a state dict into a network by the names of its tensors.
+
+    Args:
+        network: The network to load it into.
+        state: As `read_weights` returns it.
+        place: Where the state dict was read, for the error message.
+        title: Name of the network, for the error message.
+
+    Raises:
+        DataError: A tensor is missing, is one too many, or has another shape.
+    """
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise DataError(
+            f"feature network: {place} does not fit {title}: {_apart(network, state) or error}. "
+            f"Give weights of {title}."
+        ) from error
+
+
+def _apart(network: nn.Module, state: dict[str, Tensor]) -> str:
+    """In how many names and shapes a state dict differs from a network's, and the first few."""
+    own = network.state_dict()
+    lost, unknown = ([k for k in a if k not in b] for a, b in ((own, state), (state, own)))
+    other = [
+        f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    kinds = (
+        (f"{len(lost)} of its {len(own)} tensors are missing", lost),
+        (f"{len(unknown)} of the file's {len(state)} are not its", unknown),
+        (f"{len(other)} have other shapes", other),
+    )
+    return "; ".join(f"{text} ({_few(names)})" for text, names in kinds if names)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

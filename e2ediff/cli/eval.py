@@ -189,8 +189,8 @@ def _metrics(
 
 def _perceptual(place: object, heads: object) -> Perceptual | None:
     from e2ediff.evaluate.reconstruction import Perceptual, lpips_heads
+    from e2ediff.features import read_weights
     from e2ediff.parts.features.networks import TorchvisionFeatures
-    from e2ediff.parts.features.weights import read_weights
 
     if not place:
         if heads:

@@ -19,13 +19,13 @@ from tiny_recipe import tiny
 from e2ediff import addresses
 from e2ediff.denoiser import Denoiser
 from e2ediff.errors import DataError, RecipeError, RunDirectoryError
+from e2ediff.features import read_weights
 from e2ediff.files.location import find_files
 from e2ediff.guidance import Guidance, Reference
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.host.registry import options
 from e2ediff.model.build import guidance_problems
-from e2ediff.parts.features.weights import read_weights
 from e2ediff.sample.load import load_model, recipe_of
 from e2ediff.store.storage import Store
 

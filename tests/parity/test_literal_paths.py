@@ -21,9 +21,9 @@ from tiny_recipe import tiny
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.evaluate.images import FolderImages
+from e2ediff.features import read_weights
 from e2ediff.files.location import find_files
 from e2ediff.parts import sources
-from e2ediff.parts.features.weights import read_weights
 from e2ediff.parts.sources.own_images import list_images, read_images
 from e2ediff.prepare.address import recognise
 from e2ediff.store.storage import Store

@@ -27,13 +27,13 @@ from e2ediff.evaluate.ranking import cards_of
 from e2ediff.evaluate.reference import npz_keys, open_reference
 from e2ediff.evaluate.request import Request
 from e2ediff.evaluate.subject import stored_subject
+from e2ediff.features import read_file, read_weights
 from e2ediff.files.labels import read_labels
 from e2ediff.files.location import Location, find_files
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.host.registry import options
 from e2ediff.host.scaffold import write_plugin
-from e2ediff.parts.features.weights import read_file, read_weights
 from e2ediff.parts.sources.own_images import list_images, read_images
 from e2ediff.prepare.address import recognise, source_config
 from e2ediff.prepare.write import Settings, prepare

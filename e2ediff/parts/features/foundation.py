@@ -19,8 +19,7 @@ from typing_extensions import override
 from e2ediff import addresses
 from e2ediff.data import pixel_values
 from e2ediff.errors import DataError
-from e2ediff.features import FeatureConfig, FeatureNetwork
-from e2ediff.parts.features.weights import fill, read_weights
+from e2ediff.features import FeatureConfig, FeatureNetwork, load_weights, read_weights
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -238,7 +237,7 @@ class DINOv2(FeatureConfig):
                 "L/14; the giant has another MLP and is not offered."
             )
         network = DINOv2Network(state, self.title, self.size)
-        fill(network, state, self.weights, self.title)
+        load_weights(network, state, self.weights, self.title)
         return network
 
 
@@ -272,5 +271,5 @@ class CLIP(FeatureConfig):
                 f"{', '.join(sorted(prefix + name for name in missing))}"
             )
         network = CLIPNetwork(own, self.title)
-        fill(network, own, self.weights, self.title)
+        load_weights(network, own, self.weights, self.title)
         return network

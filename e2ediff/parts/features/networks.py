@@ -19,9 +19,8 @@ from typing_extensions import override
 from e2ediff import addresses
 from e2ediff.data import pixel_values
 from e2ediff.errors import DataError
-from e2ediff.features import FeatureConfig, FeatureNetwork
+from e2ediff.features import FeatureConfig, FeatureNetwork, load_weights, read_weights
 from e2ediff.parts.features.inception import SHA256, Inception2015
-from e2ediff.parts.features.weights import fill, read_weights
 
 # ImageNet statistics of images in [0, 1], which torchvision's networks expect.
 _MEAN = (0.485, 0.456, 0.406)
@@ -69,7 +68,7 @@ class TorchvisionFeatures(FeatureConfig):
             network = models.get_model(self.model, weights=None)
         if self.weights is not None:
             state, _ = read_weights(self.weights, self.sha256)
-            fill(network, state, self.weights, self.model)
+            load_weights(network, state, self.weights, self.model)
         try:
             maps = create_feature_extractor(network.eval(), list(self.nodes))
         except ValueError as error:
@@ -204,7 +203,7 @@ class Inception(FeatureConfig):
     def build(self) -> FeatureNetwork:
         state, found = read_weights(self.weights, self.sha256)
         network = Inception2015()
-        fill(network, state, self.weights, network.title)
+        load_weights(network, state, self.weights, network.title)
         network.published = found.startswith(SHA256)
         return network
 
