@@ -81,9 +81,6 @@ PARTS = {
         "torchvision": "features.networks:TorchvisionFeatures",
         "efficientnet_lite0": "features.networks:EfficientNetLite0",
         "inception2015": "features.networks:Inception",
-        "dinov2": "features.foundation:DINOv2",
-        "clip": "features.foundation:CLIP",
-        "exported": "features.exported:Exported",
         "random_projection": "features.networks:RandomProjection",
     },
     "metrics": {

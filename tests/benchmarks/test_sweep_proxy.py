@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command_line import needs
 
-from e2ediff.parts.features.exported import Exported
+from e2ediff.host.plugins import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -65,6 +66,7 @@ def test_a_candidate_is_the_words_of_a_command(benchmark, four) -> None:
     assert four[2].words == ["--weights", "target", "--set", "guidance.scale=2"]
 
 
+@needs("e2ediff-features")
 def test_the_exported_judge_has_the_judge_s_features(benchmark, tmp_path: Path) -> None:
     """Of grey images that are given as three equal channels of 8 bits."""
     import judge as judges
@@ -72,9 +74,9 @@ def test_the_exported_judge_has_the_judge_s_features(benchmark, tmp_path: Path) 
     judge = judges.Judge().eval()
     block = judges.export_judge(judge, tmp_path / "judge.pt2")
     options = yaml.safe_load(block)
-    assert options.pop("name") == "exported"
+    exported = load().registries["features"].get(options.pop("name"))
     mean, std = (tuple(options.pop(key)) for key in ("mean", "std"))
-    network = Exported(mean=mean, std=std, **options).build()
+    network = exported(mean=mean, std=std, **options).build()
     x = torch.randint(0, 256, (5, 1, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         (found, *_) = network(x.repeat(1, 3, 1, 1).float() / 127.5 - 1)

@@ -30,7 +30,6 @@ KEYS = {
     "features": "objective",
     "metrics": "scores",
 }
-WEIGHED = ("inception2015", "dinov2", "clip", "exported")
 VIT = {"width": 16, "depth": 2, "heads": 2, "patch": 8, "latent_dim": 4}
 
 
@@ -61,7 +60,7 @@ def required(tmp_path_factory):
         "vit": VIT,
         "image_folder": {"root": str(tree), **image},
         "shards": {"path": str(prepared), **image},
-        **{name: {"weights": "w.pth"} for name in WEIGHED},
+        "inception2015": {"weights": "w.pth"},
     }
 
 

@@ -245,7 +245,7 @@ def test_there_are_addresses_of_every_kind() -> None:
     found = [*address_options()]
     assert len(found) > 20
     assert {("guidance", "autoguidance", "run"), ("sources", "image_folder", "root"),
-            ("sources", "shards", "held_out"), ("features", "exported", "weights"),
+            ("sources", "shards", "held_out"), ("features", "torchvision", "weights"),
             ("features", "inception2015", "weights")} <= {*found}  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import warnings
 import attrs
 import pytest
 import torch
+from command_line import needs
 from declared_stops import holds_its_declaration
 from e2ediff_rivals.repa_e import RepaE
 from e2ediff_rivals.tweedie import Tweedie
@@ -22,7 +23,6 @@ from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.losses import noise_levels
 from e2ediff.model.build import problems
 from e2ediff.parts.backbones import ViTConfig
-from e2ediff.parts.features.exported import Exported
 from e2ediff.parts.objectives.controls import Coupled
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
@@ -279,6 +279,7 @@ def test_features_that_are_not_here_are_no_problem_of_a_width_that_is_given() ->
         attrs.evolve(away, feature_dim=None).heads(nets.online)
 
 
+@needs("e2ediff-features")
 def test_an_exported_network_aligns_as_the_module_it_was_exported_from(tmp_path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of torch
@@ -288,7 +289,8 @@ def test_an_exported_network_aligns_as_the_module_it_was_exported_from(tmp_path)
         torch.export.save(program, tmp_path / "pooled.pt2")
     half = (0.5, 0.5, 0.5)
     block = {"size": BATCH.x.shape[-1], "mean": half, "std": half, "output": "maps"}
-    file = Exported(weights=str(tmp_path / "pooled.pt2"), **block)
+    exported = load().registries["features"].get("exported")
+    file = exported(weights=str(tmp_path / "pooled.pt2"), **block)
     found, expected = (
         losses(o, shaken(o))["align"].detach()
         for o in (RepaE(features=file), RepaE(features=Pooled()))

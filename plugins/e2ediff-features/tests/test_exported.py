@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import e2ediff
+from e2ediff_features.exported import Exported
 from torch import nn
 from torch.nn import functional
 
 from e2ediff.errors import DataError
-from e2ediff.parts.features.exported import Exported
 
 SIDE = 16
 
