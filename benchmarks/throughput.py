@@ -21,11 +21,11 @@ import torch
 
 from e2ediff.data import Batch
 from e2ediff.distributed.world import World
-from e2ediff.forecast.count import count
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import Recipe, load_recipe
 from e2ediff.model.build import DTYPES, choose_device
 from e2ediff.step.assembly import assemble
+from e2ediff.step.count import count
 from e2ediff.step.update import Update
 
 

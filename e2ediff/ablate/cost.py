@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import attrs
 
-from e2ediff.forecast.count import count
 from e2ediff.host.recipe import Recipe
+from e2ediff.step.count import count
 
 
 @attrs.frozen

@@ -15,13 +15,13 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     Needs no data, no GPU, and no memory for weights.
     Prints the parts, the parameters of each module, shapes, and the FLOPs of one step.
     """
-    from e2ediff.forecast.count import count
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import dump_recipe, load_recipe
     from e2ediff.model.build import check_fits
     from e2ediff.monitor.alarm import alarm_blind_spot
     from e2ediff.monitor.probe import chosen_diagnostics
     from e2ediff.regularizer import names_of
+    from e2ediff.step.count import count
 
     host = load()
     read = load_recipe(host, recipe, overrides)

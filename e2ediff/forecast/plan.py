@@ -9,7 +9,6 @@ import attrs
 import torch
 
 from e2ediff.errors import Problem, RecipeError
-from e2ediff.forecast.count import Count, count
 from e2ediff.forecast.devices import GPUS, Device, cpu
 from e2ediff.forecast.flops import (
     PhaseCost,
@@ -27,6 +26,7 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import averagings, build_nets, tracked
 from e2ediff.model.inference import ROWS
 from e2ediff.monitor.probe import GRADIENT_IMAGES, chosen_diagnostics, preview_columns
+from e2ediff.step.count import Count, count
 
 EVALUATED = 50_000
 """Images of an evaluation, as the papers' FID has it."""

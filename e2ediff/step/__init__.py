@@ -1,1 +1,1 @@
-"""One optimizer step: forward, backward, update and averages, in one process or several."""
+"""One optimizer step in one process or several: its passes, update, averages and FLOPs."""

@@ -50,13 +50,13 @@ ROOMS = {
                  "torch attrs numpy PIL safetensors"),
     "forecast": ("contracts host store distributed model step monitor train", "torch attrs"),
     "prepare": ("contracts files parts host store loading", "torch attrs numpy PIL"),
-    "ablate": ("contracts host store distributed model train forecast", "attrs yaml"),
+    "ablate": ("contracts host store distributed model step train", "attrs yaml"),
     "report": ("contracts files host store evaluate ablate",
                "attrs PIL scipy matplotlib jinja2 markupsafe"),
     "testing": ("contracts parts host store loading model step train sample",
                 "torch attrs packaging safetensors"),
-    "cli": ("contracts parts host store distributed loading model monitor train sample evaluate "
-            "forecast prepare ablate report testing", "torch click"),
+    "cli": ("contracts parts host store distributed loading model step monitor train sample "
+            "evaluate forecast prepare ablate report testing", "torch click"),
 }  # fmt: skip
 # Plugins of this repository that are rooms of their own: each is released with the core, and
 # requires its very version, since it may import rooms like `cli` does.

@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from e2ediff.data import Batch
-from e2ediff.forecast.count import count
 from e2ediff.forecast.devices import Device
 from e2ediff.forecast.flops import count_passes
 from e2ediff.forecast.memory import _fake, follow
@@ -26,6 +25,7 @@ from e2ediff.forecast.spread import BLOCKS, spread
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, load_recipe, parse_recipe
 from e2ediff.monitor.scores import Scorer
+from e2ediff.step.count import count
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.train.engine import Engine

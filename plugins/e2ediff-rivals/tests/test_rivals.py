@@ -17,13 +17,13 @@ from torch import nn
 
 from e2ediff.errors import DataError, ShapeError
 from e2ediff.features import FeatureConfig, FeatureNetwork
-from e2ediff.forecast.count import count
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.losses import noise_levels
 from e2ediff.model.build import problems
 from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.objectives.controls import Coupled
+from e2ediff.step.count import count
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 from e2ediff.train.progress import Progress

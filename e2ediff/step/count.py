@@ -26,8 +26,8 @@ class Count:
     `parameters` counts trained parameters, the objective's heads and the class table included,
     averaged copies excluded; `modules` splits them.
     `flops` is by phase, for one image, forward and backward.
-    `state_bytes` holds float32 weights, gradients and the averages, without optimizer state, which
-    `e2ediff plan` measures.
+    `state_bytes` holds float32 weights, gradients and the averages, without optimizer state, whose
+    size depends on the optimizer.
     """
 
     parameters: int
