@@ -26,7 +26,6 @@ _COMMANDS = {
     "reconstruct": ("reconstruct", "Pass images through a trained encoder and decoder."),
     "eval": ("eval", "Score a run's samples, or a folder or npz of images."),
     "check": ("check", "Resolve a recipe, build it without memory, count it."),
-    "plan": ("plan", "Forecast FLOPs, memory, hours and disk of a recipe, before it is run."),
     "ablate": ("ablate", "Train a grid of variations with several seeds, and report on it."),
     "report": ("report", "Write one HTML page on a run or an ablation."),
     "compare": ("compare", "Print final figures of runs, and what differs in their recipes."),

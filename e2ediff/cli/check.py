@@ -55,7 +55,8 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     click.echo(
         f"memory      {state / 2**30:.2f} GiB of weights, gradients and averages; activations,"
     )
-    click.echo("            the optimizer, time and disk are forecast by `e2ediff plan`")
+    click.echo("            the optimizer, time and disk are forecast by `e2ediff plan`,")
+    click.echo("            a plugin in the repository of e2ediff")
     warning = alarm_blind_spot(read, chosen_diagnostics(host, read))
     if warning and latent.learned:
         click.echo(f"warning: {warning}", err=True)

@@ -140,8 +140,8 @@ def test_an_unknown_command_suggests_the_one_that_was_meant(monkeypatch) -> None
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith(
         "Error: unknown command 'sampel'. Did you mean 'sample'? "
-        "Known: ablate, check, compare, data, eval, interpolate, parts, plan, plugins, "
-        "reconstruct, report, run, sample."
+        "Known: ablate, check, compare, data, eval, interpolate, parts, plugins, reconstruct, "
+        "report, run, sample."
     )
 
 

@@ -19,9 +19,6 @@ from torch import nn
 
 import e2ediff as package
 from e2ediff.errors import KernelError, ResourceError
-from e2ediff.forecast.memory import follow
-from e2ediff.host.plugins import load
-from e2ediff.host.recipe import parse_recipe
 from e2ediff.nn import attention
 from e2ediff.nn.attention import BACKENDS, choose_attention, sdpa, use_attention
 from e2ediff.nn.layers import SelfAttention
@@ -156,12 +153,6 @@ def test_a_run_is_used_where_the_kernel_of_its_recipe_is_not_and_says_so(
     assert len(told) == 1
     assert said in told[0]
     assert model.to("cpu").sample([0]).isfinite().all()
-
-
-def test_a_forecast_in_bfloat16_measures_no_kernel(half_only) -> None:
-    auto, named = (parse_recipe(load(), recipe(k), "tiny") for k in ("auto", "sdpa_flash"))
-    assert follow(auto) == follow(named)
-    assert half_only.answered == []
 
 
 # The choice

@@ -202,7 +202,10 @@ def test_every_part_and_command_of_our_plugins_is_found_by_its_name(
 
 
 def test_every_command_and_option_that_a_message_advises_exists() -> None:
-    """Words after `e2ediff` are commands, and options are those of some command."""
+    """Words after `e2ediff` are commands, and options are those of some command.
+
+    Commands of our plugins count, installed or not; messages of those installed are read too.
+    """
     options, commands = set[str](), set[str]()
 
     def walk(command: click.Command, words: str) -> None:
@@ -217,8 +220,15 @@ def test_every_command_and_option_that_a_message_advises_exists() -> None:
                 walk(found, f"{words} {name}")
 
     walk(group, "e2ediff")
+    texts = [*Path(package.__file__).parent.rglob("*.py")]
+    for folder in OURS:
+        hook = folder / folder.name.replace("-", "_") / "__init__.py"
+        added = {f"e2ediff {name}" for name in commands_added(hook)}
+        texts += hook.parent.rglob("*.py") if added and added <= commands else []
+        commands |= added
+    assert "e2ediff plan" in commands
     wrong = []
-    for path in Path(package.__file__).parent.rglob("*.py"):
+    for path in texts:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
                 continue
@@ -231,3 +241,9 @@ def test_every_command_and_option_that_a_message_advises_exists() -> None:
                 if option not in options | FOREIGN:
                     wrong.append((path.name, option))
     assert wrong == []
+
+
+def commands_added(hook: Path) -> list[str]:
+    """Names that a plugin's source gives to `add("commands", ...)`."""
+    text = hook.read_text(encoding="utf-8") if hook.exists() else ""
+    return re.findall(r'add\("commands", "([a-z]+)"', text)

@@ -81,10 +81,9 @@ def test_what_uses_the_run_asks_for_the_file_again(run, words) -> None:
     assert "Give the run's copy, --plugin run/plugins/my_objective.py" in done.err
 
 
-def test_check_plan_ablate_parts_and_the_kit_take_the_file(folder) -> None:
+def test_check_ablate_parts_and_the_kit_take_the_file(folder) -> None:
     for words, said in (
         (("check", "tiny.yaml", *MINE), "objective   mine"),
-        (("plan", "tiny.yaml", *MINE), "parameters"),
         (("parts", "objectives", "mine"), "strength: float = 1.0"),
         (("plugins", "list"), "objectives: mine; metrics: gap"),
     ):

@@ -41,11 +41,11 @@ def command(
     Needs no data and, unless measured, no GPU.
     Every assumption is printed with its source.
     """
-    from e2ediff.forecast.plan import make_plan
-    from e2ediff.forecast.text import as_json, lines
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import load_recipe
     from e2ediff.model.build import check_fits
+    from e2ediff_plan.plan import make_plan
+    from e2ediff_plan.text import as_json, lines
 
     host = load()
     read = load_recipe(host, recipe, overrides)

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import attrs
 import torch
 
-from e2ediff.forecast.devices import Device, memory_of_machine
-from e2ediff.forecast.rehearsal import blank_batch, optimizer_step
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import DTYPES, choose_device
 from e2ediff.step.assembly import assemble
+from e2ediff_plan.devices import Device, memory_of_machine
+from e2ediff_plan.rehearsal import blank_batch, optimizer_step
 
 _SECONDS = 4.0  # approximate limit of a measured step on a CPU
 _ROUNDS = 5

@@ -3,69 +3,36 @@
 from __future__ import annotations
 
 import gc
-import io
+from functools import partial
 from pathlib import Path
 
 import attrs
 import pytest
 import torch
 from command_line import needs_dsd
+from e2ediff_plan.devices import Device
+from e2ediff_plan.flops import count_passes
+from e2ediff_plan.memory import _fake, follow
+from e2ediff_plan.plan import Plan, make_plan
+from e2ediff_plan.rehearsal import _Kept
+from e2ediff_plan.sampling import Calls, count_calls
+from e2ediff_plan.spread import BLOCKS, spread
+from half_only import offer_half_only
+from real_steps import CPU, OBJECTIVES, engine_of, recipe_with, take_step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from e2ediff.data import Batch
-from e2ediff.forecast.devices import Device
-from e2ediff.forecast.flops import count_passes
-from e2ediff.forecast.memory import _fake, follow
-from e2ediff.forecast.plan import Plan, make_plan
-from e2ediff.forecast.rehearsal import _Kept
-from e2ediff.forecast.sampling import Calls, count_calls
-from e2ediff.forecast.spread import BLOCKS, spread
 from e2ediff.host.plugins import Host
-from e2ediff.host.recipe import Recipe, load_recipe, parse_recipe
+from e2ediff.host.recipe import load_recipe
 from e2ediff.monitor.scores import Scorer
 from e2ediff.step.count import count
 from e2ediff.store.checkpoint import open_checkpoint
-from e2ediff.store.run_directory import RunDirectory
-from e2ediff.train.engine import Engine
-from e2ediff.train.progress import Progress
-
-CPU = torch.device("cpu")
-SIZES = (
-    "backbone={name: vit, width: 64, depth: 2, heads: 2, patch: 4, latent_dim: 8, "
-    "latent_norm: layer}",
-    "data={name: synthetic, size: 32, classes: 4, count: 60}",
-    "microshards=2",
-    "ema=[{name: slow, decay: 0.99}]",
-)
-OBJECTIVES = {
-    "dsd": ["objective={name: dsd, decode_noise: {probability: 0.5}}"],
-    "detached": ["objective={name: detached, draws: 2}"],
-    "two_stage": ["objective=two_stage", "backbone.trunks=denoiser_apart"],
-}
 
 
 @pytest.fixture
-def recipe_of(host: Host, tiny_text: str):
-    def of(name: str, *overrides: str) -> Recipe:
-        if name == "dsd":
-            pytest.importorskip("e2ediff_dsd", reason="the plugin e2ediff-dsd is not installed")
-        return parse_recipe(host, tiny_text, "tiny", [*SIZES, *OBJECTIVES[name], *overrides])
-
-    return of
-
-
-def engine_of(host: Host, recipe: Recipe, out: Path) -> Engine:
-    directory = RunDirectory.create(str(out), recipe.name, "", "", {})
-    sources = (recipe.data.open(), recipe.data.open(held_out=True))
-    return Engine(host, recipe, directory, CPU, sources, Progress(io.StringIO()))
-
-
-def take_step(engine: Engine, phase: str, batch: Batch) -> None:
-    """Take a step where this phase is the active one."""
-    start = round(engine.recipe.objective.span(phase)[0] * engine.recipe.total_images)
-    engine.update(batch, start)
+def recipe_of(host: Host):
+    return partial(recipe_with, host)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -139,6 +106,16 @@ def test_the_forecast_peak_is_the_allocator_s_within_two_percent(
             now += event.nbytes()
             peak = max(peak, now) if event.start_ns() >= second else peak
     assert follow(recipe).peak == pytest.approx(peak, rel=0.02)
+
+
+def test_a_forecast_in_bfloat16_measures_no_kernel(recipe_of, monkeypatch) -> None:
+    half_only = offer_half_only(monkeypatch)
+    memories = [
+        follow(recipe_of("detached", "precision=bfloat16", f"backbone.attention={kernel}"))
+        for kernel in ("auto", "sdpa_flash")
+    ]
+    assert memories[0] == memories[1]
+    assert half_only.answered == []
 
 
 def test_the_peak_at_another_micro_shard_is_that_of_a_recipe_that_has_it(recipe_of) -> None:
@@ -246,10 +223,9 @@ def test_network_calls_of_a_sample_are_the_sampler_s_and_the_guidance_s(
 
 
 @pytest.fixture(scope="module")
-def plan(host: Host, tiny_text: str) -> Plan:
+def plan(host: Host) -> Plan:
     """Two stages on one H200 at half of its ceiling."""
-    changes = [*SIZES, *OBJECTIVES["two_stage"], "batch=24", "microshards=12"]
-    recipe = parse_recipe(host, tiny_text, "tiny", changes)
+    recipe = recipe_with(host, "two_stage", "batch=24", "microshards=12")
     return make_plan(host, recipe, "tiny", device="h200", fraction=0.5)
 
 
@@ -268,7 +244,7 @@ def test_time_is_work_over_the_pace_of_all_devices(plan: Plan) -> None:
 
 @needs_dsd
 def test_looking_at_the_quickstart_costs_less_than_one_percent_of_its_work(host: Host) -> None:
-    recipe = load_recipe(host, Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+    recipe = load_recipe(host, Path(__file__).parents[3] / "recipes" / "quickstart.yaml")
     plan = make_plan(host, recipe, "quickstart", device="h200", fraction=0.5)
     spent = sum(plan.looks[k].times * plan.looks[k].flops for k in ("diagnose", "survey"))
     assert spent < 0.01 * recipe.total_images * plan.flops

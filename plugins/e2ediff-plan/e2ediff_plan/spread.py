@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import attrs
 
-from e2ediff.forecast.memory import Memory
 from e2ediff.host.recipe import Recipe
+from e2ediff_plan.memory import Memory
 
 GATHERED = "gathered for a pass"
 # Every device holds these in full.

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from command_line import e2ediff
+from e2ediff_plan import devices
+from e2ediff_plan.text import duration
 
-from e2ediff.forecast import devices
-from e2ediff.forecast.text import duration
+PLUGIN = """
+from e2ediff import hookimpl
+
+@hookimpl
+def register(add):
+    add("objectives", "mine", "e2ediff.parts.objectives.controls:Detached")
+"""
 
 
 def test_a_plan_prints_its_bill_and_every_assumption(tiny_recipe: str) -> None:
@@ -51,11 +60,18 @@ def test_devices_that_the_shards_do_not_divide_over_are_refused(tiny_recipe: str
     ]
 
 
-def test_the_command_offers_the_devices_that_are_known() -> None:
-    from e2ediff.cli.plan import command
-
-    (option,) = (p for p in command.params if p.name == "device")
-    assert tuple(option.type.choices) == devices.NAMES
+def test_the_command_has_these_options_and_devices(tmp_path: Path, tiny_recipe: str) -> None:
+    """They are public; one is removed by a decision, with a line in the changelog."""
+    shown = e2ediff("plan", "--help").out
+    assert {*re.findall(r"--[a-z]+", shown)} == {
+        "--set", "--device", "--gpus", "--fraction", "--json", "--plugin", "--help"
+    }  # fmt: skip
+    assert "[h200|h100|a100|l40s|4090|cpu|measured]" in shown
+    assert devices.NAMES == ("h200", "h100", "a100", "l40s", "4090", "cpu", "measured")
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    words = ("plan", tiny_recipe, "--set", "objective=mine")
+    assert e2ediff(*words).code == 3
+    assert e2ediff(*words, "--plugin", tmp_path / "mine.py").code == 0
 
 
 @pytest.mark.parametrize(

@@ -9,24 +9,24 @@ import attrs
 import torch
 
 from e2ediff.errors import Problem, RecipeError
-from e2ediff.forecast.devices import GPUS, Device, cpu
-from e2ediff.forecast.flops import (
-    PhaseCost,
-    count_features,
-    count_inference,
-    count_latent_gradients,
-    count_passes,
-)
-from e2ediff.forecast.measure import Measured, measured_device, measured_step
-from e2ediff.forecast.memory import Memory, follow
-from e2ediff.forecast.sampling import Calls, count_calls
-from e2ediff.forecast.spread import spread
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import averagings, build_nets, tracked
 from e2ediff.model.inference import ROWS
 from e2ediff.monitor.probe import GRADIENT_IMAGES, chosen_diagnostics, preview_columns
 from e2ediff.step.count import Count, count
+from e2ediff_plan.devices import GPUS, Device, cpu
+from e2ediff_plan.flops import (
+    PhaseCost,
+    count_features,
+    count_inference,
+    count_latent_gradients,
+    count_passes,
+)
+from e2ediff_plan.measure import Measured, measured_device, measured_step
+from e2ediff_plan.memory import Memory, follow
+from e2ediff_plan.sampling import Calls, count_calls
+from e2ediff_plan.spread import spread
 
 EVALUATED = 50_000
 """Images of an evaluation, as the papers' FID has it."""

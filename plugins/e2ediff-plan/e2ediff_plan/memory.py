@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from e2ediff.forecast.flops import without_weights
-from e2ediff.forecast.rehearsal import Passage, blank_batch, optimizer_step
 from e2ediff.host.recipe import Recipe
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.train.snapshot import tensors_of
+from e2ediff_plan.flops import without_weights
+from e2ediff_plan.rehearsal import Passage, blank_batch, optimizer_step
 
 _CPU = torch.device("cpu")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from e2ediff.forecast.devices import RESERVE
-from e2ediff.forecast.plan import EVALUATED, Plan
-from e2ediff.forecast.spread import BLOCKS
 from e2ediff.store.storage import JSON
+from e2ediff_plan.devices import RESERVE
+from e2ediff_plan.plan import EVALUATED, Plan
+from e2ediff_plan.spread import BLOCKS
 
 _GB = 1e9
 
