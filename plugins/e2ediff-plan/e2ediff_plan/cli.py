@@ -6,7 +6,7 @@ import json
 
 import click
 
-_DEVICES = ("h200", "h100", "a100", "l40s", "4090", "cpu", "measured")
+from e2ediff_plan.devices import NAMES
 
 
 @click.command("plan")
@@ -14,7 +14,7 @@ _DEVICES = ("h200", "h100", "a100", "l40s", "4090", "cpu", "measured")
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`.")
 @click.option(
     "--device",
-    type=click.Choice(_DEVICES),
+    type=click.Choice(NAMES),
     default="h200",
     show_default=True,
     help="What to price for; 'measured' times this machine.",
