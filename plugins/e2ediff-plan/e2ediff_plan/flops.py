@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -20,6 +21,7 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import build_nets
 from e2ediff.objective import Draw, Nets
 from e2ediff.step.step import Step
+from e2ediff_plan.rehearsal import blank_batch
 
 _META = torch.device("meta")
 _NAMES: Mapping[type, str] = {Encode: "encode", Decode: "decode", Denoise: "denoise"}
@@ -67,30 +69,26 @@ def count_passes(recipe: Recipe) -> dict[str, PhaseCost]:
     Raises:
         DataError: A feature network cannot be built here.
     """
+    return {phase: _count_phase(recipe, phase) for phase in recipe.objective.phases}
+
+
+def _count_phase(recipe: Recipe, phase: str) -> PhaseCost:
+    """Count the passes of one phase, on networks that are watched for it and dropped."""
     nets, step, batch, draw = _meta_step(recipe)
-    found = {}
-    for phase in recipe.objective.phases:
-        ledger = _Ledger()
-        with ledger.counter, _watched(nets, ledger):
-            terms = step.terms(batch, draw, phase)
-            ledger.claim(OTHER, [terms.total])
-            terms.total.backward()  # type: ignore[no-untyped-call]
-            ledger.turn_to(OTHER, backward=True)
-        step.zero_grad(set_to_none=True)
-        losses = sum(map(terms.counts, terms.losses))
-        found[phase] = PhaseCost(ledger.costs(), losses)
-    return found
+    ledger = _Ledger()
+    _watch(nets, ledger)
+    with ledger.counter:
+        terms = step.terms(batch, draw, phase)
+        ledger.claim(OTHER, [terms.total])
+        terms.total.backward()  # type: ignore[no-untyped-call]
+    return PhaseCost(ledger.costs(), sum(map(terms.counts, terms.losses)))
 
 
 def _meta_step(recipe: Recipe) -> tuple[Nets, Step, Batch, Draw]:
     """Build networks, a step and its arguments on the meta device."""
     nets = meta_nets(recipe)
     step = Step(recipe.objective, nets, torch.float32, recipe.regularizers)
-    image = recipe.data.image
-    batch = Batch(
-        x=torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META),
-        condition=image.conditioning.null(_ROWS, _META),
-    )
+    batch = blank_batch(recipe, _ROWS, _META)
     times = torch.zeros(_ROWS, device=_META)
     start = torch.zeros((), device=_META)
     draw = Draw(
@@ -106,38 +104,28 @@ def count_latent_gradients(recipe: Recipe) -> float:
         DataError: A feature network cannot be built here.
     """
     _, step, batch, draw = _meta_step(recipe)
-    most = 0
-    for phase in recipe.objective.phases:
-        counter = FlopCounterMode(display=False)
-        with counter:
-            terms = step.terms(batch, draw, phase)
-            for name, loss in terms.losses.items():
-                if terms.counts(name) and terms.z.requires_grad and loss.requires_grad:
-                    weighted = terms.weights[name] * loss
-                    torch.autograd.grad(weighted, terms.z, retain_graph=True, allow_unused=True)
-        most = max(most, counter.get_total_flops())
-    return most / _ROWS
+
+    def gradients(phase: str) -> None:
+        terms = step.terms(batch, draw, phase)
+        for name, loss in terms.losses.items():
+            if terms.counts(name) and terms.z.requires_grad and loss.requires_grad:
+                weighted = terms.weights[name] * loss
+                torch.autograd.grad(weighted, terms.z, retain_graph=True, allow_unused=True)
+
+    return max(_flops(partial(gradients, phase)) for phase in recipe.objective.phases)
 
 
 def count_inference(recipe: Recipe) -> dict[str, float]:
     """Count FLOPs per image of `encode`, `decode` and `denoise`, one pass each, no gradients."""
     net = build_nets(recipe, _META)[0].online
-    image, (n, d) = recipe.data.image, (net.latent.tokens, net.latent.dim)
-    x = torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META)
+    (n, d), batch = (net.latent.tokens, net.latent.dim), blank_batch(recipe, _ROWS, _META)
     z, t = torch.zeros(_ROWS, n, d, device=_META), torch.zeros(_ROWS, device=_META)
-    condition = image.conditioning.null(_ROWS, _META)
-    calls: dict[str, Callable[[], Tensor]] = {
-        "encode": lambda: net.encode(x),
-        "decode": lambda: net.decode(z),
-        "denoise": lambda: net.denoise(z, t, condition),
-    }
-    found = {}
-    for name, call in calls.items():
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            call()
-        found[name] = counter.get_total_flops() / _ROWS
-    return found
+    with torch.no_grad():
+        return {
+            "encode": _flops(lambda: net.encode(batch.x)),
+            "decode": _flops(lambda: net.decode(z)),
+            "denoise": _flops(lambda: net.denoise(z, t, batch.condition)),
+        }
 
 
 def count_features(config: FeatureConfig, image: ImageSpec) -> float:
@@ -147,11 +135,17 @@ def count_features(config: FeatureConfig, image: ImageSpec) -> float:
         DataError: The network cannot be built here.
     """
     with _META:
-        network = config.blank()
-    counter = FlopCounterMode(display=False)
+        network = config.blank().to(_META)
     pixels = torch.zeros(_ROWS, image.channels, image.height, image.width, device=_META)
-    with counter, torch.no_grad():
-        network.to(_META).vectors(pixels)
+    with torch.no_grad():
+        return _flops(lambda: network.vectors(pixels))
+
+
+def _flops(call: Callable[[], object]) -> float:
+    """Return the FLOPs per image of a call on `_ROWS` images."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
     return counter.get_total_flops() / _ROWS
 
 
@@ -225,30 +219,19 @@ class _Ledger:
 
     def costs(self) -> dict[str, PassCost]:
         """Return FLOPs of one image by pass; passes without any are left out."""
-        names = dict.fromkeys(name for (name, _), flops in self._flops.items() if flops)
-        return {
-            name: PassCost(
-                self._flops[name, False] / _ROWS,
-                self._flops[name, True] / _ROWS,
-            )
-            for name in names
-        }
+        self.turn_to(OTHER)
+        flops = self._flops
+        names = dict.fromkeys(name for (name, _), number in flops.items() if number)
+        return {n: PassCost(flops[n, False] / _ROWS, flops[n, True] / _ROWS) for n in names}
 
 
-@contextlib.contextmanager
-def _watched(nets: Nets, ledger: _Ledger) -> Iterator[None]:
+def _watch(nets: Nets, ledger: _Ledger) -> None:
     """Report to the ledger when passes and heads start, and what they return."""
     _watch_passes(nets.online, "", ledger)
     _watch_passes(nets.target, " target", ledger)
     for name, owner in (("heads", nets.heads), *nets.frozen.items()):
         for module in owner.children() if owner is nets.heads else (owner,):
-            _watch_module(module, name, ledger)
-    try:
-        yield
-    finally:
-        for module in (nets.online, nets.target, *nets.heads.children(), *nets.frozen.children()):
-            for method in ("outputs", "encode", "decode", "denoise", "forward"):
-                module.__dict__.pop(method, None)
+            _watch_method(module, "forward", name, ledger)
 
 
 def _watch_passes(net: Backbone, suffix: str, ledger: _Ledger) -> None:
@@ -266,10 +249,6 @@ def _watch_passes(net: Backbone, suffix: str, ledger: _Ledger) -> None:
     net.__dict__["outputs"] = outputs
     for mode in _NAMES.values():
         _watch_method(net, mode, mode + suffix, ledger)
-
-
-def _watch_module(module: nn.Module, name: str, ledger: _Ledger) -> None:
-    _watch_method(module, "forward", name, ledger)
 
 
 def _watch_method(module: nn.Module, method: str, name: str, ledger: _Ledger) -> None:
