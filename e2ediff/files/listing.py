@@ -81,7 +81,8 @@ class Listing:
 
     def path(self, i: int) -> str:
         """An image's path, for messages."""
-        return f"{self.place.rstrip('/')}/{self.names[i]}"
+        inner, *outer = self.place.split("::")  # as in zip://images::images.zip
+        return "::".join([f"{inner.rstrip('/')}/{self.names[i]}", *outer])
 
 
 def numbered(

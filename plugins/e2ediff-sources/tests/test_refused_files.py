@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 import warnings
 import zipfile
@@ -68,6 +69,32 @@ def test_missing_data_are_said_with_what_was_expected(name: str) -> None:
     line = refused(block(name, "nowhere/x"))
     assert line.startswith(f"{'data.images' if name == 'arrays' else 'data.path'}: no file")
     assert "xpected" in line
+
+
+def test_a_zip_that_does_not_serve_is_said() -> None:
+    """A damaged image in it, none of this name, no zip at all, and a wrong folder inside."""
+    damaged = Path("tree/n00000002/n00000002_9.JPEG")
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    with zipfile.ZipFile("x.zip", "w") as file:
+        for path in sorted(Path("tree").rglob("*.JPEG")):
+            file.write(path)
+    data = block("archive", "x.zip", "inside: tree")
+    done = e2ediff("run", "tiny.yaml", "--set", f"data={data}",
+                   "--set", "probe={images: 20, calibration: 20}")  # fmt: skip
+    assert done.code == 5
+    assert done.err == (
+        "error: x.zip!tree/n00000002/n00000002_9.JPEG: damaged image (Truncated File Read); "
+        "remove or replace it, or set `data.on_bad_image: skip`\n"
+    )
+    shutil.rmtree("runs")
+    assert refused(block("archive", "none.zip")) == (
+        "data.path: no file none.zip. Expected the path or URL of a zip"
+    )
+    assert refused(block("archive", "tiny.yaml")) == (
+        "data.path: tiny.yaml cannot be read as a zip: File is not a zip file; fetch it again"
+    )
+    line = refused(block("archive", "x.zip", "inside: pictures"))
+    assert line.startswith("data.path: x.zip!pictures holds no images in class folders")
 
 
 def test_empty_class_folders_of_a_zip_are_named() -> None:
