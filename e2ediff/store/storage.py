@@ -16,6 +16,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -163,7 +164,8 @@ class Store:
         """
         with self._refusals(path, len(data)):
             if self.local:
-                self._write_local(self._full(path), data)
+                with _replacing(self._full(path)) as file:
+                    _write_all(file, data)
             else:
                 full = self._full(path)
                 self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
@@ -185,24 +187,11 @@ class Store:
                 with tempfile.NamedTemporaryFile(prefix="e2ediff-") as scratch:
                     yield scratch
                     scratch.flush()
-                    with _as_oserror():
-                        self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
-                        self._fs.put_file(scratch.name, full)
-                return
-            folder, name = os.path.split(full)
-            _make_dirs(folder)
-            temporary = os.path.join(folder, f".tmp-{name}-{secrets.token_hex(4)}")
-            try:
-                with open(temporary, "xb") as file:
+                    self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+                    self._fs.put_file(scratch.name, full)
+            else:
+                with _replacing(full) as number, os.fdopen(number, "wb", closefd=False) as file:
                     yield file
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, full)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
-            _sync_dir(folder)
 
     def append(self, path: str, line: str) -> None:
         """Append one line and a newline; flushed to the system, not fsynced.
@@ -250,17 +239,7 @@ class Store:
 
     def rename_dir(self, old: str, new: str) -> OSError | None:
         """Rename a directory: atomic and durable locally, by copying and deleting elsewhere."""
-        try:
-            if self.local:
-                _make_dirs(os.path.dirname(self._full(new)))
-                os.rename(self._full(old), self._full(new))
-                _sync_dir(os.path.dirname(self._full(new)))
-            else:
-                with _as_oserror():
-                    _move_tree(self._fs, self._full(old), self._full(new))
-        except OSError as error:
-            return error
-        return None
+        return self._error_of(self._move, old, new)
 
     def move(self, old: str, new: str) -> None:
         """Move a file or directory; repeating an interrupted move completes it.
@@ -268,42 +247,37 @@ class Store:
         Raises:
             ResourceError: the disk or store refused; nothing is lost.
         """
-        source, target = self._full(old), self._full(new)
         with self._refusals(new, 0):
-            if self.local:
-                _make_dirs(os.path.dirname(target))
-                os.rename(source, target)
-                _sync_dir(os.path.dirname(target))
-                _sync_dir(os.path.dirname(source))
-                return
+            self._move(self._full(old), self._full(new))
+
+    def _move(self, source: str, target: str) -> None:
+        if not self.local:
             _move_tree(self._fs, source, target)
+            return
+        before, after = os.path.dirname(source), os.path.dirname(target)
+        _make_dirs(after)
+        os.rename(source, target)
+        for folder in dict.fromkeys((after, before)):
+            _sync_dir(folder)
 
     def remove_dir(self, path: str) -> OSError | None:
         """Delete a directory and its content; a missing one is no error."""
-        try:
-            if self.local:
-                shutil.rmtree(self._full(path))
-            else:
-                with _as_oserror():
-                    _remove_tree(self._fs, self._full(path))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            return error
-        return None
+        remove = shutil.rmtree if self.local else partial(_remove_tree, self._fs)
+        return self._error_of(remove, path, missing_ok=True)
 
     def remove_file(self, path: str) -> OSError | None:
         """Delete one file; a missing one is no error."""
+        return self._error_of(os.unlink if self.local else self._fs.rm_file, path, missing_ok=True)
+
+    def _error_of(
+        self, act: Callable[..., object], *paths: str, missing_ok: bool = False
+    ) -> OSError | None:
+        """Call `act` with full paths, and return the error with which it failed."""
         try:
-            if self.local:
-                os.unlink(self._full(path))
-            else:
-                with _as_oserror():
-                    self._fs.rm_file(self._full(path))
-        except FileNotFoundError:
-            return None
+            with self._system_errors():
+                act(*map(self._full, paths))
         except OSError as error:
-            return error
+            return None if missing_ok and isinstance(error, FileNotFoundError) else error
         return None
 
     def create_dir(self, path: str, holding: str) -> bool:
@@ -364,16 +338,11 @@ class Store:
 
     def free_bytes(self) -> int | None:
         """Return the bytes that may still be written here; None if unknown."""
+        if not self.local:
+            return None
         place = Path(self._root or "/")
-        while self.local:
-            try:
-                return shutil.disk_usage(place).free
-            except FileNotFoundError:
-                if place == place.parent:
-                    break
-                place = place.parent
-            except OSError:
-                break
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
         return None
 
     def refusal(self, path: str, needed: int, error: Exception) -> ResourceError:
@@ -399,34 +368,19 @@ class Store:
     @contextlib.contextmanager
     def _refusals(self, path: str, needed: int) -> Iterator[None]:
         try:
-            with contextlib.nullcontext() if self.local else _as_oserror():
+            with self._system_errors():
                 yield
         except OSError as error:
             raise self.refusal(path, needed, error) from error
+
+    def _system_errors(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.local else _as_oserror()
 
     def _full(self, path: str) -> str:
         parts = path.split("/") if path else []
         if any(part in {"", ".", ".."} or "\0" in part for part in parts):
             raise ValueError(f"not a plain relative path: {path!r}")
         return "/".join([self._root, *parts]) or "/"
-
-    def _write_local(self, full: str, data: bytes) -> None:
-        folder, name = os.path.split(full)
-        _make_dirs(folder)
-        temporary = os.path.join(folder, f".tmp-{name}-{secrets.token_hex(4)}")
-        try:
-            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                _write_all(file, data)
-                os.fsync(file)
-            finally:
-                os.close(file)
-            os.replace(temporary, full)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        _sync_dir(folder)
 
 
 def _move_tree(fs: Any, old: str, new: str) -> None:
@@ -471,6 +425,27 @@ def _as_oserror() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _replacing(full: str) -> Iterator[int]:
+    """Open a new local file, which durably replaces `full` when the block ends without error."""
+    folder, name = os.path.split(full)
+    _make_dirs(folder)
+    temporary = os.path.join(folder, f".tmp-{name}-{secrets.token_hex(4)}")
+    try:
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            yield file
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(temporary, full)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_dir(folder)
 
 
 def _write_all(file: int, data: bytes) -> None:
