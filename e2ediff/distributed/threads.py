@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from e2ediff.distributed.world import World
-from e2ediff.store.records import whole_lines
 from e2ediff.store.run_directory import EVENTS, METRICS, RunDirectory
 
 GAIN = 1.05
@@ -230,10 +229,11 @@ def former_threads(directory: RunDirectory, images: int) -> tuple[int, float]:
     if not isinstance(hardware, Mapping) or hardware.get("cpus") != os.cpu_count():
         return 0, 0.0
     count = hardware.get("threads")
-    for event in whole_lines(directory, EVENTS):
+    for event in directory.store.json_lines(EVENTS):
         seen = event.get("images", 0)
         if event.get("kind") == "threads" and isinstance(seen, int) and seen <= images:
             count = event.get("count", count)
-    rates = (line.get("wall_images_per_second") for line in whole_lines(directory, METRICS))
+    lines = directory.store.json_lines(METRICS)
+    rates = (line.get("wall_images_per_second") for line in lines)
     known = deque((float(rate) for rate in rates if isinstance(rate, int | float)), maxlen=10)
     return count if isinstance(count, int) else 0, statistics.median(known) if known else 0.0

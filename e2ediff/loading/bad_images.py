@@ -150,28 +150,14 @@ class BadImages:
         for skipped in (s for place, s in new.items() if place not in listed):
             entry = {"image": skipped.place, "index": skipped.number, "what": skipped.what}
             # Start a new line, even after one that a crash cut short.
-            apart = "\n" if self._torn() else ""
+            there = self.store.read(BAD_IMAGES) if self.store.exists(BAD_IMAGES) else b"\n"
+            apart = "" if there.endswith(b"\n") else "\n"
             line = json.dumps({**entry, "instead": skipped.instead})
             self.store.append(BAD_IMAGES, apart + line)
         self._met |= set(new)
         return not listed
 
-    def _torn(self) -> bool:
-        there = self.store.exists(BAD_IMAGES)
-        return there and not self.store.read(BAD_IMAGES).endswith(b"\n")
-
     def listed(self) -> set[str]:
         """Return the paths in the list, including those of earlier runs and other processes."""
-        if not self.store.exists(BAD_IMAGES):
-            return set()
-        return {
-            place for line in self.store.read(BAD_IMAGES).split(b"\n") for place in _image(line)
-        }
-
-
-def _image(line: bytes) -> tuple[str, ...]:
-    """Return the path in a line; empty for a line that a crash cut short."""
-    try:
-        return (str(json.loads(line)["image"]),)
-    except (ValueError, TypeError, KeyError):
-        return ()
+        lines = self.store.json_lines(BAD_IMAGES)
+        return {str(entry["image"]) for entry in lines if "image" in entry}

@@ -5,7 +5,6 @@ Damaged lines are skipped.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ def newest_saved(directory: RunDirectory) -> str:
     "" if no record shows that there was one.
     """
     name = ""
-    for event in whole_lines(directory, EVENTS):
+    for event in directory.store.json_lines(EVENTS):
         if event.get("kind") == "saved":
             name = str(event.get("name", ""))
         elif event.get("kind") in ("rewound", "lost"):
@@ -57,9 +56,9 @@ def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[st
         CheckpointError: Its events, status, figures, pictures or snapshots show that it had
             a checkpoint.
     """
-    events = list(whole_lines(directory, EVENTS))
+    events = list(directory.store.json_lines(EVENTS))
     due = max(_cadences([changes, *(e.get("changes") for e in events)], recipe))
-    steps = [former_status(directory), *whole_lines(directory, METRICS)]
+    steps = [former_status(directory), *directory.store.json_lines(METRICS)]
     step = max((s for line in steps if isinstance(s := line.get("step"), int)), default=0)
     later = later_files(directory.store, due * recipe.batch, due)
     if name := newest_saved(directory):
@@ -86,16 +85,3 @@ def _cadences(changes: Iterable[object], recipe: Recipe) -> Iterator[int]:
             for text in values if isinstance(values, list) else ():
                 if str(text).isdecimal():
                     yield int(text)
-
-
-def whole_lines(directory: RunDirectory, file: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a run's file of JSON lines; damaged lines are skipped."""
-    if not directory.store.exists(file):
-        return
-    for line in directory.store.read(file).split(b"\n"):
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(values, dict):
-            yield values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import math
 import os
 import re
@@ -84,6 +85,16 @@ class Store:
         with _as_oserror(), self._fs.open(self._full(path), "rb") as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
+
+    def json_lines(self, path: str) -> Iterator[dict[str, Any]]:
+        """Yield the objects of a file of JSON lines, without damaged lines; none if it is missing.
+
+        Lines that a crash cut short are among the damaged ones.
+        """
+        for line in self.read(path).split(b"\n") if self.exists(path) else ():
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(values := json.loads(line), dict):
+                    yield values
 
     def size(self, path: str) -> int:
         """Return the bytes of a file; OSError if it is missing or not a regular file."""
