@@ -6,9 +6,8 @@ Damaged lines are skipped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
-from e2ediff.errors import CheckpointError, RunDirectoryError
+from e2ediff.errors import CheckpointError
 from e2ediff.host.recipe import Recipe
 from e2ediff.store.attempts import ATTEMPTS, later_files
 from e2ediff.store.manifest import FOLDER, NAME
@@ -27,21 +26,13 @@ def newest_saved(directory: RunDirectory) -> str:
             name = str(event.get("name", ""))
         elif event.get("kind") in ("rewound", "lost"):
             name = str(event.get("to", ""))
-    return name or str(former_status(directory).get("last_checkpoint") or "")
+    return name or str(directory.former_status().get("last_checkpoint") or "")
 
 
 def images_of(name: str) -> int:
     """Return the number of training images in a checkpoint's name; -1 for other names."""
     match = NAME.fullmatch(name)
     return int(match[1]) if match else -1
-
-
-def former_status(directory: RunDirectory) -> dict[str, Any]:
-    """Return the last status; empty if there is none, or it cannot be read."""
-    try:
-        return directory.status()
-    except RunDirectoryError:
-        return {}
 
 
 def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[str, JSON]) -> None:
@@ -58,7 +49,7 @@ def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[st
     """
     events = list(directory.store.json_lines(EVENTS))
     due = max(_cadences([changes, *(e.get("changes") for e in events)], recipe))
-    steps = [former_status(directory), *directory.store.json_lines(METRICS)]
+    steps = [directory.former_status(), *directory.store.json_lines(METRICS)]
     step = max((s for line in steps if isinstance(s := line.get("step"), int)), default=0)
     later = later_files(directory.store, due * recipe.batch, due)
     if name := newest_saved(directory):

@@ -280,28 +280,32 @@ class RunDirectory:
         """Read the last status; empty before the first."""
         return self._read_json(STATUS) if self.store.exists(STATUS) else {}
 
+    def former_status(self) -> dict[str, Any]:
+        """Read the last status; empty if there is none, or it cannot be read."""
+        try:
+            return self.status()
+        except RunDirectoryError:
+            return {}
+
     def set_status(
-        self,
-        state: State,
-        *,
-        images: int,
-        step: int,
-        exit_code: int | None = None,
-        reason: str = "",
-        last_checkpoint: str | None = None,
-        collapsed: str = "",
+        self, state: State, exit_code: int | None = None, reason: str = "", **position: JSON
     ) -> None:
-        """Replace `status.json` atomically."""
+        """Replace `status.json` atomically.
+
+        `position` has `images`, `step`, `last_checkpoint` and `collapsed`; without it those of
+        the last status stay.
+        """
+        position = position or self.former_status()
         self._write_json(
             STATUS,
             {
                 "state": state,
-                "images": images,
-                "step": step,
+                "images": position.get("images", 0),
+                "step": position.get("step", 0),
                 "exit_code": exit_code,
                 "reason": reason,
-                "last_checkpoint": last_checkpoint,
-                "collapsed": collapsed,
+                "last_checkpoint": position.get("last_checkpoint"),
+                "collapsed": position.get("collapsed", ""),
                 "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             },
         )

@@ -89,10 +89,10 @@ class Recorder:
         """Replace `status.json` by the current status."""
         self.directory.set_status(
             state,
+            code,
+            reason,
             images=self.position.images,
             step=self.position.step,
-            exit_code=code,
-            reason=reason,
             last_checkpoint=self.last_checkpoint,
             collapsed=collapsed,
         )

@@ -37,7 +37,7 @@ from e2ediff.store.checkpoint import finished_checkpoints, list_checkpoints, ope
 from e2ediff.store.environment import describe_environment
 from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.plugin_files import copies, refuse_other_plugin_files
-from e2ediff.store.records import former_status, images_of, newest_saved, refuse_vanished
+from e2ediff.store.records import images_of, newest_saved, refuse_vanished
 from e2ediff.store.run_directory import RunDirectory, State, is_run, latest_run
 from e2ediff.store.storage import JSON
 from e2ediff.train.continuation import class_names, refuse_other_recipe
@@ -170,7 +170,8 @@ def train(
                 error.args = (f"{error}; continue with --resume",)
             named = isinstance(error, Stopped | ElsewhereError)
             reason = str(error) if named else f"{type(error).__name__}: {error}"
-            _set_status(directory, engine, _STATES.get(code, "failed"), code, reason)
+            set_status = engine.set_status if engine else directory.set_status
+            set_status(_STATES.get(code, "failed"), code, reason)
             if isinstance(error, Stopped):
                 error.args = (f"{directory.path}: {error}",)
             if error is caught:
@@ -360,22 +361,3 @@ def _advice(engine: Engine) -> str:
 
 def _spares_encoder(objective: Objective) -> bool:
     return any(objective.stops(phase) for phase in objective.phases)
-
-
-def _set_status(
-    directory: RunDirectory, engine: Engine | None, state: State, code: int, reason: str
-) -> None:
-    """Record how a run ended; without training its previous position stays."""
-    if engine:
-        engine.set_status(state, code, reason)
-        return
-    before = former_status(directory)
-    directory.set_status(
-        state,
-        images=before.get("images", 0),
-        step=before.get("step", 0),
-        exit_code=code,
-        reason=reason,
-        last_checkpoint=before.get("last_checkpoint"),
-        collapsed=before.get("collapsed", ""),
-    )
