@@ -1,22 +1,112 @@
-"""Record what a run produces while it trains: figures, events, pictures and its status."""
+"""Record what a run produces while it trains: figures, events, pictures and its status.
+
+Plugins and trackers are notified of it; none of them can stop the run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
+from torch import Tensor
 
 from e2ediff.distributed.world import World
-from e2ediff.errors import DivergedError
+from e2ediff.errors import DivergedError, E2EDiffError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.loading.bad_images import BAD_IMAGES, BadImages, Skipped
 from e2ediff.store.run_directory import RunDirectory, State
 from e2ediff.store.storage import JSON
-from e2ediff.train.clock import Clock
-from e2ediff.train.observers import RunView, Trackers, notify
+from e2ediff.tracker import Tracker, TrackerConfig
 from e2ediff.train.progress import Progress
+
+
+@attrs.frozen(eq=False)
+class RunView:
+    """A read-only view of a run for observers."""
+
+    recipe: Recipe
+    directory: str
+    device: str
+    images_seen: int
+
+
+@attrs.define(eq=False)
+class Trackers:
+    """Sends figures and pictures to all trackers of a run."""
+
+    configs: Sequence[TrackerConfig]
+    directory: RunDirectory
+    progress: Progress
+    trackers: list[Tracker] = attrs.field(factory=list)
+
+    def open(self) -> None:
+        """Open every tracker; one that is not installed raises an error for the user."""
+        path = self.directory.store.local_path() or self.directory.path
+        for config in self.configs:
+            try:
+                self.trackers.append(config.open(path))
+            except E2EDiffError:
+                raise
+            except Exception as error:
+                self._say(config, error)
+
+    def _each(self, act: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                act(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                self._say(tracker, error)
+
+    def _say(self, tracker: object, error: Exception) -> None:
+        name = type(tracker).__name__
+        self.progress.say(
+            f"tracker {name} is switched off: {type(error).__name__}: {error}. "
+            "metrics.jsonl goes on."
+        )
+        self.directory.event("tracker_off", tracker=name, error=str(error))
+
+    def log(self, images: int, values: Mapping[str, float]) -> None:
+        """Send figures to all trackers."""
+        self._each(lambda tracker: tracker.log(images, values))
+
+    def picture(self, images: int, name: str, x: Tensor) -> None:
+        """Send a picture to all trackers."""
+        self._each(lambda tracker: tracker.picture(images, name, x))
+
+    def close(self) -> None:
+        """Close all trackers."""
+        self._each(lambda tracker: tracker.close())
+        self.trackers.clear()
+
+
+class Clock:
+    """Counts steps and the seconds they took, without diagnoses and saving."""
+
+    def __init__(self) -> None:
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Start counting at this step, now."""
+        self._since, self._first = time.perf_counter(), step
+
+    def rate(self, step: int, batch: int) -> float:
+        """Return images per second since the start."""
+        seconds = time.perf_counter() - self._since
+        return (step - self._first) * batch / max(seconds, 1e-9)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time spent inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - began
 
 
 @attrs.define
@@ -68,12 +158,13 @@ class Recorder:
         self.progress.say(f"step {self.position.step}: {text}")
 
     def notify(self, hook: str, **values: object) -> None:
-        """Call a hook of the plugins."""
-        if self.world.is_leader:
-            view = RunView(
-                self.recipe, self.directory.path, str(self.device), self.position.images
-            )
-            notify(self.host, view, self.progress, hook, values)
+        """Call a hook; an exception in one plugin stops neither the run nor other plugins."""
+        if not self.world.is_leader:
+            return
+        view = RunView(self.recipe, self.directory.path, str(self.device), self.position.images)
+        for plugin, error in self.host.observe(hook, run=view, **values):
+            text = f"{hook} failed: {type(error).__name__}: {error}"
+            self.progress.say(f"plugin {plugin!r}: {text}")
 
     def skipped(self, found: Sequence[Skipped]) -> None:
         """List damaged images that were not used; the first one is also shown."""
