@@ -80,7 +80,7 @@ class Engine:
         self.set_status("running")
         already_done = self.position.step >= r.total_steps
         try:
-            self._refuse_spent()
+            self._refuse_collapsed(already_done=already_done)
             if already_done:
                 self._end_again()
             if self.position.step == 0:
@@ -174,30 +174,23 @@ class Engine:
             stop.signal = agreed
         return bool(agreed)
 
-    def _refuse_spent(self) -> None:
-        """Refuse to continue a run that its alarm ended after the last rollback.
+    def _refuse_collapsed(self, *, already_done: bool) -> None:
+        """Refuse to continue a run that its alarm ended at its last step or last rollback.
 
         Raises:
-            CollapseError: The alarm ended the run.
+            CollapseError: The alarm ended the run, and its policy still says so.
         """
-        watch = self.watch
-        rollback = self.recipe.alarm.policy == "rollback"
-        if watch.on and rollback and watch.attempt and not watch.may_return:
+        watch, policy = self.watch, self.recipe.alarm.policy
+        spent = policy == "rollback" and watch.attempt > 0 and not watch.may_return
+        if watch.on and (spent or (already_done and policy != "warn")):
+            last = ", the last one" * already_done
             raise CollapseError(
-                f"step {self.position.step}: the latents have collapsed. {watch.advice()}"
+                f"step {self.position.step}{last}: the latents have collapsed. {watch.advice()}"
             )
 
     def _end_again(self) -> None:
-        """Finish a run whose alarm sounded at its last step.
-
-        Raises:
-            CollapseError: The alarm still ends it.
-        """
+        """Make the last preview and scores of a finished run, if a stop prevented that."""
         step = self.position.step
-        if self.watch.on and self.recipe.alarm.policy != "warn":
-            raise CollapseError(
-                f"step {step}, the last one: the latents have collapsed. {self.watch.advice()}"
-            )
         if not self.directory.store.exists(f"samples/step-{step:08d}.png"):
             self.measurements.preview()
             if self.monitor.scores_due(step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import attrs
@@ -14,7 +15,7 @@ from e2ediff.step.assembly import Assembly
 from e2ediff.step.compiling import uncompiled
 from e2ediff.store.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
 from e2ediff.store.manifest import Checkpoint
-from e2ediff.store.storage import JSON
+from e2ediff.store.storage import JSON, Store
 from e2ediff.train.recorder import Recorder
 from e2ediff.train.snapshot import put_back, snapshots, take, take_snapshot
 
@@ -49,21 +50,9 @@ class Saver:
                 watch.anchor = at.images
             with uncompiled(self.recipe):
                 held = take(self.parts, self.calibration, keep=self.recorder.world.is_leader)
-            write = partial(
-                save,
-                recorder.directory.store,
-                at.images,
-                at.step,
-                held.files,
-                {**held.state, "alarm": watch.state(), "data": self.data},
-                keep=self.recipe.checkpoint.keep,
-                warn=recorder.progress.say,
-                spare=watch.anchor,
-            )
-            try:
-                recorder.last_checkpoint = self.recorder.world.on_leader(write)
-            except DivergedError as error:
-                raise recorder.diverged(str(error)) from error
+            state = {**held.state, "alarm": watch.state(), "data": self.data}
+            store, keep = recorder.directory.store, self.recipe.checkpoint.keep
+            recorder.last_checkpoint = self._write(store, held.files, state, keep, watch.anchor)
             self._saved_at = at.images
             recorder.event("saved", name=recorder.last_checkpoint)
             recorder.status("running", watch.collapsed)
@@ -71,19 +60,27 @@ class Saver:
 
     def snapshot(self) -> None:
         """Store the averages from which other widths are reconstructed."""
-        post_hoc, at, recorder = self.recipe.post_hoc, self.recorder.position, self.recorder
+        post_hoc, recorder = self.recipe.post_hoc, self.recorder
         assert post_hoc is not None
-        with self.recorder.clock.paused():
-            files = take_snapshot(self.parts, self.recipe, keep=self.recorder.world.is_leader)
-            try:
-                self.recorder.world.on_leader(
-                    partial(
-                        save, snapshots(recorder.directory.store), at.images, at.step, files, {},
-                        keep=post_hoc.keep, warn=recorder.progress.say,
-                    )
-                )  # fmt: skip
-            except DivergedError as error:
-                raise recorder.diverged(str(error)) from error
+        with recorder.clock.paused():
+            files = take_snapshot(self.parts, self.recipe, keep=recorder.world.is_leader)
+            self._write(snapshots(recorder.directory.store), files, {}, post_hoc.keep)
+
+    def _write(
+        self,
+        store: Store,
+        files: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, JSON],
+        keep: int,
+        spare: int | None = None,
+    ) -> str:
+        """Save at the run's position, in the first process; return the name in all of them."""
+        at, recorder = self.recorder.position, self.recorder
+        write = partial(save, store, at.images, at.step, files, state, keep, spare=spare)
+        try:
+            return recorder.world.on_leader(partial(write, warn=recorder.progress.say))
+        except DivergedError as error:
+            raise recorder.diverged(str(error)) from error
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint.
