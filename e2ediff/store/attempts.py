@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 from e2ediff.store.manifest import FOLDER, NAME
 from e2ediff.store.storage import Store
@@ -25,16 +24,6 @@ def numbers(store: Store) -> list[int]:
 def next_place(store: Store) -> str:
     """Return the path of the next attempt: `attempts/3`."""
     return f"{ATTEMPTS}/{max(numbers(store), default=0) + 1}"
-
-
-def move(store: Store, names: Iterable[str], place: str) -> None:
-    """Move these files and directories to an attempt, in this order.
-
-    Raises:
-        ResourceError: The disk or store refused; nothing is lost.
-    """
-    for name in names:
-        store.move(name, f"{place}/{name}")
 
 
 def later_files(store: Store, images: int, step: int) -> list[str]:

@@ -106,29 +106,19 @@ def save(
     return final
 
 
-def list_checkpoints(store: Store) -> list[str]:
+def list_checkpoints(store: Store, *, finished: bool = False) -> list[str]:
     """Return the names of a run's checkpoints, oldest first, including damaged ones.
+
+    With `finished` only those that have a manifest, without which a save never finished.
 
     Raises:
         CheckpointError: the directory cannot be read.
     """
     try:
         found = [(NAME.fullmatch(name), name) for name in store.list(FOLDER)]
-    except OSError as error:
-        raise CheckpointError(f"{store.where(FOLDER)}: cannot be read: {error}") from error
-    known = [(int(m[1]), int(m[2] or 0), n) for m, n in found if m and n.startswith("images-")]
-    return [name for _, _, name in sorted(known)]
-
-
-def finished_checkpoints(store: Store) -> list[str]:
-    """Return the checkpoints that have a manifest, without which a save never finished.
-
-    Raises:
-        CheckpointError: the directory cannot be read.
-    """
-    names = list_checkpoints(store)
-    try:
-        return [name for name in names if store.exists(f"{FOLDER}/{name}/{MANIFEST}")]
+        known = [(int(m[1]), int(m[2] or 0), n) for m, n in found if m and n.startswith("images-")]
+        names = [name for _, _, name in sorted(known)]
+        return [n for n in names if not finished or store.exists(f"{FOLDER}/{n}/{MANIFEST}")]
     except OSError as error:
         raise CheckpointError(f"{store.where(FOLDER)}: cannot be read: {error}") from error
 

@@ -26,7 +26,7 @@ from e2ediff.addresses import Address
 from e2ediff.errors import RecipeError, RunDirectoryError
 from e2ediff.figure import Figure
 from e2ediff.host.yaml import parse_yaml
-from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, move, next_place, numbers
+from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, next_place, numbers
 from e2ediff.store.earlier import earlier_figure
 from e2ediff.store.lock import LOCK, acquire
 from e2ediff.store.storage import JSON, Store
@@ -222,7 +222,7 @@ class RunDirectory:
         else:
             other = [file for file, text in texts.items() if file in found]
             names = other if any(self._read(file) != texts[file] for file in other) else []
-        move(self.store, names, place)
+        self._move(names, place)
         return place if names else ""
 
     def set_aside(self, images: int, step: int) -> str:
@@ -243,8 +243,12 @@ class RunDirectory:
         for file in _RECORDS:
             if self.store.exists(file):
                 self.store.write(f"{place}/{file}", self._read(file))
-        move(self.store, later, place)
+        self._move(later, place)
         return place
+
+    def _move(self, names: Iterable[str], place: str) -> None:
+        for name in names:
+            self.store.move(name, f"{place}/{name}")
 
     # Descriptions of the run
 

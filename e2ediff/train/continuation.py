@@ -16,7 +16,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.host.structure import unstructure
 from e2ediff.loading.bad_images import Skipping
-from e2ediff.store.checkpoint import finished_checkpoints, open_checkpoint
+from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import JSON
 
@@ -146,7 +146,7 @@ def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool
 
     With `sure` the text is also empty where it is unknown whether they differ.
     """
-    if not finished_checkpoints(directory.store):
+    if not list_checkpoints(directory.store, finished=True):
         return ""  # without checkpoints the run starts again
     # Damaged checkpoints are reported when one is restored.
     try:

@@ -33,7 +33,7 @@ from e2ediff.monitor.alarm import alarm_blind_spot
 from e2ediff.objective import Objective
 from e2ediff.step.parallel import check_shares
 from e2ediff.store.attempts import ATTEMPTS
-from e2ediff.store.checkpoint import finished_checkpoints, list_checkpoints, open_checkpoint
+from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.environment import describe_environment
 from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.plugin_files import copies, refuse_other_plugin_files
@@ -224,7 +224,7 @@ def _continued(
     changes = refuse_other_recipe(host, recipe, directory, recipe_path, sources)
     directory.lock()
     try:
-        if not finished_checkpoints(directory.store):
+        if not list_checkpoints(directory.store, finished=True):
             refuse_vanished(directory, recipe, changes)
     except BaseException:
         directory.unlock()
@@ -265,7 +265,7 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
     """Continue from the newest intact checkpoint; a run without one starts again."""
 
     def newest() -> str:
-        if not finished_checkpoints(directory.store):
+        if not list_checkpoints(directory.store, finished=True):
             return ""
         try:
             found = open_checkpoint(directory.store, warn=progress.say)
