@@ -85,8 +85,8 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
     if first.exitcode > 0:
         return int(first.exitcode)
     raise ResourceError(
-        f"process {first.local_rank} was killed by signal {-first.exitcode}, perhaps by the "
-        "system for want of memory. What was saved is intact: continue with --resume"
+        f"process {first.local_rank} was killed by signal {-first.exitcode}, perhaps "
+        "because memory ran out. What was saved is intact: continue with --resume"
     )
 
 

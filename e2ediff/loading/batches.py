@@ -280,15 +280,15 @@ def _lost(what: str, option: str) -> LostReaderError:
     what = " ".join(what.split()).rstrip(".")
     if "Bus error" in what:
         why = (
-            "the shared memory is full, through which images travel: give more of it (docker run "
+            "the shared memory through which images are passed is full: provide more (docker run "
             f"--shm-size=8g), or lower {option}"
         )
     elif "Segmentation fault" in what or "Aborted" in what:
-        why = f"with {option} 0 this process reads the images itself, and shows at which it ends"
+        why = f"with {option} 0 this process reads the images itself, which shows the bad one"
     else:
         why = (
-            "the system kills when memory runs out, and each such process holds images for two "
-            f"batches: lower {option}, or give more memory"
+            "the system kills processes when memory runs out, and each of these holds images for "
+            f"two batches: lower {option}, or provide more memory"
         )
     return LostReaderError(f"a process that reads images died ({what}): {why}")
 

@@ -114,8 +114,8 @@ def problems(recipe: Recipe) -> list[Problem]:
         alpha = float(recipe.interpolant.alpha(torch.tensor([recipe.sampler.t_start])))
         if alpha < 0.005:
             what = (
-                f"sampling begins at t = {recipe.sampler.t_start:g}, where z_t holds next to "
-                f"nothing of the latent and predicts: {recipe.predicts} cannot tell it; set "
+                f"sampling begins at t = {recipe.sampler.t_start:g}, where z_t holds almost "
+                f"nothing of the latent, so predicts: {recipe.predicts} cannot determine it; set "
                 "sampler.t_start: 0.01, or predicts: x0 or v"
             )
             found.append(Problem("sampler.t_start", what))

@@ -368,7 +368,7 @@ def choose_kernels(
     try:
         net.prepare(device, getattr(torch, precision))
     except KernelError as error:
-        warn(f"{error.what}; the network computes by the attention that it was built with")
+        warn(f"{error.what}; the network uses the attention that it was built with")
 
 
 def _own_noise(seed: int, numbers: Sequence[int]) -> Noise:

@@ -30,16 +30,16 @@ def alarm_blind_spot(recipe: Recipe, diagnostics: Sequence[Diagnostic]) -> str:
     judged = any(type(d).verdict is not Diagnostic.verdict for d in diagnostics)
     if not judged and not any(figure.alarm for figure in declared(diagnostics)):
         return (
-            "none of the diagnostics judges its figures, so the alarm hears of no collapse until "
-            "every loss is next to nothing; add latent_health to diagnostics"
+            "none of the diagnostics judges its figures, so the alarm cannot detect a collapse "
+            "before every loss is close to zero; add latent_health to diagnostics"
         )
     looks, window = len(diagnosis_steps(recipe)), recipe.alarm.window
     if recipe.alarm.policy == "warn" or looks >= window:
         return ""
     return (
-        f"alarm.window {window} is more than the number of diagnoses in {recipe.total_steps} "
-        f"steps, {looks}, so alarm.policy {recipe.alarm.policy} acts on a complete collapse only; "
-        "lower cadence.diagnose or alarm.window"
+        f"alarm.window is {window}, but the number of diagnoses in {recipe.total_steps} steps is "
+        f"{looks}, so alarm.policy {recipe.alarm.policy} acts on a complete collapse only; lower "
+        "cadence.diagnose or alarm.window"
     )
 
 
@@ -105,9 +105,11 @@ class Watch:
         signs = [*verdict, *self._falls(figures)]
         complete = self.mute or (bool(signs) and (self.still or self._is_dead(figures)))
         if self.mute:
-            signs.append(f"every loss is below {self.alarm.silence:g}: nothing is left to learn")
+            signs.append(
+                f"every loss is below {self.alarm.silence:g}, so nothing is left to learn"
+            )
         elif self.still and signs:
-            signs.append(f"the gradient's norm is below {self.alarm.silence:g}")
+            signs.append(f"the gradient norm is below {self.alarm.silence:g}")
         self.streak = self.streak + 1 if signs else 0
         if not self.on and signs and (complete or self.streak >= self.alarm.window):
             self.on, self.since = True, step
@@ -153,7 +155,7 @@ class Watch:
 
     @property
     def collapsed(self) -> str:
-        """Say since when the latents are collapsed; "" if they are not."""
+        """Describe since when the latents are collapsed; "" if they are not."""
         since = "" if self.since is None else f" since step {self.since}"
         return f"the latents have been collapsed{since}" if self.on else ""
 
@@ -162,10 +164,10 @@ class Watch:
         tried = ""
         if self.attempt:
             times = {1: "once", 2: "twice"}.get(self.attempt, f"{self.attempt} times")
-            tried = f"The run went back {times} and collapsed again. "
+            tried = f"The run was rolled back {times} and collapsed again. "
         return (
-            f"{tried}A saved checkpoint has this state; change the objective, the latent norm or "
-            "the learning rate, or go on regardless with --resume --set alarm.policy=warn."
+            f"{tried}A checkpoint of this state was saved; change the objective, the latent norm "
+            "or the learning rate, or continue regardless with --resume --set alarm.policy=warn."
         )
 
     def state(self) -> dict[str, JSON]:

@@ -125,8 +125,8 @@ class Splitting:
                 self._at_once[phase] = at_once
                 self.report(
                     "memory",
-                    f"out of memory with {before} images at once: phase '{phase}' goes on with "
-                    f"{at_once}, with the same draws and the same mean",
+                    f"out of memory with {before} images at once: phase '{phase}' continues "
+                    f"with {at_once}, with the same draws and the same mean",
                     phase=phase,
                     images_at_once=at_once,
                     microshard=self.size,
@@ -159,7 +159,7 @@ class Splitting:
                 for name, value in terms.losses.items():
                     sums[name] += float(value) * len(part.x) / self.size
         except torch.OutOfMemoryError:
-            return "not even a forward pass of it fits, by which that could be proved harmless"
+            return "not even a forward pass fits, which is needed to prove that harmless"
         finally:
             step.precision = precision
         for name, value in whole.losses.items():

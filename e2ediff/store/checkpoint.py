@@ -102,7 +102,7 @@ def save(
         final = _supersede(store, final, name, warn)
         _retire(store, final, keep, warn, spare)
     except (OSError, E2EDiffError) as error:
-        warn(f"old checkpoints could not be retired: {error}")
+        warn(f"old checkpoints could not be deleted: {error}")
     return final
 
 
@@ -162,7 +162,7 @@ def open_checkpoint(
     if not problems:
         raise CheckpointError(f"{store.where(FOLDER)}: there is no checkpoint yet.")
     raise CheckpointError(
-        "\n  ".join([f"{store.where(FOLDER)}: no checkpoint verifies.", *problems])
+        "\n  ".join([f"{store.where(FOLDER)}: no checkpoint is intact.", *problems])
     )
 
 
@@ -178,8 +178,8 @@ def _way_out(store: Store, name: str, use: str) -> str:
     older = [n for n in reversed(names) if n < name]
     for candidate in [*older, *(n for n in reversed(names) if n > name)]:
         if is_sound(store, candidate, verify=True):
-            return f"{candidate} verifies: {use.format(candidate)}."
-    return "No other checkpoint of this run verifies."
+            return f"{candidate} is intact: {use.format(candidate)}."
+    return "No other checkpoint of this run is intact."
 
 
 def _deduplicated(
@@ -304,7 +304,7 @@ def _retire(
     kept = sound[-keep:]
     # Sizes do not prove content: verify the one that is kept before deleting others.
     if not any(is_sound(store, name, verify=True) for name in reversed(kept)):
-        warn(f"{store.where(FOLDER)}: none of {', '.join(kept)} verifies; old ones are kept.")
+        warn(f"{store.where(FOLDER)}: none of {', '.join(kept)} is intact; old ones are kept.")
         return
     spared = None if spare is None else checkpoint_at(store, spare)
     for name in names[: names.index(kept[0])]:

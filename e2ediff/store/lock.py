@@ -49,7 +49,7 @@ def acquire(store: Store, shown: str) -> int | None:
             try:
                 if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
                     logging.getLogger(__name__).warning(
-                        "%s: cannot be locked (%s); see that only one process trains in it.",
+                        "%s: cannot be locked (%s); make sure that only one process trains in it.",
                         shown,
                         error.strerror,
                     )

@@ -56,14 +56,14 @@ def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[st
         saved = any(e.get("kind") in ("saved", "rewound", "lost") for e in events)
         why = f"{EVENTS if saved else STATUS} says that {name} was saved"
     elif step > due or later:
-        seen = f"it was at step {step}" if step > due else f"{later[-1]} is there"
-        why = f"{seen}, and one was due at step {due}"
+        seen = f"the run was at step {step}" if step > due else f"{later[-1]} exists"
+        why = f"{seen}, and a checkpoint was due at step {due}"
     else:
         return
     raise CheckpointError(
-        f"{directory.store.where(FOLDER)}: there is no finished checkpoint, but {why}. Bring it "
-        "back (is a disk not mounted?), or begin again with --restart, which keeps what is left "
-        f"of this attempt in {ATTEMPTS}/."
+        f"{directory.store.where(FOLDER)}: there is no finished checkpoint, but {why}. "
+        "Restore it (is a disk not mounted?), or start again with --restart, which keeps what is "
+        f"left of this attempt in {ATTEMPTS}/."
     )
 
 

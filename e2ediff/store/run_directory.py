@@ -134,7 +134,7 @@ class RunDirectory:
             what = f"it has no {RUN}" if found else "no such directory, or it is empty"
             way_out = "Give the directory that e2ediff printed when the run began."
             if numbers(directory.store):
-                way_out = "If --restart was cut short here, give it again."
+                way_out = "If --restart was interrupted here, repeat it."
             raise RunDirectoryError(f"{path}: not a run directory: {what}. {way_out}")
         directory.environment()
         return directory
@@ -197,7 +197,7 @@ class RunDirectory:
         if RUN in found:
             way_out = "Choose another --out, or continue the run in it with --resume."
         elif halfway:
-            way_out = "If --restart was cut short here, give it again; else choose another --out."
+            way_out = "If --restart was interrupted here, repeat it; else choose another --out."
         raise RunDirectoryError(f"{self.path}: exists and is not empty. {way_out}")
 
     def _is_others(self, found: Sequence[str], texts: Mapping[str, bytes]) -> bool:
@@ -275,8 +275,8 @@ class RunDirectory:
         found = self.environment().get("class_names", [])
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             raise RunDirectoryError(
-                f"{self.store.where(RUN)}: class_names is no list of names. Remove it to go by "
-                "the classes' numbers."
+                f"{self.store.where(RUN)}: class_names is not a list of names. Remove it to "
+                "refer to classes by their indices."
             )
         return tuple(found)
 

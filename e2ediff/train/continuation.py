@@ -107,7 +107,7 @@ def refuse_other_recipe(
         if why or path not in moved
     ]
     if why and not moved:
-        what = f"has the same address as in {directory.path} and other content{why}."
+        what = f"has the same address as in {directory.path} but other content{why}."
         hint = "Give it the images that the run began with, or start another run."
         problems.append(Problem("data", what, hint=hint))
     if problems := problems or _renamed(recipe, directory, images):
@@ -155,7 +155,7 @@ def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool
         return ""
     noted = found.state.get("data")
     if not isinstance(noted, list) or len(noted) != len(images):
-        return "" if sure else f", and {found.name} does not say of which images it is"
+        return "" if sure else f", and {found.name} does not record which images it was trained on"
     for kind, old, new in zip(("training", "held-out"), noted, describe(images), strict=True):
         assert isinstance(new, Mapping)
         if old["images"] != new["images"]:

@@ -66,7 +66,7 @@ class Trackers:
         name = type(tracker).__name__
         self.progress.say(
             f"tracker {name} is switched off: {type(error).__name__}: {error}. "
-            "metrics.jsonl goes on."
+            "Figures are still written to metrics.jsonl."
         )
         self.directory.event("tracker_off", tracker=name, error=str(error))
 
@@ -190,8 +190,9 @@ class Recorder:
 
     def diverged(self, what: str) -> DivergedError:
         """Return the error for figures or weights that are not finite, with advice."""
+        last = self.last_checkpoint
+        good = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
         return DivergedError(
-            f"step {self.position.step}: {what} The last good checkpoint is "
-            f"{self.last_checkpoint or 'none yet'}. Lower the learning rate (optimizer.lr), or "
+            f"step {self.position.step}: {what} {good} Lower the learning rate (optimizer.lr), or "
             "give optimizer.clip a smaller norm."
         )

@@ -120,9 +120,9 @@ class Saver:
             "rewound", step=step, images=images, to=found.name, attempt=attempt, kept=kept
         )
         self.recorder.progress.say(
-            f"step {step}: went back to step {at.step} ({found.name}), to draw other noise; "
-            f"return {attempt} of at most {self.recipe.alarm.attempts}. What was recorded since "
-            f"is kept in {directory.store.where(kept)}"
+            f"step {step}: rolled back to step {at.step} ({found.name}), to continue with other "
+            f"noise; rollback {attempt} of at most {self.recipe.alarm.attempts}. What was "
+            f"recorded since is kept in {directory.store.where(kept)}"
         )
         # Save at once, so that a crash does not undo the rollback; later ones are set aside.
         self.save()

@@ -139,13 +139,13 @@ def train(
             locked.append(_continued(host, recipe, recipe_path, place, sources))
         else:
             if resume:
-                progress.say(f"{place}: a run was killed here before it had begun: it begins")
+                progress.say(f"{place}: a run was killed here before it began; it starts now")
             names = class_names(recipe, training)
             locked.append(
                 _new(host, recipe, recipe_path, place, device, world, names, restart=restart)
             )
             if locked[0].kept:
-                progress.say(f"what lay in {place} is kept in {place}/{locked[0].kept}")
+                progress.say(f"the former content of {place} is kept in {place}/{locked[0].kept}")
         return [locked[0].path, begun_before]
 
     path, begun_before = world.on_leader(begin)
@@ -193,9 +193,9 @@ def _in_words(host: Host, error: BaseException) -> BaseException:
             "traceback"
         )
     return ResourceError(
-        f"out of memory: {str(error).partition('. ')[0]}. A look takes probe.images and "
-        "preview.rows x preview.classes images at once; lower these, or use parallel: fsdp2 on "
-        "several GPUs. What was saved is intact"
+        f"out of memory: {str(error).partition('. ')[0]}. A diagnosis processes "
+        "probe.images images at once, and a preview preview.rows x preview.classes; lower these, "
+        "or use parallel: fsdp2 on several GPUs. What was saved is intact"
     )
 
 
@@ -271,7 +271,7 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
             found = open_checkpoint(directory.store, warn=progress.say)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}\n  Bring back one that is whole, or begin again with --restart, which "
+                f"{error}\n  Restore an intact one, or start again with --restart, which "
                 f"keeps this attempt in {ATTEMPTS}/."
             ) from error
         _keep_figures(directory, found, progress)
@@ -284,7 +284,7 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
         progress.say(f"resumed {directory.path} at step {engine.position.step}")
     else:
         engine.saver.rewind(-1)
-        progress.say(f"{directory.path} has no checkpoint yet: it begins again")
+        progress.say(f"{directory.path} has no checkpoint yet, so it starts again")
 
 
 def _keep_figures(directory: RunDirectory, found: Checkpoint, progress: Progress) -> None:

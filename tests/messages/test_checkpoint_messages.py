@@ -38,7 +38,7 @@ def told(store: Store, name: str | None = None) -> str:
 def test_damage_is_told_with_its_place_and_the_way_out(store: Store) -> None:
     """Size, hash, missing, extra, unfinished, newer."""
     where = f"runs/x/checkpoints/{B}: the checkpoint is damaged: "
-    out = f". {A} verifies: use --checkpoint {A}."
+    out = f". {A} is intact: use --checkpoint {A}."
     weights = Path(f"runs/x/checkpoints/{B}/online.safetensors")
     good = weights.read_bytes()
 
@@ -64,7 +64,7 @@ def test_damage_is_told_with_its_place_and_the_way_out(store: Store) -> None:
     manifest.write_text(text.replace('"format_version": 1', '"format_version": 2'))
     assert told(store, B) == (
         f"runs/x/checkpoints/{B}: was written by a newer e2ediff (checkpoint format 2, "
-        f"this one reads 1). Upgrade e2ediff. {A} verifies: use --checkpoint {A}."
+        f"this one reads 1). Upgrade e2ediff. {A} is intact: use --checkpoint {A}."
     )
     manifest.unlink()
     assert told(store, B) == (f"{where}MANIFEST.json is missing, so its save never finished{out}")
@@ -74,11 +74,11 @@ def test_a_missing_checkpoint_is_told(store: Store) -> None:
     """By name, by a name that leaves the directory, and where there is none at all."""
     for name in ("images-000000000300", "../..", "/etc", ""):
         assert told(store, name) == (
-            f"runs/x/checkpoints/{name}: no such checkpoint. {B} verifies: use --checkpoint {B}."
+            f"runs/x/checkpoints/{name}: no such checkpoint. {B} is intact: use --checkpoint {B}."
         )
     assert told(Store("runs/y")) == "runs/y/checkpoints: there is no checkpoint yet."
     assert told(Store("runs/y"), A) == (
-        f"runs/y/checkpoints/{A}: no such checkpoint. No other checkpoint of this run verifies."
+        f"runs/y/checkpoints/{A}: no such checkpoint. No other checkpoint of this run is intact."
     )
 
 
@@ -88,7 +88,7 @@ def test_all_reasons_are_told_when_nothing_verifies(store: Store) -> None:
         Path(f"runs/x/checkpoints/{name}/MANIFEST.json").write_text("{")
     reason = "the checkpoint is damaged: MANIFEST.json is unreadable (Expecting property name"
     lines = told(store).splitlines()
-    assert lines[0] == "runs/x/checkpoints: no checkpoint verifies."
+    assert lines[0] == "runs/x/checkpoints: no checkpoint is intact."
     assert lines[1].startswith(f"  runs/x/checkpoints/{B}: {reason}")
     assert lines[2].startswith(f"  runs/x/checkpoints/{A}: {reason}")
 

@@ -406,7 +406,7 @@ def test_a_damaged_checkpoint_asked_for_by_name_is_refused_with_one_that_serves(
     flip_bit(LAST)
     for command in ("sample", "reconstruct"):
         assert refused(6, command, run, "--checkpoint", LAST) == [
-            f"{DAMAGED} {FIRST} verifies: use --checkpoint {FIRST}."
+            f"{DAMAGED} {FIRST} is intact: use --checkpoint {FIRST}."
         ]
     assert not Path("runs/tiny/samples/seed-0").exists()
 
@@ -417,7 +417,7 @@ def test_a_damaged_checkpoint_that_guides_is_refused_with_what_to_write_in_the_g
     flip_bit(LAST)
     guided = f"guidance={{name: autoguidance, scale: 2, checkpoint: {LAST}}}"
     (line,) = refused(6, "sample", run, "--checkpoint", FIRST, "--set", guided)
-    assert line == f"{DAMAGED} {FIRST} verifies: give the guidance `checkpoint: {FIRST}`."
+    assert line == f"{DAMAGED} {FIRST} is intact: give the guidance `checkpoint: {FIRST}`."
 
 
 def test_an_unknown_label_suggests_the_one_that_was_meant(run: str) -> None:
@@ -462,11 +462,11 @@ WILD = ("run", "tiny.yaml", "--set", "optimizer={name: adamw, lr: 1e6, clip: 0}"
 
 
 DEAF = (
-    "warning: none of the diagnostics judges its figures, so the alarm hears of no collapse until "
-    "every loss is next to nothing; add latent_health to diagnostics"
+    "warning: none of the diagnostics judges its figures, so the alarm cannot detect a collapse "
+    "before every loss is close to zero; add latent_health to diagnostics"
 )
 RARE = (
-    "warning: alarm.window 2 is more than the number of diagnoses in 4 steps, 1, so alarm.policy "
+    "warning: alarm.window is 2, but the number of diagnoses in 4 steps is 1, so alarm.policy "
     "stop acts on a complete collapse only; lower cadence.diagnose or alarm.window"
 )
 
@@ -524,7 +524,7 @@ def test_divergence_is_told_by_whoever_looks_first(cadence: str, what: str) -> N
     """The losses where they are logged, the probe where it is measured."""
     (line,) = refused(7, *WILD, f"cadence={{{cadence}}}", "--set", "steps=1000")
     assert what in line
-    assert "The last good checkpoint is none yet." in line
+    assert "There is no checkpoint yet." in line
 
 
 def test_a_tracker_that_cannot_write_is_switched_off_and_training_goes_on(run: str) -> None:
@@ -534,7 +534,7 @@ def test_a_tracker_that_cannot_write_is_switched_off_and_training_goes_on(run: s
     assert done.code == 0
     (line,) = [text for text in done.err.splitlines() if text.startswith("tracker ")]
     assert line.startswith("tracker CSV is switched off: IsADirectoryError: ")
-    assert line.endswith(". metrics.jsonl goes on.")
+    assert line.endswith(". Figures are still written to metrics.jsonl.")
     directory = RunDirectory.open(run)
     assert [e["tracker"] for e in directory.read_events() if e["kind"] == "tracker_off"] == ["CSV"]
     assert directory.read_metrics()[-1]["step"] == 6

@@ -278,10 +278,10 @@ def test_returns_are_counted_and_then_the_run_stops(trapped) -> None:
     """And stands: resuming it takes no step."""
     run = trapped(*range(2, 1000))
     rollback = "alarm={policy: rollback, attempts: 2}"
-    with pytest.raises(CollapseError, match="went back twice and collapsed again"):
+    with pytest.raises(CollapseError, match="was rolled back twice and collapsed again"):
         run.train(rollback)
     steps, figures = run.steps, run.figures()
-    with pytest.raises(CollapseError, match="went back twice and collapsed again"):
+    with pytest.raises(CollapseError, match="was rolled back twice and collapsed again"):
         run.train(rollback, resume=True)
     assert (run.steps, run.figures()) == (steps, figures)
     assert run.status()["exit_code"] == 7
@@ -352,7 +352,7 @@ def test_a_damaged_checkpoint_to_return_to_is_said_with_what_a_run_can_do(trappe
         return ["it snapped shut"]
 
     run.trap.verdict = verdict
-    with pytest.raises(CheckpointError, match=r" verifies: continue with --resume\.$"):
+    with pytest.raises(CheckpointError, match=r" is intact: continue with --resume\.$"):
         run.train("alarm.policy=rollback", "checkpoint.keep=9")
 
 

@@ -145,7 +145,9 @@ def test_a_run_from_before_names_were_kept_goes_by_indices(place: Path) -> None:
 def test_a_damaged_record_is_named(place: Path, names: object) -> None:
     record = json.loads(Path("run/run.json").read_text())
     Path("run/run.json").write_text(json.dumps({**record, "class_names": names}))
-    assert refused(e2ediff("sample", "run"), 6).startswith("run/run.json: class_names is no list ")
+    assert refused(e2ediff("sample", "run"), 6).startswith(
+        "run/run.json: class_names is not a list "
+    )
 
 
 def test_a_record_of_too_many_names_gives_no_class_that_the_network_lacks(place: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_run_is_used_where_the_kernel_of_its_recipe_is_not_and_says_so(
     monkeypatch.setattr(attention, "candidates", lambda: {"sdpa_flash": gone})
     done = e2ediff("sample", run, "--count", 2, "--out", tmp_path / "samples")
     assert done.code == 0, done.err
-    said = "'sdpa_flash' does not run: it is not installed here; the network computes by the "
+    said = "'sdpa_flash' does not run: it is not installed here; the network uses the "
     assert said in done.out + done.err
     told: list[str] = []
     model = package.load(str(run), device="cpu", warn=told.append)

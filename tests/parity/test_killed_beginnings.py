@@ -129,7 +129,7 @@ def test_a_run_killed_at_any_file_operation_of_its_beginning_is_taken_up(begin, 
         for copy, words in zip(copies, ([], ["--resume"]), strict=True):
             done = e2ediff("run", recipe, "--out", copy, *words)
             assert done.code == 0, (moment, found, done.err)
-            assert ("killed here before it had begun" in done.err) == bool(words)
+            assert ("killed here before it began" in done.err) == bool(words)
             assert figures(copy) == figures(tmp_path / "straight")
             assert weights(copy) == weights(tmp_path / "straight")
             assert sorted(os.listdir(copy)) == sorted(os.listdir(tmp_path / "straight"))
@@ -204,7 +204,7 @@ def test_without_out_a_restart_cut_short_is_finished_by_another(tmp_path, monkey
         (cut / name).rename(cut / "attempts/1" / name)
     done = e2ediff("run", recipe, "--resume")
     assert done.code == 6
-    assert "If --restart was cut short here, give it again" in done.err
+    assert "If --restart was interrupted here, repeat it" in done.err
     done = e2ediff("run", recipe, "--restart")
     assert (done.code, done.out) == (0, f"{cut}\n"), done.err
     assert sorted(os.listdir(cut / "attempts")) == ["1"]
@@ -235,7 +235,7 @@ def test_the_recipe_of_a_killed_beginning_is_kept_where_another_comes(begin, tmp
     (tmp_path / "tiny.yaml").write_text(TEXT)
     done = e2ediff("run", tmp_path / "tiny.yaml", "--out", out)
     assert done.code == 0
-    assert f"what lay in {out} is kept in {out}/attempts/1" in done.err
+    assert f"the former content of {out} is kept in {out}/attempts/1" in done.err
     assert (out / "attempts/1/recipe.yaml").read_text() == "another"
     assert (out / "recipe.yaml").read_text() == TEXT
 

@@ -127,9 +127,9 @@ EVENTS_SAY = f"events.jsonl says that {LAST} was saved"
         (only("status.json", "events.jsonl", "metrics.jsonl", "samples"), EVENTS_SAY),
         (only("events.jsonl"), EVENTS_SAY),
         (only("status.json"), f"status.json says that {LAST} was saved"),
-        (only("metrics.jsonl"), "it was at step 6, and one was due at step 2"),
-        (only("samples"), "samples/step-00000006.png is there, and one was due at step 2"),
-        (only("post_hoc"), "images-000000000032 is there, and one was due at step 2"),
+        (only("metrics.jsonl"), "the run was at step 6, and a checkpoint was due at step 2"),
+        (only("samples"), "samples/step-00000006.png exists, and a checkpoint was due at step 2"),
+        (only("post_hoc"), "images-000000000032 exists, and a checkpoint was due at step 2"),
         (without_manifests, EVENTS_SAY),
         (emptied, EVENTS_SAY),
         (on_a_disk_that_is_not_mounted, EVENTS_SAY),
@@ -145,8 +145,8 @@ def test_a_run_whose_checkpoints_vanished_is_not_begun_again(place, harm, why) -
     done = again("--resume")
     assert (done.code, done.out) == (6, "")
     assert done.err == (
-        f"error: run/checkpoints: there is no finished checkpoint, but {why}. Bring it back (is a "
-        "disk not mounted?), or begin again with --restart, which keeps what is left of this "
+        f"error: run/checkpoints: there is no finished checkpoint, but {why}. Restore it (is a "
+        "disk not mounted?), or start again with --restart, which keeps what is left of this "
         "attempt in attempts/.\n"
     ).replace("but images", "but post_hoc/checkpoints/images")
     after = content("run")
@@ -160,8 +160,8 @@ def test_a_run_without_a_whole_checkpoint_says_how_to_begin_again(place) -> None
         path.write_bytes(path.read_bytes()[:-1])
     done = again("--resume")
     assert done.code == 6
-    assert "no checkpoint verifies" in done.err
-    assert "begin again with --restart" in done.err
+    assert "no checkpoint is intact" in done.err
+    assert "start again with --restart" in done.err
     status = RunDirectory.open("run").status()
     assert (status["state"], status["step"], status["last_checkpoint"]) == ("failed", STEPS, LAST)
 
@@ -197,7 +197,7 @@ def test_a_run_that_never_saved_begins_again_and_says_so(place, straight) -> Non
     assert len(figures("run")) > 3
     done = again("--resume")
     assert done.code == 0
-    assert "has no checkpoint yet: it begins again" in done.err
+    assert "has no checkpoint yet, so it starts again" in done.err
     assert_same_run("run", straight)
 
 
@@ -220,7 +220,7 @@ def test_on_an_object_store_a_save_that_never_finished_is_no_checkpoint(
         assert EVENTS_SAY in done.err
         return
     assert done.code == 0, done.err
-    assert "has no checkpoint yet: it begins again" in done.err
+    assert "has no checkpoint yet, so it starts again" in done.err
     fsspec.filesystem("memory").get(store._root, "fetched", recursive=True)
     assert_same_run("fetched", straight)
 
@@ -291,7 +291,7 @@ def test_restart_begins_again_and_keeps_the_former_attempt_as_a_run_of_its_own(
     shutil.rmtree("run/checkpoints")
     done = again("--restart", "--set", "seed=1", "--set", "steps=2")
     assert (done.code, done.out) == (0, "run\n")
-    assert "what lay in run is kept in run/attempts/1\n" in done.err
+    assert "the former content of run is kept in run/attempts/1\n" in done.err
     assert sorted(os.listdir("run/attempts")) == ["1"]
     kept = {name: text for name, text in before.items() if not name.startswith("checkpoints/")}
     assert content("run/attempts/1") == kept
@@ -372,7 +372,7 @@ def test_a_restart_killed_between_any_two_moves_is_finished_by_another(place, st
             for words in ([], ["--resume"]):
                 done = again(*words)
                 assert done.code == 6
-                assert "If --restart was cut short here, give it again" in done.err
+                assert "If --restart was interrupted here, repeat it" in done.err
         RunDirectory.create("run", "tiny", TEXT, "resolved", {}, restart=True).unlock()
         assert {path.name for path in Path("run").iterdir()} == {
             ".lock", "attempts", "recipe.yaml", "resolved.yaml", "run.json", "events.jsonl"
@@ -428,7 +428,7 @@ def test_the_launcher_hands_on_that_a_run_begins_again(place) -> None:
     command += ["--threads", "1", "--restart", "--set", "microshards=2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert (done.returncode, done.stdout) == (0, "run\n"), done.stderr
-    assert done.stderr.count("what lay in run is kept in run/attempts/1") == 1
+    assert done.stderr.count("the former content of run is kept in run/attempts/1") == 1
 
 
 def test_a_run_of_an_ablation_whose_checkpoints_vanished_fails_and_says_why(place) -> None:

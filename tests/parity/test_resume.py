@@ -257,7 +257,7 @@ def test_other_images_at_the_same_address_are_refused(
     with pytest.raises(RecipeError) as caught:
         run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(tree), resume=True)
     assert [str(problem) for problem in caught.value.problems] == [
-        f"data: has the same address as in {stopped} and other content{said} Give it the images "
+        f"data: has the same address as in {stopped} but other content{said} Give it the images "
         "that the run began with, or start another run."
     ]
 
@@ -291,7 +291,7 @@ def test_a_checkpoint_that_does_not_say_of_which_images_it_is_keeps_its_address(
     state = {key: value for key, value in found.state.items() if key != "data"}
     save(store, found.images, found.step, files, state, keep=1)
     moved = tree.rename(tmp_path / "moved")
-    with pytest.raises(RecipeError, match=r"does not say of which images it is\."):
+    with pytest.raises(RecipeError, match=r"does not record which images it was trained on\."):
         run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(moved), resume=True)
     moved.rename(tree)
     done = run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(tree), resume=True)
