@@ -58,7 +58,7 @@ def _one_version(instance: object, field: attrs.Attribute[int], value: int) -> N
 
 
 @attrs.frozen(kw_only=True)
-class Average:
+class NamedAverage:
     """A further average of the weights, only to sample from.
 
     `name` is that of the weights; the options of its `kind` stand beside it, as in
@@ -254,7 +254,7 @@ class Recipe:
     regularizers: tuple[Regularizer, ...] = ()
     label_drop: float = attrs.field(default=0.1, validator=_FRACTION)
     target: Averaging
-    ema: tuple[Average, ...] = attrs.field(default=())
+    ema: tuple[NamedAverage, ...] = attrs.field(default=())
     post_hoc: PostHoc | None = None
     optimizer: OptimizerConfig
     optimizers: dict[str, OptimizerConfig] = attrs.field(factory=dict)
@@ -290,7 +290,7 @@ class Recipe:
 
     @ema.validator
     def _distinct(
-        self, field: attrs.Attribute[tuple[Average, ...]], value: tuple[Average, ...]
+        self, field: attrs.Attribute[tuple[NamedAverage, ...]], value: tuple[NamedAverage, ...]
     ) -> None:
         names = [average.name for average in value]
         if len(set(names)) < len(names):
