@@ -1,4 +1,4 @@
-"""From a recipe to all that a step works on: networks, optimizers and averages."""
+"""Build all that a step works on from a recipe: networks, optimizers and averages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from e2ediff.step.step import Step
 
 @attrs.frozen(eq=False)
 class Assembly:
-    """What a run trains: the step, one optimizer a phase, and the averages by name."""
+    """What a run trains: the step, one optimizer for each phase, and the averages by name."""
 
     step: Step
     optimizers: Mapping[str, torch.optim.Optimizer]
@@ -29,16 +29,16 @@ class Assembly:
 
     @property
     def nets(self) -> Nets:
-        """The networks that the objective computes with."""
+        """Return the networks that the objective computes with."""
         return self.step.nets
 
 
 def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -> Assembly:
-    """Everything that a run trains, on its device, spread over the processes of `world`."""
+    """Build all that a run trains, on its device, spread over the processes of `world`."""
     world = world or World()
     online, heads, frozen = fresh_nets(recipe, device)
     precision = DTYPES[recipe.precision]
-    # Before it is copied: the averages use the kernels that were chosen once.
+    # Before copying, so that the averages use the kernels that are chosen here.
     choices = dict(online.prepare(device, precision))
     averages = {name: Average(online, law) for name, law in averagings(recipe).items()}
     target = averages["target"].net

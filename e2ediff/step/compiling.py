@@ -1,7 +1,7 @@
-"""What torch.compile works on, and blocks that are computed again in the backward pass.
+"""Compile parts of a step, and recompute activations of blocks in the backward pass.
 
-Both leave the names of parameters as they are, and both together are one graph a block, which
-holds what is computed again.
+Neither changes the names of parameters. With both, each block is one compiled graph, which
+includes the recomputation.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from e2ediff.step.step import Step
 
 
 def recompute(blocks: Sequence[nn.Module], *, compiled: bool = False) -> None:
-    """Have blocks compute their activations again in the backward pass.
+    """Recompute the activations of blocks in the backward pass.
 
-    With `compiled` a block, or a step around it, is to be compiled afterwards. The compiler then
-    takes `checkpoint` and the block in it as one; a block that it cannot trace as a whole is
-    compiled in pieces within a `checkpoint` that is not.
+    `compiled` means that the blocks, or a step around them, are compiled afterwards. The compiler
+    then takes `checkpoint` and the block in it as one; a block that it cannot trace as a whole is
+    compiled in pieces, and the `checkpoint` around it is not.
     """
     for block in blocks:
         forward = block.forward
@@ -41,28 +41,28 @@ def _again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def compile_blocks(step: Step, blocks: Sequence[nn.Module]) -> None:
-    """Have blocks compiled when they are first called, each as a whole, under DDP too."""
+    """Compile blocks when they are first called, each as a whole, also under DDP."""
     for block in blocks:
         block.compile()
     # Under DDP the compiler would cut every block where a bucket of gradients is full, the first
-    # at 1 MB: for a whole network that sends gradients early, within a block it undoes fusion.
+    # at 1 MB. In a whole network that sends gradients early; within a block it prevents fusion.
     whole = torch._dynamo.config.patch(optimize_ddp=False)
     step.forward = whole(step.forward)  # type: ignore[method-assign]
 
 
 def compile_step(step: Step) -> None:
-    """Have as much of a step compiled as can be traced, when it is first called.
+    """Compile what can be traced of a step when it is first called.
 
-    Values and generators cannot be traced: they run as they are, between compiled pieces.
+    Code that reads values or uses generators cannot be traced; it runs uncompiled in between.
     """
     step.terms = untraced()(torch.compile(step.terms))  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
 def untraced(*, allowed: bool = True) -> Iterator[None]:
-    """In here, and nowhere else, what cannot be traced runs as it is; or is an error.
+    """Run code that cannot be traced uncompiled inside the block; unless `allowed`, raise.
 
-    torch._dynamo logs nothing of it here: a step has many such places, all of them known.
+    torch._dynamo logs none of it, as a step has many such places, all of them known.
     """
     logger = logging.getLogger("torch._dynamo")
     level = logger.level
@@ -75,8 +75,8 @@ def untraced(*, allowed: bool = True) -> Iterator[None]:
 
 
 def uncompiled(recipe: Recipe) -> contextlib.AbstractContextManager[object]:
-    """What a recipe compiles runs as it is written in here, at sizes that no step has."""
+    """Disable a recipe's compilation inside the block, for sizes that no step has."""
     if recipe.compile == "off":
-        return contextlib.nullcontext()  # the other imports the compiler
+        return contextlib.nullcontext()  # the line below imports the compiler
     stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance

@@ -1,4 +1,4 @@
-"""A step's randomness, from the seed and what it is for."""
+"""Draw a step's randomness from the seed and its purpose."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from e2ediff.seeds import generator
 def draw_for(
     recipe: Recipe, condition: Condition, purpose: str, *numbers: int, progress: float = 0.0
 ) -> Draw:
-    """Times, conditions with some rows dropped, and a generator, for images of these conditions.
+    """Draw times, conditions with some rows dropped, and a generator, for images of a condition.
 
-    A function of the recipe's seed, the purpose and the numbers alone; `progress` is the share of
-    training that is done.
+    The draw depends on the recipe's seed, the purpose and the numbers alone; `progress` is the
+    completed share of training.
     """
     device, n = condition.device, len(condition)
     g = generator(device, recipe.seed, purpose, *numbers)
@@ -30,15 +30,15 @@ def draw_for(
 def training_draw(
     recipe: Recipe, phase: str, images: int, attempt: int, condition: Condition, shard: int
 ) -> Draw:
-    """The randomness of a micro-shard of a training step.
+    """Draw the randomness of a micro-shard of a training step.
 
     Args:
-        recipe: With the seed.
-        phase: Of the objective; each has draws of its own.
-        images: How many the run has seen before this step.
-        attempt: How often it went back to a checkpoint, to draw otherwise from there.
-        condition: Of the micro-shard's images, S rows.
-        shard: Its number in the step, over all processes.
+        recipe: The run's recipe, which has the seed.
+        phase: Phase of the objective; each has its own draws.
+        images: Images that the run has seen before this step.
+        attempt: Number of rollbacks so far; each changes all later draws.
+        condition: Condition of the micro-shard's images, S rows.
+        shard: Number of the micro-shard in the step, over all processes.
     """
     purpose = "draw" if phase == recipe.objective.phases[0] else f"draw-{phase}"
     if attempt:

@@ -1,4 +1,4 @@
-"""The training step over several processes: DDP, FSDP2, or neither.
+"""Compute the training step in several processes with DDP or FSDP2, or in one.
 
 A step's gradient is the sum over its micro-shards of grad(loss / micro-shards).
 Each process accumulates its own micro-shards in order; then the processes' sums are added.
@@ -29,7 +29,7 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
 from e2ediff.step.step import Step
 
-if TYPE_CHECKING:  # half a second to import, for FSDP2 alone
+if TYPE_CHECKING:  # takes half a second to import, and only FSDP2 needs it
     from torch.distributed.fsdp import FSDPModule
 
 Kind = Literal["one", "ddp", "fsdp2"]
@@ -39,7 +39,7 @@ def check_shares(recipe: Recipe, world: World, source: str) -> None:
     """Refuse micro-shards that the processes cannot share equally.
 
     Raises:
-        RecipeError: They cannot; proposes a number that they can.
+        RecipeError: They cannot; the error proposes a number that they can.
     """
     shards, size = recipe.microshards, world.size
     if shards % size == 0:
@@ -63,8 +63,8 @@ def check_shares(recipe: Recipe, world: World, source: str) -> None:
 class Piece:
     """Images that are computed at once, a micro-shard or a part of one, and their randomness.
 
-    `divisor` is how many times their number of images the step has.
-    `last` says that the processes' gradients are added up after them.
+    `divisor` is the number of images of the step divided by theirs.
+    `last` means that the processes' gradients are summed after this piece.
     """
 
     batch: Batch
@@ -74,7 +74,7 @@ class Piece:
 
 
 class Parallel:
-    """The step, spread over the processes."""
+    """The step, spread over the processes of a run."""
 
     def __init__(self, step: Step, kind: Kind, world: World, device: torch.device) -> None:
         self.step = step
@@ -98,7 +98,7 @@ class Parallel:
             self._ddp.register_comm_hook(None, _sum)
 
     def backward(self, piece: Piece, phase: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Add the gradients of the loss of some images, over their divisor, to what is there.
+        """Add the gradients of the loss of some images, divided by their divisor, to those held.
 
         Returns:
             The loss terms and further figures of these images, without gradients.
@@ -118,7 +118,7 @@ class Parallel:
         return losses, info
 
     def rehearse(self, piece: Piece, phase: str) -> None:
-        """Forward and backward of some images for their memory or time alone: nothing changes."""
+        """Run forward and backward on some images to measure memory or time; nothing changes."""
         buffers = [(buffer, buffer.clone()) for buffer in self.step.buffers()]
         with torch.random.fork_rng():
             total, _, _ = self.step(piece.batch, piece.draw, phase)
@@ -130,7 +130,7 @@ class Parallel:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Within it every network may be called in any way; all processes enter it together."""
+        """Gather split weights, so that networks may be called in any way; a collective call."""
         if self.kind != "fsdp2":
             yield
             return

@@ -1,8 +1,8 @@
-"""Micro-shards, each computed in parts where the memory does not suffice for all of it.
+"""Split a batch into micro-shards, and compute a micro-shard in parts if memory runs out.
 
-A part has its rows of the whole micro-shard's draw, and the gradients of the parts add up, so that
-the step stays what the recipe says. Only losses that are means over single images allow that:
-before it is done, the losses are computed both ways and compared.
+Each part uses its rows of the micro-shard's draw, and the gradients of the parts are added, so
+that the step stays the one that the recipe defines. That is valid only for losses that are means
+over single images: before a split, the losses are computed both ways and compared.
 
 Shapes: B images of the step that this process has, S images of a micro-shard.
 """
@@ -25,14 +25,14 @@ from e2ediff.step.assembly import Assembly
 from e2ediff.step.parallel import Piece
 
 DrawOf = Callable[[Condition, int], Draw]
-"""The draw of a micro-shard, from the conditions of its images and its number in the step."""
+"""Returns the draw of a micro-shard, given its condition and its number in the step."""
 
-# Losses that agree to this are computed image by image; those of a batch differ by percents.
+# Relative difference. Losses of single images agree to this; those of a batch differ by percents.
 _SAME = 1e-4
 
 
 class Splitting:
-    """The pieces of a process's share of a batch, smaller ones after each lack of memory."""
+    """Splits a process's share of a batch into pieces, smaller ones whenever memory runs out."""
 
     def __init__(
         self, recipe: Recipe, parts: Assembly, world: World, report: Callable[..., None]
@@ -44,19 +44,19 @@ class Splitting:
         self.shards = recipe.microshards // world.size
         self.size = recipe.batch // recipe.microshards
         self._at_once: dict[str, int] = {}
-        # The second one finds the optimizer's state in memory, too.
+        # In the second rehearsal the optimizer's state is in memory, too.
         self._rehearsals = dict.fromkeys(recipe.objective.phases, 2)
 
     def tries(self, batch: Batch, phase: str, draw_of: DrawOf) -> Iterator[Iterator[Piece]]:
-        """The pieces to compute, and smaller ones each time that their memory did not suffice.
+        """Yield the pieces to compute, and smaller ones each time that memory did not suffice.
 
-        Break the loop over it when all pieces of a try have been computed; where one raised
-        torch.OutOfMemoryError, begin again with those of the next try.
+        Leave the loop when all pieces of a try have been computed; when one raises
+        torch.OutOfMemoryError, start again with the pieces of the next try.
 
         Args:
-            batch: The rows of the batch that are this process's.
-            phase: The objective's.
-            draw_of: Gives the randomness of a micro-shard, anew at each call.
+            batch: This process's rows of the batch.
+            phase: Phase of the objective.
+            draw_of: Returns the randomness of a micro-shard, a fresh draw at each call.
 
         Raises:
             ResourceError: A micro-shard does not fit into memory and cannot be split.
@@ -74,7 +74,7 @@ class Splitting:
         )
 
     def pieces(self, batch: Batch, phase: str, draw_of: DrawOf) -> Iterator[Piece]:
-        """The pieces of all micro-shards of this process, in order."""
+        """Yield the pieces of all micro-shards of this process, in order."""
         total, at_once = self.recipe.microshards, self._at_once.get(phase, self.size)
         for shard in range(self.shards):
             images = batch.rows(slice(shard * self.size, (shard + 1) * self.size))
@@ -88,9 +88,9 @@ class Splitting:
                 yield Piece(part, draw, total * self.size / len(part.x), final)
 
     def _rehearse(self, batch: Batch, phase: str, draw_of: DrawOf) -> None:
-        """Find what fits before the processes depend on one another in the middle of a step."""
+        """Find what fits before the processes wait for one another in the middle of a step."""
         if self.parts.parallel.kind == "fsdp2":
-            return  # a forward pass alone makes them depend on one another
+            return  # in FSDP2 even a forward pass waits for the other processes
         while True:
             fits = 1
             try:
@@ -103,10 +103,10 @@ class Splitting:
             self._split(batch, phase, draw_of)
 
     def _split(self, batch: Batch, phase: str, draw_of: DrawOf) -> None:
-        """Halve the images computed at once; all processes do so together.
+        """Halve the number of images computed at once, in all processes together.
 
         Raises:
-            ResourceError: That would change the losses, or one image is too many.
+            ResourceError: That would change the losses, or even one image does not fit.
         """
         self.parts.step.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
@@ -135,7 +135,7 @@ class Splitting:
         raise self._refusal(problem or "a single image does not fit")
 
     def _whole_batches(self) -> str:
-        """What is known to compare the images of a micro-shard with one another."""
+        """Name a part that compares images of a micro-shard with one another; "" if none does."""
         norm = self.parts.nets.online.latent_norm
         if norm.has_statistics:
             return f"backbone.latent_norm: {norm.kind} takes its statistics from all of them"
@@ -144,7 +144,7 @@ class Splitting:
 
     @torch.no_grad()
     def _difference(self, batch: Batch, phase: str, draw_of: DrawOf, at_once: int) -> str:
-        """What changes if a micro-shard is computed in parts, in float32; empty if nothing."""
+        """Describe what changes if a micro-shard is computed in parts, in float32; else ""."""
         images, step = batch.rows(slice(self.size)), self.parts.step
         first = self.world.rank * self.shards
         precision, step.precision = step.precision, torch.float32
@@ -184,22 +184,22 @@ class Splitting:
 
 
 class UnclearDrawError(ShapeError):
-    """A part of a draw is asked for in a shape that does not say which axis counts images."""
+    """A part of a draw was requested in a shape whose axis of images is ambiguous."""
 
 
 @attrs.frozen(eq=False, kw_only=True)
 class PartDraw(Draw):
     """The part of a draw that belongs to some of its images.
 
-    Everything is drawn for all `images` and cut: an image's noise does not depend on how many
-    are computed at once.
+    Everything is drawn for all `images` and then cut, so that an image's noise does not depend on
+    the number of images computed at once.
     """
 
     images: int
     rows: slice
 
     def _shape(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-        """The shape for all images, and the axis that they lie along."""
+        """Return the shape for all images, and the axis of images, -1 if there is none."""
         axes = [axis for axis, size in enumerate(shape) if size == len(self.t)]
         if len(axes) > 1:
             raise UnclearDrawError(f"a draw of shape {shape}: which axis counts images?")
@@ -213,24 +213,24 @@ class PartDraw(Draw):
         return value if axis < 0 else value.narrow(axis, start, stop - start)
 
     def noise(self, like: Tensor) -> Tensor:
-        """As `Draw.noise`; images lie along the first axis of `like`."""
+        """Draw as `Draw.noise`; the first axis of `like` is that of images."""
         axis = 0 if like.shape[:1] == self.t.shape else -1
         shape = (self.images, *like.shape[1:]) if axis == 0 else tuple(like.shape)
         return self._cut(torch.randn(shape, generator=self.generator, device=like.device), axis)
 
     def uniform(self, *shape: int) -> Tensor:
-        """As `Draw.uniform`; the axis as long as there are images here is theirs."""
+        """Draw as `Draw.uniform`; the axis whose length is the number of images is theirs."""
         whole, axis = self._shape(shape)
         return self._cut(torch.rand(whole, generator=self.generator, device=self.t.device), axis)
 
     def again(self) -> Draw:
-        """As `Draw.again`."""
+        """Draw as `Draw.again`."""
         t = self.times.draw(self.images, self.generator, self.t.device)
         return attrs.evolve(self, t=self._cut(t, 0))
 
 
 def part_of(draw: Draw, rows: slice) -> PartDraw:
-    """The part of a fresh draw for these of its images; nothing may have been drawn from it."""
+    """Return the part of a fresh draw, from which nothing was drawn yet, for some images."""
     return PartDraw(
         t=draw.t[rows],
         condition=draw.condition.rows(rows),

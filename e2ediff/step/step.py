@@ -1,4 +1,4 @@
-"""A micro-shard's losses as a module: what is compiled, wrapped for several devices, counted."""
+"""Compute a micro-shard's losses in one module, which is compiled, wrapped and counted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from e2ediff.regularizer import Regularizer, names_of
 
 
 class Step(nn.Module):
-    """One micro-shard's losses: what is compiled, and what DDP and FSDP2 wrap.
+    """Computes one micro-shard's losses; it is what is compiled, and what DDP and FSDP2 wrap.
 
-    `online`, `heads` and the averaged networks are submodules, because both look for parameters
-    among those: DDP sends the parameters that are trained, FSDP2 splits all of them.
-    `nets` is a plain value, so nothing in it is registered by itself. The frozen networks are in
-    it alone: each process has them whole.
+    `online`, `heads` and the averaged networks are submodules, because DDP and FSDP2 look for
+    parameters there: DDP sends the gradients of trained ones, FSDP2 splits all of them.
+    `nets` is a plain value, in which nothing is registered. The frozen networks are only there,
+    so each process has them whole.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Step(nn.Module):
     def forward(
         self, batch: Batch, draw: Draw, phase: str
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The weighted loss of a micro-shard, and without gradients its losses and figures.
+        """Return the weighted loss of a micro-shard, and its losses and figures without gradients.
 
-        DDP and FSDP2 look for tensors in what `forward` returns; they know tuples and dicts, not
+        DDP and FSDP2 look for tensors in what `forward` returns, in tuples and dicts, but not in
         `Terms`.
         """
         terms = self.terms(batch, draw, phase)
@@ -56,12 +56,12 @@ class Step(nn.Module):
         return terms.total, losses, {name: value.detach() for name, value in terms.info.items()}
 
     def terms(self, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Losses of one micro-shard in one phase, under the run's precision.
+        """Compute the losses of one micro-shard in one phase, in the run's precision.
 
-        Under FSDP2 it is called within `Parallel.whole`, where the parameters are in place.
+        Under FSDP2 call it inside `Parallel.whole`, where the parameters are gathered.
 
         Raises:
-            ShapeError: A loss is not a scalar, lacks a weight, or has the name of another.
+            ShapeError: A loss is not a scalar, has no weight, or has the name of another one.
         """
         half = self.precision == torch.bfloat16
         device = batch.x.device.type
@@ -85,7 +85,7 @@ class Step(nn.Module):
         return terms
 
     def _regularized(self, terms: Terms, draw: Draw) -> Terms:
-        """The objective's terms and the regularisers', which are computed in float32."""
+        """Add the regularisers' losses, computed in float32, to the objective's terms."""
         if not self.regularizers:
             return terms
         if both := sorted(set(self.regularizers) & set(terms.losses)):
@@ -100,7 +100,7 @@ class Step(nn.Module):
         )
 
     def named_trained(self, phase: str) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that `phase` updates, by name."""
+        """Return the parameters that `phase` updates, with their names."""
         return [
             (name, p)
             for name, p in self.named_parameters()
@@ -108,4 +108,4 @@ class Step(nn.Module):
         ]
 
     def gather(self) -> None:
-        """Do nothing, with the parameters in place: FSDP2 gathers them first."""
+        """Do nothing; under FSDP2 the call gathers the parameters first."""

@@ -1,4 +1,4 @@
-"""One training step: gradients and optimizer of every active phase, then the averages."""
+"""Take a training step: gradients and optimizer of every active phase, then the averages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Update:
 
     @property
     def rows(self) -> slice:
-        """The rows of every batch that this process computes."""
+        """Return the rows of every batch that this process computes."""
         each = self.recipe.batch // self.world.size
         return slice(self.world.rank * each, (self.world.rank + 1) * each)
 
@@ -45,13 +45,13 @@ class Update:
         """Take one step; its losses and figures stay on the device.
 
         Args:
-            batch: The rows of the batch that are this process's.
-            images: Images seen before: they decide phases, learning rates and draws.
-            attempt: How often the run went back to a checkpoint, to draw otherwise from there.
+            batch: This process's rows of the batch.
+            images: Images seen before, which determine phases, learning rates and draws.
+            attempt: Number of rollbacks so far; each changes all later draws.
 
         Returns:
-            This process's shares of the means of all losses (`loss/...`) and figures, and the
-            learning rate and the gradient's norm before clipping, which are the same in all.
+            This process's shares of the means of all losses (`loss/...`) and figures; the
+            learning rate and the gradient norm before clipping, which are the same in all.
 
         Raises:
             ResourceError: A micro-shard does not fit into memory and cannot be split.
@@ -67,9 +67,9 @@ class Update:
                 record[f"lr/{name}" if name else "lr"] = group["lr"]
 
             draw_of = partial(training_draw, r, phase, images, attempt)
-            for pieces in self.splitting.tries(batch, phase, draw_of):  # one, if memory suffices
+            for pieces in self.splitting.tries(batch, phase, draw_of):  # once, if memory suffices
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    # Of all parameters: gradients of another phase must not linger.
+                    # Of all parameters, as gradients of another phase must not remain.
                     step.zero_grad(set_to_none=True)
                     sums = Record()
                     for piece in pieces:
@@ -89,15 +89,15 @@ class Update:
         return record
 
     def phases(self, images: int) -> list[str]:
-        """The objective's phases that are active after so many images, in order."""
+        """Return the objective's phases that are active after this many images, in order."""
         objective, done = self.recipe.objective, images / self.recipe.total_images
         spans = {phase: objective.span(phase) for phase in objective.phases}
         return [phase for phase, (start, end) in spans.items() if start <= done < end]
 
     def rehearse(self, batch: Batch, images: int, attempt: int = 0) -> None:
-        """Compute the gradients of a step's first piece for their time alone: nothing changes.
+        """Compute the gradients of a step's first piece to time them; nothing changes.
 
-        Blocks are not compiled for it: a compiled one is made for a number of threads.
+        Blocks run uncompiled, as a compiled block is made for one number of threads.
         """
         phase = self.phases(images)[0]
         draw_of = partial(training_draw, self.recipe, phase, images, attempt)
