@@ -258,8 +258,9 @@ class Store:
         Raises:
             ResourceError: the disk or store refused; nothing is lost.
         """
+        source, target = self._full(old), self._full(new)
         with self._refusals(new, 0):
-            self._move(self._full(old), self._full(new))
+            self._move(source, target)
 
     def _move(self, source: str, target: str) -> None:
         if not self.local:
