@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from e2ediff.cli import options
+
 _STOPPING = (
     "stopping: runs that are training finish their step and save; again to end them at once "
     "without saving"
@@ -22,15 +24,9 @@ _STOPPING = (
 @click.option(
     "--seeds", default="0,1,2", show_default=True, help="Each cell is trained with each."
 )
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`.")
+@options.overrides()
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once.")
-@click.option(
-    "--threads",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
-)
+@options.threads_text()
 @click.option("--out", metavar="DIR", help="Where it lies. Default: groups/<recipe's name>.")
 @click.option(
     "--baseline", metavar="CELL", help="What cells are compared with. Default: the first."

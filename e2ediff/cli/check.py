@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import click
 
+from e2ediff.cli import options
+
 
 @click.command("check")
 @click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`.")
+@options.overrides()
 @click.option("--resolved", is_flag=True, help="Print the resolved recipe and nothing else.")
 def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     """Resolve RECIPE, build it on the meta device, and count it.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from e2ediff.cli import options
+
 
 @click.command("compare")
 @click.argument("runs", metavar="RUN|SCORES RUN|SCORES...", nargs=-1, required=True)
@@ -11,11 +13,7 @@ import click
 @click.option(
     "--regardless", is_flag=True, help="Rank scores that were not measured in the same way."
 )
-@click.option(
-    "--judge",
-    metavar="FIGURE",
-    help="The verdict's figure, as report.json names it. Default: a distance of samples, or PSNR.",
-)
+@options.judge
 def command(
     runs: tuple[str, ...], out: str | None, judge: str | None, *, regardless: bool
 ) -> None:

@@ -7,9 +7,8 @@ import shlex
 
 import click
 
-_SET = click.option(
-    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`."
-)
+from e2ediff.cli import options
+
 _WORKERS = click.option(
     "--workers", type=click.IntRange(0), default=1024, help="Processes. Default: one a core."
 )
@@ -40,7 +39,7 @@ def command() -> None:
 @click.option("--each", type=click.IntRange(1), default=1024, help="Images a shard.")
 @click.option("--held-out", is_flag=True, help="The held-out images instead of the training ones.")
 @_WORKERS
-@_SET
+@options.overrides()
 def prepare_command(
     src: str,
     dst: str,
@@ -114,7 +113,7 @@ def prepare_command(
 @click.argument("address", metavar="RECIPE|PATH")
 @click.option("--quick", is_flag=True, help="Read headers, decode no pixels.")
 @_WORKERS
-@_SET
+@options.overrides()
 def check_command(address: str, quick: bool, workers: int, overrides: tuple[str, ...]) -> None:
     """Read every image, held-out ones too, and print those that cannot be used.
 
@@ -164,7 +163,7 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
 @click.option("--classes", is_flag=True, help="Print a line for each class, empty ones too.")
 @click.option("--json", "as_text", is_flag=True, help="Print JSON, with every class.")
 @_WORKERS
-@_SET
+@options.overrides()
 def stats_command(
     address: str,
     images: int,

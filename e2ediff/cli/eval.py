@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
+
+from e2ediff.cli import options
 
 if TYPE_CHECKING:
     from e2ediff.evaluate.passport import Card
@@ -12,10 +14,11 @@ if TYPE_CHECKING:
     from e2ediff.evaluate.request import Request
     from e2ediff.host.plugins import Host
     from e2ediff.metric import Metric
+    from e2ediff.sample.load import ModelRef
 
 
 @click.command("eval")
-@click.argument("target", metavar="RUN|FOLDER|NPZ")
+@click.argument("run", metavar="RUN|FOLDER|NPZ")
 @click.option(
     "--reference",
     "references",
@@ -45,19 +48,8 @@ if TYPE_CHECKING:
 )
 @click.option("--count", type=click.IntRange(2), help="Images. Default: the convention's, or all.")
 @click.option("--labels", type=click.Choice(["balanced", "uniform"]), help="Law of the labels.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option(
-    "--weights",
-    help="online, target, an average's name, or a width as ema:0.08. Default: for sampling.",
-)
-@click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Another sampler or guidance of a RUN: --set guidance.scale=2.",
-)
+@options.seed
+@options.overrides("Another sampler or guidance of a RUN: --set guidance.scale=2.")
 @click.option(
     "--bootstrap",
     type=click.IntRange(2),
@@ -68,18 +60,12 @@ if TYPE_CHECKING:
 @click.option("--lpips", metavar="PATH|URL", help="VGG16 weights (torchvision) for LPIPS.")
 @click.option("--lpips-heads", metavar="PATH|URL", help="LPIPS's linear weights for VGG16.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--processes", type=click.IntRange(1), default=1, show_default=True)
-@click.option(
-    "--threads",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
-)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@options.processes()
+@options.model
+@options.threads
 @click.option("--cache", metavar="DIR", help="Features of references. Default: $E2EDIFF_CACHE.")
 @click.option("--out", metavar="DIR", help="Default: RUN/scores, or TARGET.scores.")
-def command(target: str, out: str | None, threads: str, **given: object) -> None:
+def command(ref: ModelRef, out: str | None, threads: int | None, **given: Any) -> None:
     """Score a RUN's samples, or the images of a FOLDER or NPZ, against a reference.
 
     Prints each score with its standard error where there is one and with --bootstrap its 95 %
@@ -87,9 +73,6 @@ def command(target: str, out: str | None, threads: str, **given: object) -> None
     Fréchet distance is called FID only in the published Inception features; without their weights
     it is named after its network.
     """
-    from e2ediff.distributed.openmp import prepare_threads
-
-    number = prepare_threads(threads)
     from e2ediff.evaluate.evaluate import evaluate
     from e2ediff.evaluate.passport import write_card
     from e2ediff.host.plugins import load
@@ -97,12 +80,11 @@ def command(target: str, out: str | None, threads: str, **given: object) -> None
     from e2ediff.train.progress import Progress
 
     host = load()
-    given["choose_threads"] = number is None
     with Progress() as progress:
-        request = _request(host, target, given)
+        request = _request(host, ref, choose_threads=threads is None, **given)
         cards = evaluate(host, request, progress.update, progress.say)
-    plain = target.rstrip("/")
-    folder = out or (f"{plain}/scores" if is_run(target) else f"{plain}.scores")
+    plain = ref.run.rstrip("/")
+    folder = out or (f"{plain}/scores" if is_run(ref.run) else f"{plain}.scores")
     for card in cards:
         _show(card)
         click.echo(write_card(folder, card))
@@ -125,45 +107,54 @@ def _show(card: Card) -> None:
         click.echo(f"note: not the convention {protocol['convention']}: {text}", err=True)
 
 
-def _request(host: Host, target: str, given: dict[str, object]) -> Request:
-    """Build the request from the options."""
+def _request(
+    host: Host,
+    ref: ModelRef,
+    *,
+    conventions: tuple[str, ...],
+    references: tuple[str, ...],
+    features: str | None,
+    weights_file: str | None,
+    sha256: str | None,
+    metrics: str | None,
+    lpips: str | None,
+    lpips_heads: str | None,
+    bootstrap: int | None,
+    cache: str | None,
+    **given: Any,
+) -> Request:
+    """Build the request from the options; those in `given` are its fields."""
     from e2ediff.addresses import cache_folder
     from e2ediff.evaluate.conventions import CONVENTIONS, convention
     from e2ediff.evaluate.evaluate import default_metrics
     from e2ediff.evaluate.network import feature_network
     from e2ediff.evaluate.request import Request
     from e2ediff.evaluate.sections import SECTIONS
-    from e2ediff.sample.load import ModelRef
 
-    names = given.pop("conventions") or ("e2ediff",)
-    chosen = [convention(name) for name in names]  # type: ignore[attr-defined]
-    references = {}
-    for text in given.pop("references"):  # type: ignore[attr-defined]
+    chosen = [convention(name) for name in conventions or ("e2ediff",)]
+    places = {}
+    for text in references:
         name, equals, place = text.partition("=")
         named = bool(equals) and name in CONVENTIONS
-        references[name if named else ""] = place if named else text
-    text, place, sha256 = (given.pop(k) for k in ("features", "weights_file", "sha256"))
-    if sha256 and not place:
+        places[name if named else ""] = place if named else text
+    if sha256 and not weights_file:
         raise click.UsageError("--sha256 is the hash of --weights-file; give both")
-    network = feature_network(host, text, place, sha256).build()  # type: ignore[arg-type]
-    text = given.pop("metrics")
-    sections, metrics = _metrics(host, str(text), SECTIONS) if text else ((), [])
-    if not metrics and set(sections) <= {"reconstruction"}:
+    network = feature_network(host, features, weights_file, sha256).build()
+    sections, measured = _metrics(host, metrics, SECTIONS) if metrics else ((), [])
+    if not measured and set(sections) <= {"reconstruction"}:
         # Reconstructions are compared by metrics, too.
-        metrics = default_metrics(host, network)
-    given["bootstrap"] = given["bootstrap"] or 0
-    perceptual = _perceptual(given.pop("lpips"), given.pop("lpips_heads"))
-    given["cache"] = given["cache"] or cache_folder()
-    own = {key: given.pop(key) for key in ("weights", "checkpoint", "overrides", "device")}
+        measured = default_metrics(host, network)
     return Request(
-        target=ModelRef(run=target, **own),  # type: ignore[arg-type]
+        target=ref,
         network=network,
-        metrics=metrics,
+        metrics=measured,
         conventions=chosen,
         sections=sections,
-        references=references,
-        perceptual=perceptual,
-        **given,  # type: ignore[arg-type]
+        references=places,
+        perceptual=_perceptual(lpips, lpips_heads),
+        bootstrap=bootstrap or 0,
+        cache=cache or cache_folder(),
+        **given,
     )
 
 
@@ -187,7 +178,7 @@ def _metrics(
     return tuple(dict.fromkeys(sections)), metrics
 
 
-def _perceptual(place: object, heads: object) -> Perceptual | None:
+def _perceptual(place: str | None, heads: str | None) -> Perceptual | None:
     from e2ediff.evaluate.reconstruction import Perceptual, lpips_heads
     from e2ediff.features import read_weights
     from e2ediff.parts.features.networks import TorchvisionFeatures
@@ -196,7 +187,7 @@ def _perceptual(place: object, heads: object) -> Perceptual | None:
         if heads:
             raise click.UsageError("--lpips-heads needs --lpips, the network's own weights")
         return None
-    network = TorchvisionFeatures(weights=str(place)).build()
+    network = TorchvisionFeatures(weights=place).build()
     if not heads:
         return Perceptual(network)
-    return Perceptual(network, lpips_heads(read_weights(str(heads))[0], str(heads)))
+    return Perceptual(network, lpips_heads(read_weights(heads)[0], heads))

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import click
+
+from e2ediff.cli import options
+
+if TYPE_CHECKING:
+    from e2ediff.sample.load import ModelRef
 
 
 @click.command("interpolate")
@@ -19,38 +25,17 @@ import click
     help="Class by index or name, one strip each. Default: none.",
 )
 @click.option("--frames", type=click.IntRange(2), default=9, show_default=True)
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Another sampler or guidance: --set sampler.steps=100.",
-)
-@click.option(
-    "--weights",
-    help="online, target, an average's name, or a width as ema:0.08. Default: for sampling.",
-)
-@click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option(
-    "--threads",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
-)
+@options.overrides("Another sampler or guidance: --set sampler.steps=100.")
+@options.model
+@options.threads
 @click.option("--out", metavar="FILE", help="Default: RUN/samples/interpolation-A-B.png.")
 def command(
-    run: str,
+    ref: ModelRef,
     images: tuple[str, ...],
     seeds: tuple[int, int] | None,
     names: tuple[str, ...],
     frames: int,
-    overrides: tuple[str, ...],
-    weights: str | None,
-    checkpoint: str | None,
-    device: str,
-    threads: str,
+    threads: int | None,
     out: str | None,
 ) -> None:
     """Write a strip of images between two seeds, or between two of your own IMAGES.
@@ -59,27 +44,21 @@ def command(
     Between images the encoder's latents are mixed in equal steps, and every frame is decoded;
     the ends are the images' reconstructions.
     """
-    from e2ediff.distributed.openmp import prepare_threads
-
-    number = prepare_threads(threads)
     import torch
 
     from e2ediff.distributed.threads import threads_for
     from e2ediff.model.inference import denoise_once
     from e2ediff.monitor.pictures import grid_png
     from e2ediff.parts.sources.own_images import list_images, read_images
-    from e2ediff.sample.load import ModelRef
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 
     if bool(images) == bool(seeds) or len(images) not in (0, 2):
         raise click.UsageError("give --seeds A B, or two images")
-    if images and (names or overrides):
+    if images and (names or ref.overrides):
         raise click.UsageError("--label and --set concern sampling; images are only decoded")
     with Progress() as progress:
-        model = ModelRef(
-            run=run, weights=weights, checkpoint=checkpoint, device=device, overrides=overrides
-        ).load(warn=progress.say)
+        model = ref.load(warn=progress.say)
         if images:
             z = model.encode(read_images(list_images(images), model.recipe.data.image))
             x = model.decode(
@@ -90,14 +69,14 @@ def command(
             assert seeds is not None
             labels: list[int | str] = [model.label_of(text) for text in names]
             strips = []
-            attempt, fixed = partial(denoise_once, model), number is not None
+            attempt, fixed = partial(denoise_once, model), threads is not None
             with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
                 for label in labels or ["none"]:
                     strips.append(model.interpolate(seeds, label, frames=frames))
                     progress.update(f"{len(strips)}/{max(1, len(labels))} strips")
                     finished(len(strips))
             x, title = torch.cat(strips), f"{seeds[0]}-{seeds[1]}"
-    folder, _, name = (out or f"{run}/samples/interpolation-{title}.png").rpartition("/")
+    folder, _, name = (out or f"{ref.run}/samples/interpolation-{title}.png").rpartition("/")
     store = Store(folder or ".")
     store.write(name, grid_png(x, frames))
     click.echo(out or store.where(name))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from e2ediff.cli import options
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -171,13 +173,7 @@ def new(name: str, kind: str, out: str | None) -> None:
 @command.command("check")
 @click.argument("plugin", metavar="PATH|NAME")
 @click.option("--part", default="", help="Check one part only.")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Change the small recipe that each part is tried in, as for `run`.",
-)
+@options.overrides("Change the small recipe that each part is tried in, as for `run`.")
 def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
     """Check every part of a plugin: a folder with a pyproject.toml, a file, or an installed name.
 

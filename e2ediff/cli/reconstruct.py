@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from e2ediff.cli import options
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from e2ediff.sample.load import ModelRef
 
 
 @click.command("reconstruct")
@@ -19,30 +23,16 @@ if TYPE_CHECKING:
 @click.option(
     "--count", type=click.IntRange(1), default=64, show_default=True, help="Held-out images."
 )
-@click.option(
-    "--weights",
-    help="online, target, an average's name, or a width as ema:0.08. Default: for sampling.",
-)
-@click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option(
-    "--threads",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
-)
+@options.model
+@options.threads
 @click.option(
     "--out", metavar="DIR", help="Where to write. Default: RUN/samples, or RUN/reconstructions."
 )
 def command(
-    run: str,
+    ref: ModelRef,
     images: tuple[str, ...],
     count: int,
-    weights: str | None,
-    checkpoint: str | None,
-    device: str,
-    threads: str,
+    threads: int | None,
     out: str | None,
 ) -> None:
     """Pass images through RUN's encoder and decoder.
@@ -53,9 +43,6 @@ def command(
     Writes `reconstructions.png`, each of the first 64 images followed by its reconstruction, and
     prints the mean PSNR in decibels and the file.
     """
-    from e2ediff.distributed.openmp import prepare_threads
-
-    given = prepare_threads(threads)
     import torch
 
     from e2ediff.distributed.threads import threads_for
@@ -64,14 +51,12 @@ def command(
     from e2ediff.model.inference import reconstruct_once
     from e2ediff.monitor.pictures import grid_png, png
     from e2ediff.parts.sources.own_images import list_images, read_images
-    from e2ediff.sample.load import ModelRef
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 
     with Progress() as progress:
-        ref = ModelRef(run=run, weights=weights, checkpoint=checkpoint, device=device)
         model = ref.load(warn=progress.say)
-        store = Store(out or (f"{run}/reconstructions" if images else f"{run}/samples"))
+        store = Store(out or (f"{ref.run}/reconstructions" if images else f"{ref.run}/samples"))
         places, size = list_images(images), model.rows
         entries: list[dict[str, Any]] = []
         shown: list[Tensor] = []
@@ -85,7 +70,7 @@ def command(
             parts = [fixed_images(source, kind, count, seed, "reconstruct", cpu).x]
         image = model.recipe.data.image
         blank = torch.zeros(size, image.channels, image.height, image.width)
-        attempt, fixed = partial(reconstruct_once, model, blank), given is not None
+        attempt, fixed = partial(reconstruct_once, model, blank), threads is not None
         with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
             for x in parts:
                 x_hat = model.reconstruct(x)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import click
 
+from e2ediff.cli import options
+
 
 @click.command("report")
 @click.argument("place", metavar="RUN|GROUP")
 @click.option("--out", metavar="FILE", help="An HTML file. Default: report.html in RUN or GROUP.")
-@click.option(
-    "--judge",
-    metavar="FIGURE",
-    help="The verdict's figure, as report.json names it. Default: a distance of samples, or PSNR.",
-)
+@options.judge
 def command(place: str, out: str | None, judge: str | None) -> None:
     """Write one HTML page on RUN or on the ablation GROUP, which opens without a network.
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from e2ediff.cli import options
+
 if TYPE_CHECKING:
     from e2ediff.distributed.signals import Stop
     from e2ediff.train.session import Outcome
@@ -19,12 +21,8 @@ if TYPE_CHECKING:
 
 @click.command("run")
 @click.argument("recipe")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Change one value of the recipe: --set objective=coupled --set optimizer.lr=1e-3.",
+@options.overrides(
+    "Change one value of the recipe: --set objective=coupled --set optimizer.lr=1e-3."
 )
 @click.option(
     "--out", metavar="DIR", help="The run's directory or URL. Default: runs/<recipe's name>."
@@ -35,13 +33,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Begin again in --out, or in the newest run; what is there moves to its attempts/.",
 )
-@click.option(
-    "--threads",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
-)
+@options.threads_text()
 @click.option(
     "--nproc",
     metavar="N|auto",

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from e2ediff.cli import options
+
 if TYPE_CHECKING:
     from e2ediff.sample.conditions import SetLaw
+    from e2ediff.sample.load import ModelRef
 
 
 @click.command("sample")
@@ -33,20 +36,9 @@ if TYPE_CHECKING:
 @click.option(
     "--random", "drawn", type=click.IntRange(1), metavar="N", help="N images of random classes."
 )
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Another sampler or guidance: --set sampler=heun --set guidance.scale=2.",
-)
+@options.overrides("Another sampler or guidance: --set sampler=heun --set guidance.scale=2.")
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps. Default: the recipe's.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option(
-    "--weights",
-    help="online, target, an average's name, or a width as ema:0.08. Default: for sampling.",
-)
-@click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
+@options.seed
 @click.option(
     "--format",
     "kind",
@@ -72,42 +64,24 @@ if TYPE_CHECKING:
     help="Images computed at once. Only this may move an image's last bits.",
 )
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option(
-    "--processes",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Processes that compute, on all GPUs in turn.",
-)
-@click.option(
-    "--threads",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
-)
+@options.processes("Processes that compute, on all GPUs in turn.")
+@options.model
+@options.threads
 def command(
-    run: str,
+    ref: ModelRef,
     names: tuple[str, ...],
     lists: tuple[str, ...],
     count: int | None,
     balanced: int | None,
     drawn: int | None,
-    overrides: tuple[str, ...],
     steps: int | None,
     seed: int,
-    weights: str | None,
-    checkpoint: str | None,
     kind: str,
     out: str | None,
     overwrite: bool,
     batch: int,
-    rows: int,
-    precision: str,
-    device: str,
     processes: int,
-    threads: str,
+    threads: int | None,
 ) -> None:
     """Make images with RUN, the directory that `e2ediff run` printed.
 
@@ -118,13 +92,12 @@ def command(
     conditions of held-out images in order, --count or --balanced of them, by default 64.
     A command that was interrupted goes on where it stopped when it is given again.
     """
-    from e2ediff.distributed.openmp import prepare_threads
+    import attrs
 
-    number = prepare_threads(threads)
     from e2ediff.host.plugins import load
     from e2ediff.model.labels import label_of, labels_of, lay_out
     from e2ediff.sample.conditions import numbers_of
-    from e2ediff.sample.load import ModelRef, image_of, recipe_of
+    from e2ediff.sample.load import image_of, recipe_of
     from e2ediff.sample.request import SampleRequest
     from e2ediff.sample.sample_set import make_set
     from e2ediff.store.run_directory import RunDirectory
@@ -134,9 +107,9 @@ def command(
         raise click.UsageError("give one of --count, --balanced and --random")
     host = load()
     if steps is not None:
-        overrides = (*overrides, f"sampler.steps={steps}")
-    directory = RunDirectory.open(run)
-    recipe = recipe_of(host, directory, overrides)
+        ref = attrs.evolve(ref, overrides=(*ref.overrides, f"sampler.steps={steps}"))
+    directory = RunDirectory.open(ref.run)
+    recipe = recipe_of(host, directory, ref.overrides)
     image = image_of(recipe, directory)
     classes = [label_of(image, text) for text in names]
     classes += [k for text in lists for k in labels_of(image, text)]
@@ -154,15 +127,7 @@ def command(
         images = balanced or drawn or len(classes) * (count or 8)
         labels = lay_out(classes, images, "uniform" if drawn else "balanced", seed)
     request = SampleRequest(
-        model=ModelRef(
-            run=run,
-            weights=weights,
-            checkpoint=checkpoint,
-            device=device,
-            overrides=overrides,
-            rows=rows,
-            precision=precision,  # type: ignore[arg-type]
-        ),
+        model=ref,
         seed=seed,
         law=law,
         labels=tuple(labels),
@@ -176,8 +141,8 @@ def command(
                 request,
                 host,
                 processes=processes,
-                threads=number,
-                choose_threads=number is None,
+                threads=threads,
+                choose_threads=threads is None,
                 overwrite=overwrite,
                 say=progress.say,
                 update=progress.update,
