@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import attrs
@@ -322,13 +322,20 @@ class Recipe:
         return self.post_hoc.every or max(1, self.total_steps // 32)
 
 
-def load_recipe(host: Host, path: Address, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    host: Host,
+    path: Address,
+    overrides: Sequence[str] = (),
+    *,
+    named: Callable[[str], None] | None = None,
+) -> Recipe:
     """Read a recipe from a file or from any URL that fsspec knows.
 
     Args:
         host: Knows the parts.
         path: The recipe.
         overrides: Assignments such as `objective.floor=0.5`, as given to `--set`, in order.
+        named: Called with the recipe's name before its parts are looked up.
 
     Raises:
         RecipeError: The recipe is wrong; has every problem, with its line.
@@ -351,10 +358,17 @@ def load_recipe(host: Host, path: Address, overrides: Sequence[str] = ()) -> Rec
         column = exc.start - (data.rfind(b"\n", 0, exc.start) + 1) + 1
         problem = Problem("recipe", "is not text in UTF-8.", f"{source}:{line}:{column}")
         raise RecipeError(source, [problem]) from exc
-    return parse_recipe(host, text, source, overrides)
+    return parse_recipe(host, text, source, overrides, named=named)
 
 
-def parse_recipe(host: Host, text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(
+    host: Host,
+    text: str,
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    named: Callable[[str], None] | None = None,
+) -> Recipe:
     """Read a recipe from a text as `load_recipe` does; `source` is the prefix of positions."""
     root, problems = parse_yaml(text, source)
     if root is None or not isinstance(root.value, dict):
@@ -372,6 +386,9 @@ def parse_recipe(host: Host, text: str, source: str, overrides: Sequence[str] = 
     if version and type(version.value) is int and (what := _version_problem(version.value)):
         # The other keys of another schema are not known here.
         raise RecipeError(source, [Problem("e2ediff", what, version.place)])
+    name = root.value.get("name")
+    if named and name and isinstance(name.value, str):
+        named(name.value)
     missing = list(_missing(host, root))
     structurer = Structurer(host, excused=bool(missing))
     recipe = structurer.read(root, Recipe)

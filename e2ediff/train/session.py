@@ -111,9 +111,14 @@ def train(
         stop.grace, stop.quiet = _GRACE, not world.is_leader
         stop.defer()
     stop.write = progress.interject
-    if resume and out and is_run(out):  # a missing plugin would be reported as an unknown part
-        refuse_other_plugin_files(host, RunDirectory.open(out))
-    recipe = load_recipe(host, recipe_path, overrides)
+
+    def ask_for_files(name: str) -> None:
+        """Refuse missing plugin files here: their parts would be reported as unknown."""
+        place = out or latest_run(name)
+        if place and is_run(place):
+            refuse_other_plugin_files(host, RunDirectory.open(place))
+
+    recipe = load_recipe(host, recipe_path, overrides, named=ask_for_files if resume else None)
     check_fits(recipe, recipe_path)
     check_shares(recipe, world, recipe_path)
     device = choose_device(recipe.device, world.local if world.size > 1 else None)

@@ -34,7 +34,8 @@ MINE = ("--set", "objective=mine", "--set", "steps=4", "--set", "objective.stren
 @pytest.fixture
 def folder(tmp_path, tiny_text, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("E2EDIFF_PLUGIN_FILES", raising=False)
+    for variable in ("E2EDIFF_PLUGIN_FILES", "E2EDIFF_RUNS"):
+        monkeypatch.delenv(variable, raising=False)
     (tmp_path / "tiny.yaml").write_text(tiny_text)
     (tmp_path / "my_objective.py").write_text(FILE)
     return tmp_path
@@ -79,6 +80,19 @@ def test_what_uses_the_run_asks_for_the_file_again(run, words) -> None:
     assert done.code == 4
     assert "my_objective.py has changed since run began" in done.err
     assert "Give the run's copy, --plugin run/plugins/my_objective.py" in done.err
+
+
+def test_resuming_the_newest_run_asks_for_the_file_and_not_for_its_parts(folder) -> None:
+    """As with --out: the run is found by the recipe's name."""
+    words = ("run", "tiny.yaml", *MINE)
+    assert e2ediff(*words, "--plugin", "my_objective.py").code == 0
+    done = e2ediff(*words, "--resume")
+    assert done.code == 4
+    assert done.err.startswith(
+        "error: runs/tiny was trained with the plugin file my_objective.py: add --plugin "
+        "my_objective.py. "
+    )
+    assert e2ediff(*words, "--resume", "--plugin", "my_objective.py").code == 0
 
 
 def test_check_ablate_parts_and_the_kit_take_the_file(folder) -> None:
