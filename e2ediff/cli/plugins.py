@@ -14,9 +14,9 @@ from e2ediff.cli import options
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from e2ediff.host.discovery import Entry
+    from e2ediff.host.discovery import Plugin
     from e2ediff.host.plugins import Host
-    from e2ediff.host.registry import Part, Plugin
+    from e2ediff.host.registry import Part
     from e2ediff.testing.kit import Verdict
 
 
@@ -49,21 +49,25 @@ def list_() -> None:
         click.echo(line)
 
 
-def _row(host: Host, entry: Entry) -> tuple[str, str, str, str]:
+def _row(host: Host, entry: Plugin) -> tuple[str, str, str, str]:
     """Return name, state, distribution and remark of a plugin."""
     from e2ediff.host.checkout import install_command
     from e2ediff.host.discovery import missing
 
     origin = f"{entry.distribution} {entry.version}".strip()
     if refusal := entry.refusal():
-        return entry.name, "blocked" if entry.blocked else "refused", origin, refusal
+        return (
+            entry.name,
+            "blocked" if refusal.startswith("blocked") else "refused",
+            origin,
+            refusal,
+        )
     if entry.name in host.broken:
-        return entry.name, "broken", origin, host.broken[entry.name]
+        return entry.name, "broken", origin, str(host.broken[entry.name])
     if lacking := missing(entry.requires):
         what = f"needs {lacking}, which is not installed; run: {install_command(lacking)}"
         return entry.name, "broken", origin, what
-    (plugin,) = [p for p in host.plugins if p.name == entry.name]
-    what = _brings(host, plugin)
+    what = _brings(host, entry)
     if printed := host.printed.get(entry.name):
         return entry.name, "prints", origin, f"{what}  (to stdout, at import: {printed!r})"
     return entry.name, "ok", origin, what
@@ -124,17 +128,16 @@ def info(name: str) -> None:
             click.echo(f"  {'requires':<9} {line}")
         if entry.name in host.broken:
             click.echo(f"  {'broken':<9} {host.broken[entry.name]}")
-            if error := host.errors.get(entry.name):
+            if error := host.broken[entry.name].__cause__:
                 lines = "".join(traceback.format_exception(error)).splitlines()
                 click.echo("".join(f"    {line}\n" for line in lines), nl=False)
             continue
         if printed := host.printed.get(entry.name):
             click.echo(f"  {'prints':<9} {printed!r} to stdout, when it is imported")
-        (plugin,) = [p for p in host.plugins if p.name == entry.name]
-        click.echo(f"  {'hooks':<9} {', '.join(plugin.hooks)}")
+        click.echo(f"  {'hooks':<9} {', '.join(entry.hooks)}")
         for registry in host.registries.values():
             for part in registry:
-                if part.plugin == plugin:
+                if part.plugin.name == entry.name:
                     click.echo(f"  {registry.plural}")
                     for line in lines_of(part):
                         click.echo(f"    {line}")
@@ -225,7 +228,7 @@ def _tell(verdict: Verdict) -> None:
     click.echo(f"{state:<4}  {verdict.part}  {verdict.check}{what}")
 
 
-def _named(name: str, host: Host) -> list[Entry]:
+def _named(name: str, host: Host) -> list[Plugin]:
     from e2ediff.errors import PluginError
 
     found = [entry for entry in host.entries if entry.matches(name)]

@@ -29,23 +29,32 @@ BUILTIN = "e2ediff"
 
 
 @attrs.frozen
-class Entry:
-    """An entry point of the group `e2ediff`.
+class Plugin:
+    """Who registers parts: an installed plugin, a module, or a file given with `--plugin`.
 
-    `name` is unique among all that are installed; `entry` is the name that its distribution
-    gave it, `value` the module (or `module:object`), `requires` the distribution's requirements,
-    `summary` its line about itself.
-    `fault` is what is wrong with its metadata, in one line, "" if nothing.
+    `name` is unique in a host, `hooks` are those that it implements.
+    Of an installed one `entry` is the name that its distribution gave its entry point, `value`
+    the module (or `module:object`), `requires` the distribution's requirements, `summary` its
+    line about itself, and `fault` is what is wrong with its metadata, in one line, "" if nothing.
+    Of a file `text` is its content, whose hash is the version.
     """
 
     name: str
-    entry: str
-    value: str
     distribution: str = ""
     version: str = ""
-    requires: tuple[str, ...] = ()
-    fault: str = ""
-    summary: str = ""
+    entry: str = attrs.field(default="", kw_only=True)
+    value: str = attrs.field(default="", kw_only=True)
+    requires: tuple[str, ...] = attrs.field(default=(), kw_only=True, repr=False)
+    fault: str = attrs.field(default="", kw_only=True)
+    summary: str = attrs.field(default="", kw_only=True, repr=False)
+    file: str = attrs.field(default="", kw_only=True)
+    text: bytes = attrs.field(default=b"", kw_only=True, repr=False)
+    hooks: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+
+    def __str__(self) -> str:
+        origin = f" ({self.distribution} {self.version})" if self.distribution else ""
+        origin = f" ({self.file})" if self.file else origin
+        return f"{self.name!r}{origin}"
 
     def matches(self, word: str) -> bool:
         """Return whether `word` may refer to this plugin."""
@@ -53,7 +62,7 @@ class Entry:
         return same or canonicalize_name(word) == canonicalize_name(self.distribution)
 
     def load(self) -> object:
-        """Import the module."""
+        """Import what the entry point names."""
         return metadata.EntryPoint(self.entry, self.value, GROUP).load()
 
     def refusal(self) -> str:
@@ -79,11 +88,6 @@ class Entry:
                 return f"needs {line}, this is e2ediff {__version__}"
         return ""
 
-    @property
-    def blocked(self) -> bool:
-        """Return whether the user blocks it."""
-        return self.refusal().startswith("blocked")
-
 
 def missing(requires: Sequence[str]) -> str:
     """Return the first requirement that is not installed, as for pip; "" if all are."""
@@ -104,7 +108,7 @@ def words(variable: str) -> list[str]:
     return [word.strip() for word in os.environ.get(variable, "").split(",") if word.strip()]
 
 
-def installed() -> list[Entry]:
+def installed() -> list[Plugin]:
     """Return every installed plugin, in a fixed order, with unique names."""
     found = sorted(_entries(), key=lambda e: (e.entry, e.distribution))
     count = Counter([BUILTIN, *(e.entry for e in found)])
@@ -148,7 +152,7 @@ def broken_distribution() -> str:
     return ""
 
 
-def _entries() -> Iterator[Entry]:
+def _entries() -> Iterator[Plugin]:
     """Yield all entry points of the group; of equal distributions the first on the path counts."""
     seen: set[str] = set()
     for distribution in metadata.distributions():
@@ -159,7 +163,7 @@ def _entries() -> Iterator[Entry]:
         seen |= names
 
 
-def _entries_of(distribution: metadata.Distribution) -> Sequence[Entry]:
+def _entries_of(distribution: metadata.Distribution) -> Sequence[Plugin]:
     """Return its entry points of the group, with a fault if its metadata cannot be read."""
     if f"[{GROUP}]" not in _declared(distribution):
         return ()
@@ -170,7 +174,8 @@ def _entries_of(distribution: metadata.Distribution) -> Sequence[Entry]:
         if len({p.name for p in points}) < len(points):
             raise ValueError("two entry points have one name")
     except Exception as exc:  # arbitrary metadata, here and below
-        return [Entry(own, own, "", own, fault=_fault("entry_points.txt", folder, exc))]
+        fault = _fault("entry_points.txt", folder, exc)
+        return [Plugin(own, own, entry=own, fault=fault)]
     try:
         name, version = distribution.metadata["Name"], distribution.version or ""
         requires = tuple(distribution.requires or ())
@@ -179,10 +184,14 @@ def _entries_of(distribution: metadata.Distribution) -> Sequence[Entry]:
             raise ValueError("there is no Name")
     except Exception as exc:
         fault = _fault("METADATA", folder, exc)
-        return [Entry(p.name, p.name, p.value, own, fault=fault) for p in points]
+        return [Plugin(p.name, own, entry=p.name, value=p.value, fault=fault) for p in points]
     return [
-        Entry(p.name, p.name, p.value, name, version, requires, summary=summary) for p in points
-    ]
+        Plugin(
+            p.name, name, version,
+            entry=p.name, value=p.value, requires=requires, summary=summary,
+        )
+        for p in points
+    ]  # fmt: skip
 
 
 def _declared(distribution: metadata.Distribution) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 from e2ediff.errors import PluginError
-from e2ediff.host.guard import cause, guarded
-from e2ediff.host.registry import Plugin
+from e2ediff.host.discovery import Plugin
+from e2ediff.host.registry import boundary
 
 VARIABLE = "E2EDIFF_PLUGIN_FILES"
 """Environment variable that lists files, separated as in PATH; further processes inherit it."""
@@ -76,17 +76,16 @@ def read_plugin_file(path: str) -> tuple[ModuleType, Plugin]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with guarded(plugin.name):
+        with boundary(plugin):
             spec.loader.exec_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as exc:  # the plugin boundary: SystemExit and the like, too
-        raise PluginError(f"{path}{_line(exc, path)}: {cause(exc)}") from exc
+    except PluginError as exc:
+        raise PluginError(f"{path}{_line(exc.__cause__, path)}: {exc}") from exc.__cause__
     return module, plugin
 
 
-def _line(error: BaseException, path: str) -> str:
+def _line(error: BaseException | None, path: str) -> str:
     """Return `:12`, the last line of the file in a traceback; "" if there is none."""
+    assert error is not None
     if isinstance(error, SyntaxError) and error.filename == path:
         return f":{error.lineno}"
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__)

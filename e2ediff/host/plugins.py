@@ -20,15 +20,15 @@ from packaging.utils import canonicalize_name
 import e2ediff
 from e2ediff.errors import PluginError
 from e2ediff.host import builtin, hookspecs
-from e2ediff.host.checkout import install_command, install_hint, uninstalled_plugins
-from e2ediff.host.discovery import BUILTIN, Entry, installed, version_of, words
-from e2ediff.host.guard import Hung, cause, guarded
+from e2ediff.host.checkout import install_command, uninstalled_plugins
+from e2ediff.host.discovery import BUILTIN, Plugin, installed, version_of, words
+from e2ediff.host.guard import Hung, time_limit
 from e2ediff.host.plugin_file import given_files, read_plugin_file
 from e2ediff.host.registry import (
     KINDS,
     Part,
-    Plugin,
     Registry,
+    boundary,
     closest,
     did_you_mean,
     import_named,
@@ -41,17 +41,16 @@ class Host:
 
     `registries` has a registry for each plural of `KINDS`.
     `entries` are the installed plugins; each is loaded in a guard.
-    `broken` maps the name of each plugin that was refused or failed to the reason, in one line,
-    and `errors` to the exception; `printed` has what a plugin wrote to stdout.
+    `broken` maps the name of each plugin that was refused or failed to the reason, in one line;
+    `printed` has what a plugin wrote to stdout.
     `commands` maps further commands to what `register` was given for them.
     """
 
     registries: Mapping[str, Registry]
     manager: pluggy.PluginManager
     plugins: list[Plugin] = attrs.field(factory=list)
-    broken: dict[str, str] = attrs.field(factory=dict)
-    entries: Sequence[Entry] = ()
-    errors: dict[str, BaseException] = attrs.field(factory=dict)
+    broken: dict[str, PluginError] = attrs.field(factory=dict)
+    entries: list[Plugin] = attrs.field(factory=list)
     printed: dict[str, str] = attrs.field(factory=dict)
     commands: dict[str, tuple[object, Plugin]] = attrs.field(factory=dict)
     _used: set[str] = attrs.field(factory=set)
@@ -71,10 +70,6 @@ class Host:
         """
         return [plugin for plugin in self.plugins if plugin.name in self._used]
 
-    def use(self, plugin: Plugin) -> None:
-        """Count a plugin among the `used` ones."""
-        self._used.add(plugin.name)
-
     def parts(self, kind: str) -> Iterator[Part]:
         """Yield parts of a kind from the `used` plugins, which are what "all" means in a run."""
         return (p for p in self.registries[kind] if p.plugin.name in self._used)
@@ -88,10 +83,7 @@ class Host:
 
     def registry_of(self, contract: type) -> Registry | None:
         """Return the registry of the parts of this contract; None for other classes."""
-        for registry in self.registries.values():
-            if registry.contract is contract:
-                return registry
-        return None
+        return next((r for r in self.registries.values() if r.contract is contract), None)
 
     # Messages about plugins
 
@@ -177,19 +169,12 @@ class Host:
         if name not in self.commands:
             return None
         target, plugin = self.commands[name]
-        try:
-            if isinstance(target, str):
-                with guarded(plugin.name):
-                    target = import_named(target)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as exc:  # the plugin boundary
-            what = cause(exc) + install_hint(exc, plugin.requires)
-            raise PluginError(f"command {name!r} of plugin {plugin}: {what}") from exc
+        title = f"command {name!r} of plugin {plugin}: "
+        if isinstance(target, str):
+            with boundary(plugin, title):
+                target = import_named(target)
         if not callable(getattr(target, "main", None)):
-            raise PluginError(
-                f"command {name!r} of plugin {plugin}: expected a click command, got {target!r}"
-            )
+            raise PluginError(f"{title}expected a click command, got {target!r}")
         return target
 
     def observe(self, hook: str, **arguments: object) -> list[tuple[str, BaseException]]:
@@ -213,37 +198,32 @@ class Host:
     # Registration
 
     def add(self, module: object, plugin: Plugin) -> None:
-        """Register an imported plugin.
+        """Register an imported plugin, and count it among the `used` ones.
 
         Raises:
             PluginError: It is wrong.
         """
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                self._register(module, plugin)
-        except Exception as exc:  # the plugin boundary
-            raise PluginError(f"plugin {plugin.name!r}: {cause(exc)}") from exc
-        self.use(plugin)
+        with boundary(plugin, f"plugin {plugin.name!r}: "):
+            self._register(module, plugin)
+        self._used.add(plugin.name)
 
-    def _load(self, entry: Entry) -> None:
-        """Import an installed plugin in its guard; one that fails is added to `broken`."""
-        plugin = Plugin(entry.name, entry.distribution, entry.version, requires=entry.requires)
+    def _load(self, plugin: Plugin, refusal: str) -> None:
+        """Import an installed plugin, unless it is refused; one that fails is in `broken`."""
         try:
-            with guarded(entry.name) as diverted:
-                self._register(entry.load(), plugin)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as exc:  # the plugin boundary: SystemExit and the like, too
-            self.broken[entry.name] = cause(exc) + install_hint(exc, entry.requires)
-            self.errors[entry.name] = exc
-            if isinstance(exc, Hung):  # explain the delay, which every command has
-                sys.stderr.write(f"plugin {entry.name!r} {exc}\n")
-        else:
+            if refusal:
+                raise PluginError(refusal)
+            with boundary(plugin) as diverted:
+                plugin = self._register(plugin.load(), plugin)
             if diverted.first:
-                self.printed[entry.name] = diverted.first
+                self.printed[plugin.name] = diverted.first
+        except PluginError as exc:
+            self.broken[plugin.name] = exc
+            if isinstance(exc.__cause__, Hung):  # explain the delay, which every command has
+                sys.stderr.write(f"plugin {plugin.name!r} {exc}\n")
+        self.entries.append(plugin)
 
-    def _register(self, module: object, plugin: Plugin) -> None:
-        """Register a module's hooks and parts, all or none."""
+    def _register(self, module: object, plugin: Plugin) -> Plugin:
+        """Register a module's hooks and parts, all or none; return the plugin with its hooks."""
         if other := [known for known in self.plugins if known.name == plugin.name]:
             raise PluginError(f"its name is taken by plugin {other[0]}; give it another one")
         try:
@@ -261,6 +241,7 @@ class Host:
                         del self.commands[name]
             raise
         self.plugins.append(plugin)
+        return plugin
 
     def _add(self, plugin: Plugin, kind: str, name: str, target: Any) -> None:
         """Add a part or command; passed to a plugin's `register` as `add`."""
@@ -300,26 +281,22 @@ def load(
         instead: Installed plugins that are left out, by name or distribution, and why.
 
     Raises:
-        PluginError: One of `modules` or files is wrong, or one that E2EDIFF_LOAD lists.
+        PluginError: One of `modules` or files is wrong, or one that E2EDIFF_LOAD lists, or
+            E2EDIFF_PLUGIN_TIMEOUT is no number of seconds.
     """
+    time_limit()  # a wrong value is refused once, not by each plugin
     manager = pluggy.PluginManager("e2ediff")
     manager.add_hookspecs(hookspecs)
     if os.environ.get("E2EDIFF_TRACE") == "1":
         manager.add_hookcall_monitoring(_trace, lambda *_: None)
-    required: set[str] = set()
-    registries = {plural: Registry(kind, plural, of, required) for plural, kind, of in KINDS}
-    entries = installed() if entry_points else ()
-    host = Host(registries, manager, entries=entries, required=required)
-    for registry in registries.values():
-        registry.on_use.append(host.use)
+    required, used = set[str](), set[str]()
+    registries = {plural: Registry(kind, plural, of, required, used) for plural, kind, of in KINDS}
+    host = Host(registries, manager, required=required, used=used)
     if builtins:
         host.add(builtin, Plugin(BUILTIN, "e2ediff", e2ediff.__version__))
-    for entry in host.entries:
-        left_out = [why for word, why in (instead or {}).items() if entry.matches(word)]
-        if why := "".join(left_out[:1]) or entry.refusal():
-            host.broken[entry.name] = why
-        else:
-            host._load(entry)
+    for plugin in installed() if entry_points else ():
+        left_out = [why for word, why in (instead or {}).items() if plugin.matches(word)]
+        host._load(plugin, "".join(left_out[:1]) or plugin.refusal())
     if entry_points:
         _use_listed(host)
         for path in given_files():

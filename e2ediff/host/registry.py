@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -9,7 +10,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union
 
 import attrs
@@ -17,8 +18,8 @@ import attrs
 from e2ediff.averaging import Averaging
 from e2ediff.errors import DuplicateNameError, PluginError
 from e2ediff.host.checkout import install_hint
-from e2ediff.host.discovery import BUILTIN
-from e2ediff.host.guard import cause, guarded
+from e2ediff.host.discovery import BUILTIN, Plugin
+from e2ediff.host.guard import StdoutToStderr, cause, guarded
 
 KINDS = (
     ("backbones", "backbone", "e2ediff.backbone:BackboneConfig"),
@@ -66,27 +67,20 @@ def contracts() -> dict[str, type]:
     return {plural: import_named(contract) for plural, _, contract in KINDS}
 
 
-@attrs.frozen
-class Plugin:
-    """Who registered a part: entry point, module or file; its distribution and its hooks.
+@contextlib.contextmanager
+def boundary(plugin: Plugin, title: str = "") -> Iterator[StdoutToStderr]:
+    """Run code of a plugin, `guarded`; whatever it raises becomes a `PluginError` in one line.
 
-    `file` and `text` are those of a plugin that is one file, given with `--plugin`; its version
-    is the hash of its text.
-    `requires` are the requirements of its distribution.
+    The message begins with `title`, and ends with what to install, if that is what is missing.
     """
-
-    name: str
-    distribution: str = ""
-    version: str = ""
-    hooks: tuple[str, ...] = ()
-    file: str = ""
-    text: bytes = attrs.field(default=b"", repr=False)
-    requires: tuple[str, ...] = attrs.field(default=(), repr=False, eq=False)
-
-    def __str__(self) -> str:
-        origin = f" ({self.distribution} {self.version})" if self.distribution else ""
-        origin = f" ({self.file})" if self.file else origin
-        return f"{self.name!r}{origin}"
+    try:
+        with guarded(plugin.name) as diverted:
+            yield diverted
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # SystemExit and the like, too
+        what = cause(exc) + install_hint(exc, plugin.requires)
+        raise PluginError(f"{title}{what}") from exc
 
 
 @attrs.define(eq=False)
@@ -120,22 +114,17 @@ class Part:
         """Return whether its class is imported already."""
         return self._cls is not None
 
-    def _imported(self) -> type:
+    def _imported(self) -> Any:
         assert isinstance(self.target, str)
-        found: type
         if self.plugin.name == BUILTIN:
-            found = import_named(self.target)
-            return found
+            return import_named(self.target)
         try:
-            with guarded(self.plugin.name):
-                found = import_named(self.target)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as exc:  # the plugin boundary: SystemExit and the like, too
-            what = cause(exc) + install_hint(exc, self.plugin.requires)
+            with boundary(self.plugin):
+                return import_named(self.target)
+        except PluginError as exc:
             title = f"{self.registry.kind} {self.name!r} of plugin {self.plugin}"
-            raise PluginError(f"{title} cannot be imported from {self.target} ({what})") from exc
-        return found
+            what = f"{title} cannot be imported from {self.target} ({exc})"
+            raise PluginError(what) from exc.__cause__
 
     @property
     def qualified(self) -> str:
@@ -155,14 +144,14 @@ class Registry:
     Two plugins may register one name: using it in a recipe is an error, unless the recipe requires
     only one of them (`required` has the names of such plugins).
     The recipe can choose by writing `plugin:name` or `distribution:name`.
-    Functions in `on_use` are called with the plugin of each part that is found by its name.
+    `used` has the names of the plugins whose parts were found by name.
     """
 
     kind: str
     plural: str
     contract_name: str
     required: set[str] = attrs.field(factory=set, repr=False)
-    on_use: list[Callable[[Plugin], None]] = attrs.field(factory=list, repr=False)
+    used: set[str] = attrs.field(factory=set, repr=False)
     _parts: list[Part] = attrs.field(factory=list)
 
     @property
@@ -254,8 +243,7 @@ class Registry:
             )
         if not found:
             return None
-        for told in self.on_use:
-            told(found[0].plugin)
+        self.used.add(found[0].plugin.name)
         return found[0].cls
 
     def get(self, name: str) -> type:

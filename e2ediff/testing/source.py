@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import tomllib
@@ -16,10 +15,10 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from e2ediff.errors import PluginError
-from e2ediff.host.discovery import GROUP
-from e2ediff.host.guard import cause, guarded
+from e2ediff.host.discovery import GROUP, Plugin
+from e2ediff.host.guard import cause
 from e2ediff.host.plugins import Host, load
-from e2ediff.host.registry import Plugin
+from e2ediff.host.registry import boundary
 
 
 @attrs.frozen
@@ -66,22 +65,16 @@ class Source:
             sys.path.insert(0, str(root))
         host = load(instead={self.name: f"its folder {self.folder} is checked instead"})
         for name, value in self.entries.items():
-            try:
-                with guarded(name):
-                    module = importlib.import_module(value.partition(":")[0])
-                    for word in filter(None, value.partition(":")[2].split(".")):
-                        module = getattr(module, word)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as exc:  # the plugin boundary
-                raise PluginError(f"plugin {name!r}: {cause(exc)}") from exc
+            plugin = Plugin(name, self.name, self.version, entry=name, value=value)
+            with boundary(plugin, f"plugin {name!r}: "):
+                module = plugin.load()
             found = Path(getattr(module, "__file__", None) or root)
             if not found.is_relative_to(self.folder):
                 raise PluginError(
                     f"plugin {name!r}: {value} is imported from {found}, not from {self.folder}; "
                     "check the installed plugin by its name instead"
                 )
-            host.add(module, Plugin(name, self.name, self.version))
+            host.add(module, plugin)
         return host
 
     def problems(self) -> Iterator[str]:

@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from e2ediff import hookimpl
 from e2ediff.data import Batch
 from e2ediff.errors import PluginError
+from e2ediff.host.discovery import Plugin
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, parse_recipe
-from e2ediff.host.registry import Part, Plugin, options
+from e2ediff.host.registry import Part, options
 from e2ediff.loading.batches import fixed_images
 from e2ediff.model.build import check_fits
 from e2ediff.sample.load import load_model

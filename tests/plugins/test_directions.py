@@ -15,8 +15,8 @@ from e2ediff.errors import PluginError, RunDirectoryError
 from e2ediff.evaluate.passport import Card, Passport, Score, parse_card
 from e2ediff.evaluate.ranking import rank
 from e2ediff.figure import Figure, find
+from e2ediff.host.discovery import Plugin
 from e2ediff.host.plugins import load
-from e2ediff.host.registry import Plugin
 from e2ediff.store.earlier import earlier_direction, earlier_figure
 from e2ediff.store.run_directory import RunDirectory
 

@@ -287,11 +287,21 @@ def test_a_hang_in_this_process_ends_and_leaves_the_alarm_of_others_alone(
     left, _ = signal.getitimer(signal.ITIMER_REAL)
     host = load(builtins=False)
     why = "takes longer than 0.2 s; leave it out with E2EDIFF_BLOCK=bad-hangs"
-    assert host.broken["bad-hangs"] == why
+    assert str(host.broken["bad-hangs"]) == why
     assert f"plugin 'bad-hangs' {why}\n" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGALRM) is handler
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (left > 0)
     assert "bad_hangs" not in sys.modules
+
+
+def test_a_time_limit_that_is_none_is_refused_once(inside, monkeypatch) -> None:
+    inside.install("good-one", GOOD.format(name="one"))
+    monkeypatch.setenv("E2EDIFF_PLUGIN_TIMEOUT", "soon")
+    done = e2ediff("plugins", "list")
+    assert (done.code, done.err) == (
+        4,
+        "error: E2EDIFF_PLUGIN_TIMEOUT=soon: expected a number of seconds above 0\n",
+    )
 
 
 def test_a_plugin_that_is_the_first_to_import_torch_is_not_blamed_for_a_slow_disk(
@@ -305,7 +315,7 @@ def test_a_plugin_that_is_the_first_to_import_torch_is_not_blamed_for_a_slow_dis
     host = load(builtins=False)
     assert "slow-disk" not in host.broken
     inside.install("bad-slow", "import time\ntime.sleep(5)\n" + GOOD.format(name="two"))
-    assert "takes longer than 0.2 s" in load(builtins=False).broken["bad-slow"]
+    assert "takes longer than 0.2 s" in str(load(builtins=False).broken["bad-slow"])
 
 
 def test_a_hang_that_no_signal_ends_is_named_while_it_lasts(site) -> None:

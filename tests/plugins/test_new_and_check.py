@@ -16,10 +16,9 @@ from command_line import e2ediff, needs
 import e2ediff.testing.kit as kit
 from e2ediff import hookimpl
 from e2ediff.errors import PluginError
-from e2ediff.host.discovery import installed
+from e2ediff.host.discovery import Plugin, installed
 from e2ediff.host.plugins import load
 from e2ediff.host.registry import KINDS as REGISTRIES
-from e2ediff.host.registry import Plugin
 from e2ediff.host.scaffold import assignment, template_kinds, write_plugin
 from e2ediff.objective import Terms
 from e2ediff.parts.objectives.controls import Detached, TwoStage

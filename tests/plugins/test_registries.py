@@ -9,8 +9,9 @@ import one_of_each
 import pytest
 from part_checks import CHECKS
 
+from e2ediff.host.discovery import BUILTIN
 from e2ediff.host.plugins import load
-from e2ediff.host.registry import BUILTIN, KINDS
+from e2ediff.host.registry import KINDS
 from e2ediff.sample.load import load_model
 from e2ediff.train.session import train
 
