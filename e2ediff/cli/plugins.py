@@ -142,7 +142,7 @@ def info(name: str) -> None:
                     for line in lines_of(part):
                         click.echo(f"    {line}")
         for command_name, (_, owner) in host.commands.items():
-            if owner == plugin:
+            if owner.name == entry.name:
                 click.echo(f"  {'command':<9} {command_name}")
 
 

@@ -1,4 +1,4 @@
-"""Find plugins in folders that are not installed, and the command that installs them.
+"""Read plugins in folders, and give the command that installs them.
 
 Their sources are read but not imported: a command run in a folder must not execute the code that
 happens to be there.
@@ -6,7 +6,6 @@ happens to be there.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
@@ -16,27 +15,58 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Self
 from urllib.parse import unquote, urlsplit
 
 import attrs
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from e2ediff.errors import PluginError
 from e2ediff.host.discovery import GROUP, missing
+from e2ediff.host.guard import cause
 
 
 @attrs.frozen
-class UninstalledPlugin:
-    """A plugin's folder: its distribution, and its modules by the names of its entry points."""
+class PluginFolder:
+    """A folder with a `pyproject.toml` that has entry points of the group `e2ediff`.
+
+    `entries` has the module (or `module:object`) of each entry point by its name.
+    """
 
     folder: Path
     name: str
     version: str
-    modules: dict[str, str]
+    requires: tuple[str, ...]
+    entries: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read `pyproject.toml`.
+
+        Raises:
+            PluginError: There is none, or it names no plugin.
+        """
+        path = Path(os.path.abspath(folder)) / "pyproject.toml"
+        try:
+            project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+            points = project.get("entry-points", {}).get(GROUP, {})
+            entries = {str(name): str(value) for name, value in points.items()}
+            name, version = str(project["name"]), str(project.get("version", "0"))
+            requires = tuple(map(str, project.get("dependencies", ())))
+        except FileNotFoundError as exc:
+            raise PluginError(f"{path}: there is no such file, so no plugin lies here") from exc
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
+            raise PluginError(f"{path}: cannot be read as a project ({cause(exc)})") from exc
+        if not entries:
+            raise PluginError(
+                f'{path}: has no plugin; add\n[project.entry-points.{GROUP}]\nNAME = "MODULE"'
+            )
+        return cls(path.parent, name, version, requires, entries)
 
     def matches(self, word: str) -> bool:
         """Return whether `word` may refer to this plugin."""
-        return word in self.modules or canonicalize_name(word) == canonicalize_name(self.name)
+        return word in self.entries or canonicalize_name(word) == canonicalize_name(self.name)
 
     def satisfies(self, wanted: Requirement) -> bool:
         """Return whether installing it meets a requirement."""
@@ -45,13 +75,14 @@ class UninstalledPlugin:
 
     def parts(self, plural: str) -> list[str]:
         """Return the names of the parts of this kind that its source appears to register."""
+        call = re.compile(rf"""add\(\s*["']{plural}["']\s*,\s*["']([^"']+)["']""")
         found = set[str]()
-        for value in self.modules.values():
-            path = self.folder / value.partition(":")[0].replace(".", "/")
-            root = self.folder / "src" / path.relative_to(self.folder)
-            for base in (path, root):
-                found |= _added(base.with_suffix(".py"), plural)
-                found |= _added(base / "__init__.py", plural)
+        for value in self.entries.values():
+            module = value.partition(":")[0].replace(".", "/")
+            for file in (f"{module}.py", f"{module}/__init__.py"):
+                for path in (self.folder / file, self.folder / "src" / file):
+                    with contextlib.suppress(OSError, ValueError):
+                        found |= {*call.findall(path.read_text(encoding="utf-8"))}
         return sorted(found)
 
     @property
@@ -91,7 +122,7 @@ def install_hint(error: BaseException, requires: Sequence[str]) -> str:
     return ""
 
 
-def uninstalled_plugins(near: Iterable[str] = ()) -> Iterator[UninstalledPlugin]:
+def uninstalled_plugins(near: Iterable[str] = ()) -> Iterator[PluginFolder]:
     """Find plugins in folders `plugins` that are not installed.
 
     They are searched for in the current folder, in those of the files `near`, in the checkout from
@@ -105,7 +136,11 @@ def uninstalled_plugins(near: Iterable[str] = ()) -> Iterator[UninstalledPlugin]
                 break
             seen.add(folder)
             for project in sorted(folder.glob("plugins/*/pyproject.toml")):
-                if (found := _read(project)) and not _is_installed(found.name):
+                try:
+                    found = PluginFolder.read(project.parent)
+                except PluginError:
+                    continue
+                if not _is_installed(found.name):
                     yield found
 
 
@@ -129,31 +164,3 @@ def _is_installed(name: str) -> bool:
     except ValueError:  # an empty name
         return True
     return True
-
-
-def _read(project: Path) -> UninstalledPlugin | None:
-    """Read a pyproject.toml, if it belongs to a plugin."""
-    try:
-        said = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-        entries = {str(k): str(v) for k, v in said["entry-points"][GROUP].items()}
-        return UninstalledPlugin(
-            project.parent, str(said["name"]), str(said.get("version", "0")), entries
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def _added(file: Path, plural: str) -> set[str]:
-    """Return the names of the parts of this kind that the `register` in a file's source adds."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
-        return set()
-    calls = (
-        [a.value for a in node.args[:2] if isinstance(a, ast.Constant)]
-        for hook in tree.body
-        if isinstance(hook, ast.FunctionDef) and hook.name == "register"
-        for node in ast.walk(hook)
-        if isinstance(node, ast.Call)
-    )
-    return {str(words[1]) for words in calls if len(words) == 2 and words[0] == plural}

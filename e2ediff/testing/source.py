@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,44 +13,15 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from e2ediff.errors import PluginError
-from e2ediff.host.discovery import GROUP, Plugin
-from e2ediff.host.guard import cause
+from e2ediff.host.checkout import PluginFolder
+from e2ediff.host.discovery import Plugin
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.registry import boundary
 
 
 @attrs.frozen
-class Source:
-    """A folder with a `pyproject.toml` that has entry points of the group `e2ediff`."""
-
-    folder: Path
-    name: str
-    version: str
-    requires: tuple[str, ...]
-    entries: dict[str, str]
-
-    @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> Source:
-        """Read `pyproject.toml`.
-
-        Raises:
-            PluginError: There is none, or it names no plugin.
-        """
-        path = Path(folder).resolve() / "pyproject.toml"
-        try:
-            project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-            entries = dict(project.get("entry-points", {}).get(GROUP, {}))
-            name, version = str(project["name"]), str(project.get("version", "0"))
-            requires = tuple(map(str, project.get("dependencies", ())))
-        except FileNotFoundError as exc:
-            raise PluginError(f"{path}: there is no such file, so no plugin lies here") from exc
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
-            raise PluginError(f"{path}: cannot be read as a project ({cause(exc)})") from exc
-        if not entries:
-            raise PluginError(
-                f'{path}: has no plugin; add\n[project.entry-points.{GROUP}]\nNAME = "MODULE"'
-            )
-        return cls(path.parent, name, version, requires, entries)
+class Source(PluginFolder):
+    """A plugin's folder, whose modules are imported from there."""
 
     def host(self) -> Host:
         """A host with this plugin; an installed copy of it is left alone.
@@ -69,7 +38,7 @@ class Source:
             with boundary(plugin, f"plugin {name!r}: "):
                 module = plugin.load()
             found = Path(getattr(module, "__file__", None) or root)
-            if not found.is_relative_to(self.folder):
+            if not found.resolve().is_relative_to(self.folder.resolve()):
                 raise PluginError(
                     f"plugin {name!r}: {value} is imported from {found}, not from {self.folder}; "
                     "check the installed plugin by its name instead"
