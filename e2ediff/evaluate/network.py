@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import attrs
 
-from e2ediff.errors import DataError, RecipeError
+from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig
 from e2ediff.host.plugins import Host
 from e2ediff.host.registry import Part
-from e2ediff.host.structure import Structurer
+from e2ediff.host.structure import structured
 from e2ediff.host.yaml import Node, parse_yaml, set_value
 
 
@@ -23,16 +23,13 @@ def feature_network(
     text = (text or ("inception2015" if place else "efficientnet_lite0")).strip()
     block = text if text.startswith("{") else f"{{name: {text}}}"
     root, problems = parse_yaml(block, "--features")
-    if root is not None and place:
+    assert root is not None
+    if place:
         _check_takes_a_file(host, root)
         problems += set_value(root, f"weights={place}", "--weights-file")
         if sha256:
             problems += set_value(root, f"sha256='{sha256}'", "--sha256")
-    structurer = Structurer(host)
-    found = structurer.read(root, FeatureConfig) if root is not None else None
-    if problems or structurer.problems:
-        raise RecipeError("--features", [*problems, *structurer.problems])
-    assert isinstance(found, FeatureConfig)
+    found: FeatureConfig = structured(host, root, FeatureConfig, "--features", problems)
     return found
 
 

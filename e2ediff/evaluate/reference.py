@@ -20,7 +20,7 @@ from torch import Tensor
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import SourceConfig
-from e2ediff.errors import DataError, RecipeError
+from e2ediff.errors import DataError
 from e2ediff.evaluate.images import (
     FolderImages,
     ImageSet,
@@ -32,7 +32,7 @@ from e2ediff.evaluate.images import (
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.features import FeatureNetwork
 from e2ediff.host.plugins import Host
-from e2ediff.host.structure import Structurer
+from e2ediff.host.structure import structured
 from e2ediff.host.yaml import parse_yaml
 from e2ediff.metric import FeatureSet, Moments
 from e2ediff.model.image_features import network_title, weights_sha256
@@ -73,11 +73,8 @@ def open_reference(place: Address, host: Host, data: SourceConfig | None) -> Ref
         return _of_images(SourceImages(data.open(held_out=place == "held-out"), place))
     if place.lstrip().startswith("{"):
         root, problems = parse_yaml(place, "--reference")
-        structurer = Structurer(host)
-        source = structurer.read(root, SourceConfig) if root is not None else None
-        if problems or structurer.problems:
-            raise RecipeError("--reference", [*problems, *structurer.problems])
-        assert isinstance(source, SourceConfig)
+        assert root is not None
+        source = structured(host, root, SourceConfig, "--reference", problems)
         return _of_images(SourceImages(source.open(), place))
     if place.endswith(".npz"):
         return _of_npz(place)

@@ -1,10 +1,13 @@
-"""Flatten recipes into lists of values, to compare them."""
+"""Flatten recipes into lists of values, to compare them, and format values."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 
+import attrs
+
+from e2ediff.host.registry import options
 from e2ediff.host.yaml import Node, parse_yaml
 
 
@@ -24,7 +27,7 @@ def leaves_of(text: str, source: str) -> dict[str, str]:
         RecipeError: It is not YAML.
     """
     root, _ = parse_yaml(text, source)
-    return {path: _text(value) for path, value in leaves(_plain(root))} if root else {}
+    return {path: text_of(value) for path, value in leaves(_plain(root))} if root else {}
 
 
 def _plain(node: Node) -> object:
@@ -35,9 +38,13 @@ def _plain(node: Node) -> object:
     return node.value
 
 
-def _text(value: object) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
+def text_of(value: object) -> str:
+    """Format a value, or a block of options, on one line as in a recipe."""
+    if attrs.has(type(value)):
+        named = options(type(value)).values()
+        value = {option.name: getattr(value, option.attribute) for option in named}
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(text_of, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{k}: {_text(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{k}: {text_of(v)}' for k, v in value.items())}}}"
     return json.dumps(value) if isinstance(value, bool) or value is None else str(value)

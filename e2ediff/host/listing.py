@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import attrs
 
 from e2ediff.errors import PluginError
+from e2ediff.host.leaves import text_of
 from e2ediff.host.registry import DEFAULTS, Part, options
 from e2ediff.host.structure import describe
 
@@ -26,8 +27,7 @@ def option_rows(cls: type) -> Iterator[tuple[str, str, str]]:
             default = default.factory()
         if default is attrs.NOTHING:
             default = DEFAULTS.get(option.hint, "required")
-        text = _written(default)
-        yield option.name, describe(option.hint), text
+        yield option.name, describe(option.hint), text_of(default)
 
 
 def part_lines(part: Part) -> Iterator[str]:
@@ -51,17 +51,3 @@ def part_page(part: Part) -> Iterator[str]:
     yield f"{part.name}  [{part.plugin.name}]  {lines[0]}"
     yield from (f"    {line}".rstrip() for line in lines[1:])
     yield from ("", *[*part_lines(part)][1:])
-
-
-def _written(default: object) -> str:
-    """Format a default as in a recipe; a block with all of its defaults."""
-    if default is None:
-        return "null"
-    if isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, tuple | list):
-        return f"[{', '.join(_written(item) for item in default)}]"
-    if attrs.has(type(default)):
-        inner = ", ".join(f"{n}: {d}" for n, _, d in option_rows(type(default)))
-        return f"{{{inner}}}" if inner else "{}"
-    return str(default)

@@ -20,7 +20,7 @@ from e2ediff.features import FeatureConfig
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.registry import FLAT
-from e2ediff.host.structure import Structurer, show, unstructure
+from e2ediff.host.structure import show, structured, unstructure
 from e2ediff.host.yaml import MAX_BYTES, Node, dump_yaml, parse_yaml, path_join, set_value
 from e2ediff.interpolant import Interpolant, Kind
 from e2ediff.metric import Metric
@@ -390,12 +390,8 @@ def parse_recipe(
     if named and name and isinstance(name.value, str):
         named(name.value)
     missing = list(_missing(host, root))
-    structurer = Structurer(host, excused=bool(missing))
-    recipe = structurer.read(root, Recipe)
-    problems = [*missing, *problems, *structurer.problems]
-    if problems:
-        raise RecipeError(source, problems)
-    assert isinstance(recipe, Recipe)
+    problems = [*missing, *problems]
+    recipe: Recipe = structured(host, root, Recipe, source, problems, excused=bool(missing))
     return recipe
 
 

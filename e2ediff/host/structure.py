@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Final, Literal, Union
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, Union
 
 import attrs
 
-from e2ediff.errors import DuplicateNameError, PluginError, Problem
+from e2ediff.errors import DuplicateNameError, PluginError, Problem, RecipeError
 from e2ediff.host.registry import DEFAULTS, SCALARS, closest, contracts, did_you_mean, options
 from e2ediff.host.yaml import Node, path_join
 
@@ -232,6 +232,28 @@ class Structurer:
                 place = entries[key].place if key in entries else node.place
                 self._complain(path_join(where, key) if key else where, _text(cause), place)
             return _FAILED
+
+
+def structured(
+    host: Host,
+    node: Node,
+    cls: type,
+    source: str,
+    problems: Sequence[Problem] = (),
+    *,
+    excused: bool = False,
+) -> Any:
+    """Read a tree of `source` into a value of class `cls`.
+
+    Raises:
+        RecipeError: It is wrong, or had `problems` before.
+    """
+    structurer = Structurer(host, excused=excused)
+    value = structurer.read(node, cls)
+    if found := [*problems, *structurer.problems]:
+        raise RecipeError(source, found)
+    assert isinstance(value, cls)
+    return value
 
 
 def _refusals(cls: type, values: Mapping[str, object]) -> Iterator[tuple[str, Exception]]:

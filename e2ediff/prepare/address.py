@@ -16,7 +16,7 @@ from e2ediff.host.discovery import BUILTIN
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import load_recipe
 from e2ediff.host.registry import Part, options
-from e2ediff.host.structure import Structurer
+from e2ediff.host.structure import structured
 from e2ediff.host.yaml import Node, parse_yaml, set_value
 
 _KINDS = "a folder of class folders or images, or one that `e2ediff data prepare` wrote"
@@ -80,12 +80,7 @@ def _structured(host: Host, node: Node, source: str, overrides: Sequence[str]) -
     for number, text in enumerate(overrides, 1):
         full = text if text.startswith(("data.", "data=")) else f"data.{text}"
         problems += set_value(holder, full, f"--set {number}")
-    structurer = Structurer(host)
-    block = structurer.read(holder, _Holder)
-    problems += structurer.problems
-    if problems:
-        raise RecipeError(source, problems)
-    assert isinstance(block, _Holder)
+    block: _Holder = structured(host, holder, _Holder, source, problems)
     return block.data
 
 
