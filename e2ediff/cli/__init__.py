@@ -20,18 +20,18 @@ from e2ediff.errors import E2EDiffError, PluginError
 
 # Command, its module below this package, and its line in the overview.
 _COMMANDS = {
-    "run": ("run", "Train by a recipe."),
-    "sample": ("sample", "Make images with a trained run."),
+    "run": ("run", "Train from a recipe."),
+    "sample": ("sample", "Generate images with a trained run."),
     "interpolate": ("interpolate", "Make a strip of images between two seeds or two images."),
     "reconstruct": ("reconstruct", "Pass images through a trained encoder and decoder."),
     "eval": ("eval", "Score a run's samples, or a folder or npz of images."),
-    "check": ("check", "Resolve a recipe, build it without memory, count it."),
+    "check": ("check", "Check a recipe without data or GPU, and count its parameters and FLOPs."),
     "ablate": ("ablate", "Train a grid of variations with several seeds, and report on it."),
     "report": ("report", "Write one HTML page on a run or an ablation."),
-    "compare": ("compare", "Print final figures of runs, and what differs in their recipes."),
+    "compare": ("compare", "Compare the final figures of runs, and their recipes."),
     "data": ("data", "Prepare, check and describe images."),
     "parts": ("parts", "List the parts that a recipe can name, with their options."),
-    "plugins": ("plugins", "List, look at, begin and check plugins."),
+    "plugins": ("plugins", "List, inspect, create and check plugins."),
 }
 
 
@@ -72,7 +72,7 @@ class _Lazy(click.Group):
         from e2ediff.host.discovery import installed
 
         if rows := [(e.name, e.summary) for e in installed() if not e.refusal()]:
-            with formatter.section("Plugins, whose commands `e2ediff plugins list` shows"):
+            with formatter.section("Plugins (their commands: `e2ediff plugins list`)"):
                 formatter.write_dl(rows)
 
 
@@ -92,7 +92,7 @@ def _with_plugin_files(command: click.Command) -> click.Command:
                 metavar="FILE",
                 expose_value=False,
                 callback=_use_plugin_files,
-                help="A plugin that is one Python file; no part of it need be installed.",
+                help="A plugin in a single Python file, which need not be installed.",
             )
         )
     return command
@@ -108,7 +108,7 @@ def _use_plugin_files(
         context.with_resource(giving(paths))
 
 
-_HELP = """Train encoder, decoder and diffusion network together, by a YAML recipe.
+_HELP = """Train encoder, decoder and diffusion network together, from a YAML recipe.
 
 \b
 e2ediff run recipes/quickstart.yaml

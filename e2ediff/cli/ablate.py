@@ -7,8 +7,8 @@ import click
 from e2ediff.cli import options
 
 _STOPPING = (
-    "stopping: runs that are training finish their step and save; again to end them at once "
-    "without saving"
+    "stopping: runs that are training finish their step and save; interrupt again to end them "
+    "at once without saving"
 )
 
 
@@ -22,12 +22,14 @@ _STOPPING = (
     "bring settings: objective=two_stage+backbone.trunks=denoiser_apart.",
 )
 @click.option(
-    "--seeds", default="0,1,2", show_default=True, help="Each cell is trained with each."
+    "--seeds", default="0,1,2", show_default=True, help="Each cell is trained with each of these."
 )
 @options.overrides()
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once.")
 @options.threads_text()
-@click.option("--out", metavar="DIR", help="Where it lies. Default: groups/<recipe's name>.")
+@click.option(
+    "--out", metavar="DIR", help="The ablation's directory. Default: groups/<recipe's name>."
+)
 @click.option(
     "--baseline", metavar="CELL", help="What cells are compared with. Default: the first."
 )
@@ -36,7 +38,7 @@ _STOPPING = (
     type=click.Choice(["steps", "compute"]),
     default="steps",
     show_default=True,
-    help="compute: each cell has the steps that the baseline's FLOPs pay for.",
+    help="compute: each cell is trained for as many steps as the baseline's FLOPs allow.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Check and count all cells; train and write nothing."

@@ -12,7 +12,7 @@ from e2ediff.cli import options
 @options.overrides()
 @click.option("--resolved", is_flag=True, help="Print the resolved recipe and nothing else.")
 def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
-    """Resolve RECIPE, build it on the meta device, and count it.
+    """Resolve RECIPE, build it on the meta device, and count its parameters and FLOPs.
 
     Needs no data, no GPU, and no memory for weights.
     Prints the parts, the parameters of each module, shapes, and the FLOPs of one step.

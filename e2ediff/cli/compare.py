@@ -22,8 +22,8 @@ def command(
     Runs whose recipes differ in nothing but the seed are seeds of one cell.
     The first RUN is what the others are compared with.
     SCORES are JSON files of `e2ediff eval`; they are ranked only if they were measured in the
-    same way, else the fields that differ are named. Where they were measured by other versions
-    of a library or of the code, a note says so.
+    same way; otherwise the fields that differ are named. A note says where they were measured by
+    other versions of a library or of the code.
     """
     if len(runs) < 2:
         raise click.UsageError("give two runs or more; `e2ediff report` is for one")

@@ -10,7 +10,7 @@ import click
 from e2ediff.cli import options
 
 _WORKERS = click.option(
-    "--workers", type=click.IntRange(0), default=1024, help="Processes. Default: one a core."
+    "--workers", type=click.IntRange(0), default=1024, help="Processes. Default: one per core."
 )
 
 
@@ -35,8 +35,10 @@ def command() -> None:
     show_default=True,
     help="png and raw keep every pixel, jpeg is the smallest and raw the largest.",
 )
-@click.option("--quality", type=click.IntRange(1, 100), default=95, help="Of JPEG. Default: 95.")
-@click.option("--each", type=click.IntRange(1), default=1024, help="Images a shard.")
+@click.option(
+    "--quality", type=click.IntRange(1, 100), default=95, help="JPEG quality. Default: 95."
+)
+@click.option("--each", type=click.IntRange(1), default=1024, help="Images per shard.")
 @click.option("--held-out", is_flag=True, help="The held-out images instead of the training ones.")
 @_WORKERS
 @options.overrides()
@@ -55,7 +57,7 @@ def prepare_command(
 
     SRC is a recipe, a YAML file of a data block, or the data's path or URL.
     The crop is ADM's, the one that training applies.
-    After an interruption the same command makes what is missing.
+    After an interruption, the same command makes what is missing.
     Prints DST; `data={name: shards, path: DST, ...}` reads it.
     """
     from typing import cast
@@ -158,7 +160,7 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
 @command.command("stats")
 @click.argument("address", metavar="RECIPE|PATH")
 @click.option(
-    "--images", type=click.IntRange(1), default=2000, show_default=True, help="To look at."
+    "--images", type=click.IntRange(1), default=2000, show_default=True, help="Images to examine."
 )
 @click.option("--classes", is_flag=True, help="Print a line for each class, empty ones too.")
 @click.option("--json", "as_text", is_flag=True, help="Print JSON, with every class.")

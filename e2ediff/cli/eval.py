@@ -46,8 +46,12 @@ if TYPE_CHECKING:
     multiple=True,
     help="A paper's or tool's rules; may be repeated. Default: e2ediff.",
 )
-@click.option("--count", type=click.IntRange(2), help="Images. Default: the convention's, or all.")
-@click.option("--labels", type=click.Choice(["balanced", "uniform"]), help="Law of the labels.")
+@click.option(
+    "--count", type=click.IntRange(2), help="Number of images. Default: the convention's, or all."
+)
+@click.option(
+    "--labels", type=click.Choice(["balanced", "uniform"]), help="Distribution of the labels."
+)
 @options.seed
 @options.overrides("Another sampler or guidance of a RUN: --set guidance.scale=2.")
 @click.option(
@@ -68,10 +72,10 @@ if TYPE_CHECKING:
 def command(ref: ModelRef, out: str | None, threads: int | None, **given: Any) -> None:
     """Score a RUN's samples, or the images of a FOLDER or NPZ, against a reference.
 
-    Prints each score with its standard error where there is one and with --bootstrap its 95 %
-    interval, and writes one JSON file a convention, with everything that decided the scores. A
-    Fréchet distance is called FID only in the published Inception features; without their weights
-    it is named after its network.
+    Prints each score, with its standard error where there is one and its 95 % interval with
+    --bootstrap, and writes one JSON file per convention, with everything that determines the
+    scores. A Fréchet distance is called FID only in the published Inception features; without
+    their weights it is named after its network.
     """
     from e2ediff.evaluate.evaluate import evaluate
     from e2ediff.evaluate.passport import write_card

@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Write a strip of images between two seeds, or between two of your own IMAGES.
 
-    Between seeds the noise is turned on the sphere, and every frame is sampled.
+    Between seeds the noise is interpolated on the sphere, and every frame is sampled.
     Between images the encoder's latents are mixed in equal steps, and every frame is decoded;
     the ends are the images' reconstructions.
     """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.group("plugins", invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context) -> None:
-    """List, look at, begin and check plugins.
+    """List, inspect, create and check plugins.
 
     Without a subcommand: `list`.
     """
@@ -33,7 +33,7 @@ def command(context: click.Context) -> None:
 
 @command.command("list")
 def list_() -> None:
-    """Print every plugin with what it brings, or with what is wrong, a line each."""
+    """Print every plugin on a line, with what it provides or what is wrong."""
     from e2ediff import __version__
     from e2ediff.host.plugins import load
 
@@ -106,9 +106,9 @@ def _shared(host: Host) -> Iterator[str]:
 @command.command("info")
 @click.argument("name")
 def info(name: str) -> None:
-    """Print all that is known of the plugin NAME, its entry point or its distribution.
+    """Print all that is known of a plugin; NAME is its entry point or its distribution.
 
-    Of one that is broken, the traceback.
+    For a broken one, print the traceback.
     """
     from importlib import metadata
 
@@ -148,10 +148,10 @@ def info(name: str) -> None:
 
 @command.command("new")
 @click.argument("name")
-@click.option("--kind", required=True, help="What the part is; an unknown KIND prints all.")
+@click.option("--kind", required=True, help="What the part is; an unknown KIND lists all.")
 @click.option("--out", metavar="DIR", help="A new folder. Default: e2ediff-NAME.")
 def new(name: str, kind: str, out: str | None) -> None:
-    """Write a whole plugin with a part NAME of one kind: a module, a test, a README.
+    """Write a complete plugin with a part NAME of one kind: a module, a test, a README.
 
     It passes `check` and trains as it stands; change it from there.
     """
@@ -180,8 +180,8 @@ def new(name: str, kind: str, out: str | None) -> None:
 def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
     """Check every part of a plugin: a folder with a pyproject.toml, a file, or an installed name.
 
-    Each part takes its place in a small recipe and is trained with, for seconds: shapes, types,
-    gradients, what stops them, determinism, resume, bfloat16, torch.compile, two processes.
+    Each part is put into a small recipe and trained for a few seconds. Checked are shapes, types,
+    gradients, what stops them, determinism, resume, bfloat16, torch.compile, and two processes.
     Commands are imported.
     Each failure says what to change; the exit code is then 4.
     """

@@ -39,7 +39,7 @@ def command(
 
     IMAGES are files and folders of your own, cropped to the network's size; each reconstruction
     is written to `images/`, and its PSNR to `psnr.json`.
-    Without IMAGES held-out images of the run's data set are taken.
+    Without IMAGES, held-out images of the run's data set are used.
     Writes `reconstructions.png`, each of the first 64 images followed by its reconstruction, and
     prints the mean PSNR in decibels and the file.
     """

@@ -14,7 +14,7 @@ from e2ediff.cli import options
 def command(place: str, out: str | None, judge: str | None) -> None:
     """Write one HTML page on RUN or on the ablation GROUP, which opens without a network.
 
-    Beside it its table as CSV and LaTeX, and all figures as JSON.
+    Its table is written beside it as CSV and LaTeX, and all figures as JSON.
     The verdict goes to stderr, the page's path to stdout.
     """
     from e2ediff.host.plugins import load

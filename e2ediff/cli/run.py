@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 @click.option(
     "--restart",
     is_flag=True,
-    help="Begin again in --out, or in the newest run; what is there moves to its attempts/.",
+    help="Start over in --out, or in the newest run; its contents move to attempts/.",
 )
 @options.threads_text()
 @click.option(
     "--nproc",
     metavar="N|auto",
     default="1",
-    help="Processes on this machine that share the work; auto: one a GPU. Default: 1.",
+    help="Processes on this machine that share the work; auto: one per GPU. Default: 1.",
 )
 @click.option(
-    "--nnodes", type=click.IntRange(1), default=1, help="Machines, each of which runs this."
+    "--nnodes", type=click.IntRange(1), default=1, help="Machines; run the same command on each."
 )
 @click.option(
-    "--rdzv", metavar="HOST:PORT", default="", help="Where the processes of several machines meet."
+    "--rdzv", metavar="HOST:PORT", default="", help="Address at which several machines meet."
 )
 def command(
     recipe: str,
@@ -57,10 +57,10 @@ def command(
     nnodes: int,
     rdzv: str,
 ) -> int:
-    """Train by RECIPE, a YAML file or URL.
+    """Train from RECIPE, a YAML file or URL.
 
     The run's directory is printed at the end, on stdout.
-    Ctrl-C saves and ends; --resume continues, --restart begins again.
+    Ctrl-C saves and stops; --resume continues, --restart starts over.
     Under `torchrun -m e2ediff run RECIPE` each process joins the others by itself.
     """
     from e2ediff.distributed.openmp import all_threads, prepare_threads
@@ -68,7 +68,7 @@ def command(
 
     if resume and restart:
         raise click.UsageError(
-            "--resume continues a run and --restart begins it again; give one of them"
+            "--resume continues a run and --restart starts it over; give only one of them"
         )
     if nnodes > 1 and not rdzv:
         raise click.UsageError("--nnodes needs --rdzv HOST:PORT, the same on every machine")
@@ -78,7 +78,9 @@ def command(
         number = prepare_threads(threads)
         count = _count(nproc)
         if count * nnodes > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
-            raise click.UsageError("--nproc is for starting processes, and a launcher has done so")
+            raise click.UsageError(
+                "--nproc starts processes, but a launcher has already started them"
+            )
         if count * nnodes > 1:
             from e2ediff.distributed.launch import launch
 
@@ -195,8 +197,8 @@ def _last_lines(outcome: Outcome, recipe: str, overrides: tuple[str, ...]) -> It
         yield f"next: e2ediff sample {shlex.quote(path)}"
         return
     yield (
-        f"LATENT COLLAPSE: {outcome.collapsed}. Do not trust its samples or scores. What shows it "
-        "is in docs/how-to/collapse-alarm.md, why it comes in docs/explanation/collapse.md"
+        f"LATENT COLLAPSE: {outcome.collapsed}. Do not trust its samples or scores. Its signs "
+        "are in docs/how-to/collapse-alarm.md, its causes in docs/explanation/collapse.md"
     )
     if outcome.advice:
         kept = [change for change in overrides if not change.startswith("objective")]

@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     metavar="LIST",
     help="Classes by index, range or name: --labels 0-9,cat,none; 'all' is every class.",
 )
-@click.option("--count", type=click.IntRange(1), help="Images a class. Default: 8.")
+@click.option("--count", type=click.IntRange(1), help="Images per class. Default: 8.")
 @click.option(
-    "--balanced", type=click.IntRange(1), metavar="N", help="N images, the classes in turn."
+    "--balanced",
+    type=click.IntRange(1),
+    metavar="N",
+    help="N images that cycle through the classes.",
 )
 @click.option(
     "--random", "drawn", type=click.IntRange(1), metavar="N", help="N images of random classes."
@@ -61,7 +64,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     default=32,
     show_default=True,
-    help="Images computed at once. Only this may move an image's last bits.",
+    help="Images computed at once. Only this may change an image's last bits.",
 )
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @options.processes("Processes that compute, on all GPUs in turn.")
@@ -83,14 +86,14 @@ def command(
     processes: int,
     threads: int | None,
 ) -> None:
-    """Make images with RUN, the directory that `e2ediff run` printed.
+    """Generate images with RUN, the directory that `e2ediff run` printed.
 
-    Writes the images, `grid.png`, and `set.json` with everything that decides them, and prints
-    where the images lie.
+    Writes the images, `grid.png`, and `set.json` with everything that determines them, and
+    prints where the images are.
     Image i of a seed is the same in every set that gives it the same class.
-    A run that is conditioned on something else than classes has no --label; its images take the
-    conditions of held-out images in order, --count or --balanced of them, by default 64.
-    A command that was interrupted goes on where it stopped when it is given again.
+    A run that is conditioned on something other than classes takes no --label; its images have
+    the conditions of held-out images in order, --count or --balanced of them, by default 64.
+    An interrupted command continues where it stopped when it is repeated.
     """
     import attrs
 
@@ -104,7 +107,7 @@ def command(
     from e2ediff.train.progress import Progress
 
     if sum(n is not None for n in (count, balanced, drawn)) > 1:
-        raise click.UsageError("give one of --count, --balanced and --random")
+        raise click.UsageError("give only one of --count, --balanced and --random")
     host = load()
     if steps is not None:
         ref = attrs.evolve(ref, overrides=(*ref.overrides, f"sampler.steps={steps}"))
@@ -149,6 +152,6 @@ def command(
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            "interrupted; the images that are stored stay, and the same command makes the others"
+            "interrupted; the stored images are kept, and the same command makes the others"
         ) from None
     click.echo(place)

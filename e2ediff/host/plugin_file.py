@@ -61,7 +61,7 @@ def read_plugin_file(path: str) -> tuple[ModuleType, Plugin]:
     """
     file = Path(path)
     if file.suffix != ".py" or not file.stem.isidentifier():
-        raise PluginError(f"{path}: a plugin file is called like a Python module: my_objective.py")
+        raise PluginError(f"{path}: name a plugin file like a Python module: my_objective.py")
     try:
         text = file.read_bytes()
     except OSError as exc:

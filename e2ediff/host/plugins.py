@@ -99,7 +99,9 @@ class Host:
         bare = name.rpartition(":")[2]
         for found in uninstalled_plugins([_file(place)]):
             if bare in found.parts(plural):
-                lost.append(f" {found.name} brings it and is not installed. Run: {found.install}")
+                lost.append(
+                    f" {found.name} provides it but is not installed. Run: {found.install}"
+                )
                 break
         return did_you_mean(name, known) + "".join(lost)
 
@@ -112,7 +114,9 @@ class Host:
             wanted = Requirement(requirement)
         except InvalidRequirement as exc:
             reason = str(exc).splitlines()[0]
-            return f"{requirement[:60]!r} is no requirement such as 'numpy>=2' ({reason})."
+            return (
+                f"{requirement[:60]!r} is not a valid requirement such as 'numpy>=2' ({reason})."
+            )
         if wanted.marker and not wanted.marker.evaluate():
             return ""
         install = f"Run: {install_command(requirement, [_file(place)])}"
@@ -225,7 +229,7 @@ class Host:
     def _register(self, module: object, plugin: Plugin) -> Plugin:
         """Register a module's hooks and parts, all or none; return the plugin with its hooks."""
         if other := [known for known in self.plugins if known.name == plugin.name]:
-            raise PluginError(f"its name is taken by plugin {other[0]}; give it another one")
+            raise PluginError(f"its name is taken by plugin {other[0]}; choose another one")
         try:
             self.manager.register(module, plugin.name)
             plugin = attrs.evolve(plugin, hooks=_hooks(self.manager, module))

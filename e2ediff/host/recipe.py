@@ -356,7 +356,7 @@ def load_recipe(
     except UnicodeDecodeError as exc:
         line = data[: exc.start].count(b"\n") + 1
         column = exc.start - (data.rfind(b"\n", 0, exc.start) + 1) + 1
-        problem = Problem("recipe", "is not text in UTF-8.", f"{source}:{line}:{column}")
+        problem = Problem("recipe", "is not UTF-8 text.", f"{source}:{line}:{column}")
         raise RecipeError(source, [problem]) from exc
     return parse_recipe(host, text, source, overrides, named=named)
 

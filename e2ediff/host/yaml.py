@@ -85,7 +85,7 @@ class _Loader(yaml.SafeLoader):
         at, scalar = event.start_mark, isinstance(event, yaml.ScalarEvent)
         self.values += 1
         if self.values > MAX_VALUES:
-            self.refuse(at, f"holds more than {MAX_VALUES:,} values.", "Is this a recipe?")
+            self.refuse(at, f"contains more than {MAX_VALUES:,} values.", "Is this a recipe?")
         if self.depth > MAX_DEPTH:
             self.refuse(at, f"is nested deeper than {MAX_DEPTH} levels.", "Flatten it.")
         if event.anchor:  # an alias has one too
@@ -93,7 +93,9 @@ class _Loader(yaml.SafeLoader):
         if event.tag:
             self.refuse(at, "recipes have no tags (!).", "Quote the value if it is text.")
         if scalar and _NO_TEXT.search(event.value):
-            self.refuse(at, "an escape stands for no character that text can hold.", "")
+            self.refuse(
+                at, "an escape sequence does not stand for a character that text can hold.", ""
+            )
         if isinstance(parent, yaml.MappingNode) and index is None and not scalar:
             self.refuse(at, "a key must be a word.", "Quote it if it is meant as text.")
         self.depth += 1
@@ -118,7 +120,7 @@ class _Loader(yaml.SafeLoader):
             self.refuse(self.get_mark(), what, "Write the character itself.")
         if more:
             self.refuse(
-                more.start_mark, "a second document starts here.", "Keep one recipe a file."
+                more.start_mark, "a second document starts here.", "Keep one recipe per file."
             )
         return root
 
@@ -149,9 +151,9 @@ def parse_yaml(text: str, source: str, *, marks: bool = True) -> tuple[Node | No
     except yaml.reader.ReaderError as exc:
         before = text[: exc.position]
         column = exc.position - (before.rfind("\n") + 1)
-        what = f"holds the character U+{ord(text[exc.position]):04X}, which YAML forbids."
+        what = f"contains the character U+{ord(text[exc.position]):04X}, which YAML forbids."
         mark = yaml.Mark("", exc.position, before.count("\n"), column, None, 0)
-        refuse(mark, what, "Remove it, or is the file damaged?")
+        refuse(mark, what, "Remove it, or check whether the file is damaged.")
     problems: list[Problem] = []
 
     def tree(node: yaml.Node, where: str) -> Node:
@@ -186,7 +188,7 @@ def set_value(root: Node, assignment: str, place: str) -> list[Problem]:
     path, sign, text = assignment.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not sign or not all(keys):
-        hint = "Write for example --set objective.floor=0.5."
+        hint = "Write, for example, --set objective.floor=0.5."
         return [Problem("recipe", f"{assignment[:60]!r} is not path=value.", place, hint)]
     try:
         value, problems = parse_yaml(text, place, marks=False)
@@ -221,7 +223,7 @@ def _child(node: Node, key: str, where: str, place: str) -> tuple[Node | None, P
     assert isinstance(node.value, list)
     if key.isdecimal() and len(key) < 6 and int(key) < len(node.value):
         return node.value[int(key)], None
-    what = f"has {len(node.value)} items, and none is number {key[:60]!r}."
+    what = f"has no item {key[:60]!r}; its length is {len(node.value)}."
     return None, Problem(where, what, place, "Items are counted from 0.")
 
 

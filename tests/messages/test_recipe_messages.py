@@ -204,8 +204,8 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file():
         ),
         (
             "a: \x07",
-            "r.yaml:1:4: recipe: holds the character U+0007, which YAML forbids. "
-            "Remove it, or is the file damaged?",
+            "r.yaml:1:4: recipe: contains the character U+0007, which YAML forbids. "
+            "Remove it, or check whether the file is damaged.",
         ),
     ],
 )
@@ -231,7 +231,7 @@ def test_every_refused_option_of_a_part_is_named_in_plain_words():
             "objective=variance",
             "objective: unknown objective 'variance'. Did you mean 'variance_fl",
         ),
-        ("objective.floor", "recipe: 'objective.floor' is not path=value. Write for example"),
+        ("objective.floor", "recipe: 'objective.floor' is not path=value. Write, for example, "),
         ("objective.floor=[", "recipe: not valid YAML: while parsing a flow node"),
         ("batch.size=3", "batch: is 16, which has no options."),
         ("trackers.0.x=3", "trackers: expected a list of trackers, got a block."),
@@ -245,7 +245,7 @@ def test_a_problem_in_an_override_names_its_number(override, message):
 
 def test_an_item_that_a_list_lacks_is_counted_from_0():
     text = TEXT + "trackers: [odd]\n"
-    assert "--set 1: trackers: has 1 items, and none is number '3'. Items are counted from 0." in (
+    assert "--set 1: trackers: has no item '3'; its length is 1. Items are counted from 0." in (
         lines(text, "trackers.3.x=3")
     )
 
@@ -268,7 +268,7 @@ def test_a_distribution_of_another_version_is_named_with_the_installed_one():
 
 def test_a_requirement_that_is_none_says_what_one_looks_like():
     found = lines(TEXT + "requires: ['e2ediff dsd']\n")[1]
-    assert "'e2ediff dsd' is no requirement such as 'numpy>=2'" in found
+    assert "'e2ediff dsd' is not a valid requirement such as 'numpy>=2'" in found
 
 
 def test_an_unknown_name_tells_of_plugins_that_were_not_loaded():
@@ -287,7 +287,7 @@ def test_a_missing_file_is_named():
 def test_a_file_that_is_no_text_is_named_with_the_place(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_bytes(b"name: tiny\nx: \xff\n")
-    with pytest.raises(RecipeError, match=r"r\.yaml:2:4: recipe: is not text in UTF-8"):
+    with pytest.raises(RecipeError, match=r"r\.yaml:2:4: recipe: is not UTF-8 text"):
         load_recipe(HOST, path)
 
 

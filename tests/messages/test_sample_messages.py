@@ -97,7 +97,7 @@ def test_a_class_that_is_not_there_is_said_with_the_one_that_was_meant(run: str)
 
 def test_two_numbers_of_images_are_refused(run: str) -> None:
     assert refused(2, "sample", run, "--count", 2, "--balanced", 10) == [
-        "give one of --count, --balanced and --random"
+        "give only one of --count, --balanced and --random"
     ]
 
 

@@ -325,7 +325,7 @@ def test_restart_and_resume_exclude_each_other(place) -> None:
     before = content("run")
     done = again("--restart", "--resume")
     assert done.code == 2
-    assert "--resume continues a run and --restart begins it again" in done.err
+    assert "--resume continues a run and --restart starts it over" in done.err
     assert content("run") == before
 
 

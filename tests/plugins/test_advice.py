@@ -129,10 +129,11 @@ def test_a_part_of_a_plugin_that_lies_beside_is_named_with_its_folder(place) -> 
     done = e2ediff("check", "tiny.yaml", "--set", "objective=my_way")
     assert done.code == 3
     assert done.err.endswith(
-        " e2ediff-my-way brings it and is not installed. Run: pip install plugins/e2ediff-my-way\n"
+        " e2ediff-my-way provides it but is not installed. "
+        "Run: pip install plugins/e2ediff-my-way\n"
     )
     done = e2ediff("check", "tiny.yaml", "--set", "sampler=my_way")
-    assert "brings it" not in done.err
+    assert "provides it" not in done.err
 
 
 def test_a_plugin_that_lies_beside_is_named_where_data_are_not_recognised(place) -> None:

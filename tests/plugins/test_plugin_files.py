@@ -123,7 +123,7 @@ def test_a_file_that_is_wrong_is_named_with_its_line(folder) -> None:
         ("raises.py", f"{folder / 'raises.py'}:3: ValueError: no"),
         ("syntax.py", f"{folder / 'syntax.py'}:2: SyntaxError: invalid syntax"),
         ("nothing.py", "plugin 'nothing': has no hook: no function is marked with"),
-        ("my-objective.py", "a plugin file is called like a Python module: my_objective.py"),
+        ("my-objective.py", "name a plugin file like a Python module: my_objective.py"),
         ("gone.py", "--plugin gone.py: there is no such file"),
     ):
         done = e2ediff(*check, file)
