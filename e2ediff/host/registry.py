@@ -85,13 +85,12 @@ def boundary(plugin: Plugin, title: str = "") -> Iterator[StdoutToStderr]:
 
 @attrs.define(eq=False)
 class Part:
-    """A registered class, or the text `module:Class` that names it."""
+    """A registered class, or the text `module:Class` that names it until it is imported."""
 
     name: str
     target: type | str
     plugin: Plugin
     registry: Registry = attrs.field(repr=False)
-    _cls: type | None = None
 
     @property
     def cls(self) -> type:
@@ -100,30 +99,27 @@ class Part:
         Raises:
             PluginError: It cannot be imported, or is not a complete part of its kind.
         """
-        if self._cls is None:
-            self._cls = self._imported() if isinstance(self.target, str) else self.target
-            try:
-                self.registry.check(self.name, self._cls, self.plugin)
-            except PluginError:
-                self._cls = None
-                raise
-        return self._cls
+        if isinstance(self.target, str):
+            found: type = self._imported(self.target)
+            self.registry.check(self.name, found, self.plugin)
+            self.target = found
+            return found
+        return self.target
 
     @property
     def imported(self) -> bool:
         """Return whether its class is imported already."""
-        return self._cls is not None
+        return not isinstance(self.target, str)
 
-    def _imported(self) -> Any:
-        assert isinstance(self.target, str)
+    def _imported(self, target: str) -> Any:
         if self.plugin.name == BUILTIN:
-            return import_named(self.target)
+            return import_named(target)
         try:
             with boundary(self.plugin):
-                return import_named(self.target)
+                return import_named(target)
         except PluginError as exc:
             title = f"{self.registry.kind} {self.name!r} of plugin {self.plugin}"
-            what = f"{title} cannot be imported from {self.target} ({exc})"
+            what = f"{title} cannot be imported from {target} ({exc})"
             raise PluginError(what) from exc.__cause__
 
     @property
@@ -184,10 +180,9 @@ class Registry:
                     f"{self.kind} {name!r} is registered by both {other.plugin} and {plugin}; "
                     "register one of them under another name"
                 )
-        part = Part(name, target, plugin, self)
         if not isinstance(target, str):
-            _ = part.cls  # check it now
-        self._parts.append(part)
+            self.check(name, target, plugin)
+        self._parts.append(Part(name, target, plugin, self))
 
     def check(self, name: str, cls: type, plugin: Plugin) -> None:
         """Refuse a class that is not a complete part of this kind.
