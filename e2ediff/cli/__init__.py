@@ -122,6 +122,13 @@ def group() -> None:
     """Define the command group; its help text is `_HELP`."""
 
 
+def print_error(error: E2EDiffError) -> None:
+    """Print a user error on stderr, with E2EDIFF_TRACE=1 after the traceback of its cause."""
+    if os.environ.get("E2EDIFF_TRACE") == "1" and error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
+    click.echo(f"error: {error}", err=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one message and an exit code."""
     # Images have a limit of their own (`e2ediff.files.images`), whose message names the file.
@@ -129,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = group.main(arguments, prog_name="e2ediff", standalone_mode=False)
     except E2EDiffError as error:
-        if os.environ.get("E2EDIFF_TRACE") == "1" and error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
-        click.echo(f"error: {error}", err=True)
+        print_error(error)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()

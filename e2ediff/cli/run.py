@@ -138,6 +138,7 @@ def _train(
     choose_threads: bool,
 ) -> int:
     """Train in this process, which may be one of several; one of them reports the outcome."""
+    from e2ediff.cli import print_error
     from e2ediff.distributed.launch import note_end
     from e2ediff.distributed.signals import exit_code_of
     from e2ediff.distributed.world import World
@@ -169,7 +170,7 @@ def _train(
 
         def say() -> None:
             if isinstance(error, E2EDiffError):
-                click.echo(f"error: {error}", err=True)
+                print_error(error)
             elif code == 1:
                 traceback.print_exception(error)
             else:

@@ -157,6 +157,17 @@ def test_what_is_part_of_the_loss_stops_the_run_and_names_its_plugin(
     assert "Traceback" in e2ediff("run", "tiny.yaml", "--set", change, "--out", "more").err
 
 
+def test_a_traceback_is_printed_by_several_processes_too(site, tiny_text) -> None:
+    site.install("takes-part", TRAINED)
+    (site.cwd / "tiny.yaml").write_text(tiny_text)
+    changes = ("--set", "regularizers=[pull]", "--set", "microshards=2")
+    done = site.e2ediff("run", "tiny.yaml", *changes, "--nproc", "2", E2EDIFF_TRACE="1")
+    assert done.returncode == PluginError.exit_code, done.stderr
+    assert "error: plugin 'takes-part' (takes-part 1.2), takes_part.py line 18" in done.stderr
+    assert "Traceback" in done.stderr
+    assert "KeyError: 'pull'\n" in done.stderr
+
+
 def test_no_part_is_blamed_for_memory() -> None:
     def work() -> int:
         raise torch.OutOfMemoryError
