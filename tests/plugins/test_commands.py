@@ -120,7 +120,7 @@ def test_an_unknown_command_names_the_plugin_that_would_bring_it(inside, monkeyp
     done = e2ediff("farewell")
     assert done.code == 2
     assert done.err.endswith(
-        " e2ediff-farewell brings it and is not installed. Run: pip install "
+        " e2ediff-farewell provides it but is not installed. Run: pip install "
         "plugins/e2ediff-farewell\n"
     )
 
