@@ -35,8 +35,7 @@ from e2ediff.host.plugins import Host, load
 from e2ediff.host.registry import KINDS, contracts
 from e2ediff.interpolant import Estimate
 from e2ediff.latent import LatentContract, LatentNorm, Latents
-from e2ediff.metric import Estimate as Score
-from e2ediff.metric import FeatureSet, Moments
+from e2ediff.metric import FeatureSet, MetricValue, Moments
 from e2ediff.objective import Draw, Nets, Terms
 from e2ediff.tracker import Tracker
 
@@ -53,7 +52,7 @@ BUILT = (
 )
 VALUES = (ImageSpec, Batch, ClassLabels, VectorSpec, TokenSpec, Labels, Vectors, Tokens,
           LatentSpec, LatentNorm, LatentContract, Latents, Encode, Decode, Denoise, Output, Nets,
-          Draw, Terms, Estimate, Probe, FeatureSet, Moments, Score, Figure)  # fmt: skip
+          Draw, Terms, Estimate, Probe, FeatureSet, Moments, MetricValue, Figure)  # fmt: skip
 
 REFERENCE = Path(__file__).parent / "reference"
 

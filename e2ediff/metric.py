@@ -92,7 +92,7 @@ class FeatureSet:
 
 
 @attrs.frozen
-class Estimate:
+class MetricValue:
     """A score with optional standard error, warnings and 95 % interval.
 
     `better` is needed only for a figure that is not better the way its metric's others are.
@@ -116,23 +116,24 @@ class Metric(ABC):
     covariance or image by image; every network has the tap `pool`.
     `compares` is False for a score that needs no reference.
     `features` restricts it to networks of that family (`FeatureNetwork.family`).
-    `called` gives figures the name they go by in the published Inception features; in those of
-    any other network a figure is named after the network, `FD-EfficientNetLite0`.
+    `published_names` has the names of figures in the published Inception features, as
+    `{"FD": "FID"}`; in those of any other network a figure is named after the network,
+    `FD-EfficientNetLite0`.
     """
 
     moments: ClassVar[tuple[str, ...]] = ()
     rows: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[bool] = True
     features: ClassVar[str] = ""
-    called: ClassVar[Mapping[str, str]] = {}
+    published_names: ClassVar[Mapping[str, str]] = {}
 
     @property
     @abstractmethod
     def better(self) -> Better:
-        """Whether low or high figures are better; an estimate may say otherwise of itself."""
+        """Whether low or high figures are better; a `MetricValue` may differ for itself."""
 
     @abstractmethod
-    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
         """Figures by name.
 
         Args:
@@ -147,7 +148,7 @@ class Metric(ABC):
 
 def names_of(metric: Metric, figure: str, title: str, *, published: bool) -> str:
     """A figure's name in the features of a network called `title`."""
-    return metric.called.get(figure, figure) if published else f"{figure}-{title}"
+    return metric.published_names.get(figure, figure) if published else f"{figure}-{title}"
 
 
 def prefixed(kind: str, name: str, better: Better | None) -> str:

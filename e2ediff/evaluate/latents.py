@@ -16,7 +16,7 @@ from e2ediff.condition import class_labels
 from e2ediff.data import Batch, DataSource
 from e2ediff.errors import DataError
 from e2ediff.loading.batches import fixed_images
-from e2ediff.metric import Estimate
+from e2ediff.metric import MetricValue
 from e2ediff.model.inference import Model
 from e2ediff.store.storage import JSON
 
@@ -78,7 +78,7 @@ def probe_accuracy(train: Tensor, label: Tensor, rows: Tensor, truth: Tensor) ->
 
 def latent_figures(
     model: Model, training: DataSource, held_out: DataSource, count: int
-) -> tuple[Mapping[str, Estimate], Mapping[str, Mapping[str, JSON]]]:
+) -> tuple[Mapping[str, MetricValue], Mapping[str, Mapping[str, JSON]]]:
     """Accuracy of `knn` and `probe` on whole latents, and `..._mean` on their means over tokens.
 
     Returns the figures and, by the same names, what determines them: numbers and hashes of the
@@ -110,7 +110,7 @@ def latent_figures(
         for name, judge in (("knn", knn_accuracy), ("probe", probe_accuracy)):
             share, m = judge(a, label, b, truth)
             error = (share * (1 - share) / m) ** 0.5
-            found[name + end] = Estimate(share, error, better="high")
+            found[name + end] = MetricValue(share, error, better="high")
             of[name + end] = {**images, **_OPTIONS[name]}
     return found, of
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from e2ediff.distances import nearest
-from e2ediff.metric import Estimate
+from e2ediff.metric import MetricValue
 
 
-def memorisation(made: Tensor, held_out: Tensor, train: Tensor) -> Mapping[str, Estimate]:
+def memorisation(made: Tensor, held_out: Tensor, train: Tensor) -> Mapping[str, MetricValue]:
     """Compare the distances of generated (n, F) and held-out images (m, F) to training (k, F).
 
     `copied` is the share of generated images nearer to their nearest training image than all but
@@ -27,8 +27,8 @@ def memorisation(made: Tensor, held_out: Tensor, train: Tensor) -> Mapping[str, 
     error = (share * (1 - share) / len(own)) ** 0.5
     ratio = float(own.median() / usual.median().clamp_min(torch.finfo(torch.float64).tiny))
     return {
-        "copied": Estimate(share, error, better="low"),
-        "nearness": Estimate(ratio, better="high"),
+        "copied": MetricValue(share, error, better="low"),
+        "nearness": MetricValue(ratio, better="high"),
     }
 
 

@@ -19,7 +19,7 @@ from e2ediff.evaluate.images import PixelHash, check_finite
 from e2ediff.evaluate.passes import Pass, View
 from e2ediff.features import FeatureNetwork
 from e2ediff.figure import Better
-from e2ediff.metric import Estimate, FeatureSet
+from e2ediff.metric import FeatureSet, MetricValue
 from e2ediff.model.image_features import Collector, network_title, weights_sha256
 from e2ediff.model.inference import Model
 from e2ediff.store.storage import JSON
@@ -118,7 +118,7 @@ class Reconstructions:
 
     made: FeatureSet
     real: FeatureSet
-    figures: Mapping[str, Estimate]
+    figures: Mapping[str, MetricValue]
     sha256: str
 
 
@@ -172,5 +172,5 @@ def reconstruct(
         each = torch.cat(parts)
         error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else None
         better: Better = "high" if name in ("PSNR", "SSIM") else "low"
-        figures[name] = Estimate(float(each.mean()), error, better=better)
+        figures[name] = MetricValue(float(each.mean()), error, better=better)
     return Reconstructions(sides[0].features(), sides[1].features(), figures, content.sha256)

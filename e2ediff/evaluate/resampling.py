@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from e2ediff.metric import Estimate, FeatureSet, Metric, moments_of, taps_of
+from e2ediff.metric import FeatureSet, Metric, MetricValue, moments_of, taps_of
 
 _TAILS = (0.025, 0.975)
 
@@ -34,7 +34,7 @@ class Resampling:
 
     def measure(
         self, metric: Metric, made: FeatureSet, real: FeatureSet, *, pairs: bool = False
-    ) -> Mapping[str, Estimate]:
+    ) -> Mapping[str, MetricValue]:
         """Measure a metric, with bootstrap errors and 95 % intervals if it compares two sets.
 
         Generated images are resampled with replacement. The reference is kept, as it is the same
@@ -68,7 +68,7 @@ def _drawn(whole: FeatureSet, metric: Metric, taps: Collection[str], chosen: Ten
     return FeatureSet(whole.count, moments, rows)
 
 
-def _spread(estimate: Estimate, drawn: Sequence[float]) -> Estimate:
+def _spread(estimate: MetricValue, drawn: Sequence[float]) -> MetricValue:
     values = torch.tensor(drawn, dtype=torch.float64)
     tails = torch.quantile(values, torch.tensor(_TAILS, dtype=torch.float64))
     low, high = (tails + (estimate.value - values.mean())).tolist()

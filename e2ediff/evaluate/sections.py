@@ -26,7 +26,7 @@ from e2ediff.evaluate.subject import Subject
 from e2ediff.figure import Better
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
-from e2ediff.metric import Estimate, FeatureSet, Metric, names_of, prefixed
+from e2ediff.metric import FeatureSet, Metric, MetricValue, names_of, prefixed
 from e2ediff.model.image_features import network_title
 from e2ediff.model.inference import Model
 from e2ediff.store.storage import JSON
@@ -44,9 +44,9 @@ def options_of(host: Host, metric: Metric) -> dict[str, JSON]:
 
 
 def score_of(
-    estimate: Estimate, decided_by: Mapping[str, JSON], better: Better | None = None
+    estimate: MetricValue, decided_by: Mapping[str, JSON], better: Better | None = None
 ) -> Score:
-    """Make a score of an estimate, with what determines it besides the protocol."""
+    """Make a score of a metric's value, with what determines it besides the protocol."""
     e = estimate
     return Score(e.value, e.error, decided_by, e.warnings, e.interval, e.better or better)
 

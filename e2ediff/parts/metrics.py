@@ -25,7 +25,7 @@ from e2ediff.distances import (
     precision_recall,
 )
 from e2ediff.figure import Better
-from e2ediff.metric import Estimate, FeatureSet, Metric, Moments
+from e2ediff.metric import FeatureSet, Metric, MetricValue, Moments
 
 _POSITIVE = validators.ge(1)
 
@@ -57,12 +57,12 @@ class FID(Metric):
 
     better: ClassVar[Better] = "low"
     moments: ClassVar[tuple[str, ...]] = ("pool",)
-    called: ClassVar[Mapping[str, str]] = {"FD": "FID"}
+    published_names: ClassVar[Mapping[str, str]] = {"FD": "FID"}
 
     @override
-    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
         a, b = made.moments["pool"], real.moments["pool"]
-        return {"FD": Estimate(frechet(a, b), None, _too_few(a, b))}
+        return {"FD": MetricValue(frechet(a, b), None, _too_few(a, b))}
 
 
 @attrs.frozen(kw_only=True)
@@ -74,12 +74,12 @@ class SpatialFID(Metric):
 
     better: ClassVar[Better] = "low"
     moments: ClassVar[tuple[str, ...]] = ("spatial",)
-    called: ClassVar[Mapping[str, str]] = {"sFD": "sFID"}
+    published_names: ClassVar[Mapping[str, str]] = {"sFD": "sFID"}
 
     @override
-    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
         a, b = made.moments["spatial"], real.moments["spatial"]
-        return {"sFD": Estimate(frechet(a, b), None, _too_few(a, b))}
+        return {"sFD": MetricValue(frechet(a, b), None, _too_few(a, b))}
 
 
 @attrs.frozen(kw_only=True)
@@ -97,20 +97,20 @@ class KID(Metric):
 
     better: ClassVar[Better] = "low"
     rows: ClassVar[tuple[str, ...]] = ("pool",)
-    called: ClassVar[Mapping[str, str]] = {"KD": "KID"}
+    published_names: ClassVar[Mapping[str, str]] = {"KD": "KID"}
 
     subsets: int = attrs.field(default=100, validator=_POSITIVE)
     size: int = attrs.field(default=1000, validator=validators.ge(2))
     seed: int = attrs.field(default=2020, validator=validators.ge(0))
 
     @override
-    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
         x, y = made.rows["pool"], real.rows["pool"]
         size = min(self.size, len(x), len(y))
         apart = min(self.subsets, min(len(x), len(y)) // size)
         if size == len(x) == len(y):  # every subset is the whole set
             error = polynomial_error(x, y) if size > 2 else None
-            return {"KD": Estimate(polynomial_mmd(x, y), error)}
+            return {"KD": MetricValue(polynomial_mmd(x, y), error)}
         chance, found = np.random.RandomState(self.seed), []
         for _ in range(self.subsets):
             a = _pick(x, chance.choice(len(x), size, replace=False))
@@ -122,7 +122,7 @@ class KID(Metric):
         elif size > 2:
             used = size * self.subsets
             error = polynomial_error(a, b, min(len(x), used), min(len(y), used))
-        return {"KD": Estimate(float(np.mean(found)), error)}
+        return {"KD": MetricValue(float(np.mean(found)), error)}
 
 
 def _pick(rows: Tensor, indices: np.ndarray) -> Tensor:
@@ -151,7 +151,7 @@ class InceptionScore(Metric):
     seed: int = attrs.field(default=2020, validator=validators.ge(0))
 
     @override
-    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
         logits = made.rows["logits"]
         if self.shuffle:
             logits = _pick(logits, np.random.RandomState(self.seed).permutation(len(logits)))
@@ -160,7 +160,7 @@ class InceptionScore(Metric):
         if len(logits) < 1000 * self.splits:
             each = len(logits) // self.splits
             said = (f"parts of {each} images: too small by a bias, comparable only at equal n",)
-        return {"IS": Estimate(mean, std / max(1, self.splits - 1) ** 0.5, said)}
+        return {"IS": MetricValue(mean, std / max(1, self.splits - 1) ** 0.5, said)}
 
     @override
     def min_images(self) -> int:
@@ -184,15 +184,17 @@ class PrecisionRecall(Metric):
     count: int = attrs.field(default=0, validator=validators.ge(0))
 
     @override
-    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
         x, y = (f.rows["pool"][: self.count or None] for f in (made, real))
         precision, recall = precision_recall(x, y, self.k)
         said: tuple[str, ...] = ()
         if len(x) != len(y):
             said = (f"{len(x)} images against {len(y)}: the larger set has smaller balls",)
         return {
-            "precision": Estimate(precision, (precision * (1 - precision) / len(x)) ** 0.5, said),
-            "recall": Estimate(recall, (recall * (1 - recall) / len(y)) ** 0.5, said),
+            "precision": MetricValue(
+                precision, (precision * (1 - precision) / len(x)) ** 0.5, said
+            ),
+            "recall": MetricValue(recall, (recall * (1 - recall) / len(y)) ** 0.5, said),
         }
 
     @override
@@ -216,10 +218,10 @@ class DensityCoverage(Metric):
     count: int = attrs.field(default=0, validator=validators.ge(0))
 
     @override
-    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
         x, y = (f.rows["pool"][: self.count or None] for f in (made, real))
         density, coverage = density_coverage(x, y, self.k)
-        return {"density": Estimate(density), "coverage": Estimate(coverage)}
+        return {"density": MetricValue(density), "coverage": MetricValue(coverage)}
 
     @override
     def min_images(self) -> int:
@@ -242,5 +244,7 @@ class CMMD(Metric):
     sigma: float = attrs.field(default=10.0, validator=validators.gt(0))
 
     @override
-    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
-        return {"CMMD": Estimate(gaussian_mmd(made.rows["pool"], real.rows["pool"], self.sigma))}
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
+        return {
+            "CMMD": MetricValue(gaussian_mmd(made.rows["pool"], real.rows["pool"], self.sigma))
+        }

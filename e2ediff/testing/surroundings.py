@@ -18,7 +18,7 @@ from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig
 from e2ediff.figure import Figure, find
-from e2ediff.metric import Estimate, FeatureSet, Metric, moments_of
+from e2ediff.metric import FeatureSet, Metric, MetricValue, moments_of
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.parts.interpolants import Linear
 from e2ediff.testing.claims import own_randomness
@@ -220,8 +220,8 @@ def check_metric(m: Metric) -> None:
             found, again = m.measure(made, against), m.measure(made, against)
         assert found, f"{name}: measure() gave no figure"
         for key, figure in found.items():
-            fine = isinstance(figure, Estimate) and math.isfinite(figure.value)
-            assert fine, f"{name}: {key!r} is {figure!r}; give an Estimate with a finite value"
+            fine = isinstance(figure, MetricValue) and math.isfinite(figure.value)
+            assert fine, f"{name}: {key!r} is {figure!r}; give a MetricValue with a finite value"
             same = figure.value == again[key].value
             assert same, f"{name}: {key!r} is not repeatable; seed what is drawn"
     wrote = [tap for tap in m.rows if not torch.equal(made.rows[tap], kept.rows[tap])]

@@ -23,7 +23,7 @@ from e2ediff.store.run_directory import RunDirectory
 PLUGIN = """
 import attrs
 from e2ediff import hookimpl
-from e2ediff.metric import Estimate, Metric
+from e2ediff.metric import MetricValue, Metric
 
 @attrs.frozen(kw_only=True)
 class SWD(Metric):
@@ -32,7 +32,7 @@ class SWD(Metric):
     moments = ("pool",)
     def measure(self, made, real):
         gap = made.moments["pool"].mean - real.moments["pool"].mean
-        return {"swd": Estimate(float(gap.abs().mean()))}
+        return {"swd": MetricValue(float(gap.abs().mean()))}
 
 @attrs.frozen(kw_only=True)
 class Ring(Metric):
@@ -41,7 +41,7 @@ class Ring(Metric):
     moments = ("pool",)
     def measure(self, made, real):
         gap = float((made.moments["pool"].mean - real.moments["pool"].mean).abs().mean())
-        return {"ring": Estimate(-gap), "far": Estimate(gap, better="low")}
+        return {"ring": MetricValue(-gap), "far": MetricValue(gap, better="low")}
 
 @attrs.frozen(kw_only=True)
 class Sideways(Metric):
@@ -49,7 +49,7 @@ class Sideways(Metric):
     better = "sideways"
     moments = ("pool",)
     def measure(self, made, real):
-        return {"sideways": Estimate(1.0)}
+        return {"sideways": MetricValue(1.0)}
 
 @hookimpl
 def register(add):

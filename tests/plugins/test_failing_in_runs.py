@@ -16,7 +16,7 @@ import attrs
 from attrs import validators
 from e2ediff import hookimpl
 from e2ediff.diagnostic import Diagnostic
-from e2ediff.metric import Metric, Estimate
+from e2ediff.metric import Metric, MetricValue
 
 @attrs.frozen(kw_only=True)
 class Raises(Diagnostic):
@@ -63,7 +63,7 @@ class Divides(Metric):
     "Divides by zero."
     better = "low"
     def measure(self, made, real):
-        return {"ratio": Estimate(1 / 0)}
+        return {"ratio": MetricValue(1 / 0)}
 
 @hookimpl
 def register(add):

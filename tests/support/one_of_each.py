@@ -23,10 +23,9 @@ from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.figure import Better
 from e2ediff.guidance import Guidance
-from e2ediff.interpolant import Estimate as Prediction
-from e2ediff.interpolant import Interpolant
+from e2ediff.interpolant import Estimate, Interpolant
 from e2ediff.losses import mean_clean_loss, noise_levels
-from e2ediff.metric import Estimate, FeatureSet, Metric
+from e2ediff.metric import FeatureSet, Metric, MetricValue
 from e2ediff.objective import Objective, Terms, sg
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.regularizer import Regularizer
@@ -104,7 +103,7 @@ class _Blended(Denoiser):
     def path(self) -> Interpolant:
         return self.inner.path
 
-    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Prediction:
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         answers = [self.inner(z_t, t, own) for own in (condition, condition.null())]
         x0 = (answers[0].x0 + answers[1].x0) / 2
         return self.path.estimate(x0, z_t, torch.full((len(z_t),), t), "x0")
@@ -213,9 +212,9 @@ class MeanGap(Metric):
     better: ClassVar[Better] = "low"
     moments: ClassVar[tuple[str, ...]] = ("pool",)
 
-    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, Estimate]:
+    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
         gap = made.moments["pool"].mean - real.moments["pool"].mean
-        return {"mean_gap": Estimate(float(gap.square().sum()))}
+        return {"mean_gap": MetricValue(float(gap.square().sum()))}
 
 
 @attrs.frozen(kw_only=True)
