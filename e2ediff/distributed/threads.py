@@ -205,6 +205,10 @@ def threads_for(
         yield done
 
 
+def quiet(line: str) -> None:
+    """Discard a line, where others report it."""
+
+
 @contextlib.contextmanager
 def restored_threads() -> Iterator[None]:
     """Put torch's number of threads back on leaving."""

@@ -13,7 +13,7 @@ import torch
 
 from e2ediff.data import SourceConfig
 from e2ediff.distances import self_test
-from e2ediff.distributed.threads import threads_for
+from e2ediff.distributed.threads import quiet, threads_for
 from e2ediff.errors import DataError, PluginError
 from e2ediff.evaluate.conventions import Convention
 from e2ediff.evaluate.passes import Pass, View, feature_pass
@@ -23,7 +23,7 @@ from e2ediff.evaluate.reference import (
     open_reference,
     reference_features,
 )
-from e2ediff.evaluate.request import Request, Say, quiet
+from e2ediff.evaluate.request import Request, Say
 from e2ediff.evaluate.resampling import Resampling
 from e2ediff.evaluate.sections import Sections, options_of, score_of
 from e2ediff.evaluate.subject import Subject, run_subject, stored_subject

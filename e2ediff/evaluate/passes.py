@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from e2ediff.data import Rounding, to_pixels
-from e2ediff.distributed.threads import threads_for
+from e2ediff.distributed.threads import quiet, threads_for
 from e2ediff.evaluate.conventions import Resize
 from e2ediff.evaluate.images import ImageSet, Samples, images_at_once
 from e2ediff.features import FeatureNetwork
@@ -137,12 +137,8 @@ def _share(
     if work.device.startswith("cuda"):
         torch.cuda.set_device(work.device)  # a model loaded in this process is moved there, too
     device, fixed = torch.device(work.device), not work.choose_threads
-    with threads_for(work.attempt(images), _discard, device, fixed=fixed) as finished:
+    with threads_for(work.attempt(images), quiet, device, fixed=fixed) as finished:
         return work.collect(images, views, span, finished)
-
-
-def _discard(line: str) -> None:
-    """Discard messages that every process would repeat."""
 
 
 def _device(device: str, i: int) -> str:

@@ -18,10 +18,6 @@ from e2ediff.sample.load import ModelRef
 Say = Callable[[str], None]
 
 
-def quiet(text: str) -> None:
-    """Discard progress messages; the default of `evaluate`."""
-
-
 def _plain_places(places: Mapping[str, Address]) -> dict[str, str]:
     return {name: addresses.plain(place) for name, place in places.items()}
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import attrs
 import torch
 
-from e2ediff.distributed.threads import restored_threads
 from e2ediff.host.plugins import Host
-from e2ediff.model.inference import Model
-from e2ediff.sample.outputs import ImageOutput
 from e2ediff.sample.request import SampleCost, SampleRequest
 from e2ediff.sample.set_record import (
     FOLDERS,
@@ -79,7 +76,7 @@ def make_set(
         taken = None if choose_threads else threads
     else:
         report = say if choose_threads else None
-        workers = nullcontext(_here(request, model, output, blocks, threads, report))
+        workers = nullcontext(make_blocks(request, model, output, blocks, threads, report))
     with workers as costs:
         for one in costs:
             cost += one
@@ -89,20 +86,6 @@ def make_set(
     for folder in ("", *FOLDERS):
         output.store.sweep(folder, lambda name: True, before=since)
     return finish(request, output, spec, cost, time.monotonic() - began, taken)
-
-
-def _here(
-    request: SampleRequest,
-    model: Model,
-    output: ImageOutput,
-    blocks: Sequence[range],
-    threads: int,
-    report: Callable[[str], None] | None,
-) -> Iterator[SampleCost]:
-    """Make blocks in this process; `report` is called with the chosen number of threads."""
-    with restored_threads():
-        torch.set_num_threads(threads)
-        yield from make_blocks(request, model, output, blocks, report)
 
 
 def _line(done: int, total: int, made: int, seconds: float) -> str:

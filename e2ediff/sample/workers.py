@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 import attrs
 import torch
 
-from e2ediff.distributed.threads import threads_for
+from e2ediff.distributed.threads import quiet, restored_threads, threads_for
 from e2ediff.errors import E2EDiffError, ResourceError
 from e2ediff.model.inference import Model, denoise_once
 from e2ediff.sample.conditions import Conditions
@@ -89,20 +89,24 @@ def make_blocks(
     model: Model,
     output: ImageOutput,
     blocks: Sequence[range],
+    threads: int,
     report: Callable[[str], None] | None,
 ) -> Iterator[SampleCost]:
     """Make some blocks, and yield the costs of their tiles as they are made.
 
-    Where `report` is given, threads are chosen by timing, and it is called with each choice.
+    Where `report` is given, one thread or `threads` are chosen by timing, and it is called with
+    each choice.
     """
     attempt, fixed = partial(denoise_once, model), report is None or not blocks
-    with threads_for(attempt, report or _discard, model.device, fixed=fixed) as done:
-        images, conditions = 0, Conditions(model.recipe, request.labels)
-        for block in blocks:
-            for cost in request.make(model, conditions, output, block):
-                yield cost
-                images += cost.images
-                done(images)
+    with restored_threads():
+        torch.set_num_threads(threads)
+        with threads_for(attempt, report or quiet, model.device, fixed=fixed) as done:
+            images, conditions = 0, Conditions(model.recipe, request.labels)
+            for block in blocks:
+                for cost in request.make(model, conditions, output, block):
+                    yield cost
+                    images += cost.images
+                    done(images)
 
 
 def work(
@@ -115,11 +119,8 @@ def work(
         try:
             model = request.model.load()
             output = request.output(model)
-            for cost in make_blocks(request, model, output, blocks, _discard if choose else None):
+            say = quiet if choose else None
+            for cost in make_blocks(request, model, output, blocks, threads, say):
                 report.send(cost)
         except E2EDiffError as error:
             report.send(error)
-
-
-def _discard(line: str) -> None:
-    """Discard messages that every process would repeat."""
