@@ -5,31 +5,24 @@ Shapes: n images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Mapping
 from importlib import metadata
 
-import attrs
-import torch
-
-from e2ediff.data import SourceConfig
 from e2ediff.distances import self_test
 from e2ediff.distributed.threads import quiet, threads_for
 from e2ediff.errors import DataError, PluginError
 from e2ediff.evaluate.conventions import Convention
 from e2ediff.evaluate.passes import Pass, View, feature_pass
-from e2ediff.evaluate.passport import Card, Passport, Score
-from e2ediff.evaluate.reference import (
-    ReferenceSet,
-    open_reference,
-    reference_features,
-)
+from e2ediff.evaluate.passport import Card, Passport
+from e2ediff.evaluate.reference import ReferenceSet, open_reference
 from e2ediff.evaluate.request import Request, Say
 from e2ediff.evaluate.resampling import Resampling
-from e2ediff.evaluate.sections import Sections, options_of, score_of
+from e2ediff.evaluate.sections import Sections
 from e2ediff.evaluate.subject import Subject, run_subject, stored_subject
 from e2ediff.features import FeatureNetwork
 from e2ediff.host.plugins import Host
-from e2ediff.metric import FeatureSet, Metric, names_of, taps_of
+from e2ediff.metric import FeatureSet, Metric, taps_of
 from e2ediff.model.build import choose_device
 from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.store.environment import describe_environment
@@ -69,48 +62,49 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
     """
     self_test()
     _check_metrics(request)
-    device = str(choose_device(request.target.device))
+    device = choose_device(request.target.device)
     subject = _subject(host, request)
-    data = subject.model.recipe.data if subject.model else None
-    references = _references(host, request, data)
+    references = _references(host, request, subject)
     least = max([m.min_images() for m in request.metrics], default=1)
     if subject.count < least:
         raise DataError(
             f"{request.target.run}: {subject.count} images, and the metrics need {least}; give "
             "more (--count), or leave metrics out"
         )
-    _check_sizes(subject, references.values())
-    moments, rows = taps_of(request.metrics)
-    rows |= {"pool"} if "memorisation" in request.sections else frozenset()
     resampling = Resampling(sets=request.bootstrap, say=say)
+    moments, rows = taps_of(request.metrics)
     rows |= resampling.taps(request.metrics)
+    rows |= {"pool"} if "memorisation" in request.sections else frozenset()
+    several = request.processes > 1
     work = Pass(
-        request.network, moments, rows, request.batch, device,
-        choose_threads=request.choose_threads and request.processes > 1,
+        request.network, moments, rows, request.batch, str(device),
+        choose_threads=request.choose_threads and several,
     )  # fmt: skip
-    views = {c.name: View(c.rounding, c.resize) for c in request.conventions}
-    if subject.model is None:  # bytes already
-        views = {name: View("nearest", v.resize) for name, v in views.items()}
+    views = {  # stored images are bytes already
+        c.name: View(c.rounding if subject.model else "nearest", c.resize)
+        for c in request.conventions
+    }
     made: Mapping[View, FeatureSet] = {}
-    fixed = not request.choose_threads or request.processes > 1
-    with threads_for(
-        work.attempt(subject.images), report, torch.device(device), fixed=fixed
-    ) as finished:
+    fixed = several or not request.choose_threads
+    with threads_for(work.attempt(subject.images), report, device, fixed=fixed) as finished:
 
         def progress(n: int) -> None:
             say(f"{n}/{subject.count} images")
             finished(n)
 
-        if moments or rows:
+        if request.metrics or rows:
             made = feature_pass(
                 work, subject.images, list(dict.fromkeys(views.values())), subject.count,
                 processes=request.processes, progress=progress,
             )  # fmt: skip
         sections = Sections(host, request, subject, work, resampling)
-        return [
-            _card(host, request, sections, c, views[c.name], made, references.get(c.name))
-            for c in request.conventions
-        ]
+        cards = []
+        for one in request.conventions:
+            view, reference = views[one.name], references.get(one.name)
+            scores, compared, notes = sections.scores(one, view, made.get(view), reference)
+            passport = passport_of(request, subject, one, view, reference, compared)
+            cards.append(Card("", passport, scores, notes))
+    return cards
 
 
 def _check_metrics(request: Request) -> None:
@@ -152,12 +146,12 @@ def _subject(host: Host, request: Request) -> Subject:
     return subject
 
 
-def _references(
-    host: Host, request: Request, data: SourceConfig | None
-) -> Mapping[str, ReferenceSet]:
+def _references(host: Host, request: Request, subject: Subject) -> Mapping[str, ReferenceSet]:
+    """Open the reference of each convention, whose images must have the subject's size."""
     if not any(metric.compares for metric in request.metrics):
         return {}
-    opened: dict[str, ReferenceSet] = {}
+    data = subject.model.recipe.data if subject.model else None
+    opened = functools.cache(lambda place: open_reference(place, host, data))
     found = {}
     for one in request.conventions:
         default = "data" if data is not None else ""
@@ -167,14 +161,8 @@ def _references(
                 f"--reference is missing: {one.name} compares with {one.reference}; give an npz, "
                 "a folder of images or a data source"
             )
-        if place not in opened:
-            opened[place] = open_reference(place, host, data)
-        found[one.name] = opened[place]
-    return found
-
-
-def _check_sizes(subject: Subject, references: Iterable[ReferenceSet]) -> None:
-    for reference in references:
+        found[one.name] = opened(place)
+    for reference in found.values():
         images = reference.images
         if images is not None and images.shape[1:] != subject.images.shape[1:]:
             ours, theirs = (f"{s[2]} x {s[1]}" for s in (subject.images.shape, images.shape))
@@ -182,71 +170,7 @@ def _check_sizes(subject: Subject, references: Iterable[ReferenceSet]) -> None:
                 f"{reference.place}: its images have {theirs} pixels, those of "
                 f"{subject.images.place} {ours}; a score needs one resolution"
             )
-
-
-def _card(
-    host: Host,
-    request: Request,
-    sections: Sections,
-    one: Convention,
-    view: View,
-    made: Mapping[View, FeatureSet],
-    reference: ReferenceSet | None,
-) -> Card:
-    subject, work = sections.subject, sections.work
-    title, published = network_title(request.network), request.network.published
-    scores: dict[str, Score] = {}
-    compared = 0
-    real: FeatureSet | None = None
-    if reference is not None:
-        needs = taps_of([m for m in request.metrics if m.compares])
-        own = attrs.evolve(work, moments=needs[0], rows=needs[1])
-        real = reference_features(
-            reference, own, view, cache=request.cache, processes=request.processes
-        )
-        compared = real.count
-    for given in request.metrics:
-        metric = one.adapted(given)
-        ours = made[view]
-        other = real if metric.compares and real is not None else ours
-        if other.count and other.count < metric.min_images():
-            assert reference is not None
-            raise DataError(
-                f"{reference.place}: {other.count} images, and {type(metric).__name__} needs "
-                f"{metric.min_images()}"
-            )
-        for name, estimate in sections.resampling.measure(metric, ours, other).items():
-            full = names_of(metric, name, title, published=published)
-            scores[full] = score_of(estimate, options_of(host, metric), metric.better)
-    notes: dict[str, JSON] = {"departs": departures(one, subject)}
-    if request.bootstrap:
-        notes["bootstrap"] = request.bootstrap
-    further, more = sections.scores(one, view, made.get(view))
-    scores, notes = scores | further, notes | more
-    passport = passport_of(request, subject, one, view, reference, compared)
-    return Card("", passport, scores, notes | _described(one, reference))
-
-
-def departures(one: Convention, subject: Subject) -> list[str]:
-    """List where a score departs from its convention."""
-    found = []
-    if subject.count != one.count:
-        found.append(f"{subject.count} images instead of {one.count}")
-    if subject.labels is None:
-        found.append("rounding and labels are those of the stored images")
-    elif subject.labels != one.labels:
-        words = "those of held-out images" if subject.labels == "held_out" else subject.labels
-        found.append(f"labels are {words} instead of {one.labels}")
     return found
-
-
-def _described(one: Convention, reference: ReferenceSet | None) -> dict[str, JSON]:
-    return {
-        "reference": reference.place if reference else None,
-        "reference_of_convention": one.reference,
-        "sources": dict(one.sources),
-        "unconfirmed": list(one.unconfirmed),
-    }
 
 
 def passport_of(

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
-from attrs import validators
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import DataError
-from e2ediff.figure import Better
+from e2ediff.metric import MetricValue
 from e2ediff.store.earlier import earlier_direction
 from e2ediff.store.storage import JSON, Store
 
@@ -40,24 +39,20 @@ _IDLE = {
 
 
 @attrs.frozen
-class Score:
-    """One figure of a score file: its value, its standard error, and what determines it.
+class Score(MetricValue):
+    """One figure of a score file: a metric's value, and what determines it.
 
-    `interval` is the 95 % bootstrap interval, if it was asked for.
-    `better` says whether low or high values are better; None if unknown.
-
+    `better` is None if unknown.
     `metric` has the metric's options; for a figure that does not describe the samples, also its
     `section` and images.
     """
 
-    value: float
-    error: float | None
-    metric: Mapping[str, JSON]
-    warnings: tuple[str, ...] = ()
-    interval: tuple[float, float] | None = None
-    better: Better | None = attrs.field(
-        default=None, validator=validators.optional(validators.in_(("low", "high")))
-    )
+    metric: Mapping[str, JSON] = attrs.field(factory=dict, kw_only=True)
+
+
+def score_of(value: MetricValue, metric: Mapping[str, JSON]) -> Score:
+    """Make a score of a metric's value, with what determines it besides the protocol."""
+    return Score(**attrs.asdict(value, recurse=False), metric=metric)
 
 
 @attrs.frozen
@@ -136,8 +131,8 @@ def _score(name: str, s: dict[str, Any]) -> Score:
     low_high = s.get("interval")
     interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
     better = s["better"] if "better" in s else earlier_direction(name)
-    said = tuple(s["warnings"])
-    return Score(float(s["value"]), s["error"], s["metric"], said, interval, better)
+    said, metric = tuple(s["warnings"]), s["metric"]
+    return Score(float(s["value"]), s["error"], said, interval, better, metric=metric)
 
 
 def unlike(a: Card, b: Card, score: str) -> dict[str, tuple[JSON, JSON]]:

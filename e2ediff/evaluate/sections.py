@@ -1,12 +1,12 @@
-"""Further scores of a run: of reconstructions, of latents, and of memorisation.
+"""Scores of samples; and of a run its reconstructions, its latents, and memorisation.
 
-Each records in its own passport the images that it was measured on, which are neither the samples
-nor their reference.
+Each of the latter records the images that it was measured on, which are neither the samples nor
+their reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,16 +17,15 @@ from e2ediff.evaluate.conventions import Convention
 from e2ediff.evaluate.latents import latent_figures
 from e2ediff.evaluate.memorisation import closest_pairs, memorisation
 from e2ediff.evaluate.passes import Pass, View
-from e2ediff.evaluate.passport import Score
+from e2ediff.evaluate.passport import Score, score_of
 from e2ediff.evaluate.reconstruction import reconstruct
-from e2ediff.evaluate.reference import open_reference, reference_features
+from e2ediff.evaluate.reference import ReferenceSet, open_reference, reference_features
 from e2ediff.evaluate.request import Request
 from e2ediff.evaluate.resampling import Resampling
 from e2ediff.evaluate.subject import Subject
-from e2ediff.figure import Better
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
-from e2ediff.metric import FeatureSet, Metric, MetricValue, names_of, prefixed
+from e2ediff.metric import FeatureSet, Metric, names_of, prefixed, taps_of
 from e2ediff.model.image_features import network_title
 from e2ediff.model.inference import Model
 from e2ediff.store.storage import JSON
@@ -37,23 +36,9 @@ SECTIONS = ("reconstruction", "latents", "memorisation")
 _LATENTS = 10_000
 
 
-def options_of(host: Host, metric: Metric) -> dict[str, JSON]:
-    """Return a metric's name and options for a passport."""
-    found: Any = unstructure(host, metric, Metric)
-    return dict(found)
-
-
-def score_of(
-    estimate: MetricValue, decided_by: Mapping[str, JSON], better: Better | None = None
-) -> Score:
-    """Make a score of a metric's value, with what determines it besides the protocol."""
-    e = estimate
-    return Score(e.value, e.error, decided_by, e.warnings, e.interval, e.better or better)
-
-
 @attrs.define(eq=False, slots=False)
 class Sections:
-    """The sections that a request asks for; work shared between conventions is done once."""
+    """The scores that a request asks for; work shared between conventions is done once."""
 
     host: Host
     request: Request
@@ -62,80 +47,110 @@ class Sections:
     resampling: Resampling
 
     def scores(
-        self, one: Convention, view: View, made: FeatureSet | None
-    ) -> tuple[dict[str, Score], dict[str, JSON]]:
-        """Return scores under a convention, and notes on them.
+        self, one: Convention, view: View, made: FeatureSet | None, reference: ReferenceSet | None
+    ) -> tuple[dict[str, Score], int, dict[str, JSON]]:
+        """Return scores under a convention, the number of images compared with, and notes.
 
         Args:
             one: The convention.
             view: The convention's view of images.
-            made: Features of the samples under this view.
+            made: Features of the samples under this view, if anything needs them.
+            reference: What the samples are compared with.
 
         Raises:
             DataError: The data are too few, too small, or have no classes.
         """
-        found: dict[str, Score] = {}
-        notes: dict[str, JSON] = {}
-        model = self.subject.model
+        found, asked, model = dict[str, Score](), self.request.sections, self.subject.model
+        notes: dict[str, JSON] = {
+            "departs": departures(one, self.subject),
+            "reference": reference.place if reference else None,
+            "reference_of_convention": one.reference,
+            "sources": dict(one.sources),
+            "unconfirmed": list(one.unconfirmed),
+        }
+        if self.request.bootstrap:
+            notes["bootstrap"] = self.request.bootstrap
+        metrics = [one.adapted(m) for m in self.request.metrics]
+        compared = [m for m in metrics if m.compares]
+        real = None
+        if reference is not None:
+            real = self._features(reference, view, *taps_of(compared))
+        for metric in metrics:
+            assert made is not None
+            other = real if metric.compares and real is not None else made
+            if other.count and reference is not None:
+                _check_count(metric, other.count, f"{reference.place}: {other.count} images")
+            found |= self._measured(metric, made, other)
         if model is None:
-            return found, notes
-        if "reconstruction" in self.request.sections:
-            found |= self._reconstruction(model, one, view, notes)
-        if "memorisation" in self.request.sections and made is not None:
+            return found, real.count if real else 0, notes
+        if "reconstruction" in asked:
+            found |= self._reconstruction(model, compared, view, notes)
+        if "memorisation" in asked and made is not None:
             found |= self._memorisation(model, view, made, notes)
-        if "latents" in self.request.sections:
+        if "latents" in asked:
             found |= self._latents
-        return found, notes
+        return found, real.count if real else 0, notes
+
+    def _features(
+        self, of: ReferenceSet, view: View, moments: Collection[str], rows: Collection[str]
+    ) -> FeatureSet:
+        work = attrs.evolve(self.work, moments=moments, rows=rows)
+        cache, processes = self.request.cache, self.request.processes
+        return reference_features(of, work, view, cache=cache, processes=processes)
+
+    def _measured(
+        self,
+        metric: Metric,
+        made: FeatureSet,
+        real: FeatureSet,
+        kind: str = "",
+        **images: JSON,
+    ) -> dict[str, Score]:
+        """Measure a metric; of reconstructions for kind `r`, on the given `images`."""
+        options: Any = unstructure(self.host, metric, Metric)
+        network, found = self.request.network, {}
+        values = self.resampling.measure(metric, made, real, pairs=bool(kind))
+        for figure, value in values.items():
+            name = names_of(metric, figure, network_title(network), published=network.published)
+            better = value.better or metric.better
+            name = prefixed(kind, name, better) if kind else name
+            found[name] = score_of(attrs.evolve(value, better=better), {**options, **images})
+        return found
 
     def _reconstruction(
-        self, model: Model, one: Convention, view: View, notes: dict[str, JSON]
+        self, model: Model, compared: Sequence[Metric], view: View, notes: dict[str, JSON]
     ) -> dict[str, Score]:
-        network, perceptual = self.request.network, self.request.perceptual
+        perceptual = self.request.perceptual
         source = model.recipe.data.open(held_out=True)
         count = min(self.subject.count, len(source))
-        compared = [one.adapted(m) for m in self.request.metrics if m.compares]
         for metric in compared:
-            if count < metric.min_images():
-                raise DataError(
-                    f"reconstruction: {count} held-out images, and {type(metric).__name__} needs "
-                    f"{metric.min_images()}; leave it out of --metrics, or give more images"
-                )
+            _check_count(metric, count, f"reconstruction: {count} held-out images")
         done = reconstruct(model, source, count, self.work, view, perceptual)
         notes["reconstructed_images"] = count
         of: dict[str, JSON] = {"held_out_sha256": done.sha256, "held_out_images": count}
         found = {}
-        for name, estimate in done.figures.items():
+        for name, value in done.figures.items():
             own = perceptual.identity if perceptual and name == perceptual.name else {}
-            found[name] = score_of(estimate, {"section": "pairs", **of, **own})
+            found[name] = score_of(value, {"section": "pairs", **of, **own})
         for metric in compared:
-            for name, estimate in self.resampling.measure(
-                metric, done.made, done.real, pairs=True
-            ).items():
-                title = network_title(network)
-                full = names_of(metric, name, title, published=network.published)
-                decided_by = {**options_of(self.host, metric), "section": "reconstruction", **of}
-                score = score_of(estimate, decided_by, metric.better)
-                found[prefixed("r", full, score.better)] = score
+            found |= self._measured(
+                metric, done.made, done.real, "r", section="reconstruction", **of
+            )
         return found
 
     def _memorisation(
         self, model: Model, view: View, made: FeatureSet, notes: dict[str, JSON]
     ) -> dict[str, Score]:
-        rows, request = attrs.evolve(self.work, moments=(), rows=("pool",)), self.request
         of: dict[str, JSON] = {"section": "memorisation"}
         sides = []
         for whose, place in (("held_out", "held-out"), ("training", "data")):
             images = open_reference(place, self.host, model.recipe.data)
-            sides.append(
-                reference_features(
-                    images, rows, view, cache=request.cache, processes=request.processes
-                )
-            )
-            of |= {f"{whose}_sha256": images.sha256, f"{whose}_images": sides[-1].count}
-        held_out, training = (side.rows["pool"] for side in sides)
+            sides.append(self._features(images, view, (), ("pool",)).rows["pool"])
+            of |= {f"{whose}_sha256": images.sha256, f"{whose}_images": len(sides[-1])}
+        held_out, training = sides
         found = memorisation(made.rows["pool"], held_out, training)
         notes["closest_pairs"] = closest_pairs(made.rows["pool"], training)
-        return {name: score_of(estimate, of) for name, estimate in found.items()}
+        return {name: score_of(value, of) for name, value in found.items()}
 
     @cached_property
     def _latents(self) -> dict[str, Score]:
@@ -144,6 +159,27 @@ class Sections:
         data, count = model.recipe.data, min(self.subject.count, _LATENTS)
         figures, of = latent_figures(model, data.open(), data.open(held_out=True), count)
         return {
-            name: score_of(estimate, {"section": "latents", **of[name]})
-            for name, estimate in figures.items()
+            name: score_of(value, {"section": "latents", **of[name]})
+            for name, value in figures.items()
         }
+
+
+def _check_count(metric: Metric, count: int, what: str) -> None:
+    if count < metric.min_images():
+        raise DataError(
+            f"{what}, and {type(metric).__name__} needs {metric.min_images()}; leave it out of "
+            "--metrics, or give more images"
+        )
+
+
+def departures(one: Convention, subject: Subject) -> list[str]:
+    """List where a score departs from its convention."""
+    found = []
+    if subject.count != one.count:
+        found.append(f"{subject.count} images instead of {one.count}")
+    if subject.labels is None:
+        found.append("rounding and labels are those of the stored images")
+    elif subject.labels != one.labels:
+        words = "those of held-out images" if subject.labels == "held_out" else subject.labels
+        found.append(f"labels are {words} instead of {one.labels}")
+    return found

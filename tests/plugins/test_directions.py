@@ -177,7 +177,7 @@ def test_a_metric_that_declares_no_direction_is_not_registered() -> None:
 
 def card(place: str, **values: tuple[float, str | None]) -> Card:
     scores = {
-        name: Score(v, None, {"name": name}, better=way) for name, (v, way) in values.items()
+        name: Score(v, better=way, metric={"name": name}) for name, (v, way) in values.items()
     }
     return Card(place, Passport({"convention": "adm"}, {}, {}), scores)
 

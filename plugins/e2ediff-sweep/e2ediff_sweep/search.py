@@ -166,7 +166,7 @@ class Search:
             "overrides": list(candidate.overrides), "shares": shares,
             "reference": self.reference.place,
         }  # fmt: skip
-        score = Score(mean.value, mean.error, _METRIC, better="low")
+        score = Score(mean.value, mean.error, better="low", metric=_METRIC)
         card = Card("", passport, {name: score}, notes)
         place = write_card(self.store.where(SCORES), card)
         self._take(attrs.evolve(card, place=place))
