@@ -72,7 +72,20 @@ class ImageSet(ABC):
         """Return the hash of the content; "" for sampled images."""
 
 
-class FolderImages(ImageSet):
+class _Indexed(ImageSet):
+    """Images of which any can be read."""
+
+    @abstractmethod
+    def read(self, numbers: range) -> Tensor: ...
+
+    @override
+    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
+        size = images_at_once(size, self.shape)
+        for first in range(start, stop, size):
+            yield self.read(range(first, min(first + size, stop)))
+
+
+class FolderImages(_Indexed):
     """The image files below a folder, sorted by path, without hidden ones; all of one size.
 
     They are grey if all files are grey, and otherwise colour.
@@ -118,11 +131,8 @@ class FolderImages(ImageSet):
             return to_tensor(np.array(to_mode(image, self.shape[0])))
 
     @override
-    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        size = images_at_once(size, self.shape)
-        for first in range(start, stop, size):
-            chosen = self.files[first : min(first + size, stop)]
-            yield torch.stack([self._read(file) for file in chosen])
+    def read(self, numbers: range) -> Tensor:
+        return torch.stack([self._read(self.files[i]) for i in numbers])
 
     def sha256(self) -> str:
         """Hash the content of all files, in order, without their names."""
@@ -232,7 +242,7 @@ class PixelHash:
         return self._content.hexdigest()
 
 
-class SourceImages(ImageSet):
+class SourceImages(_Indexed):
     """All images of a data source, in its own order."""
 
     def __init__(self, source: DataSource, place: str) -> None:
@@ -241,9 +251,8 @@ class SourceImages(ImageSet):
         self.shape = (channels, height, width)
 
     @override
-    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        for first in range(start, stop, size):
-            yield self.source.read(range(first, min(first + size, stop)))[0]
+    def read(self, numbers: range) -> Tensor:
+        return self.source.read(numbers)[0]
 
     def sha256(self) -> str:
         """Hash the pixels of all images, in order."""

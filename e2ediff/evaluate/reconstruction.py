@@ -6,7 +6,7 @@ Shapes: B batch, C H W image.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import attrs
 import torch
@@ -142,7 +142,6 @@ def reconstruct(
     work: Pass,
     view: View,
     perceptual: Perceptual | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> Reconstructions:
     """Pass the first `count` images through encoder and decoder, and compare.
 
@@ -152,7 +151,6 @@ def reconstruct(
     sides = [Collector(network, work.moments, work.rows) for _ in range(2)]
     values: dict[str, list[Tensor]] = {}
     content = PixelHash()
-    done = 0
     for pixels, x_hat in _pairs(model, source, count, work.batch):
         content.add(pixels)
         x = from_pixels(pixels)
@@ -164,9 +162,6 @@ def reconstruct(
         if perceptual is not None:
             distance = perceptual(from_pixels(shown), x)
             values.setdefault(perceptual.name, []).append(distance)
-        if progress is not None:
-            done += len(x)
-            progress(done)
     figures = {}
     for name, parts in values.items():
         each = torch.cat(parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import numpy as np
@@ -149,7 +149,6 @@ def reference_features(
     *,
     cache: str,
     processes: int = 1,
-    progress: Callable[[int], None] | None = None,
 ) -> FeatureSet:
     """Return features of the reference: stored statistics where it has them, else from images.
 
@@ -168,7 +167,7 @@ def reference_features(
             f"({', '.join(lacking)}); leave those metrics out, or give images"
         )
     need = attrs.evolve(work, moments=sorted({*work.moments} - {*given}))
-    found = _cached(reference, need, view, cache, processes, progress)
+    found = _cached(reference, need, view, cache, processes)
     own = {tap: value for tap, value in given.items() if tap in work.moments}
     return FeatureSet(found.count, {**found.moments, **own}, found.rows)
 
@@ -193,12 +192,7 @@ def _given(reference: ReferenceSet, network: FeatureNetwork) -> Mapping[str, Mom
 
 
 def _cached(
-    reference: ReferenceSet,
-    work: Pass,
-    view: View,
-    cache: str,
-    processes: int,
-    progress: Callable[[int], None] | None,
+    reference: ReferenceSet, work: Pass, view: View, cache: str, processes: int
 ) -> FeatureSet:
     assert reference.images is not None
     what = [_CACHED, reference.sha256, weights_sha256(work.network), view.resize]
@@ -210,9 +204,7 @@ def _cached(
     except (OSError, SafetensorError, KeyError):
         pass  # missing, or cut short by a crash: compute it again
     images = reference.images
-    found = feature_pass(
-        work, images, [view], images.count, processes=processes, progress=progress
-    )[view]
+    found = feature_pass(work, images, [view], images.count, processes=processes)[view]
     store.write(name, save(_flat(found)))
     return found
 

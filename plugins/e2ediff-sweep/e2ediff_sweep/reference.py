@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -29,9 +27,8 @@ class SomeImages(SourceImages):
         self.count = len(self.chosen)
 
     @override
-    def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
-        for first in range(start, stop, size):
-            yield self.source.read(self.chosen[first : min(first + size, stop)])[0]
+    def read(self, numbers: range) -> Tensor:
+        return self.source.read([self.chosen[i] for i in numbers])[0]
 
 
 def open_subset(run: SweptRun, place: Address, count: int, seed: int) -> ReferenceSet:
