@@ -28,7 +28,7 @@ def load(run: Address, **options: Any) -> Model:
     """A trained model from a run's directory: `e2ediff.load("runs/quickstart").sample([0, 9])`.
 
     The directory is text, a URL or a `pathlib.Path`.
-    Options are those of `e2ediff.sample.load.load_model`.
+    Options are the fields of `e2ediff.sample.load.ModelRef`, and `host` and `warn` of its `load`.
     """
     from e2ediff.sample.load import load_model
 
@@ -38,7 +38,7 @@ def load(run: Address, **options: Any) -> Model:
 def pipeline(run: Address, **options: Any) -> Pipeline:
     """A trained model as a diffusers pipeline: `e2ediff.pipeline(run)(["cat", 3]).images`.
 
-    Options are those of `e2ediff.sample.load.load_model`.
+    Options are the fields of `e2ediff.sample.load.ModelRef`, and `host` and `warn` of its `load`.
     """
     from e2ediff.sample.pipeline import Pipeline
 

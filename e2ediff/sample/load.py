@@ -6,13 +6,13 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.backbone import Backbone
 from e2ediff.condition import ClassLabels
 from e2ediff.data import ImageSpec
 from e2ediff.denoiser import Denoiser, Plain
@@ -20,7 +20,6 @@ from e2ediff.errors import CheckpointError, Problem, RecipeError
 from e2ediff.guidance import Reference
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
-from e2ediff.latent import LatentContract
 from e2ediff.model.build import build_nets, choose_device, guidance_problems
 from e2ediff.model.inference import ROWS, Model, Origin, Other, Precision, choose_kernels
 from e2ediff.model.weights import load_weights
@@ -29,9 +28,11 @@ from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.plugin_files import refuse_other_plugin_files
 from e2ediff.store.run_directory import RunDirectory
 
-Opened = tuple[Recipe, Backbone, Origin, LatentContract | None, ImageSpec]
-
 _MAY_CHANGE = ("sampler", "guidance")
+
+
+def _listed(assignments: Sequence[str]) -> tuple[str, ...]:
+    return tuple(assignments)
 
 
 @attrs.frozen(kw_only=True)
@@ -52,7 +53,7 @@ class ModelRef:
     weights: str | None = None
     checkpoint: str | None = None
     device: str = "auto"
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = attrs.field(default=(), converter=_listed)
     rows: int = ROWS
     precision: Precision = "float32"
 
@@ -76,47 +77,31 @@ class ModelRef:
         host, warn = host or load(), warn or logging.warning
         device = choose_device(self.device)
         own = _open(host, self, device, warn, "use --checkpoint {}")
-        recipe, net, origin, latent, image = own
-        guidance, others = recipe.guidance, dict[Reference, Other]()
+        guidance, others = own.guidance, dict[Reference, Other]()
         if guidance is not None:
             for reference in guidance.references:
-                other = ModelRef(
+                ref = ModelRef(
                     run=reference.run or self.run,
                     weights=reference.weights or None,
                     checkpoint=reference.checkpoint or None,
                     precision=self.precision,
                 )
-                found = _open(host, other, device, warn, "give the guidance `checkpoint: {}`")
-                others[reference] = _other(own, found)
+                other = _open(host, ref, device, warn, "give the guidance `checkpoint: {}`")
+                others[reference] = _other(own, other)
             given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
             guidance = guidance.with_references(given)
-        asked, rows = tuple(others.values()), self.rows
-        return Model(recipe, net, guidance, asked, origin, rows, self.precision, latent, image)
+        return attrs.evolve(own, guidance=guidance, others=tuple(others.values()))
 
 
 def load_model(
     run: Address,
     *,
-    weights: str | None = None,
-    checkpoint: str | None = None,
-    device: str = "auto",
-    overrides: Sequence[str] = (),
-    rows: int = ROWS,
-    precision: Precision = "float32",
     host: Host | None = None,
     warn: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Model:
-    """Load the model of a run, in eval mode: `ModelRef(run=run, ...).load(host, warn)`."""
-    ref = ModelRef(
-        run=run,
-        weights=weights,
-        checkpoint=checkpoint,
-        device=device,
-        overrides=tuple(overrides),
-        rows=rows,
-        precision=precision,
-    )
-    return ref.load(host, warn)
+    """Load the model of a run, in eval mode; options and errors are those of `ModelRef`."""
+    return ModelRef(run=run, **options).load(host, warn)
 
 
 def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()) -> Recipe:
@@ -146,7 +131,8 @@ def image_of(recipe: Recipe, directory: RunDirectory) -> ImageSpec:
 
 def _open(
     host: Host, ref: ModelRef, device: torch.device, warn: Callable[[str], None], use: str
-) -> Opened:
+) -> Model:
+    """Open a model whose guidance has not been given its networks."""
     directory = RunDirectory.open(ref.run)
     recipe = recipe_of(host, directory, ref.overrides)
     opened = open_checkpoint(directory.store, ref.checkpoint, warn=warn, use=use)
@@ -175,7 +161,11 @@ def _open(
         sha256=sha256,
         recipe_sha256=hashlib.sha256(directory.resolved().encode()).hexdigest(),
     )
-    return recipe, net, origin, latent, image_of(recipe, directory)
+    image = image_of(recipe, directory)
+    return Model(
+        recipe, net, origin=origin, rows=ref.rows, precision=ref.precision, latent=latent,
+        image=image,
+    )  # fmt: skip
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:
@@ -190,7 +180,7 @@ def _refuse_others(overrides: Sequence[str]) -> None:
         raise RecipeError("sampling", [attrs.evolve(p, hint=hint) for p in wrong])
 
 
-def _other(own: Opened, found: Opened) -> Other:
+def _other(own: Model, found: Model) -> Other:
     """Check that a network used by guidance shares the latents of the model, and return it.
 
     Args:
@@ -202,27 +192,30 @@ def _other(own: Opened, found: Opened) -> Other:
         RecipeError: It has another interpolant or other classes, by number or by name.
         LatentError: It belongs to another run whose latents mean something else.
     """
-    recipe, net, here, _, image = own
-    theirs, weak, there, _, other = found
-    known, given = recipe.data.image.conditioning, theirs.data.image.conditioning
+    recipe, theirs, here, there = own.recipe, found.recipe, own.origin, found.origin
+    assert here is not None
+    assert there is not None
+    known, given = own.image.conditioning, found.image.conditioning
     pairs: list[tuple[str, object, object]] = [
-        ("interpolant", recipe.interpolant, theirs.interpolant)
+        ("interpolant", theirs.interpolant, recipe.interpolant)
     ]
     if isinstance(known, ClassLabels) and isinstance(given, ClassLabels):
-        pairs.append(("classes", known.classes, given.classes))
-    elif known != given:
-        pairs.append(("conditioning", known.title, given.title))
-    for what, a, b in pairs:
-        if a != b:
-            text = f"{there.run} has other {what}: {b} there, {a} here."
-            hint = "Give a run that was trained on the same latents."
-            raise RecipeError("sampling", [Problem("guidance", text, hint=hint)])
-    names = zip(other.class_names, image.class_names, strict=False)  # a run may have none
-    for label, (a, b) in enumerate(names):
-        if a != b:
-            text = f"{there.run} has other classes: {label} is '{a}' there, '{b}' here."
-            hint = "Give a run whose classes have the same numbers."
-            raise RecipeError("sampling", [Problem("guidance", text, hint=hint)])
+        pairs.append(("classes", given.classes, known.classes))
+    else:
+        pairs.append(("conditioning", given.title, known.title))
+    latents = "Give a run that was trained on the same latents."
+    unlike = [(what, f"{a} there, {b} here", latents) for what, a, b in pairs if a != b]
+    names = zip(found.image.class_names, own.image.class_names, strict=False)  # may have none
+    numbers = "Give a run whose classes have the same numbers."
+    unlike += [
+        ("classes", f"{label} is '{a}' there, '{b}' here", numbers)
+        for label, (a, b) in enumerate(names)
+        if a != b
+    ]
+    for what, text, hint in unlike[:1]:
+        text = f"{there.run} has other {what}: {text}."
+        raise RecipeError("sampling", [Problem("guidance", text, hint=hint)])
     if os.path.abspath(there.run) != os.path.abspath(here.run):
-        weak.contract().accept(net.contract(), f"{here.run}, which {there.run} is to guide,")
-    return Other(Plain(weak, theirs.interpolant, theirs.predicts), there)
+        us = f"{here.run}, which {there.run} is to guide,"
+        found.net.contract().accept(own.net.contract(), us)
+    return Other(Plain(found.net, theirs.interpolant, theirs.predicts), there)
