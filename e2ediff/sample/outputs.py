@@ -198,8 +198,20 @@ class _Assembled(_Blocks):
             raise ResourceError(f"{self.store.where(_PART)}: cannot be removed: {error}")
         return self.store.where(self.name)
 
+    def first(self, count: int) -> Pixels:
+        """Read from the blocks, or from the merged file once they are removed."""
+        if not self.store.exists(self.name):
+            return super().first(count)
+        local = self.store.local_path(self.name)
+        file = local if local is not None else io.BytesIO(self.store.read(self.name))
+        with zipfile.ZipFile(file) as archive:
+            return self.first_of(archive, count)
+
     @abstractmethod
     def assemble(self, file: IO[bytes]) -> None: ...
+
+    @abstractmethod
+    def first_of(self, archive: zipfile.ZipFile, count: int) -> Pixels: ...
 
 
 class NPZ(_Assembled):
@@ -234,11 +246,9 @@ class NPZ(_Assembled):
             with archive.open(_entry("arr_1.npy"), "w") as array:
                 np.save(array, np.array(self.labels, dtype=np.int64), allow_pickle=False)
 
-    def first(self, count: int) -> Pixels:
-        """Read from the blocks, or from the merged file once they are removed."""
-        if not self.store.exists(self.name):
-            return super().first(count)
-        with _zip(self.store, self.name) as archive, archive.open("arr_0.npy") as array:
+    @override
+    def first_of(self, archive: zipfile.ZipFile, count: int) -> Pixels:
+        with archive.open("arr_0.npy") as array:
             np.lib.format.read_magic(array)
             np.lib.format.read_array_header_2_0(array)
             data = array.read(count * int(np.prod(self.shape)))
@@ -276,17 +286,9 @@ class Zip(_Assembled):
             listed = [[self.member(i), label] for i, label in enumerate(self.labels)]
             archive.writestr(_entry("dataset.json"), json.dumps({"labels": listed}))
 
-    def first(self, count: int) -> Pixels:
-        """Read from the blocks, or from the merged file once they are removed."""
-        if not self.store.exists(self.name):
-            return super().first(count)
-        with _zip(self.store, self.name) as archive:
-            return np.stack([pixels_of(archive.read(self.member(i))) for i in range(count)])
-
-
-def _zip(store: Store, name: str) -> zipfile.ZipFile:
-    local = store.local_path(name)
-    return zipfile.ZipFile(local if local is not None else io.BytesIO(store.read(name)))
+    @override
+    def first_of(self, archive: zipfile.ZipFile, count: int) -> Pixels:
+        return np.stack([pixels_of(archive.read(self.member(i))) for i in range(count)])
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

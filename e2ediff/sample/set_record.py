@@ -44,17 +44,15 @@ def describe(request: SampleRequest, model: Model, host: Host) -> dict[str, JSON
         "classes": len(set(request.labels)),
         "sha256": hashlib.sha256(json.dumps(request.labels).encode()).hexdigest(),
     }
-    sampler: Any = unstructure(host, recipe.sampler, Sampler)
-    guidance: Any = recipe.guidance and unstructure(host, recipe.guidance, Guidance)
     assert model.origin is not None
-    return {
+    spec: dict[str, Any] = {
         "format_version": 1,
         "images": len(request.labels),
         "labels": labels,
         "seed": request.seed,
         "weights": origin_entry(model.origin),
-        "sampler": _json(sampler),
-        "guidance": _json(guidance),
+        "sampler": unstructure(host, recipe.sampler, Sampler),
+        "guidance": recipe.guidance and unstructure(host, recipe.guidance, Guidance),
         "guided_by": [origin_entry(other.origin) for other in model.others],
         "rows": request.model.rows,
         "precision": request.model.precision,
@@ -63,6 +61,8 @@ def describe(request: SampleRequest, model: Model, host: Host) -> dict[str, JSON
         "format": request.format,
         "versions": dict(versions()),
     }
+    found: dict[str, JSON] = json.loads(json.dumps(spec))  # as it is read back: lists for tuples
+    return found
 
 
 def origin_entry(origin: Origin) -> dict[str, JSON]:
@@ -73,12 +73,6 @@ def origin_entry(origin: Origin) -> dict[str, JSON]:
         "sha256": origin.sha256,
         "recipe_sha256": origin.recipe_sha256,
     }
-
-
-def _json(value: object) -> JSON:
-    """Return the value as JSON reads it back, with lists for tuples."""
-    found: JSON = json.loads(json.dumps(value))
-    return found
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
