@@ -1,9 +1,9 @@
-"""Format parts and their options, for `e2ediff parts` and the reference page."""
+"""Format parts and their options, for `e2ediff parts` and the reference page; and tables."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import attrs
 
@@ -51,3 +51,18 @@ def part_page(part: Part) -> Iterator[str]:
     yield f"{part.name}  [{part.plugin.name}]  {lines[0]}"
     yield from (f"    {line}".rstrip() for line in lines[1:])
     yield from ("", *[*part_lines(part)][1:])
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Return the rows of a table as lines, with columns as wide as their longest text.
+
+    Text lies on the left side of its column, in the columns `right` on the right side.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if i in right else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

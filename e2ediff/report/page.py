@@ -12,6 +12,7 @@ import attrs
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from e2ediff.host.leaves import leaves
 from e2ediff.report import charts, sheets
 from e2ediff.report.gather import Gathered, Run
 from e2ediff.report.statistics import CONFIDENCE
@@ -19,6 +20,7 @@ from e2ediff.report.summary import Summary, counted_runs, differing, number
 from e2ediff.report.tables import texts
 
 _EVENTS = 60
+_OWN = ("argv", "seeds", "created", "name", "class_names")
 
 
 def render(gathered: Gathered, summary: Summary, sentences: Sequence[str], written: str) -> str:
@@ -36,6 +38,7 @@ def render(gathered: Gathered, summary: Summary, sentences: Sequence[str], writt
     )
     drawn = {cell: [run for run in runs if run.metrics] for cell, runs in gathered.cells.items()}
     facts, differ = _environments(gathered.runs)
+    described = gathered.described
     return environment.from_string(source).render(
         g=gathered,
         s=summary,
@@ -44,7 +47,10 @@ def render(gathered: Gathered, summary: Summary, sentences: Sequence[str], writt
         command=shlex.join(gathered.command),
         confidence=f"{CONFIDENCE:.0%}",
         texts=texts,
-        styles={cell: _swatch(i) for i, cell in enumerate(gathered.cells)},
+        styles={
+            cell: (f"c{i % charts.COLOURS}", charts.dashes(i))
+            for i, cell in enumerate(gathered.cells)
+        },
         over_images=[Markup(svg) for svg in charts.panels(drawn, over="images")],  # noqa: S704
         over_flops=[Markup(svg) for svg in charts.panels(drawn, over="flops")],  # noqa: S704
         pictures=sheets.rows({c: counted_runs(gathered, c) or r for c, r in drawn.items()}),
@@ -53,12 +59,9 @@ def render(gathered: Gathered, summary: Summary, sentences: Sequence[str], writt
         events=[(run, list(event_lines(run))) for run in gathered.runs if run.events],
         failures=_failures(gathered.runs),
         tables=[
-            t
-            for t in (
-                [c for c in summary.columns if c.key in gathered.described],
-                [c for c in summary.columns if c.key not in gathered.described],
-            )
-            if t
+            columns
+            for declared in (True, False)
+            if (columns := [c for c in summary.columns if (c.key in described) is declared])
         ],
         uncounted={run.uncounted for run in gathered.runs if run.uncounted},
         facts=facts,
@@ -77,11 +80,6 @@ def _failures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
         (cell, f"seed {', '.join(numbers)}: {state}", error)
         for (cell, state, error), numbers in seeds.items()
     ]
-
-
-def _swatch(i: int) -> tuple[str, str]:
-    """Return the CSS class and the dash pattern of a cell."""
-    return f"c{i % charts.COLOURS}", charts.dashes(i)
 
 
 def event_lines(run: Run) -> list[tuple[str, str, str]]:
@@ -133,17 +131,12 @@ def _environments(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, dict[s
     return same, differ
 
 
-def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        if not path and key in ("argv", "seeds", "created", "name", "class_names"):
-            continue
-        where = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict):
-            found |= _flat(value, where)
-        else:
-            found[where] = value if isinstance(value, str) else json.dumps(value)
-    return found
+def _flat(environment: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        path: value if isinstance(value, str) else json.dumps(value)
+        for path, value in leaves({k: v for k, v in environment.items() if k not in _OWN})
+        if value != {}
+    }
 
 
 @attrs.frozen

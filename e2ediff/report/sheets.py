@@ -31,15 +31,6 @@ class Sheet:
 
 
 @attrs.frozen
-class Choice:
-    """The picture of a run to show."""
-
-    run: Run
-    step: int
-    file: str
-
-
-@attrs.frozen
 class SheetRow:
     """Pictures to show side by side."""
 
@@ -54,14 +45,14 @@ def rows(cells: Mapping[str, Sequence[Run]]) -> list[SheetRow]:
     nearest preview. If both choose the same pictures, they are shown once.
     """
     shown = [run for runs in cells.values() if (run := _first(runs))]
-    chosen: list[tuple[str, str, list[Choice]]] = []
+    chosen: list[tuple[str, str, list[tuple[Run, int]]]] = []
     for kind in ("samples", "reconstructions"):
         runs = [run for run in shown if run.previews.get(kind)]
         by_step = _nearest(runs, kind, "step")
         by_flops = _nearest(runs, kind, "flops")
         if len(runs) == 1:
             chosen.append((kind, kind, by_step))
-        elif [c.file for c in by_step] == [c.file for c in by_flops]:
+        elif by_step == by_flops:
             chosen.append((f"{kind} at equal steps and equal compute", kind, by_step))
         else:
             chosen.append((f"{kind} at equal steps", kind, by_step))
@@ -69,7 +60,7 @@ def rows(cells: Mapping[str, Sequence[Run]]) -> list[SheetRow]:
     pictures = sum(len(choices) for _, _, choices in chosen)
     most = min(_ONE_MOST, _ALL_BYTES // max(1, pictures))
     return [
-        SheetRow(title, [_sheet(choice, kind, most) for choice in choices])
+        SheetRow(title, [_sheet(run, step, kind, most) for run, step in choices])
         for title, kind, choices in chosen
         if choices
     ]
@@ -81,8 +72,8 @@ def _first(runs: Sequence[Run]) -> Run | None:
     return ordered[0] if ordered else None
 
 
-def _nearest(runs: Sequence[Run], kind: str, by: str) -> list[Choice]:
-    """Choose each run's preview nearest to the last step, or FLOPs, that all runs reached."""
+def _nearest(runs: Sequence[Run], kind: str, by: str) -> list[tuple[Run, int]]:
+    """Return the step of each run's preview nearest to the last, or FLOPs, that all reached."""
     places = [
         {
             step: place
@@ -97,7 +88,7 @@ def _nearest(runs: Sequence[Run], kind: str, by: str) -> list[Choice]:
     found = []
     for run, steps in zip(runs, places, strict=True):
         step = min(steps, key=lambda s, steps=steps: (abs(steps[s] - goal), -s))  # type: ignore[misc]
-        found.append(Choice(run, step, run.previews[kind][step]))
+        found.append((run, step))
     return found
 
 
@@ -107,8 +98,7 @@ def _place(run: Run, step: int, by: str) -> float | None:
     return run.cost.at(step * run.cost.batch) if run.cost else None
 
 
-def _sheet(choice: Choice, kind: str, most: int) -> Sheet:
-    run, step = choice.run, choice.step
+def _sheet(run: Run, step: int, kind: str, most: int) -> Sheet:
     words = [f"seed {run.seed}", f"step {step:,}"]
     if run.cost:
         images = step * run.cost.batch
@@ -117,14 +107,14 @@ def _sheet(choice: Choice, kind: str, most: int) -> Sheet:
     what = "held-out images, each followed by its reconstruction" if kind != "samples" else kind
     alt = f"{what}: {run.cell}, {caption}"
     assert run.store is not None
+    file, uri, problem = run.previews[kind][step], "", ""
     try:
-        data = run.store.read(choice.file)
-        uri = data_uri(data, most, f"{choice.file} cannot be shown")
+        uri = data_uri(run.store.read(file), most, f"{file} cannot be shown")
     except OSError as error:
-        return Sheet(run.cell, caption, alt, "", f"{choice.file} cannot be shown: {error}")
+        problem = f"{file} cannot be shown: {error}"
     except DataError as error:
-        return Sheet(run.cell, caption, alt, "", str(error))
-    return Sheet(run.cell, caption, alt, uri)
+        problem = str(error)
+    return Sheet(run.cell, caption, alt, uri, problem)
 
 
 def data_uri(data: bytes, most: int, place: str) -> str:

@@ -9,7 +9,7 @@ import attrs
 from e2ediff.ablate.grid import GridError
 from e2ediff.figure import Figure
 from e2ediff.report.gather import Gathered, Run
-from e2ediff.report.statistics import Difference, paired, spread
+from e2ediff.report.statistics import Difference, MeanStd, paired, spread
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -38,7 +38,7 @@ _COST = (
 
 
 @attrs.frozen
-class CellFigure:
+class CellFigure(MeanStd):
     """One figure of one cell over its seeds, and its paired difference to the baseline.
 
     `values` are by seed; `difference` is None for the baseline itself, for figures that do not
@@ -46,9 +46,6 @@ class CellFigure:
     """
 
     values: Mapping[int, float]
-    n: int
-    mean: float
-    std: float | None
     difference: Difference | None
 
 
@@ -106,18 +103,14 @@ def summarize(gathered: Gathered, judged: str | None = None) -> Summary:
     every = [*columns, *_further(seen, columns, described)]
     cells = {}
     for cell, values in by_cell.items():
-        figures = {}
-        for column in every:
-            if found := values.get(column.key):
-                other = base.get(column.key) if cell != gathered.baseline else None
-                figures[column.key] = _figure(found, other, fixed=column.fixed)
-        cells[cell] = CellSummary(
-            name=cell,
-            runs=len(gathered.cells[cell]),
-            counted=len(used[cell]),
-            collapsed=sum(bool(run.collapse) for run in gathered.cells[cell]),
-            figures=figures,
-        )
+        runs, others = gathered.cells[cell], base if cell != gathered.baseline else {}
+        figures = {
+            c.key: _figure(values[c.key], others.get(c.key), fixed=c.fixed)
+            for c in every
+            if c.key in values
+        }
+        collapsed = sum(bool(run.collapse) for run in runs)
+        cells[cell] = CellSummary(cell, len(runs), len(used[cell]), collapsed, figures)
     key = judged or judged_of([values for values in by_cell.values() if values], described)
     about = next((c for c in every if c.key == key), Column(key, key))
     return Summary(columns, every[len(columns) :], cells, gathered.baseline, about)
@@ -157,16 +150,9 @@ def _column(figure: Figure) -> Column:
 def _further(
     seen: set[str], columns: Sequence[Column], described: Mapping[str, Figure]
 ) -> list[Column]:
-    known = {column.key for column in columns}
-    titles = {"wall_": "", "_": " "}
-    found = []
-    for key in sorted(seen - known):
-        column = _column(described.get(key) or Figure(key))
-        title = column.title
-        for old, new in titles.items():
-            title = title.replace(old, new)
-        found.append(attrs.evolve(column, title=title))
-    return found
+    others = sorted(seen - {column.key for column in columns})
+    found = [_column(described.get(key) or Figure(key)) for key in others]
+    return [attrs.evolve(c, title=c.title.replace("wall_", "").replace("_", " ")) for c in found]
 
 
 def _values(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
@@ -189,7 +175,7 @@ def _figure(
     difference = paired(values, baseline) if baseline else None
     if fixed and difference:  # the seed does not change it
         difference = attrs.evolve(difference, low=None, high=None)
-    return CellFigure(values, own.n, own.mean, None if fixed else own.std, difference)
+    return CellFigure(own.n, own.mean, None if fixed else own.std, values, difference)
 
 
 def differing(gathered: Gathered) -> dict[str, dict[str, str]]:
@@ -215,16 +201,9 @@ def number(value: float, form: str) -> str:
     """Format a figure by a format such as `.2f`, or with an SI prefix."""
     if form != "si":
         return f"{value:,{form}}" if form.endswith("f") else f"{value:{form}}"
-    for scale, prefix in (
-        (1e18, "E"),
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "k"),
-    ):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g} {prefix}"
+    for power, prefix in zip(range(18, 0, -3), "EPTGMk", strict=True):
+        if abs(value) >= 10.0**power:
+            return f"{value / 10.0**power:.3g} {prefix}"
     return f"{value:.3g}"
 
 

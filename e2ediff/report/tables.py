@@ -11,8 +11,9 @@ from typing import Any
 
 import attrs
 
+from e2ediff.host.listing import aligned
 from e2ediff.report.gather import Gathered
-from e2ediff.report.statistics import CONFIDENCE
+from e2ediff.report.statistics import CONFIDENCE, Difference
 from e2ediff.report.summary import MINUS, CellFigure, Column, Summary, differing, number, signed
 
 _TEX = {
@@ -23,6 +24,7 @@ _TEX = {
     MINUS: r"$-$",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
+_OF_RUNS = ("cell", "seed", "path", "state", "error", "step", "images", "collapse", "figures")
 
 
 def as_json(
@@ -51,40 +53,20 @@ def as_json(
         "columns": [attrs.asdict(c) for c in (*summary.columns, *summary.further)],
         "cells": [
             {
-                "name": cell.name,
-                "overrides": list(gathered.overrides.get(cell.name, ())),
-                "runs": cell.runs,
-                "counted": cell.counted,
-                "collapsed": cell.collapsed,
-                "figures": {key: _figure(figure) for key, figure in cell.figures.items()},
+                "name": name,
+                "overrides": list(gathered.overrides.get(name, ())),
+                **attrs.asdict(cell),
             }
-            for cell in summary.cells.values()
+            for name, cell in summary.cells.items()
         ],
         "runs": [
             {
-                "cell": run.cell,
-                "seed": run.seed,
+                **{key: getattr(run, key) for key in _OF_RUNS},
                 "path": run.path.removeprefix(f"{gathered.place.rstrip('/')}/"),
-                "state": run.state,
-                "error": run.error,
-                "step": run.step,
-                "images": run.images,
-                "collapse": run.collapse,
-                "figures": dict(run.figures),
             }
             for run in gathered.runs
         ],
         "differences": differing(gathered),
-    }
-
-
-def _figure(figure: CellFigure) -> dict[str, Any]:
-    return {
-        "n": figure.n,
-        "mean": figure.mean,
-        "std": figure.std,
-        "values": {str(seed): value for seed, value in figure.values.items()},
-        "difference": attrs.asdict(figure.difference) if figure.difference else None,
     }
 
 
@@ -157,9 +139,14 @@ def texts(figure: CellFigure | None, column: Column) -> tuple[str, str]:
     if difference is None:
         return value, ""
     below = signed(difference.mean, form)
-    if difference.low is not None and difference.high is not None:
-        below += f" [{signed(difference.low, form)}, {signed(difference.high, form)}]"
-    return value, below
+    return value, f"{below} {interval(difference, form)}".rstrip()
+
+
+def interval(difference: Difference, form: str) -> str:
+    """Format the interval of a difference, "" if it has none."""
+    if difference.low is None or difference.high is None:
+        return ""
+    return f"[{signed(difference.low, form)}, {signed(difference.high, form)}]"
 
 
 def plain_lines(summary: Summary, differences: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -169,24 +156,19 @@ def plain_lines(summary: Summary, differences: Mapping[str, Mapping[str, str]]) 
         summary: The table.
         differences: Values of the recipe, by path and cell.
     """
-    names = list(summary.cells)
+    names, cells = list(summary.cells), summary.cells.values()
     rows: list[list[str]] = [["", *names]]
-    counts = [f"{c.counted} of {c.runs}" for c in summary.cells.values()]
-    rows.append(["runs", *counts])
-    rows.append(["collapsed", *(f"{c.collapsed} of {c.runs}" for c in summary.cells.values())])
+    rows.append(["runs", *(f"{c.counted} of {c.runs}" for c in cells)])
+    rows.append(["collapsed", *(f"{c.collapsed} of {c.runs}" for c in cells)])
     for column in summary.columns:
-        pairs = [texts(c.figures.get(column.key), column) for c in summary.cells.values()]
+        pairs = [texts(c.figures.get(column.key), column) for c in cells]
         rows.append([column.title, *(value or "-" for value, _ in pairs)])
         if any(below for _, below in pairs):
             rows.append(["  minus baseline", *(below for _, below in pairs)])
     rows += [
         [path, *(values.get(name, "-") for name in names)] for path, values in differences.items()
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(names) + 1)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return aligned(rows)
 
 
 def tex(text: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from e2ediff.report.gather import Gathered, Run
-from e2ediff.report.statistics import CONFIDENCE, Difference, paired
-from e2ediff.report.summary import CellFigure, CellSummary, Column, Summary, number, signed
+from e2ediff.report.statistics import CONFIDENCE, paired
+from e2ediff.report.summary import CellSummary, Column, Summary, number, signed
+from e2ediff.report.tables import interval, texts
 
 
 def verdict(gathered: Gathered, summary: Summary) -> list[str]:
@@ -65,8 +66,10 @@ def _best(summary: Summary) -> list[str]:
     baseline = summary.cells[summary.baseline]
     word = "highest" if sign > 0 else "lowest"
     among = "" if len(sound) == len(measured) else " among the cells that did not collapse"
+    figure = best.figures[key]
     found = [
-        f"{best.name} has the {word} {column.title}{among}: {_value(best.figures[key], column)}."
+        f"{best.name} has the {word} {column.title}{among}: {texts(figure, column)[0]} over "
+        f"{_seeds(figure.n)}."
     ]
     if column.of == "reconstructions":
         found.append(
@@ -91,38 +94,31 @@ def _difference(
     what = f"{cell.name} minus {baseline.name}"
     if difference is None:
         return [f"{what}: they share no seed, so no paired difference can be given."]
-    mean = signed(difference.mean, form)
-    if difference.low is None or difference.high is None:
+    mean, between = signed(difference.mean, form), interval(difference, form)
+    if not between:
         return [
             f"{what}: {mean}, on {_seeds(difference.n)}. With fewer than two seeds no interval "
             "can be given: whether the difference is real cannot be said."
         ]
-    interval = _interval(difference, form)
-    found = [f"{what}: {mean}, {CONFIDENCE:.0%} interval {interval} over {_seeds(difference.n)}."]
-    if not difference.excludes_zero:
-        return [*found, "The interval includes 0: these seeds do not show a real difference."]
-    if comparisons == 1:
-        return [
-            *found,
-            "The interval excludes 0: the difference is more than chance between seeds.",
-        ]
-    strict = paired(
-        figure.values,
-        baseline.figures[column.key].values,
-        1 - (1 - CONFIDENCE) / comparisons,
-    )
+    level = 1 - (1 - CONFIDENCE) / comparisons
+    strict = paired(figure.values, baseline.figures[column.key].values, level)
     assert strict is not None
-    if strict.excludes_zero:
-        return [
-            *found,
+    if not difference.excludes_zero:
+        meaning = "The interval includes 0: these seeds do not show a real difference."
+    elif comparisons == 1:
+        meaning = "The interval excludes 0: the difference is more than chance between seeds."
+    elif strict.excludes_zero:
+        meaning = (
             "The interval excludes 0, and does so after Bonferroni's correction for "
-            f"{comparisons} comparisons: the difference is more than chance between seeds.",
-        ]
-    return [
-        *found,
-        "The interval excludes 0, but no longer after Bonferroni's correction for "
-        f"{comparisons} comparisons: it may be the luckiest of several. More seeds would tell.",
-    ]
+            f"{comparisons} comparisons: the difference is more than chance between seeds."
+        )
+    else:
+        meaning = (
+            "The interval excludes 0, but no longer after Bonferroni's correction for "
+            f"{comparisons} comparisons: it may be the luckiest of several. More seeds would tell."
+        )
+    over = f"interval {between} over {_seeds(difference.n)}"
+    return [f"{what}: {mean}, {CONFIDENCE:.0%} {over}.", meaning]
 
 
 def _collapsed(summary: Summary) -> list[str]:
@@ -173,17 +169,6 @@ def _costs(summary: Summary, match: str) -> list[str]:
 def _names(runs: Sequence[Run]) -> str:
     names = [f"{run.cell} seed {run.seed}" for run in runs]
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def _value(figure: CellFigure, column: Column) -> str:
-    std = "" if figure.std is None else f" ± {number(figure.std, column.form)}"
-    return f"{number(figure.mean, column.form)}{std} over {_seeds(figure.n)}"
-
-
-def _interval(difference: Difference, form: str) -> str:
-    assert difference.low is not None
-    assert difference.high is not None
-    return f"[{signed(difference.low, form)}, {signed(difference.high, form)}]"
 
 
 def _seeds(count: int) -> str:
