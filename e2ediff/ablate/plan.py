@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from e2ediff.ablate.grid import (
 from e2ediff.addresses import Address
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.leaves import leaves_of
+from e2ediff.host.listing import aligned
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.model.build import problems
@@ -92,7 +94,8 @@ class AblationPlan:
         return [*self._unscored(), *self._reset()]
 
     def _unscored(self) -> list[str]:
-        silent = [name for name, text in self.resolved.items() if not _has_scores(text)]
+        read = {name: yaml.safe_load(text) for name, text in self.resolved.items()}
+        silent = [name for name, recipe in read.items() if recipe.get("scores") is None]
         if not silent:
             return []
         some = "the recipe has" if len(silent) == len(self.resolved) else f"{silent[0]} has"
@@ -153,10 +156,6 @@ class AblationPlan:
         }
 
 
-def _has_scores(resolved: str) -> bool:
-    return yaml.safe_load(resolved).get("scores") is not None
-
-
 def make_plan(
     host: Host,
     recipe: Address,
@@ -185,7 +184,8 @@ def make_plan(
     axes, numbers = [parse_axis(text) for text in vary], parse_seeds(seeds)
     grid = cells(axes)
     base = find_cell(baseline, grid)
-    _refuse_lengths(axes, sets, match)
+    if match == "compute":
+        _refuse_lengths(axes)
     plan = plan_cells(host, recipe, grid, numbers, sets, base.name, match)
     return attrs.evolve(plan, vary=tuple(vary))
 
@@ -220,17 +220,17 @@ def plan_cells(
     found = _check(host, recipe, grid, seeds, sets)
     _refuse_same(found)
     costs = {cell.name: cost_of(found[cell.name]) for cell in grid}
-    lengths: dict[str, str] = {}
+    lengths: dict[str, tuple[str, ...]] = dict.fromkeys(costs, ())
     if match == "compute":
         budget = budget or costs[baseline]
         steps = {name: matched_steps(cost, budget) for name, cost in costs.items()}
-        lengths = {name: f"steps={number}" for name, number in steps.items()}
+        lengths = {name: (f"steps={number}",) for name, number in steps.items()}
         costs = {n: attrs.evolve(cost, total_steps=steps[n]) for n, cost in costs.items()}
-    jobs = [
-        Job(cell.name, seed, tuple(map(str, _assignments(cell, sets, seed, lengths))), cell.recipe)
-        for seed in seeds
-        for cell in grid
-    ]
+    jobs = []
+    for seed in seeds:
+        for cell in grid:
+            changes = (*map(str, _assignments(cell, sets, seed)), *lengths[cell.name])
+            jobs.append(Job(cell.name, seed, changes, cell.recipe))
     resolved = {}
     for job in jobs[: len(grid)]:
         one = attrs.evolve(load_recipe(host, job.recipe or recipe, job.overrides), seed=0)
@@ -243,36 +243,26 @@ def plan_cells(
     )  # fmt: skip
 
 
-def _assignments(
-    cell: Cell, sets: Sequence[str], seed: int, lengths: Mapping[str, str]
-) -> list[Assignment]:
-    """All changes of a cell, in the order in which they are made."""
-    every = [*((text, f"--set {i}") for i, text in enumerate(sets, 1))]
-    common = [Assignment(*_parts(text), origin) for text, origin in every]
-    last = [Assignment("seed", str(seed), "--seeds")]
-    if cell.name in lengths:
-        last.append(Assignment(*_parts(lengths[cell.name]), "--match compute"))
-    return [*common, *cell.assignments, *last]
+def _assignments(cell: Cell, sets: Sequence[str], seed: int) -> list[Assignment]:
+    """List the changes of a cell with a seed, in the order in which they are made."""
+    common = []
+    for i, text in enumerate(sets, 1):
+        path, sign, value = text.partition("=")
+        if not sign:
+            raise GridError(
+                f"--set {text!r} is not path=value. Write for example objective.floor=0.5."
+            )
+        common.append(Assignment(path, value, f"--set {i}"))
+    return [*common, *cell.assignments, Assignment("seed", str(seed), "--seeds")]
 
 
-def _parts(text: str) -> tuple[str, str]:
-    path, sign, value = text.partition("=")
-    if not sign:
-        raise GridError(
-            f"--set {text!r} is not path=value. Write for example objective.floor=0.5."
-        )
-    return path, value
-
-
-def _refuse_lengths(axes: Sequence[Axis], sets: Sequence[str], match: Match) -> None:
-    if match == "compute":
-        for axis in axes:
-            for value in axis.values:
-                if any(a.path in ("steps", "images") for a in value.assignments):
-                    raise GridError(
-                        f"--vary {axis.path} sets the length of training, and so does --match "
-                        "compute. Leave one of them out."
-                    )
+def _refuse_lengths(axes: Sequence[Axis]) -> None:
+    for axis in axes:
+        if {a.path for value in axis.values for a in value.assignments} & {"steps", "images"}:
+            raise GridError(
+                f"--vary {axis.path} sets the length of training, and so does --match compute. "
+                "Leave one of them out."
+            )
 
 
 def _check(
@@ -287,7 +277,7 @@ def _check(
     wrong: dict[Problem, list[str]] = {}
     for cell in grid:
         for seed in seeds:
-            changes = _assignments(cell, sets, seed, {})
+            changes = _assignments(cell, sets, seed)
             own: Sequence[Problem]
             try:
                 read = load_recipe(host, cell.recipe or recipe, [*map(str, changes)])
@@ -334,12 +324,9 @@ def _origin(line: str, changes: Sequence[Assignment]) -> str:
 
 
 def _refuse_same(found: Mapping[str, Recipe]) -> None:
-    seen: list[tuple[str, Recipe]] = []
-    for name, recipe in found.items():
-        for other, before in seen:
-            if before == recipe:
-                raise GridError(f"cells {other} and {name} are the same recipe. Remove one.")
-        seen.append((name, recipe))
+    for (name, recipe), (other, same) in itertools.combinations(found.items(), 2):
+        if recipe == same:
+            raise GridError(f"cells {name} and {other} are the same recipe. Remove one.")
 
 
 def plan_lines(plan: AblationPlan) -> list[str]:
@@ -358,15 +345,7 @@ def plan_lines(plan: AblationPlan) -> list[str]:
                 " ".join(changes),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = []
-    for row in rows:
-        first, *numbers = (cell for cell in row[:5])
-        cells_ = [
-            first.ljust(widths[0]),
-            *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True)),
-        ]
-        lines.append("  ".join([*cells_, row[5]]).rstrip())
+    lines = aligned(rows, right=range(1, 5))
     seeds = ", ".join(map(str, plan.seeds))
     total = sum(plan.costs[job.cell].total for job in plan.jobs)
     lines.append(
