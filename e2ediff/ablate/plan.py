@@ -156,7 +156,7 @@ class AblationPlan:
         }
 
 
-def make_plan(
+def plan_ablation(
     host: Host,
     recipe: Address,
     vary: Sequence[str],
@@ -209,7 +209,7 @@ def plan_cells(
         seeds: Each cell is trained with each.
         sets: Assignments for all cells, made before their own.
         baseline: Name of the cell that the others are compared with.
-        match: As for `make_plan`.
+        match: As for `plan_ablation`.
         budget: Whose FLOPs pay for the steps where compute is matched; by default the baseline's.
 
     Raises:

@@ -79,7 +79,7 @@ def command(
     from typing import cast
 
     from e2ediff.ablate.group import Group
-    from e2ediff.ablate.plan import Match, make_plan, plan_lines
+    from e2ediff.ablate.plan import Match, plan_ablation, plan_lines
     from e2ediff.ablate.train import STOPPED, exit_code, train_all
     from e2ediff.distributed.openmp import all_threads, threads_of
     from e2ediff.host.plugins import load
@@ -89,7 +89,7 @@ def command(
     from e2ediff.train.progress import Progress
 
     number, host = threads_of(threads), load()
-    plan = make_plan(host, recipe, vary, seeds, overrides, baseline, cast(Match, match))
+    plan = plan_ablation(host, recipe, vary, seeds, overrides, baseline, cast(Match, match))
     if dry_run:
         for line in plan_lines(plan):
             click.echo(line)

@@ -18,7 +18,7 @@ from tiny_recipe import tiny
 import e2ediff
 from e2ediff import addresses
 from e2ediff.ablate.group import Group
-from e2ediff.ablate.plan import make_plan
+from e2ediff.ablate.plan import plan_ablation
 from e2ediff.evaluate.conventions import CONVENTIONS
 from e2ediff.evaluate.evaluate import evaluate
 from e2ediff.evaluate.images import FolderImages, NpzImages, file_sha256
@@ -88,7 +88,7 @@ READERS: dict[str, Callable[[Callable[[str], addresses.Address]], object]] = {
     "RunDirectory.open": lambda at: RunDirectory.open(at("run")).path,
     "Store": lambda at: (Store(at("run")).url, Store(at("run")).list()),
     "load_recipe": lambda at: load_recipe(HOST, at("tiny.yaml")),
-    "make_plan": lambda at: make_plan(HOST, at("tiny.yaml"), ["batch=8,16"], "0").command(),
+    "ablation": lambda at: plan_ablation(HOST, at("tiny.yaml"), ["batch=8,16"], "0").command(),
     "is_run": lambda at: (is_run(at("run")), is_run(at("images"))),
     "stored_subject": lambda at: stored_subject(at("images"), None).identity,
     "stored_subject of an npz": lambda at: stored_subject(at("set.npz"), None).identity,
@@ -157,7 +157,7 @@ def test_what_writes_takes_paths(form: str, place: Path, tmp_path: Path, host: H
     )  # fmt: skip
     prepare(source, settings, at("shards"), workers=0, progress=print)
     assert source_config(host, at("shards")).path == str(tmp_path / "shards")
-    plan = make_plan(host, FORMS[form](place / "tiny.yaml"), ["batch=8,16"], "0")
+    plan = plan_ablation(host, FORMS[form](place / "tiny.yaml"), ["batch=8,16"], "0")
     group = Group.create(at("group"), plan, {})
     assert group.path == Group.open(at("group")).path == str(tmp_path / "group")
 

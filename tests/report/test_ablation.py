@@ -16,7 +16,7 @@ from command_line import e2ediff
 
 from e2ediff.ablate.grid import Cell
 from e2ediff.ablate.group import Group
-from e2ediff.ablate.plan import make_plan, plan_cells
+from e2ediff.ablate.plan import plan_ablation, plan_cells
 from e2ediff.ablate.train import exit_code, train_all
 from e2ediff.distributed.signals import Stop
 from e2ediff.errors import RunDirectoryError
@@ -60,7 +60,7 @@ def test_the_newest_ablation_is_that_of_the_recipe_s_name_even_if_it_is_damaged(
 
     def latest(name: str) -> str:
         axes, changes = ["objective=coupled,detached"], [f"name={name}"]
-        return Group.latest(make_plan(host, "tiny.yaml", axes, "0", changes))
+        return Group.latest(plan_ablation(host, "tiny.yaml", axes, "0", changes))
 
     spec = json.loads((group / "spec.json").read_text())
     newer = group.with_name("tiny-2")
@@ -188,7 +188,7 @@ def test_a_stopped_ablation_saves_what_is_training_and_starts_nothing_more(
 ):
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(tiny_text)
-    plan = make_plan(host, "tiny.yaml", ["objective=coupled,detached"], "0", ["steps=100000"])
+    plan = plan_ablation(host, "tiny.yaml", ["objective=coupled,detached"], "0", ["steps=100000"])
     group = Group.create(None, plan, {})
     with Progress() as progress, _StopsOnce(tmp_path / group.run("coupled-seed0") /
                                             "metrics.jsonl") as stop:  # fmt: skip

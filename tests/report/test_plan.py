@@ -10,7 +10,7 @@ from command_line import e2ediff
 
 from e2ediff.ablate.cost import cost_of
 from e2ediff.ablate.grid import Assignment, Cell
-from e2ediff.ablate.plan import make_plan, plan_cells
+from e2ediff.ablate.plan import plan_ablation, plan_cells
 from e2ediff.errors import RecipeError
 from e2ediff.host.recipe import load_recipe
 
@@ -95,12 +95,12 @@ def test_a_dry_run_prints_cells_and_writes_nothing():
 
 def test_data_that_are_missing_are_no_reason_to_refuse(host):
     """They may be there on another machine, or when the run starts: the run itself says so."""
-    plan = make_plan(host, "tiny.yaml", [f"data={NOWHERE}"], "0")
+    plan = plan_ablation(host, "tiny.yaml", [f"data={NOWHERE}"], "0")
     assert len(plan.jobs) == 1
 
 
 def test_cells_share_their_seed_and_everything_that_is_not_varied(host):
-    plan = make_plan(host, "tiny.yaml", ["objective=coupled,detached"], "3,5", ["batch=4"])
+    plan = plan_ablation(host, "tiny.yaml", ["objective=coupled,detached"], "3,5", ["batch=4"])
     assert [(job.cell, job.seed) for job in plan.jobs] == [
         ("coupled", 3), ("detached", 3), ("coupled", 5), ("detached", 5)
     ]  # fmt: skip
@@ -112,7 +112,7 @@ def test_cells_share_their_seed_and_everything_that_is_not_varied(host):
 
 def test_matched_compute_gives_steps_that_the_baseline_pays_for(host):
     axes = ["backbone.width=32,64", "batch=8,16"]
-    plan = make_plan(host, "tiny.yaml", axes, "0", ["steps=1000"], None, "compute")
+    plan = plan_ablation(host, "tiny.yaml", axes, "0", ["steps=1000"], None, "compute")
     totals = {name: cost.total for name, cost in plan.costs.items()}
     base = totals["width=32-batch=8"]
     assert plan.costs["width=32-batch=8"].total_steps == 1000
@@ -126,11 +126,11 @@ def test_matched_compute_gives_steps_that_the_baseline_pays_for(host):
 
 def test_the_command_of_a_plan_makes_the_same_plan(host):
     axes = ["objective=coupled,{name: detached}", "backbone.latent_dim=[6, 4]"]
-    plan = make_plan(host, "tiny.yaml", axes, "0,1", ["batch=4"], None, "compute")
+    plan = plan_ablation(host, "tiny.yaml", axes, "0,1", ["batch=4"], None, "compute")
     words = plan.command()[3:]
     options = list(zip(words[::2], words[1::2], strict=True))
     given = {key: [v for k, v in options if k == key] for key, _ in options}
-    again = make_plan(
+    again = plan_ablation(
         host,
         "tiny.yaml",
         given["--vary"],
