@@ -234,7 +234,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     for word in words:
         if not re.fullmatch(r"[0-9]{1,18}", word):
-            raise GridError(f"--seeds {text!r}: {word!r} is no seed. Write for example 0,1,2.")
+            raise GridError(f"--seeds {text!r}: {word!r} is not a seed. Write for example 0,1,2.")
     seeds = tuple(int(word) for word in words)
     if len(set(seeds)) < len(seeds):
         raise GridError(f"--seeds {text!r}: a seed is given twice.")

@@ -243,6 +243,6 @@ def _local(path: Address) -> Store:
     store = Store(path)
     if not store.local:
         raise RunDirectoryError(
-            f"{path}: an ablation trains in a local directory. Copy it away when it is done."
+            f"{path}: an ablation needs a local directory. Copy it elsewhere when it is done."
         )
     return store

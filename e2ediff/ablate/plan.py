@@ -127,9 +127,9 @@ class AblationPlan:
                 lost.setdefault(found, []).append(cell)
         return [
             f"{'cell' if len(cells) == 1 else 'cells'} {', '.join(cells)}: not as in "
-            f"{self.baseline}, because a part that is named begins with its own defaults: "
+            f"{self.baseline}, because a part that is named starts from its own defaults: "
             + ", ".join(f"{path} {value} (not {base[path]})" for path, value in found)
-            + "; to keep them, let the value bring them: "
+            + "; to keep these options, append to the value: "
             + "".join(f"+{path}={base[path]}" for path, _ in found)
             for found, cells in lost.items()
         ]
@@ -314,7 +314,7 @@ def _who(names: Sequence[str], grid: Sequence[Cell]) -> str:
 def _alone(problem: Problem) -> str:
     """How one value of an axis gets what all would get by the `--set` that is advised."""
     advised = re.search(r"`--set ([^`\s]+)`", f"{problem.what} {problem.hint}")
-    return f"(In --vary, let the value bring it: +{advised[1]}.)" if advised else ""
+    return f"(In --vary, append to the value: +{advised[1]}.)" if advised else ""
 
 
 def _origin(line: str, changes: Sequence[Assignment]) -> str:

@@ -305,8 +305,8 @@ class Samples(ImageSet):
         for i, other in enumerate(model.others):
             if self.guides is not None and self.guides[i] != other.origin.sha256:
                 raise DataError(
-                    f"{other.origin.run}: its newest checkpoint has changed while images that it "
-                    "guides were made; name one: --set guidance.checkpoint="
+                    f"{other.origin.run}: it guides these images, and saved a newer checkpoint "
+                    "while they were made; choose one: --set guidance.checkpoint="
                     f"{other.origin.checkpoint}"
                 )
 

@@ -163,7 +163,7 @@ def reference_features(
         return FeatureSet(0, {tap: given[tap] for tap in work.moments})
     if reference.images is None:
         raise DataError(
-            f"{reference.place}: has statistics alone, and the metrics need its images' features "
+            f"{reference.place}: has only statistics, but the metrics need features of images "
             f"({', '.join(lacking)}); leave those metrics out, or give images"
         )
     need = attrs.evolve(work, moments=sorted({*work.moments} - {*given}))

@@ -25,7 +25,7 @@ def verdict(gathered: Gathered, summary: Summary) -> list[str]:
 def _one_run(run: Run) -> list[str]:
     total = run.cost.total_steps if run.cost else None
     of = f" of {total:,}" if total else ""
-    state = {"done": "It has all of its steps", "failed": "It failed"}.get(
+    state = {"done": "All of its steps are done", "failed": "It failed"}.get(
         run.state, f"Its state is '{run.state}'"
     )
     found = [f"{state}: step {run.step:,}{of}, {run.images:,} images."]
@@ -43,7 +43,7 @@ def _one_run(run: Run) -> list[str]:
         found.append(f"Its latents have collapsed, {run.collapse}.")
     elif figures:
         found.append("Its latents show no sign of collapse.")
-    found.append("One run says nothing on how much chance moves its figures.")
+    found.append("One run does not show how much its figures vary by chance.")
     return found
 
 
@@ -59,7 +59,7 @@ def _best(summary: Summary) -> list[str]:
             f"Only {measured[0].name} has a final {column.title}: there is nothing to compare."
         ]
     if not column.better:
-        return [f"{column.title} has no better or worse: no cell is called best."]
+        return [f"{column.title} has no better direction, so no cell is called best."]
     sound = [c for c in measured if not c.collapsed] or measured
     sign = 1 if column.better == "high" else -1
     best = max(sound, key=lambda c: sign * c.figures[key].mean)
@@ -136,7 +136,8 @@ def _unfinished(gathered: Gathered) -> list[str]:
     found = []
     if failed:
         found.append(
-            f"{len(failed)} of {len(runs)} runs failed and are in no figure: {_names(failed)}."
+            f"{len(failed)} of {len(runs)} runs failed and are left out of all figures: "
+            f"{_names(failed)}."
         )
     if others:
         found.append(f"{len(others)} of {len(runs)} runs are not done yet: {_names(others)}.")
@@ -161,7 +162,7 @@ def _costs(summary: Summary, match: str) -> list[str]:
         return []
     low, high = number(min(found), "si"), number(max(found), "si")
     if max(found) <= 1.02 * min(found):
-        return [f"All cells were given the same compute, to 2 %: {high}FLOPs."]
+        return [f"All cells were given the same compute, within 2 %: {high}FLOPs."]
     given = " (they were matched by steps)" if match == "steps" else ""
     return [f"Compute differs between cells, from {low}FLOPs to {high}FLOPs{given}."]
 

@@ -198,7 +198,7 @@ def _training_images(recipe: Recipe, width: float) -> Tensor:
     except DataError as error:
         raise DataError(
             f"weights {PREFIX}{width:g}: the latent norm takes its statistics from training "
-            f"images for every reconstructed width, and they are not there: {error}"
+            f"images for every reconstructed width, but these cannot be read: {error}"
         ) from error
     cpu = torch.device("cpu")
     kind, count = recipe.data.image.conditioning, recipe.probe.calibration

@@ -111,12 +111,12 @@ def prepare(store: Store, spec: Mapping[str, JSON], *, overwrite: bool) -> None:
     if present and (found is None or wrong):
         if not overwrite:
             what = "\n  ".join(["holds another set of images:", *wrong[:8]])
-            what = what if wrong else "is not empty, and holds no set of images that began here."
+            what = what if wrong else "is not empty, and holds no set of images made by e2ediff."
             more = "" if found is None else ", or give --overwrite"
             raise RunDirectoryError(f"{store.where()}: {what}\nChoose another --out{more}.")
         if found is None:
             raise RunDirectoryError(
-                f"{store.where()}: holds no {SET}, so --overwrite leaves it alone; "
+                f"{store.where()}: holds no {SET}, so --overwrite does not touch it; "
                 "choose another --out."
             )
         _clear(store)

@@ -74,8 +74,8 @@ def _costs(started: dict[Connection, BaseProcess], images: int) -> Iterator[Samp
                 if child.exitcode:
                     raise ResourceError(
                         f"a process that made images ended with code {child.exitcode}, perhaps "
-                        "for want of memory. What was made is stored; the same command goes on. "
-                        "Give fewer --processes or --rows."
+                        "because memory ran out. Finished images are stored, and the same command "
+                        "makes the others. Give fewer --processes or --rows."
                     ) from None
                 continue
             if isinstance(found, E2EDiffError):

@@ -228,10 +228,10 @@ def test_another_set_in_out_is_refused_field_by_field_and_replaced_when_told(run
     assert Path("s/images/000000.png").read_bytes() != before
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("")
-    said = "mine: is not empty, and holds no set of images that began here."
+    said = "mine: is not empty, and holds no set of images made by e2ediff."
     assert refused(6, "sample", run, "--out", "mine")[0] == said
     (line,) = refused(6, "sample", run, "--out", "mine", "--overwrite")
-    assert "--overwrite leaves it alone" in line
+    assert "--overwrite does not touch it" in line
     assert Path("mine/thesis.txt").exists()
 
 
@@ -345,7 +345,7 @@ def test_a_process_that_dies_is_said_and_the_same_command_goes_on(run: str) -> N
         for child in multiprocessing.active_children():
             child.kill()
 
-    with pytest.raises(ResourceError, match=r"ended with code -9, .* the same command goes on\."):
+    with pytest.raises(ResourceError, match=r"ended with code -9, .* the same command makes "):
         make_set(request, host, processes=2, threads=1, say=said.append, update=kill)
     there = len(os.listdir("s/images"))
     assert 32 <= there < 512

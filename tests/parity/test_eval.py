@@ -192,7 +192,7 @@ def test_a_network_that_guides_is_pinned_by_its_content(tmp_path, host, tiny_tex
     )
     assert len(list(pickle.loads(sent).batches(0, 3, 3))) == 1
     train(host, str(tmp_path / "tiny.yaml"), ["steps=6"], str(weak), resume=True)
-    with pytest.raises(DataError, match=r"has changed while images .* guidance.checkpoint=images"):
+    with pytest.raises(DataError, match=r"saved a newer .* guidance.checkpoint=images"):
         next(pickle.loads(sent).batches(0, 3, 3))
     own = scored(*words, "guidance={name: autoguidance, scale: 2.0}", "--out", tmp_path / "own")
     passport = own["e2ediff"].passport
@@ -349,7 +349,7 @@ def test_inception_scores_with_other_weights_are_never_called_fid(tmp_path, host
     assert list(card.scores) == ["FD-Inception2015"]
     done = e2ediff("eval", *words, "kid", "--reference", tmp_path / "statistics.npz")
     assert done.code == 5
-    assert "has statistics alone, and the metrics need its images' features" in done.err
+    assert "has only statistics, but the metrics need features of images" in done.err
     broken = (*words, "fid", "--reference", tmp_path / "real.npz", "--sha256", "0" * 64)
     done = e2ediff("eval", *broken)
     assert done.code == 5

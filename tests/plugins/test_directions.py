@@ -253,14 +253,14 @@ def test_a_run_from_before_is_reported_by_the_names_of_its_figures(runs) -> None
     assert {columns[name] for name in WAYS} == {""}
     assert report["judged"] == "psnr"
     said = e2ediff("compare", *runs, "--judge", "gswd-RandomProjection4").err
-    assert "has no better or worse: no cell is called best" in said
+    assert "has no better direction, so no cell is called best" in said
 
 
 def test_runs_that_disagree_about_a_direction_are_not_judged_by_it(runs) -> None:
     file = Path("fast/figures.json")
     file.write_text(file.read_text().replace('"low"', '"high"'))
     said = e2ediff("compare", *runs, "--judge", "gswd-RandomProjection4").err
-    assert "has no better or worse: no cell is called best" in said
+    assert "has no better direction, so no cell is called best" in said
 
 
 def test_a_damaged_list_of_figures_says_what_to_do(runs) -> None:

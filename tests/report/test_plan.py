@@ -56,7 +56,7 @@ def test_a_problem_of_every_cell_is_told_once():
         (("--vary", "no.such.path=1,2"), 3, "unknown"),
         (("--vary", "objective=coupled,detached", "--baseline", "x"), 2, "--baseline 'x'"),
         (("--vary", "optimizer.lr=1e-3,0.001"), 2, "are the same recipe"),
-        (("--vary", "objective=coupled", "--seeds", "x"), 2, "is no seed"),
+        (("--vary", "objective=coupled", "--seeds", "x"), 2, "is not a seed"),
         (("--vary", "objective=coupled", "--set", "batch"), 2, "is not path=value"),
         (("--vary", "steps=4,8", "--match", "compute"), 2, "Leave one of them out"),
         (("--vary", "objective=a", "--jobs", "0"), 2, "--jobs"),
@@ -187,7 +187,7 @@ def test_options_that_a_named_part_loses_are_remarked_with_what_would_keep_them(
 def test_advice_to_set_an_option_says_how_one_value_gets_it():
     words = ("ablate", "tiny.yaml", "--dry-run", "--vary")
     done = e2ediff(*words, "objective=coupled,two_stage")
-    (advised,) = re.findall(r"\(In --vary, let the value bring it: (\+\S+)\.\)", done.err)
+    (advised,) = re.findall(r"\(In --vary, append to the value: (\+\S+)\.\)", done.err)
     assert done.code == 3
     assert e2ediff(*words, f"objective=coupled,two_stage{advised}").code == 0
     assert "In --vary" not in e2ediff(*words, "objective=two_stage").err

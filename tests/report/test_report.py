@@ -166,7 +166,7 @@ def test_figures_are_those_of_the_runs(made):
 def test_the_report_of_one_run(group):
     done = e2ediff("report", group / "runs" / "detached-seed1")
     assert (done.code, done.out) == (0, f"{group}/runs/detached-seed1/report.html\n")
-    assert "It has all of its steps: step 8 of 8, 64 images." in done.err
+    assert "All of its steps are done: step 8 of 8, 64 images." in done.err
     assert "Its latents show no sign of collapse." in done.err
     page = check_page(group / "runs" / "detached-seed1" / "report.html")
     assert "backbone.latent_dim" in page.text  # the whole recipe
