@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import torch
@@ -175,21 +175,15 @@ def reconstruct(net: Backbone, basis: Basis, width: float, recipe: Recipe) -> st
 def _sums(net: Backbone, chosen: Sequence[tuple[TrackedAverage, float]]) -> Mapping[str, Tensor]:
     sums = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in net.named_parameters()}
     for source, share in chosen:
-        for name, value in _parameters(source, sums):
-            sums[name].add_(value.double(), alpha=share)
+        tensors = source.checkpoint.tensors(source.file)
+        for name, total in sums.items():
+            if name not in tensors or tensors[name].shape != total.shape:
+                raise CheckpointError(
+                    f"{source.checkpoint.path}: weights '{source.file}' do not fit the network of "
+                    f"the recipe: {name}"
+                )
+            total.add_(tensors[name].double(), alpha=share)
     return sums
-
-
-def _parameters(
-    source: TrackedAverage, known: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    tensors, place = source.checkpoint.tensors(source.file), source.checkpoint.path
-    for name, like in known.items():
-        if name not in tensors or tensors[name].shape != like.shape:
-            raise CheckpointError(
-                f"{place}: weights '{source.file}' do not fit the network of the recipe: {name}"
-            )
-        yield name, tensors[name]
 
 
 def _training_images(recipe: Recipe, width: float) -> Tensor:
