@@ -6,8 +6,8 @@ Shapes: n images.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import cast
+from collections.abc import Mapping
+from typing import Any
 
 import attrs
 
@@ -23,7 +23,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.model.build import averagings
 from e2ediff.model.image_features import weights_sha256
-from e2ediff.model.inference import Model, Origin
+from e2ediff.model.inference import Model
 from e2ediff.model.labels import LabelLaw
 from e2ediff.sample.conditions import SetLaw, numbers_of
 from e2ediff.sample.load import ModelRef
@@ -94,25 +94,25 @@ def run_subject(
     """
     directory = RunDirectory.open(ref.run)
     opened = open_checkpoint(directory.store, ref.checkpoint)
-    samples = Samples(attrs.evolve(ref, checkpoint=opened.name), (), seed, model)
-    model = samples.model
-    samples.guides = tuple(other.origin.sha256 for other in model.others)
+    ref = attrs.evolve(ref, checkpoint=opened.name)
+    model = model or ref.load()
     recipe, conditioning = model.recipe, model.recipe.data.image.conditioning
-    samples.labels, taken = numbers_of(recipe, count, law, seed)
+    numbers, taken = numbers_of(recipe, count, law, seed)
+    guides = tuple(other.origin.sha256 for other in model.others)
     kinds = f"{taken}, {conditioning.kinds} classes" if conditioning.kinds else taken
     name = ref.weights or recipe.default_weights
     averaging = averagings(recipe).get(name)
-    average = cast("JSON", unstructure(host, averaging, Averaging)) if averaging else None
+    average: Any = unstructure(host, averaging, Averaging) if averaging else None
     options = average if isinstance(average, dict) else {}
-    guidance = recipe.guidance and unstructure(host, recipe.guidance, Guidance)
-    protocol = {
+    (example,) = model.tiles(model.image.conditioning.example(1), seed=0)
+    protocol: dict[str, Any] = {
         "made_by": "e2ediff",
         "label_law": kinds,
         "sampler": unstructure(host, recipe.sampler, Sampler),
-        "network_calls": network_calls(model),
-        "guidance": guidance,
+        "network_calls": example.passes,
+        "guidance": recipe.guidance and unstructure(host, recipe.guidance, Guidance),
     }
-    identity = {
+    identity: dict[str, Any] = {
         "recipe": recipe.name,
         "recipe_sha256": hashlib.sha256(directory.resolved().encode()).hexdigest(),
         "e2ediff": e2ediff.__version__,
@@ -126,23 +126,10 @@ def run_subject(
         "weights_sha256": weights_sha256(model.net),
         "seed": seed,
     }
-    own, what = cast("dict[str, JSON]", protocol), cast("dict[str, JSON]", identity)
-    own |= _guided_by(other.origin for other in model.others if other.origin.run != ref.run)
-    what |= _guided_by(other.origin for other in model.others if other.origin.run == ref.run)
-    return Subject(samples, count, own, what, taken, model)
-
-
-def _guided_by(origins: Iterable[Origin]) -> dict[str, JSON]:
-    """Describe further networks that guidance used; empty if it used none.
-
-    Networks of the run itself belong to the subject, as its weights do; those of other runs
-    belong to the protocol, and must agree.
-    """
-    found: list[JSON] = [origin_entry(origin) for origin in origins]
-    return {"guided_by": found} if found else {}
-
-
-def network_calls(model: Model) -> float:
-    """Count denoiser evaluations for one image, including those of guidance."""
-    (tile,) = model.tiles(model.image.conditioning.example(1), seed=0)
-    return tile.passes
+    # Networks of the run itself belong to the subject, as its weights do; those of other runs
+    # belong to the protocol, and must agree.
+    for other in model.others:
+        place = identity if other.origin.run == ref.run else protocol
+        place.setdefault("guided_by", []).append(origin_entry(other.origin))
+    samples = Samples(ref, numbers, seed, model, guides)
+    return Subject(samples, count, protocol, identity, taken, model)
