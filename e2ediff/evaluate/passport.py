@@ -135,16 +135,6 @@ def _score(name: str, s: dict[str, Any]) -> Score:
     return Score(float(s["value"]), s["error"], said, interval, better, metric=metric)
 
 
-def unlike(a: Card, b: Card, score: str) -> dict[str, tuple[JSON, JSON]]:
-    """Return the fields in which the measurements of a score differ, with both values."""
-    ours, theirs = (c.passport.measurement(c.scores[score]) for c in (a, b))
-    return {
-        field: (ours.get(field), theirs.get(field))
-        for field in sorted({*ours, *theirs})
-        if ours.get(field) != theirs.get(field)
-    }
-
-
 def write_card(folder: Address, card: Card) -> str:
     """Write a score file into a folder; return its address.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, UnlikeScoresError
-from e2ediff.evaluate.passport import Card, Score, parse_card, unlike
+from e2ediff.evaluate.passport import Card, Score, parse_card
 from e2ediff.figure import Better
 from e2ediff.store.storage import JSON, Store
 
@@ -28,11 +28,13 @@ def cards_of(run: Address) -> list[Card]:
 
 
 def differences(cards: Sequence[Card], score: str) -> dict[str, tuple[JSON, JSON]]:
-    """Return the fields in which any card's measurement differs from the first's."""
+    """Return the fields in which any card's measurement differs from the first's; both values."""
     found: dict[str, tuple[JSON, JSON]] = {}
-    for other in cards[1:]:
-        for field, values in unlike(cards[0], other, score).items():
-            found.setdefault(field, values)
+    first, *others = (c.passport.measurement(c.scores[score]) for c in cards)
+    for other in others:
+        for field in sorted({*first, *other}):
+            if first.get(field) != other.get(field):
+                found.setdefault(field, (first.get(field), other.get(field)))
     return found
 
 
