@@ -293,6 +293,9 @@ class Samples(ImageSet):
     guides: tuple[str, ...] | None = None
     _conditions: Conditions | None = None
 
+    def __attrs_post_init__(self) -> None:
+        self.place, self.count = self.ref.run, len(self.labels)
+
     @property
     def model(self) -> Model:
         """Load the run's model, in eval mode."""
@@ -312,16 +315,6 @@ class Samples(ImageSet):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_model": None, "_conditions": None}
-
-    @property
-    def place(self) -> str:  # type: ignore[override]
-        """Return the address of the run."""
-        return self.ref.run
-
-    @property
-    def count(self) -> int:  # type: ignore[override]
-        """Return the number of labels."""
-        return len(self.labels)
 
     @property
     def unit(self) -> int:  # type: ignore[override]
