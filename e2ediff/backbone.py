@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from e2ediff.condition import Condition
 from e2ediff.data import ImageSpec
-from e2ediff.latent import LatentContract, LatentNorm, statistics_hash
+from e2ediff.latent import LatentContract, LatentNorm, NormKind, statistics_hash
 
 
 @attrs.frozen
@@ -29,7 +29,7 @@ class LatentSpec:
 
     tokens: int
     dim: int
-    norm: str
+    norm: NormKind
     grid: tuple[int, int] | None = None
     learned: bool = True
 

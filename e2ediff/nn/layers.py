@@ -6,7 +6,7 @@ Shapes: B batch, C H W image, N tokens, W trunk width (image width is spelled ou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import attrs
@@ -253,6 +253,18 @@ class Context:
     tokens: Tensor
     start: int
 
+    @classmethod
+    def of(cls, condition: Tensor, places: Tensor, start: int) -> Context | None:
+        """Tokens of a condition (B, W), one for each learned place (K, W); None for none."""
+        return cls(condition[:, None] + places, start) if len(places) else None
+
+
+def context_problems(context: int, start: int, depth: int) -> list[tuple[str, str]]:
+    """What a backbone's `problems` says of `context_start`: its context would never join."""
+    if context == 0 or start < depth:
+        return []
+    return [("context_start", f"{start} is past the last block; there are {depth}")]
+
 
 class Trunk(nn.Module):
     """A stack of blocks, ended by a modulated norm; takes any number of tokens."""
@@ -293,6 +305,20 @@ class Trunk(nn.Module):
         x = x[:, extra:]
         shift, scale = self.final(c).chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale), features
+
+
+def parted(
+    x: Tensor,
+    features: Mapping[int, Tensor],
+    sizes: Sequence[int],
+    taps: Sequence[tuple[int, ...]],
+) -> list[tuple[Tensor, dict[int, Tensor]]]:
+    """Split a trunk's tokens and features into batches of these sizes, each with its own taps."""
+    split = {tap: torch.split(f, [*sizes]) for tap, f in features.items()}
+    return [
+        (own, {tap: split[tap][i] for tap in wanted})
+        for i, (own, wanted) in enumerate(zip(torch.split(x, [*sizes]), taps, strict=True))
+    ]
 
 
 def initialise(net: nn.Module, small: Iterable[Tensor], zero: Iterable[nn.Linear] = ()) -> None:

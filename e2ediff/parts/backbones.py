@@ -5,7 +5,7 @@ Shapes: B batch, C H W image, N tokens (one a patch), D latent channels, W trunk
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import attrs
@@ -13,20 +13,10 @@ import torch
 from attrs import validators
 from torch import Tensor, nn
 
-from e2ediff.backbone import (
-    BackboneConfig,
-    Decode,
-    Denoise,
-    Encode,
-    FusedBackbone,
-    LatentSpec,
-    Output,
-    Pass,
-    patch_problems,
-)
+from e2ediff.backbone import Decode, Denoise, Encode, FusedBackbone, LatentSpec, Output, Pass
 from e2ediff.data import ImageSpec
-from e2ediff.latent import LatentNorm, NormKind, norm_problems
-from e2ediff.nn.attention import Backend, use_attention
+from e2ediff.latent import NormKind, norm_problems
+from e2ediff.nn.backbone import PatchBackbone, PatchConfig
 from e2ediff.nn.layers import (
     MLP,
     Block,
@@ -37,6 +27,7 @@ from e2ediff.nn.layers import (
     Trunk,
     initialise,
     of_tokens,
+    parted,
     patchify,
     sincos_positions,
     unpatchify,
@@ -58,7 +49,7 @@ _OWN_STD = 0.5
 
 
 @attrs.frozen(kw_only=True)
-class ViTConfig(BackboneConfig):
+class ViTConfig(PatchConfig):
     """A vision transformer with one latent token for each patch.
 
     `width`, `depth` and `heads` shape the trunk; `patch` is the side of a patch in pixels and
@@ -89,10 +80,6 @@ class ViTConfig(BackboneConfig):
     public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748).
     """
 
-    width: int = attrs.field(validator=validators.gt(0))
-    depth: int = attrs.field(validator=validators.gt(0))
-    heads: int = attrs.field(validator=validators.gt(0))
-    patch: int = attrs.field(validator=validators.gt(0))
     latent_dim: int = attrs.field(validator=validators.gt(0))
     latent_norm: NormKind = "layer"
     trunks: Trunks = "one"
@@ -106,11 +93,10 @@ class ViTConfig(BackboneConfig):
     second_time: bool = False
     refine: int = attrs.field(default=0, validator=validators.ge(0))
     norm_prediction: bool = False
-    attention: Backend = "auto"
 
-    def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
+    def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
         """Sizes that do not divide one another."""
-        found = patch_problems(image, self.patch)
+        found = super().problems(image)
         if self.width % self.heads:
             found.append(("heads", f"{self.heads} does not divide the width, {self.width}"))
         if self.width % 4:
@@ -126,26 +112,21 @@ class ViTConfig(BackboneConfig):
         return ViT(self, image)
 
 
-class ViT(FusedBackbone):
+class ViT(PatchBackbone, FusedBackbone):
     """The network of `ViTConfig`; fuses passes that share a trunk into one batch."""
 
+    config: ViTConfig
     positions: Tensor
 
     def __init__(self, config: ViTConfig, image: ImageSpec) -> None:
-        super().__init__()
-        self.config = config
-        self.image = image
+        grid, width, dim = config.grid(image), config.width, config.latent_dim
+        tokens = grid[0] * grid[1]
+        super().__init__(config, image, LatentSpec(tokens, dim, config.latent_norm, grid))
         self.depth, self.width = config.depth, config.width
         self.masks = self.token_times = True
         self.second_time = config.second_time
         self.denoiser_apart = config.trunks in ("denoiser_apart", "three")
-        self.grid = (image.height // config.patch, image.width // config.patch)
-        tokens, width, dim = self.grid[0] * self.grid[1], config.width, config.latent_dim
-        pixels = image.channels * config.patch**2
-        self.latent = LatentSpec(tokens=tokens, dim=dim, norm=config.latent_norm, grid=self.grid)
-        self.latent_norm = LatentNorm(config.latent_norm, tokens, dim)
-
-        self.embed_pixels = nn.Linear(pixels, width)
+        self.embed_pixels = nn.Linear(image.channels * config.patch**2, width)
         self.embed_decode = nn.Linear(dim, width)
         self.embed_denoise = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
@@ -163,10 +144,10 @@ class ViT(FusedBackbone):
             for name in names:
                 self.embed_position[name] = nn.Parameter(torch.randn(tokens, width) * 0.02)
         elif config.position == "sincos":
-            place = sincos_positions(self.grid, width)
+            place = sincos_positions(grid, width)
             self.register_buffer("positions", place, persistent=False)
         if config.position == "rope":
-            self.rotary = Rotary(self.grid, width // config.heads)
+            self.rotary = Rotary(grid, width // config.heads)
 
         self.trunks = nn.ModuleDict({name: self._trunk() for name in names})
         self.head_latent = nn.Linear(width, dim)
@@ -256,17 +237,15 @@ class ViT(FusedBackbone):
             mine = [i for i, mode in enumerate(modes) if trunk_of[mode] == name]
             if not mine:
                 continue
-            sizes = [len(tokens[i]) for i in mine]
-            taps = frozenset(tap for i in mine for tap in passes[i].taps)
+            taps = [passes[i].taps for i in mine]
             x, features = trunk(
                 torch.cat([tokens[i] for i in mine]),
                 torch.cat([conditions[i] for i in mine]),
-                taps,
+                frozenset().union(*taps),
                 turn,
             )
-            split = {tap: f.split(sizes) for tap, f in features.items()}
-            for k, (i, h) in enumerate(zip(mine, x.split(sizes), strict=True)):
-                own = {tap: split[tap][k] for tap in passes[i].taps}
+            parts = parted(x, features, [len(tokens[i]) for i in mine], taps)
+            for i, (h, own) in zip(mine, parts, strict=True):
                 results[i] = self._head(passes[i], h, own)
         return [r for r in results if r is not None]
 
@@ -280,12 +259,3 @@ class ViT(FusedBackbone):
             return Output(self.latent_norm(out) if self.config.norm_prediction else out, features)
         pixels = unpatchify(self.head_pixels(h), self.config.patch, self.grid)
         return Output(self.refine(pixels).float(), features)
-
-    def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks of all trunks."""
-        return [m for m in self.modules() if isinstance(m, Block)]
-
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
-        """Choose the attention kernel and give it to every block."""
-        attention = self.config.attention
-        return use_attention(self, attention, device, dtype, self.latent.tokens)

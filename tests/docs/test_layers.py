@@ -237,7 +237,7 @@ def test_addresses_alone_opens_addresses_and_attention_alone_looks_for_kernels()
     weights = ["safetensors.SafetensorError", "safetensors.torch.load"]
     assert broken_by(contracts, CONTRACTS, {"torch", "attrs"}) == {"e2ediff/features.py": weights}
     assert broken_by(contracts, CONTRACTS, {"torch", "attrs"}, top=True) == {}
-    layers = [p for p in files_of("nn") if p.name != "attention.py"]
+    layers = [CORE / "nn" / "layers.py"]
     assert broken_by(layers, {"e2ediff.nn."}, {"torch", "attrs"}) == {}
     assert strangers(tree_of(CORE / "addresses.py"), CONTRACTS, {"torch", "attrs"}) == [
         "fsspec.core.split_protocol",

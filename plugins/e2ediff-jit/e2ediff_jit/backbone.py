@@ -5,7 +5,6 @@ Shapes: B batch, C H W image, N patches, D = C patch^2 pixels of a patch, W widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import attrs
@@ -13,11 +12,10 @@ import torch
 from attrs import validators
 from torch import Tensor, nn
 
-from e2ediff.backbone import Backbone, BackboneConfig, LatentSpec, patch_problems
+from e2ediff.backbone import LatentSpec
 from e2ediff.condition import Condition
 from e2ediff.data import ImageSpec
-from e2ediff.latent import LatentNorm
-from e2ediff.nn.attention import Backend, use_attention
+from e2ediff.nn.backbone import PatchBackbone, PatchConfig
 from e2ediff.nn.layers import (
     MLP,
     Block,
@@ -25,6 +23,7 @@ from e2ediff.nn.layers import (
     Rotary,
     TimeEmbedding,
     Trunk,
+    context_problems,
     initialise,
     patchify,
     sincos_positions,
@@ -33,7 +32,7 @@ from e2ediff.nn.layers import (
 
 
 @attrs.frozen(kw_only=True)
-class JiTConfig(BackboneConfig):
+class JiTConfig(PatchConfig):
     """A denoiser of pixels: the latent is the image, cut into patches.
 
     `width`, `depth` and `heads` shape the transformer; `patch` is the side of a patch in pixels.
@@ -41,9 +40,7 @@ class JiTConfig(BackboneConfig):
     `context` tokens of the condition join the patches after the first `context_start` blocks; 0
     leaves them out.
     `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
-    `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
-    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere. Beside a kernel
-    for half types alone, `sdpa` computes what is asked in float32.
+    `attention` is that of `vit`.
 
     Encoding and decoding have no weights and lose nothing, so every trained weight is the
     denoiser's, and the latent is not normalised: pixels lie in [-1, 1].
@@ -63,55 +60,43 @@ class JiTConfig(BackboneConfig):
         "backbone.context_start=1",
     )
 
-    width: int = attrs.field(validator=validators.gt(0))
-    depth: int = attrs.field(validator=validators.gt(0))
-    heads: int = attrs.field(validator=validators.gt(0))
-    patch: int = attrs.field(validator=validators.gt(0))
     bottleneck: int = attrs.field(default=128, validator=validators.gt(0))
     context: int = attrs.field(default=32, validator=validators.ge(0))
     context_start: int = attrs.field(default=4, validator=validators.ge(0))
     mlp_ratio: float = attrs.field(default=4.0, validator=validators.gt(0))
-    attention: Backend = "auto"
 
-    def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
+    def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
         """Sizes that do not divide one another, and context that would never join."""
-        found = patch_problems(image, self.patch)
+        found = super().problems(image)
         if self.width % self.heads or (self.width // self.heads) % 4:
             what = f"{self.heads} do not cut the width, {self.width}, into multiples of 4"
             found.append(("heads", what))
-        if self.context and self.context_start >= self.depth:
-            what = f"{self.context_start} is past the last block; there are {self.depth}"
-            found.append(("context_start", what))
-        return found
+        return found + context_problems(self.context, self.context_start, self.depth)
 
     def build(self, image: ImageSpec) -> JiT:
         """A freshly initialised network."""
         return JiT(self, image)
 
 
-class JiT(Backbone):
+class JiT(PatchBackbone):
     """The network of `JiTConfig`."""
 
+    config: JiTConfig
     positions: Tensor
 
     def __init__(self, config: JiTConfig, image: ImageSpec) -> None:
-        super().__init__()
-        c = self.config = config
-        self.image = image
+        c, grid, dim = config, config.grid(image), image.channels * config.patch**2
+        latent = LatentSpec(grid[0] * grid[1], dim, norm="none", grid=grid, learned=False)
+        super().__init__(config, image, latent, c.context)
         self.denoiser_apart = True
-        self.grid = (image.height // c.patch, image.width // c.patch)
-        tokens, dim = self.grid[0] * self.grid[1], image.channels * c.patch**2
-        self.latent = LatentSpec(tokens, dim, norm="none", grid=self.grid, learned=False)
-        self.latent_norm = LatentNorm("none", tokens, dim)
-
         self.embed_pixels = nn.Sequential(
             nn.Linear(dim, c.bottleneck, bias=False), nn.Linear(c.bottleneck, c.width)
         )
         self.embed_time = TimeEmbedding(c.width, 10000.0 ** (-torch.arange(128) / 128))
         self.embed_label = image.conditioning.embedding(c.width)
         self.embed_context = nn.Parameter(torch.empty(c.context, c.width))
-        self.register_buffer("positions", sincos_positions(self.grid, c.width), persistent=False)
-        self.rotary = Rotary(self.grid, c.width // c.heads, base=10000.0)
+        self.register_buffer("positions", sincos_positions(grid, c.width), persistent=False)
+        self.rotary = Rotary(grid, c.width // c.heads, base=10000.0)
 
         blocks = [
             Block(c.width, c.heads, MLP(c.width, c.mlp_ratio, "swiglu"), "block", norm="rms")
@@ -136,19 +121,8 @@ class JiT(Backbone):
         """Prediction (B, N, D) from z_t (B, N, D), t (B,) and a condition a row."""
         tokens = self.embed_pixels(z_t) + self.positions
         named = self.embed_label(condition)  # (B, W)
-        context = None
-        if self.config.context:
-            context = Context(named[:, None] + self.embed_context, self.config.context_start)
+        context = Context.of(named, self.embed_context, self.config.context_start)
         c = self.embed_time(t) + named
         h, _ = self.trunk(tokens, c, frozenset(), self.rotary(), context)
         out: Tensor = self.head_pixels(h).float()
         return out
-
-    def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks."""
-        return list(self.trunk.blocks)
-
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
-        """Choose the attention kernel and give it to every block."""
-        tokens = self.latent.tokens + self.config.context
-        return use_attention(self, self.config.attention, device, dtype, tokens)

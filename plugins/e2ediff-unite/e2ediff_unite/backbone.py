@@ -6,7 +6,7 @@ Shapes: B batch, C H W image, N registers, D latent channels, P patches, W width
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
@@ -14,27 +14,19 @@ import torch
 from attrs import validators
 from torch import Tensor, nn
 
-from e2ediff.backbone import (
-    BackboneConfig,
-    Decode,
-    Denoise,
-    Encode,
-    FusedBackbone,
-    LatentSpec,
-    Output,
-    Pass,
-    patch_problems,
-)
+from e2ediff.backbone import Decode, Denoise, Encode, FusedBackbone, LatentSpec, Output, Pass
 from e2ediff.condition import Condition, concatenate
 from e2ediff.data import ImageSpec
-from e2ediff.latent import LatentNorm, NormKind, norm_problems
-from e2ediff.nn.attention import Backend, use_attention
+from e2ediff.latent import NormKind, norm_problems
+from e2ediff.nn.backbone import PatchBackbone, PatchConfig
 from e2ediff.nn.layers import (
     Context,
     Rotary,
     TimeEmbedding,
     Trunk,
+    context_problems,
     initialise,
+    parted,
     patchify,
 )
 from e2ediff_unite.decoder import Decoder, DecoderConfig
@@ -42,7 +34,7 @@ from e2ediff_unite.encoder import NormedBlock
 
 
 @attrs.frozen(kw_only=True)
-class UniteConfig(BackboneConfig):
+class UniteConfig(PatchConfig):
     """A generative encoder, whose registers are the latent, and a decoder of its own.
 
     `width`, `depth` and `heads` shape the trunk that both encodes and denoises; `patch` is the
@@ -55,9 +47,7 @@ class UniteConfig(BackboneConfig):
     denoiser's answer through it too.
     `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
     `decoder` has the shape of the decoder, by default the trunk's.
-    `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
-    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere. Beside a kernel
-    for half types alone, `sdpa` computes what is asked in float32.
+    `attention` is that of `vit`.
 
     Source: UNITE (arXiv 2603.22283), and its released code for the shapes: adaLN-zero with RMSNorm
     before and after each block, SwiGLU, qk-norm, rotary positions on a line, sine-cosine
@@ -77,10 +67,6 @@ class UniteConfig(BackboneConfig):
         "backbone.context_start=1",
     )
 
-    width: int = attrs.field(validator=validators.gt(0))
-    depth: int = attrs.field(validator=validators.gt(0))
-    heads: int = attrs.field(validator=validators.gt(0))
-    patch: int = attrs.field(validator=validators.gt(0))
     registers: int = attrs.field(validator=validators.gt(0))
     latent_dim: int = attrs.field(validator=validators.gt(0))
     latent_norm: NormKind = "affine"
@@ -89,17 +75,14 @@ class UniteConfig(BackboneConfig):
     context_start: int = attrs.field(default=4, validator=validators.ge(0))
     mlp_ratio: float = attrs.field(default=4.0, validator=validators.gt(0))
     decoder: DecoderConfig = attrs.field(factory=DecoderConfig)
-    attention: Backend = "auto"
 
-    def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
+    def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
         """Sizes that do not divide one another, and context that would never join."""
-        found = patch_problems(image, self.patch)
+        found = super().problems(image)
         if self.width % (2 * self.heads):
             what = f"{self.heads} do not cut the width, {self.width}, into even parts"
             found.append(("heads", what))
-        if self.context and self.context_start >= self.depth:
-            what = f"{self.context_start} is past the last block; there are {self.depth}"
-            found.append(("context_start", what))
+        found += context_problems(self.context, self.context_start, self.depth)
         found += norm_problems(self.latent_norm, self.latent_dim)
         inner = self.decoder.filled(self.width, self.depth, self.heads).problems()
         return [*found, *((f"decoder.{field}", what) for field, what in inner)]
@@ -109,21 +92,17 @@ class UniteConfig(BackboneConfig):
         return UniteNet(self, image)
 
 
-class UniteNet(FusedBackbone):
+class UniteNet(PatchBackbone, FusedBackbone):
     """The network of `UniteConfig`; fuses passes of one kind into one batch."""
 
+    config: UniteConfig
     start: Tensor
 
     def __init__(self, config: UniteConfig, image: ImageSpec) -> None:
-        super().__init__()
-        c = self.config = config
-        self.image = image
+        c, latent = config, LatentSpec(config.registers, config.latent_dim, config.latent_norm)
+        super().__init__(config, image, latent, c.context)
         self.depth, self.width = c.depth, c.width
         self.encodes_from_noise = True
-        grid = (image.height // c.patch, image.width // c.patch)
-        self.latent = LatentSpec(c.registers, c.latent_dim, norm=c.latent_norm)
-        self.latent_norm = LatentNorm(c.latent_norm, c.registers, c.latent_dim)
-
         self.embed_pixels = nn.Linear(image.channels * c.patch**2, c.width)
         self.embed_latent = nn.Linear(c.latent_dim, c.width)
         self.embed_register = nn.Parameter(line_positions(c.registers, c.width))
@@ -131,14 +110,14 @@ class UniteNet(FusedBackbone):
         self.embed_label = image.conditioning.embedding(c.width)
         self.embed_context = nn.Parameter(torch.empty(c.context, c.width))
         self.register_buffer("start", even_noise(c.registers, c.latent_dim), persistent=False)
-        line = (c.registers + grid[0] * grid[1],)
+        line = (c.registers + self.grid[0] * self.grid[1],)
         self.rotary = Rotary(line, c.width // c.heads, base=10000.0)
 
         blocks = [NormedBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.depth)]
         self.trunk = Trunk(blocks, c.width, shared=False, norm="rms")
         self.head_latent = nn.Linear(c.width, c.latent_dim)
         own = c.decoder.filled(c.width, c.depth, c.heads)
-        self.decoder = Decoder(own, c.registers, c.latent_dim, c.patch, grid, image.channels)
+        self.decoder = Decoder(own, c.registers, c.latent_dim, c.patch, self.grid, image.channels)
         times = [m.weight for m in self.embed_time.layers if isinstance(m, nn.Linear)]
         table = self.embed_label.parameters(recurse=False)
         small = (*table, self.embed_context, *times)
@@ -207,26 +186,14 @@ class UniteNet(FusedBackbone):
             tokens = torch.cat([tokens, self.embed_pixels(patchify(x, self.config.patch))], dim=1)
         turn = self.rotary(tokens.shape[1])
         named = self.embed_label(concatenate([c for _, _, c in given]))  # (B, W)
-        context = None
-        if self.config.context:
-            context = Context(named[:, None] + self.embed_context, self.config.context_start)
-        taps = frozenset(tap for _, own in wanted for tap in own)
-        h, features = self.trunk(tokens, self.embed_time(t) + named, taps, turn, context)
-        values = self.head_latent(h[:, :n]).float().split(sizes)
-        split = {tap: f[:, :n].split(sizes) for tap, f in features.items()}
-        return [
-            (i, Output(values[k], {tap: split[tap][k] for tap in own}))
-            for k, (i, own) in enumerate(wanted)
-        ]
-
-    def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks of trunk and decoder."""
-        return [*self.trunk.blocks, *self.decoder.blocks]
-
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
-        """Choose the attention kernel and give it to every block."""
-        tokens = self.latent.tokens + self.config.context
-        return use_attention(self, self.config.attention, device, dtype, tokens)
+        context = Context.of(named, self.embed_context, self.config.context_start)
+        numbers, taps = zip(*wanted, strict=True)
+        h, features = self.trunk(
+            tokens, self.embed_time(t) + named, frozenset().union(*taps), turn, context
+        )
+        features = {tap: f[:, :n] for tap, f in features.items()}
+        parts = parted(self.head_latent(h[:, :n]).float(), features, sizes, taps)
+        return [(i, Output(*part)) for i, part in zip(numbers, parts, strict=True)]
 
 
 def normal_quantiles(count: int) -> Tensor:
