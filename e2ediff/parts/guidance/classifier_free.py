@@ -5,7 +5,9 @@ Shapes: B batch, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Generic, Self, TypeVar
 
 import attrs
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from e2ediff.condition import Condition, concatenate
 from e2ediff.denoiser import Denoiser
 from e2ediff.guidance import Guidance
-from e2ediff.interpolant import Estimate, Interpolant
+from e2ediff.interpolant import Estimate, Interpolant, Kind
 from e2ediff.sampler import Sampler
 
 _SCALE = validators.ge(0.0)
@@ -137,26 +139,35 @@ class APG(Guidance):
         return [("momentum", what)]
 
 
-class Wrapped(Denoiser):
-    """A denoiser on the interpolant of the one that it asks, `inner`."""
+G = TypeVar("G", bound=Guidance)
 
-    def __init__(self, inner: Denoiser) -> None:
+
+class Wrapped(Denoiser, Generic[G]):
+    """A denoiser made of another, `inner`, on its interpolant, as `guidance` says."""
+
+    def __init__(self, inner: Denoiser, guidance: G) -> None:
         self.inner = inner
+        self.guidance = guidance
 
     @property
     def path(self) -> Interpolant:
         """The inner denoiser's interpolant."""
         return self.inner.path
 
-    def clean(self, x0: Tensor, z_t: Tensor, t: float) -> Estimate:
-        """The estimate whose clean latent is x0 (B, N, D)."""
+    def for_step(self, t: float, s: float) -> Self:
+        """A copy around the inner denoiser of that step."""
+        step = copy.copy(self)
+        step.inner = self.inner.for_step(t, s)
+        return step
+
+    def with_and_without(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
+        """Estimates (2 B, N, D) with the condition and, after them, without; from one batch."""
+        return self.inner(torch.cat([z_t, z_t]), t, concatenate([condition, condition.null()]))
+
+    def estimate(self, value: Tensor, z_t: Tensor, t: float, kind: Kind = "x0") -> Estimate:
+        """The estimate whose clean latent, or whose form `kind`, is `value` (B, N, D)."""
         times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
-        return self.path.estimate(x0, z_t, times, "x0")
-
-
-def with_and_without(inner: Denoiser, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-    """Estimates (2 B, N, D) with the condition and, after them, without; from one batch."""
-    return inner(torch.cat([z_t, z_t]), t, concatenate([condition, condition.null()]))
+        return self.path.estimate(value, z_t, times, kind)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -164,97 +175,67 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=(1, 2), keepdim=True)
 
 
-class _Guided(Wrapped):
-    def __init__(self, inner: Denoiser, guidance: ClassifierFree) -> None:
-        super().__init__(inner)
-        self.guidance = guidance
-
-    def for_step(self, t: float, s: float) -> Denoiser:
-        return _Guided(self.inner.for_step(t, s), self.guidance)
-
+class _Guided(Wrapped[ClassifierFree]):
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         g = self.guidance
         if not g.t_min <= t <= g.t_max:
             return self.inner(z_t, t, condition)
-        both = with_and_without(self.inner, z_t, t, condition)
-        conditional, unconditional = both.x0.chunk(2)
-        return self.clean(unconditional + g.scale * (conditional - unconditional), z_t, t)
+        conditional, unconditional = self.with_and_without(z_t, t, condition).x0.chunk(2)
+        return self.estimate(unconditional + g.scale * (conditional - unconditional), z_t, t)
 
 
-class _Renoised(Wrapped):
-    def __init__(self, inner: Denoiser, guidance: CFGPlusPlus, gain: float = 1.0) -> None:
-        super().__init__(inner)
-        self.guidance = guidance
-        self.gain = gain  # 1 / (1 - e^-h); 1 for the step that ends at the data
+class _Renoised(Wrapped[CFGPlusPlus]):
+    gain = 1.0  # 1 / (1 - e^-h); 1 for the step that ends at the data
 
-    def for_step(self, t: float, s: float) -> Denoiser:
-        at = torch.tensor([t, s], dtype=torch.float64)
+    def for_step(self, t: float, s: float) -> Self:
+        step, at = super().for_step(t, s), torch.tensor([t, s], dtype=torch.float64)
         (a, a_end), (b, b_end) = self.path.alpha(at).tolist(), self.path.sigma(at).tolist()
-        gain = 1 / (1 - a * b_end / (a_end * b))
-        return _Renoised(self.inner.for_step(t, s), self.guidance, gain)
+        step.gain = 1 / (1 - a * b_end / (a_end * b))
+        return step
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         if self.guidance.strength == 0:
             return self.inner(z_t, t, condition.null())
-        both = with_and_without(self.inner, z_t, t, condition)
-        conditional, unconditional = both.x0.chunk(2)
+        conditional, unconditional = self.with_and_without(z_t, t, condition).x0.chunk(2)
         scale = self.guidance.strength * self.gain
-        return self.clean(unconditional + scale * (conditional - unconditional), z_t, t)
+        return self.estimate(unconditional + scale * (conditional - unconditional), z_t, t)
 
 
-class _Rescaled(Wrapped):
-    def __init__(self, inner: Denoiser, guidance: CFGZeroStar, *, waits: bool = False) -> None:
-        super().__init__(inner)
-        self.guidance = guidance
-        self.waits = waits  # through a whole step
+class _Rescaled(Wrapped[CFGZeroStar]):
+    waits = False  # through a whole step
 
-    def for_step(self, t: float, s: float) -> Denoiser:
-        waits = s <= self.guidance.zero_until and s < 1  # the last step has an answer to give
-        inner = self.inner.for_step(t, s)
-        return _Rescaled(inner, self.guidance, waits=waits)
+    def for_step(self, t: float, s: float) -> Self:
+        step = super().for_step(t, s)
+        step.waits = s <= self.guidance.zero_until and s < 1  # the last step has to answer
+        return step
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-        times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
         if self.waits:
-            return self.path.estimate(torch.zeros_like(z_t), z_t, times, "v")
-        both = with_and_without(self.inner, z_t, t, condition)
-        conditional, unconditional = both.v.chunk(2)
-        along = _dot(conditional, unconditional) / _dot(unconditional, unconditional).clamp_min(
-            1e-8
-        )
-        base = along * unconditional
-        v = base + self.guidance.scale * (conditional - base)
-        return self.path.estimate(v, z_t, times, "v")
+            return self.estimate(torch.zeros_like(z_t), z_t, t, "v")
+        conditional, unconditional = self.with_and_without(z_t, t, condition).v.chunk(2)
+        length = _dot(unconditional, unconditional).clamp_min(1e-8)
+        base = _dot(conditional, unconditional) / length * unconditional
+        return self.estimate(base + self.guidance.scale * (conditional - base), z_t, t, "v")
 
 
-class _Projected(Wrapped):
+class _Projected(Wrapped[APG]):
     """Remembers the difference that a step began with, for the next step's momentum.
 
     Each step has an object of its own, so that the same question has the same answer.
     """
 
-    def __init__(
-        self,
-        inner: Denoiser,
-        guidance: APG,
-        before: Tensor | None = None,
-        *,
-        stepping: bool = False,
-    ) -> None:
-        super().__init__(inner)
-        self.guidance = guidance
-        self.before = before
-        self.stepping = stepping
-        self.first: Tensor | None = None
+    before: Tensor | None = None
+    first: Tensor | None = None
+    stepping = False
 
-    def for_step(self, t: float, s: float) -> Denoiser:
-        inner = self.inner.for_step(t, s)
-        return _Projected(inner, self.guidance, self.first, stepping=True)
+    def for_step(self, t: float, s: float) -> Self:
+        step = super().for_step(t, s)
+        step.before, step.first, step.stepping = self.first, None, True
+        return step
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         g = self.guidance
-        both = with_and_without(self.inner, z_t, t, condition)
-        conditional, unconditional = both.x0.chunk(2)
+        conditional, unconditional = self.with_and_without(z_t, t, condition).x0.chunk(2)
         difference = conditional - unconditional
         if self.before is not None:
             difference = difference + g.momentum * self.before
@@ -266,4 +247,4 @@ class _Projected(Wrapped):
         share = _dot(difference, conditional) / _dot(conditional, conditional).clamp_min(1e-8)
         along = share * conditional
         x0 = conditional + (g.scale - 1) * (difference - along + g.eta * along)
-        return self.clean(x0, z_t, t)
+        return self.estimate(x0, z_t, t)
