@@ -7,19 +7,8 @@ from typing import Any
 
 import attrs
 
+from e2ediff import testing
 from e2ediff.host.recipe import Recipe
-from e2ediff.testing.networks import check_backbone, check_objective, check_regularizer
-from e2ediff.testing.paths import check_interpolant, check_times
-from e2ediff.testing.sampling import check_guidance, check_sampler
-from e2ediff.testing.surroundings import (
-    check_averaging,
-    check_diagnostic,
-    check_features,
-    check_metric,
-    check_optimizer,
-    check_source,
-    check_tracker,
-)
 
 
 @attrs.frozen
@@ -57,42 +46,33 @@ def _alone(check: Callable[[Any], None]) -> Callable[[Any, Recipe], None]:
     return lambda part, recipe: check(part)
 
 
+def _backbone(part: Any, recipe: Recipe) -> None:
+    testing.check_backbone(part, recipe.data.image)
+
+
+def _objective(part: Any, recipe: Recipe) -> None:
+    testing.check_objective(part, recipe.backbone)
+
+
+_PERCEPTUAL = "objective.reconstruction.perceptual"
+_SCORES = "scores={every: 16, images: 16, features: random_projection, metrics: [NAME]}"
 KINDS: tuple[Kind, ...] = (
+    Kind("backbones", "backbone", _backbone, trained=True),
+    Kind("interpolants", "interpolant", _alone(testing.check_interpolant), trained=True),
+    Kind("time_samplers", "times", _alone(testing.check_times), trained=True),
+    Kind("objectives", "objective", _objective, trained=True),
     Kind(
-        "backbones",
-        "backbone",
-        lambda part, recipe: check_backbone(part, recipe.data.image),
-        trained=True,
+        "regularizers", "regularizers", _alone(testing.check_regularizer), many=True, trained=True
     ),
-    Kind("interpolants", "interpolant", _alone(check_interpolant), trained=True),
-    Kind("time_samplers", "times", _alone(check_times), trained=True),
-    Kind(
-        "objectives",
-        "objective",
-        lambda part, recipe: check_objective(part, recipe.backbone),
-        trained=True,
-    ),
-    Kind("regularizers", "regularizers", _alone(check_regularizer), many=True, trained=True),
-    Kind("guidance", "guidance", _alone(check_guidance)),
-    Kind("samplers", "sampler", _alone(check_sampler)),
-    Kind("sources", "data", _alone(check_source)),
-    Kind("optimizers", "optimizer", _alone(check_optimizer)),
-    Kind("diagnostics", "diagnostics", _alone(check_diagnostic), many=True),
-    Kind("trackers", "trackers", _alone(check_tracker), many=True),
-    Kind(
-        "features",
-        "objective.reconstruction.perceptual",
-        _alone(check_features),
-        trained=True,
-    ),
-    Kind(
-        "metrics",
-        "scores.metrics",
-        _alone(check_metric),
-        many=True,
-        block="scores={every: 16, images: 16, features: random_projection, metrics: [NAME]}",
-    ),
-    Kind("averages", "target", _alone(check_averaging)),
+    Kind("guidance", "guidance", _alone(testing.check_guidance)),
+    Kind("samplers", "sampler", _alone(testing.check_sampler)),
+    Kind("sources", "data", _alone(testing.check_source)),
+    Kind("optimizers", "optimizer", _alone(testing.check_optimizer)),
+    Kind("diagnostics", "diagnostics", _alone(testing.check_diagnostic), many=True),
+    Kind("trackers", "trackers", _alone(testing.check_tracker), many=True),
+    Kind("features", _PERCEPTUAL, _alone(testing.check_features), trained=True),
+    Kind("metrics", "scores.metrics", _alone(testing.check_metric), many=True, block=_SCORES),
+    Kind("averages", "target", _alone(testing.check_averaging)),
 )
 """To add a kind, add its registry to `e2ediff.host.registry.KINDS`, a row here, and a template."""
 

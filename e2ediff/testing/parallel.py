@@ -9,20 +9,20 @@ import sys
 import traceback
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.step.assembly import assemble
-from e2ediff.step.draws import draw_for
 from e2ediff.testing.source import Source
-from e2ediff.testing.trials import Trial, compare, gradients, gradients_of, share, trial_batch
+from e2ediff.testing.trials import Trial, compare, gradients
 
 _HERE = "127.0.0.1"
 _LIMIT = 180.0  # seconds for both processes, imports included
@@ -91,16 +91,8 @@ def _step(spec: Mapping[str, Any], rank: int) -> None:
     torch.distributed.init_process_group(
         "gloo", store=TCPStore(_HERE, spec["port"]), rank=rank, world_size=2, timeout=_PATIENCE
     )
-    parts, found = assemble(recipe, torch.device("cpu")), dict[str, Tensor]()
-    batch = trial_batch(recipe)
-    part = share(batch, rank, len(batch.x) // 2)
-    for phase in recipe.objective.phases:
-        wrapped = nn.parallel.DistributedDataParallel(parts.step, find_unused_parameters=True)
-        parts.step.zero_grad()
-        draw = draw_for(recipe, part.condition, f"trial-{phase}", 0, rank)
-        wrapped(part, draw, phase)[0].backward()
-        found |= {f"{phase}: {k}": g for k, g in gradients_of(parts.nets.online)}
-        found |= {f"{phase}: heads.{k}": g for k, g in gradients_of(parts.nets.heads)}
+    wrap = partial(nn.parallel.DistributedDataParallel, find_unused_parameters=True)
+    found = gradients(recipe, assemble(recipe, torch.device("cpu")), shares=(rank,), wrap=wrap)
     if rank == 0:
         save_file(found, spec["out"])
     torch.distributed.barrier()  # neither goes while the other still reads from it

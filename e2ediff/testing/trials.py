@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2ediff import hookimpl
-from e2ediff.data import Batch
 from e2ediff.errors import PluginError
 from e2ediff.host.discovery import Plugin
 from e2ediff.host.plugins import Host
@@ -31,6 +30,7 @@ from e2ediff.sample.load import load_model
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.compiling import recompute, untraced
 from e2ediff.step.draws import draw_for
+from e2ediff.step.step import Step
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 from e2ediff.testing.kinds import kind_of
@@ -283,46 +283,35 @@ def gradients(
     parts: Assembly,
     losses: dict[str, Tensor] | None = None,
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    shares: Sequence[int] = (0, 1),
+    wrap: Callable[[Step], nn.Module] = lambda step: step,
 ) -> dict[str, Tensor]:
-    """Gradients of one step of every phase by name, from two shares of a batch.
+    """Gradients of one step of every phase by name, from the two halves of a batch.
 
-    The losses, summed over the shares, are added to `losses`; they are computed in `around()`.
+    The losses, summed over the halves, are added to `losses`; they are computed in `around()`.
+    `shares` are the halves that are taken; `wrap` makes of the step what is called in each phase.
     """
-    batch, found, shards = trial_batch(recipe), dict[str, Tensor](), 2
-    size = len(batch.x) // shards
+    source, kind = recipe.data.open(), recipe.data.image.conditioning
+    batch = fixed_images(source, kind, recipe.batch, recipe.seed, "trial", torch.device("cpu"))
+    found, size = dict[str, Tensor](), len(batch.x) // 2
     losses = {} if losses is None else losses
     for phase in recipe.objective.phases:
-        parts.nets.online.zero_grad()
-        parts.nets.heads.zero_grad()
-        for shard in range(shards):
-            part = share(batch, shard, size)
+        step = wrap(parts.step)
+        step.zero_grad()
+        for shard in shares:
+            part = batch.rows(slice(shard * size, (shard + 1) * size))
             draw = draw_for(recipe, part.condition, f"trial-{phase}", 0, shard)
             with around():
-                total, terms, _ = parts.step(part, draw, phase)
-            (total / shards).backward()
+                total, terms, _ = step(part, draw, phase)
+            (total / len(shares)).backward()
             for name, loss in terms.items():
                 key = f"{_LOSS}{phase}: {name}"
                 losses[key] = losses.get(key, torch.zeros(())) + loss
-        found |= {f"{phase}: {k}": g for k, g in gradients_of(parts.nets.online)}
-        found |= {f"{phase}: heads.{k}": g for k, g in gradients_of(parts.nets.heads)}
+        for prefix, module in (("", parts.nets.online), ("heads.", parts.nets.heads)):
+            for key, p in module.named_parameters():
+                if p.grad is not None and p.grad.any():  # one that is zero counts as none
+                    found[f"{phase}: {prefix}{key}"] = p.grad.clone()
     return found
-
-
-def gradients_of(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The gradients that there are, by parameter; one that is zero counts as none."""
-    named = [(k, p.grad.clone()) for k, p in module.named_parameters() if p.grad is not None]
-    return [(k, g) for k, g in named if g.any()]
-
-
-def trial_batch(recipe: Recipe) -> Batch:
-    """Training images, always the same."""
-    source, kind = recipe.data.open(), recipe.data.image.conditioning
-    return fixed_images(source, kind, recipe.batch, recipe.seed, "trial", torch.device("cpu"))
-
-
-def share(batch: Batch, shard: int, size: int) -> Batch:
-    """The images of one share."""
-    return batch.rows(slice(shard * size, (shard + 1) * size))
 
 
 def compare(plain: dict[str, Tensor], other: dict[str, Tensor], where: str) -> None:
