@@ -1,83 +1,88 @@
 """Read images for `e2ediff data check` and `data stats`.
 
-Shapes: M images examined, C channels.
+Shapes: C H W image.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import attrs
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from e2ediff.data import DataSource, SourceConfig
+from e2ediff.data import DataSource, SourceConfig, from_pixels
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.files.location import Location
 from e2ediff.loading.batches import read
+from e2ediff.metric import Accumulator
 from e2ediff.parts.sources import Shards
 from e2ediff.parts.sources.shards import read_prepared, verify_hashes
 
 _EACH = 64
 
 
-class _Seen(NamedTuple):
-    looked_at: int
-    decoded: int
-    bad: tuple[tuple[str, str], ...]
-    sizes: Tensor
-    total: Tensor
-    square: Tensor
-    colour: int
-
-
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Examined:
-    """Result of an examination: `bad` has path and fault of each unusable image.
+    """Result of an examination: what was seen of `count` images.
 
-    `sizes` (M, 2) are widths and heights as stored; `mean` and `std` (C,) are of the cropped
-    pixels in [-1, 1], empty after a quick pass; `colour` is the number of images not grey.
+    `bad` has path and fault of each unusable image, `shorter` the length of the shorter side of
+    the others as stored; `pixels` holds mean and covariance of the cropped pixels in [-1, 1], none
+    after a quick pass; `colour` is the number of images that are not grey.
     """
 
-    count: int
-    bad: tuple[tuple[str, str], ...]
-    sizes: Tensor
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    colour: int
+    count: int = 0
+    bad: list[tuple[str, str]] = attrs.field(factory=list)
+    shorter: array[int] = attrs.field(factory=lambda: array("q"))
+    pixels: Accumulator = attrs.field(factory=Accumulator)
+    colour: int = 0
+
+    @property
+    def mean(self) -> list[float]:
+        """Means of the channels, (C,); empty after a quick pass."""
+        found: list[float] = self.pixels.mean.tolist()
+        return found
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviations of the channels, (C,); empty after a quick pass."""
+        variance = self.pixels.scatter.diagonal() / max(1, self.pixels.count)
+        found: list[float] = variance.sqrt().tolist()
+        return found
+
+    def add(self, other: Examined) -> None:
+        """Include what was seen of other images."""
+        self.count += other.count
+        self.bad += other.bad
+        self.shorter += other.shorter
+        self.pixels.merge(other.pixels)
+        self.colour += other.colour
 
 
-class _Chunks(Dataset[_Seen | str]):
+class _Chunks(Dataset[Examined | str]):
     def __init__(self, source: DataSource, indices: Sequence[int], *, quick: bool) -> None:
         self.source = source
         self.indices = indices
         self.quick = quick
 
-    def __getitem__(self, k: int) -> _Seen | str:
-        bad, sizes, decoded, colour = [], [], 0, 0
-        total = square = torch.zeros(0, dtype=torch.float64)
+    def __getitem__(self, k: int) -> Examined | str:
         chunk = self.indices[k * _EACH : (k + 1) * _EACH]
+        seen = Examined(count=len(chunk))
         for i in chunk:
             try:
                 size = self.source.original_size(i)
-                sizes.append((size.width, size.height))
+                seen.shorter.append(min(size.width, size.height))
                 if self.quick:
                     continue
                 x = self.source.read([i])[0][0]
             except BadImageError as error:
-                bad.append((error.place, error.what))
+                seen.bad.append((error.place, error.what))
                 continue
             except DataError as error:
                 return str(error)
-            decoded += 1
-            pixels = x.double().flatten(1) / 127.5 - 1  # (C, H W)
-            total = pixels.mean(dim=1) + (total if len(total) else 0)
-            square = pixels.square().mean(dim=1) + (square if len(square) else 0)
-            colour += int(len(x) > 1 and not bool((x == x[:1]).all()))
-        rows = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
-        return _Seen(len(chunk), decoded, tuple(bad), rows, total, square, colour)
+            seen.pixels.add(from_pixels(x.flatten(1).T))  # (H W, C)
+            seen.colour += int(len(x) > 1 and not bool((x == x[:1]).all()))
+        return seen
 
 
 def compare_hashes(config: SourceConfig) -> None:
@@ -108,31 +113,10 @@ def examine(
         ResourceError: The system killed a worker process.
     """
     chunks = -(-len(indices) // _EACH)
-    seen: list[_Seen] = []
-    count = broken = 0
-    items = _Chunks(source, indices, quick=quick)
+    whole, items = Examined(), _Chunks(source, indices, quick=quick)
     for item in read(items, range(chunks), workers, option="--workers"):
         if isinstance(item, str):
             raise DataError(item)
-        seen.append(item)
-        count, broken = count + item.looked_at, broken + len(item.bad)
-        progress(f"{count:,} of {len(indices):,} images, {broken:,} broken")
-    mean, std = _moments([s for s in seen if s.decoded])
-    return Examined(
-        count,
-        tuple(row for s in seen for row in s.bad),
-        torch.cat([s.sizes for s in seen]) if seen else torch.zeros(0, 2),
-        mean,
-        std,
-        sum(s.colour for s in seen),
-    )
-
-
-def _moments(seen: Sequence[_Seen]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if not seen:
-        return (), ()
-    images = sum(s.decoded for s in seen)
-    mean = torch.stack([s.total for s in seen]).sum(0) / images
-    square = torch.stack([s.square for s in seen]).sum(0) / images
-    std = (square - mean.square()).clamp_min(0).sqrt()
-    return tuple(mean.tolist()), tuple(std.tolist())
+        whole.add(item)
+        progress(f"{whole.count:,} of {len(indices):,} images, {len(whole.bad):,} broken")
+    return whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -35,12 +36,10 @@ def lines(source: DataSource, config: SourceConfig, seen: Examined) -> Iterator[
         kind = config.image.conditioning
         words = "unconditional" if kind == ClassLabels(0) else f"conditioned on {kind.title}"
         yield f"classes     0 ({words})"
-    if len(seen.sizes):
-        shorter = seen.sizes.min(dim=1).values.sort().values
-        middle = int(shorter[len(shorter) // 2])
+    if sides := _shorter_sides(seen):
         yield (
-            f"sizes       shorter side {int(shorter[0])} to {int(shorter[-1])} pixels, median "
-            f"{middle}, of {len(shorter):,} images looked at"
+            f"sizes       shorter side {sides['min']} to {sides['max']} pixels, median "
+            f"{sides['median']}, of {len(seen.shorter):,} images looked at"
         )
     for name, values in (("mean", seen.mean), ("std", seen.std)):
         if values:
@@ -60,6 +59,14 @@ def _class_lines(source: DataSource, config: SourceConfig, per: Tensor) -> Itera
         shown = ", ".join(map(word, empty[:5])) + (", ..." if len(empty) > 5 else "")
         yield f"            {len(empty):,} of {len(per):,} classes without an image ({shown})"
     yield f"imbalance   {high / max(1, low):.1f} times as many in the largest as in the smallest"
+
+
+def _shorter_sides(seen: Examined) -> dict[str, int]:
+    """Return the range and the median of the shorter sides in pixels, nothing of no image."""
+    sides = sorted(seen.shorter)
+    if not sides:
+        return {}
+    return {"min": sides[0], "median": sides[len(sides) // 2], "max": sides[-1]}
 
 
 def _names(source: DataSource, config: SourceConfig) -> Sequence[str]:
@@ -87,15 +94,13 @@ def as_json(
     Sizes are pixels of the shorter side of the examined images; `mean` and `std` are of channels
     in [-1, 1].
     """
-    shorter = seen.sizes.min(dim=1).values.sort().values if len(seen.sizes) else None
     found: dict[str, Any] = {"images": len(source), "looked_at": seen.count}
     found["classes"] = [
         {"label": label, "name": name, "images": count}
         for label, name, count in every_class(source, config)
     ]
-    if shorter is not None:
-        middle = int(shorter[len(shorter) // 2])
-        found["sizes"] = {"min": int(shorter[0]), "median": middle, "max": int(shorter[-1])}
+    if sides := _shorter_sides(seen):
+        found["sizes"] = sides
     found |= {"mean": seen.mean, "std": seen.std}
     found["broken"] = [{"image": place, "what": what} for place, what in seen.bad]
     return {**found, "proposed": proposed(host, source, config, seen)}
@@ -109,9 +114,9 @@ def proposed(
     options = {field.name for field in attrs.fields(type(config))}  # type: ignore[arg-type]
     told = unstructure(host, config, SourceConfig)
     prepared = isinstance(told, dict) and told.get("name") == "shards"
-    if "size" in options and len(seen.sizes) and not prepared:
-        shorter = seen.sizes.min(dim=1).values.median()
-        changes["size"] = max([s for s in _SIZES if s <= int(shorter)], default=_SIZES[0])
+    if "size" in options and seen.shorter and not prepared:
+        middle = statistics.median_low(seen.shorter)
+        changes["size"] = max([s for s in _SIZES if s <= middle], default=_SIZES[0])
     if "channels" in options and seen.mean and not prepared:
         changes["channels"] = 3 if seen.colour else 1
     if "sampling" in options and (classes := config.image.classes):
