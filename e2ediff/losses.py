@@ -14,10 +14,10 @@ from attrs import validators
 from torch import Tensor, nn
 from torch.nn import functional
 
-from e2ediff.backbone import Denoise
+from e2ediff.backbone import Backbone, Denoise
 from e2ediff.features import FeatureConfig
 from e2ediff.interpolant import Estimate, Interpolant, spread
-from e2ediff.objective import Draw, Nets
+from e2ediff.objective import Draw, Nets, Objective
 
 Space = Literal["x0", "v", "eps"]
 SPACES: tuple[Space, ...] = get_args(Space)
@@ -227,6 +227,20 @@ def mean_clean_loss(
         for out, n in zip(outs, levels, strict=True)
     ]
     return torch.stack(losses).mean()
+
+
+@attrs.frozen(kw_only=True)
+class AutoencoderObjective(Objective):
+    """An objective whose decoder is trained to give the images back.
+
+    `reconstruction` says how decoded images are compared with the originals.
+    """
+
+    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The perceptual network, where one is named."""
+        return self.reconstruction.frozen()
 
 
 @attrs.frozen(kw_only=True)

@@ -10,23 +10,22 @@ from typing import ClassVar
 
 import attrs
 from attrs import validators
-from torch import nn
 
-from e2ediff.backbone import Backbone, Decode
+from e2ediff.backbone import Decode
 from e2ediff.data import Batch
 from e2ediff.losses import (
+    AutoencoderObjective,
     DecodeNoise,
-    PixelLoss,
     Space,
     mean_clean_loss,
     noise_levels,
     unfit_prediction,
 )
-from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+from e2ediff.objective import Draw, Nets, Terms, sg
 
 
 @attrs.frozen(kw_only=True)
-class Coupled(Objective):
+class Coupled(AutoencoderObjective):
     """Naive joint training: the velocity loss reaches the encoder through input and target.
 
     Expected to collapse: its best value is (pi / 2) tr Sigma^(1/2) of the latents, which falls
@@ -39,7 +38,6 @@ class Coupled(Objective):
     Source: the failing baseline of DSD (arXiv 2511.14716), "latent collapse".
     """
 
-    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
 
@@ -57,10 +55,6 @@ class Coupled(Objective):
         weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
         return Terms(losses, weights, z)
 
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
-
     def stops(self, phase: str) -> Collection[str]:
         """None: the velocity loss reaches the encoder, which is the point."""
         return ()
@@ -71,7 +65,7 @@ class Coupled(Objective):
 
 
 @attrs.frozen(kw_only=True)
-class Detached(Objective):
+class Detached(AutoencoderObjective):
     """The denoiser learns the latents, and the latents learn nothing from the denoiser.
 
     Both the denoiser's input and its target are stopped; only shared weights couple the two.
@@ -86,7 +80,6 @@ class Detached(Objective):
     Source: the stop-gradients of UNITE (arXiv 2603.22283), section 3.
     """
 
-    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     weight: Space = "x0"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
@@ -107,10 +100,6 @@ class Detached(Objective):
         weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
         return Terms(losses, weights, z)
 
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
-
     def stops(self, phase: str) -> Collection[str]:
         """The denoiser learns from stopped latents."""
         return ("denoising",)
@@ -121,7 +110,7 @@ class Detached(Objective):
 
 
 @attrs.frozen(kw_only=True)
-class TwoStage(Objective):
+class TwoStage(AutoencoderObjective):
     """First the autoencoder, then, with the autoencoder as it is, the denoiser.
 
     `autoencoder_fraction` of the training images go to the first stage.
@@ -135,7 +124,6 @@ class TwoStage(Objective):
     phases: ClassVar[tuple[str, ...]] = ("autoencoder", "denoiser")
     trial: ClassVar[tuple[str, ...]] = ("backbone.trunks=denoiser_apart",)
 
-    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
     autoencoder_fraction: float = attrs.field(
         default=0.5, validator=[validators.gt(0), validators.lt(1)]
     )
@@ -161,10 +149,6 @@ class TwoStage(Objective):
         """The autoencoder's fraction first, the denoiser's the rest."""
         cut = self.autoencoder_fraction
         return (0.0, cut) if phase == "autoencoder" else (cut, 1.0)
-
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
 
     def stops(self, phase: str) -> Collection[str]:
         """The second stage leaves the first as it is."""

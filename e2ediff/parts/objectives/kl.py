@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from e2ediff.backbone import Backbone, Decode, Encode
 from e2ediff.data import Batch
 from e2ediff.losses import (
-    PixelLoss,
+    AutoencoderObjective,
     Space,
     mean_clean_loss,
     noise_levels,
     unfit_prediction,
 )
-from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+from e2ediff.objective import Draw, Nets, Terms, sg
 
 _START = -4.0  # log-variance of a fresh head: a std of 0.14 on latents of unit scale
 
 
 @attrs.frozen(kw_only=True)
-class KL(Objective):
+class KL(AutoencoderObjective):
     """A variational autoencoder, whose sampled latents the denoiser learns without a say in them.
 
         q(z | x) = N(z, s^2),   KL = 1/2 (z^2 + s^2 - 1 - log s^2), averaged over elements
@@ -50,7 +50,6 @@ class KL(Objective):
         default=None, validator=validators.optional(validators.gt(0.0))
     )
     kl_weight: float = attrs.field(default=1e-6, validator=validators.ge(0))
-    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     weight: Space = "x0"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
@@ -86,10 +85,6 @@ class KL(Objective):
         nn.init.zeros_(head.weight)
         nn.init.constant_(head.bias, _START)
         return nn.ModuleDict({"log_variance": head})
-
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
 
     def stops(self, phase: str) -> Collection[str]:
         """The denoiser learns from stopped latents."""

@@ -18,16 +18,16 @@ from e2ediff.backbone import Backbone, Decode, Encode, Output
 from e2ediff.condition import class_labels
 from e2ediff.data import Batch
 from e2ediff.losses import (
+    AutoencoderObjective,
     DecodeNoise,
     Noised,
-    PixelLoss,
     Space,
     clean_loss,
     direct_loss,
     noise_levels,
     unfit_prediction,
 )
-from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+from e2ediff.objective import Draw, Nets, Terms, sg
 from e2ediff_dsd.augment import Augmentation
 
 _SHARE = [validators.ge(0.0), validators.le(1.0)]
@@ -35,7 +35,7 @@ _WEIGHT = validators.ge(0.0)
 
 
 @attrs.frozen(kw_only=True)
-class DSD(Objective):
+class DSD(AutoencoderObjective):
     """Diffusion as self-distillation: the denoiser predicts an EMA encoder's clean latent.
 
     The unified form: with z1 the online latent of the augmented image and z2 the target latent,
@@ -79,7 +79,6 @@ class DSD(Objective):
     weight: Space = "x0"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
     draws: int = attrs.field(default=1, validator=validators.ge(1))
-    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
     decode_noise: DecodeNoise = attrs.field(factory=DecodeNoise)
     augmentation: Augmentation = attrs.field(factory=Augmentation)
     denoising_weight: float = attrs.field(default=1.0, validator=_WEIGHT)
@@ -240,10 +239,6 @@ class DSD(Objective):
         if self.class_weight > 0:
             heads["class"] = nn.Linear(w, backbone.image.classes)
         return heads
-
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
 
 
 def _cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -19,18 +19,18 @@ from e2ediff.data import Batch, ImageSpec
 from e2ediff.errors import DataError, ShapeError
 from e2ediff.features import FeatureConfig
 from e2ediff.losses import (
+    AutoencoderObjective,
     Noised,
-    PixelLoss,
     Space,
     mean_clean_loss,
     noise_levels,
     unfit_prediction,
 )
-from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+from e2ediff.objective import Draw, Nets, Terms, sg
 
 
 @attrs.frozen(kw_only=True)
-class RepaE(Objective):
+class RepaE(AutoencoderObjective):
     """The denoiser's early tokens are aligned with a fixed network's, and so is the encoder.
 
         denoising   |v(sg(z_t), t) - v|^2, which the encoder does not hear of
@@ -71,7 +71,6 @@ class RepaE(Objective):
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     weight: Space = "v"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
-    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction, the stopped denoising loss, and the alignment."""
@@ -167,7 +166,7 @@ class RepaE(Objective):
         Raises:
             ShapeError: The feature network's last map has not `feature_dim` channels.
         """
-        found = self.reconstruction.frozen()
+        found = super().frozen(backbone)
         if self.features is not None:
             found["features"] = self.features.build()
             width = _channels(found["features"], backbone.image)

@@ -10,16 +10,16 @@ from typing import Literal
 
 import attrs
 from attrs import validators
-from torch import Tensor, nn
+from torch import Tensor
 
-from e2ediff.backbone import Backbone, Decode
+from e2ediff.backbone import Decode
 from e2ediff.data import Batch
-from e2ediff.losses import PixelLoss, mean_clean_loss, noise_levels
-from e2ediff.objective import Draw, Nets, Objective, Terms
+from e2ediff.losses import AutoencoderObjective, mean_clean_loss, noise_levels
+from e2ediff.objective import Draw, Nets, Terms
 
 
 @attrs.frozen(kw_only=True)
-class Tweedie(Objective):
+class Tweedie(AutoencoderObjective):
     """Naive joint training, with the denoised latents anchored to the pixels.
 
     The denoiser's clean estimate is the posterior mean E[z | z_t] (Tweedie's formula); decoded,
@@ -48,7 +48,6 @@ class Tweedie(Objective):
     tweedie_kind: Literal["l1", "l2"] = "l2"
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
-    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction, velocity loss, and the pixels of the clean estimate."""
@@ -72,10 +71,6 @@ class Tweedie(Objective):
         error = difference.abs() if self.tweedie_kind == "l1" else difference.square()
         each = error.mean(dim=(1, 2, 3))  # (B,)
         return (each * t).mean() if self.times_weight == "t" else each.mean()
-
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
 
     def stops(self, phase: str) -> Collection[str]:
         """None: the anchor takes their place."""

@@ -12,17 +12,17 @@ from typing import ClassVar
 import attrs
 import torch
 from attrs import validators
-from torch import Tensor, nn
+from torch import Tensor
 
-from e2ediff.backbone import Backbone, Decode, Denoise
+from e2ediff.backbone import Decode, Denoise
 from e2ediff.data import Batch
 from e2ediff.interpolant import Interpolant, last_time, spread
-from e2ediff.losses import PixelLoss
-from e2ediff.objective import Draw, Nets, Objective, Terms
+from e2ediff.losses import AutoencoderObjective
+from e2ediff.objective import Draw, Nets, Terms
 
 
 @attrs.frozen(kw_only=True)
-class UnifiedLatents(Objective):
+class UnifiedLatents(AutoencoderObjective):
     """Latents of fixed noise under a diffusion prior that knows nothing finer than this noise.
 
         z_0 = z + (sigma / alpha)(t_0) eps,   t_0 the time where log(alpha^2 / sigma^2) = `logsnr`
@@ -54,7 +54,6 @@ class UnifiedLatents(Objective):
 
     logsnr: float = 5.0
     kl_weight: float = attrs.field(default=0.01, validator=validators.gt(0))
-    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction through the fixed noise, and the KL at one time an image."""
@@ -71,10 +70,6 @@ class UnifiedLatents(Objective):
             "kl": t_0 * kl_rate(clean, z, nets.path, t),
         }
         return Terms(losses, {"reconstruction": 1.0, "kl": self.kl_weight}, z)
-
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
 
     def stops(self, phase: str) -> Collection[str]:
         """None: the KL pulls at the encoder."""

@@ -10,19 +10,18 @@ from typing import Literal
 
 import attrs
 from attrs import validators
-from torch import nn
 
-from e2ediff.backbone import Backbone, Decode, Encode
+from e2ediff.backbone import Decode, Encode
 from e2ediff.data import Batch
 from e2ediff.losses import (
+    AutoencoderObjective,
     DecodeNoise,
-    PixelLoss,
     Space,
     mean_clean_loss,
     noise_levels,
     unfit_prediction,
 )
-from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+from e2ediff.objective import Draw, Nets, Terms, sg
 
 
 def _noise() -> DecodeNoise:
@@ -30,7 +29,7 @@ def _noise() -> DecodeNoise:
 
 
 @attrs.frozen(kw_only=True)
-class Unite(Objective):
+class Unite(AutoencoderObjective):
     """Several denoising draws for each reconstruction, of latents that learn nothing from them.
 
         loss = reconstruction + denoising_weight sum_k min(w_t, clamp) |f(z_t, t) - sg(z)|^2,
@@ -63,7 +62,6 @@ class Unite(Objective):
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     weight: Space = "v"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
-    reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
     decode_noise: DecodeNoise = attrs.field(factory=_noise)
     encode_time: float = attrs.field(default=0.01, validator=[validators.ge(0), validators.lt(1)])
 
@@ -89,10 +87,6 @@ class Unite(Objective):
         eps = draw.noise(batch.x.new_empty(len(batch.x), net.latent.tokens, net.latent.dim))
         t = self.encode_time * draw.uniform(len(batch.x))
         return Encode(x=batch.x, z_t=eps, t=t)
-
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
-        return self.reconstruction.frozen()
 
     def stops(self, phase: str) -> Collection[str]:
         """The denoiser learns from stopped latents."""
