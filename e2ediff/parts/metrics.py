@@ -61,25 +61,20 @@ class FID(Metric):
 
     @override
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
-        a, b = made.moments["pool"], real.moments["pool"]
-        return {"FD": MetricValue(frechet(a, b), None, _too_few(a, b))}
+        (tap,), (name,) = self.moments, self.published_names
+        a, b = made.moments[tap], real.moments[tap]
+        return {name: MetricValue(frechet(a, b), None, _too_few(a, b))}
 
 
 @attrs.frozen(kw_only=True)
-class SpatialFID(Metric):
+class SpatialFID(FID):
     """Fréchet distance of spatial features, which sees layout: sFID.
 
     Source: Nash et al. 2021 (arXiv 2103.03841), with the features of ADM's evaluator.
     """
 
-    better: ClassVar[Better] = "low"
     moments: ClassVar[tuple[str, ...]] = ("spatial",)
     published_names: ClassVar[Mapping[str, str]] = {"sFD": "sFID"}
-
-    @override
-    def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
-        a, b = made.moments["spatial"], real.moments["spatial"]
-        return {"sFD": MetricValue(frechet(a, b), None, _too_few(a, b))}
 
 
 @attrs.frozen(kw_only=True)

@@ -67,35 +67,27 @@ class Muon(Scheduled):
     @override
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         matrices = [
-            {
-                "params": hidden,
-                **({"name": own["name"], "lr": self.lr * own["factor"]} if own else {}),
-            }
-            for own, mine in self.divided(named)
+            {"params": hidden, **own}
+            for own, mine in self.divided(named, self.lr)
             if (hidden := [p for name, p in mine if self.hidden(name, p)])
         ]
         rest = [(name, p) for name, p in named if not self.hidden(name, p)]
         parts: list[torch.optim.Optimizer] = []
         if matrices:
-            parts.append(
-                torch.optim.Muon(
-                    matrices,
-                    lr=self.lr,
-                    weight_decay=self.weight_decay,
-                    momentum=self.momentum,
-                    nesterov=self.nesterov,
-                    ns_steps=self.steps,
-                    adjust_lr_fn=self.scale,
-                )
+            muon = torch.optim.Muon(
+                matrices,
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+                nesterov=self.nesterov,
+                ns_steps=self.steps,
+                adjust_lr_fn=self.scale,
             )
+            parts.append(muon)
         if rest:
-            own = self.adamw
-            groups = grouped(self, rest, own.lr or self.lr, own.weight_decay)
-            parts.append(
-                torch.optim.AdamW(
-                    groups, lr=own.lr or self.lr, betas=own.betas, eps=own.eps, fused=True
-                )
-            )
+            own, lr = self.adamw, self.adamw.lr or self.lr
+            groups = grouped(self, rest, lr, own.weight_decay)
+            parts.append(torch.optim.AdamW(groups, lr, own.betas, own.eps, fused=True))
         return Together(parts)
 
 

@@ -122,13 +122,16 @@ class Scheduled(OptimizerConfig):
             left = rest
         return found
 
-    def divided(self, named: Named) -> list[tuple[dict[str, Any], Named]]:
-        """Parameters by group, those of none first: what their torch groups have, and they."""
+    def divided(self, named: Named, lr: float) -> list[tuple[dict[str, Any], Named]]:
+        """Parameters by group, those of none first: what their torch groups have, and they.
+
+        `lr` is the peak rate of those of none.
+        """
         found, left = [], list(named)
         for group in self.groups:
             mine = [(name, p) for name, p in left if fnmatchcase(name, group.match)]
             left = [(name, p) for name, p in left if not fnmatchcase(name, group.match)]
-            found.append(({"name": group.match, "factor": group.factor}, mine))
+            found.append(({"name": group.match, "lr": lr * group.factor}, mine))
         return [({}, left), *found]
 
 
@@ -137,8 +140,8 @@ def grouped(
 ) -> list[dict[str, Any]]:
     """Groups for torch: of each of the optimizer's, matrices and then the rest."""
     return [
-        {**group, "name": own["name"], "lr": lr * own["factor"]} if own else group
-        for own, mine in config.divided(named)
+        {**group, **own}
+        for own, mine in config.divided(named, lr)
         for group in decay_groups(mine, weight_decay)
     ]
 
