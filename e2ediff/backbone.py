@@ -164,7 +164,7 @@ class Backbone(nn.Module, ABC):
         return results
 
     def accept_times(self, p: Denoise) -> None:
-        """Refuse times that this backbone would not look at; every `outputs` calls it.
+        """Refuse times that this backbone would ignore; every `outputs` calls it.
 
         Raises:
             ValueError: The pass has times of tokens, or a second time.
@@ -205,9 +205,9 @@ class Backbone(nn.Module, ABC):
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
         """Choose kernels for this device and compute type; called after each move.
 
-        Training steps compute in `dtype`, and the same network is asked in float32 too, without
-        autocast: by looks, previews, calibration and scores. `e2ediff.nn.attention.use_attention`
-        chooses for both.
+        Training steps compute in `dtype`; diagnosis, previews, calibration and scoring run the
+        same network in float32, without autocast. `e2ediff.nn.attention.use_attention` chooses
+        for both.
 
         Returns:
             What was chosen and why, by topic, to be recorded in the run.

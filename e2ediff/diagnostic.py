@@ -76,7 +76,7 @@ class Diagnostic(ABC):
         """Named figures; a name is the same in the log, in `metrics.jsonl` and in the docs."""
 
     def verdict(self, values: Mapping[str, float]) -> Sequence[str]:
-        """What the figures say of collapse, in words; empty for healthy latents.
+        """Signs of collapse in the figures, a sentence each; empty for healthy latents.
 
         Args:
             values: All figures of this moment, those of other diagnostics included.

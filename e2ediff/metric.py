@@ -80,7 +80,7 @@ def moments_of(rows: Tensor) -> Moments:
 
 @attrs.frozen(eq=False)
 class FeatureSet:
-    """What a feature pass leaves of `count` images, by the network's taps.
+    """Features of `count` images, by the network's taps.
 
     `moments` are there for taps whose mean and covariance were asked for, `rows` (n, F), in the
     images' order, for taps of which every image's features were.

@@ -1,8 +1,8 @@
 """Attention by xformers or by torch, chosen by running and timing a small one.
 
-A network is asked in more types than one: steps compute in the recipe's precision, and what looks
-at a run, calibrates, scores or samples in float32. Some kernels exist for half types alone, so
-each type has a kernel of its own.
+A network computes in more than one type: training steps use the recipe's precision, while
+diagnosis, calibration, scoring and sampling use float32. Some kernels support half precision
+only, so a kernel is chosen for each type.
 
 Shapes: B batch, N tokens, H heads, K head width.
 """
@@ -40,7 +40,7 @@ class Attention:
 
     `attend` maps q, k, v, each (B, N, H, K), to (B, N, H, K), with softmax scale 1/sqrt(K).
     `milliseconds` has the time of every candidate that was measured, forward and backward, and
-    `refused` the reason against every other.
+    `refused` why each of the others was not used.
     """
 
     name: str
@@ -125,9 +125,9 @@ def choose_attention(
 ) -> Attention:
     """The attention kernel for this device, compute type and shape.
 
-    A kernel must run, forward and backward, and agree with the formula computed in float64; an
-    import that succeeds proves nothing.
-    On CUDA `auto` takes the fastest of those that do, and on a CPU torch's.
+    A kernel must run, forward and backward, and agree with the formula computed in float64; that
+    it can be imported is not enough.
+    On CUDA, `auto` takes the fastest kernel that does; on a CPU, torch's.
 
     Args:
         backend: A kernel's name, or `auto`.
@@ -140,8 +140,8 @@ def choose_attention(
         timer: What measures; by default events on CUDA and the clock elsewhere.
 
     Raises:
-        KernelError: The kernel that was asked for by name does not run here or disagrees.
-        ResourceError: None does.
+        KernelError: The kernel that was asked for by name does not run here, or disagrees.
+        ResourceError: No kernel runs and agrees.
     """
     asked = backend != "auto"
     if not _computes(device):
@@ -160,7 +160,7 @@ def choose_attention(
         else:
             attends[name] = found
     if not attends and not asked:
-        # `auto` ends no run that torch's own would serve.
+        # `auto` must not end a run for which torch's own kernel works.
         found = _tried(lambda: sdpa, device, dtype, head_dim, tokens)
         if not isinstance(found, str):
             return Attention("sdpa", "no other kernel runs here", sdpa, refused=refused)
@@ -195,13 +195,13 @@ def use_attention(
 
     Such a module has attributes `attend`, which is replaced, `head_dim` and `heads`;
     `SelfAttention` of `e2ediff.nn.layers` is one.
-    `tokens` is the number of tokens that it mostly sees.
+    `tokens` is the number of tokens that it usually attends to.
 
-    What `attend` becomes computes by the type of q: in `dtype` by the kernel that
-    `choose_attention` finds; in float32, which whatever is outside the training step asks for, by
-    the same kernel if it runs and agrees there too, and else by `sdpa`; in any other type, and on
-    another kind of device, by `sdpa`, which torch has for all of them.
-    Only `dtype` is timed: outside the step no speed depends on the choice.
+    The new `attend` depends on the type of q: for `dtype` it is the kernel that
+    `choose_attention` finds; for float32, which all work outside the training step uses, the same
+    kernel if it runs and agrees there too, and otherwise `sdpa`; for any other type, and on
+    another kind of device, `sdpa`, which supports them all.
+    Only `dtype` is timed, because speed matters in the training step alone.
 
     Returns:
         What was chosen and why, for each type, as `Backbone.prepare` returns it.
@@ -275,9 +275,9 @@ def _tried(
     *,
     explained: bool = False,
 ) -> Attend | str:
-    """A kernel that runs and agrees, or the reason against it.
+    """A kernel that runs and agrees, or why it cannot be used.
 
-    Torch warns of each reason that one of its kernels has; `explained` lets these through.
+    Torch warns of each reason why one of its kernels does not run; `explained` shows these.
     """
     with warnings.catch_warnings():
         if not explained:
@@ -285,13 +285,13 @@ def _tried(
         try:
             attend = load()
             check_agreement(attend, device, dtype, head_dim, tokens)
-        except Exception as error:  # kernels refuse in every way that there is
+        except Exception as error:  # kernels fail with all kinds of exceptions
             return str(error).strip().partition("\n")[0] or repr(error)
     return attend
 
 
 def _computes(device: torch.device) -> bool:
-    """Whether anything runs there, and not shapes alone are followed, as a forecast does."""
+    """Whether the device computes numbers, and not shapes alone, as for a forecast."""
     return type(torch.empty(0, device=device)) is Tensor
 
 
@@ -300,7 +300,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
-    """The median time of some calls, after three that are thrown away."""
+    """The median time of some calls, after three that are not counted."""
     taken = []
     for i in range(3 + rounds):
         if device.type == "cuda":
@@ -323,7 +323,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, rounds: int = 7
 def check_agreement(
     attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int = 64
 ) -> None:
-    """Hold a kernel's result and gradients against the formula, softmax(q k' / sqrt(K)) v.
+    """Compare a kernel's result and gradients with the formula, softmax(q k' / sqrt(K)) v.
 
     Raises:
         ValueError: They differ by more than rounding; other errors are the kernel's.

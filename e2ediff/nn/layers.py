@@ -245,7 +245,7 @@ class Block(nn.Module):
 class Context:
     """Tokens (B, K, W) that a trunk puts before the others after its first `start` blocks.
 
-    They have no place, so rotary positions leave them as they are.
+    They have no position, so rotary positions leave them as they are.
 
     Source: in-context class tokens of JiT (Li & He 2025, arXiv 2511.13720), section 4.
     """
@@ -289,7 +289,7 @@ class Trunk(nn.Module):
         """Normalised tokens (B, N, W), and the tokens after the tapped blocks (1 is the first).
 
         Conditioning c is (B, W), or (B, N, W) where there is no context.
-        Context tokens take part in attention and are in neither.
+        Context tokens take part in attention, and are in neither of the two results.
         """
         c = functional.silu(c)
         common = self.common(c) if self.common is not None else None

@@ -43,8 +43,8 @@ _TRUNK_OF: Mapping[Trunks, Mapping[Mode, str]] = {
     "three": {"encode": "encode", "decode": "decode", "denoise": "denoise"},
 }
 
-# Of mode embeddings that nothing stands beside: with DiT's 0.02 the modulation they drive starts
-# so near zero that autoencoding learns slower (docs/results/late-times.md).
+# Of mode embeddings that are the only conditioning: with DiT's 0.02 the modulation starts so
+# near zero that autoencoding learns slower (docs/results/late-times.md).
 _OWN_STD = 0.5
 
 
@@ -59,13 +59,13 @@ class ViTConfig(PatchConfig):
     split), `denoiser_apart` (needed by `two_stage`), or `three`.
     `mlp` is the perceptron's kind (`gelu`, `relu2` or `swiglu`) and `mlp_ratio` its hidden width
     over `width`.
-    `qk_norm` normalises queries and keys; `position` is how tokens know their place.
+    `qk_norm` normalises queries and keys; `position` is the encoding of positions.
     `modulation` places the adaLN weights in each block, in one layer for all, or in one layer
     plus a layer of rank `modulation_rank` in each block.
     `mode_conditioning` is what encode and decode passes are conditioned on in a trunk that
     denoises too: `time`, the denoiser's t = 1 without a condition and an embedding of the mode, or
-    `own`, that embedding alone, which then begins large. With `time` what the two learn is also
-    heard by the denoiser near t = 1, where few training times lie.
+    `own`, that embedding alone, which then begins large. With `time`, what encoding and decoding
+    learn also changes the denoiser near t = 1, where few training times lie.
     `second_time` takes a second time r in denoise passes, as of an average velocity between t and
     r, by an embedding of r - t. Times of tokens are taken in any case.
     `refine` is the number of channels of two 3x3 convolutions after the patches are put
@@ -73,8 +73,8 @@ class ViTConfig(PatchConfig):
     `norm_prediction` normalises the denoiser's output as the encoder's; off by default, because
     a posterior mean has less variance than the latents.
     `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
-    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere. Beside a kernel
-    for half types alone, `sdpa` computes what is asked in float32.
+    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere. Where a kernel
+    supports half precision only, `sdpa` computes in float32.
 
     Source: DSD (arXiv 2511.14716) uses one ViT for the three roles; its inner shape is not
     public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748).

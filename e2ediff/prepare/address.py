@@ -150,7 +150,7 @@ def _asked(host: Host, part: Part, address: str) -> Recognised | None:
         raise
     except Exception as error:  # the plugin boundary
         raise PluginError(
-            f"{host.owner_of(error) or part.qualified}: {part.name} cannot say whether it reads "
+            f"{host.owner_of(error) or part.qualified}: {part.name} fails to recognise "
             f"{address}: {type(error).__name__}: {error}. To go on without it: "
             f"E2EDIFF_BLOCK={part.plugin.name}"
         ) from error

@@ -152,8 +152,8 @@ def _noted(store: Store) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise DataError(
-            f"{store.where(SETTINGS)}: is damaged: nobody can tell how the shards beside it were "
-            "made; remove the folder, or give another one"
+            f"{store.where(SETTINGS)}: is damaged: the settings of the shards beside it are not "
+            "known; remove the folder, or give another one"
         )
     return found
 

@@ -56,7 +56,7 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
 
 
 def _shaken(nets: Nets) -> Nets:
-    """Moved from the start, whose zeros stop gradients that would flow later."""
+    """Move weights from their initial values, whose zeros stop gradients that flow later."""
     g = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for p in [*nets.online.parameters(), *nets.heads.parameters()]:
@@ -65,7 +65,7 @@ def _shaken(nets: Nets) -> Nets:
 
 
 def _stopped(objective: Objective, phase: str, nets: Nets, batch: Batch) -> None:
-    """Losses that are declared to stop before the encoder do."""
+    """Check that losses declared to stop before the encoder do so."""
     name, stops = type(objective).__name__, objective.stops(phase)
     with _encodings(nets.online) as encoded:
         terms = objective.terms(nets, batch, make_draw(batch), phase)
@@ -90,7 +90,7 @@ def _stopped(objective: Objective, phase: str, nets: Nets, batch: Batch) -> None
 
 @contextlib.contextmanager
 def _encodings(net: Backbone) -> Iterator[list[Tensor]]:
-    """Collects latents and features of all encode passes meanwhile."""
+    """Collect latents and features of all encode passes meanwhile."""
     found: list[Tensor] = []
     outputs, encode = net.outputs, net.encode
 
@@ -113,7 +113,7 @@ def _encodings(net: Backbone) -> Iterator[list[Tensor]]:
 
 
 def _encoder(net: Backbone) -> list[tuple[str, Tensor]]:
-    """Weights that encoding alone uses, where passes share none or few."""
+    """Return the weights that only encoding uses, where passes share none or few."""
     if not (net.denoiser_apart and net.latent.learned):
         return []
     own = {k: p for k, p in net.named_parameters() if p.requires_grad}
@@ -155,7 +155,7 @@ def check_regularizer(r: Regularizer) -> None:
 
 
 def _same_latents(name: str, net: Backbone) -> None:
-    """The spec and the norm say the same of the latents."""
+    """Check that `latent` and `latent_norm` describe the same latents."""
     spec, norm = net.latent, net.latent_norm
     assert spec.norm == norm.kind, (
         f"{name}: latent.norm is {spec.norm!r}, yet latent_norm is of kind {norm.kind!r}"
@@ -163,20 +163,20 @@ def _same_latents(name: str, net: Backbone) -> None:
     if norm.has_statistics:
         shape = (spec.tokens, spec.dim) if norm.kind == "position" else (spec.dim,)
         assert norm.mean.shape == shape, (
-            f"{name}: latent_norm has statistics {tuple(norm.mean.shape)}, make them {shape} as "
-            "`latent` says"
+            f"{name}: latent_norm has statistics {tuple(norm.mean.shape)}; make them {shape}, "
+            "as in `latent`"
         )
     if spec.grid:
         assert spec.grid[0] * spec.grid[1] == spec.tokens, (
-            f"{name}: a grid of {spec.grid} has not {spec.tokens} tokens; give None to tokens "
-            "without a place"
+            f"{name}: a grid of {spec.grid} does not have {spec.tokens} tokens; give "
+            "None for tokens without a position"
         )
 
 
 def _same_in_float32(
     name: str, net: Backbone, passes: Sequence[Pass], expected: Sequence[Output]
 ) -> None:
-    """A network prepared for bfloat16 answers in float32 as before, as looks and samples ask."""
+    """Check that a network prepared for bfloat16 gives the same values in float32."""
     advice = "choose kernels for both types, as `use_attention` does"
     net.prepare(torch.device("cpu"), torch.bfloat16)
     for p, before in zip(passes, expected, strict=True):
@@ -189,7 +189,7 @@ def _same_in_float32(
 
 
 def _other_times(name: str, net: Backbone, z: Tensor, t: Tensor, batch: Batch) -> None:
-    """Times of tokens and a second time are taken, or refused, as the backbone says."""
+    """Check that times of tokens and a second time are taken, or refused, as declared."""
     tokens = t[:, None].expand(-1, z.shape[1])
     for kind, offered, p in (
         ("token_times", net.token_times, Denoise(z_t=z, t=tokens, condition=batch.condition)),

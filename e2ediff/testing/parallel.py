@@ -26,7 +26,7 @@ from e2ediff.testing.trials import Trial, compare, gradients
 
 _HERE = "127.0.0.1"
 _LIMIT = 180.0  # seconds for both processes, imports included
-_PATIENCE = timedelta(seconds=120)  # of one for the other, so that it says what it waits for
+_PATIENCE = timedelta(seconds=120)  # of one for the other, so that it reports what it waits for
 
 
 def two_processes(trial: Trial, source: Source | None) -> None:
@@ -63,7 +63,7 @@ def two_processes(trial: Trial, source: Source | None) -> None:
     failed = [text or f"exit code {code}" for code, text in zip(codes, said, strict=True) if code]
     assert not failed, (
         f"a step in two processes failed: {failed[0]}; use no parameter that `nets` does not "
-        "hold, and let no process take another way than its neighbour"
+        "hold, and make both processes take the same passes"
     )
     plain = gradients(trial.recipe, assemble(trial.recipe, torch.device("cpu")))
     compare(plain, load_file(out), "DDP of two processes")
@@ -81,7 +81,7 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # Not by sys.exit: a thread of the group that asks for the interpreter while it shuts down
-    # ends the process with SIGABRT, and its word would hide the error.
+    # ends the process with SIGABRT, and its message would hide the error.
     os._exit(code)
 
 
@@ -95,7 +95,7 @@ def _step(spec: Mapping[str, Any], rank: int) -> None:
     found = gradients(recipe, assemble(recipe, torch.device("cpu")), shares=(rank,), wrap=wrap)
     if rank == 0:
         save_file(found, spec["out"])
-    torch.distributed.barrier()  # neither goes while the other still reads from it
+    torch.distributed.barrier()  # neither exits while the other still reads from it
     torch.distributed.destroy_process_group()
 
 

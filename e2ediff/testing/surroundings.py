@@ -95,7 +95,7 @@ def check_source(s: SourceConfig) -> None:
 
 
 def _condition(name: str, image: ImageSpec, given: Tensor | Condition, rows: int) -> Condition:
-    """What a source gives, of the kind, shape and type that `image` says."""
+    """Return what a source gives, checked to be of the kind, shape and type of `image`."""
     try:
         known = image.conditioning.accept(given, name)
     except DataError as error:
@@ -189,8 +189,8 @@ def check_features(config: FeatureConfig) -> None:
         assert maps, f"{name}: forward() returned no feature maps"
         assert all(map(torch.equal, maps, again)), f"{name}: forward() is not repeatable"
         for y in maps:
-            assert y.shape[0] == 2, f"{name}: a map is {tuple(y.shape)}; make it (B, K, h, w)"
-            assert y.ndim == 4, f"{name}: a map is {tuple(y.shape)}; make it (B, K, h, w)"
+            fits = y.ndim == 4 and len(y) == 2
+            assert fits, f"{name}: a map is {tuple(y.shape)}; make it (B, K, h, w)"
         loss = torch.stack([y.square().mean() for y in maps]).sum()
         (grad,) = torch.autograd.grad(loss, x)
         assert grad.isfinite().all(), f"{name}: the gradient at the images is not finite"

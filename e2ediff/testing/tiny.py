@@ -1,4 +1,4 @@
-"""The smallest networks and batches: what parts are tried on.
+"""The smallest networks and batches, on which parts are checked.
 
 Shapes: B batch, C H W image, N latent tokens, D latent channels, W width.
 """
@@ -65,7 +65,7 @@ class _Tiny(FusedBackbone):
         self.answer = nn.Linear(width, dim)
 
     def outputs(self, *passes: Encode | Decode | Denoise) -> list[Output]:
-        """One by one."""
+        """Run passes one by one."""
         return [self._one(p) for p in passes]
 
     def _one(self, p: Encode | Decode | Denoise) -> Output:

@@ -1,4 +1,4 @@
-"""Trials: short trainings with a part, each of which shows one promise kept or broken."""
+"""Trials: short trainings with a part, each of which checks one promise."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ probe: {images: 16, times: [0.5], calibration: 16}
 preview: {rows: 1, classes: 2}
 device: cpu
 """
-"""What a part is tried in: synthetic images of 16 pixels, a ViT of one block.
+"""The recipe in which parts are tried: synthetic images of 16 pixels, a ViT of one block.
 
-A part that does not fit there as it stands says what to change, as `--set` takes it, in a class
+A part that does not fit there as it stands lists what to change, as `--set` takes it, in a class
 attribute:
 
     trial: ClassVar[tuple[str, ...]] = ("backbone.latent_norm=none", "objective.width=8")
@@ -181,21 +181,21 @@ def save_and_resume(trial: Trial) -> None:
         other = two.tensors(file)
         differ = [k for k, v in one.tensors(file).items() if not torch.equal(v, other[k])]
         assert not differ, (
-            f"after a stop and a resume {file}: {differ[0]} is another; draw from the generator "
-            "that is given, keep no state but buffers and the optimizer's"
+            f"after a stop and a resume {file}: {differ[0]} differs; draw from the generator "
+            "that is given, and keep no state but buffers and the optimizer's"
         )
     lines = [_figures(Path(out) / "metrics.jsonl") for out in (whole, half)]
-    assert lines[0] == lines[1], "after a stop and a resume the figures are others"
+    assert lines[0] == lines[1], "after a stop and a resume the figures differ"
 
 
 def latent_contract(trial: Trial) -> None:
-    """The checkpoint says what its latents mean, and the loaded model says the same."""
+    """The latent contract in the checkpoint is that of the loaded model."""
     out = str(trial.folder / "whole")
     model = load_model(out, device="cpu", host=trial.host)
     said = open_checkpoint(Store(out)).latent("target")
     fresh = model.net.contract(model.contract.scale)
     assert said == fresh, (
-        f"the checkpoint says {said}, the loaded network {fresh}; keep the latent norm's "
+        f"the checkpoint has {said}, the loaded network {fresh}; keep the latent norm's "
         "statistics in `latent_norm`, as buffers"
     )
     data = trial.recipe.data
@@ -318,7 +318,7 @@ def compare(plain: dict[str, Tensor], other: dict[str, Tensor], where: str) -> N
     """Fail where losses or gradients differ by more than sums in another order do."""
     assert set(plain) == set(other), (
         f"there is {_title(sorted(set(plain) ^ set(other))[0])} with {where} or without it, not "
-        "both; let nothing hang on how a step is run"
+        "both; let nothing depend on how a step is run"
     )
     for key, mine in plain.items():
         # float32: 1e-4 of the largest entry is a hundred times what reordering costs

@@ -195,8 +195,8 @@ def test_torn_notes_of_prepare_are_made_again_or_said(shards, torn: str) -> None
     done = e2ediff(*PREPARE)
     assert done.code == 5
     assert done.err.splitlines()[-1] == (
-        "error: shards/parts/settings.json: is damaged: nobody can tell how the shards beside it "
-        "were made; remove the folder, or give another one"
+        "error: shards/parts/settings.json: is damaged: the settings of the shards beside it are "
+        "not known; remove the folder, or give another one"
     )
 
 

@@ -111,7 +111,7 @@ def _vital(z: Tensor) -> dict[str, float]:
 class LatentHealth(Diagnostic):
     """Rank and variance of the averaged and of the trained encoder's latents.
 
-    Of latents that are not learned there are none.
+    Latents that are not learned have no such figures.
 
     `rank` is the effective rank of tokens (P N rows, D columns), after the mean of each
     position is taken out, at most D; `rank_fraction` divides it by that.

@@ -28,7 +28,7 @@ _START = -4.0  # log-variance of a fresh head: a std of 0.14 on latents of unit 
 
 @attrs.frozen(kw_only=True)
 class KL(AutoencoderObjective):
-    """A variational autoencoder, whose sampled latents the denoiser learns without a say in them.
+    """A variational autoencoder, with a denoiser that does not train its latents.
 
         q(z | x) = N(z, s^2),   KL = 1/2 (z^2 + s^2 - 1 - log s^2), averaged over elements
 

@@ -1,7 +1,7 @@
 """JiT, Just image Transformers, for e2ediff: diffusion of pixels, the control without a latent.
 
 Source: Li & He 2025, "Back to Basics: Let Denoising Generative Models Denoise" (arXiv
-2511.13720); what the paper was not read for is from a copy of the code released with it.
+2511.13720); what is not from the paper is from a copy of the code released with it.
 """
 
 from __future__ import annotations

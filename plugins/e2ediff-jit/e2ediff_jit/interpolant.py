@@ -1,4 +1,4 @@
-"""The straight path from noise that is louder, or quieter, than unit normal.
+"""The straight path from noise whose standard deviation need not be 1.
 
 Shapes: B batch.
 """
@@ -17,8 +17,8 @@ from e2ediff.interpolant import Interpolant
 class LinearScaled(Interpolant):
     """z_t = t x0 + (1 - t) `noise_scale` eps.
 
-    At 1 it is `linear`; larger images need louder noise, because neighbouring pixels tell of one
-    another.
+    At 1 it is `linear`; larger images need stronger noise, because neighbouring pixels are
+    correlated.
 
     Source: JiT (Li & He 2025, arXiv 2511.13720), released code: 1 at 256 pixels, 2 at 512.
     """

@@ -33,7 +33,7 @@ from e2ediff.objective import Draw, Nets, Terms, sg
 class RepaE(AutoencoderObjective):
     """The denoiser's early tokens are aligned with a fixed network's, and so is the encoder.
 
-        denoising   |v(sg(z_t), t) - v|^2, which the encoder does not hear of
+        denoising   |v(sg(z_t), t) - v|^2, which does not train the encoder
         align       1 - cos(P h(z_t), phi(x)), h the tokens of block `align_block`
 
     The second reaches the encoder through z_t, with `encoder_weight`, and the denoiser and the
@@ -79,8 +79,8 @@ class RepaE(AutoencoderObjective):
         z = net.encode(batch.x)  # (B, N, D)
         (level,) = noise_levels(sg(z), draw, nets.path, 1)
         ratio = self.encoder_weight / self.align_weight
-        heard = sg(z) + ratio * (z - sg(z))  # z, whose gradient is multiplied
-        z_t = nets.path.mix(heard, level.eps, level.draw.t)
+        scaled = sg(z) + ratio * (z - sg(z))  # z, whose gradient is multiplied
+        z_t = nets.path.mix(scaled, level.eps, level.draw.t)
         aligned = attrs.evolve(level, z_t=z_t)
         decoded, answer, early = net.outputs(
             Decode(z=z), level.denoise(), aligned.denoise((block,))

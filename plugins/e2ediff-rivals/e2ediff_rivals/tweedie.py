@@ -24,7 +24,7 @@ class Tweedie(AutoencoderObjective):
 
     The denoiser's clean estimate is the posterior mean E[z | z_t] (Tweedie's formula); decoded,
     it is compared with the image.
-    A latent that shrinks below the noise loses its image in z_t, and this term says so, which
+    A latent that shrinks below the noise loses its image in z_t, which this term penalises and
     the velocity loss does not.
     No gradient is stopped.
 

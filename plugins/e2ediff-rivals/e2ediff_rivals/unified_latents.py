@@ -23,7 +23,7 @@ from e2ediff.objective import Draw, Nets, Terms
 
 @attrs.frozen(kw_only=True)
 class UnifiedLatents(AutoencoderObjective):
-    """Latents of fixed noise under a diffusion prior that knows nothing finer than this noise.
+    """Latents with fixed noise, under a diffusion prior that models nothing finer than it.
 
         z_0 = z + (sigma / alpha)(t_0) eps,   t_0 the time where log(alpha^2 / sigma^2) = `logsnr`
         KL  = 1/2 integral_0^{t_0} d(alpha^2 / sigma^2)/dt |z - f(z_t, t)|^2 dt
@@ -72,7 +72,7 @@ class UnifiedLatents(AutoencoderObjective):
         return Terms(losses, {"reconstruction": 1.0, "kl": self.kl_weight}, z)
 
     def stops(self, phase: str) -> Collection[str]:
-        """None: the KL pulls at the encoder."""
+        """None: the KL trains the encoder."""
         return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
