@@ -20,12 +20,10 @@ class Denoiser(ABC):
 
     All latents of a call share one time, a Python float, so that samplers and guidance compare
     times without waiting for the device.
+    A subclass has `path`, the interpolant on which z_t lies, as an attribute or a property.
     """
 
-    @property
-    @abstractmethod
-    def path(self) -> Interpolant:
-        """The interpolant on which z_t lies."""
+    path: Interpolant
 
     @abstractmethod
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
@@ -52,12 +50,7 @@ class Plain(Denoiser):
         self.predicts = predicts
         self.calls = 0
         self.rows = 0
-        self._path = path
-
-    @property
-    def path(self) -> Interpolant:
-        """The interpolant that the network was trained on."""
-        return self._path
+        self.path = path
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         """One denoise pass."""
@@ -73,7 +66,7 @@ class Plain(Denoiser):
         else:
             ends = torch.full_like(times, r)
             (out,) = self.net.run(Denoise(z_t=z_t, t=times, condition=condition, r=ends))
-        return self._path.estimate(out, z_t, times, self.predicts)
+        return self.path.estimate(out, z_t, times, self.predicts)
 
     def for_step(self, t: float, s: float) -> Denoiser:
         """For a network that takes a second time, the denoiser that gives it the step's end."""
@@ -89,11 +82,7 @@ class _UpTo(Denoiser):
     def __init__(self, plain: Plain, end: float) -> None:
         self.plain = plain
         self.end = end
-
-    @property
-    def path(self) -> Interpolant:
-        """The interpolant that the network was trained on."""
-        return self.plain.path
+        self.path = plain.path
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         """One denoise pass from t to the step's end."""

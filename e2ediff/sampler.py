@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import attrs
 import torch
@@ -80,7 +80,14 @@ class Sampler(ABC):
 
     The last interval ends in the denoiser's own clean estimate, which for an ODE equals an
     Euler step that lands on t = 1, where the velocity itself cannot be evaluated.
+
+    `couples_images` is True where an image depends on the others in its batch, as by a common
+    step size; `one_call_per_step` is True where each step asks the denoiser once, at the time
+    where it begins.
     """
+
+    couples_images: ClassVar[bool] = False
+    one_call_per_step: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -101,16 +108,6 @@ class Sampler(ABC):
     def t_start(self) -> float:
         """Where sampling begins; above 0 for predictions that say nothing about x0 at t = 0."""
         return 0.0
-
-    @property
-    def couples_images(self) -> bool:
-        """Whether an image depends on the others in its batch, as by a common step size."""
-        return False
-
-    @property
-    def one_call_per_step(self) -> bool:
-        """Whether each step asks the denoiser once, at the time where it begins."""
-        return False
 
     @abstractmethod
     def step(

@@ -87,19 +87,14 @@ class GaussianDenoiser(Denoiser):
     """The exact denoiser of latents from N(mean, std^2), for any condition, in z_t's own type."""
 
     def __init__(self, path: Interpolant, mean: float = 0.0, std: float = 1.0) -> None:
-        self._path, self.mean, self.std = path, mean, std
-
-    @property
-    def path(self) -> Interpolant:
-        """The interpolant."""
-        return self._path
+        self.path, self.mean, self.std = path, mean, std
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         """The posterior mean, mean + a std^2 / (a^2 std^2 + s^2) (z_t - a mean)."""
         times = torch.full((len(z_t),), t, dtype=z_t.dtype, device=z_t.device)
-        a, s = spread(self._path.alpha(times), z_t), spread(self._path.sigma(times), z_t)
+        a, s = spread(self.path.alpha(times), z_t), spread(self.path.sigma(times), z_t)
         gain = a * self.std**2 / (a**2 * self.std**2 + s**2)
-        return self._path.estimate(self.mean + gain * (z_t - a * self.mean), z_t, times, "x0")
+        return self.path.estimate(self.mean + gain * (z_t - a * self.mean), z_t, times, "x0")
 
 
 def make_nets(

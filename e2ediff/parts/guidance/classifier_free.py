@@ -17,7 +17,7 @@ from torch import Tensor
 from e2ediff.condition import Condition, concatenate
 from e2ediff.denoiser import Denoiser
 from e2ediff.guidance import Guidance
-from e2ediff.interpolant import Estimate, Interpolant, Kind
+from e2ediff.interpolant import Estimate, Kind
 from e2ediff.sampler import Sampler
 
 _SCALE = validators.ge(0.0)
@@ -148,11 +148,7 @@ class Wrapped(Denoiser, Generic[G]):
     def __init__(self, inner: Denoiser, guidance: G) -> None:
         self.inner = inner
         self.guidance = guidance
-
-    @property
-    def path(self) -> Interpolant:
-        """The inner denoiser's interpolant."""
-        return self.inner.path
+        self.path = inner.path
 
     def for_step(self, t: float, s: float) -> Self:
         """A copy around the inner denoiser of that step."""

@@ -5,6 +5,8 @@ Shapes: B batch, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import attrs
 import torch
 from attrs import validators
@@ -62,6 +64,8 @@ class Dopri5(Sampler):
     Source: Dormand & Prince 1980; step control as Hairer, Norsett & Wanner 1993, eq. II.4.13.
     """
 
+    couples_images: ClassVar[bool] = True  # by their step sizes
+
     rtol: float = attrs.field(default=1e-3, validator=validators.gt(0))
     atol: float = attrs.field(default=1e-4, validator=validators.gt(0))
     t_start: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
@@ -72,11 +76,6 @@ class Dopri5(Sampler):
     def steps(self) -> int:
         """The adaptive interval and the last one."""
         return 2
-
-    @property
-    def couples_images(self) -> bool:
-        """Step sizes are common to a batch."""
-        return True
 
     def grid(self, path: Interpolant | None = None) -> list[float]:
         """The ends of the adaptive interval, and 1."""

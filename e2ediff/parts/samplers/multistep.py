@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 import torch
 from attrs import validators
 from torch import Tensor
-from typing_extensions import override
 
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
@@ -51,10 +51,7 @@ def _exponential_euler(z: Tensor, x0: Tensor, now: _Level, then: _Level) -> Tens
 class _Remembering(OnGrid):
     """A sampler whose `stepper` uses earlier estimates, and whose step alone is of first order."""
 
-    @property
-    @override
-    def one_call_per_step(self) -> bool:
-        return True
+    one_call_per_step: ClassVar[bool] = True
 
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise

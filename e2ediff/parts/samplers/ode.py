@@ -7,10 +7,11 @@ Shapes: B batch, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import attrs
 from attrs import validators
 from torch import Tensor
-from typing_extensions import override
 
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
@@ -43,10 +44,7 @@ class Euler(OnGrid):
     `t_start` is where sampling begins; `eps` and `score` predictions need 0.01 or more.
     """
 
-    @property
-    @override
-    def one_call_per_step(self) -> bool:
-        return True
+    one_call_per_step: ClassVar[bool] = True
 
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise

@@ -6,13 +6,12 @@ Shapes: B batch, N latent tokens, D latent channels.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
 import torch
 from attrs import validators
 from torch import Tensor
-from typing_extensions import override
 
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
@@ -38,13 +37,10 @@ class SDE(OnGrid):
     Source: Ma et al. 2024 (SiT, arXiv 2401.08740), eq. 6 and table 7, with t counted from noise.
     """
 
+    one_call_per_step: ClassVar[bool] = True
+
     diffusion: Diffusion = "sigma"
     strength: float = attrs.field(default=1.0, validator=validators.ge(0))
-
-    @property
-    @override
-    def one_call_per_step(self) -> bool:
-        return True
 
     def coefficient(self, path: Interpolant, t: float) -> float:
         """w at time t."""
