@@ -7,7 +7,7 @@ Shapes: n made rows, m real rows, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -136,24 +136,26 @@ def _squared(a: Tensor, b: Tensor) -> Tensor:
     return (norms - 2 * a @ b.T).clamp_min(0)
 
 
+def _distances(rows: Tensor, others: Tensor) -> Iterator[Tensor]:
+    """Distances (block, m) of rows (n, F) to `others` (m, F), a block of rows at a time.
+
+    Both are first centred on the mean of the others, so that large norms do not cancel.
+    """
+    origin = others.double().mean(0)
+    others = others.double() - origin
+    for part in torch.split(rows.double() - origin, _BLOCK):
+        yield _squared(part, others).sqrt()
+
+
 def nearest(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Distance (n,) of each row to its nearest among `others` (m, F), and which that is."""
-    centre = others.double().mean(0)
-    b, found, who = others.double() - centre, [], []
-    for part in torch.split(rows.double() - centre, _BLOCK):
-        low, index = _squared(part, b).min(dim=1)
-        found.append(low.sqrt())
-        who.append(index)
-    return torch.cat(found), torch.cat(who)
+    low, who = zip(*(block.min(dim=1) for block in _distances(rows, others)), strict=True)
+    return torch.cat(low), torch.cat(who)
 
 
 def radii(rows: Tensor, k: int) -> Tensor:
     """Distance (n,) of each row to its k-th nearest other row."""
-    rows = rows.double() - rows.double().mean(0)
-    found = [
-        _squared(part, rows).kthvalue(k + 1, dim=1).values for part in torch.split(rows, _BLOCK)
-    ]
-    return torch.cat(found).sqrt()
+    return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(rows, rows)])
 
 
 def precision_recall(made: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
@@ -168,12 +170,7 @@ def precision_recall(made: Tensor, real: Tensor, k: int = 3) -> tuple[float, flo
 
 
 def _share_inside(points: Tensor, centres: Tensor, reach: Tensor) -> float:
-    origin = centres.double().mean(0)
-    balls = centres.double() - origin
-    inside = [
-        (_squared(part, balls).sqrt() <= reach).any(dim=1)
-        for part in torch.split(points.double() - origin, _BLOCK)
-    ]
+    inside = [(distance <= reach).any(dim=1) for distance in _distances(points, centres)]
     return float(torch.cat(inside).double().mean())
 
 
@@ -182,11 +179,9 @@ def density_coverage(made: Tensor, real: Tensor, k: int = 5) -> tuple[float, flo
 
     Source: Naeem et al. 2020 (arXiv 2002.09797), eq. 3 and 4: k = 5, and the rim is outside.
     """
-    reach, origin = radii(real, k), real.double().mean(0)
-    balls, made = real.double() - origin, made.double() - origin
+    reach = radii(real, k)
     count, low = 0.0, torch.full_like(reach, torch.inf)
-    for part in torch.split(made, _BLOCK):
-        distance = _squared(part, balls).sqrt()  # (block, m)
+    for distance in _distances(made, real):  # (block, m)
         count += float((distance < reach).sum())
         low = torch.minimum(low, distance.amin(dim=0))
     return count / (k * len(made)), float((low < reach).double().mean())
