@@ -7,8 +7,8 @@ from typing import Any
 
 import attrs
 
-from e2ediff import testing
 from e2ediff.host.recipe import Recipe
+from e2ediff.testing import networks, paths, sampling, surroundings
 
 
 @attrs.frozen
@@ -47,32 +47,32 @@ def _alone(check: Callable[[Any], None]) -> Callable[[Any, Recipe], None]:
 
 
 def _backbone(part: Any, recipe: Recipe) -> None:
-    testing.check_backbone(part, recipe.data.image)
+    networks.check_backbone(part, recipe.data.image)
 
 
 def _objective(part: Any, recipe: Recipe) -> None:
-    testing.check_objective(part, recipe.backbone)
+    networks.check_objective(part, recipe.backbone)
 
 
 _PERCEPTUAL = "objective.reconstruction.perceptual"
 _SCORES = "scores={every: 16, images: 16, features: random_projection, metrics: [NAME]}"
 KINDS: tuple[Kind, ...] = (
     Kind("backbones", "backbone", _backbone, trained=True),
-    Kind("interpolants", "interpolant", _alone(testing.check_interpolant), trained=True),
-    Kind("time_samplers", "times", _alone(testing.check_times), trained=True),
+    Kind("interpolants", "interpolant", _alone(paths.check_interpolant), trained=True),
+    Kind("time_samplers", "times", _alone(paths.check_times), trained=True),
     Kind("objectives", "objective", _objective, trained=True),
     Kind(
-        "regularizers", "regularizers", _alone(testing.check_regularizer), many=True, trained=True
+        "regularizers", "regularizers", _alone(networks.check_regularizer), many=True, trained=True
     ),
-    Kind("guidance", "guidance", _alone(testing.check_guidance)),
-    Kind("samplers", "sampler", _alone(testing.check_sampler)),
-    Kind("sources", "data", _alone(testing.check_source)),
-    Kind("optimizers", "optimizer", _alone(testing.check_optimizer)),
-    Kind("diagnostics", "diagnostics", _alone(testing.check_diagnostic), many=True),
-    Kind("trackers", "trackers", _alone(testing.check_tracker), many=True),
-    Kind("features", _PERCEPTUAL, _alone(testing.check_features), trained=True),
-    Kind("metrics", "scores.metrics", _alone(testing.check_metric), many=True, block=_SCORES),
-    Kind("averages", "target", _alone(testing.check_averaging)),
+    Kind("guidance", "guidance", _alone(sampling.check_guidance)),
+    Kind("samplers", "sampler", _alone(sampling.check_sampler)),
+    Kind("sources", "data", _alone(surroundings.check_source)),
+    Kind("optimizers", "optimizer", _alone(surroundings.check_optimizer)),
+    Kind("diagnostics", "diagnostics", _alone(surroundings.check_diagnostic), many=True),
+    Kind("trackers", "trackers", _alone(surroundings.check_tracker), many=True),
+    Kind("features", _PERCEPTUAL, _alone(surroundings.check_features), trained=True),
+    Kind("metrics", "scores.metrics", _alone(surroundings.check_metric), many=True, block=_SCORES),
+    Kind("averages", "target", _alone(surroundings.check_averaging)),
 )
 """To add a kind, add its registry to `e2ediff.host.registry.KINDS`, a row here, and a template."""
 
