@@ -35,22 +35,25 @@ _COMMANDS = {
 }
 
 
-class _Lazy(click.Group):
-    """A group whose commands are imported when they are called, and plugins' when looked for."""
+class _Group(click.Group):
+    """A group of built-in commands, and of those that plugins add to it.
+
+    A command of a plugin is imported when it is looked for.
+    Its registered name is that of the group, a space, and its own: `data describe`.
+    """
+
+    prefix = ""
 
     def list_commands(self, context: click.Context) -> list[str]:
         from e2ediff.host.plugins import load
 
-        return [*_COMMANDS, *sorted(load().commands)]
+        names = [n.removeprefix(self.prefix) for n in load().commands if n.startswith(self.prefix)]
+        return [*super().list_commands(context), *sorted(n for n in names if " " not in n)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name in _COMMANDS:
-            module = importlib.import_module(f"e2ediff.cli.{_COMMANDS[name][0]}")
-            command: click.Command = module.command
-            return _with_plugin_files(command)
         from e2ediff.host.plugins import load
 
-        found: click.Command | None = load().command(name)
+        found = super().get_command(context, name) or load().command(self.prefix + name)
         return found and _with_plugin_files(found)
 
     def resolve_command(
@@ -62,18 +65,55 @@ class _Lazy(click.Group):
             from e2ediff.host.plugins import load
 
             name, known = arguments[0], self.list_commands(context)
-            what = f"unknown command '{name}'. {load().explain_unknown('commands', name, known)}"
-            raise click.UsageError(what, context) from error
+            advice = load().explain_unknown("commands", name, known, within=self.prefix)
+            raise click.UsageError(
+                f"unknown command '{self.prefix}{name}'. {advice}", context
+            ) from error
+
+
+class _Subgroup(_Group):
+    """A built-in group below `e2ediff`, as its module defines it."""
+
+    def __init__(self, defined: click.Group) -> None:
+        super().__init__()
+        vars(self).update(vars(defined))
+        self.defined, self.prefix = defined, f"{defined.name} "
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        self.defined.format_commands(context, formatter)
+        _write_plugins(formatter)
+
+
+class _Lazy(_Group):
+    """The group `e2ediff`, whose built-in commands are imported when they are called, too."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [*_COMMANDS, *super().list_commands(context)]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return super().get_command(context, name)
+        command = importlib.import_module(f"e2ediff.cli.{_COMMANDS[name][0]}").command
+        if isinstance(command, click.Group):
+            return _Subgroup(command)
+        return _with_plugin_files(command)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
-        # From their metadata: to import plugins, and torch with them, would take seconds.
-        from e2ediff.host.discovery import installed
+        _write_plugins(formatter)
 
-        if rows := [(e.name, e.summary) for e in installed() if not e.refusal()]:
-            with formatter.section("Plugins (their commands: `e2ediff plugins list`)"):
-                formatter.write_dl(rows)
+
+def _write_plugins(formatter: click.HelpFormatter) -> None:
+    """Write a line on each installed plugin, for help.
+
+    From their metadata: to import plugins, and torch with them, would take seconds.
+    """
+    from e2ediff.host.discovery import installed
+
+    if rows := [(e.name, e.summary) for e in installed() if not e.refusal()]:
+        with formatter.section("Plugins (their commands: `e2ediff plugins list`)"):
+            formatter.write_dl(rows)
 
 
 def _with_plugin_files(command: click.Command) -> click.Command:

@@ -34,6 +34,9 @@ from e2ediff.host.registry import (
     import_named,
 )
 
+GROUPS = ("data", "plugins")
+"""The built-in commands that are groups, which plugins may add subcommands to."""
+
 
 @attrs.frozen(eq=False)
 class Host:
@@ -88,15 +91,16 @@ class Host:
     # Messages about plugins
 
     def explain_unknown(
-        self, plural: str, name: str, known: Collection[str], place: str = ""
+        self, plural: str, name: str, known: Collection[str], place: str = "", *, within: str = ""
     ) -> str:
         """Return advice about an unknown part or command, for the end of an error message.
 
         `plural` is its kind as `add` takes it, `known` the names of that kind, and `place` where
         in a recipe the name stands.
+        `within` is what `add` takes before the name of a subcommand: "plugins " for example.
         """
         lost = [f" Plugin {n!r} was not loaded ({why})." for n, why in sorted(self.broken.items())]
-        bare = name.rpartition(":")[2]
+        bare = within + name.rpartition(":")[2]
         for found in uninstalled_plugins([_file(place)]):
             if bare in found.parts(plural):
                 lost.append(
@@ -253,6 +257,9 @@ class Host:
             if name in self.commands:
                 other = self.commands[name][1]
                 raise PluginError(f"command {name!r} is registered by both {other} and {plugin}")
+            if " " in name and (within := name.rpartition(" ")[0]) not in GROUPS:
+                known = did_you_mean(within, GROUPS, "Groups")
+                raise PluginError(f"command {name!r}: there is no group {within!r}. {known}")
             self.commands[name] = (target, plugin)
         elif kind in self.registries:
             self.registries[kind].add(name, target, plugin)

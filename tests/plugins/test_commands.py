@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import click
 import pytest
 from command_line import e2ediff
+
+from e2ediff.cli import group
+from e2ediff.host.plugins import GROUPS, load
 
 SOURCE = """
 import click
@@ -123,6 +127,94 @@ def test_an_unknown_command_names_the_plugin_that_would_bring_it(inside, monkeyp
         " e2ediff-farewell provides it but is not installed. Run: pip install "
         "plugins/e2ediff-farewell\n"
     )
+
+
+# Subcommands of built-in groups
+
+
+WITHIN = (
+    SOURCE.partition("@hookimpl")[0]
+    + """
+@hookimpl
+def register(add):
+    add("commands", "plugins kinds", parts)
+    add("commands", "data lost", "nowhere:command")
+"""
+)
+
+
+def test_a_command_of_a_plugin_stands_in_a_built_in_group_as_ours_do(inside) -> None:
+    """Called, explained and suggested; not at the top, and not in the other groups."""
+    inside.install("within", WITHIN)
+    done = e2ediff("plugins", "kinds", "--plugin", "my_objective.py")
+    assert (done.code, "mine" in done.out.split()) == (0, True), done.err
+    assert e2ediff("plugins", "kinds", "--help").out.startswith("Usage: e2ediff plugins kinds [")
+    assert e2ediff("plugins", "kinds", "--help").out.count("--plugin FILE") == 1
+    done = e2ediff("plugins", "kind")
+    assert done.code == 2
+    assert "unknown command 'plugins kind'. Did you mean 'kinds'? Known: check, " in done.err
+    assert " info, kinds, list, new. " in done.err
+    for words in (("kinds",), ("data", "kinds")):
+        done = e2ediff(*words)
+        assert (done.code, f"unknown command '{' '.join(words)}'. " in done.err) == (2, True)
+        assert "plugins kinds" not in done.err
+
+
+def test_a_broken_command_leaves_the_others_of_its_group_alone(inside) -> None:
+    inside.install("within", WITHIN)
+    for words in (("data", "--help"), ("data", "stats", "--help"), ("plugins", "kinds")):
+        assert e2ediff(*words).code == 0
+    done = e2ediff("data", "lost")
+    assert (done.code, "No module named 'nowhere'" in done.err) == (4, True)
+
+
+def test_the_help_of_a_group_lists_plugins_as_that_of_the_whole_does(inside) -> None:
+    """By what their metadata say, as none is imported."""
+    inside.install("within", "1 / 0")
+    info = inside.path / "within-1.2.dist-info" / "METADATA"
+    info.write_text(f"{info.read_text()}Summary: The command plugins kinds\n")
+    for words in ((), ("data",), ("plugins",)):
+        _, _, listed = e2ediff(*words, "--help").out.partition("Plugins, whose commands ")
+        assert "\n  within   The command plugins kinds\n" in listed
+
+
+@pytest.mark.parametrize("name", ["run kinds", "greet kinds", "plugins kinds all", " kinds"])
+def test_a_command_of_a_group_that_is_not_there_is_refused(inside, name) -> None:
+    """Nor can a plugin add to the group of another."""
+    inside.install("within", WITHIN.replace("plugins kinds", name))
+    within = name.rpartition(" ")[0]
+    assert load().broken["within"].endswith(
+        f"command {name!r}: there is no group {within!r}. "
+        + ("Did you mean 'plugins'? " if "plugins" in within else "") + "Groups: data, plugins."
+    )  # fmt: skip
+    assert "within" not in {plugin.name for _, plugin in load().commands.values()}
+
+
+def test_plugins_may_add_to_every_built_in_group() -> None:
+    context, added = click.Context(group), load().commands
+    ours = {n: group.get_command(context, n) for n in group.list_commands(context)}
+    found = [n for n, c in ours.items() if isinstance(c, click.Group) and n not in added]
+    assert found == [*GROUPS]
+
+
+def test_an_unknown_subcommand_names_the_plugin_that_would_bring_it(inside, monkeypatch) -> None:
+    folder = inside.cwd / "plugins" / "e2ediff-further"
+    folder.mkdir(parents=True)
+    (folder / "pyproject.toml").write_text(
+        '[project]\nname = "e2ediff-further"\n[project.entry-points.e2ediff]\nmore = "more"\n'
+    )
+    (folder / "more.py").write_text(
+        'def register(add):\n    add("commands", "data further", "more:command")\n'
+    )
+    done = e2ediff("data", "further")
+    assert done.code == 2
+    assert done.err.endswith(
+        " e2ediff-further brings it and is not installed. Run: pip install "
+        "plugins/e2ediff-further\n"
+    )
+
+
+# What `plugins` shows of them
 
 
 def test_a_plugin_of_commands_alone_is_checked_and_shown(inside) -> None:
