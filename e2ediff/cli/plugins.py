@@ -116,7 +116,7 @@ def info(name: str) -> None:
     from e2ediff.host.plugins import load
 
     host = load()
-    for entry in _named(name, host):
+    for entry in host.entries_named(name):
         origin = f"{entry.distribution} {entry.version}".strip()
         click.secho(f"{entry.name}  {origin}", bold=True)
         if entry.distribution and not entry.fault:
@@ -202,7 +202,7 @@ def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
         names = [p.name for p in host.plugins if p.file == os.path.abspath(plugin)]
     else:
         host, names = load(), []
-        for entry in _named(plugin, host):
+        for entry in host.entries_named(plugin):
             if entry.name in host.broken:
                 raise PluginError(f"plugin {entry.name!r}: {host.broken[entry.name]}")
             names.append(entry.name)
@@ -226,12 +226,3 @@ def _tell(verdict: Verdict) -> None:
     state = "FAIL" if verdict.problem else "ok"
     what = f": {verdict.problem}" if verdict.problem else ""
     click.echo(f"{state:<4}  {verdict.part}  {verdict.check}{what}")
-
-
-def _named(name: str, host: Host) -> list[Plugin]:
-    from e2ediff.errors import PluginError
-
-    found = [entry for entry in host.entries if entry.matches(name)]
-    if not found:
-        raise PluginError(f"there is no plugin and no folder {name!r}. {host.meant(name)}")
-    return found

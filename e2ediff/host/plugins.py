@@ -140,6 +140,17 @@ class Host:
                 self._required.add(entry.name)
         return ""
 
+    def entries_named(self, word: str) -> list[Plugin]:
+        """Return the installed plugins whose entry point or distribution has this name.
+
+        Raises:
+            PluginError: There is none.
+        """
+        found = [entry for entry in self.entries if entry.matches(word)]
+        if not found:
+            raise PluginError(f"there is no plugin and no folder {word!r}. {self.meant(word)}")
+        return found
+
     def meant(self, word: str) -> str:
         """Suggest plugins in place of one that is not installed, for an error message."""
         known = did_you_mean(word, [entry.name for entry in self.entries], "Installed")
