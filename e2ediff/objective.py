@@ -153,7 +153,7 @@ class Objective(ABC):
     def stops(self, phase: str) -> Collection[str]:
         """Names of the losses that must not train the encoder, whatever the weights.
 
-        A declaration for readers and for `e2ediff.testing`, which holds the objective to it:
+        A declaration for readers and for `plugins check`, which holds the objective to it:
         neither the latents nor weights of the encoder's alone may get a gradient from them.
         """
         return ()

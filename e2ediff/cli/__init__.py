@@ -31,7 +31,7 @@ _COMMANDS = {
     "compare": ("compare", "Compare the final figures of runs, and their recipes."),
     "data": ("data", "Prepare, check and describe images."),
     "parts": ("parts", "List the parts that a recipe can name, with their options."),
-    "plugins": ("plugins", "List, inspect, create and check plugins."),
+    "plugins": ("plugins", "List and inspect plugins."),
 }
 
 

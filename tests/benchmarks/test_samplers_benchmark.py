@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from e2ediff_testing import make_nets
 
 from e2ediff.denoiser import Plain
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.parts.interpolants import Linear
-from e2ediff.testing import make_nets
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

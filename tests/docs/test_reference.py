@@ -69,7 +69,7 @@ def test_every_command_in_the_readme_exists():
 
 
 def test_the_objective_in_the_readme_works_as_printed():
-    from e2ediff.testing import check_objective
+    from e2ediff_testing import check_objective
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

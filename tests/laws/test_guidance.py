@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from e2ediff_testing import GaussianDenoiser
 from hypothesis import given
 from hypothesis import strategies as st
 from mixture import MEANS, NULL, STDS, MixtureDenoiser, normal_quantiles
@@ -21,7 +22,6 @@ from e2ediff.parts.samplers.adaptive import Dopri5
 from e2ediff.parts.samplers.multistep import DPMSolverPP2M, UniPC
 from e2ediff.parts.samplers.ode import RK4, Euler, Heun, Midpoint
 from e2ediff.parts.samplers.sde import SDE
-from e2ediff.testing import GaussianDenoiser
 
 PATHS = [Linear(), Cosine(), VarianceExploding(sigma_max=10.0)]
 each_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from e2ediff_testing import make_nets
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from e2ediff.model.power_averages import (
     sigma_rel_of,
 )
 from e2ediff.parts.averages import Power, gamma_of
-from e2ediff.testing import make_nets
 
 
 def walk(steps: int, seed: int = 0):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from e2ediff_testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributions
@@ -20,7 +21,6 @@ from e2ediff.parts.regularizers import (
     VICReg,
     epps_pulley,
 )
-from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 
 DRAW = make_draw(make_batch())
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import attrs
 import pytest
 import torch
+from e2ediff_testing import GaussianDenoiser, make_nets
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from e2ediff.interpolant import KINDS
 from e2ediff.parts.guidance.classifier_free import ClassifierFree
 from e2ediff.parts.interpolants import Cosine, Linear, VarianceExploding
 from e2ediff.parts.samplers.ode import Euler, Heun
-from e2ediff.testing import GaussianDenoiser, make_nets
 
 PATHS = [Linear(), Cosine(), VarianceExploding()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=str)

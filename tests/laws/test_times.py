@@ -138,7 +138,7 @@ def test_warm_up_is_linear_and_never_zero(images) -> None:
 
 @pytest.mark.parametrize("cls", [AdamW, SGD])
 def test_weight_decay_spares_vectors_and_embeddings(cls) -> None:
-    from e2ediff.testing import make_nets
+    from e2ediff_testing import make_nets
 
     table = ("online.embed_label.weight", torch.nn.Parameter(torch.ones(3, 4)))
     named = [*make_nets().online.named_parameters(), table]

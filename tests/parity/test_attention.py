@@ -6,11 +6,11 @@ import time
 
 import pytest
 import torch
+from e2ediff_testing import make_nets
 
 from e2ediff.errors import ResourceError
 from e2ediff.nn.attention import candidates, check_agreement, choose_attention, sdpa
 from e2ediff.parts.backbones import ViTConfig
-from e2ediff.testing import make_nets
 
 CPU = torch.device("cpu")
 gpu = [

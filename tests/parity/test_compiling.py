@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 from command_line import needs_dsd
+from e2ediff_testing import make_batch
 from half_only import offer_half_only
 from processes import together
 from torch import nn
@@ -29,7 +30,6 @@ from e2ediff.step.compiling import recompute
 from e2ediff.step.draws import draw_for
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
-from e2ediff.testing import make_batch
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 

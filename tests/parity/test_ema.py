@@ -7,12 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from e2ediff_testing import TinyBackbone, make_batch, make_draw, make_nets
 from torch_ema import ExponentialMovingAverage
 
 from e2ediff.model.averages import Average
 from e2ediff.model.calibration import calibrate, in_use
 from e2ediff.parts.averages import Constant, Power
-from e2ediff.testing import TinyBackbone, make_batch, make_draw, make_nets
 
 
 def trained_steps(net, steps: int):

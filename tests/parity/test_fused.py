@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from e2ediff_testing import make_batch, make_draw, make_nets
 
 from e2ediff.backbone import Decode, Denoise, Encode
 from e2ediff.parts.backbones import ViTConfig
-from e2ediff.testing import make_batch, make_draw, make_nets
 
 SIZES = {"width": 32, "depth": 3, "heads": 2, "patch": 8, "latent_dim": 6}
 

@@ -33,7 +33,6 @@ from e2ediff.files.location import Location, find_files
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.host.registry import options
-from e2ediff.host.scaffold import write_plugin
 from e2ediff.parts.sources.own_images import list_images, read_images
 from e2ediff.prepare.address import recognise, source_config
 from e2ediff.prepare.write import Settings, prepare
@@ -149,7 +148,6 @@ def test_what_writes_takes_paths(form: str, place: Path, tmp_path: Path, host: H
     assert (tmp_path / "set/images/000001.png").exists()
     written, _ = write_report(gather(host, at("run")), at("page.html"))
     assert os.path.samefile(written.html, tmp_path / "page.html")
-    assert write_plugin("metric", "own", at("plugin")) == tmp_path / "plugin"
     source = source_config(host, FORMS[form](place / "images"), (), 16).open()
     settings = Settings(
         source="", images=2, size=16, channels=3, classes=2, format="png", quality=95, each=2,

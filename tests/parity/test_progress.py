@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 from command_line import e2ediff
+from e2ediff_testing import make_batch
 
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.step.assembly import assemble
 from e2ediff.step.draws import training_draw
 from e2ediff.step.splitting import part_of
-from e2ediff.testing import make_batch
 
 SCHEDULED = """
 import attrs

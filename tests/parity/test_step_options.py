@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import attrs
 import pytest
 import torch
+from e2ediff_testing import make_batch
 from half_only import offer_half_only
 from processes import together
 from torch import nn
@@ -32,7 +33,6 @@ from e2ediff.step.splitting import UnclearDrawError, part_of
 from e2ediff.step.update import Update
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
-from e2ediff.testing import make_batch
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 

@@ -15,6 +15,7 @@ import attrs
 import pytest
 import torch
 from command_line import e2ediff
+from e2ediff_testing import make_batch
 from processes import together
 
 from e2ediff.distributed.threads import PERIOD, Threads, threads_for
@@ -26,7 +27,6 @@ from e2ediff.step.update import Update
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
-from e2ediff.testing import make_batch
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 

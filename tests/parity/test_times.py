@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from command_line import e2ediff
+from e2ediff_testing import make_batch
 
 import e2ediff as package
 from e2ediff.backbone import Denoise
@@ -13,7 +14,6 @@ from e2ediff.host.recipe import parse_recipe
 from e2ediff.interpolant import spread
 from e2ediff.model.build import build_nets
 from e2ediff.parts.interpolants import Linear
-from e2ediff.testing import make_batch
 
 # Each token has a time of its own, as in Diffusion Forcing (Chen et al. 2024, arXiv 2407.01392).
 FORCING = """

@@ -6,20 +6,18 @@ import ast
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import click
 import pytest
 from command_line import e2ediff
+from e2ediff_testing.scaffold import write_plugin
 from packaging.requirements import Requirement
 from tiny_recipe import tiny
 
 import e2ediff as package
 from e2ediff.cli import group
 from e2ediff.host.checkout import pip_install, uninstalled_plugins
-from e2ediff.host.scaffold import write_plugin
 
 ROOT = Path(__file__).parents[2]
 # click's, git's, docker's, and variables of a report's style
@@ -38,54 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# What `plugins new` prints
-
-
-@pytest.mark.parametrize(
-    ("out", "words"),
-    [
-        ("", "pip install ./e2ediff-my-way"),
-        ("it's new", "pip install './it'\"'\"'s new'"),
-        ("-x", "pip install ./-x"),
-        ("below/that", "pip install below/that"),
-        ("a[b]", "pip install file://{}/here/a%5Bb%5D"),
-        ("{}/absolute", "pip install {}/absolute"),
-    ],
-    ids=["default", "quotes", "dash", "below", "brackets", "absolute"],
-)
-def test_what_new_prints_installs_what_it_wrote(out, words, tmp_path, monkeypatch) -> None:
-    """As a shell takes it, from the folder in which the user stands; pip fetches nothing."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    given = [f"--out={out.format(tmp_path)}"] if out else []
-    done = e2ediff("plugins", "new", "my-way", "--kind", "objective", *given)
-    assert done.code == 0
-    following, then = done.err.splitlines()
-    command, _, check = following.removeprefix("next: ").rpartition(" && ")
-    assert (command, check) == (words.format(tmp_path), "e2ediff plugins check my_way")
-    assert then == "then: e2ediff run RECIPE.yaml --set objective=my_way"
-    pip = tmp_path / "bin" / "pip"
-    pip.parent.mkdir()
-    options = "--no-deps --no-index --no-build-isolation --disable-pip-version-check --quiet"
-    target = tmp_path / "target"
-    pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@" {options} --target {target}\n')
-    pip.chmod(0o755)
-    path = f"{pip.parent}{os.pathsep}{os.environ['PATH']}"
-    ran = subprocess.run(
-        ["sh", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert (target / "e2ediff_my_way.py").exists()
-
-
-def test_new_names_a_recipe_that_is_there(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "quickstart.yaml").write_text(tiny())
-    done = e2ediff("plugins", "new", "mine", "--kind", "regularizer")
-    assert done.err.splitlines()[-1] == (
-        "then: e2ediff run recipes/quickstart.yaml --set 'regularizers=[mine]'"
-    )
+# Paths, as pip takes them
 
 
 def test_a_path_that_pip_would_misread_is_given_as_it_takes_it() -> None:

@@ -152,8 +152,10 @@ def test_a_command_of_a_plugin_stands_in_a_built_in_group_as_ours_do(inside) -> 
     assert e2ediff("plugins", "kinds", "--help").out.count("--plugin FILE") == 1
     done = e2ediff("plugins", "kind")
     assert done.code == 2
-    assert "unknown command 'plugins kind'. Did you mean 'kinds'? Known: check, " in done.err
-    assert " info, kinds, list, new. " in done.err
+    assert (
+        "unknown command 'plugins kind'. Did you mean 'kinds'? Known: info, kinds, list. "
+        in done.err
+    )
     for words in (("kinds",), ("data", "kinds")):
         done = e2ediff(*words)
         assert (done.code, f"unknown command '{' '.join(words)}'. " in done.err) == (2, True)
@@ -209,7 +211,7 @@ def test_an_unknown_subcommand_names_the_plugin_that_would_bring_it(inside, monk
     done = e2ediff("data", "further")
     assert done.code == 2
     assert done.err.endswith(
-        " e2ediff-further brings it and is not installed. Run: pip install "
+        " e2ediff-further provides it but is not installed. Run: pip install "
         "plugins/e2ediff-further\n"
     )
 
@@ -217,21 +219,7 @@ def test_an_unknown_subcommand_names_the_plugin_that_would_bring_it(inside, monk
 # What `plugins` shows of them
 
 
-def test_a_plugin_of_commands_alone_is_checked_and_shown(inside) -> None:
-    inside.install("careless", SOURCE.partition("@hookimpl")[0] + """
-@hookimpl
-def register(add):
-    add("commands", "lost", "nowhere:command")
-""", requires="e2ediff>=0.1,<0.2")  # fmt: skip
-    done = e2ediff("plugins", "check", "careless")
-    assert done.code == 4
-    assert done.out == (
-        "FAIL  command lost  contract: command 'lost' of plugin 'careless' (careless 1.2): "
-        "ModuleNotFoundError: No module named 'nowhere'\n"
-    )
-    done = e2ediff("plugins", "check", "greeter", "--part", "ends")
-    assert "ok    command ends  contract\n" in done.out
-    assert "command own" not in done.out
+def test_a_plugin_of_commands_alone_is_shown() -> None:
     shown = e2ediff("plugins", "info", "greeter").out.splitlines()
     assert [line.split() for line in shown[-3:]] == [
         ["command", "greet"], ["command", "ends"], ["command", "own"],

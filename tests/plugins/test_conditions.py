@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import e2ediff, needs
+from e2ediff_testing import check_backbone, check_source
 from PIL import Image
 from tiny_recipe import tiny
 
@@ -25,7 +26,6 @@ from e2ediff.loading.batches import fixed_images
 from e2ediff.model.inference import Model
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
-from e2ediff.testing import check_backbone, check_source
 
 SOURCE = """
 import attrs

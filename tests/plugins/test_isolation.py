@@ -13,6 +13,7 @@ import pytest
 from command_line import OURS, e2ediff
 
 from e2ediff.errors import DuplicateNameError
+from e2ediff.host.discovery import installed
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 
@@ -357,3 +358,18 @@ def register(add):
         assert done.returncode == 0, done.stderr
         assert float(done.stderr) < limit, "CPU seconds; another program's load does not count"
     assert done.stdout.count("  ok  ") == 31, done.stdout
+
+
+def test_info_shows_parts_with_options_and_of_a_broken_plugin_the_traceback(inside) -> None:
+    inside.install("good-one", GOOD.format(name="mine"))
+    inside.install("bad-one", "def f():\n    raise RuntimeError('why')\nf()")
+    assert {e.name for e in installed()} >= {"good-one", "bad-one"}
+    done = e2ediff("plugins", "info", "good-one")
+    assert "\n  objectives\n    mine  [good-one]  An objective." in done.out
+    assert "\n        denoising_weight: float = 1.0\n" in done.out
+    done = e2ediff("plugins", "info", "bad-one")
+    assert (done.code, "broken    RuntimeError: why\n" in done.out) == (0, True)
+    assert "bad_one.py" in done.out
+    done = e2ediff("plugins", "info", "no-such-plugin")
+    assert done.code == 4
+    assert "there is no plugin and no folder 'no-such-plugin'." in done.err

@@ -27,14 +27,18 @@ def commands(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python with wheels of e2ediff and its DSD plugin; what they need lies in this one's."""
+    """Python with wheels of e2ediff, its DSD plugin and its kit for authors.
+
+    What they need lies in this one's.
+    """
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
     python = folder / "bin" / "python"
     own = sysconfig.get_path("purelib", vars={"base": str(folder)})
     Path(own, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     copies = []
-    for source in (ROOT, ROOT / "plugins" / "e2ediff-dsd"):
+    plugins = [ROOT / "plugins" / name for name in ("e2ediff-dsd", "e2ediff-testing")]
+    for source in (ROOT, *plugins):
         copy = folder / "source" / source.name
         keep = shutil.ignore_patterns(".*", "build", "dist", "runs", "plugins", "tests")
         shutil.copytree(source, copy, ignore=keep)

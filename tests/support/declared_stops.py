@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import attrs
 import pytest
+from e2ediff_testing import check_objective, make_batch, make_draw, make_nets
 
 from e2ediff.backbone import BackboneConfig
 from e2ediff.objective import Objective
-from e2ediff.testing import check_objective, make_batch, make_draw, make_nets
 
 
 def declaring(objective: Objective, phase: str, loss: str) -> Objective:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import attrs
 import torch
+from e2ediff_testing import TinyBackbone
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,7 +31,6 @@ from e2ediff.objective import Objective, Terms, sg
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.regularizer import Regularizer
 from e2ediff.sampler import Sampler
-from e2ediff.testing import TinyBackbone
 from e2ediff.times import TimeSampler
 from e2ediff.tracker import Tracker, TrackerConfig
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from e2ediff import testing
+import e2ediff_testing as testing
 
 CHECKS = {
     "backbones": testing.check_backbone,

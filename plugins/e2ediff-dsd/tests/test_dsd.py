@@ -8,6 +8,7 @@ import torch
 from declared_stops import holds_its_declaration
 from e2ediff_dsd.augment import Augmentation
 from e2ediff_dsd.objective import DSD
+from e2ediff_testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 from torch import nn
 
 from e2ediff.backbone import Backbone, BackboneConfig, LatentSpec
@@ -21,7 +22,6 @@ from e2ediff.objective import Draw
 from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.objectives.controls import Coupled, Detached
 from e2ediff.parts.time_samplers import Uniform
-from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 
 PLAIN = Augmentation(mask_probability=0.0)
 # DSD without anything that the methods it is compared with do not have.

@@ -12,13 +12,13 @@ import torch
 from command_line import e2ediff
 from e2ediff_features.exported import Exported
 from e2ediff_features.foundation import CLIP, CLIPNetwork, DINOv2, DINOv2Network
+from e2ediff_testing import check_features
 from random_weights import random_state
 from tiny_recipe import tiny
 
 from e2ediff.errors import DataError, RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
-from e2ediff.testing import check_features
 
 HOST = load()
 PARTS = {"dinov2": DINOv2, "clip": CLIP, "exported": Exported}

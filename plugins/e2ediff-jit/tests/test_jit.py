@@ -11,13 +11,7 @@ from command_line import e2ediff
 from e2ediff_jit.backbone import JiTConfig
 from e2ediff_jit.interpolant import LinearScaled
 from e2ediff_jit.objective import Pixel
-
-from e2ediff.condition import ClassLabels, Labels
-from e2ediff.data import ImageSpec
-from e2ediff.host.plugins import load
-from e2ediff.host.recipe import load_recipe
-from e2ediff.model.build import problems
-from e2ediff.testing import (
+from e2ediff_testing import (
     GaussianDenoiser,
     TinyBackbone,
     check_backbone,
@@ -27,6 +21,12 @@ from e2ediff.testing import (
     make_draw,
     make_nets,
 )
+
+from e2ediff.condition import ClassLabels, Labels
+from e2ediff.data import ImageSpec
+from e2ediff.host.plugins import load
+from e2ediff.host.recipe import load_recipe
+from e2ediff.model.build import problems
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 TINY = JiTConfig(width=16, depth=3, heads=2, patch=8, bottleneck=4, context=2, context_start=1)

@@ -13,6 +13,7 @@ from declared_stops import holds_its_declaration
 from e2ediff_rivals.repa_e import RepaE
 from e2ediff_rivals.tweedie import Tweedie
 from e2ediff_rivals.unified_latents import UnifiedLatents
+from e2ediff_testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 from torch import nn
 
 from e2ediff.errors import DataError, ShapeError
@@ -25,7 +26,6 @@ from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.objectives.controls import Coupled
 from e2ediff.step.count import count
 from e2ediff.store.run_directory import RunDirectory
-from e2ediff.testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 

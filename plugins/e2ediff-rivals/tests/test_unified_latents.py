@@ -8,10 +8,10 @@ import attrs
 import pytest
 import torch
 from e2ediff_rivals.unified_latents import UnifiedLatents, kl_rate, least_noise
+from e2ediff_testing import TinyBackbone, make_batch, make_draw, make_nets
 from torch import nn
 
 from e2ediff.parts.interpolants import Cosine, Linear, VarianceExploding
-from e2ediff.testing import TinyBackbone, make_batch, make_draw, make_nets
 
 BATCH = make_batch()
 

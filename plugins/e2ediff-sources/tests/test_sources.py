@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import attrs
+import e2ediff_testing as testing
 import numpy as np
 import pytest
 from pictures import as_class_tars, as_npz, as_parquet, as_shards, as_zip, write_tree
 from tiny_recipe import tiny
 
-from e2ediff import testing
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.host.registry import options

@@ -6,13 +6,13 @@ import attrs
 import pytest
 import torch
 from declared_stops import holds_its_declaration
+from e2ediff_testing import TinyBackbone, make_batch, make_draw, make_nets
 from e2ediff_unite.objective import Unite
 
 from e2ediff.host.plugins import load
 from e2ediff.losses import DecodeNoise
 from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.objectives.controls import Detached
-from e2ediff.testing import TinyBackbone, make_batch, make_draw, make_nets
 
 VIT = ViTConfig(
     width=16, depth=3, heads=2, patch=8, latent_dim=4, latent_norm="batch", trunks="three"

@@ -9,6 +9,13 @@ import pytest
 import torch
 from command_line import e2ediff
 from declared_stops import holds_its_declaration
+from e2ediff_testing import (
+    check_backbone,
+    make_batch,
+    make_draw,
+    make_nets,
+    own_randomness,
+)
 from e2ediff_unite.backbone import UniteConfig
 from e2ediff_unite.decoder import DecoderConfig
 from e2ediff_unite.objective import Unite
@@ -17,13 +24,6 @@ from e2ediff.backbone import Decode, Denoise, Encode
 from e2ediff.condition import Labels
 from e2ediff.data import ImageSpec
 from e2ediff.host.plugins import load
-from e2ediff.testing import (
-    check_backbone,
-    make_batch,
-    make_draw,
-    make_nets,
-    own_randomness,
-)
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 TINY = UniteConfig(

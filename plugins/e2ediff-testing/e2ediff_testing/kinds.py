@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from e2ediff.host.recipe import Recipe
-from e2ediff.testing import networks, paths, sampling, surroundings
+from e2ediff_testing import networks, paths, sampling, surroundings
 
 
 @attrs.frozen

@@ -1,4 +1,4 @@
-"""A training step in two processes: `python -m e2ediff.testing.parallel SPEC RANK`."""
+"""A training step in two processes: `python -m e2ediff_testing.parallel SPEC RANK`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.step.assembly import assemble
-from e2ediff.testing.source import Source
-from e2ediff.testing.trials import Trial, compare, gradients
+from e2ediff_testing.source import Source
+from e2ediff_testing.trials import Trial, compare, gradients
 
 _HERE = "127.0.0.1"
 _LIMIT = 180.0  # seconds for both processes, imports included
@@ -52,7 +52,7 @@ def two_processes(trial: Trial, source: Source | None) -> None:
     processes = []
     for rank, error in enumerate(errors):
         with open(error, "w", encoding="utf-8") as file:
-            words = [sys.executable, "-P", "-m", "e2ediff.testing.parallel", str(spec), str(rank)]
+            words = [sys.executable, "-P", "-m", "e2ediff_testing.parallel", str(spec), str(rank)]
             processes.append(subprocess.Popen(words, env=env, stdout=file, stderr=file))  # noqa: S603
     try:
         codes = [process.wait(_LIMIT) for process in processes]

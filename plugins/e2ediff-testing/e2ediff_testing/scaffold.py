@@ -31,7 +31,7 @@ _KEYS = {
 
 def template_kinds() -> list[str]:
     """Return the kinds of parts that have a template, as for `--kind`."""
-    found = [file.name for file in (resources.files("e2ediff.host") / "templates").iterdir()]
+    found = [file.name for file in (resources.files("e2ediff_testing") / "templates").iterdir()]
     kinds = {name.removesuffix(".py.txt") for name in found if name.endswith(".py.txt")}
     return sorted(kinds - {"test"})
 
@@ -65,7 +65,7 @@ def plugin_files(kind: str, name: str) -> dict[str, str]:
         f"{words['module']}.py": f"{kind}.py",
         f"tests/test_{part}.py": "test.py",
     }
-    folder = resources.files("e2ediff.host") / "templates"
+    folder = resources.files("e2ediff_testing") / "templates"
     return {
         path: Template((folder / f"{file}.txt").read_text(encoding="utf-8")).substitute(words)
         for path, file in templates.items()

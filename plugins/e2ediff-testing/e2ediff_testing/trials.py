@@ -33,9 +33,9 @@ from e2ediff.step.draws import draw_for
 from e2ediff.step.step import Step
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
-from e2ediff.testing.kinds import kind_of
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
+from e2ediff_testing.kinds import kind_of
 
 RECIPE = """\
 e2ediff: 1

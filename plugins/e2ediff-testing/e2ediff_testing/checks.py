@@ -1,17 +1,15 @@
 """Checks for authors of parts: each raises AssertionError with what to change.
 
-    from e2ediff.testing import check_interpolant
-    def test_it_keeps_the_contract(): check_interpolant(MyPath())
-
-`e2ediff.testing.kit.check_plugin` runs all that apply, and trains with every part, as
+They are imported from the package: `from e2ediff_testing import check_interpolant`.
+`e2ediff_testing.kit.check_plugin` runs all that apply, and trains with every part, as
 `e2ediff plugins check` does.
 """
 
-from e2ediff.testing.claims import own_randomness
-from e2ediff.testing.networks import check_backbone, check_objective, check_regularizer
-from e2ediff.testing.paths import check_interpolant, check_times
-from e2ediff.testing.sampling import check_guidance, check_sampler
-from e2ediff.testing.surroundings import (
+from e2ediff_testing.claims import own_randomness
+from e2ediff_testing.networks import check_backbone, check_objective, check_regularizer
+from e2ediff_testing.paths import check_interpolant, check_times
+from e2ediff_testing.sampling import check_guidance, check_sampler
+from e2ediff_testing.surroundings import (
     check_averaging,
     check_diagnostic,
     check_features,
@@ -20,7 +18,7 @@ from e2ediff.testing.surroundings import (
     check_source,
     check_tracker,
 )
-from e2ediff.testing.tiny import (
+from e2ediff_testing.tiny import (
     IMAGE,
     GaussianDenoiser,
     TinyBackbone,

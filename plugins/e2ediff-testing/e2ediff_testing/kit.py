@@ -14,10 +14,10 @@ from e2ediff.errors import E2EDiffError, PluginError
 from e2ediff.host.guard import cause
 from e2ediff.host.plugins import Host
 from e2ediff.host.registry import Part
-from e2ediff.testing.kinds import KINDS, kind_of
-from e2ediff.testing.parallel import two_processes
-from e2ediff.testing.source import Source
-from e2ediff.testing.trials import (
+from e2ediff_testing.kinds import KINDS, kind_of
+from e2ediff_testing.parallel import two_processes
+from e2ediff_testing.source import Source
+from e2ediff_testing.trials import (
     Trial,
     compiled,
     contract,
@@ -88,7 +88,7 @@ def check_plugin(
 ) -> Iterator[Verdict]:
     """Run all checks that apply to a plugin's parts, and import its commands.
 
-    Each part is tried in a small recipe (`e2ediff.testing.trials.RECIPE`), in the place of the
+    Each part is tried in a small recipe (`e2ediff_testing.trials.RECIPE`), in the place of the
     part that is there and with the changes that its class attribute `trial` lists; the checks
     train there for a few steps.
 

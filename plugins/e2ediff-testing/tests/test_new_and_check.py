@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
 import attrs
+import e2ediff_testing.kit as kit
 import pytest
 import torch
 from command_line import e2ediff, needs
+from e2ediff_testing.kinds import KINDS
+from e2ediff_testing.scaffold import assignment, template_kinds, write_plugin
+from e2ediff_testing.source import Source, unbounded
+from e2ediff_testing.trials import Trial
+from tiny_recipe import tiny
 
-import e2ediff.testing.kit as kit
 from e2ediff import hookimpl
 from e2ediff.errors import PluginError
-from e2ediff.host.discovery import Plugin, installed
+from e2ediff.host import discovery
+from e2ediff.host.discovery import Plugin
 from e2ediff.host.plugins import load
 from e2ediff.host.registry import KINDS as REGISTRIES
-from e2ediff.host.scaffold import assignment, template_kinds, write_plugin
 from e2ediff.objective import Terms
 from e2ediff.parts.objectives.controls import Detached, TwoStage
 from e2ediff.parts.optimizers.scheduled import SGD
-from e2ediff.testing.kinds import KINDS
-from e2ediff.testing.source import Source, unbounded
-from e2ediff.testing.trials import Trial
 
+KIT = Path(__file__).parents[1]
 OURS = ("dsd", "unite", "jit", "rivals", "varfloor")
 TITLES = ("documentation", "contract", "recipe round trip", "save and resume", "latent contract",
           "bfloat16")  # fmt: skip
@@ -214,6 +221,26 @@ def test_a_broken_part_fails_its_check_and_is_told_what_to_change(
     assert "\n" not in found[check]
 
 
+def test_commands_are_imported() -> None:
+    """Of a plugin that may have nothing else."""
+
+    def register(add):
+        add("commands", "lost", "nowhere:command")
+        add("commands", "check", "e2ediff_testing.cli:check")
+
+    host, module = load(entry_points=False), ModuleType("careless")
+    module.register = hookimpl(register)
+    host.add(module, Plugin("careless", "careless", "1.2"))
+    verdict, fine = kit.check_plugin(host, "careless")
+    assert (verdict.part, verdict.check) == ("command lost", "contract")
+    assert verdict.problem == (
+        "command 'lost' of plugin 'careless' (careless 1.2): "
+        "ModuleNotFoundError: No module named 'nowhere'"
+    )
+    assert [*kit.check_plugin(host, "careless", only="check")] == [fine]
+    assert fine == kit.Verdict("command check", "contract")
+
+
 def test_a_step_that_knows_its_process_is_found_out(folder, monkeypatch) -> None:
     only(monkeypatch, "two processes")
     path = folder("objective", "my_odd")
@@ -317,7 +344,6 @@ def test_the_command_names_what_fails_and_ends_with_4(folder, monkeypatch) -> No
         (["new", "x", "--kind", "objectiv"], "--kind objectiv: expected one of average, "),
         (["new", "Not-Snake!", "--kind", "objective"], "the name must be snake_case"),
         (["check", "no-such-plugin"], "there is no plugin and no folder 'no-such-plugin'."),
-        (["info", "no-such-plugin"], "there is no plugin and no folder 'no-such-plugin'."),
         (["check", "."], "there is no such file, so no plugin lies here"),
     ],
 )
@@ -326,6 +352,11 @@ def test_a_mistaken_command_says_what_to_do(tmp_path, monkeypatch, words, says) 
     done = e2ediff("plugins", *words)
     assert done.code in (2, 4)
     assert says in done.err
+
+
+@pytest.mark.parametrize("form", [str, Path])
+def test_a_plugin_is_written_where_a_path_of_any_type_says(tmp_path, form) -> None:
+    assert write_plugin("metric", "own", form(tmp_path / "plugin")) == tmp_path / "plugin"
 
 
 def test_new_does_not_write_into_a_folder_that_holds_something(tmp_path, monkeypatch) -> None:
@@ -364,23 +395,84 @@ def test_a_package_states_the_e2ediff_it_is_for(requires, says) -> None:
     assert all(word in text for word, text in zip(says, found, strict=True))
 
 
-def test_info_shows_parts_with_options_and_of_a_broken_plugin_the_traceback(inside) -> None:
-    source = write_plugin("sampler", "my_sampler", str(inside.cwd / "new"))
-    inside.install("good-one", (source / "e2ediff_my_sampler.py").read_text())
-    inside.install("bad-one", "def f():\n    raise RuntimeError('why')\nf()")
-    assert {e.name for e in installed()} >= {"good-one", "bad-one"}
-    done = e2ediff("plugins", "info", "good-one")
-    assert "\n  samplers\n    my_sampler  [good-one]  The midpoint rule" in done.out
-    assert "\n        steps: int = 25\n" in done.out
-    done = e2ediff("plugins", "info", "bad-one")
-    assert (done.code, "broken    RuntimeError: why\n" in done.out) == (0, True)
-    assert "bad_one.py" in done.out
-
-
-def test_a_folder_whose_module_is_imported_from_elsewhere_is_refused(inside, folder) -> None:
-    path = folder("guidance")
-    shutil.copy(path / "e2ediff_my_guidance.py", inside.path)
+def test_a_folder_whose_module_is_imported_from_elsewhere_is_refused(folder, tmp_path) -> None:
+    path, elsewhere = folder("guidance"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(path / "e2ediff_my_guidance.py", elsewhere)
     sys.path.insert(0, str(path))  # so that it is not put in front again
-    sys.path.insert(0, str(inside.path))
+    sys.path.insert(0, str(elsewhere))
     with pytest.raises(PluginError, match="check the installed plugin by its name instead"):
         Source.read(path).host()
+
+
+@pytest.mark.parametrize("word", ["new", "check"])
+def test_without_the_kit_its_commands_are_unknown_and_name_it(monkeypatch, tmp_path, word) -> None:
+    """With the line that installs it, from wherever they are called; the others are there."""
+    found_before = metadata.distribution
+
+    def distribution(name: str) -> metadata.Distribution:
+        if name == "e2ediff-testing":
+            raise metadata.PackageNotFoundError(name)
+        return found_before(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.setattr(discovery, "_entries", lambda: iter(()))
+    for here, shown in ((KIT.parents[1], "plugins/e2ediff-testing"), (tmp_path, str(KIT))):
+        monkeypatch.chdir(here)
+        done = e2ediff("plugins", word, "my_objective.py")
+        assert done.code == 2
+        assert f"Error: unknown command 'plugins {word}'. " in done.err
+        assert done.err.endswith(
+            f" e2ediff-testing provides it but is not installed. Run: pip install {shown}\n"
+        )
+    assert e2ediff("plugins", "list").code == 0
+
+
+# What `plugins new` prints
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("", "pip install ./e2ediff-my-way"),
+        ("it's new", "pip install './it'\"'\"'s new'"),
+        ("-x", "pip install ./-x"),
+        ("below/that", "pip install below/that"),
+        ("a[b]", "pip install file://{}/here/a%5Bb%5D"),
+        ("{}/absolute", "pip install {}/absolute"),
+    ],
+    ids=["default", "quotes", "dash", "below", "brackets", "absolute"],
+)
+def test_what_new_prints_installs_what_it_wrote(out, words, tmp_path, monkeypatch) -> None:
+    """As a shell takes it, from the folder in which the user stands; pip fetches nothing."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    given = [f"--out={out.format(tmp_path)}"] if out else []
+    done = e2ediff("plugins", "new", "my-way", "--kind", "objective", *given)
+    assert done.code == 0
+    following, then = done.err.splitlines()
+    command, _, check = following.removeprefix("next: ").rpartition(" && ")
+    assert (command, check) == (words.format(tmp_path), "e2ediff plugins check my_way")
+    assert then == "then: e2ediff run RECIPE.yaml --set objective=my_way"
+    pip = tmp_path / "bin" / "pip"
+    pip.parent.mkdir()
+    options = "--no-deps --no-index --no-build-isolation --disable-pip-version-check --quiet"
+    target = tmp_path / "target"
+    pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@" {options} --target {target}\n')
+    pip.chmod(0o755)
+    path = f"{pip.parent}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(
+        ["sh", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (target / "e2ediff_my_way.py").exists()
+
+
+def test_new_names_a_recipe_that_is_there(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "quickstart.yaml").write_text(tiny())
+    done = e2ediff("plugins", "new", "mine", "--kind", "regularizer")
+    assert done.err.splitlines()[-1] == (
+        "then: e2ediff run recipes/quickstart.yaml --set 'regularizers=[mine]'"
+    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import attrs
+import e2ediff_testing as testing
 import pytest
 import torch
+from e2ediff_testing.tiny import _Tiny
 
-from e2ediff import testing
 from e2ediff.data import DataSource
 from e2ediff.denoiser import Denoiser
 from e2ediff.figure import Figure
@@ -23,7 +24,6 @@ from e2ediff.parts.regularizers import VarianceExpansion
 from e2ediff.parts.samplers.ode import Euler
 from e2ediff.parts.sources import Synthetic
 from e2ediff.parts.time_samplers import Uniform
-from e2ediff.testing.tiny import _Tiny
 
 WRONG = []
 

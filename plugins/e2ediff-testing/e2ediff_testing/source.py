@@ -51,7 +51,7 @@ class Source(PluginFolder):
         if not any(self.folder.glob("README*")):
             yield "there is no README; say what the plugin adds and how a recipe names it"
         if not any(p for p in self.folder.rglob("test_*.py") if ".venv" not in p.parts):
-            yield "there is no test; call a check of e2ediff.testing in tests/test_....py"
+            yield "there is no test; call a check of e2ediff_testing in tests/test_....py"
         yield from unbounded(self.requires)
 
 

@@ -12,8 +12,8 @@ from e2ediff.condition import ClassLabels, Labels
 from e2ediff.guidance import Guidance
 from e2ediff.parts.interpolants import Linear
 from e2ediff.sampler import Sampler
-from e2ediff.testing.claims import is_float32, own_randomness
-from e2ediff.testing.tiny import GaussianDenoiser
+from e2ediff_testing.claims import is_float32, own_randomness
+from e2ediff_testing.tiny import GaussianDenoiser
 
 
 def check_sampler(s: Sampler) -> None:

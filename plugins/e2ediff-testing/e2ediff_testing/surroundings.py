@@ -21,9 +21,9 @@ from e2ediff.figure import Figure, find
 from e2ediff.metric import FeatureSet, Metric, MetricValue, moments_of
 from e2ediff.optimizer import OptimizerConfig
 from e2ediff.parts.interpolants import Linear
-from e2ediff.testing.claims import own_randomness
-from e2ediff.testing.tiny import make_batch
 from e2ediff.tracker import Tracker, TrackerConfig
+from e2ediff_testing.claims import own_randomness
+from e2ediff_testing.tiny import make_batch
 
 
 def check_optimizer(o: OptimizerConfig) -> None:

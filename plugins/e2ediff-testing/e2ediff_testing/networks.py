@@ -18,8 +18,8 @@ from e2ediff.data import Batch, ImageSpec
 from e2ediff.objective import Draw, Nets, Objective
 from e2ediff.parts.time_samplers import Uniform
 from e2ediff.regularizer import Regularizer
-from e2ediff.testing.claims import is_float32, near, own_randomness
-from e2ediff.testing.tiny import IMAGE, make_batch, make_draw, make_nets
+from e2ediff_testing.claims import is_float32, near, own_randomness
+from e2ediff_testing.tiny import IMAGE, make_batch, make_draw, make_nets
 
 
 def check_objective(objective: Objective, backbone: BackboneConfig | None = None) -> None:

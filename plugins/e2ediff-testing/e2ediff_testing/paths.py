@@ -7,8 +7,8 @@ import math
 import torch
 
 from e2ediff.interpolant import Interpolant
-from e2ediff.testing.claims import is_float32, own_randomness
 from e2ediff.times import MARGIN, TimeSampler
+from e2ediff_testing.claims import is_float32, own_randomness
 
 
 def check_interpolant(i: Interpolant) -> None:
