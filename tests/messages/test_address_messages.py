@@ -333,7 +333,7 @@ def test_a_typed_address_may_have_any_protocol_but_reference(run: str, seen: lis
             ("sample", address), ("report", address), ("eval", address, *FEATURES),
             ("run", address),
             ("check", address), ("sample", run, "--set", "guidance=null", "--out", address),
-            ("data", "check", address), ("eval", run, "--reference", address, *FEATURES),
+            ("eval", run, "--reference", address, *FEATURES),
             ("reconstruct", run, "--out", address),
         ):  # fmt: skip
             done = e2ediff(*words)

@@ -105,8 +105,6 @@ def test_help_answers_at_once_without_torch() -> None:
         ["reconstruct"],
         ["interpolate"],
         ["check"],
-        ["data"],
-        ["data", "prepare"],
         ["parts"],
         ["plugins"],
         ["ablate"],
@@ -140,7 +138,7 @@ def test_an_unknown_command_suggests_the_one_that_was_meant(monkeypatch) -> None
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith(
         "Error: unknown command 'sampel'. Did you mean 'sample'? "
-        "Known: ablate, check, compare, data, eval, interpolate, parts, plugins, reconstruct, "
+        "Known: ablate, check, compare, eval, interpolate, parts, plugins, reconstruct, "
         "report, run, sample."
     )
 

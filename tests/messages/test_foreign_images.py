@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import Done, e2ediff, trained
+from command_line import Done, e2ediff, needs, trained
 from pictures import (
     as_class_tars,
     as_parquet,
@@ -146,6 +146,7 @@ def test_a_run_stops_at_it_or_skips_it(kind: str, foreign: dict[str, bytes]) -> 
     assert "n00000000_1.JPEG" in done.err or Path("skip/bad_images.jsonl").exists()
 
 
+@needs("e2ediff-data")
 @pytest.mark.parametrize("kind", SAID)
 def test_commands_on_data_name_it(kind: str, foreign: dict[str, bytes]) -> None:
     tree = tree_with(foreign[kind])

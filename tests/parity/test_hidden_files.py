@@ -12,7 +12,7 @@ import attrs
 import fsspec
 import pytest
 import torch
-from command_line import e2ediff
+from command_line import e2ediff, needs
 from pictures import as_shards, tar_bytes, write_tree
 from source_kinds import source_of
 
@@ -187,6 +187,13 @@ def test_what_holds_nothing_else_is_empty(tmp_path: Path) -> None:
         list_images(["only"])
     with pytest.raises(DataError, match="only holds no images"):
         sources.ImageFolder(root="only", size=SIZE, classes=0).open()
+
+
+@needs("e2ediff-data")
+def test_a_folder_that_holds_nothing_else_is_recognised_as_empty() -> None:
+    Path("only/.x").mkdir(parents=True)
+    shutil.copy("clean/n00000000/n00000000_0.JPEG", "only/.x/0.jpg")
+    shutil.copy("clean/n00000000/n00000000_0.JPEG", "only/._0.jpg")
     done = e2ediff("data", "stats", "only")
     assert done.code == 5
     assert "only: an empty folder" in done.err
@@ -208,6 +215,7 @@ def test_labels_of_hidden_images_are_passed_over() -> None:
     assert config.open().labels().tolist() == [0, 0, 0, 1, 1]
 
 
+@needs("e2ediff-data")
 @pytest.mark.parametrize("form", ["folder", "zip", "class tars"])
 def test_data_commands_recognise_and_count_without_them(form: str, tmp_path: Path) -> None:
     config = FORMS[form]("looked-at", tmp_path)

@@ -19,10 +19,9 @@ import pytest
 from command_line import e2ediff
 from tiny_recipe import tiny
 
-from e2ediff.errors import DataError, RunDirectoryError
+from e2ediff.errors import RunDirectoryError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import dump_recipe, parse_recipe
-from e2ediff.prepare.write import Settings, _claim
 from e2ediff.sample.set_record import prepare
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
@@ -281,21 +280,15 @@ def test_an_ablation_killed_at_its_beginning_is_taken_up(tmp_path, monkeypatch) 
     )
 
 
-def test_sets_of_images_and_shards_killed_at_their_beginning_are_taken_up(tmp_path) -> None:
-    """What they write first is whole or a temporary file."""
-    for folder in ("set", "shards/parts"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / ".tmp-x.json-0123abcd").write_text("{")
-    prepare(Store(str(tmp_path / "set")), {"images": 1}, overwrite=False)
-    assert json.loads((tmp_path / "set/set.json").read_text()) == {"images": 1}
-    kind = {"images": 1, "size": 8, "channels": 3, "classes": 1, "each": 1}
-    settings = Settings(source="", format="png", quality=9, skip=False, **kind)
-    _claim(Store(str(tmp_path / "shards")), settings)
-    for folder in ("set", "shards"):
-        shutil.rmtree(tmp_path / folder)
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mine.txt").write_text("mine")
+def test_a_set_of_images_killed_at_its_beginning_is_taken_up(tmp_path) -> None:
+    """What it writes first is whole or a temporary file."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / ".tmp-x.json-0123abcd").write_text("{")
+    prepare(Store(str(folder)), {"images": 1}, overwrite=False)
+    assert json.loads((folder / "set.json").read_text()) == {"images": 1}
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
     with pytest.raises(RunDirectoryError, match=r"is not empty(.|\n)*Choose another --out\.$"):
-        prepare(Store(str(tmp_path / "set")), {"images": 1}, overwrite=False)
-    with pytest.raises(DataError, match="is not empty"):
-        _claim(Store(str(tmp_path / "shards")), settings)
+        prepare(Store(str(folder)), {"images": 1}, overwrite=False)

@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from command_line import e2ediff
+from command_line import e2ediff, needs
 from pictures import as_class_tars, as_npz, as_parquet, as_shards, as_zip, write_tree
 from PIL import Image
 from safetensors.torch import save
@@ -25,7 +25,6 @@ from e2ediff.features import read_weights
 from e2ediff.files.location import find_files
 from e2ediff.parts import sources
 from e2ediff.parts.sources.own_images import list_images, read_images
-from e2ediff.prepare.address import recognise
 from e2ediff.store.storage import Store
 
 SIZE = 16
@@ -156,7 +155,10 @@ def test_a_star_in_the_last_name_finds_files_of_a_folder_with_an_odd_name(tmp_pa
                 found(nothing)
 
 
+@needs("e2ediff-data")
 def test_what_is_there_as_it_is_written_is_no_pattern(host) -> None:
+    from e2ediff_data.address import recognise
+
     assert recognise(host, f"{ODD}/tree") == {"name": "image_folder", "root": f"{ODD}/tree"}
     with pytest.raises(DataError, match="nothing is there"):
         recognise(host, "set [1]/tree")
@@ -165,6 +167,7 @@ def test_what_is_there_as_it_is_written_is_no_pattern(host) -> None:
 # Commands
 
 
+@needs("e2ediff-data")
 def test_commands_on_data_take_odd_names(tmp_path: Path) -> None:
     done = e2ediff("data", "check", f"{ODD}/tree", "--workers", 0)
     assert (done.code, "all 6 images can be read" in done.err) == (0, True)

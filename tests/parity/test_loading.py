@@ -17,6 +17,7 @@ from types import FrameType, ModuleType
 import attrs
 import pytest
 import torch
+from command_line import needs
 from pictures import damage, write_tree
 from PIL import Image
 from source_kinds import COUNTS, SIZE, TOTAL, folder, make
@@ -32,8 +33,6 @@ from e2ediff.loading.batches import batches
 from e2ediff.loading.order import Order
 from e2ediff.parts import sources
 from e2ediff.parts.sources.folder import FolderBytes
-from e2ediff.prepare.examine import examine
-from e2ediff.prepare.write import Settings, prepare
 from e2ediff.store.storage import Store
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
@@ -121,6 +120,7 @@ def test_a_run_whose_reading_process_was_killed_says_what_to_lower(place, tmp_pa
     assert (status["state"], status["exit_code"]) == ("failed", 8)
 
 
+@needs("e2ediff-data")
 @pytest.mark.parametrize(
     ("number", "said"),
     [(signal.SIGKILL, "lower --workers, or give more memory"),
@@ -131,6 +131,9 @@ def test_a_run_whose_reading_process_was_killed_says_what_to_lower(place, tmp_pa
 def test_commands_on_data_say_what_to_lower_when_a_process_was_killed(
     number, said, place, tmp_path
 ) -> None:
+    from e2ediff_data.examine import examine
+    from e2ediff_data.write import Settings, prepare
+
     config = fatal(place, signal=number)
     source = config.open()
     with pytest.raises(ResourceError, match=said):

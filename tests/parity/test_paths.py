@@ -34,8 +34,6 @@ from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.host.registry import options
 from e2ediff.parts.sources.own_images import list_images, read_images
-from e2ediff.prepare.address import recognise, source_config
-from e2ediff.prepare.write import Settings, prepare
 from e2ediff.report.gather import gather, gather_runs, read_run
 from e2ediff.report.write import write_report
 from e2ediff.sample.load import ModelRef, load_model
@@ -105,9 +103,6 @@ READERS: dict[str, Callable[[Callable[[str], addresses.Address]], object]] = {
     "find_files": lambda at: find_files(at("images/{a,b}/*.png"), "data.path", ".png")[1],
     "read_file": lambda at: read_file(at("weights.pt")),
     "read_weights": lambda at: read_weights(at("weights.pt"))[1],
-    "recognise": lambda at: recognise(HOST, at("images")),
-    "source_config": lambda at: source_config(HOST, at("images"), (), 16),
-    "source_config of a recipe": lambda at: source_config(HOST, at("tiny.yaml")),
     "gather": lambda at: gather(HOST, at("run")).place,
     "gather_runs": lambda at: gather_runs(HOST, [at("run"), at("run")]).command,
     "read_run": lambda at: read_run(HOST, at("run"), "", {}).path,
@@ -148,13 +143,6 @@ def test_what_writes_takes_paths(form: str, place: Path, tmp_path: Path, host: H
     assert (tmp_path / "set/images/000001.png").exists()
     written, _ = write_report(gather(host, at("run")), at("page.html"))
     assert os.path.samefile(written.html, tmp_path / "page.html")
-    source = source_config(host, FORMS[form](place / "images"), (), 16).open()
-    settings = Settings(
-        source="", images=2, size=16, channels=3, classes=2, format="png", quality=95, each=2,
-        skip=False,
-    )  # fmt: skip
-    prepare(source, settings, at("shards"), workers=0, progress=print)
-    assert source_config(host, at("shards")).path == str(tmp_path / "shards")
     plan = plan_ablation(host, FORMS[form](place / "tiny.yaml"), ["batch=8,16"], "0")
     group = Group.create(at("group"), plan, {})
     assert group.path == Group.open(at("group")).path == str(tmp_path / "group")

@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from command_line import e2ediff
+from command_line import e2ediff, needs
 from pictures import as_idx, write_tree
 from source_kinds import KINDS, SIZE, classes_of, folder, part, source_of
 
@@ -112,6 +112,7 @@ def test_fashion_mnist_as_it_is_published_is_read_from_a_store(store: str, tmp_p
         assert torch.equal(a.read(range(count))[0], b.read(range(count))[0])
 
 
+@needs("e2ediff-data")
 def test_images_are_prepared_from_a_store_into_one_and_checked_there(
     place: Path, store: str
 ) -> None:
@@ -134,6 +135,7 @@ def test_images_are_prepared_from_a_store_into_one_and_checked_there(
     assert e2ediff(*check).code == 0
 
 
+@needs("e2ediff-data")
 def test_broken_images_in_a_store_are_named_by_their_address(place: Path, store: str) -> None:
     name = "n00000001/n00000001_2.JPEG"
     upload(place / "tree", f"{store}/tree")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from command_line import e2ediff
+from command_line import e2ediff, needs
 from e2ediff_testing.scaffold import write_plugin
 from packaging.requirements import Requirement
 from tiny_recipe import tiny
@@ -87,6 +87,7 @@ def test_a_part_of_a_plugin_that_lies_beside_is_named_with_its_folder(place) -> 
     assert "provides it" not in done.err
 
 
+@needs("e2ediff-data")
 def test_a_plugin_that_lies_beside_is_named_where_data_are_not_recognised(place) -> None:
     write_plugin("source", "my_files", str(place / "plugins" / "e2ediff-my-files"))
     Path("x.mine").touch()
@@ -153,6 +154,7 @@ def test_every_part_and_command_of_our_plugins_is_found_by_its_name(
 # All messages
 
 
+@needs("e2ediff-data")
 def test_every_command_and_option_that_a_message_advises_exists() -> None:
     """Words after `e2ediff` are commands, and options are those of some command.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from command_line import e2ediff
+from command_line import OURS, e2ediff, needs
 
 from e2ediff.errors import DataError, PluginError, RecipeError
 from e2ediff.store.checkpoint import open_checkpoint
@@ -135,13 +135,22 @@ def test_other_images_of_a_strangers_source_are_refused(place, data, said) -> No
 # Recognised
 
 
+@pytest.fixture
+def data_command(place, monkeypatch) -> None:
+    """The command `data`, of a plugin that is blocked with our others in these tests."""
+    others = (name for name in OURS.split(",") if name != "data_tools")
+    monkeypatch.setenv("E2EDIFF_BLOCK", ",".join(others))
+
+
 def proposed(*words: str) -> dict[str, object]:
     done = e2ediff("data", "stats", *words, "--workers", 0)
     assert done.code == 0, done.err
     return yaml.safe_load(done.out.partition("# proposed\n")[2])["data"]
 
 
-def test_a_strangers_source_is_asked_and_counts_its_classes(place, monkeypatch) -> None:
+@needs("e2ediff-data")
+@pytest.mark.usefixtures("data_command")
+def test_a_strangers_source_is_asked_and_counts_its_classes() -> None:
     block = proposed("images", "--set", "name=stack")
     assert (block["name"], block["place"], block["classes"]) == ("stack", "images", 2)
     assert proposed("images") == block
@@ -177,9 +186,9 @@ def register(add):
 """
 
 
-def test_data_that_two_sources_read_equally_well_are_for_the_user_to_choose(
-    inside, place, monkeypatch
-) -> None:
+@needs("e2ediff-data")
+@pytest.mark.usefixtures("data_command")
+def test_data_that_two_sources_read_equally_well_are_for_the_user_to_choose(inside) -> None:
     inside.install("piles", OTHER.replace("e2ediff_stacks", "stacks"))
     done = e2ediff("data", "stats", "images", "--workers", 0)
     assert done.code == DataError.exit_code
@@ -188,7 +197,9 @@ def test_data_that_two_sources_read_equally_well_are_for_the_user_to_choose(
     assert proposed("images", "--set", "data.name=stack")["name"] == "stack"
 
 
-def test_a_source_that_fails_when_it_is_asked_is_named(inside, place, monkeypatch) -> None:
+@needs("e2ediff-data")
+@pytest.mark.usefixtures("data_command")
+def test_a_source_that_fails_when_it_is_asked_is_named(inside) -> None:
     inside.install("piles", OTHER.replace("e2ediff_stacks", "stacks"))
     done = e2ediff("data", "stats", "fault", "--workers", 0)
     assert done.code == PluginError.exit_code

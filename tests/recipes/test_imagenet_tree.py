@@ -17,7 +17,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from command_line import Done, e2ediff, needs_dsd
+from command_line import Done, e2ediff, needs, needs_dsd
 from pictures import damage, write_tree
 
 from e2ediff.store.checkpoint import open_checkpoint
@@ -144,6 +144,7 @@ def test_a_run_samples_images_of_a_class(whole: Finished, tmp_path: Path) -> Non
     assert len(list((tmp_path / "samples/images").glob("*.png"))) == 2
 
 
+@needs("e2ediff-data")
 def test_check_names_every_broken_image_among_a_thousand_classes(tree: Path) -> None:
     done = e2ediff("data", "check", tree, "--set", "size=32", "--workers", 0)
     assert done.code == 5

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import e2ediff
+from command_line import e2ediff, needs
 from e2ediff_sources.archive import Archive
 from e2ediff_sources.arrays import Arrays
 from e2ediff_sources.parquet import Parquet
@@ -110,6 +110,14 @@ def test_a_damaged_member_of_a_zip_is_one_damaged_image(kind: str) -> None:
         f"x.zip/{BROKEN}: damaged image ({what}); remove or replace it, or set "
         "`data.on_bad_image: skip`"
     )
+
+
+@needs("e2ediff-data")
+@pytest.mark.parametrize("kind", MEMBERS)
+def test_data_check_names_a_damaged_member_of_a_zip(kind: str) -> None:
+    method, harm, what = MEMBERS[kind]
+    a_zip(method)
+    harm()
     done = e2ediff("data", "check", "x.zip", "--set", "size=16", "--workers", 0)
     assert (done.code, done.out) == (5, f"x.zip/{BROKEN}: damaged image ({what})\n")
 

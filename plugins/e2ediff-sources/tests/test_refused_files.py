@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import e2ediff
+from command_line import e2ediff, needs
 from pictures import (
     as_class_tars,
     as_dataset_json,
@@ -28,7 +28,6 @@ from pictures import (
 from tiny_recipe import tiny
 
 from e2ediff.host.plugins import load
-from e2ediff.prepare.address import recognise, source_config
 
 RECIPE = tiny(
     steps="6",
@@ -259,9 +258,9 @@ def test_a_zip_that_was_packed_from_its_folder_is_read() -> None:
     with zipfile.ZipFile("x.zip", "w") as file:
         for path in sorted(Path("tree").rglob("*.JPEG")):
             file.writestr(f"./{path.relative_to('tree')}", path.read_bytes())
-    (tree, packed) = (
-        source_config(load(), place, ["size=16"]).open() for place in ("tree", "x.zip")
-    )
+    options, registry = {"size": 16, "classes": 3}, load().registries["sources"]
+    tree = registry.get("image_folder")(root="tree", **options).open()
+    packed = registry.get("archive")(path="x.zip", **options).open()
     assert packed.class_names == tree.class_names
     assert torch.equal(packed.labels(), tree.labels())
     assert torch.equal(packed.read([0, 5])[0], tree.read([0, 5])[0])
@@ -292,8 +291,11 @@ KINDS = {
 }
 
 
+@needs("e2ediff-data")
 @pytest.mark.parametrize("name", KINDS)
 def test_a_path_is_recognised_with_its_classes(name: str) -> None:
+    from e2ediff_data.address import source_config
+
     if name == "parquet":
         pytest.importorskip("pyarrow")
     host, path = load(), str(KINDS[name]())
@@ -303,7 +305,10 @@ def test_a_path_is_recognised_with_its_classes(name: str) -> None:
     assert len(config.open()) == 20
 
 
+@needs("e2ediff-data")
 def test_a_pattern_is_recognised_and_what_is_there_as_it_is_written_is_none() -> None:
+    from e2ediff_data.address import recognise
+
     as_shards(Path("tree"), Path("x*{0,1}"), 8)
     for path in ("x*{0,1}", "x*{0,1}/train-0000.tar", "x*/train-*.tar"):
         assert recognise(load(), path) == {"name": "tar_shards", "path": path}
@@ -319,6 +324,7 @@ def a_class_without_images() -> None:
     pq.write_table(table.replace_schema_metadata(told), "x.parquet")
 
 
+@needs("e2ediff-data")
 def test_stats_list_every_class_and_those_without_images() -> None:
     a_class_without_images()
     done = e2ediff("data", "stats", "x.parquet", "--classes", "--workers", "0")
@@ -332,6 +338,7 @@ def test_stats_list_every_class_and_those_without_images() -> None:
     assert listed == [["12", "0", "cat"], ["7", "1", "dog"], ["0", "2", "eel"], ["1", "3", "3"]]
 
 
+@needs("e2ediff-data")
 def test_stats_as_json_say_what_the_text_says() -> None:
     a_class_without_images()
     done = e2ediff("data", "stats", "x.parquet", "--json", "--images", "6", "--workers", "0")

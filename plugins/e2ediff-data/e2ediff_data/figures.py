@@ -16,7 +16,7 @@ from e2ediff.data import DataSource, SourceConfig
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.host.yaml import dump_yaml
-from e2ediff.prepare.examine import Examined
+from e2ediff_data.examine import Examined
 
 _SIZES = (32, 64, 128, 256, 512)
 _IMBALANCE = 10.0  # ratio from which balanced sampling is proposed

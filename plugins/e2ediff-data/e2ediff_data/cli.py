@@ -67,9 +67,9 @@ def prepare_command(
     from e2ediff.errors import DataError
     from e2ediff.host.plugins import load
     from e2ediff.host.structure import unstructure
-    from e2ediff.prepare.address import source_config
-    from e2ediff.prepare.write import Format, Settings, prepare
     from e2ediff.train.progress import Progress
+    from e2ediff_data.address import source_config
+    from e2ediff_data.write import Format, Settings, prepare
 
     host = load()
     config = source_config(host, src, overrides, size)
@@ -124,9 +124,9 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
     """
     from e2ediff.errors import DataError
     from e2ediff.host.plugins import load
-    from e2ediff.prepare.address import source_config
-    from e2ediff.prepare.examine import compare_hashes, examine
     from e2ediff.train.progress import Progress
+    from e2ediff_data.address import source_config
+    from e2ediff_data.examine import compare_hashes, examine
 
     config = source_config(load(), address, overrides)
     sources = [config.open()]
@@ -184,10 +184,10 @@ def stats_command(
     import torch
 
     from e2ediff.host.plugins import load
-    from e2ediff.prepare.address import source_config
-    from e2ediff.prepare.examine import examine
-    from e2ediff.prepare.figures import as_json, every_class, lines, proposal
     from e2ediff.train.progress import Progress
+    from e2ediff_data.address import source_config
+    from e2ediff_data.examine import examine
+    from e2ediff_data.figures import as_json, every_class, lines, proposal
 
     host = load()
     config = source_config(host, address, overrides)

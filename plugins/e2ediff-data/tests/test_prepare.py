@@ -14,22 +14,27 @@ import attrs
 import fsspec
 import pytest
 import torch
+from e2ediff.testing import check_source
+from e2ediff_data.examine import compare_hashes
+from e2ediff_data.write import Done, Settings, prepare
 from pictures import damage, write_tree
 
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
 from e2ediff.files.index import Index
 from e2ediff.parts.sources import ImageFolder, Shards
-from e2ediff.prepare.examine import compare_hashes
-from e2ediff.prepare.write import Done, Settings, prepare
-
-pytestmark = pytest.mark.usefixtures("cache")
 
 COUNTS = [5, 9, 7]
 SETTINGS = Settings(
     source="tree", images=21, size=8, channels=3, classes=3, format="png", quality=95, each=4,
     skip=False,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache instead of the user's."""
+    monkeypatch.setenv("E2EDIFF_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -103,6 +108,12 @@ def test_prepared_again_it_is_left_alone_and_what_is_damaged_is_mended(source, t
     (tmp_path / "x/shard-00004.tar").unlink()
     assert run(source, tmp_path / "x").kept == 4
     assert contents(tmp_path / "x") == before
+
+
+@pytest.mark.parametrize("form", ["png", "raw"])
+def test_shards_keep_the_contract_of_sources(source, tmp_path, form) -> None:
+    run(source, tmp_path / "x", format=form)
+    check_source(Shards(path=str(tmp_path / "x"), size=8, classes=3))
 
 
 def test_shards_are_what_webdataset_reads(source, tmp_path) -> None:
@@ -232,3 +243,16 @@ def test_without_classes_no_labels_are_written(source, tmp_path) -> None:
         assert tar.getnames() == [f"{i:08}.png" for i in range(4)]
     with pytest.raises(DataError, match=r"holds no labels, the recipe says data.classes: 3"):
         Shards(path=str(tmp_path / "x"), size=8, classes=3).open()
+
+
+def test_shards_killed_at_their_beginning_are_taken_up(source, tmp_path) -> None:
+    """What is written first is whole or a temporary file."""
+    folder = tmp_path / "x"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "parts/.tmp-x.json-0123abcd").write_text("{")
+    assert run(source, folder).images == 21
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match="is not empty"):
+        run(source, folder)

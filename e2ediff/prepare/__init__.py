@@ -1,1 +1,0 @@
-"""Prepare data for training: crop images once, find damaged ones, count classes."""
