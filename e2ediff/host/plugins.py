@@ -34,8 +34,8 @@ from e2ediff.host.registry import (
     import_named,
 )
 
-GROUPS = ("data", "plugins")
-"""The built-in commands that are groups, which plugins may add subcommands to."""
+GROUPS = ("plugins",)
+"""The built-in commands that are groups, to which plugins may add subcommands."""
 
 
 @attrs.frozen(eq=False)
