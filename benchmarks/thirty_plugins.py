@@ -25,7 +25,7 @@ COMMANDS = {
     "check, one named": ["check", str(RECIPE), *PLAIN[:2], "--set", "objective=part_7"],
 }
 PART = """import attrs
-from e2ediff.parts.objectives.controls import Detached
+from e2ediff.parts.objectives import Detached
 
 @attrs.frozen(kw_only=True)
 class Mine(Detached):

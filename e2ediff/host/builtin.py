@@ -21,10 +21,9 @@ PARTS = {
         "shifted": "time_samplers:Shifted",
     },
     "objectives": {
-        "coupled": "objectives.controls:Coupled",
-        "detached": "objectives.controls:Detached",
-        "two_stage": "objectives.controls:TwoStage",
-        "kl": "objectives.kl:KL",
+        "coupled": "objectives:Coupled",
+        "detached": "objectives:Detached",
+        "two_stage": "objectives:TwoStage",
     },
     "regularizers": {
         "vicreg": "regularizers:VICReg",

@@ -8,6 +8,7 @@ import attrs
 import e2ediff_testing as testing
 import pytest
 import torch
+from command_line import needs
 from declared_stops import holds_its_declaration
 from part_checks import CHECKS
 from pictures import write_tree
@@ -123,10 +124,13 @@ def test_the_backbone_for_plugin_authors_keeps_the_contract_itself(norm) -> None
     testing.check_backbone(testing.TinyBackbone(latent_norm=norm))
 
 
-@pytest.mark.parametrize("objective", ["coupled", "detached", "two_stage", "kl"])
+@pytest.mark.parametrize(
+    "objective",
+    ["coupled", "detached", "two_stage", pytest.param("kl", marks=needs("e2ediff-rivals"))],
+)
 def test_an_objective_keeps_its_contract_on_the_vit(objective) -> None:
     vit = HOST.registries["backbones"].get("vit")(**VIT, trunks="three", latent_norm="batch")
-    testing.check_objective(HOST.registries["objectives"].get(objective)(), vit)
+    testing.check_objective(load().registries["objectives"].get(objective)(), vit)
 
 
 def test_a_diagnostic_lives_with_two_images_of_one_token() -> None:

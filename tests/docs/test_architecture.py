@@ -14,7 +14,7 @@ import pytest
 import e2ediff
 from e2ediff import hookimpl
 from e2ediff.host.plugins import load
-from e2ediff.parts.objectives.controls import Detached
+from e2ediff.parts.objectives import Detached
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 

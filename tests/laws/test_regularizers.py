@@ -1,4 +1,4 @@
-"""Regularisers and the KL against closed forms and independent references."""
+"""Regularisers against closed forms and independent references."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from e2ediff_testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
+from e2ediff_testing import make_batch, make_draw
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import distributions
 
-from e2ediff.parts.objectives.kl import KL, unit_normal_kl
 from e2ediff.parts.regularizers import (
     Dispersive,
     RankFilter,
@@ -143,45 +141,3 @@ def test_dispersive_lies_between_that_of_far_and_of_equal_latents(of) -> None:
     far = latents(6, (6, 4, 5), scale=1e3)
     assert Dispersive(of=of).loss(far, DRAW).item() == pytest.approx(-math.log(6), rel=1e-5)
     assert Dispersive(of=of).loss(torch.ones(6, 4, 5), DRAW).item() == pytest.approx(0, abs=1e-5)
-
-
-# The VAE
-
-
-@given(mean=st.floats(-3, 3), log_variance=st.floats(-8, 4))
-def test_the_kl_is_that_of_torch_distributions(mean, log_variance) -> None:
-    q = distributions.Normal(mean, math.exp(log_variance / 2))
-    expected = distributions.kl_divergence(q, distributions.Normal(0.0, 1.0))
-    found = unit_normal_kl(torch.full((2, 3, 4), mean), torch.full((2, 3, 4), log_variance))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
-
-
-def test_the_kl_of_an_autoencoder_is_that_of_its_latents_and_std() -> None:
-    objective, batch = KL(std=0.3), make_batch()
-    nets = make_nets(objective=objective)
-    terms = objective.terms(nets, batch, make_draw(batch), "joint")
-    z = nets.online.encode(batch.x)
-    q = distributions.Normal(z, torch.full_like(z, 0.3))
-    expected = distributions.kl_divergence(q, distributions.Normal(0.0, 1.0)).mean()
-    torch.testing.assert_close(terms.losses["kl"], expected)
-    assert terms.weights == {"reconstruction": 1.0, "denoising": 1.0, "kl": 1e-6}
-
-
-@pytest.mark.parametrize("std", [None, 0.2])
-@pytest.mark.parametrize("norm", ["none", "batch"])
-def test_the_vae_keeps_the_contract_with_a_learned_and_a_fixed_variance(std, norm) -> None:
-    check_objective(KL(std=std, draws=2), TinyBackbone(latent_norm=norm))
-
-
-def test_a_learned_variance_starts_small_and_falls_where_reconstruction_pays_for_it() -> None:
-    objective, batch = KL(kl_weight=0.0), make_batch()
-    nets = make_nets(objective=objective)
-    head = nets.heads["log_variance"]
-    assert math.exp(head.bias[0].item() / 2) == pytest.approx(0.135, abs=1e-3)
-    with torch.no_grad():
-        nets.online.pixels.weight.mul_(10)  # a decoder in which noise shows
-    grads = []
-    for seed in range(8):
-        loss = objective.terms(nets, batch, make_draw(batch, seed=seed), "joint").losses
-        grads.append(torch.autograd.grad(loss["reconstruction"], head.bias)[0].mean())
-    assert torch.stack(grads).mean() > 0, "descent lowers the variance"

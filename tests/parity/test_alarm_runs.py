@@ -26,7 +26,7 @@ from e2ediff.host.recipe import load_recipe
 from e2ediff.model.calibration import at_rest, own_latents
 from e2ediff.monitor.alarm import Watch
 from e2ediff.monitor.probe import Observer, chosen_diagnostics
-from e2ediff.parts.objectives.controls import Coupled, Detached
+from e2ediff.parts.objectives import Coupled, Detached
 from e2ediff.step.assembly import assemble
 from e2ediff.step.draws import draw_for
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint

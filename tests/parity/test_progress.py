@@ -18,7 +18,7 @@ from e2ediff.step.splitting import part_of
 SCHEDULED = """
 import attrs
 from e2ediff import hookimpl
-from e2ediff.parts.objectives.controls import Detached
+from e2ediff.parts.objectives import Detached
 
 @attrs.frozen(kw_only=True)
 class Rising(Detached):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import attrs
 import pytest
 import torch
+from command_line import needs
 from e2ediff_testing import make_batch
 from half_only import offer_half_only
 from processes import together
@@ -26,7 +27,7 @@ from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.loading.batches import batches
 from e2ediff.model.build import check_precision, choose_device, problems
-from e2ediff.parts.objectives.controls import Detached
+from e2ediff.parts.objectives import Detached
 from e2ediff.step.assembly import assemble
 from e2ediff.step.draws import draw_for
 from e2ediff.step.splitting import UnclearDrawError, part_of
@@ -298,7 +299,15 @@ def test_blocks_are_asked_for_where_there_are_none(tiny_text, monkeypatch) -> No
 # Precision
 
 
-@pytest.mark.parametrize("changes", [["objective=coupled"], ["objective=kl"], DSD], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["objective=coupled"],
+        pytest.param(["objective=kl"], marks=needs("e2ediff-rivals")),
+        DSD,
+    ],
+    ids=str,
+)
 def test_bfloat16_leaves_weights_losses_norms_and_averages_in_float32(changes, tiny_text) -> None:
     if changes is DSD:
         pytest.importorskip("e2ediff_dsd", reason="the plugin e2ediff-dsd is not installed")

@@ -74,7 +74,7 @@ def register(add):
 TRAINED = """
 import attrs
 from e2ediff import hookimpl
-from e2ediff.parts.objectives.controls import Detached
+from e2ediff.parts.objectives import Detached
 from e2ediff.regularizer import Regularizer
 
 @attrs.frozen(kw_only=True)

@@ -20,7 +20,7 @@ from e2ediff.host.recipe import dump_recipe, parse_recipe
 GOOD = """
 import attrs
 from e2ediff import hookimpl
-from e2ediff.parts.objectives.controls import Detached
+from e2ediff.parts.objectives import Detached
 
 @attrs.frozen(kw_only=True)
 class Mine(Detached):

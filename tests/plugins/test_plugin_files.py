@@ -13,7 +13,7 @@ FILE = '''
 
 import attrs
 from e2ediff import hookimpl
-from e2ediff.parts.objectives.controls import Detached
+from e2ediff.parts.objectives import Detached
 
 
 @attrs.frozen(kw_only=True)

@@ -7,10 +7,13 @@ import shlex
 
 import click
 
-from e2ediff.cli import options
-
 _WORKERS = click.option(
     "--workers", type=click.IntRange(0), default=1024, help="Processes. Default: one per core."
+)
+
+
+_OVERRIDES = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="As for `run`."
 )
 
 
@@ -41,7 +44,7 @@ def command() -> None:
 @click.option("--each", type=click.IntRange(1), default=1024, help="Images per shard.")
 @click.option("--held-out", is_flag=True, help="The held-out images instead of the training ones.")
 @_WORKERS
-@options.overrides()
+@_OVERRIDES
 def prepare_command(
     src: str,
     dst: str,
@@ -115,7 +118,7 @@ def prepare_command(
 @click.argument("address", metavar="RECIPE|PATH")
 @click.option("--quick", is_flag=True, help="Read headers, decode no pixels.")
 @_WORKERS
-@options.overrides()
+@_OVERRIDES
 def check_command(address: str, quick: bool, workers: int, overrides: tuple[str, ...]) -> None:
     """Read every image, held-out ones too, and print those that cannot be used.
 
@@ -165,7 +168,7 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
 @click.option("--classes", is_flag=True, help="Print a line for each class, empty ones too.")
 @click.option("--json", "as_text", is_flag=True, help="Print JSON, with every class.")
 @_WORKERS
-@options.overrides()
+@_OVERRIDES
 def stats_command(
     address: str,
     images: int,

@@ -20,7 +20,7 @@ from e2ediff.latent import LatentNorm
 from e2ediff.losses import DecodeNoise
 from e2ediff.objective import Draw
 from e2ediff.parts.backbones import ViTConfig
-from e2ediff.parts.objectives.controls import Coupled, Detached
+from e2ediff.parts.objectives import Coupled, Detached
 from e2ediff.parts.time_samplers import Uniform
 
 PLAIN = Augmentation(mask_probability=0.0)

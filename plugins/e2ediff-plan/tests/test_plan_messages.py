@@ -15,7 +15,7 @@ from e2ediff import hookimpl
 
 @hookimpl
 def register(add):
-    add("objectives", "mine", "e2ediff.parts.objectives.controls:Detached")
+    add("objectives", "mine", "e2ediff.parts.objectives:Detached")
 """
 
 

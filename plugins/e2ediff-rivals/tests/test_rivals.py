@@ -23,7 +23,7 @@ from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.losses import noise_levels
 from e2ediff.model.build import problems
 from e2ediff.parts.backbones import ViTConfig
-from e2ediff.parts.objectives.controls import Coupled
+from e2ediff.parts.objectives import Coupled
 from e2ediff.step.count import count
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.train.progress import Progress

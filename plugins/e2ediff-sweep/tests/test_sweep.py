@@ -232,7 +232,7 @@ def test_a_run_trained_with_a_plugin_file_asks_for_it(
         "from e2ediff import hookimpl\n"
         "@hookimpl\n"
         "def register(add):\n"
-        "    add('objectives', 'mine', 'e2ediff.parts.objectives.controls:Detached')\n"
+        "    add('objectives', 'mine', 'e2ediff.parts.objectives:Detached')\n"
     )
     Path("tiny.yaml").write_text(tiny(steps="2"))
     mine = ("--plugin", "my_objective.py")

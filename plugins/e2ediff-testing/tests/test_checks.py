@@ -18,7 +18,7 @@ from e2ediff.parts.diagnostics.latent_health import LatentHealth
 from e2ediff.parts.guidance.classifier_free import ClassifierFree
 from e2ediff.parts.interpolants import Linear
 from e2ediff.parts.metrics import FID
-from e2ediff.parts.objectives.controls import Coupled, Detached, TwoStage
+from e2ediff.parts.objectives import Coupled, Detached, TwoStage
 from e2ediff.parts.optimizers.scheduled import SGD
 from e2ediff.parts.regularizers import VarianceExpansion
 from e2ediff.parts.samplers.ode import Euler

@@ -30,7 +30,7 @@ from e2ediff.host.discovery import Plugin
 from e2ediff.host.plugins import load
 from e2ediff.host.registry import KINDS as REGISTRIES
 from e2ediff.objective import Terms
-from e2ediff.parts.objectives.controls import Detached, TwoStage
+from e2ediff.parts.objectives import Detached, TwoStage
 from e2ediff.parts.optimizers.scheduled import SGD
 
 KIT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from e2ediff_unite.objective import Unite
 from e2ediff.host.plugins import load
 from e2ediff.losses import DecodeNoise
 from e2ediff.parts.backbones import ViTConfig
-from e2ediff.parts.objectives.controls import Detached
+from e2ediff.parts.objectives import Detached
 
 VIT = ViTConfig(
     width=16, depth=3, heads=2, patch=8, latent_dim=4, latent_norm="batch", trunks="three"
