@@ -9,8 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import attrs
+import torch
+from torch import Tensor
 
+from e2ediff.condition import Condition, concatenate
 from e2ediff.denoiser import Denoiser
+from e2ediff.interpolant import Estimate
 from e2ediff.sampler import Sampler
 
 
@@ -52,3 +56,27 @@ class Guidance(ABC):
 
         It is called with conditions, whose `null()` asks for the answer without them.
         """
+
+
+class GuidedDenoiser(Denoiser):
+    """A denoiser on the interpolant of the one that it asks, `inner`.
+
+    A subclass defines `__call__`, and `for_step` too, which must wrap `inner.for_step`, as inner
+    guidance may depend on the step.
+    """
+
+    def __init__(self, inner: Denoiser) -> None:
+        self.inner = inner
+        self.path = inner.path
+
+    def clean(self, x0: Tensor, z_t: Tensor, t: float) -> Estimate:
+        """The estimate whose clean latent is x0 (B, N, D)."""
+        times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
+        return self.path.estimate(x0, z_t, times, "x0")
+
+
+def conditional_and_unconditional(
+    inner: Denoiser, z_t: Tensor, t: float, condition: Condition
+) -> Estimate:
+    """Estimates (2 B, N, D) with the condition and, after them, without; from one batch."""
+    return inner(torch.cat([z_t, z_t]), t, concatenate([condition, condition.null()]))

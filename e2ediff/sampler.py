@@ -167,3 +167,25 @@ class Sampler(ABC):
         z = start * float(f.path.sigma(torch.tensor([self.t_start])))
         f, z = self._follow(f, z, times[:-1], condition, noise)
         return f.for_step(times[-2], 1.0)(z, times[-2], condition).x0
+
+
+@attrs.frozen(kw_only=True)
+class FixedGridSampler(Sampler):
+    """A sampler whose times are chosen beforehand, with the options of all such: see `euler`.
+
+    A subclass defines `step`, and may add options of its own.
+    """
+
+    steps: int = attrs.field(default=50, validator=attrs.validators.ge(1))
+    spacing: Spacing = "uniform"
+    shift: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
+    t_start: float = attrs.field(
+        default=0.0, validator=[attrs.validators.ge(0), attrs.validators.lt(1)]
+    )
+
+    @shift.validator
+    def _of_the_even_grid(self, field: attrs.Attribute[float], value: float) -> None:
+        if value != 1 and self.spacing != "uniform":
+            raise ValueError(
+                f"'shift' warps the uniform spacing alone: {value}. Give `spacing` a `rho`."
+            )

@@ -5,19 +5,17 @@ Shapes: B batch, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Generic, Self, TypeVar
 
 import attrs
 import torch
 from attrs import validators
 from torch import Tensor
 
-from e2ediff.condition import Condition, concatenate
+from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
-from e2ediff.guidance import Guidance
-from e2ediff.interpolant import Estimate, Kind
+from e2ediff.guidance import Guidance, GuidedDenoiser, conditional_and_unconditional
+from e2ediff.interpolant import Estimate
 from e2ediff.sampler import Sampler
 
 _SCALE = validators.ge(0.0)
@@ -139,99 +137,102 @@ class APG(Guidance):
         return [("momentum", what)]
 
 
-G = TypeVar("G", bound=Guidance)
-
-
-class Wrapped(Denoiser, Generic[G]):
-    """A denoiser made of another, `inner`, on its interpolant, as `guidance` says."""
-
-    def __init__(self, inner: Denoiser, guidance: G) -> None:
-        self.inner = inner
-        self.guidance = guidance
-        self.path = inner.path
-
-    def for_step(self, t: float, s: float) -> Self:
-        """A copy around the inner denoiser of that step."""
-        step = copy.copy(self)
-        step.inner = self.inner.for_step(t, s)
-        return step
-
-    def with_and_without(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-        """Estimates (2 B, N, D) with the condition and, after them, without; from one batch."""
-        return self.inner(torch.cat([z_t, z_t]), t, concatenate([condition, condition.null()]))
-
-    def estimate(self, value: Tensor, z_t: Tensor, t: float, kind: Kind = "x0") -> Estimate:
-        """The estimate whose clean latent, or whose form `kind`, is `value` (B, N, D)."""
-        times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
-        return self.path.estimate(value, z_t, times, kind)
-
-
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of whole latents, (B, N, D) twice -> (B, 1, 1)."""
     return (a * b).sum(dim=(1, 2), keepdim=True)
 
 
-class _Guided(Wrapped[ClassifierFree]):
+class _Guided(GuidedDenoiser):
+    def __init__(self, inner: Denoiser, guidance: ClassifierFree) -> None:
+        super().__init__(inner)
+        self.guidance = guidance
+
+    def for_step(self, t: float, s: float) -> Denoiser:
+        return _Guided(self.inner.for_step(t, s), self.guidance)
+
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         g = self.guidance
         if not g.t_min <= t <= g.t_max:
             return self.inner(z_t, t, condition)
-        conditional, unconditional = self.with_and_without(z_t, t, condition).x0.chunk(2)
-        return self.estimate(unconditional + g.scale * (conditional - unconditional), z_t, t)
+        both = conditional_and_unconditional(self.inner, z_t, t, condition)
+        conditional, unconditional = both.x0.chunk(2)
+        return self.clean(unconditional + g.scale * (conditional - unconditional), z_t, t)
 
 
-class _Renoised(Wrapped[CFGPlusPlus]):
-    gain = 1.0  # 1 / (1 - e^-h); 1 for the step that ends at the data
+class _Renoised(GuidedDenoiser):
+    def __init__(self, inner: Denoiser, guidance: CFGPlusPlus, gain: float = 1.0) -> None:
+        super().__init__(inner)
+        self.guidance = guidance
+        self.gain = gain  # 1 / (1 - e^-h); 1 for the step that ends at the data
 
-    def for_step(self, t: float, s: float) -> Self:
-        step, at = super().for_step(t, s), torch.tensor([t, s], dtype=torch.float64)
+    def for_step(self, t: float, s: float) -> Denoiser:
+        at = torch.tensor([t, s], dtype=torch.float64)
         (a, a_end), (b, b_end) = self.path.alpha(at).tolist(), self.path.sigma(at).tolist()
-        step.gain = 1 / (1 - a * b_end / (a_end * b))
-        return step
+        gain = 1 / (1 - a * b_end / (a_end * b))
+        return _Renoised(self.inner.for_step(t, s), self.guidance, gain)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         if self.guidance.strength == 0:
             return self.inner(z_t, t, condition.null())
-        conditional, unconditional = self.with_and_without(z_t, t, condition).x0.chunk(2)
+        both = conditional_and_unconditional(self.inner, z_t, t, condition)
+        conditional, unconditional = both.x0.chunk(2)
         scale = self.guidance.strength * self.gain
-        return self.estimate(unconditional + scale * (conditional - unconditional), z_t, t)
+        return self.clean(unconditional + scale * (conditional - unconditional), z_t, t)
 
 
-class _Rescaled(Wrapped[CFGZeroStar]):
-    waits = False  # through a whole step
+class _Rescaled(GuidedDenoiser):
+    def __init__(self, inner: Denoiser, guidance: CFGZeroStar, *, waits: bool = False) -> None:
+        super().__init__(inner)
+        self.guidance = guidance
+        self.waits = waits  # through a whole step
 
-    def for_step(self, t: float, s: float) -> Self:
-        step = super().for_step(t, s)
-        step.waits = s <= self.guidance.zero_until and s < 1  # the last step has to answer
-        return step
+    def for_step(self, t: float, s: float) -> Denoiser:
+        waits = s <= self.guidance.zero_until and s < 1  # the last step has an answer to give
+        inner = self.inner.for_step(t, s)
+        return _Rescaled(inner, self.guidance, waits=waits)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
+        times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
         if self.waits:
-            return self.estimate(torch.zeros_like(z_t), z_t, t, "v")
-        conditional, unconditional = self.with_and_without(z_t, t, condition).v.chunk(2)
-        length = _dot(unconditional, unconditional).clamp_min(1e-8)
-        base = _dot(conditional, unconditional) / length * unconditional
-        return self.estimate(base + self.guidance.scale * (conditional - base), z_t, t, "v")
+            return self.path.estimate(torch.zeros_like(z_t), z_t, times, "v")
+        both = conditional_and_unconditional(self.inner, z_t, t, condition)
+        conditional, unconditional = both.v.chunk(2)
+        along = _dot(conditional, unconditional) / _dot(unconditional, unconditional).clamp_min(
+            1e-8
+        )
+        base = along * unconditional
+        v = base + self.guidance.scale * (conditional - base)
+        return self.path.estimate(v, z_t, times, "v")
 
 
-class _Projected(Wrapped[APG]):
+class _Projected(GuidedDenoiser):
     """Remembers the difference that a step began with, for the next step's momentum.
 
     Each step has an object of its own, so that the same question has the same answer.
     """
 
-    before: Tensor | None = None
-    first: Tensor | None = None
-    stepping = False
+    def __init__(
+        self,
+        inner: Denoiser,
+        guidance: APG,
+        before: Tensor | None = None,
+        *,
+        stepping: bool = False,
+    ) -> None:
+        super().__init__(inner)
+        self.guidance = guidance
+        self.before = before
+        self.stepping = stepping
+        self.first: Tensor | None = None
 
-    def for_step(self, t: float, s: float) -> Self:
-        step = super().for_step(t, s)
-        step.before, step.first, step.stepping = self.first, None, True
-        return step
+    def for_step(self, t: float, s: float) -> Denoiser:
+        inner = self.inner.for_step(t, s)
+        return _Projected(inner, self.guidance, self.first, stepping=True)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         g = self.guidance
-        conditional, unconditional = self.with_and_without(z_t, t, condition).x0.chunk(2)
+        both = conditional_and_unconditional(self.inner, z_t, t, condition)
+        conditional, unconditional = both.x0.chunk(2)
         difference = conditional - unconditional
         if self.before is not None:
             difference = difference + g.momentum * self.before
@@ -243,4 +244,4 @@ class _Projected(Wrapped[APG]):
         share = _dot(difference, conditional) / _dot(conditional, conditional).clamp_min(1e-8)
         along = share * conditional
         x0 = conditional + (g.scale - 1) * (difference - along + g.eta * along)
-        return self.estimate(x0, z_t, t)
+        return self.clean(x0, z_t, t)

@@ -6,7 +6,6 @@ Shapes: B batch, N latent tokens, D latent channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Self
 
 import attrs
 from attrs import validators
@@ -16,9 +15,9 @@ from e2ediff import addresses
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.errors import Problem, RecipeError
-from e2ediff.guidance import Guidance, Reference
+from e2ediff.guidance import Guidance, GuidedDenoiser, Reference
 from e2ediff.interpolant import Estimate
-from e2ediff.parts.guidance.classifier_free import ClassifierFree, Wrapped
+from e2ediff.parts.guidance.classifier_free import ClassifierFree
 from e2ediff.sampler import Sampler
 
 
@@ -73,22 +72,21 @@ class _Armed(Guidance):
     weak: Denoiser
 
     def wrap(self, inner: Denoiser) -> Denoiser:
-        return _Extrapolated(inner, self)
+        return _Extrapolated(inner, self.weak, self.scale)
 
 
-class _Extrapolated(Wrapped[_Armed]):
-    def __init__(self, inner: Denoiser, guidance: _Armed) -> None:
-        super().__init__(inner, guidance)
-        self.weak = guidance.weak
+class _Extrapolated(GuidedDenoiser):
+    def __init__(self, inner: Denoiser, weak: Denoiser, scale: float) -> None:
+        super().__init__(inner)
+        self.weak = weak
+        self.scale = scale
 
-    def for_step(self, t: float, s: float) -> Self:
-        step = super().for_step(t, s)
-        step.weak = self.weak.for_step(t, s)
-        return step
+    def for_step(self, t: float, s: float) -> Denoiser:
+        return _Extrapolated(self.inner.for_step(t, s), self.weak.for_step(t, s), self.scale)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         strong, weak = self.inner(z_t, t, condition).x0, self.weak(z_t, t, condition).x0
-        return self.estimate(weak + self.guidance.scale * (strong - weak), z_t, t)
+        return self.clean(weak + self.scale * (strong - weak), z_t, t)
 
 
 @attrs.frozen(kw_only=True)
@@ -114,26 +112,26 @@ class Interval(Guidance):
     def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself where its guidance changes nothing."""
         guided = self.guidance.wrap(inner)
-        return inner if guided is inner else _Within(inner, self, guided)
+        return inner if guided is inner else _Within(inner, guided, self.t_min, self.t_max)
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
         """Return those of the inner guidance."""
         return [(f"guidance.{field}", what) for field, what in self.guidance.problems(sampler)]
 
 
-class _Within(Wrapped[Interval]):
-    def __init__(self, inner: Denoiser, guidance: Interval, guided: Denoiser) -> None:
-        super().__init__(inner, guidance)
+class _Within(Denoiser):
+    def __init__(self, plain: Denoiser, guided: Denoiser, t_min: float, t_max: float) -> None:
+        self.plain = plain
         self.guided = guided
+        self.ends = (t_min, t_max)
+        self.path = plain.path
 
-    def for_step(self, t: float, s: float) -> Self:
-        step = super().for_step(t, s)
-        step.guided = self.guided.for_step(t, s)
-        return step
+    def for_step(self, t: float, s: float) -> Denoiser:
+        return _Within(self.plain.for_step(t, s), self.guided.for_step(t, s), *self.ends)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-        within = self.guidance.t_min <= t <= self.guidance.t_max
-        return (self.guided if within else self.inner)(z_t, t, condition)
+        first, last = self.ends
+        return (self.guided if first <= t <= last else self.plain)(z_t, t, condition)
 
 
 @attrs.frozen(kw_only=True)

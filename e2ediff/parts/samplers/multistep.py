@@ -20,8 +20,7 @@ from torch import Tensor
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Interpolant
-from e2ediff.parts.samplers.ode import OnGrid
-from e2ediff.sampler import Noise, Stepper
+from e2ediff.sampler import FixedGridSampler, Noise, Stepper
 
 
 @attrs.frozen
@@ -48,7 +47,7 @@ def _exponential_euler(z: Tensor, x0: Tensor, now: _Level, then: _Level) -> Tens
 
 
 @attrs.frozen(kw_only=True)
-class _Remembering(OnGrid):
+class _Remembering(FixedGridSampler):
     """A sampler whose `stepper` uses earlier estimates, and whose step alone is of first order."""
 
     one_call_per_step: ClassVar[bool] = True

@@ -10,33 +10,15 @@ from __future__ import annotations
 from typing import ClassVar
 
 import attrs
-from attrs import validators
 from torch import Tensor
 
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
-from e2ediff.sampler import Noise, Sampler, Spacing
+from e2ediff.sampler import FixedGridSampler, Noise
 
 
 @attrs.frozen(kw_only=True)
-class OnGrid(Sampler):
-    """The options of every sampler whose times are chosen beforehand."""
-
-    steps: int = attrs.field(default=50, validator=validators.ge(1))
-    spacing: Spacing = "uniform"
-    shift: float = attrs.field(default=1.0, validator=validators.gt(0))
-    t_start: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
-
-    @shift.validator
-    def _of_the_even_grid(self, field: attrs.Attribute[float], value: float) -> None:
-        if value != 1 and self.spacing != "uniform":
-            raise ValueError(
-                f"'shift' warps the uniform spacing alone: {value}. Give `spacing` a `rho`."
-            )
-
-
-@attrs.frozen(kw_only=True)
-class Euler(OnGrid):
+class Euler(FixedGridSampler):
     """First order, one network call a step.
 
     `steps` counts intervals; `spacing` is `uniform`, `karras` or a block of its options.
@@ -54,7 +36,7 @@ class Euler(OnGrid):
 
 
 @attrs.frozen(kw_only=True)
-class Heun(OnGrid):
+class Heun(FixedGridSampler):
     """Second order, two network calls a step and one for the last.
 
     `steps`, `spacing`, `shift` and `t_start` are those of `euler`.
@@ -72,7 +54,7 @@ class Heun(OnGrid):
 
 
 @attrs.frozen(kw_only=True)
-class Midpoint(OnGrid):
+class Midpoint(FixedGridSampler):
     """Second order, two network calls a step and one for the last.
 
     `steps`, `spacing`, `shift` and `t_start` are those of `euler`.
@@ -87,7 +69,7 @@ class Midpoint(OnGrid):
 
 
 @attrs.frozen(kw_only=True)
-class RK4(OnGrid):
+class RK4(FixedGridSampler):
     """The classical Runge-Kutta method: fourth order, four network calls a step, one for the last.
 
     `steps`, `spacing`, `shift` and `t_start` are those of `euler`.

@@ -16,14 +16,13 @@ from torch import Tensor
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Interpolant
-from e2ediff.parts.samplers.ode import OnGrid
-from e2ediff.sampler import Noise
+from e2ediff.sampler import FixedGridSampler, Noise
 
 Diffusion = Literal["sigma", "constant", "sin2", "sbdm"]
 
 
 @attrs.frozen(kw_only=True)
-class SDE(OnGrid):
+class SDE(FixedGridSampler):
     """Euler-Maruyama: dz = (v + w / 2 score) dt + sqrt(w) dW, one network call a step.
 
     Every w >= 0 has the marginals of the ODE; more of it forgets early errors and needs more
