@@ -9,7 +9,7 @@ import attrs
 
 from e2ediff.errors import PluginError
 from e2ediff.host.leaves import text_of
-from e2ediff.host.registry import DEFAULTS, Part, options
+from e2ediff.host.registry import Part, options
 from e2ediff.host.structure import describe
 
 
@@ -26,7 +26,7 @@ def option_rows(cls: type) -> Iterator[tuple[str, str, str]]:
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = default.factory()
         if default is attrs.NOTHING:
-            default = DEFAULTS.get(option.hint, "required")
+            default = option.part or "required"
         yield option.name, describe(option.hint), text_of(default)
 
 

@@ -286,6 +286,8 @@ class Registry:
 class Option:
     """One key of a block: the attribute it sets, its type, and whether it must be written.
 
+    `part` is the name of the part that an option holds where it is not written: what
+    `attrs.field(metadata={"part": NAME})` says, or its contract.
     One that is `flat` chooses a part whose own options are further keys of the same block.
     """
 
@@ -293,6 +295,7 @@ class Option:
     attribute: str
     hint: object
     required: bool
+    part: str | None = None
     flat: bool = False
 
 
@@ -328,9 +331,10 @@ def options(cls: type) -> dict[str, Option]:
         if field.name not in hints:
             raise PluginError(f"option {field.alias!r} of {cls.__qualname__} has no type")
         hint, flat = hints[field.name], bool(field.metadata.get("flat"))
-        required = field.default is attrs.NOTHING and hint not in DEFAULTS
+        part = field.metadata.get("part", DEFAULTS.get(hint))
+        required = field.default is attrs.NOTHING and part is None
         name = "kind" if flat else field.alias
-        found[name] = Option(name, field.name, hint, required, flat)
+        found[name] = Option(name, field.name, hint, required, part, flat)
     return found
 
 

@@ -200,9 +200,11 @@ class Structurer:
         for option in known.values():
             if option.name in values:
                 continue
-            if option.hint in DEFAULTS:
-                empty = Node({}, node.place)
-                values[option.name] = self._value(empty, option.hint, where)
+            if option.part is not None:
+                named = Node(option.part, node.place)
+                values[option.name] = self._value(
+                    named, option.hint, path_join(where, option.name)
+                )
             elif option.required:
                 # Do not report an option twice that is given, but misspelt.
                 if option.name not in meant:

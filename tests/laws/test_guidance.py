@@ -193,7 +193,11 @@ def test_guidance_by_steps_is_refused_where_steps_are_not_what_it_counts(sampler
     assert not CFGZeroStar(zero_until=0.0).problems(sampler)
     assert bool(APG().problems(sampler)) is isinstance(sampler, Dopri5)
     assert not APG(momentum=0.0).problems(sampler)
-    for plain in (ClassifierFree(), Interval(), Chain(parts=(ClassifierFree(),))):
+    for plain in (
+        ClassifierFree(),
+        Interval(guidance=ClassifierFree()),
+        Chain(parts=(ClassifierFree(),)),
+    ):
         assert not plain.problems(sampler)
 
 

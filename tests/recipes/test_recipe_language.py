@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_parts import part, plugin
 
 from e2ediff.errors import DuplicateNameError, RecipeError
+from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, load_recipe, parse_recipe
 from e2ediff.host.yaml import dump_yaml, parse_yaml, resolve
@@ -55,7 +56,13 @@ def tiny_parts():
             ("sgd", part("optimizers", lr=(float, attrs.field()), betas=(Betas, Betas())))
         ],
         samplers=[("euler", part("samplers", steps=(int, 10)))],
-        guidance=[("scaled", part("guidance", scale=(float, 2.0)))],
+        guidance=[
+            ("scaled", part("guidance", scale=(float, 2.0))),
+            (
+                "around",
+                part("guidance", inner=(Guidance, attrs.field(metadata={"part": "scaled"}))),
+            ),
+        ],
         diagnostics=[("rank", part("diagnostics", every=(int, 1)))],
         trackers=[("csv", part("trackers"))],
         averages=[("constant", Constant)],
@@ -220,6 +227,14 @@ def test_an_override_turns_a_bare_name_into_a_block():
 def test_an_override_reaches_into_blocks_that_the_recipe_leaves_out():
     assert read(TEXT, "preview.rows=2").preview.rows == 2
     assert read(TEXT, "guidance=", "diagnostics=null").guidance is None
+
+
+def test_an_option_that_is_left_out_holds_the_part_that_its_field_names():
+    recipe = read(TEXT, "guidance=around")
+    assert recipe.guidance.inner == read().guidance
+    assert read(dump_recipe(HOST, recipe)) == recipe
+    other = read(TEXT, "guidance={name: around, inner: {name: scaled, scale: 3}}")
+    assert other.guidance.inner.scale == 3.0
 
 
 def test_the_later_override_wins():

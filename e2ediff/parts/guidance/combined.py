@@ -17,7 +17,6 @@ from e2ediff.denoiser import Denoiser
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.guidance import Guidance, GuidedDenoiser, Reference
 from e2ediff.interpolant import Estimate
-from e2ediff.parts.guidance.classifier_free import ClassifierFree
 from e2ediff.sampler import Sampler
 
 
@@ -96,7 +95,7 @@ class Interval(Guidance):
     Source: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
     """
 
-    guidance: Guidance = attrs.field(factory=ClassifierFree)
+    guidance: Guidance = attrs.field(metadata={"part": "classifier_free"})
     t_min: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.le(1)])
     t_max: float = attrs.field(default=1.0, validator=[validators.ge(0), validators.le(1)])
 
