@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import needs
 from e2ediff_testing import make_nets
 
 from e2ediff.denoiser import Plain
@@ -23,6 +24,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch):
     return samplers
 
 
+@needs("e2ediff-sampling")
 @pytest.mark.parametrize("calls", [5, 12, 25])
 def test_every_sampler_gets_as_many_steps_as_the_calls_pay_for(
     benchmark, host, tiny_text, calls
@@ -42,6 +44,7 @@ def test_every_sampler_gets_as_many_steps_as_the_calls_pay_for(
         assert spent[0] <= calls < spent[1], case.title
 
 
+@needs("e2ediff-sampling")
 def test_every_guidance_of_the_benchmark_is_a_recipe_s(benchmark, host, tiny_text) -> None:
     cases = benchmark.guidance_cases()
     names = {

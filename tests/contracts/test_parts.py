@@ -48,7 +48,6 @@ def required(tmp_path_factory):
         "image_folder": {"root": str(tree), **image},
         "shards": {"path": "prepared", **image},
         "inception2015": {"weights": "w.pth"},
-        "interval": {"guidance": HOST.registries["guidance"].get("classifier_free")()},
     }
 
 

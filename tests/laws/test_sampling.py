@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from e2ediff.condition import Labels
 from e2ediff.denoiser import Denoiser, Plain
 from e2ediff.interpolant import KINDS
-from e2ediff.parts.guidance.classifier_free import ClassifierFree
+from e2ediff.parts.guidance import ClassifierFree
 from e2ediff.parts.interpolants import Cosine, Linear, VarianceExploding
-from e2ediff.parts.samplers.ode import Euler, Heun
+from e2ediff.parts.samplers import Euler, Heun
 
 PATHS = [Linear(), Cosine(), VarianceExploding()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=str)

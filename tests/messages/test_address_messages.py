@@ -12,7 +12,7 @@ from pathlib import Path
 import attrs
 import fsspec
 import pytest
-from command_line import e2ediff, trained
+from command_line import e2ediff, needs, trained
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny_recipe import tiny
 
@@ -31,6 +31,7 @@ from e2ediff.store.storage import Store
 
 # Of core alone: the default network needs an extra.
 FEATURES = ("--features", "random_projection")
+pytestmark = needs("e2ediff-sampling")
 TINY = tiny(steps="2", guidance="{name: autoguidance, scale: 2}")
 
 # None of them may be opened for a file; `watched` is a protocol that a package registered.

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import attrs
 import pytest
 import torch
-from command_line import OURS, Done, e2ediff, needs_dsd
+from command_line import OURS, Done, e2ediff, needs, needs_dsd
 from PIL import Image
 from tiny_recipe import tiny
 
@@ -409,6 +409,7 @@ def test_a_damaged_checkpoint_asked_for_by_name_is_refused_with_one_that_serves(
     assert not Path("runs/tiny/samples/seed-0").exists()
 
 
+@needs("e2ediff-sampling")
 def test_a_damaged_checkpoint_that_guides_is_refused_with_what_to_write_in_the_guidance(
     run: str,
 ) -> None:

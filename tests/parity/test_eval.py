@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 from pathlib import Path
@@ -10,7 +11,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from command_line import e2ediff
+from command_line import e2ediff, needs
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -91,16 +92,23 @@ SOLVERS = ("sampler=heun", "sampler={name: dopri5, rtol: 0.01, atol: 0.01}")
 
 @pytest.fixture(scope="module")
 def tiled(run):
-    """Sixty-nine samples by each solver: two tiles of 32 rows, and a part of one."""
+    """Sixty-nine samples by a solver: two tiles of 32 rows, and a part of one."""
     labels = lay_out(range(4), 69, "balanced", 0)
-    models = {s: load_model(run, device="cpu", overrides=[s]) for s in SOLVERS}
-    return {s: Samples(ModelRef(run=""), labels, model=model) for s, model in models.items()}
+
+    @functools.cache
+    def samples(solver: str) -> Samples:
+        model = load_model(run, device="cpu", overrides=[solver])
+        return Samples(ModelRef(run=""), labels, model=model)
+
+    return samples
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "solver", [SOLVERS[0], pytest.param(SOLVERS[1], marks=needs("e2ediff-sampling"))]
+)
 @pytest.mark.parametrize("batch", [1, 7, 48])
 def test_a_sample_is_the_same_to_the_bit_in_any_batch_and_share(tiled, solver, batch) -> None:
-    samples = tiled[solver]
+    samples = tiled(solver)
     whole = torch.cat(list(samples.batches(0, 69, 64)))
     assert torch.equal(whole, samples.model.sample(samples.labels))
     slices = list(samples.batches(0, 69, batch))
@@ -111,7 +119,7 @@ def test_a_sample_is_the_same_to_the_bit_in_any_batch_and_share(tiled, solver, b
 
 
 def test_small_batches_cost_no_further_network_calls(tiled) -> None:
-    samples, calls = tiled[SOLVERS[0]], []
+    samples, calls = tiled(SOLVERS[0]), []
     watch = register_module_forward_pre_hook(lambda *_: calls.append(1))
     counts = []
     for batch in (64, 1):
@@ -122,6 +130,7 @@ def test_small_batches_cost_no_further_network_calls(tiled) -> None:
     assert counts[0] == counts[1] > 0
 
 
+@needs("e2ediff-sampling")
 def test_two_processes_and_any_batch_score_as_one(run, tmp_path) -> None:
     words = (run, *NETWORK[:2], "--count", 69, "--metrics", "fid,density_coverage,reconstruction")
     words = (*words, "--set", SOLVERS[1], "--out", tmp_path, "--batch")
@@ -169,6 +178,7 @@ def test_a_passport_pins_what_decided_the_score(run, tmp_path) -> None:
     assert online["e2ediff"].passport.subject["weights_sha256"] != subject["weights_sha256"]
 
 
+@needs("e2ediff-sampling")
 def test_a_network_that_guides_is_pinned_by_its_content(tmp_path, host, tiny_text) -> None:
     """`newest` of another run is another network once that run has gone on."""
     # Latents without statistics, which two runs can share.

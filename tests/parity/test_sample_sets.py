@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from command_line import trained
+from command_line import needs, trained
 from PIL import Image
 from tiny_recipe import tiny
 
@@ -88,6 +88,7 @@ def test_other_rows_move_an_image_by_rounding_alone_and_its_bytes_only_at_an_edg
     assert at_edge.mean() < 0.002  # so the claim is of almost all bytes
 
 
+@needs("e2ediff-sampling")
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc", "sde", "rk4"])
 @pytest.mark.parametrize("guidance", ["apg", "cfg_zero_star, zero_until: 0"])
 def test_that_holds_for_samplers_and_guidance_with_memory_or_noise(run, sampler, guidance):
@@ -99,6 +100,7 @@ def test_that_holds_for_samplers_and_guidance_with_memory_or_noise(run, sampler,
         assert torch.equal(x, whole[first : first + 3])
 
 
+@needs("e2ediff-sampling")
 def test_images_that_share_their_steps_depend_on_their_tile_alone(run):
     """dopri5: whole tiles are equal to the bit, parts of one to the tolerance."""
     model = load_model(run, overrides=["sampler={name: dopri5, rtol: 0.01, atol: 0.01}"])
@@ -321,6 +323,7 @@ def test_the_networks_may_compute_in_bfloat16(run, whole):
     assert 1e-5 < (x - whole[:32]).abs().mean() < 0.05
 
 
+@needs("e2ediff-sampling")
 def test_autoguidance_asks_an_earlier_checkpoint_of_the_run(run, model):
     """With an equal network it changes nothing; with another what its formula says."""
     earlier = "checkpoint: images-000000000016"

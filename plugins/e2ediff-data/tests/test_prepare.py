@@ -14,9 +14,9 @@ import attrs
 import fsspec
 import pytest
 import torch
-from e2ediff.testing import check_source
 from e2ediff_data.examine import compare_hashes
 from e2ediff_data.write import Done, Settings, prepare
+from e2ediff_testing import check_source
 from pictures import damage, write_tree
 
 from e2ediff.data import DataSource

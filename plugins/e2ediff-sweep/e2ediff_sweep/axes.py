@@ -88,7 +88,7 @@ def _samplers(host: Host, recipe: Recipe) -> Iterator[str]:
     """Yield the recipe's sampler, `heun` and `dpmpp_2m` at full and half steps; then spacing.
 
     `heun` calls the network twice a step, and so gets half as many. Samplers that do not suit the
-    recipe's guidance are left out.
+    recipe's guidance, or whose plugin is not installed, are left out.
     """
     own = unstructure(host, recipe.sampler, Sampler)
     if not isinstance(own, dict) or "steps" not in own:
@@ -97,9 +97,10 @@ def _samplers(host: Host, recipe: Recipe) -> Iterator[str]:
     for steps in dict.fromkeys((recipe.sampler.steps, max(2, recipe.sampler.steps // 2))):
         blocks.append(_block({**own, "steps": steps}))
         for name, count in (("heun", (steps + 1) // 2), ("dpmpp_2m", steps)):
-            other = host.registries["samplers"].get(name)(steps=count)
-            suits = not (recipe.guidance and recipe.guidance.problems(other))
-            if own["name"] != name and suits:
+            cls = host.registries["samplers"].find(name)
+            if cls is None or own["name"] == name:
+                continue
+            if not (recipe.guidance and recipe.guidance.problems(cls(steps=count))):
                 blocks.append(_block({"name": name, "steps": count}))
     yield f"sampler=[{', '.join(blocks)}]"
     if own.get("spacing") in ("uniform", "karras") and recipe.sampler.shift == 1:

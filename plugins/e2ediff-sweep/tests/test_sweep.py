@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import OURS, e2ediff, trained
+from command_line import OURS, e2ediff, needs, trained
 from e2ediff_sweep import search
 from e2ediff_sweep.axes import parse_axes
 from e2ediff_sweep.candidates import open_run
@@ -167,11 +167,24 @@ def test_without_axes_widths_guidance_and_samplers_are_searched(run: str) -> Non
     assert "sampler={name: heun, steps: 2}" in lines
     assert lines[-1] == "sampler.spacing=karras"
     assert not Path("run/sweep").exists()
+    fixed = ("--set", "guidance=null", "--set", "sampler.steps=2", "--weights", "target")
+    assert e2ediff("sweep", run, "--dry-run", *fixed).out == ""
+
+
+@needs("e2ediff-sampling")
+def test_samplers_that_do_not_suit_the_guidance_are_not_searched(run: str) -> None:
     suited = e2ediff("sweep", run, "--dry-run", "--set", "guidance=cfg_plus_plus").out
     assert "sampler={name: dpmpp_2m, steps: 4}" in suited
     assert "heun" not in suited
-    fixed = ("--set", "guidance=null", "--set", "sampler.steps=2", "--weights", "target")
-    assert e2ediff("sweep", run, "--dry-run", *fixed).out == ""
+
+
+def test_samplers_that_are_not_installed_are_not_searched(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("E2EDIFF_BLOCK", "further_sampling")
+    lines = e2ediff("sweep", run, "--dry-run").out.splitlines()
+    assert "sampler={name: heun, steps: 2}" in lines
+    assert not [line for line in lines if "dpmpp_2m" in line]
 
 
 def test_a_run_may_be_given_as_a_path(run: str) -> None:
@@ -272,11 +285,15 @@ def test_an_address_that_is_never_opened_is_refused(run: str, address: str) -> N
         (["--vary", "guidance.scale=1,-2"], 3, "--vary guidance.scale=-2"),
         (["--vary", "guidance.power=1"], 3, "unknown option 'power'"),
         (["--vary", "guidance=null", "--vary", "guidance.scale=2"], 3, "guidance"),
-        (["--vary", "sampler=euler,heun", "--vary", "guidance=cfg_plus_plus"], 3,
-         "guidance.strength: cfg_plus_plus scales by a step's length"),
-        (["--vary", "sampler=euler,heun", "--vary",
-          "weights=target,online+guidance=cfg_plus_plus"], 3,
-         "guidance.strength: cfg_plus_plus scales by a step's length"),
+        pytest.param(
+            ["--vary", "sampler=euler,heun", "--vary", "guidance=cfg_plus_plus"], 3,
+            "guidance.strength: cfg_plus_plus scales by a step's length",
+            marks=needs("e2ediff-sampling")),
+        pytest.param(
+            ["--vary", "sampler=euler,heun", "--vary",
+             "weights=target,online+guidance=cfg_plus_plus"], 3,
+            "guidance.strength: cfg_plus_plus scales by a step's length",
+            marks=needs("e2ediff-sampling")),
         (["--vary", "weights=target", "--convention", "adn"], 5, "Did you mean 'adm'?"),
         (["--vary", "weights=target", "--sha256", "ab"], 2, "give both"),
         (["--vary", "weights=target", "--reference", "nowhere"], 5, "no such folder"),

@@ -15,13 +15,13 @@ from e2ediff.nn.attention import sdpa
 from e2ediff.objective import Terms
 from e2ediff.parts.backbones import ViT, ViTConfig
 from e2ediff.parts.diagnostics.latent_health import LatentHealth
-from e2ediff.parts.guidance.classifier_free import ClassifierFree
+from e2ediff.parts.guidance import ClassifierFree
 from e2ediff.parts.interpolants import Linear
 from e2ediff.parts.metrics import FID
 from e2ediff.parts.objectives import Coupled, Detached, TwoStage
 from e2ediff.parts.optimizers.scheduled import SGD
 from e2ediff.parts.regularizers import VarianceExpansion
-from e2ediff.parts.samplers.ode import Euler
+from e2ediff.parts.samplers import Euler
 from e2ediff.parts.sources import Synthetic
 from e2ediff.parts.time_samplers import Uniform
 

@@ -1,4 +1,4 @@
-"""Guidance by the network's own answer without the condition: denoisers that wrap denoisers.
+"""Further guidance by the network's own answer without the condition.
 
 Shapes: B batch, N latent tokens, D latent channels.
 """
@@ -20,26 +20,6 @@ from e2ediff.sampler import Sampler
 
 _SCALE = validators.ge(0.0)
 _TIME = [validators.ge(0.0), validators.le(1.0)]
-
-
-@attrs.frozen(kw_only=True)
-class ClassifierFree(Guidance):
-    """x0_u + scale (x0_c - x0_u) at some times, the plain answer elsewhere.
-
-    Guided are the times from `t_min` to `t_max`.
-    `scale` 1 is no guidance and costs one pass.
-
-    Source: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6 with scale = 1 + w; the interval is
-    Kynkäänniemi et al. 2024 (arXiv 2404.07724).
-    """
-
-    scale: float = attrs.field(default=1.5, validator=_SCALE)
-    t_min: float = attrs.field(default=0.0, validator=_TIME)
-    t_max: float = attrs.field(default=1.0, validator=_TIME)
-
-    def wrap(self, inner: Denoiser) -> Denoiser:
-        """The guided denoiser; `inner` itself at scale 1."""
-        return inner if self.scale == 1 else _Guided(inner, self)
 
 
 @attrs.frozen(kw_only=True)
@@ -140,23 +120,6 @@ class APG(Guidance):
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of whole latents, (B, N, D) twice -> (B, 1, 1)."""
     return (a * b).sum(dim=(1, 2), keepdim=True)
-
-
-class _Guided(GuidedDenoiser):
-    def __init__(self, inner: Denoiser, guidance: ClassifierFree) -> None:
-        super().__init__(inner)
-        self.guidance = guidance
-
-    def for_step(self, t: float, s: float) -> Denoiser:
-        return _Guided(self.inner.for_step(t, s), self.guidance)
-
-    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-        g = self.guidance
-        if not g.t_min <= t <= g.t_max:
-            return self.inner(z_t, t, condition)
-        both = conditional_and_unconditional(self.inner, z_t, t, condition)
-        conditional, unconditional = both.x0.chunk(2)
-        return self.clean(unconditional + g.scale * (conditional - unconditional), z_t, t)
 
 
 class _Renoised(GuidedDenoiser):

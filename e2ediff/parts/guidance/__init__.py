@@ -1,1 +1,0 @@
-"""Guidance: denoisers made of a denoiser asked several times, or of several."""

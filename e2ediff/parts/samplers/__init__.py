@@ -1,1 +1,0 @@
-"""Samplers: from noise to clean latents."""
