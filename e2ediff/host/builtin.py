@@ -44,7 +44,6 @@ PARTS = {
     "sources": {
         "fashion_mnist": "sources:FashionMNIST",
         "image_folder": "sources:ImageFolder",
-        "shards": "sources:Shards",
         "synthetic": "sources:Synthetic",
     },
     "optimizers": {

@@ -42,11 +42,9 @@ def required(tmp_path_factory):
     """Values of the options that have no default, by the part's name."""
     place = tmp_path_factory.mktemp("pictures")
     tree = write_tree(place / "tree", [3, 3], size=(40, 17))
-    image = {"size": 16, "classes": 2}
     return {
         "vit": VIT,
-        "image_folder": {"root": str(tree), **image},
-        "shards": {"path": "prepared", **image},
+        "image_folder": {"root": str(tree), "size": 16, "classes": 2},
         "inception2015": {"weights": "w.pth"},
     }
 
@@ -55,13 +53,8 @@ def test_every_kind_of_part_has_registered_parts() -> None:
     assert {plural for plural, _ in PARTS} == set(HOST.registries)
 
 
-# A backbone has no sizes of its own to be checked with, and is checked further below; shards are
-# checked by the plugin that writes them.
-CHECKED = [
-    (plural, part)
-    for plural, part in PARTS
-    if plural in CHECKS and plural != "backbones" and part.name != "shards"
-]
+# A backbone has no sizes of its own to be checked with, and is checked further below.
+CHECKED = [(plural, part) for plural, part in PARTS if plural in CHECKS and plural != "backbones"]
 
 
 @pytest.mark.parametrize(("plural", "part"), CHECKED, ids=ids(CHECKED))

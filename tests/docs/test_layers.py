@@ -57,7 +57,7 @@ ROOMS = {
 # Plugins of this repository that are rooms of their own: each is released with the core, and
 # requires its very version, since it may import rooms like `cli` does.
 TOOLS = {
-    "e2ediff-data": ("contracts files parts host store loading train",
+    "e2ediff-data": ("contracts files host store loading train",
                      "torch attrs numpy PIL click"),
     "e2ediff-plan": ("contracts host store distributed model step monitor train",
                      "torch attrs click"),
@@ -286,14 +286,19 @@ def test_builtin_alone_names_parts_in_the_host_and_each_of_them_is_there() -> No
         assert [part for part in registry if issubclass(part.cls, registry.contract)]
 
 
-def test_preparing_data_needs_sources_a_loader_and_a_store_alone() -> None:
-    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.parts.sources.",
-                        "e2ediff.hookimpl", "e2ediff.loading.batches.",
-                        "e2ediff.store.storage."}  # fmt: skip
+def test_preparing_data_needs_a_loader_and_a_store_alone() -> None:
+    ours = CONTRACTS | {"e2ediff.files.", "e2ediff.host.", "e2ediff.hookimpl",
+                        "e2ediff.loading.batches.", "e2ediff.store.storage."}  # fmt: skip
     plugin = ROOT / "plugins" / "e2ediff-data"
     paths = [path for path in sources(plugin) if path.name != "cli.py"]
     others = {"torch", "attrs", "numpy", "PIL"} | own_modules(plugin)
     assert broken_by(paths, ours, others) == {}
+
+
+def test_the_source_of_prepared_shards_uses_what_a_stranger_may_use() -> None:
+    """Though a tool brings it: a run reads its images without the rest of the tool."""
+    path = ROOT / "plugins" / "e2ediff-data" / "e2ediff_data" / "shards.py"
+    assert broken_by([path], PUBLIC, {"attrs"}) == {}
 
 
 def test_a_sweep_needs_the_grids_of_ablations_alone() -> None:

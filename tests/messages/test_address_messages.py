@@ -246,7 +246,7 @@ def test_there_are_addresses_of_every_kind() -> None:
     found = [*address_options()]
     assert len(found) > 20
     assert {("guidance", "autoguidance", "run"), ("sources", "image_folder", "root"),
-            ("sources", "shards", "held_out"), ("features", "torchvision", "weights"),
+            ("sources", "image_folder", "held_out"), ("features", "torchvision", "weights"),
             ("features", "inception2015", "weights")} <= {*found}  # fmt: skip
 
 
@@ -359,8 +359,9 @@ def test_what_a_store_refuses_is_said_in_one_line(tmp_path: Path) -> None:
 def test_a_run_whose_data_have_a_strange_address_is_refused(run: str) -> None:
     """Though sampling would not open them: `eval` would, and weights of a width."""
     write("guidance", None)
-    write("data", {"name": "shards", "path": "simplecache::s3://x", "size": 16, "classes": 2})
-    with pytest.raises(RecipeError, match=r"data\.path: protocol 'simplecache' is not allowed"):
+    block = {"root": "simplecache::s3://x", "size": 16, "classes": 2}
+    write("data", {"name": "image_folder", **block})
+    with pytest.raises(RecipeError, match=r"data\.root: protocol 'simplecache' is not allowed"):
         load_model(run)
 
 

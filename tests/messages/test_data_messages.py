@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import e2ediff
+from command_line import e2ediff, needs
 from pictures import damage, write_tree
 from tiny_recipe import tiny
 
@@ -45,6 +45,7 @@ def refused(data: str, *more: str) -> str:
 # Refusals
 
 
+@needs("e2ediff-data")
 def test_missing_shards_are_said_with_what_was_expected() -> None:
     assert refused("{name: shards, path: nowhere/x, size: 16, classes: 3}").startswith(
         "data.path: nowhere/x holds no prepared.json. It must be a folder that"

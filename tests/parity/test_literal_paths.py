@@ -176,7 +176,7 @@ def test_commands_on_data_take_odd_names(tmp_path: Path) -> None:
         words = ("--size", SIZE, "--workers", 0, "--each", 2)
         done = e2ediff("data", "prepare", f"{ODD}/tree", dst, *words)
         assert done.code == 0, done.err
-        config = sources.Shards(path=dst, size=SIZE, classes=3)
+        config = source_of("shards", path=dst, size=SIZE, classes=3)
         assert len(config.open()) == 6
         done = e2ediff("data", "prepare", f"{ODD}/tree", dst, *words)  # finds all of it
         assert "3 of them made before" in done.err

@@ -122,7 +122,7 @@ def test_images_are_prepared_from_a_store_into_one_and_checked_there(
     done = e2ediff("data", *words, "--workers", 0)
     assert (done.code, done.out) == (0, f"{store}/shards\n"), done.err
     assert "3 of them made before" in e2ediff("data", *words, "--workers", 0).err
-    source = sources.Shards(path=f"{store}/shards", size=SIZE, classes=3).open()
+    source = source_of("shards", path=f"{store}/shards", size=SIZE, classes=3).open()
     assert torch.equal(source.read(range(6))[0], folder(place).open().read(range(6))[0])
     check = ("data", "check", f"{store}/shards", "--workers", 0)
     assert e2ediff(*check).code == 0

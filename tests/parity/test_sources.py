@@ -8,12 +8,11 @@ import attrs
 import pytest
 import torch
 from pictures import write_tree
-from source_kinds import COUNTS, KINDS, SIZE, TOTAL, folder, make, prepared
+from source_kinds import COUNTS, KINDS, SIZE, TOTAL, folder, make, prepared, source_of
 
 from e2ediff.errors import DataError
 from e2ediff.files.location import expand
 from e2ediff.loading.order import Order
-from e2ediff.parts import sources
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -70,7 +69,7 @@ def test_any_source_serves_without_classes_and_sets_the_null_label(
 
 def test_a_jpeg_of_a_prepared_crop_has_its_label_and_nearly_its_pixels(place, tmp_path) -> None:
     path = str(prepared(place, tmp_path / "x", "jpeg"))
-    source = sources.Shards(path=path, size=SIZE, classes=len(COUNTS)).open()
+    source = source_of("shards", path=path, size=SIZE, classes=len(COUNTS)).open()
     x, label = source.read(range(TOTAL))
     plain = folder(place).open().read(range(TOTAL))
     assert torch.equal(label, plain[1])

@@ -24,7 +24,8 @@ from e2ediff.host.plugins import Host, load
 from e2ediff.parts import sources
 
 PACKED = ("archive", "class_tars", "tar_shards", "parquet", "arrays")
-"""Sources of the plugin."""
+PLUGINS = {**dict.fromkeys(PACKED, "e2ediff-sources"), "shards": "e2ediff-data"}
+"""The plugin of each source that is not built in."""
 
 COUNTS = [2 + k % 5 for k in range(30)]  # 119 images, up to three times as many in a class
 TOTAL = sum(COUNTS)
@@ -39,9 +40,9 @@ def installed() -> Host:
 
 def part(name: str) -> type[SourceConfig]:
     """The source of this name; skips the test that needs it where its plugin is not installed."""
-    if name in PACKED:
-        needed = "needs `pip install plugins/e2ediff-sources`"
-        pytest.importorskip("e2ediff_sources", reason=needed)
+    if plugin := PLUGINS.get(name):
+        needed = f"needs `pip install plugins/{plugin}`"
+        pytest.importorskip(plugin.replace("-", "_"), reason=needed)
     if name == "parquet":
         pytest.importorskip("pyarrow")
     return installed().registries["sources"].get(name)

@@ -9,5 +9,6 @@ from e2ediff import hookimpl
 
 @hookimpl
 def register(add: Callable[[str, str, str], None]) -> None:
-    """Name the command; it is imported when it is called."""
+    """Name the command and the source; each is imported when it is used."""
     add("commands", "data", "e2ediff_data.cli:command")
+    add("sources", "shards", "e2ediff_data.shards:Shards")

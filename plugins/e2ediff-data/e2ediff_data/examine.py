@@ -16,8 +16,7 @@ from e2ediff.errors import BadImageError, DataError
 from e2ediff.files.location import Location
 from e2ediff.loading.batches import read
 from e2ediff.metric import Accumulator
-from e2ediff.parts.sources import Shards
-from e2ediff.parts.sources.shards import read_prepared, verify_hashes
+from e2ediff_data.shards import Shards, read_prepared, verify_hashes
 
 _EACH = 64
 

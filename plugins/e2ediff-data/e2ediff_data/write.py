@@ -1,6 +1,6 @@
 """`e2ediff data prepare`: crop every image once, into shards with an index and hashes.
 
-The result is what the source `shards` reads (`e2ediff.parts.sources.shards` has the layout).
+The result is what the source `shards` reads (`e2ediff_data.shards` has the layout).
 Meanwhile `parts/` keeps one JSON file for each finished shard: after a kill only shards without
 one, or whose hash differs, are made again.
 """
@@ -30,7 +30,8 @@ from e2ediff.files.index import Index, column
 from e2ediff.files.listing import Names
 from e2ediff.files.location import Location
 from e2ediff.loading.batches import read
-from e2ediff.parts.sources.shards import (
+from e2ediff.store.storage import Store
+from e2ediff_data.shards import (
     INDEX,
     PREPARED,
     VERIFIED,
@@ -39,7 +40,6 @@ from e2ediff.parts.sources.shards import (
     sha256,
     verified_key,
 )
-from e2ediff.store.storage import Store
 
 Format = Literal["png", "jpeg", "raw"]
 SETTINGS = "parts/settings.json"

@@ -8,12 +8,12 @@ from pathlib import Path
 import attrs
 import pytest
 from command_line import e2ediff
+from e2ediff_data.shards import Shards
 from pictures import write_tree
 
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.files.index import Index
-from e2ediff.parts import sources
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ PREPARE = ("data", "prepare", "tree", "shards", "--size", 16, "--workers", 0)
 def shards() -> SourceConfig:
     """Shards of the tree, whose hashes have not been compared yet."""
     assert e2ediff(*PREPARE).code == 0
-    return sources.Shards(path="shards", size=16, classes=2)
+    return Shards(path="shards", size=16, classes=2)
 
 
 def test_shards_without_their_index_say_so_and_are_mended(shards) -> None:

@@ -15,6 +15,7 @@ import fsspec
 import pytest
 import torch
 from e2ediff_data.examine import compare_hashes
+from e2ediff_data.shards import Shards
 from e2ediff_data.write import Done, Settings, prepare
 from e2ediff_testing import check_source
 from pictures import damage, write_tree
@@ -22,7 +23,7 @@ from pictures import damage, write_tree
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
 from e2ediff.files.index import Index
-from e2ediff.parts.sources import ImageFolder, Shards
+from e2ediff.parts.sources import ImageFolder
 
 COUNTS = [5, 9, 7]
 SETTINGS = Settings(
