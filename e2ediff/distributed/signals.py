@@ -14,7 +14,7 @@ from typing import TextIO
 
 from e2ediff.errors import E2EDiffError
 
-SAVING = "stopping: finishing this step and saving; a second signal stops at once without saving"
+SAVING = "stopping: finishing this step and saving; signal again to exit without saving"
 BEFORE = "before training began"
 _NOTHING = "stopping: there is nothing to save yet"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -115,7 +115,7 @@ def test_a_run_whose_reading_process_was_killed_says_what_to_lower(place, tmp_pa
     said = str(caught.value)
     assert "a process that reads images died (DataLoader worker (pid" in said
     assert "is killed by signal: Killed)" in said
-    assert "lower data.workers, or give more memory. What was saved is intact: continue" in said
+    assert "lower data.workers, or provide more memory. What was saved is intact: continue" in said
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 8)
 
@@ -123,8 +123,8 @@ def test_a_run_whose_reading_process_was_killed_says_what_to_lower(place, tmp_pa
 @needs("e2ediff-data")
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(signal.SIGKILL, "lower --workers, or give more memory"),
-     (signal.SIGBUS, "the shared memory is full"),
+    [(signal.SIGKILL, "lower --workers, or provide more memory"),
+     (signal.SIGBUS, "the shared memory through which images are passed is full"),
      (signal.SIGSEGV, "with --workers 0 this process reads the images itself")],
     ids=["killed", "bus error", "crash"],
 )  # fmt: skip

@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from command_line import trained
+from command_line import needs, trained
 from PIL import Image
 from tiny_recipe import tiny
 
@@ -170,10 +170,11 @@ def test_scores_take_paths(form: str, place: Path, tmp_path: Path, host: Host) -
     assert cards[0].passport.digest == cards[1].passport.digest
 
 
+@needs("e2ediff-data", "e2ediff-features", "e2ediff-sampling", "e2ediff-sources")
 def test_every_option_that_holds_an_address_takes_a_path() -> None:
     seen = 0
     for plural in ("sources", "features", "guidance"):
-        for part in load(entry_points=False).registries[plural]:
+        for part in load().registries[plural]:
             fields = {f.alias: f for f in attrs.fields(part.cls)}
             chosen = [n for n, f in fields.items() if f.validator is addresses.allowed]
             given = {n: "here" for n, o in options(part.cls).items() if o.required}

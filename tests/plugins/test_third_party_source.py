@@ -204,5 +204,5 @@ def test_a_source_that_fails_when_it_is_asked_is_named(inside) -> None:
     done = e2ediff("data", "stats", "fault", "--workers", 0)
     assert done.code == PluginError.exit_code
     (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert "plugin 'piles' (piles 1.2), piles.py line 14: pile cannot say" in line
+    assert "plugin 'piles' (piles 1.2), piles.py line 14: pile fails to recognise" in line
     assert line.endswith("To go on without it: E2EDIFF_BLOCK=piles")
