@@ -159,8 +159,12 @@ def _asked(host: Host, part: Part, address: str) -> Recognised | None:
 
 def _why_unknown(host: Host, address: str) -> str:
     """Explain that no source recognises what is at an address, and what they accept."""
-    own = [part.name for part in host.registries["sources"] if part.plugin.name != BUILTIN]
-    expected = f"Expected {_KINDS}" + "".join(f", or data of {name}" for name in own)
+    others = [
+        part.name
+        for part in host.registries["sources"]
+        if part.plugin.name != BUILTIN and part.name != "shards"  # of which _KINDS tells
+    ]
+    expected = f"Expected {_KINDS}" + "".join(f", or data of {name}" for name in others)
     fs, path = addresses.file_system(address)
     if fs.isdir(path):
         return f"an empty folder. {expected}."

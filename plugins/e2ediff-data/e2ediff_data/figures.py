@@ -17,6 +17,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.host.yaml import dump_yaml
 from e2ediff_data.examine import Examined
+from e2ediff_data.shards import Shards
 
 _SIZES = (32, 64, 128, 256, 512)
 _IMBALANCE = 10.0  # ratio from which balanced sampling is proposed
@@ -112,8 +113,7 @@ def proposed(
     """Propose a data block, and settings that follow from the number of images and classes."""
     changes: dict[str, Any] = {}
     options = {field.name for field in attrs.fields(type(config))}  # type: ignore[arg-type]
-    told = unstructure(host, config, SourceConfig)
-    prepared = isinstance(told, dict) and told.get("name") == "shards"
+    prepared = isinstance(config, Shards)
     if "size" in options and seen.shorter and not prepared:
         middle = statistics.median_low(seen.shorter)
         changes["size"] = max([s for s in _SIZES if s <= middle], default=_SIZES[0])
