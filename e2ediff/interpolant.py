@@ -79,7 +79,7 @@ class Interpolant(ABC):
         Args:
             x0: Clean latent, (B, *).
             eps: Noise, (B, *), unit normal.
-            t: Time, (B,), in [0, 1]; 1 is data.
+            t: Time, (B,) or (B, N), in [0, 1]; 1 is data.
 
         Returns:
             (B, *), differentiable in x0 and eps.
@@ -101,7 +101,7 @@ class Interpolant(ABC):
         Args:
             value: The network's output, (B, *), read as `kind`.
             z_t: The noised latent that the network saw, (B, *).
-            t: Time, (B,), in [0, 1].
+            t: Time, (B,) or (B, N), in [0, 1].
             kind: What `value` is.
 
         Returns:

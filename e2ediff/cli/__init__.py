@@ -38,7 +38,7 @@ class _Group(click.Group):
     """A group of built-in commands, and of those that plugins add to it.
 
     A command of a plugin is imported when it is looked for.
-    Its registered name is that of the group, a space, and its own: `data describe`.
+    Its registered name is that of the group, a space, and its own: `plugins check`.
     """
 
     prefix = ""

@@ -41,7 +41,7 @@ class Add(Protocol):
         Args:
             kind: The plural of the kind, as `objectives`, or `commands`.
             name: What a recipe calls it, or the word after `e2ediff`; of a subcommand of the
-                built-in group `data` or `plugins` both words, as `plugins check`.
+                built-in group `plugins`, both words: `plugins check`.
             target: An attrs class that keeps the kind's contract, or the text `module:Class`,
                 which is imported when a recipe names the part; of a command the text
                 `module:function` or the click command.

@@ -63,6 +63,7 @@ def render(gathered: Gathered, summary: Summary, sentences: Sequence[str], writt
             for declared in (True, False)
             if (columns := [c for c in summary.columns if (c.key in described) is declared])
         ],
+        followed=[figure for figure in described.values() if "line" in figure.shown_on],
         uncounted={run.uncounted for run in gathered.runs if run.uncounted},
         facts=facts,
         differing_facts=differ,

@@ -53,7 +53,9 @@ def test_every_exit_code_of_an_error_is_documented():
 
 
 def test_every_command_in_the_readme_exists():
+    """Built in, or of a plugin of this repository, installed or not."""
     from e2ediff.cli import group
+    from e2ediff.host.checkout import uninstalled_plugins
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = set(
@@ -63,6 +65,8 @@ def test_every_command_in_the_readme_exists():
         )
     )
     known = set(group.list_commands(None))
+    for plugin in uninstalled_plugins([str(ROOT / "README.md")]):
+        known |= {name.partition(" ")[0] for name in plugin.parts("commands")}
     assert commands - {"plugins"} <= known
     for recipe in re.findall(r"recipes/\w+\.yaml", text):
         assert (ROOT / recipe).exists()
