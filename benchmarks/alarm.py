@@ -1,4 +1,4 @@
-"""Does the collapse alarm hear collapses, and keep still on healthy runs?
+"""Does the alarm detect collapses, without false alarms?
 
     python benchmarks/alarm.py --out alarms
 

@@ -108,7 +108,7 @@ def contracts_page() -> str:
     lines = ["# Contracts", "", "Made by `docs/generate.py` from the code.", ""]
     lines += [
         "A part is a frozen attrs class below one of these.",
-        "What is marked *required* it must define, the rest it may.",
+        "A subclass must define what is marked *required*; the rest is optional.",
         "Shapes stand in the text: B batch, C H W image, N latent tokens, D latent channels, "
         "W trunk width.",
         "",

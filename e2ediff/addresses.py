@@ -45,16 +45,16 @@ def plain(address: Address) -> str:
 
 
 def cache_folder() -> str:
-    """Where files are kept that can be made again: $E2EDIFF_CACHE, or `e2ediff` in the user's own.
+    """Return the cache folder: $E2EDIFF_CACHE, or `e2ediff` in the user's own cache.
 
-    The user's cache is $XDG_CACHE_HOME, or `~/.cache`.
+    Its files can be made again. The user's cache is $XDG_CACHE_HOME, or `~/.cache`.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("E2EDIFF_CACHE") or os.path.join(home, "e2ediff")
 
 
 def refusal(address: Address, *, typed: bool = False) -> str:
-    """Why an address is not opened, and what to do; empty if it may be. Nothing is accessed.
+    """Return why an address is not opened, and what to do; "" if it may be. Access nothing.
 
     Args:
         address: The address.

@@ -17,7 +17,7 @@ class Averaging(ABC):
 
     @abstractmethod
     def decay_at(self, update: int) -> float:
-        """The share of the old average that stays at this update, in [0, 1]; the first is 1.
+        """Return the share of the old average that stays, in [0, 1]; updates count from 1.
 
         A function of `update` alone: nothing else of an average's law is kept in a checkpoint.
         """

@@ -90,7 +90,7 @@ class Labels(Condition):
     classes: int
 
     def null(self) -> Labels:
-        """As many labels of no class."""
+        """Return null labels, one per row."""
         return Labels(torch.full_like(self.label, self.classes), self.classes)
 
 
@@ -102,7 +102,7 @@ class Vectors(Condition):
     known: Tensor
 
     def null(self) -> Vectors:
-        """As many rows without a vector."""
+        """Return null vectors, one per row."""
         return Vectors(torch.zeros_like(self.value), torch.zeros_like(self.known))
 
 
@@ -114,7 +114,7 @@ class Tokens(Condition):
     mask: Tensor
 
     def null(self) -> Tokens:
-        """As many rows without a token."""
+        """Return null tokens, one per row."""
         return Tokens(torch.zeros_like(self.value), torch.zeros_like(self.mask))
 
 
@@ -182,7 +182,7 @@ class ClassLabels(ConditionSpec):
 
     @property
     def title(self) -> str:
-        """With the number of classes."""
+        """Return a title that includes the number of classes."""
         return f"labels of {self.classes:,} classes"
 
     @property
@@ -233,7 +233,7 @@ class VectorSpec(ConditionSpec):
 
     @property
     def title(self) -> str:
-        """With their size."""
+        """Return a title that includes their size."""
         return f"vectors of {self.size} numbers"
 
     def embedding(self, width: int) -> nn.Module:
@@ -272,7 +272,7 @@ class TokenSpec(ConditionSpec):
 
     @property
     def title(self) -> str:
-        """With their number and size."""
+        """Return a title that includes their number and size."""
         return f"up to {self.tokens} tokens of {self.size} numbers"
 
     def embedding(self, width: int) -> nn.Module:

@@ -49,7 +49,7 @@ def to_pixels(x: Tensor, rounding: Rounding = "nearest") -> Tensor:
 
 @attrs.frozen
 class ImageSpec:
-    """Shape of the images, and what the denoiser may be told of them.
+    """Shape of the images, and the conditions available for them.
 
     `classes` is 0 for unlabelled data, and for data with conditions of another kind, which
     `conditioning` then names; by default it is that of the classes.
@@ -184,10 +184,10 @@ class SourceConfig(ABC):
 
     @classmethod
     def recognises(cls, address: str) -> Recognised | None:
-        """How this source would read what lies at a path, URL or pattern; None if it would not.
+        """Return how it would read what lies at a path, URL or pattern; None if it would not.
 
-        `e2ediff data prepare`, `check` and `stats` ask every source. It looks at names, and at
-        the head of a file at most.
+        The commands `data prepare`, `check` and `stats` of the plugin that prepares data ask every
+        source. It looks at names, and at the head of a file at most.
 
         Raises:
             DataError: The place cannot be read.

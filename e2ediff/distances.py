@@ -38,7 +38,7 @@ def _bures(a: Tensor, b: Tensor) -> float:
 
 
 def _root(c: Tensor) -> Tensor:
-    """R with R R^T = c; eigenvalues that are rounding alone count as 0, lest their roots count."""
+    """Return R with R R^T = c; rounding alone counts as 0, so that its roots are not counted."""
     values, vectors = torch.linalg.eigh((c + c.T) / 2)
     least = len(c) * torch.finfo(c.dtype).eps * values.max().clamp_min(0)
     root: Tensor = vectors * torch.where(values > least, values, 0.0).sqrt()

@@ -36,7 +36,7 @@ class Guidance(ABC):
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """Further networks that it asks, loaded for `with_references` by whoever samples."""
+        """Other networks that it evaluates, loaded by the caller and passed to `with_references`."""
         return ()
 
     def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
@@ -44,7 +44,7 @@ class Guidance(ABC):
         return self
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
-        """Options that this sampler would make mean something else: (field, what and what to do).
+        """List options that do not work with this sampler: (field, what and what to do).
 
         Asked when a recipe is checked and before anything is sampled.
         """
@@ -59,7 +59,7 @@ class Guidance(ABC):
 
 
 class GuidedDenoiser(Denoiser):
-    """A denoiser on the interpolant of the one that it asks, `inner`.
+    """A denoiser on the interpolant of the one that it evaluates, `inner`.
 
     A subclass defines `__call__`, and `for_step` too, which must wrap `inner.for_step`, as inner
     guidance may depend on the step.

@@ -111,7 +111,7 @@ class Metric(ABC):
     """Scores a set of images by its features, most of them against a reference set.
 
     `better` says whether low or high figures are the better ones: scores are ranked, charted and
-    compared by it. A class attribute does: `better: ClassVar[Better] = "low"`.
+    compared by it. A class attribute is enough: `better: ClassVar[Better] = "low"`.
     `moments` and `rows` name the taps of the feature network that it reads, by mean and
     covariance or image by image; every network has the tap `pool`.
     `compares` is False for a score that needs no reference.
@@ -130,7 +130,7 @@ class Metric(ABC):
     @property
     @abstractmethod
     def better(self) -> Better:
-        """Whether low or high figures are better; a `MetricValue` may differ for itself."""
+        """Whether low or high figures are better; a `MetricValue` may override it."""
 
     @abstractmethod
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:

@@ -25,7 +25,7 @@ class OptimizerConfig(ABC):
         """Multiplier of the learning rate after `images` of `total` images, in [0, 1]."""
 
     def group_factor(self, name: str, images: int, total: int) -> float:
-        """As `factor`, for the parameter group of this name; "" is that of all others."""
+        """Return `factor` for a named parameter group; "" is the default group."""
         return self.factor(images, total)
 
     def problems(self, parameters: Sequence[str]) -> Sequence[tuple[str, str]]:

@@ -116,7 +116,7 @@ class Sampler(ABC):
         """Move z (B, N, D) from time t to the later time s, with t < s < 1."""
 
     def stepper(self) -> Stepper:
-        """What takes the steps of one trajectory: the sampler itself, unless it needs memory."""
+        """Return the object that takes the steps of one trajectory: itself, unless it needs memory."""
         return self
 
     def grid(self, path: Interpolant | None = None) -> list[float]:

@@ -179,7 +179,7 @@ class Retention:
 
 @attrs.frozen(kw_only=True)
 class Alarm:
-    """What a run does when its latents collapse, or when its training dies in silence.
+    """What a run does when its latents collapse, or when all losses vanish.
 
     `policy`: `warn` says so and goes on; `stop` saves a checkpoint and ends the run with exit
     code 7; `rollback` goes back to the last regular checkpoint from before the first sign and

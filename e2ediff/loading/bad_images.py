@@ -58,11 +58,11 @@ class Skipping(DataSource):
         return self.source.class_names
 
     def path_of(self, index: int) -> str:
-        """The source's."""
+        """Return the source's path."""
         return self.source.path_of(index)
 
     def original_size(self, index: int) -> OriginalSize:
-        """The source's, damaged images included."""
+        """Return the source's size, damaged images included."""
         return self.source.original_size(index)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | Condition]:

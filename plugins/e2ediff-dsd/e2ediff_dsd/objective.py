@@ -169,7 +169,7 @@ class DSD(AutoencoderObjective):
         return student, teacher
 
     def stops(self, phase: str) -> Collection[str]:
-        """What is read off the denoiser, where neither z_t nor the target has a gradient."""
+        """Return the losses whose gradient must not reach the encoder."""
         if self.input_gradient > 0:
             return ()
         found = [] if self.target_gradient > 0 else ["denoising"]

@@ -85,7 +85,7 @@ def command(
     """Search the weights, guidance and sampler that suit RUN, on few samples each.
 
     Every candidate has the same noise and labels, and a kernel distance to real images whose
-    error is known; candidates that cannot be told from the best one are marked.
+    error is known; candidates that are statistically tied with the best are marked.
     All are checked before the first one starts, and a sweep that was interrupted goes on when
     the command is given again.
     Writes `sweep.csv` and a score file for each candidate, and prints the table and the command
