@@ -25,7 +25,7 @@ hookimpl = pluggy.HookimplMarker("e2ediff")
 
 
 def load(run: Address, **options: Any) -> Model:
-    """A trained model from a run's directory: `e2ediff.load("runs/quickstart").sample([0, 9])`.
+    """Load a trained model from a run directory: `e2ediff.load("runs/quickstart").sample([0, 9])`.
 
     The directory is text, a URL or a `pathlib.Path`.
     Options are the fields of `e2ediff.sample.load.ModelRef`, and `host` and `warn` of its `load`.
@@ -36,7 +36,7 @@ def load(run: Address, **options: Any) -> Model:
 
 
 def pipeline(run: Address, **options: Any) -> Pipeline:
-    """A trained model as a diffusers pipeline: `e2ediff.pipeline(run)(["cat", 3]).images`.
+    """Load a trained model as a diffusers pipeline: `e2ediff.pipeline(run)(["cat", 3]).images`.
 
     Options are the fields of `e2ediff.sample.load.ModelRef`, and `host` and `warn` of its `load`.
     """

@@ -33,7 +33,7 @@ NEVER = ("reference", "generic")
 
 
 def plain(address: Address) -> str:
-    """The address as text: what every function begins with that a user may give one.
+    """Return the address as text: what every function begins with that a user may give one.
 
     Raises:
         TypeError: It is neither text nor a path.
@@ -91,7 +91,7 @@ def refusal(address: Address, *, typed: bool = False) -> str:
 
 
 def _further() -> list[str]:
-    """Protocols that the user allows on this machine, wherever an address is from."""
+    """Return protocols that the user allows on this machine, wherever an address is from."""
     names = os.environ.get("E2EDIFF_PROTOCOLS", "").split(",")
     return [name.strip() for name in names if name.strip()]
 
@@ -101,7 +101,7 @@ def _short(text: str) -> str:
 
 
 def allowed(part: object, field: object, value: Any) -> None:
-    """Validator of a part's option that holds an address, or None.
+    """Validate a part's option that holds an address, or None.
 
     `root: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)` refuses a
     recipe before anything is opened, with the line of the address.
@@ -115,7 +115,7 @@ def allowed(part: object, field: object, value: Any) -> None:
 
 
 def file_system(address: Address, *, typed: bool = False) -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path in it.
+    """Return the fsspec file system of an address, and the path in it.
 
     Args:
         address: The address.
@@ -133,7 +133,7 @@ def file_system(address: Address, *, typed: bool = False) -> tuple[Any, str]:
 
 
 def open_file(address: Address, *, typed: bool = False) -> BinaryIO:
-    """The file at an address, to read from; close it, or use it in `with`.
+    """Open the file at an address, to read from; close it, or use it in `with`.
 
     Raises:
         ValueError: The address is not allowed; nothing was opened.
@@ -146,5 +146,5 @@ def open_file(address: Address, *, typed: bool = False) -> BinaryIO:
 
 
 def is_local(fs: object) -> bool:
-    """Whether a file system is that of this machine."""
+    """Return whether a file system is that of this machine."""
     return isinstance(fs, LocalFileSystem)

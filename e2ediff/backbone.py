@@ -129,15 +129,15 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """Latent (B, N, D) of images (B, C, H, W), normalised."""
+        """Return the latent (B, N, D) of images (B, C, H, W), normalised."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, C, H, W) of latents (B, N, D); not clipped."""
+        """Return images (B, C, H, W) of latents (B, N, D); not clipped."""
 
     @abstractmethod
     def denoise(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Prediction (B, N, D) of the recipe's `predicts` kind, from z_t, t (B,), condition."""
+        """Predict (B, N, D) of the recipe's `predicts` kind, from z_t, t (B,), condition."""
 
     def outputs(self, *passes: Pass) -> list[Output]:
         """Run passes, in any order and number, and return one `Output` for each.
@@ -175,11 +175,11 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__} takes one time, and no second one r")
 
     def run(self, *passes: Pass) -> list[Tensor]:
-        """The values of `outputs`, for objectives that need no features."""
+        """Return the values of `outputs`, for objectives that need no features."""
         return [o.value for o in self.outputs(*passes)]
 
     def contract(self, scale: float = 1.0) -> LatentContract:
-        """What this network's latents mean, with the statistics of its weights as they are.
+        """Return what this network's latents mean, with the statistics of its weights as they are.
 
         Args:
             scale: Standard deviation of the latents, where no norm fixes it.
@@ -195,7 +195,7 @@ class Backbone(nn.Module, ABC):
         )
 
     def blocks(self) -> Sequence[nn.Module]:
-        """The repeated parts of the network, in which nearly all of its weights and work lie.
+        """Return the repeated parts of the network, where nearly all of its weights and work lie.
 
         They are what is compiled, recomputed in the backward pass, and split over processes one
         by one; each is called as a module and returns a tensor.
@@ -227,15 +227,15 @@ class FusedBackbone(Backbone):
         """Run passes, in any order and number, and return one `Output` for each."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latent (B, N, D) of images (B, C, H, W), normalised."""
+        """Return the latent (B, N, D) of images (B, C, H, W), normalised."""
         return self.run(Encode(x=x))[0]
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, C, H, W) of latents (B, N, D); not clipped."""
+        """Return images (B, C, H, W) of latents (B, N, D); not clipped."""
         return self.run(Decode(z=z))[0]
 
     def denoise(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Prediction (B, N, D) from z_t (B, N, D), t (B,) and a condition a row."""
+        """Return the prediction (B, N, D) from z_t (B, N, D), t (B,) and a condition a row."""
         return self.run(Denoise(z_t=z_t, t=t, condition=condition))[0]
 
 
@@ -244,18 +244,18 @@ class BackboneConfig(ABC):
 
     @abstractmethod
     def build(self, image: ImageSpec) -> Backbone:
-        """A freshly initialised network for these images.
+        """Build a freshly initialised network for these images.
 
         Randomness: torch's global generator, which the engine seeds from the recipe.
         """
 
     def problems(self, image: ImageSpec) -> Sequence[tuple[str, str]]:
-        """What does not fit these images: (field, complaint) pairs, before anything is built."""
+        """List what does not fit the images, as (field, complaint), before anything is built."""
         return ()
 
 
 def patch_problems(image: ImageSpec, patch: int) -> list[tuple[str, str]]:
-    """What a backbone's `problems` says of an option `patch`: it does not tile the images."""
+    """List what a backbone's `problems` says of a `patch` that does not tile the images."""
     if image.height % patch == 0 and image.width % patch == 0:
         return []
     return [("patch", f"{patch} does not divide the image, {image.height} x {image.width}")]

@@ -43,7 +43,7 @@ class Condition(ABC):
         return next(iter(self.tensors().values())).device
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(next(iter(self.tensors().values())))
 
     def rows(self, index: slice | Tensor) -> Self:
@@ -191,19 +191,19 @@ class ClassLabels(ConditionSpec):
         return max(1, self.classes)
 
     def embedding(self, width: int) -> nn.Module:
-        """A table with a row for each class and one for none."""
+        """Build a table with a row for each class and one for none."""
         return _ClassTable(self.classes + 1, width)
 
     def null(self, count: int, device: torch.device | str = "cpu") -> Labels:
-        """Labels of no class."""
+        """Return the labels of no class."""
         return Labels(torch.full((count,), self.classes, device=device), self.classes)
 
     def example(self, count: int) -> Labels:
-        """The classes in turn."""
+        """Return the classes in turn."""
         return Labels(torch.arange(count) % self.kinds, self.classes)
 
     def accept(self, given: Tensor | Condition, where: str) -> Condition:
-        """As for every spec; labels alone become `Labels`."""
+        """Check it as every spec does; labels alone become `Labels`."""
         if isinstance(given, Tensor) and given.ndim == 1:
             return Labels(given, self.classes)
         if isinstance(given, Labels) and given.classes == self.classes:
@@ -216,7 +216,7 @@ class ClassLabels(ConditionSpec):
         raise DataError(f"{where}: gives {found}, where conditions are {self.title}")
 
     def in_turn(self, count: int, held_out: Condition) -> Labels:
-        """The classes in turn, whatever the held-out images are."""
+        """Return the classes in turn, whatever the held-out images are."""
         return Labels(torch.arange(count) % self.kinds, self.classes).to(held_out.device)
 
 
@@ -237,16 +237,16 @@ class VectorSpec(ConditionSpec):
         return f"vectors of {self.size} numbers"
 
     def embedding(self, width: int) -> nn.Module:
-        """A linear map, and a learned row for images without a vector."""
+        """Build a linear map, and a learned row for images without a vector."""
         return _VectorMap(self.size, width)
 
     def null(self, count: int, device: torch.device | str = "cpu") -> Vectors:
-        """Rows without a vector."""
+        """Return rows without a vector."""
         value = torch.zeros(count, self.size, device=device)
         return Vectors(value, torch.zeros(count, dtype=torch.bool, device=device))
 
     def example(self, count: int) -> Vectors:
-        """Normal numbers."""
+        """Return normal numbers."""
         value = torch.randn(count, self.size, generator=torch.Generator().manual_seed(0))
         return Vectors(value, torch.ones(count, dtype=torch.bool))
 
@@ -276,16 +276,16 @@ class TokenSpec(ConditionSpec):
         return f"up to {self.tokens} tokens of {self.size} numbers"
 
     def embedding(self, width: int) -> nn.Module:
-        """The mean of a linear map of the tokens that are there, and a learned row for none."""
+        """Build a mean of a linear map of the tokens that are there; a learned row for none."""
         return _TokenMean(self.size, width)
 
     def null(self, count: int, device: torch.device | str = "cpu") -> Tokens:
-        """Rows without a token."""
+        """Return rows without a token."""
         value = torch.zeros(count, self.tokens, self.size, device=device)
         return Tokens(value, torch.zeros(count, self.tokens, dtype=torch.bool, device=device))
 
     def example(self, count: int) -> Tokens:
-        """Normal numbers, of one token, two tokens and so on in turn."""
+        """Return normal numbers, of one token, two tokens and so on in turn."""
         g = torch.Generator().manual_seed(0)
         value = torch.randn(count, self.tokens, self.size, generator=g)
         there = torch.arange(count)[:, None] % self.tokens

@@ -25,17 +25,17 @@ Rounding = Literal["nearest", "half_up", "down"]
 
 
 def from_pixels(pixels: Tensor) -> Tensor:
-    """Pixels 0..255, of any shape, as float32 in [-1, 1]."""
+    """Convert pixels 0..255, of any shape, to float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def pixel_values(x: Tensor) -> Tensor:
-    """Images in [-1, 1], of any shape, on the scale 0..255, not rounded."""
+    """Convert images in [-1, 1], of any shape, to the scale 0..255, not rounded."""
     return (x + 1) * 127.5
 
 
 def to_pixels(x: Tensor, rounding: Rounding = "nearest") -> Tensor:
-    """Images in [-1, 1], of any shape, to uint8.
+    """Convert images in [-1, 1], of any shape, to uint8.
 
     Of `pixel_values` y, clipped to 0..255, `nearest` rounds y (halves to the even number),
     `half_up` takes the floor of y + 0.5, `down` the floor of y.
@@ -84,7 +84,7 @@ class Batch:
     condition: Condition
 
     def rows(self, index: slice) -> Batch:
-        """Some of the images."""
+        """Return some of the images."""
         return Batch(self.x[index], self.condition.rows(index))
 
 
@@ -101,11 +101,11 @@ class DataSource(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | Condition]:
-        """Images (B, C, H, W), uint8, at these indices, and labels (B,), int64, or a condition.
+        """Read images (B, C, H, W), uint8, and labels (B,), int64, or a condition, by index.
 
         A source of conditions that are no class labels names their kind in its block's `image`.
 
@@ -117,7 +117,7 @@ class DataSource(ABC):
         """
 
     def labels(self) -> Tensor:
-        """Labels of all images, (M,), int64; 0 for unlabelled ones.
+        """Return the labels of all images, (M,), int64; 0 for unlabelled ones.
 
         A source that knows them without reading the images overrides this.
 
@@ -135,11 +135,11 @@ class DataSource(ABC):
         return ()
 
     def path_of(self, index: int) -> str:
-        """Path of an image, for messages and lists; nothing is read."""
+        """Return the path of an image, for messages and lists; nothing is read."""
         return f"image {index}"
 
     def original_size(self, index: int) -> OriginalSize:
-        """Size of an image before any crop, from its header alone where there is one.
+        """Return an image's size before any crop, from its header alone where there is one.
 
         Raises:
             BadImageError: The header is damaged, or promises too many pixels.
@@ -195,7 +195,7 @@ class SourceConfig(ABC):
         return None
 
     def with_counted_classes(self) -> SourceConfig:
-        """This block with the number of classes that the data have; itself if it has no count.
+        """Return this block with the number of classes in the data; itself if it has no count.
 
         Raises:
             DataError: The data are missing or cannot be understood.
@@ -234,7 +234,7 @@ class SourceConfig(ABC):
 
     @abstractmethod
     def open(self, *, held_out: bool = False) -> DataSource:
-        """The images to train on, or with `held_out` those for the probe and for scores.
+        """Open the images to train on, or with `held_out` those for the probe and for scores.
 
         A source without a held-out set returns its training images for both.
 

@@ -27,10 +27,10 @@ class Denoiser(ABC):
 
     @abstractmethod
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-        """Estimate at time t of z_t (B, N, D), for a condition a row."""
+        """Return the estimate at time t of z_t (B, N, D), for a condition a row."""
 
     def for_step(self, t: float, s: float) -> Denoiser:
-        """The denoiser for a sampler's step from t to s.
+        """Return the denoiser for a sampler's step from t to s.
 
         Itself, but for guidance that depends on the step's length or on the steps before.
         A sampler asks each step's denoiser for the next one's; a denoiser that wraps others
@@ -53,11 +53,11 @@ class Plain(Denoiser):
         self.path = path
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-        """One denoise pass."""
+        """Make one denoise pass."""
         return self.ask(z_t, t, condition)
 
     def ask(self, z_t: Tensor, t: float, condition: Condition, r: float | None = None) -> Estimate:
-        """One denoise pass, with the second time `r` for a network that takes one."""
+        """Make one denoise pass, with the second time `r` for a network that takes one."""
         self.calls += 1
         self.rows += len(z_t)
         times = torch.full((len(z_t),), t, device=z_t.device)  # (B,)
@@ -69,7 +69,7 @@ class Plain(Denoiser):
         return self.path.estimate(out, z_t, times, self.predicts)
 
     def for_step(self, t: float, s: float) -> Denoiser:
-        """For a network that takes a second time, the denoiser that gives it the step's end."""
+        """Return a denoiser that gives the step's end to a network with a second time."""
         return _UpTo(self, s) if self.net.second_time else self
 
 
@@ -85,9 +85,9 @@ class _UpTo(Denoiser):
         self.path = plain.path
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-        """One denoise pass from t to the step's end."""
+        """Make one denoise pass from t to the step's end."""
         return self.plain.ask(z_t, t, condition, max(t, self.end))
 
     def for_step(self, t: float, s: float) -> Denoiser:
-        """The denoiser of the next step."""
+        """Return the denoiser of the next step."""
         return self.plain.for_step(t, s)

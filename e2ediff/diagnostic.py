@@ -73,10 +73,10 @@ class Diagnostic(ABC):
 
     @abstractmethod
     def measure(self, probe: Probe) -> Mapping[str, float]:
-        """Named figures; a name is the same in the log, in `metrics.jsonl` and in the docs."""
+        """Return figures by name, the same in the log, in `metrics.jsonl` and in the docs."""
 
     def verdict(self, values: Mapping[str, float]) -> Sequence[str]:
-        """Signs of collapse in the figures, a sentence each; empty for healthy latents.
+        """Return signs of collapse in the figures, a sentence each; none for healthy latents.
 
         Args:
             values: All figures of this moment, those of other diagnostics included.

@@ -19,7 +19,7 @@ _BLOCK = 2048
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """Squared Fréchet distance of two Gaussians.
+    """Return the squared Fréchet distance of two Gaussians.
 
     |mean a - mean b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2 for covariances A and B.
     Both roots by eigenvalues of symmetric matrices, which exist and are real where a covariance
@@ -46,7 +46,7 @@ def _root(c: Tensor) -> Tensor:
 
 
 def polynomial_mmd(x: Tensor, y: Tensor) -> float:
-    """Unbiased squared MMD of x (n, F) and y (m, F) with the kernel (x y / F + 1)^3.
+    """Return the unbiased squared MMD of x (n, F), y (m, F) with the kernel (x y / F + 1)^3.
 
     May be negative; its expectation is 0 for sets of one law.
 
@@ -57,13 +57,13 @@ def polynomial_mmd(x: Tensor, y: Tensor) -> float:
 
 
 def polynomial_mean(x: Tensor) -> float:
-    """Mean of the kernel (x x' / F + 1)^3 over pairs of different rows of x (n, F)."""
+    """Average the kernel (x x' / F + 1)^3 over pairs of different rows of x (n, F)."""
     x, n = x.double(), len(x)
     return (_kernel_sum(x, x, _polynomial) - float(_polynomial_own(x).sum())) / (n * (n - 1))
 
 
 def polynomial_shares(x: Tensor, y: Tensor, own: float) -> Tensor:
-    """The jackknife's pseudo-value (n,) of each row of x (n, F), n at least 3, in the distance.
+    """Return the jackknife's pseudo-value (n,) in the distance of each row of x (n, F), n >= 3.
 
     Their mean is `polynomial_mmd(x, y)`, and the standard deviation over the root of n its
     standard error over the choice of x; y (m, F) is taken as given, and `own` is
@@ -82,7 +82,7 @@ def polynomial_shares(x: Tensor, y: Tensor, own: float) -> Tensor:
 
 
 def polynomial_error(x: Tensor, y: Tensor, n: int | None = None, m: int | None = None) -> float:
-    """Standard error of `polynomial_mmd` over the choice of both sets, by the jackknife.
+    """Return the jackknife's standard error of `polynomial_mmd` over the choice of both sets.
 
     Args:
         x: Made rows, at least 3.
@@ -102,12 +102,12 @@ def _polynomial(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _polynomial_own(a: Tensor) -> Tensor:
-    """The kernel of each row with itself, (n,)."""
+    """Return the kernel of each row with itself, (n,)."""
     return (a.square().sum(1) / a.shape[1] + 1) ** 3
 
 
 def gaussian_mmd(x: Tensor, y: Tensor, sigma: float = 10.0, scale: float = 1000.0) -> float:
-    """Squared MMD of unit-length rows with a Gaussian kernel, times `scale`.
+    """Return the squared MMD of unit-length rows with a Gaussian kernel, times `scale`.
 
     With the diagonal, as published: at least 0, and biased by about 1/n.
 
@@ -131,13 +131,13 @@ def _kernel_sum(a: Tensor, b: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances (n, m) of rows, at least 0."""
+    """Return the squared distances (n, m) of rows, at least 0."""
     norms = a.square().sum(1)[:, None] + b.square().sum(1)[None]
     return (norms - 2 * a @ b.T).clamp_min(0)
 
 
 def _distances(rows: Tensor, others: Tensor) -> Iterator[Tensor]:
-    """Distances (block, m) of rows (n, F) to `others` (m, F), a block of rows at a time.
+    """Yield distances (block, m) of rows (n, F) to `others` (m, F), a block of rows at a time.
 
     Both are first centred on the mean of the others, so that large norms do not cancel.
     """
@@ -148,18 +148,18 @@ def _distances(rows: Tensor, others: Tensor) -> Iterator[Tensor]:
 
 
 def nearest(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (n,) of each row to its nearest among `others` (m, F), and which that is."""
+    """Return the distance (n,) of each row to its nearest of `others` (m, F), and which it is."""
     low, who = zip(*(block.min(dim=1) for block in _distances(rows, others)), strict=True)
     return torch.cat(low), torch.cat(who)
 
 
 def radii(rows: Tensor, k: int) -> Tensor:
-    """Distance (n,) of each row to its k-th nearest other row."""
+    """Return the distance (n,) of each row to its k-th nearest other row."""
     return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(rows, rows)])
 
 
 def precision_recall(made: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of made rows inside a ball around a real one, and the reverse.
+    """Return the share of made rows inside a ball around a real one, and the reverse.
 
     A ball reaches to its centre's k-th nearest neighbour within the centre's own set, rim
     included.
@@ -175,7 +175,7 @@ def _share_inside(points: Tensor, centres: Tensor, reach: Tensor) -> float:
 
 
 def density_coverage(made: Tensor, real: Tensor, k: int = 5) -> tuple[float, float]:
-    """Mean number of real balls around a made row, over k; share of real balls that hold one.
+    """Return the mean number of real balls around a made row, over k; share of balls with one.
 
     Source: Naeem et al. 2020 (arXiv 2002.09797), eq. 3 and 4: k = 5, and the rim is outside.
     """
@@ -188,7 +188,7 @@ def density_coverage(made: Tensor, real: Tensor, k: int = 5) -> tuple[float, flo
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
-    """Exp of the mean KL of p(y|x) against p(y), mean and standard deviation over `splits` parts.
+    """Return exp of the mean KL of p(y|x) against p(y), mean and std over `splits` parts.
 
     Source: Salimans et al. 2016 (arXiv 1606.03498), section 4; parts follow the rows' order.
     """

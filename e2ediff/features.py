@@ -44,10 +44,10 @@ class FeatureNetwork(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of images in [-1, 1]."""
+        """Return feature maps of images in [-1, 1]."""
 
     def vectors(self, pixels: Tensor, taps: Collection[str] = ("pool",)) -> dict[str, Tensor]:
-        """Vectors (B, F) of images, by tap; here the last map's mean over places.
+        """Return vectors (B, F) of images, by tap; here the last map's mean over places.
 
         Args:
             pixels: Images (B, C, H, W), float, from 0 to 255.
@@ -65,14 +65,14 @@ class FeatureConfig(ABC):
 
     @abstractmethod
     def build(self) -> FeatureNetwork:
-        """The network with its weights, in eval mode and without gradients of its own.
+        """Build the network with its weights, in eval mode and without gradients of its own.
 
         Raises:
             DataError: The weights are missing or are not those whose hash the recipe gives.
         """
 
     def blank(self) -> FeatureNetwork:
-        """The same network with whatever weights need no file: for its shapes and its cost."""
+        """Build the network with any weights that need no file: for its shapes and its cost."""
         return self.build()
 
 
@@ -159,7 +159,7 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], place: str, title
 
 
 def _apart(network: nn.Module, state: dict[str, Tensor]) -> str:
-    """In how many names and shapes a state dict differs from a network's, and the first few."""
+    """Say in how many names and shapes a state dict and a network differ, and the first few."""
     own = network.state_dict()
     lost, unknown = ([k for k in a if k not in b] for a, b in ((own, state), (state, own)))
     other = [

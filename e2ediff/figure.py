@@ -72,7 +72,7 @@ class Figure:
 
 
 def find(name: str, figures: Iterable[Figure]) -> Figure | None:
-    """The figure of this name as it is declared, or as the part before its `@` or `/` is."""
+    """Find the figure of this name as declared, or of the part before its `@` or `/`."""
     declared = {figure.name: figure for figure in figures}
     stem = re.split("[@/]", name, maxsplit=1)[0]
     found = declared.get(name) or declared.get(stem)

@@ -36,11 +36,11 @@ class Guidance(ABC):
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """Other networks that it evaluates, loaded by the caller and passed to `with_references`."""
+        """Other networks that it evaluates, which the caller loads for `with_references`."""
         return ()
 
     def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
-        """This guidance with the denoisers of its `references`."""
+        """Return this guidance with the denoisers of its `references`."""
         return self
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
@@ -52,7 +52,7 @@ class Guidance(ABC):
 
     @abstractmethod
     def wrap(self, inner: Denoiser) -> Denoiser:
-        """The guided denoiser; `inner` itself where the guidance changes nothing.
+        """Return the guided denoiser; `inner` itself where the guidance changes nothing.
 
         It is called with conditions, whose `null()` asks for the answer without them.
         """
@@ -70,7 +70,7 @@ class GuidedDenoiser(Denoiser):
         self.path = inner.path
 
     def clean(self, x0: Tensor, z_t: Tensor, t: float) -> Estimate:
-        """The estimate whose clean latent is x0 (B, N, D)."""
+        """Return the estimate whose clean latent is x0 (B, N, D)."""
         times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
         return self.path.estimate(x0, z_t, times, "x0")
 
@@ -78,5 +78,5 @@ class GuidedDenoiser(Denoiser):
 def conditional_and_unconditional(
     inner: Denoiser, z_t: Tensor, t: float, condition: Condition
 ) -> Estimate:
-    """Estimates (2 B, N, D) with the condition and, after them, without; from one batch."""
+    """Return estimates (2 B, N, D) with the condition, then without it; from one batch."""
     return inner(torch.cat([z_t, z_t]), t, concatenate([condition, condition.null()]))

@@ -20,7 +20,7 @@ NORM_KINDS: tuple[NormKind, ...] = get_args(NormKind)
 
 
 def norm_problems(kind: NormKind, dim: int) -> list[tuple[str, str]]:
-    """What a backbone's `problems` says of an option `latent_dim`: too few for its norm."""
+    """List what a backbone's `problems` says of a `latent_dim` that is too small for its norm."""
     if kind not in ("layer", "affine") or dim > 2:
         return []
     what = (
@@ -77,7 +77,7 @@ class LatentNorm(nn.Module):
         return (0,) if self.kind == "position" else (0, 1)
 
     def forward(self, raw: Tensor) -> Tensor:
-        """Normalised latent, (B, N, D) -> (B, N, D), computed in float32."""
+        """Normalise a latent, (B, N, D) -> (B, N, D), computed in float32."""
         z = raw.float()
         if self.kind == "none":
             return z
@@ -130,7 +130,7 @@ class LatentContract:
 
     @classmethod
     def read(cls, body: Mapping[str, object]) -> LatentContract:
-        """From JSON; keys of a later version are passed over.
+        """Read it from JSON; keys of a later version are passed over.
 
         Raises:
             KeyError, TypeError, ValueError: It is no contract.
@@ -184,7 +184,7 @@ class Latents:
 
 
 def statistics_hash(norm: LatentNorm) -> str:
-    """SHA-256 of the stored statistics; "" for a kind without."""
+    """Return the SHA-256 of the stored statistics; "" for a kind without."""
     if not norm.has_statistics:
         return ""
     stored = torch.cat([norm.mean.flatten(), norm.var.flatten()]).float().cpu()

@@ -44,13 +44,13 @@ class PixelLoss:
     perceptual_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
 
     def frozen(self) -> nn.ModuleDict:
-        """The feature network, under the name `perceptual`, or nothing."""
+        """Return the feature network, under the name `perceptual`, or nothing."""
         if self.perceptual is None:
             return nn.ModuleDict()
         return nn.ModuleDict({"perceptual": self.perceptual.build()})
 
     def __call__(self, x_hat: Tensor, x: Tensor, frozen: nn.ModuleDict) -> Tensor:
-        """Scalar loss of x_hat against x, both (B, C, H, W), in float32."""
+        """Return the scalar loss of x_hat against x, both (B, C, H, W), in float32."""
         compare = functional.l1_loss if self.kind == "l1" else functional.mse_loss
         a, b = x_hat.float(), x.float()
         terms = [compare(a, b)]
@@ -75,7 +75,7 @@ def _unit_distance(f: Tensor, g: Tensor) -> Tensor:
 
 
 def error_weight(path: Interpolant, t: Tensor, space: Space) -> Tensor:
-    """What an error of the clean latent is multiplied with in another space, squared.
+    """Return what an error of the clean latent is multiplied with in another space, squared.
 
     ||v_hat - v||^2 = w ||x0_hat - x0||^2 with w = (alpha' - sigma' alpha / sigma)^2, which is
     1 / (1 - t)^2 on the linear path; for eps w = (alpha / sigma)^2; for x0 it is 1.
@@ -106,7 +106,7 @@ def clean_loss(
     weight: Space = "x0",
     clamp: float = 400.0,
 ) -> Tensor:
-    """Weighted error of the clean estimate: mean of min(w_t, clamp) ||x0_hat - target||^2.
+    """Return the clean estimate's error, the mean of min(w_t, clamp) ||x0_hat - target||^2.
 
     With weight `v` this has the value of the velocity loss, while the noised latent does not
     appear outside the network: the form that DSD needs.
@@ -134,7 +134,7 @@ def direct_loss(
     space: Space,
     clamp: float = 400.0,
 ) -> Tensor:
-    """Error measured in `space` itself, its weight on the clean latent bounded by `clamp`.
+    """Measure the error in `space` itself, its weight on the clean latent bounded by `clamp`.
 
     Where gradients flow into z_t but not into `target`, this differs from `clean_loss` in its
     gradient, not in its value: v_hat = (x0_hat - z_t) / (1 - t) carries z_t, v does not.
@@ -162,7 +162,7 @@ def direct_loss(
 def unfit_prediction(
     nets: Nets, weight: Space, option: str = "objective.weight"
 ) -> list[tuple[str, str]]:
-    """An error in the recipe whose weight on the network's own error has no bound.
+    """Report an error in the recipe whose weight on the network's own error has no bound.
 
     The clean estimate of an eps-network is off by sigma / alpha times its error, and that of a
     score-network by sigma^2 / alpha: next to noise the loss is nothing but these times, unless
@@ -195,16 +195,16 @@ class Noised:
     draw: Draw
 
     def denoise(self, taps: tuple[int, ...] = ()) -> Denoise:
-        """The pass that asks the denoiser about it."""
+        """Return the pass that asks the denoiser about it."""
         return Denoise(z_t=self.z_t, t=self.draw.t, condition=self.draw.condition, taps=taps)
 
     def estimate(self, out: Tensor, nets: Nets) -> Estimate:
-        """The network's answer (B, N, D), completed to all four forms."""
+        """Complete the network's answer (B, N, D) to all four forms."""
         return nets.path.estimate(out, self.z_t, self.draw.t, nets.predicts)
 
 
 def noise_levels(z: Tensor, draw: Draw, path: Interpolant, count: int) -> list[Noised]:
-    """z (B, N, D) at `count` noise levels, each with its own times and noise."""
+    """Noise z (B, N, D) at `count` noise levels, each with its own times and noise."""
     levels = []
     for i in range(count):
         own = draw if i == 0 else draw.again()
@@ -221,7 +221,7 @@ def mean_clean_loss(
     weight: Space,
     clamp: float,
 ) -> Tensor:
-    """`clean_loss` of the network's answers, averaged over noise levels."""
+    """Average `clean_loss` of the network's answers over noise levels."""
     losses = [
         clean_loss(n.estimate(out, nets), target, nets.path, n.draw.t, weight, clamp)
         for out, n in zip(outs, levels, strict=True)
@@ -239,7 +239,7 @@ class AutoencoderObjective(Objective):
     reconstruction: PixelLoss = attrs.field(factory=PixelLoss)
 
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The perceptual network, where one is named."""
+        """Return the perceptual network, where one is named."""
         return self.reconstruction.frozen()
 
 
@@ -256,7 +256,7 @@ class DecodeNoise:
     t_min: float = attrs.field(default=0.7, validator=[validators.gt(0), validators.lt(1)])
 
     def problems(self, nets: Nets) -> list[tuple[str, str]]:
-        """Latents of free scale, for an objective that calls this field `decode_noise`."""
+        """Report latents of free scale, for an objective that calls this field `decode_noise`."""
         if self.probability == 0 or nets.online.latent.norm != "none":
             return []
         what = (
@@ -267,7 +267,7 @@ class DecodeNoise:
         return [("backbone.latent_norm", what)]
 
     def __call__(self, z: Tensor, draw: Draw, path: Interpolant) -> Tensor:
-        """z (B, N, D), some rows noised; differentiable in z."""
+        """Noise some rows of z (B, N, D); differentiable in z."""
         if self.probability == 0:
             return z
         u = draw.uniform(2, len(z))

@@ -72,7 +72,7 @@ class Accumulator:
 
 
 def moments_of(rows: Tensor) -> Moments:
-    """Mean and covariance of rows (n, F)."""
+    """Return the mean and covariance of rows (n, F)."""
     whole = Accumulator()
     whole.add(rows)
     return whole.moments()
@@ -134,7 +134,7 @@ class Metric(ABC):
 
     @abstractmethod
     def measure(self, made: FeatureSet, real: FeatureSet) -> Mapping[str, MetricValue]:
-        """Figures by name.
+        """Return figures by name.
 
         Args:
             made: Features of the images that are judged.
@@ -142,17 +142,17 @@ class Metric(ABC):
         """
 
     def min_images(self) -> int:
-        """Fewest images, of either set, of which the figures can be computed at all."""
+        """Return the fewest images, of either set, of which the figures can be computed at all."""
         return 2
 
 
 def names_of(metric: Metric, figure: str, title: str, *, published: bool) -> str:
-    """A figure's name in the features of a network called `title`."""
+    """Return a figure's name in the features of a network called `title`."""
     return metric.published_names.get(figure, figure) if published else f"{figure}-{title}"
 
 
 def prefixed(kind: str, name: str, better: Better | None) -> str:
-    """The name of a score of reconstructions (kind `r`) or of samples (`g`) beside the other.
+    """Name a score of reconstructions (kind `r`) or of samples (`g`) beside the other.
 
     `gFD-...` where low is better, as papers write rFID and gFID, and `g_recall-...` elsewhere.
     """
@@ -160,7 +160,7 @@ def prefixed(kind: str, name: str, better: Better | None) -> str:
 
 
 def score_figure(kind: str, score: str, better: Better) -> Figure:
-    """The figure of one of a recipe's `scores`, of reconstructions (`r`) or of samples (`g`).
+    """Return the figure of one of a recipe's `scores`, of reconstructions (`r`) or samples (`g`).
 
     Both are curves of one panel; that of samples stands in a report's first table.
     """
@@ -171,6 +171,6 @@ def score_figure(kind: str, score: str, better: Better) -> Figure:
 
 
 def taps_of(metrics: Sequence[Metric]) -> tuple[frozenset[str], frozenset[str]]:
-    """The taps that some metrics read by their moments, and by their rows."""
+    """Return the taps that some metrics read by their moments, and by their rows."""
     moments = frozenset(tap for m in metrics for tap in m.moments)
     return moments, frozenset(tap for m in metrics for tap in m.rows)

@@ -25,7 +25,7 @@ from e2ediff.times import TimeSampler
 
 
 def sg(value: Tensor) -> Tensor:
-    """Stop-gradient: the same numbers, through which no gradient flows."""
+    """Stop the gradient: return the same numbers, through which no gradient flows."""
     return value.detach()
 
 
@@ -66,15 +66,15 @@ class Draw:
     progress: Tensor = attrs.field(factory=lambda: torch.zeros(()))
 
     def noise(self, like: Tensor) -> Tensor:
-        """Unit normal noise of the shape of `like`, in float32."""
+        """Draw unit normal noise of the shape of `like`, in float32."""
         return torch.randn(like.shape, generator=self.generator, device=like.device)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1) of this shape."""
+        """Draw uniform numbers in [0, 1) of this shape."""
         return torch.rand(shape, generator=self.generator, device=self.t.device)
 
     def again(self) -> Draw:
-        """A further draw for the same images: other times, the same conditions."""
+        """Return a further draw for the same images: other times, the same conditions."""
         t = self.times.draw(len(self.t), self.generator, self.t.device)
         return attrs.evolve(self, t=t)
 
@@ -102,7 +102,7 @@ class Terms:
         return torch.stack(parts).sum()
 
     def counts(self, name: str) -> bool:
-        """Whether a loss is in the total: its weight is not the number 0.
+        """Return whether a loss is in the total: its weight is not the number 0.
 
         A scalar counts whatever it is, for a device would have to be waited for.
         """
@@ -122,7 +122,7 @@ class Objective(ABC):
 
     @abstractmethod
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Losses of one step in one phase.
+        """Return the losses of one step in one phase.
 
         Args:
             nets: The networks.
@@ -132,26 +132,26 @@ class Objective(ABC):
         """
 
     def span(self, phase: str) -> tuple[float, float]:
-        """The part of training, as fractions of its images, in which `phase` is active."""
+        """Return the part of training, as fractions of its images, in which `phase` is active."""
         return (0.0, 1.0)
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
-        """Trained modules of the objective's own: projectors, probes, critics."""
+        """Return trained modules of the objective's own: projectors, probes, critics."""
         return nn.ModuleDict()
 
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """Fixed networks, neither trained nor saved: feature networks of perceptual losses."""
+        """Return fixed networks, not trained or saved: feature networks of perceptual losses."""
         return nn.ModuleDict()
 
     def trains(self, phase: str, name: str) -> bool:
-        """Whether `phase` updates the parameter `name` (`online.…` or `heads.…`).
+        """Return whether `phase` updates the parameter `name` (`online.…` or `heads.…`).
 
         A parameter that gets no gradient in a phase is left alone in any case.
         """
         return True
 
     def stops(self, phase: str) -> Collection[str]:
-        """Names of the losses that must not train the encoder, whatever the weights.
+        """Return the names of losses that must not train the encoder, whatever the weights.
 
         A declaration for readers and for `plugins check`, which holds the objective to it:
         neither the latents nor weights of the encoder's alone may get a gradient from them.
@@ -159,7 +159,7 @@ class Objective(ABC):
         return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """What in the recipe does not fit this objective: (path in it, complaint) pairs.
+        """List what in the recipe does not fit this objective: (path in it, complaint) pairs.
 
         `nets` lies on the meta device: shapes, options and the schedule are there, numbers are
         not.

@@ -14,7 +14,7 @@ class OptimizerConfig(ABC):
 
     @abstractmethod
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """An optimizer of these parameters, its learning rate the peak one.
+        """Build an optimizer of these parameters, its learning rate the peak one.
 
         Before every step each group's rate becomes its peak times `factor`; of a group that has a
         name (the key `name` of its dict), times `group_factor`.
@@ -22,14 +22,14 @@ class OptimizerConfig(ABC):
 
     @abstractmethod
     def factor(self, images: int, total: int) -> float:
-        """Multiplier of the learning rate after `images` of `total` images, in [0, 1]."""
+        """Return the learning rate's multiplier after `images` of `total` images, in [0, 1]."""
 
     def group_factor(self, name: str, images: int, total: int) -> float:
         """Return `factor` for a named parameter group; "" is the default group."""
         return self.factor(images, total)
 
     def problems(self, parameters: Sequence[str]) -> Sequence[tuple[str, str]]:
-        """What does not fit parameters of these names: (field, what and what to do)."""
+        """List what does not fit parameters of these names: (field, what and what to do)."""
         return ()
 
     @property

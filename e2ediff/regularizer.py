@@ -35,7 +35,7 @@ class Regularizer(ABC):
 
     @abstractmethod
     def loss(self, z: Tensor, draw: Draw) -> Tensor:
-        """A scalar in float32.
+        """Return a scalar in float32.
 
         Args:
             z: Online latents, (B, N, D), after the latent norm, with their gradient.
@@ -43,7 +43,7 @@ class Regularizer(ABC):
         """
 
     def problems(self, nets: Nets, images: int) -> Sequence[tuple[str, str]]:
-        """What in the recipe does not fit: (option of this regulariser, complaint) pairs.
+        """List what in the recipe does not fit: (option of this regulariser, complaint) pairs.
 
         Args:
             nets: On the meta device: shapes and options without numbers.
@@ -53,7 +53,7 @@ class Regularizer(ABC):
 
 
 def names_of(regularizers: Sequence[Regularizer]) -> list[str]:
-    """The losses' names: `vicreg`, `vicreg_2`, in the order given."""
+    """Return the losses' names: `vicreg`, `vicreg_2`, in the order given."""
     found = [part.term or _snake_case(type(part).__name__) for part in regularizers]
     nth = [found[: i + 1].count(name) for i, name in enumerate(found)]
     return [name if n == 1 else f"{name}_{n}" for name, n in zip(found, nth, strict=True)]
@@ -64,7 +64,7 @@ def _snake_case(name: str) -> str:
 
 
 def rows_of(z: Tensor, of: Rows) -> Tensor:
-    """Latents (B, N, D) as a matrix whose rows are samples, in float32.
+    """Return latents (B, N, D) as a matrix whose rows are samples, in float32.
 
     `token`: every token is one, (B N, D); what is constant for a position counts as variance.
     `image`: every image is one, (B, N D).

@@ -43,7 +43,7 @@ class Karras:
             raise ValueError(f"'sigma_max' must be > sigma_min, {self.sigma_min}: {value}")
 
     def times(self, steps: int, t_start: float, path: Interpolant | None) -> list[float]:
-        """Times from `t_start` to 1, one more than `steps`; without a path on the straight one."""
+        """Return steps + 1 times from `t_start` to 1; without a path on the straight one."""
         at = torch.tensor([t_start], dtype=torch.float64)
         alpha, sigma = (at, 1 - at) if path is None else (path.alpha(at), path.sigma(at))
         # A path that begins below sigma_max, as any with t_start > 0 does, begins where it can.
@@ -57,7 +57,7 @@ class Karras:
 
 
 def times_of_levels(path: Interpolant | None, levels: Tensor) -> Tensor:
-    """Times at which sigma / alpha, which falls, has these values, (n,), float64."""
+    """Return times at which sigma / alpha, which falls, has these values, (n,), float64."""
     if path is None:
         return 1 / (1 + levels)
     return last_time(lambda t: path.sigma(t) > levels * path.alpha(t), torch.zeros_like(levels))
@@ -116,11 +116,11 @@ class Sampler(ABC):
         """Move z (B, N, D) from time t to the later time s, with t < s < 1."""
 
     def stepper(self) -> Stepper:
-        """Return the object that takes the steps of one trajectory: itself, unless it needs memory."""
+        """Return the object that takes one trajectory's steps: itself, unless it needs memory."""
         return self
 
     def grid(self, path: Interpolant | None = None) -> list[float]:
-        """Times of the intervals' ends, from `t_start` to 1; steps + 1 numbers.
+        """Return the times of the intervals' ends, from `t_start` to 1; steps + 1 numbers.
 
         `path` is where noise levels are looked up; without one, on the straight path.
 
@@ -143,7 +143,7 @@ class Sampler(ABC):
     def _follow(
         self, f: Denoiser, z: Tensor, times: Sequence[float], condition: Condition, noise: Noise
     ) -> tuple[Denoiser, Tensor]:
-        """The denoiser of the last step, which may remember, and the latent after it."""
+        """Return the denoiser of the last step, which may remember, and the latent after it."""
         stepper = self.stepper()
         for t, s in pairwise(times):
             f = f.for_step(t, s)
@@ -152,7 +152,7 @@ class Sampler(ABC):
 
     @torch.no_grad()
     def sample(self, f: Denoiser, start: Tensor, condition: Condition, noise: Noise) -> Tensor:
-        """Clean latents from noise.
+        """Sample clean latents from noise.
 
         Args:
             f: The denoiser, guided or plain.

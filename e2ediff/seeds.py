@@ -8,7 +8,7 @@ import torch
 
 
 def derive(seed: int, purpose: str, *numbers: int) -> int:
-    """A seed in [0, 2^63) for one purpose, e.g. ("draw", images seen, micro-shard).
+    """Derive a seed in [0, 2^63) for one purpose, e.g. ("draw", images seen, micro-shard).
 
     The same arguments give the same seed in every process, on every machine, at every resume.
     """
@@ -17,5 +17,5 @@ def derive(seed: int, purpose: str, *numbers: int) -> int:
 
 
 def generator(device: torch.device, seed: int, purpose: str, *numbers: int) -> torch.Generator:
-    """A generator on `device`, seeded for one purpose."""
+    """Make a generator on `device`, seeded for one purpose."""
     return torch.Generator(device).manual_seed(derive(seed, purpose, *numbers))

@@ -16,10 +16,10 @@ class TimeSampler(ABC):
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
-        """Inverse distribution function, (n,) uniform in (0, 1) -> (n,) in [0, 1]."""
+        """Map (n,) uniform in (0, 1) to (n,) in [0, 1]: the inverse distribution function."""
 
     def draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """Times (n,), float32, at least `MARGIN` away from 0 and 1.
+        """Draw times (n,), float32, at least `MARGIN` away from 0 and 1.
 
         Randomness: `n` uniform numbers from `generator`, which lives on `device`; `None` only
         on the meta device, where no numbers exist.

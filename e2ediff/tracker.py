@@ -16,11 +16,11 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, images: int, values: Mapping[str, float]) -> None:
-        """Figures at this number of images seen."""
+        """Log figures at this number of images seen."""
 
     @abstractmethod
     def picture(self, images: int, name: str, x: Tensor) -> None:
-        """Images (P, C, H, W) in [-1, 1]."""
+        """Log images (P, C, H, W) in [-1, 1]."""
 
     @abstractmethod
     def close(self) -> None:

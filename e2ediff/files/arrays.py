@@ -26,7 +26,7 @@ from e2ediff.files.images import MAX_PIXELS, centre_crop, check_unpacked, to_ten
 def npy_header(
     file: IO[bytes] | io.BufferedIOBase,
 ) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Shape, whether it is in Fortran's order, and type of the array in an npy file.
+    """Read shape, whether it is in Fortran's order, and type of the array in an npy file.
 
     Raises:
         ValueError: It has no such header.
@@ -38,7 +38,7 @@ def npy_header(
 
 
 def large_images(shape: Sequence[int], size: int = 0) -> str:
-    """Why an array of images (n, height, width, ...) is not read; empty if it may be.
+    """Return why an array of images (n, height, width, ...) is not read; empty if it may be.
 
     Args:
         shape: Its shape; one of fewer dimensions holds no images.
@@ -87,7 +87,7 @@ class InMemory(DataSource):
 
 
 def read_idx(data: bytes, source: str, what: str = "") -> Tensor:
-    """The uint8 array of an IDX file (MNIST's format), gzipped or plain.
+    """Read the uint8 array of an IDX file (MNIST's format), gzipped or plain.
 
     Args:
         data: The file's content.

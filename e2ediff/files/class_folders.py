@@ -16,7 +16,7 @@ DATASET_JSON = "dataset.json"
 def class_folders(
     paths: list[str], folders: list[str], place: str, option: str, *, everything: bool
 ) -> tuple[Names, torch.Tensor, tuple[str, ...]]:
-    """Names, labels and class names of images in class folders, sorted by path.
+    """Return names, labels and class names of images in class folders, sorted by path.
 
     With `everything` images outside of class folders are taken too, and folders may be empty.
 
@@ -59,7 +59,7 @@ def class_folders(
 def with_labels(
     paths: list[str], values: dict[str, str], place: str, option: str, source: str
 ) -> tuple[Names, torch.Tensor, int, tuple[str, ...]]:
-    """Names, labels, number of classes and class names of images whose labels are in a file."""
+    """Return names, labels, class count and names of images whose labels are in a file."""
     images = sorted(p for p in paths if is_image(p))
     found = labelled(images, values, place, option, source)
     labels, classes, names = numbered(found, images, option)

@@ -57,7 +57,7 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image which can be decoded here."""
+    """Return whether a file's name is that of an image which can be decoded here."""
     return name.lower().endswith(SUFFIXES)
 
 
@@ -76,7 +76,7 @@ def check_unpacked(size: int, what: str = "an image") -> None:
 
 
 def read_file(fs: Any, path: str, what: str = "an image") -> bytes:
-    """Content of a file of an image, or of labels, on a file system of fsspec.
+    """Read the file of an image, or of labels, on a file system of fsspec.
 
     Args:
         fs: The file system.
@@ -102,7 +102,7 @@ def opened(
     limit: Limit = Limit(),
     formats: tuple[str, ...] = FORMATS,
 ) -> Iterator[Image.Image]:
-    """An image whose header is read and whose pixels are not.
+    """Open an image so that its header is read and its pixels are not.
 
     Args:
         data: The file's content.
@@ -137,7 +137,7 @@ def opened(
 
 
 def too_many(stored: tuple[int, int], size: int = 0, most: int = MAX_PIXELS) -> str:
-    """Which size of a picture has too many pixels, stored or resized; empty if neither has.
+    """Return which size of a picture, stored or resized, has too many pixels; or empty.
 
     Args:
         stored: Width and height.
@@ -160,7 +160,7 @@ def _refusal(place: str, what: str, limit: Limit) -> DataError:
 
 
 def resized(stored: tuple[int, int], size: int) -> tuple[int, int]:
-    """Width and height once the shorter side is `size`; as stored for 0."""
+    """Return width and height once the shorter side is `size`; as stored for 0."""
     scale = size / min(stored) if size and min(stored) else 1.0
     return round(stored[0] * scale), round(stored[1] * scale)
 
@@ -172,7 +172,7 @@ def decode(
     size: int,
     limit: Limit = Limit(),
 ) -> Tensor:
-    """Pixels (C, size, size), uint8, of an encoded image, cropped as ADM does.
+    """Decode an image to pixels (C, size, size), uint8, cropped as ADM does.
 
     Raises:
         BadImageError, DataError: As `opened`.
@@ -183,12 +183,12 @@ def decode(
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Whether a picture is stored without colour, by its header."""
+    """Return whether a picture is stored without colour, by its header."""
     return image.mode in _GREY
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """A picture in bytes, grey (`L`) for one channel and `RGB` for three.
+    """Convert a picture to bytes, grey (`L`) for one channel and `RGB` for three.
 
     Of 16 bits the upper eight are kept, as Pillow does by itself for colour; a palette's colours
     are looked up; transparency is left out, and so shows what is stored beneath it.
@@ -206,13 +206,13 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def to_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor:
-    """Pixels (H, W) or (H, W, C) as (C, H, W)."""
+    """Return pixels (H, W) or (H, W, C) as (C, H, W)."""
     pixels = torch.from_numpy(array)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The square of `size` pixels at the centre, after ADM's resize.
+    """Crop the square of `size` pixels at the centre, after ADM's resize.
 
     Source: `center_crop_arr` of ADM (Dhariwal & Nichol 2021, released code), on which the
     ImageNet scores of DiT and SiT rest.

@@ -37,7 +37,7 @@ class Index:
     class_names: tuple[str, ...] = ()
 
     def dumps(self, key: str) -> bytes:
-        """As a safetensors file; `key` says of what data it is the index."""
+        """Return it as a safetensors file; `key` says of what data it is the index."""
         told = {
             "version": VERSION,
             "key": key,
@@ -57,7 +57,7 @@ class Index:
         return save(tensors, {"index": json.dumps(told)})
 
     def _consistent(self) -> bool:
-        """Whether every image has a name, a place in one of the files, and one of the classes."""
+        """Return whether every image has a name, a place in a file, and one of the classes."""
         columns = (self.file, self.start, self.size, self.labels, self.names.ends)
         if any(c.dtype != torch.int64 or c.shape != (len(self.names),) for c in columns):
             return False
@@ -73,7 +73,7 @@ class Index:
 
     @classmethod
     def loads(cls, data: bytes, key: str | None = None) -> Index | None:
-        """What `dumps` wrote; None if it is damaged, or of other data than `key`'s."""
+        """Read what `dumps` wrote; None if it is damaged, or of other data than `key`'s."""
         try:
             t, told = load(data), _metadata(data)
             if told["version"] != VERSION or key not in (None, told["key"]):
@@ -105,7 +105,7 @@ def _metadata(data: bytes) -> dict[str, Any]:
 
 
 def stored_index(location: Location, path: str, key: str, build: Callable[[], Index]) -> Index:
-    """The index of that key at `path` or in the cache; if neither has it, built and stored."""
+    """Read that key's index at `path` or in the cache; if neither has it, build and store it."""
     sidecar = SidecarFile(location, path)
     for data in sidecar.read():
         index = Index.loads(data, key)
@@ -125,12 +125,12 @@ class RangeBytes:
     index: Index
 
     def __call__(self, i: int) -> bytes:
-        """One range of one file."""
+        """Read one range of one file."""
         start = int(self.index.start[i])
         path = self.paths[int(self.index.file[i])]
         return self.location.read(path, start, start + int(self.index.size[i]))
 
 
 def column(values: Sequence[int]) -> Tensor:
-    """A column of an index, (M,), int64."""
+    """Return a column of an index, (M,), int64."""
     return torch.tensor(values, dtype=torch.int64)

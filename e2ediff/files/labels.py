@@ -28,7 +28,7 @@ _BOXES = re.compile(r"(n\d{8})(\s+\d+){4}(\s+n\d{8}(\s+\d+){4})*")
 def read_labels(
     url: Address, location: Location | None = None, data: bytes | None = None
 ) -> dict[str, str] | None:
-    """Label by image of a label file; None if a dataset.json says that there are none.
+    """Read labels by image from a label file; None if a dataset.json says there are none.
 
     A text line is `<image> <class>` or `<image>,<class>`, where a class may have spaces. What
     follows another comma is ignored, and so is what follows a class number after a space, and
@@ -79,7 +79,7 @@ def _from_lines(text: str) -> dict[str, str]:
 
 
 def _row(line: str) -> tuple[str, str]:
-    """Image and class of a line; both empty if it has not both."""
+    """Return image and class of a line; both empty if it has not both."""
     if line.startswith('"'):
         name, label, *_ = [*next(csv.reader([line], skipinitialspace=True)), "", ""]
         return name.strip(), label.strip()
@@ -100,7 +100,7 @@ def _add(found: dict[str, str], name: str, label: str) -> None:
 def labelled(
     images: Sequence[str], values: dict[str, str], place: str, option: str, source: str
 ) -> list[str]:
-    """The label of each image, found by its path, its name, or its name without suffix.
+    """Return the label of each image, found by its path, its name, or its name's stem.
 
     Raises:
         DataError: An image has no label, a label no image, or one that is not written with its

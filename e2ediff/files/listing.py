@@ -40,7 +40,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, letters: Tensor, ends: Tensor) -> Names:
-        """From the arrays of another one."""
+        """Make one from the arrays of another one."""
         names = cls([])
         names.letters, names.ends = letters, ends
         return names
@@ -80,7 +80,7 @@ class Listing:
     raw: tuple[int, int, int] | None = None
 
     def path(self, i: int) -> str:
-        """An image's path, for messages."""
+        """Return an image's path, for messages."""
         inner, *outer = self.place.split("::")  # as in zip://images::images.zip
         return "::".join([f"{inner.rstrip('/')}/{self.names[i]}", *outer])
 
@@ -88,7 +88,7 @@ class Listing:
 def numbered(
     values: Sequence[str], images: Sequence[str], option: str
 ) -> tuple[Tensor, int, tuple[str, ...]]:
-    """Labels (M,), number of classes and their names: numbers stay, names are sorted.
+    """Return labels (M,), class count and class names: numbers stay, names are sorted.
 
     Args:
         values: What is written as the label of each image.
@@ -132,7 +132,7 @@ def _short(value: str) -> str:
 
 
 def fitted(listing: Listing, classes: int, option: str, word: str = "classes") -> Listing:
-    """The listing with labels for so many classes; 0 leaves them out.
+    """Return the listing with labels for so many classes; 0 leaves them out.
 
     Raises:
         DataError: It has others.
@@ -186,7 +186,7 @@ class EncodedImages(DataSource):
         return x, self.listing.labels[torch.as_tensor(indices)]
 
     def path_of(self, index: int) -> str:
-        """Path or URL of the file, or of the archive and the member in it."""
+        """Return path or URL of the file, or of the archive and the member in it."""
         return self.listing.path(index)
 
     @override
@@ -246,7 +246,7 @@ class EncodedConfig(SourceConfig):
 
     @abstractmethod
     def listing(self, *, held_out: bool) -> Listing:
-        """What the data hold, whatever `classes` says.
+        """List what the data hold, whatever `classes` says.
 
         Raises:
             DataError: They are missing or cannot be understood.
@@ -258,11 +258,11 @@ class EncodedConfig(SourceConfig):
         return self.held_out is not None
 
     def with_counted_classes(self) -> EncodedConfig:
-        """With the number of classes that are listed."""
+        """Return it with the number of classes that are listed."""
         return attrs.evolve(self, classes=self.listing(held_out=False).classes)
 
     def option(self, *, held_out: bool) -> str:
-        """The recipe's key that has the address, for messages."""
+        """Return the recipe's key that has the address, for messages."""
         return "data.held_out" if held_out else f"data.{self.address}"
 
     def open(self, *, held_out: bool = False) -> DataSource:

@@ -57,15 +57,15 @@ class Location:
         return {**self.__dict__, "_fs": None, "_owner": -1}
 
     def is_folder(self) -> bool:
-        """Whether a folder is there."""
+        """Return whether a folder is there."""
         return self._asks("isdir")
 
     def is_file(self) -> bool:
-        """Whether a file is there."""
+        """Return whether a file is there."""
         return self._asks("isfile")
 
     def visible(self) -> list[str]:
-        """Names of what lies in this folder, hidden ones left out.
+        """Return the names of what lies in this folder, hidden ones left out.
 
         Raises:
             DataError: It cannot be listed.
@@ -78,7 +78,7 @@ class Location:
         return sorted(name for name in names if not is_hidden(name))
 
     def is_file_named(self, *suffixes: str) -> bool:
-        """Whether a file is there whose name ends so, perhaps with `.gz` behind it."""
+        """Return whether a file is there whose name ends so, perhaps with `.gz` behind it."""
         return self.url.lower().removesuffix(".gz").endswith(suffixes) and self.is_file()
 
     def _asks(self, question: str) -> bool:
@@ -94,12 +94,12 @@ class Location:
         return False
 
     def below(self, name: str) -> str:
-        """The file system's path of a file below this folder."""
+        """Return the file system's path of a file below this folder."""
         folder = self.path.rstrip("/")
         return f"{folder}/{name}" if folder or self.path else name
 
     def read_labels(self, path: str) -> bytes:
-        """Bytes of a file of labels.
+        """Read a file of labels.
 
         Raises:
             OSError: It is not there, cannot be read, or is too long once unpacked.
@@ -114,7 +114,7 @@ class Location:
             raise OSError(f"{type(error).__name__}: {error}") from error
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Bytes of a file, or this range of them.
+        """Read a file, or this range of its bytes.
 
         Raises:
             OSError: It is not there, or cannot be read.
@@ -129,7 +129,7 @@ class Location:
 
     @contextmanager
     def opened(self, path: str) -> Iterator[BinaryIO]:
-        """A file to read from; closed afterwards.
+        """Open a file to read from; closed afterwards.
 
         Raises:
             DataError: It cannot be opened, or not be read in the body.
@@ -145,12 +145,12 @@ class Location:
                 raise DataError(_refused(self.option, path, error)) from error
 
     def is_pattern(self) -> bool:
-        """Whether the address has braces or `*`, and nothing lies there as it is written."""
+        """Return whether the address has braces or `*` and is not itself the name of anything."""
         plain = "*" not in self.url and expand(self.url) == [self.url]
         return not (plain or self.is_file() or self.is_folder())
 
     def matching(self, folder: str, pattern: str) -> list[str]:
-        """Sorted paths below a folder that a pattern stands for.
+        """Return sorted paths below a folder that a pattern stands for.
 
         `*` is any text within a name and `**` any folders, hidden ones left out; all else is
         itself. In fsspec's own patterns `[1]` and `?` stand for other characters, too.
@@ -174,7 +174,7 @@ class Location:
         return sorted(found)
 
     def _entries(self, folder: str) -> dict[str, tuple[str, str]]:
-        """By name, path and type of all that lies in a folder; empty if there is none."""
+        """Return path and type, by name, of all that lies in a folder; empty if there is none."""
         try:
             listed = self.fs.ls(folder, detail=True)
         except (FileNotFoundError, NotADirectoryError):
@@ -195,7 +195,7 @@ def _refused(option: str, url: str, error: Exception) -> str:
 
 
 def _install(error: ImportError) -> str:
-    """How to get the package that fsspec's error names."""
+    """Say how to get the package that fsspec's error names."""
     found = re.search(r"[Ii]nstall (?:the )?[\"'`]?([\w.-]+)", str(error))
     return f" Run: pip install {found[1]}" if found else ""
 
@@ -219,12 +219,12 @@ class File:
         return self.path.rpartition("/")[2]
 
     def beside(self, name: str) -> str:
-        """The path of another file in the same folder."""
+        """Return the path of another file in the same folder."""
         return f"{self.path.rpartition('/')[0]}/{name}"
 
 
 def expand(pattern: str) -> list[str]:
-    """Texts that a pattern with braces stands for: `{0000..0003}` and `{a,b}`, in order."""
+    """List the texts that a pattern with braces stands for: `{0000..0003}`, `{a,b}`, in order."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
@@ -239,7 +239,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def find_files(pattern: Address, option: str, suffix: str) -> tuple[Location, list[File]]:
-    """Files of a pattern with braces and `*`, in its order, or those of a folder, sorted.
+    """Find files of a pattern with braces and `*`, in its order, or those of a folder, sorted.
 
     Raises:
         DataError: One of them, or any, is not there.
@@ -272,7 +272,7 @@ def find_files(pattern: Address, option: str, suffix: str) -> tuple[Location, li
 
 
 def _listed(location: Location, paths: Sequence[str]) -> dict[str, File]:
-    """What is known of files, with one question for each folder that they are in."""
+    """Return what is known of files, with one question for each folder that they are in."""
     found: dict[str, File] = {}
     wanted = set(paths)
     for folder in sorted({path.rpartition("/")[0] for path in paths}):
@@ -302,7 +302,7 @@ def _written(entry: dict[str, Any]) -> str:
 
 
 def fingerprint(files: Sequence[File], *settings: object) -> str:
-    """A digest that changes when one of the files, or a setting, does."""
+    """Return a digest that changes when one of the files, or a setting, does."""
     said = repr([(f.name, f.size, f.written) for f in files]) + repr(settings)
     return hashlib.sha256(said.encode()).hexdigest()
 
@@ -317,7 +317,7 @@ class SidecarFile:
         self.cached = os.path.join(addresses.cache_folder(), f"{digest}-{path.rpartition('/')[2]}")
 
     def read(self) -> list[bytes]:
-        """What lies beside the data and what lies in the cache, as far as they exist."""
+        """Read what lies beside the data and what lies in the cache, as far as they exist."""
         found = []
         with suppress(OSError, ValueError, NotImplementedError):
             found.append(self.location.fs.cat_file(self.path))
@@ -344,7 +344,7 @@ class SidecarFile:
 
 
 def _replace(path: str, data: bytes) -> None:
-    """Whole or not at all, also when several processes write the same."""
+    """Write it whole or not at all, also when several processes write the same."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:

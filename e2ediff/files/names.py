@@ -13,7 +13,7 @@ _LEFT_BY_SYSTEMS = {
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file or folder never counts, because of any part of its path.
+    """Return whether a file or folder never counts, because of any part of its path.
 
     These are names that begin with a dot (AppleDouble's `._x`, `.ipynb_checkpoints`,
     `.thumbnails` among them) and what systems leave beside the user's files (`__MACOSX`,
@@ -29,11 +29,11 @@ def is_hidden(path: str) -> bool:
 
 
 def below(root: str, path: str) -> str:
-    """A file system's path of a file in a folder, relative to the folder."""
+    """Return a file system's path of a file in a folder, relative to the folder."""
     return path.removeprefix(root.rstrip("/")).lstrip("/")
 
 
 def files_below(fs: Any, root: str) -> list[str]:
-    """A file system's paths of all files in a folder, at any depth, but hidden ones; sorted."""
+    """List a file system's paths of a folder's files, at any depth, but hidden ones; sorted."""
     found = (str(path) for path in fs.find(root))
     return sorted(path for path in found if not is_hidden(below(root, path)))

@@ -55,7 +55,7 @@ class PluginFolder:
             name, version = str(project["name"]), str(project.get("version", "0"))
             requires = tuple(map(str, project.get("dependencies", ())))
         except FileNotFoundError as exc:
-            raise PluginError(f"{path}: there is no such file, so this folder is not a plugin") from exc
+            raise PluginError(f"{path}: no such file, so this folder is not a plugin") from exc
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
             raise PluginError(f"{path}: cannot be read as a project ({cause(exc)})") from exc
         if not entries:

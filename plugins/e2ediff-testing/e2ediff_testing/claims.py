@@ -28,6 +28,6 @@ def is_float32(value: Tensor, shape: tuple[int, ...], what: str) -> None:
 
 
 def near(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal but for the order of sums."""
+    """Return whether two tensors are equal but for the order of sums."""
     # float32 sums in another order differ by about 1e-6 of values of unit scale
     return bool(((a - b).abs() < 1e-4).all())

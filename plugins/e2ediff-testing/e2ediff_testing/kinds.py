@@ -29,13 +29,13 @@ class Kind:
     block: str = ""
 
     def assignment(self, name: str) -> str:
-        """What `--set` would take to put this part into a recipe."""
+        """Return what `--set` would take to put this part into a recipe."""
         if self.block:
             return self.block.replace("NAME", name)
         return f"{self.key}=[{name}]" if self.many else f"{self.key}={name}"
 
     def value(self, recipe: Recipe) -> Any:
-        """The part that a recipe holds there."""
+        """Return the part that a recipe holds there."""
         found: Any = recipe
         for word in self.key.split("."):
             found = getattr(found, word)
@@ -78,6 +78,6 @@ KINDS: tuple[Kind, ...] = (
 
 
 def kind_of(plural: str) -> Kind:
-    """The row of a registry."""
+    """Return the row of a registry."""
     (row,) = [row for row in KINDS if row.plural == plural]
     return row

@@ -136,7 +136,7 @@ def _part(
 
 
 def _problem(check: Callable[[], None], advice: str) -> str:
-    """What a check complains of, in one line."""
+    """Return what a check complains of, in one line."""
     try:
         with warnings.catch_warnings():
             # torch's, of kernels that are slow on this machine, are not the plugin's doing.
@@ -155,6 +155,6 @@ def _problem(check: Callable[[], None], advice: str) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """File and line of the innermost frame."""
+    """Return the file and line of the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"

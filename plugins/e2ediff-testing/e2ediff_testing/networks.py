@@ -23,7 +23,7 @@ from e2ediff_testing.tiny import IMAGE, make_batch, make_draw, make_nets
 
 
 def check_objective(objective: Objective, backbone: BackboneConfig | None = None) -> None:
-    """Scalar finite losses, fixed by nets, batch and draw; gradients only where they may go."""
+    """Check for finite scalar losses, fixed by nets, batch, draw; gradients only where allowed."""
     name, nets, batch = type(objective).__name__, make_nets(backbone, objective), make_batch()
     unfit = objective.problems(make_nets(backbone, objective, device="meta"))
     assert not unfit, f"{name} does not fit {backbone or 'TinyBackbone'}: {list(unfit)}; give one"
@@ -130,7 +130,7 @@ def _encoder(net: Backbone) -> list[tuple[str, Tensor]]:
 
 
 def check_regularizer(r: Regularizer) -> None:
-    """A repeatable scalar, finite with its gradient for healthy and for constant latents."""
+    """Check for a repeatable scalar, finite with its gradient, also for constant latents."""
     name, batch = type(r).__name__, make_batch()
     assert getattr(r, "weight", -1) >= 0, f"{name}: give it a field `weight`, at least 0"
     g = torch.Generator().manual_seed(8)
@@ -213,7 +213,7 @@ def _other_times(name: str, net: Backbone, z: Tensor, t: Tensor, batch: Batch) -
 
 
 def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> None:
-    """Shapes, repeatable and independent passes, fused as single, finite gradients."""
+    """Check shapes, repeatable and independent passes, fused as single, finite gradients."""
     image = image or IMAGE
     name, batch, unfit = type(config).__name__, make_batch(image), config.problems(image)
     assert not unfit, f"{name} does not fit {image}: {list(unfit)}; give images that fit"

@@ -30,7 +30,7 @@ _PATIENCE = timedelta(seconds=120)  # of one for the other, so that it reports w
 
 
 def two_processes(trial: Trial, source: Source | None) -> None:
-    """A step of two processes under DDP has the gradients of one with two micro-shards.
+    """Check that two processes' step under DDP has the gradients of two micro-shards in one.
 
     Args:
         trial: The part in its recipe.
@@ -70,7 +70,7 @@ def two_processes(trial: Trial, source: Source | None) -> None:
 
 
 def main() -> None:
-    """One of the two processes."""
+    """Run one of the two processes."""
     spec, rank = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[2])
     try:
         _step(spec, rank)

@@ -12,7 +12,7 @@ from e2ediff_testing.claims import is_float32, own_randomness
 
 
 def check_interpolant(i: Interpolant) -> None:
-    """Ends, derivatives, rising signal-to-noise ratio, shapes and types."""
+    """Check ends, derivatives, rising signal-to-noise ratio, shapes and types."""
     name = type(i).__name__
     one, u = torch.ones(1, dtype=torch.float64), torch.linspace(0.001, 0.999, 997).double()
     ends = float(i.alpha(one)), float(i.sigma(one))
@@ -35,7 +35,7 @@ def check_interpolant(i: Interpolant) -> None:
 
 
 def check_times(t: TimeSampler) -> None:
-    """A rising quantile in [0, 1], and draws from the given generator alone."""
+    """Check for a rising quantile in [0, 1], and draws from the given generator alone."""
     name, cpu, u = type(t).__name__, torch.device("cpu"), torch.linspace(1e-4, 1 - 1e-4, 999)
     q = t.quantile(u)
     is_float32(q, (999,), f"{name}: quantile(u)")

@@ -17,7 +17,7 @@ from e2ediff_testing.tiny import GaussianDenoiser
 
 
 def check_sampler(s: Sampler) -> None:
-    """A rising grid, exact for one point, near the closed form for a Gaussian, repeatable."""
+    """Check for a rising grid; exact for one point, near a Gaussian's closed form, repeatable."""
     name, grid, g = type(s).__name__, s.grid(), torch.Generator().manual_seed(5)
     ends = (len(grid), grid[0], round(grid[-1], 9))
     assert ends == (s.steps + 1, 0, 1), f"{name}: grid() is {grid}; give steps + 1, from 0 to 1"
@@ -45,7 +45,7 @@ def check_sampler(s: Sampler) -> None:
 
 
 def check_guidance(g: Guidance) -> None:
-    """The same path, one consistent and repeatable estimate, inputs left alone."""
+    """Check for the same path, one consistent and repeatable estimate, inputs left alone."""
     name, inner = type(g).__name__, GaussianDenoiser(Linear(), 1.0, 0.5)
     others = {reference: GaussianDenoiser(Linear(), 0.8, 0.7) for reference in g.references}
     f, condition = g.with_references(others).wrap(inner), Labels(torch.tensor([0, 1, 4]), 4)

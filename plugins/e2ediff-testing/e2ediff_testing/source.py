@@ -24,7 +24,7 @@ class Source(PluginFolder):
     """A plugin's folder, whose modules are imported from there."""
 
     def host(self) -> Host:
-        """A host with this plugin; an installed copy of it is left alone.
+        """Make a host with this plugin; an installed copy of it is left alone.
 
         Raises:
             PluginError: It cannot be imported or registered.
@@ -47,7 +47,7 @@ class Source(PluginFolder):
         return host
 
     def problems(self) -> Iterator[str]:
-        """What a published package should not lack."""
+        """Yield what a published package should not lack."""
         if not any(self.folder.glob("README*")):
             yield "there is no README; say what the plugin adds and how a recipe names it"
         if not any(p for p in self.folder.rglob("test_*.py") if ".venv" not in p.parts):
@@ -56,7 +56,7 @@ class Source(PluginFolder):
 
 
 def unbounded(requires: tuple[str, ...]) -> Iterator[str]:
-    """What is wrong with a distribution's requirement of e2ediff."""
+    """Yield what is wrong with a distribution's requirement of e2ediff."""
     for line in requires:
         try:
             wanted = Requirement(line)
@@ -74,7 +74,7 @@ def unbounded(requires: tuple[str, ...]) -> Iterator[str]:
 
 
 def _keeps_minor(specifier: Specifier) -> bool:
-    """Whether it refuses the versions after some minor one; `~=0.1` goes on to 1.0."""
+    """Return whether it refuses versions after some minor one; `~=0.1` goes on to 1.0."""
     if specifier.operator in ("<", "<=", "==", "==="):
         return specifier.version != "0.*"
     return specifier.operator == "~=" and len(Version(specifier.version).release) > 2

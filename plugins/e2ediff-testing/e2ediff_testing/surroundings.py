@@ -27,7 +27,7 @@ from e2ediff_testing.tiny import make_batch
 
 
 def check_optimizer(o: OptimizerConfig) -> None:
-    """Every parameter once, factors in [0, 1], a step downhill, state that is taken back."""
+    """Check every parameter once, factors in [0, 1], a step downhill, state that is taken back."""
     name, total = type(o).__name__, 1000
     factors = [o.factor(i, total) for i in range(0, total + 1, 50)]
     assert all(0 <= f <= 1 for f in factors), f"{name}: factor() leaves [0, 1]: {factors}"
@@ -53,7 +53,7 @@ def check_optimizer(o: OptimizerConfig) -> None:
 
 
 def check_averaging(a: Averaging) -> None:
-    """Decays in [0, 1], not all of them 1, that depend on the number of the update alone."""
+    """Check for decays in [0, 1], not all 1, that depend on the update's number alone."""
     name, updates = type(a).__name__, [*range(1, 200), 10**4, 10**7]
     with own_randomness(a):
         decays = [a.decay_at(update) for update in updates]
@@ -66,7 +66,7 @@ def check_averaging(a: Averaging) -> None:
 
 
 def check_source(s: SourceConfig) -> None:
-    """Bytes and conditions of the promised shape, the same in any order and any process."""
+    """Check bytes and conditions of the promised shape, the same in any order and process."""
     name, image = type(s).__name__, s.image
     declared = {*s.movable, *s.harmless} - {*SourceConfig.harmless}
     known = {field.alias for field in attrs.fields(type(s))}  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def _condition(name: str, image: ImageSpec, given: Tensor | Condition, rows: int
 
 
 def check_diagnostic(d: Diagnostic) -> None:
-    """Finite floats by name, for healthy and for constant latents; the probe left alone.
+    """Check for finite floats by name, for healthy and constant latents; the probe left alone.
 
     Every figure that is declared is measured.
     """
@@ -160,7 +160,7 @@ def check_diagnostic(d: Diagnostic) -> None:
 
 
 def check_tracker(config: TrackerConfig) -> None:
-    """Takes figures and pictures, closes, and can be opened again on the same directory."""
+    """Check that it takes figures and pictures, closes, and reopens on the same directory."""
     name = type(config).__name__
     with tempfile.TemporaryDirectory() as folder, own_randomness(config):
         for images in (8, 16):
@@ -175,7 +175,7 @@ def check_tracker(config: TrackerConfig) -> None:
 
 
 def check_features(config: FeatureConfig) -> None:
-    """A fixed network in eval mode whose maps are finite, with gradients to the images."""
+    """Check for a fixed network in eval mode, finite maps, and gradients to the images."""
     name = type(config).__name__
     net = config.build()
     assert not net.training, f"{name}: build() must return the network in eval mode"
@@ -198,7 +198,7 @@ def check_features(config: FeatureConfig) -> None:
 
 
 def check_metric(m: Metric) -> None:
-    """A direction; finite, repeatable figures of a set against itself and against another."""
+    """Check for a direction; finite, repeatable figures of a set against itself and another."""
     name, g = type(m).__name__, torch.Generator().manual_seed(10)
     count = max(64, m.min_images())
     assert m.better in ("low", "high"), f"{name}: better is {m.better!r}; give 'low' or 'high'"

@@ -44,7 +44,7 @@ class TinyBackbone(BackboneConfig):
     latent_norm: NormKind = "layer"
 
     def build(self, image: ImageSpec) -> Backbone:
-        """The network."""
+        """Build the network."""
         return _Tiny(self, image)
 
 
@@ -90,7 +90,7 @@ class GaussianDenoiser(Denoiser):
         self.path, self.mean, self.std = path, mean, std
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-        """The posterior mean, mean + a std^2 / (a^2 std^2 + s^2) (z_t - a mean)."""
+        """Return the posterior mean, mean + a std^2 / (a^2 std^2 + s^2) (z_t - a mean)."""
         times = torch.full((len(z_t),), t, dtype=z_t.dtype, device=z_t.device)
         a, s = spread(self.path.alpha(times), z_t), spread(self.path.sigma(times), z_t)
         gain = a * self.std**2 / (a**2 * self.std**2 + s**2)
@@ -106,7 +106,7 @@ def make_nets(
     image: ImageSpec = IMAGE,
     device: str = "cpu",
 ) -> Nets:
-    """Networks, always the same for the same arguments; the target starts equal."""
+    """Make networks, always the same for the same arguments; the target starts equal."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
         online = (backbone or TinyBackbone()).build(image).train()
@@ -118,14 +118,14 @@ def make_nets(
 
 
 def make_batch(image: ImageSpec = IMAGE, size: int = 6) -> Batch:
-    """Random images in [-1, 1] and conditions, always the same."""
+    """Make random images in [-1, 1] and conditions, always the same."""
     g = torch.Generator().manual_seed(1)
     x = torch.rand(size, image.channels, image.height, image.width, generator=g) * 2 - 1
     return Batch(x=x, condition=image.conditioning.example(size))
 
 
 def make_draw(batch: Batch, times: TimeSampler | None = None, seed: int = 2) -> Draw:
-    """A step's randomness for this batch, the same for the same seed."""
+    """Make a step's randomness for this batch, the same for the same seed."""
     g, times = torch.Generator().manual_seed(seed), times or Uniform()
     t = times.draw(len(batch.x), g, torch.device("cpu"))
     return Draw(t=t, condition=batch.condition, generator=g, times=times)

@@ -114,7 +114,7 @@ class Trial:
 
 
 def _changes(cls: type) -> Sequence[str]:
-    """What a part's `trial` changes in the recipe; an option may have this name too."""
+    """Return what a part's `trial` changes in the recipe; an option may have this name too."""
     trial = () if "trial" in options(cls) else getattr(cls, "trial", ())
     if not isinstance(trial, tuple | list) or not all(isinstance(word, str) for word in trial):
         what = "expected a tuple of assignments, as --set takes them"
@@ -130,18 +130,18 @@ class _Stopper:
 
     @hookimpl
     def step_ended(self, step: int) -> None:
-        """As a batch system would."""
+        """Stop as a batch system would."""
         if step == self.at:
             signal.raise_signal(signal.SIGTERM)
 
 
 def contract(trial: Trial) -> None:
-    """Shapes, types, finite gradients, declared stop-gradients, determinism given the draw."""
+    """Check shapes, types, finite gradients, stop-gradients, determinism given the draw."""
     kind_of(trial.plural).check(trial.value, trial.recipe)
 
 
 def documentation(trial: Trial) -> None:
-    """A sentence on what it is, and every option by name."""
+    """Check for a sentence on what it is, and every option by name."""
     cls = trial.part.cls
     first = (cls.__doc__ or "").strip().partition("\n")[0]
     assert first.endswith((".", ":")), (
@@ -153,13 +153,13 @@ def documentation(trial: Trial) -> None:
 
 
 def _describes(text: str, option: str) -> bool:
-    """Whether a docstring has the option in backticks, or in a list as `option: What it is.`."""
+    """Return whether a docstring has the option in backticks, or lists `option: What it is.`."""
     listed = rf"^\s*(?:\w+, )*{option}(?:, \w+)*:"
     return f"`{option}`" in text or re.search(listed, text, re.MULTILINE) is not None
 
 
 def round_trip(trial: Trial) -> None:
-    """A recipe that names it is written and read back equal."""
+    """Check that a recipe that names it is written and read back equal."""
     text = dump_recipe(trial.host, trial.recipe)
     again = parse_recipe(trial.host, text, "the written recipe")
     assert again == trial.recipe, (
@@ -170,7 +170,7 @@ def round_trip(trial: Trial) -> None:
 
 
 def save_and_resume(trial: Trial) -> None:
-    """A run that was stopped and resumed ends as the one that was not, bit for bit."""
+    """Check that a run stopped and resumed ends as one that was not, bit for bit."""
     whole = trial.train("whole")
     half = trial.train("half", stop_at=2)
     seen = open_checkpoint(Store(half)).step
@@ -189,7 +189,7 @@ def save_and_resume(trial: Trial) -> None:
 
 
 def latent_contract(trial: Trial) -> None:
-    """The latent contract in the checkpoint is that of the loaded model."""
+    """Check that the checkpoint's latent contract is that of the loaded model."""
     out = str(trial.folder / "whole")
     model = load_model(out, device="cpu", host=trial.host)
     said = open_checkpoint(Store(out)).latent("target")
@@ -209,7 +209,7 @@ def latent_contract(trial: Trial) -> None:
 
 
 def half_precision(trial: Trial) -> None:
-    """A run in bfloat16, and a step of every phase, have finite losses and gradients."""
+    """Check for finite losses and gradients of a run in bfloat16, and of every phase's step."""
     trial.train("bfloat16", precision="bfloat16", steps=1)
     recipe, losses = attrs.evolve(trial.recipe, precision="bfloat16"), dict[str, Tensor]()
     found = gradients(recipe, assemble(recipe, torch.device("cpu")), losses)
@@ -220,7 +220,7 @@ def half_precision(trial: Trial) -> None:
 
 
 def compiled(trial: Trial) -> None:
-    """A step has the losses and gradients of the plain one, compiled as a whole or by blocks.
+    """Check that a step compiled, whole or by blocks, has the plain one's losses and gradients.
 
     Compiled blocks are tried with activations that are kept and that are computed again.
     """
@@ -249,7 +249,7 @@ def compiled(trial: Trial) -> None:
 
 @contextlib.contextmanager
 def _as_if_compiling() -> Iterator[None]:
-    """`torch.compiler.is_compiling()` is true, and nothing is compiled."""
+    """Make `torch.compiler.is_compiling()` true, while nothing is compiled."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
@@ -273,7 +273,7 @@ class _NoNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _caller() -> str:
-    """File and line of the code outside of torch that runs now."""
+    """Return the file and line of the code outside of torch that runs now."""
     frames = [f for f in traceback.extract_stack()[:-2] if f"{os.sep}torch{os.sep}" not in f[0]]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
 
@@ -286,7 +286,7 @@ def gradients(
     shares: Sequence[int] = (0, 1),
     wrap: Callable[[Step], nn.Module] = lambda step: step,
 ) -> dict[str, Tensor]:
-    """Gradients of one step of every phase by name, from the two halves of a batch.
+    """Return the gradients of one step of every phase by name, from the two halves of a batch.
 
     The losses, summed over the halves, are added to `losses`; they are computed in `around()`.
     `shares` are the halves that are taken; `wrap` makes of the step what is called in each phase.
@@ -330,7 +330,7 @@ def compare(plain: dict[str, Tensor], other: dict[str, Tensor], where: str) -> N
 
 
 def _title(key: str) -> str:
-    """What `gradients` found, in words."""
+    """Say in words what `gradients` found."""
     return f"the {key}" if key.startswith(_LOSS) else f"the gradient of {key}"
 
 

@@ -344,7 +344,7 @@ def test_the_command_names_what_fails_and_ends_with_4(folder, monkeypatch) -> No
         (["new", "x", "--kind", "objectiv"], "--kind objectiv: expected one of average, "),
         (["new", "Not-Snake!", "--kind", "objective"], "the name must be snake_case"),
         (["check", "no-such-plugin"], "there is no plugin and no folder 'no-such-plugin'."),
-        (["check", "."], "there is no such file, so this folder is not a plugin"),
+        (["check", "."], "no such file, so this folder is not a plugin"),
     ],
 )
 def test_a_mistaken_command_says_what_to_do(tmp_path, monkeypatch, words, says) -> None:
