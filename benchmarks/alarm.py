@@ -58,7 +58,7 @@ NETWORKS = ("", "_online")
 
 
 @attrs.frozen
-class Heard:
+class AlarmRecord:
     """One run: the steps at which it collapsed and at which the alarm went on, if they did.
 
     `rank_fraction`, `latent_std` and `relative` (the rank over the run's largest so far) are the
@@ -79,7 +79,7 @@ class Heard:
 def judge(
     metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What a run's figures and events say, as fields of `Heard`."""
+    """What a run's figures and events say, as fields of `AlarmRecord`."""
     looks = [m for m in metrics if "rank_fraction" in m and m["step"] > 0]
     best, relative = dict.fromkeys(NETWORKS, 0.0), [1.0]
     lost = []
@@ -101,9 +101,9 @@ def judge(
     }
 
 
-def hear(
+def examine(
     host: Host, out: Path, variant: str, changes: Sequence[str], seed: int, steps: int
-) -> Heard:
+) -> AlarmRecord:
     """Train one run, unless it lies there finished, and judge it."""
     place = out / f"{variant.partition(' (')[0].replace(' ', '-')}-seed{seed}"
     began = time.perf_counter()
@@ -114,18 +114,18 @@ def hear(
         train(host, str(QUICKSTART), wanted, str(place), resume=place.exists(), progress=quiet)
     run = RunDirectory.open(str(place))
     found = judge(run.read_metrics(), run.read_events())
-    return Heard(variant, seed, seconds=round(time.perf_counter() - began, 1), **found)
+    return AlarmRecord(variant, seed, seconds=round(time.perf_counter() - began, 1), **found)
 
 
-def table(heard: Sequence[Heard]) -> str:
+def table(records: Sequence[AlarmRecord]) -> str:
     """One row for each variant, in Markdown."""
     lines = [
         "| variant | runs | collapsed | alarms | windows from collapse to alarm, at most "
         "| smallest rank fraction | smallest rank over own largest | largest positional |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for variant in dict.fromkeys(h.variant for h in heard):
-        runs = [h for h in heard if h.variant == variant]
+    for variant in dict.fromkeys(h.variant for h in records):
+        runs = [h for h in records if h.variant == variant]
         both = [
             h.alarmed - h.collapsed
             for h in runs
@@ -154,19 +154,19 @@ def table(heard: Sequence[Heard]) -> str:
 def main(out: Path, steps: int, seeds: int, healthy_seeds: int, threads: int) -> None:
     """Count the alarms of runs that collapse and of runs that do not."""
     torch.set_num_threads(threads)
-    host, heard = load(), []
+    host, records = load(), []
     out.mkdir(parents=True, exist_ok=True)
     counts = {**dict.fromkeys(COLLAPSING, seeds), **dict.fromkeys(HEALTHY, healthy_seeds)}
     for variant, changes in {**COLLAPSING, **HEALTHY}.items():
         for seed in range(counts[variant]):
-            one = hear(host, out, variant, changes, seed, steps)
-            heard.append(one)
+            one = examine(host, out, variant, changes, seed, steps)
+            records.append(one)
             click.echo(f"{variant} seed {seed}: {attrs.asdict(one)}", err=True)
-    (out / "results.json").write_text(json.dumps([attrs.asdict(h) for h in heard], indent=1))
-    (out / "table.md").write_text(table(heard) + "\n")
-    false = [h for h in heard if h.alarmed is not None and h.variant in HEALTHY]
-    missed = [h for h in heard if h.alarmed is None and h.collapsed is not None]
-    click.echo(table(heard))
+    (out / "results.json").write_text(json.dumps([attrs.asdict(h) for h in records], indent=1))
+    (out / "table.md").write_text(table(records) + "\n")
+    false = [h for h in records if h.alarmed is not None and h.variant in HEALTHY]
+    missed = [h for h in records if h.alarmed is None and h.collapsed is not None]
+    click.echo(table(records))
     click.echo(f"\nfalse alarms: {len(false)}; collapses without an alarm: {len(missed)}")
 
 

@@ -64,7 +64,7 @@ class Finding:
 
 
 @attrs.define
-class Watch:
+class CollapseDetector:
     """State of the alarm of a run.
 
     `figures` are the declarations of the diagnostics.

@@ -18,7 +18,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.loading.bad_images import newly_skipped
 from e2ediff.loading.batches import batches
-from e2ediff.monitor.alarm import Watch
+from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.monitor import Monitor
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.update import Update
@@ -59,11 +59,11 @@ class Engine:
         self.position = recorder.position
         self.update = Update(recipe, self.parts, world, recorder.report)
         self.monitor = Monitor.open(host, recipe, self.parts, world, sources, device)
-        self.watch = watch = Watch(recipe.alarm, self.monitor.observer.figures)
+        self.detector = detector = CollapseDetector(recipe.alarm, self.monitor.observer.figures)
         recorder.skipped([bad for source in sources for bad in newly_skipped(source)])
-        self.measurements = Measurements(recipe, self.monitor, watch, recorder)
+        self.measurements = Measurements(recipe, self.monitor, detector, recorder)
         images, data = self.monitor.observer.calibration, describe(sources)
-        self.saver = Saver(recipe, self.parts, watch, recorder, images, data)
+        self.saver = Saver(recipe, self.parts, detector, recorder, images, data)
         self.threads = StepThreads(self._rehearse, recorder, choose=choose_threads)
 
     def run(self, stop: Stop) -> None:
@@ -85,7 +85,7 @@ class Engine:
                 self._end_again()
             if self.position.step == 0:
                 self._diagnose()
-            if r.alarm.policy == "rollback" and self.watch.anchor is None:
+            if r.alarm.policy == "rollback" and self.detector.anchor is None:
                 self.saver.save()
             while not (already_done or self._asked(stop) or self._train(stop)):
                 pass
@@ -106,7 +106,7 @@ class Engine:
         try:
             for batch in self._batches():
                 self.threads.begin(batch)
-                record = self.update(batch, at.images, self.watch.attempt)
+                record = self.update(batch, at.images, self.detector.attempt)
                 at.step, at.images = at.step + 1, at.images + r.batch
                 if at.step < r.total_steps:
                     self.threads.done()
@@ -114,7 +114,7 @@ class Engine:
                 if self._asked(stop):
                     break
         except CollapseError:
-            if self.watch.may_return:
+            if self.detector.may_return:
                 self.saver.go_back()
                 return False
             self.saver.save()
@@ -145,7 +145,7 @@ class Engine:
         self.measurements.diagnose(phases or self.recipe.objective.phases[-1:])
 
     def _rehearse(self, batch: Batch) -> None:
-        self.update.rehearse(batch, self.position.images, self.watch.attempt)
+        self.update.rehearse(batch, self.position.images, self.detector.attempt)
 
     def _batches(self) -> Iterator[Batch]:
         """Yield this process's rows of every batch from the current position on."""
@@ -180,12 +180,12 @@ class Engine:
         Raises:
             CollapseError: The alarm ended the run, and its policy still says so.
         """
-        watch, policy = self.watch, self.recipe.alarm.policy
-        spent = policy == "rollback" and watch.attempt > 0 and not watch.may_return
-        if watch.on and (spent or (already_done and policy != "warn")):
+        detector, policy = self.detector, self.recipe.alarm.policy
+        spent = policy == "rollback" and detector.attempt > 0 and not detector.may_return
+        if detector.on and (spent or (already_done and policy != "warn")):
             last = ", the last one" * already_done
             raise CollapseError(
-                f"step {self.position.step}{last}: the latents have collapsed. {watch.advice()}"
+                f"step {self.position.step}{last}: the latents have collapsed. {detector.advice()}"
             )
 
     def _end_again(self) -> None:
@@ -198,4 +198,4 @@ class Engine:
 
     def set_status(self, state: State, code: int | None = None, reason: str = "") -> None:
         """Replace `status.json` by the current status."""
-        self.recorder.status(state, self.watch.collapsed, code, reason)
+        self.recorder.status(state, self.detector.collapsed, code, reason)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from e2ediff.errors import CollapseError, DivergedError
 from e2ediff.host.recipe import Recipe
-from e2ediff.monitor.alarm import Watch
+from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.monitor import Monitor
 from e2ediff.monitor.pictures import curves_png, grid_png
 from e2ediff.monitor.probe import figures_line
@@ -26,7 +26,7 @@ class Measurements:
 
     recipe: Recipe
     monitor: Monitor
-    watch: Watch
+    detector: CollapseDetector
     recorder: Recorder
     health: dict[str, float] = attrs.field(factory=dict)
 
@@ -43,7 +43,7 @@ class Measurements:
         if bad:
             are = "is" if len(bad) == 1 else "are"
             raise self.recorder.diverged(f"{', '.join(bad)} {are} not finite.")
-        self.watch.record(values)
+        self.detector.record(values)
         losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
         self.recorder.notify("losses_logged", step=step, losses=losses)
         health = figures_line(self.health, self.monitor.figures)
@@ -84,17 +84,17 @@ class Measurements:
 
     def _judge(self, figures: Mapping[str, float]) -> None:
         """Update the alarm, and end the run if its policy says so."""
-        step, watch = self.recorder.position.step, self.watch
+        step, detector = self.recorder.position.step, self.detector
         verdict = self.monitor.observer.verdict(figures)
         self._report_failures()
-        found = watch.evaluate(figures, verdict, step)
+        found = detector.evaluate(figures, verdict, step)
         said = "; ".join(found.signs)
         if found.change:
             self.recorder.event(found.change, signs=[*found.signs])
-            words = f"LATENT COLLAPSE: {said}" if watch.on else "the latents have recovered"
+            words = f"LATENT COLLAPSE: {said}" if detector.on else "the latents have recovered"
             self.recorder.progress.say(f"step {step}: {words}")
-        if watch.on and self.recipe.alarm.policy != "warn":
-            raise CollapseError(f"step {step}: {said}. {watch.advice()}")
+        if detector.on and self.recipe.alarm.policy != "warn":
+            raise CollapseError(f"step {step}: {said}. {detector.advice()}")
 
     def score(self) -> None:
         """Measure and record the recipe's `scores`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from e2ediff.errors import DivergedError
 from e2ediff.host.recipe import Recipe
-from e2ediff.monitor.alarm import Watch
+from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.step.assembly import Assembly
 from e2ediff.step.compiling import uncompiled
 from e2ediff.store.checkpoint import checkpoint_at, drop_after, open_checkpoint, save
@@ -30,7 +30,7 @@ class Saver:
 
     recipe: Recipe
     parts: Assembly
-    watch: Watch
+    detector: CollapseDetector
     recorder: Recorder
     calibration: Tensor
     data: JSON
@@ -43,19 +43,19 @@ class Saver:
 
     def save(self) -> None:
         """Write a checkpoint, with norm statistics calibrated for every set of weights."""
-        at, watch, recorder = self.recorder.position, self.watch, self.recorder
+        at, detector, recorder = self.recorder.position, self.detector, self.recorder
         with self.recorder.clock.paused():
-            regular = at.step % self.recipe.cadence.checkpoint == 0 or watch.anchor is None
-            if self.recipe.alarm.policy == "rollback" and regular and watch.clean:
-                watch.anchor = at.images
+            regular = at.step % self.recipe.cadence.checkpoint == 0 or detector.anchor is None
+            if self.recipe.alarm.policy == "rollback" and regular and detector.clean:
+                detector.anchor = at.images
             with uncompiled(self.recipe):
                 held = take(self.parts, self.calibration, keep=self.recorder.world.is_leader)
-            state = {**held.state, "alarm": watch.state(), "data": self.data}
+            state = {**held.state, "alarm": detector.state(), "data": self.data}
             store, keep = recorder.directory.store, self.recipe.checkpoint.keep
-            recorder.last_checkpoint = self._write(store, held.files, state, keep, watch.anchor)
+            recorder.last_checkpoint = self._write(store, held.files, state, keep, detector.anchor)
             self._saved_at = at.images
             recorder.event("saved", name=recorder.last_checkpoint)
-            recorder.status("running", watch.collapsed)
+            recorder.status("running", detector.collapsed)
             recorder.notify("checkpoint_saved", path=recorder.last_checkpoint)
 
     def snapshot(self) -> None:
@@ -92,7 +92,7 @@ class Saver:
         put_back(self.parts, checkpoint, self.recorder.device)
         at.step, at.images = checkpoint.step, checkpoint.images
         self.recorder.last_checkpoint, self._saved_at = checkpoint.name, checkpoint.images
-        self.watch.restore(checkpoint.state.get("alarm", {}))
+        self.detector.restore(checkpoint.state.get("alarm", {}))
         self.rewind(at.images)
 
     def rewind(self, images: int) -> None:
@@ -109,13 +109,13 @@ class Saver:
             CheckpointError: It is damaged or was removed.
         """
         directory, at = self.recorder.directory, self.recorder.position
-        step, images, attempt = at.step, at.images, self.watch.attempt + 1
-        anchor = checkpoint_at(directory.store, self.watch.anchor or 0)
+        step, images, attempt = at.step, at.images, self.detector.attempt + 1
+        anchor = checkpoint_at(directory.store, self.detector.anchor or 0)
         # A run cannot choose a checkpoint: it can only continue from the newest one.
         found = open_checkpoint(directory.store, anchor, use="continue with --resume")
         kept = directory.set_aside(found.images, found.step)
         self.restore(found)
-        self.watch.attempt = attempt
+        self.detector.attempt = attempt
         self.recorder.event(
             "rewound", step=step, images=images, to=found.name, attempt=attempt, kept=kept
         )

@@ -339,7 +339,7 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
         state, code, reason = "interrupted", 130, "interrupted; saved, continue with --resume"
     else:
         state, code, reason = "preempted", 75, "terminated; saved, continue with --resume"
-    if collapsed := engine.watch.collapsed:
+    if collapsed := engine.detector.collapsed:
         reason = f"{reason}; {collapsed}"
     engine.set_status(state, code, reason)
     if count := len(engine.recorder.bad_images.listed()):

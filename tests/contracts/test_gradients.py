@@ -120,6 +120,6 @@ def test_encoder_and_decoder_touch_the_denoisers_conditioning_only_where_told_to
     embeddings = [
         p for k, p in nets.online.named_parameters() if k.startswith(("embed_time", "embed_label"))
     ]
-    for name, heard in {"reconstruction": how == "time", "denoising": True}.items():
+    for name, touched in {"reconstruction": how == "time", "denoising": True}.items():
         found = torch.autograd.grad(losses[name], embeddings, retain_graph=True, allow_unused=True)
-        assert any(g is not None and bool(g.any()) for g in found) == heard
+        assert any(g is not None and bool(g.any()) for g in found) == touched

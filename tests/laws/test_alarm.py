@@ -1,4 +1,4 @@
-"""The alarm on synthetic latents: heard within two windows of a collapse, else silent."""
+"""The alarm on synthetic latents: raised within two windows of a collapse, else silent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from e2ediff.condition import ClassLabels
 from e2ediff.diagnostic import Probe
 from e2ediff.host.recipe import Alarm, load_recipe
-from e2ediff.monitor.alarm import Watch, diagnosis_steps
+from e2ediff.monitor.alarm import CollapseDetector, diagnosis_steps
 from e2ediff.monitor.monitor import Monitor
 from e2ediff.parts.diagnostics.latent_health import LatentHealth, content_std, effective_rank
 
@@ -77,17 +77,17 @@ def follow(
 
     The averaged encoder's latents are the trained one's, or those of the series `average`.
     """
-    watch, health = Watch(alarm or Alarm(), HEALTH), LatentHealth()
-    first, lost, heard = series(1, seed), None, None
+    detector, health = CollapseDetector(alarm or Alarm(), HEALTH), LatentHealth()
+    first, lost, raised = series(1, seed), None, None
     for i in range(1, LOOKS):
         z = series(i, seed)
         probe = probe_of((average or series)(i, seed), z[:16])
         figures = health.measure(probe)
-        watch.record(QUIET)
-        found = watch.evaluate(figures, health.verdict(figures))
+        detector.record(QUIET)
+        found = detector.evaluate(figures, health.verdict(figures))
         lost = i if lost is None and gone(z, first) else lost
-        heard = i if heard is None and found.change == "collapse" else heard
-    return lost, heard
+        raised = i if raised is None and found.change == "collapse" else raised
+    return lost, raised
 
 
 def probe_of(z: torch.Tensor, trained: torch.Tensor) -> Probe:
@@ -101,25 +101,25 @@ COLLAPSES = [dead, rank_one, slow_decay, fading, channel_by_channel, positions_o
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("series", COLLAPSES, ids=lambda s: s.__name__)
 def test_every_kind_of_collapse_is_heard_within_two_windows(series, seed) -> None:
-    lost, heard = follow(series, seed)
+    lost, raised = follow(series, seed)
     assert lost is not None
-    assert heard is not None
-    assert heard - lost <= 2
+    assert raised is not None
+    assert raised - lost <= 2
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("series", COLLAPSES, ids=lambda s: s.__name__)
 def test_a_collapse_that_a_slow_average_hides_is_heard_within_two_windows(series, seed) -> None:
-    lost, heard = follow(series, seed, average=healthy)
+    lost, raised = follow(series, seed, average=healthy)
     assert lost is not None
-    assert heard is not None
-    assert heard - lost <= 2
+    assert raised is not None
+    assert raised - lost <= 2
 
 
 @pytest.mark.parametrize("series", [dead, rank_one])
 def test_a_complete_collapse_is_heard_at_its_first_diagnosis(series) -> None:
-    lost, heard = follow(series, 0, Alarm(window=5))
-    assert heard == lost == 20
+    lost, raised = follow(series, 0, Alarm(window=5))
+    assert raised == lost == 20
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -129,25 +129,27 @@ def test_healthy_latents_are_never_called_collapsed(seed) -> None:
 
 def test_a_fall_is_held_against_the_run_itself_where_no_bound_is_crossed() -> None:
     """A rank of 14 of 16 that falls to 6.5 is above the bound of 0.4."""
-    watch = Watch(Alarm(fall=0.5), HEALTH)
+    detector = CollapseDetector(Alarm(fall=0.5), HEALTH)
     ranks = [14.0, 13.0, 6.5, 6.4]
-    found = [watch.evaluate({"rank": r, "rank_fraction": r / 16}, []) for r in ranks]
+    found = [detector.evaluate({"rank": r, "rank_fraction": r / 16}, []) for r in ranks]
     assert [f.change for f in found] == ["", "", "", "collapse"]
     assert found[-1].signs == ["the effective rank fell from 14 to 6.4"]
-    off = Watch(Alarm(fall=0.0), HEALTH)
+    off = CollapseDetector(Alarm(fall=0.0), HEALTH)
     assert not any(off.evaluate({"rank": r}, []).signs for r in ranks)
 
 
 def test_one_bad_look_is_no_alarm_and_the_alarm_goes_off_again() -> None:
-    watch = Watch(Alarm(window=2), HEALTH)
-    said = [watch.evaluate({}, signs).change for signs in (["x"], [], ["x"], ["x"], ["x"], [], [])]
+    detector = CollapseDetector(Alarm(window=2), HEALTH)
+    said = [
+        detector.evaluate({}, signs).change for signs in (["x"], [], ["x"], ["x"], ["x"], [], [])
+    ]
     assert said == ["", "", "", "collapse", "", "recovered", ""]
 
 
 def test_losses_that_vanish_are_heard_without_any_figure() -> None:
-    watch = Watch(Alarm(), HEALTH)
-    watch.record({"loss/a": 1e-7, "loss/b": 0.0, "grad_norm": 1.0})
-    found = watch.evaluate({}, [])
+    detector = CollapseDetector(Alarm(), HEALTH)
+    detector.record({"loss/a": 1e-7, "loss/b": 0.0, "grad_norm": 1.0})
+    found = detector.evaluate({}, [])
     assert found.change == "collapse"
     assert "every loss is below 1e-06" in found.signs[0]
 
@@ -163,15 +165,15 @@ def test_losses_that_vanish_are_heard_without_any_figure() -> None:
     ],
 )
 def test_one_loss_at_zero_or_no_gradient_alone_is_no_alarm(record) -> None:
-    watch = Watch(Alarm(), HEALTH)
-    watch.record(record)
-    assert watch.evaluate({"rank": 9.0, "latent_std": 1.0}, []).signs == []
+    detector = CollapseDetector(Alarm(), HEALTH)
+    detector.record(record)
+    assert detector.evaluate({"rank": 9.0, "latent_std": 1.0}, []).signs == []
 
 
 def test_no_gradient_on_degenerate_latents_is_heard_at_once() -> None:
-    watch = Watch(Alarm(window=3), HEALTH)
-    watch.record({"loss/denoising": 0.0, "loss/reconstruction": 0.1, "grad_norm": 1e-9})
-    found = watch.evaluate({"rank": 3.0, "rank_fraction": 0.2, "latent_std": 1.0}, ["low rank"])
+    detector = CollapseDetector(Alarm(window=3), HEALTH)
+    detector.record({"loss/denoising": 0.0, "loss/reconstruction": 0.1, "grad_norm": 1e-9})
+    found = detector.evaluate({"rank": 3.0, "rank_fraction": 0.2, "latent_std": 1.0}, ["low rank"])
     assert found.change == "collapse"
     assert any("gradient" in sign for sign in found.signs)
 
@@ -179,20 +181,22 @@ def test_no_gradient_on_degenerate_latents_is_heard_at_once() -> None:
 def test_the_state_is_json_and_restores_the_watch() -> None:
     from e2ediff.store.manifest import plain
 
-    watch = Watch(Alarm(), HEALTH, attempt=2, anchor=64)
-    watch.evaluate({"rank": 9.0, "latent_std": 1.0}, ["x"])
-    other = Watch(Alarm(), HEALTH)
-    other.restore(plain(watch.state(), "state"))
-    assert other == watch
+    detector = CollapseDetector(Alarm(), HEALTH, attempt=2, anchor=64)
+    detector.evaluate({"rank": 9.0, "latent_std": 1.0}, ["x"])
+    other = CollapseDetector(Alarm(), HEALTH)
+    other.restore(plain(detector.state(), "state"))
+    assert other == detector
     other.evaluate({"rank": 10.0}, [])
-    assert watch.best["rank"] == 9.0
+    assert detector.best["rank"] == 9.0
 
 
 def test_returns_are_bounded_and_only_for_rollback() -> None:
-    assert not Watch(Alarm(), HEALTH, anchor=8).may_return
-    assert not Watch(Alarm(policy="rollback"), HEALTH).may_return
-    assert Watch(Alarm(policy="rollback", attempts=1), HEALTH, anchor=0).may_return
-    assert not Watch(Alarm(policy="rollback", attempts=1), HEALTH, anchor=0, attempt=1).may_return
+    assert not CollapseDetector(Alarm(), HEALTH, anchor=8).may_return
+    assert not CollapseDetector(Alarm(policy="rollback"), HEALTH).may_return
+    assert CollapseDetector(Alarm(policy="rollback", attempts=1), HEALTH, anchor=0).may_return
+    assert not CollapseDetector(
+        Alarm(policy="rollback", attempts=1), HEALTH, anchor=0, attempt=1
+    ).may_return
 
 
 @pytest.mark.parametrize(

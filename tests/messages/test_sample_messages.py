@@ -316,10 +316,10 @@ def test_a_disk_that_fills_in_the_middle_of_a_block_loses_nothing(run: str, kind
     assert all(whole.get(name, content) == content for name, content in left.items())
     assert request.output(request.model.load(host)).finished() == set(range(first))
 
-    heard: list[str] = []
-    make_set(request, host, threads=1, say=heard.append, update=quiet)
+    told: list[str] = []
+    make_set(request, host, threads=1, say=told.append, update=quiet)
     # A tile that was begun is made again.
-    assert heard == ["s: 32 of 96 images are there already"]
+    assert told == ["s: 32 of 96 images are there already"]
     assert _files("s") == whole
 
 

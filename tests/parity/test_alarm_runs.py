@@ -24,7 +24,7 @@ from e2ediff.errors import CheckpointError, CollapseError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.model.calibration import at_rest, own_latents
-from e2ediff.monitor.alarm import Watch
+from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.probe import Observer, chosen_diagnostics
 from e2ediff.parts.objectives import Coupled, Detached
 from e2ediff.step.assembly import assemble
@@ -409,7 +409,7 @@ def test_a_network_that_collapsed_behind_its_slow_average_is_heard_within_two_wi
     data = recipe.data.open()
     chosen = chosen_diagnostics(host, recipe)
     observer = Observer.open(recipe, chosen, data, data, torch.device("cpu"))
-    watch, said, figures = Watch(recipe.alarm, observer.figures), [], {}
+    detector, said, figures = CollapseDetector(recipe.alarm, observer.figures), [], {}
 
     def looks(count: int) -> None:
         for _ in range(count):
@@ -417,7 +417,7 @@ def test_a_network_that_collapsed_behind_its_slow_average_is_heard_within_two_wi
                 parts.averages["target"].update()
             phases = recipe.objective.phases
             figures.update(observer.measure(parts.step, phases, survey=False))
-            said.append(watch.evaluate(figures, observer.verdict(figures)))
+            said.append(detector.evaluate(figures, observer.verdict(figures)))
 
     looks(3)
     assert [found.signs for found in said] == [[], [], []]

@@ -14,7 +14,7 @@ from PIL import Image
 from e2ediff.errors import CollapseError
 from e2ediff.figure import find
 from e2ediff.host.recipe import Alarm
-from e2ediff.monitor.alarm import Watch
+from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.pictures import curves_png
 from e2ediff.monitor.probe import figures_line
 from e2ediff.store.earlier import earlier_figure
@@ -188,9 +188,9 @@ def test_a_run_from_before_keeps_its_curves_when_it_goes_on(host, tmp_path, tiny
 
 
 def test_a_name_that_was_ours_does_not_make_a_strangers_figure_count() -> None:
-    watch = Watch(Alarm(window=1))
+    detector = CollapseDetector(Alarm(window=1))
     for value in (9.0, 0.1):
-        assert watch.evaluate({"rank": value, "positional": 1.0}, []).signs == []
+        assert detector.evaluate({"rank": value, "positional": 1.0}, []).signs == []
     assert figures_line({"rank": 3.0}, []) == ""
     metrics = [{"images": n, "rank": 1.0, "loss/a": 1.0} for n in (8, 16)]
     with Image.open(io.BytesIO(curves_png(metrics, "run", []))) as picture:

@@ -119,7 +119,7 @@ def test_to_encode_is_to_denoise_with_the_image_in_sight() -> None:
     blind = net.denoise(latents(), t, null)
     seen = net.run(Encode(x=BATCH.x, z_t=latents(), t=t))[0]
     assert not torch.allclose(blind, seen, atol=1e-3)
-    with torch.no_grad():  # closed gates: no token hears of another
+    with torch.no_grad():  # closed gates: no token receives anything from another
         for block in net.trunk.blocks:
             block.modulation.weight.zero_()
             block.modulation.bias.zero_()
