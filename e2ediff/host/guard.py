@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -61,16 +62,22 @@ def guarded(plugin: str) -> Iterator[StdoutToStderr]:
     interpreter; it starts anew where torch is being imported.
     Code that does not return, such as a C function that waits, is reported on stderr, with the way
     to block the plugin.
+    Garbage of others is collected afterwards: freeing it, such as the workers of an abandoned
+    loader, may take seconds that are no fault of the plugin.
     """
     seconds, diverted = time_limit(), StdoutToStderr()
     watch = threading.Timer(seconds + _GRACE, _name_what_hangs, [plugin, seconds])
     watch.daemon = True
     watch.start()
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         with contextlib.redirect_stdout(diverted), _deadline(plugin, seconds):
             yield diverted
     finally:
         watch.cancel()
+        if collecting:
+            gc.enable()
 
 
 def _hangs(plugin: str, seconds: float) -> str:

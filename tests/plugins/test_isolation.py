@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
 import signal
 import sys
+import time
 
 import attrs
 import pytest
@@ -317,6 +319,33 @@ def test_a_plugin_that_is_the_first_to_import_torch_is_not_blamed_for_a_slow_dis
     assert "slow-disk" not in host.broken
     inside.install("bad-slow", "import time\ntime.sleep(5)\n" + GOOD.format(name="two"))
     assert "takes longer than 0.2 s" in str(load(builtins=False).broken["bad-slow"])
+
+
+def test_garbage_of_others_that_takes_long_to_free_is_no_hang_of_a_plugin(
+    inside, monkeypatch, capsys
+) -> None:
+    """As an abandoned loader does, whose workers are waited for."""
+    freed = []
+
+    class Slow:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            freed.append(time.sleep(1.5))
+
+    monkeypatch.setenv("E2EDIFF_PLUGIN_TIMEOUT", "0.5")
+    busy = "kept = [[] for _ in range(100_000)]\n"  # enough for a collection
+    inside.install("good-one", busy + GOOD.format(name="mine"))
+    gc.collect()
+    Slow()
+    host = load()
+    assert "good-one" not in host.broken
+    assert "good-one" not in capsys.readouterr().err
+    assert "mine" in host.registries["objectives"].names()
+    gc.collect()
+    assert freed == [None], "freed once, after the plugin was loaded"
+    assert gc.isenabled()
 
 
 def test_a_hang_that_no_signal_ends_is_named_while_it_lasts(site) -> None:
