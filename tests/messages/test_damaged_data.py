@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import struct
 from pathlib import Path
 
 import attrs
 import numpy as np
 import pytest
 from pictures import write_tree
+from refusals import idx, refusal
 
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError
@@ -30,32 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def overwrite(path: str, at: int, data: bytes) -> None:
-    content = bytearray(Path(path).read_bytes())
-    content[at : at + len(data)] = data
-    Path(path).write_bytes(content)
-
-
-def whole(config: SourceConfig) -> None:
-    source = config.open()
-    source.read(range(len(source)))
-
-
-def refusal(config: SourceConfig, kind: type[DataError] = DataError) -> str:
-    """The one line with which all images of a source are refused."""
-    with pytest.raises(kind) as caught:
-        whole(config)
-    assert type(caught.value) is kind
-    (line,) = str(caught.value).splitlines()
-    return line
-
-
 # Files of MNIST's
-
-
-def idx(*shape: int) -> bytes:
-    head = bytes([0, 0, 8, len(shape)]) + b"".join(struct.pack(">I", n) for n in shape)
-    return head + bytes(range(256)) * (int(np.prod(shape)) // 256)
 
 
 def gzipped() -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import e2ediff, needs
 from pictures import damage, write_tree
+from refusals import refused
 from tiny_recipe import tiny
 
 from e2ediff.host.plugins import load
@@ -30,16 +31,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_tree(Path("tree"), [4, 6, 10], size=(20, 24))
     Path("tiny.yaml").write_text(RECIPE)
     return tmp_path
-
-
-def refused(data: str, *more: str) -> str:
-    """The one line with which a run of a data block is refused, before anything is made."""
-    changes = [f"data={data}" if data.startswith("{") else f"data.{data}", *more]
-    done = e2ediff("run", "tiny.yaml", *(w for one in changes for w in ("--set", one)))
-    assert done.code == 5, done
-    assert not Path("runs").exists()
-    (line,) = done.err.removeprefix("error: ").splitlines()
-    return line
 
 
 # Refusals

@@ -17,36 +17,10 @@ from e2ediff_sources.arrays import Arrays
 from e2ediff_sources.parquet import Parquet
 from e2ediff_sources.tars import TarShards
 from pictures import as_npz, as_zip, header, promise, tar_bytes, write_tree
+from refusals import idx, overwrite, refusal
 from tiny_recipe import tiny
 
-from e2ediff.data import SourceConfig
 from e2ediff.errors import BadImageError, DataError
-
-
-def overwrite(path: str, at: int, data: bytes) -> None:
-    content = bytearray(Path(path).read_bytes())
-    content[at : at + len(data)] = data
-    Path(path).write_bytes(content)
-
-
-def whole(config: SourceConfig) -> None:
-    source = config.open()
-    source.read(range(len(source)))
-
-
-def refusal(config: SourceConfig, kind: type[DataError] = DataError) -> str:
-    """The one line with which all images of a source are refused."""
-    with pytest.raises(kind) as caught:
-        whole(config)
-    assert type(caught.value) is kind
-    (line,) = str(caught.value).splitlines()
-    return line
-
-
-def idx(*shape: int) -> bytes:
-    head = bytes([0, 0, 8, len(shape)]) + b"".join(struct.pack(">I", n) for n in shape)
-    return head + bytes(range(256)) * (int(np.prod(shape)) // 256)
-
 
 PIXELS = np.random.default_rng(0).integers(256, size=(20, 16, 16, 3), dtype=np.uint8)
 

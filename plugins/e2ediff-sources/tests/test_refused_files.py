@@ -25,6 +25,7 @@ from pictures import (
     tar_bytes,
     write_tree,
 )
+from refusals import refused
 from tiny_recipe import tiny
 
 from e2ediff.host.plugins import load
@@ -45,15 +46,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_tree(Path("tree"), [4, 6, 10], size=(20, 24))
     Path("tiny.yaml").write_text(RECIPE)
     return tmp_path
-
-
-def refused(data: str) -> str:
-    """The one line with which a run of a data block is refused, before anything is made."""
-    done = e2ediff("run", "tiny.yaml", "--set", f"data={data}")
-    assert done.code == 5, done
-    assert not Path("runs").exists()
-    (line,) = done.err.removeprefix("error: ").splitlines()
-    return line
 
 
 def block(name: str, path: object, *more: str) -> str:
