@@ -7,30 +7,17 @@ from pathlib import Path
 
 import pytest
 from command_line import e2ediff, needs
-from pictures import damage, write_tree
-from refusals import refused
-from tiny_recipe import tiny
+from pictures import damage
+from refusals import image_tree, refused
 
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.store.run_directory import RunDirectory
 
-RECIPE = tiny(
-    steps="6",
-    data="{name: image_folder, root: tree, size: 16, classes: 3, workers: 0}",
-    cadence="{log: 1, diagnose: 3, preview: 6, checkpoint: 3}",
-)
-
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a tree of three classes of 4, 6 and 10, and a recipe of it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("E2EDIFF_RUNS", raising=False)
-    monkeypatch.setenv("E2EDIFF_CACHE", str(tmp_path / "cache"))
-    write_tree(Path("tree"), [4, 6, 10], size=(20, 24))
-    Path("tiny.yaml").write_text(RECIPE)
-    return tmp_path
+    return image_tree(tmp_path, monkeypatch)
 
 
 # Refusals

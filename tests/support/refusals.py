@@ -7,9 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import e2ediff
+from pictures import write_tree
+from tiny_recipe import tiny
 
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError
+
+
+def image_tree(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder with a tree of three classes of 4, 6 and 10, and a recipe of it."""
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("E2EDIFF_RUNS", raising=False)
+    monkeypatch.setenv("E2EDIFF_CACHE", str(place / "cache"))
+    write_tree(Path("tree"), [4, 6, 10], size=(20, 24))
+    data = "{name: image_folder, root: tree, size: 16, classes: 3, workers: 0}"
+    cadence = "{log: 1, diagnose: 3, preview: 6, checkpoint: 3}"
+    Path("tiny.yaml").write_text(tiny(steps="6", data=data, cadence=cadence))
+    return place
 
 
 def refused(data: str, *more: str) -> str:
