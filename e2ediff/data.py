@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import attrs
 import torch
@@ -22,6 +22,49 @@ Sampling = Literal["natural", "class_balanced"]
 
 Rounding = Literal["nearest", "half_up", "down"]
 """How values between two bytes become one."""
+
+
+class HeightWidth(NamedTuple):
+    """The sides of images, in pixels; a recipe writes `[height, width]`."""
+
+    height: int
+    width: int
+
+
+Size = int | HeightWidth
+"""An option for the shape of images: the side of squares, or height and width."""
+
+
+def height_width(size: Size) -> HeightWidth:
+    """Return the height and width that a size stands for."""
+    return HeightWidth(size, size) if isinstance(size, int) else size
+
+
+def as_size(value: Size | Sequence[int]) -> Size:
+    """Convert a side, or height and width, to a size; equal sides become one number.
+
+    A block that holds a `Size` converts it by this, so that 32 and [32, 32] are one recipe.
+
+    Raises:
+        ValueError: A sequence does not have two items.
+    """
+    if isinstance(value, int):
+        return value
+    if len(value) != 2:
+        raise ValueError(f"expected a side or [height, width], got {[*value]}")
+    height, width = value
+    return height if height == width else HeightWidth(height, width)
+
+
+def positive_size(block: object, option: attrs.Attribute[Any], size: Size) -> None:
+    """Validate an attrs field that holds a `Size`.
+
+    Raises:
+        ValueError: A side is below 1.
+    """
+    if min(height_width(size)) < 1:
+        given = size if isinstance(size, int) else [*size]
+        raise ValueError(f"expected sides of at least 1 pixel, got {given}")
 
 
 def from_pixels(pixels: Tensor) -> Tensor:

@@ -338,10 +338,23 @@ def options(cls: type) -> dict[str, Option]:
     return found
 
 
+def fixed_items(hint: object) -> tuple[object, ...] | None:
+    """Return the types of the items of a tuple of fixed length, or of a `NamedTuple`.
+
+    `None` for any other type.
+    """
+    if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        return tuple(typing.get_type_hints(hint).values())
+    args = typing.get_args(hint)
+    return args if typing.get_origin(hint) is tuple and Ellipsis not in args else None
+
+
 def expressible(hint: object, seen: frozenset[type] = frozenset()) -> bool:
     """Return whether a recipe can hold values of this type."""
     if hint in SCALARS or hint in contracts().values() or hint in seen:
         return True
+    if (items := fixed_items(hint)) is not None:
+        return all(expressible(item, seen) for item in items)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return all(type(a) in SCALARS for a in args)

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Union
 import attrs
 
 from e2ediff.errors import DuplicateNameError, PluginError, Problem, RecipeError
-from e2ediff.host.registry import DEFAULTS, SCALARS, closest, contracts, did_you_mean, options
+from e2ediff.host.registry import (
+    DEFAULTS,
+    SCALARS,
+    closest,
+    contracts,
+    did_you_mean,
+    fixed_items,
+    options,
+)
 from e2ediff.host.yaml import Node, path_join
 
 if TYPE_CHECKING:
@@ -43,7 +51,7 @@ class Structurer:
             return self._union(node, args, where)
         if origin is Literal:
             return self._literal(node, args, where)
-        if origin in (tuple, list):
+        if _is_list(hint):
             return self._list(node, hint, where)
         if origin in (dict, Mapping):
             return self._dict(node, args[1], where)
@@ -92,23 +100,21 @@ class Structurer:
         return self._expected(describe(Literal[allowed]), node, where, way_out)
 
     def _list(self, node: Node, hint: object, where: str) -> object:
-        args = typing.get_args(hint)
-        kind = typing.get_origin(hint)
-        assert isinstance(kind, type)
+        kind: Any = typing.get_origin(hint) or hint
         if not isinstance(node.value, list):
             return self._expected(describe(hint), node, where, "Write it as [a, b].")
-        if kind is tuple and Ellipsis not in args:
-            if len(node.value) != len(args):
-                what = f"expected a list of {len(args)} items, got {len(node.value)}."
-                return self._complain(where, what, node.place)
-            hints = list(args)
-        else:
-            hints = [args[0]] * len(node.value)
+        hints = fixed_items(hint)
+        if hints is None:
+            hints = typing.get_args(hint)[:1] * len(node.value)
+        elif len(node.value) != len(hints):
+            what = f"expected a list of {len(hints)} items, got {len(node.value)}."
+            return self._complain(where, what, node.place)
         items = [
             self._value(item, inner, path_join(where, i))
             for i, (item, inner) in enumerate(zip(node.value, hints, strict=True))
         ]
-        return _FAILED if any(i is _FAILED for i in items) else kind(items)
+        make = getattr(kind, "_make", kind)  # a named tuple takes its items one by one
+        return _FAILED if any(i is _FAILED for i in items) else make(items)
 
     def _dict(self, node: Node, hint: object, where: str) -> object:
         if not isinstance(node.value, dict):
@@ -132,11 +138,15 @@ class Structurer:
     def _has_shape(self, hint: object, node: Node) -> bool:
         origin = typing.get_origin(hint)
         if isinstance(node.value, list):
-            return origin in (tuple, list)
+            items = fixed_items(hint)
+            return _is_list(hint) and (items is None or len(items) == len(node.value))
         if isinstance(node.value, dict):
-            return origin in (dict, Mapping) or (isinstance(hint, type) and hint not in SCALARS)
+            block = isinstance(hint, type) and hint not in SCALARS and not _is_list(hint)
+            return block or origin in (dict, Mapping)
         part = isinstance(hint, type) and self.host.registry_of(hint) is not None
-        return hint in SCALARS or origin is Literal or (part and isinstance(node.value, str))
+        # A scalar that is no int is meant as one no more than as another member.
+        scalar = hint in SCALARS and hint is not int
+        return scalar or origin is Literal or (part and isinstance(node.value, str))
 
     def _part(self, node: Node, contract: type, where: str) -> object:
         registry = self.host.registry_of(contract)
@@ -301,6 +311,8 @@ def describe(hint: object) -> str:
         return " or ".join(describe(a) for a in args)
     if origin in (tuple, list):
         return f"a list of {_many(args[0])}" if args else "an empty list"
+    if _is_list(hint):
+        return f"[{', '.join(vars(hint)['_fields'])}]"
     if hint is type(None):
         return "null"
     if hint in SCALARS and isinstance(hint, type):
@@ -308,6 +320,10 @@ def describe(hint: object) -> str:
     if hint in contracts().values():
         return f"the name of one of the {_many(hint)}"
     return "a block of 'key: value' lines"
+
+
+def _is_list(hint: object) -> bool:
+    return typing.get_origin(hint) in (tuple, list) or fixed_items(hint) is not None
 
 
 def _many(hint: object) -> str:
@@ -324,9 +340,10 @@ def unstructure(host: Host, value: object, hint: object) -> object:
     members = typing.get_args(hint) if typing.get_origin(hint) not in (tuple, list, dict) else ()
     members = members or (hint,)
     if isinstance(value, tuple | list):
-        of = next((m for m in members if typing.get_origin(m) in (tuple, list)), hint)
-        args = typing.get_args(of)
-        hints = args if len(args) == len(value) and Ellipsis not in args else args[:1] * len(value)
+        of = next((m for m in members if _is_list(m)), hint)
+        hints = fixed_items(of)
+        if hints is None:
+            hints = typing.get_args(of)[:1] * len(value)
         return [unstructure(host, v, h) for v, h in zip(value, hints, strict=True)]
     if isinstance(value, dict):
         of = next((m for m in members if len(typing.get_args(m)) == 2), hint)

@@ -68,6 +68,7 @@ def _imported(file: Path) -> set[str]:
 def _thing(name: str, value: object) -> Iterator[str]:
     if inspect.isclass(value):
         fields = [f.alias for f in attrs.fields(value)] if attrs.has(value) else []
+        fields = fields or getattr(value, "_fields", ())  # of a named tuple
         yield f"{name}({', '.join(fields)})" if fields else name
         yield from _attributes(name, value)
         for key, member in sorted(vars(value).items()):
@@ -93,7 +94,7 @@ def _aliases(name: str, file: Path) -> Iterator[str]:
 
 def _attributes(name: str, cls: type) -> Iterator[str]:
     """What a class declares besides fields: `phases: ClassVar[tuple[str, ...]] = ('joint',)`."""
-    fields = {f.name for f in attrs.fields(cls)} if attrs.has(cls) else set()
+    fields = {f.name for f in attrs.fields(cls)} if attrs.has(cls) else getattr(cls, "_fields", ())
     for key, hint in inspect.get_annotations(cls).items():
         if key not in fields and not key.startswith("_"):
             default = f" = {vars(cls)[key]!r}" if key in vars(cls) else ""

@@ -13,7 +13,16 @@ from attrs import validators
 from torch import Tensor
 from typing_extensions import override
 
-from e2ediff.data import DataSource, ImageSpec, SourceConfig, pixel_values
+from e2ediff.data import (
+    DataSource,
+    ImageSpec,
+    Size,
+    SourceConfig,
+    as_size,
+    height_width,
+    pixel_values,
+    positive_size,
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -21,11 +30,12 @@ class Synthetic(SourceConfig):
     """Smooth random images with a class-dependent pattern, made from the index alone.
 
     For tests and benchmarks that need no real data.
-    `count` images of `size` pixels in `channels` channels, of `classes` classes (0: unlabelled);
+    `count` images in `channels` channels, of `classes` classes (0: unlabelled).
+    `size` is the side of square images in pixels, or `[height, width]`.
     `flip` lets the loader mirror them.
     """
 
-    size: int = attrs.field(default=32, validator=validators.gt(0))
+    size: Size = attrs.field(default=32, converter=as_size, validator=positive_size)
     classes: int = attrs.field(default=10, validator=validators.ge(0))
     channels: int = attrs.field(default=3, validator=validators.in_((1, 3)))
     count: int = attrs.field(default=1024, validator=validators.gt(0))
@@ -34,7 +44,7 @@ class Synthetic(SourceConfig):
     @property
     @override
     def image(self) -> ImageSpec:
-        return ImageSpec(self.channels, self.size, self.size, self.classes)
+        return ImageSpec(self.channels, *height_width(self.size), self.classes)
 
     def open(self, *, held_out: bool = False) -> DataSource:
         """Images that are computed when read; the held-out ones have other indices."""
@@ -55,10 +65,10 @@ class _Patterns(DataSource):
         index = torch.as_tensor(indices) + self.first
         label = index % max(1, c.classes)
         angle = label * torch.pi / max(1, c.classes)  # (B,)
-        place = torch.linspace(-1, 1, c.size)
+        down, across = (torch.linspace(-1, 1, side) for side in height_width(c.size))
         along = (
-            angle.cos()[:, None, None] * place[None, None, :]
-            + angle.sin()[:, None, None] * place[None, :, None]
+            angle.cos()[:, None, None] * across[None, None, :]
+            + angle.sin()[:, None, None] * down[None, :, None]
         )  # (B, H, W)
         phase = (index * 0.618034) % 1 * 2 * torch.pi
         shade = torch.stack([(index * k) % 1 for k in (0.7548777, 0.5698403, 0.8191725)])
