@@ -132,11 +132,45 @@ class Batch:
 
 
 @attrs.frozen
-class OriginalSize:
-    """Size of an image as it lies in its source, before any crop."""
+class Original:
+    """An image as it lies in its source, before any crop, from its header.
+
+    Args:
+        width: Pixels.
+        height: Pixels.
+        turned: Whether its EXIF data ask to turn or mirror it.
+        transparent: Whether it has an alpha channel or a transparent colour.
+        frames: Images in the file, of which the first is read.
+    """
 
     width: int
     height: int
+    turned: bool = False
+    transparent: bool = False
+    frames: int = 1
+
+
+@attrs.frozen
+class LeftOut:
+    """Files that lie among the images and are not read, for one reason.
+
+    Args:
+        reason: What they are, as in "3 files with suffix .heic".
+        count: Their number.
+        first: Path of the first of them.
+    """
+
+    reason: str
+    count: int
+    first: str
+
+
+def left_out_text(left_out: Sequence[LeftOut]) -> str:
+    """Return one text of what is left out; empty for nothing."""
+    parts = [f"{one.count:,} {one.reason} ({one.first})" for one in left_out]
+    total = sum(one.count for one in left_out)
+    what = "file is" if total == 1 else "files are"
+    return f"{total:,} {what} left out: {', '.join(parts)}" if parts else ""
 
 
 class DataSource(ABC):
@@ -177,19 +211,24 @@ class DataSource(ABC):
         """Names of the classes as the data have them, by label; empty if they have none."""
         return ()
 
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """Files among the images that are not read; hidden ones are not mentioned."""
+        return ()
+
     def path_of(self, index: int) -> str:
         """Return the path of an image, for messages and lists; nothing is read."""
         return f"image {index}"
 
-    def original_size(self, index: int) -> OriginalSize:
-        """Return an image's size before any crop, from its header alone where there is one.
+    def original(self, index: int) -> Original:
+        """Describe an image before any crop, from its header alone where there is one.
 
         Raises:
             BadImageError: The header is damaged, or promises too many pixels.
             DataError: The place where it lies cannot be read.
         """
         x, _ = self.read([index])
-        return OriginalSize(x.shape[-1], x.shape[-2])
+        return Original(x.shape[-1], x.shape[-2])
 
 
 Certainty = Literal["possible", "likely", "certain"]

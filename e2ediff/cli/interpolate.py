@@ -60,7 +60,10 @@ def command(
     with Progress() as progress:
         model = ref.load(warn=progress.say)
         if images:
-            z = model.encode(read_images(list_images(images), model.recipe.data.image))
+            paths = list_images(images, progress.say)
+            if len(paths) != 2:
+                raise click.UsageError(f"IMAGES: expected two images, got {len(paths)}")
+            z = model.encode(read_images(paths, model.recipe.data.image))
             x = model.decode(
                 torch.stack([z[0].lerp(z[1], i / (frames - 1)) for i in range(frames)])
             )

@@ -57,7 +57,7 @@ def command(
     with Progress() as progress:
         model = ref.load(warn=progress.say)
         store = Store(out or (f"{ref.run}/reconstructions" if images else f"{ref.run}/samples"))
-        places, size = list_images(images), model.rows
+        places, size = list_images(images, progress.say), model.rows
         entries: list[dict[str, Any]] = []
         shown: list[Tensor] = []
         parts: Iterable[Tensor]

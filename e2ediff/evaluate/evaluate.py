@@ -9,6 +9,7 @@ import functools
 from collections.abc import Mapping
 from importlib import metadata
 
+from e2ediff.data import left_out_text
 from e2ediff.distances import self_test
 from e2ediff.distributed.threads import quiet, threads_for
 from e2ediff.errors import DataError, PluginError
@@ -65,6 +66,10 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
     device = choose_device(request.target.device)
     subject = _subject(host, request)
     references = _references(host, request, subject)
+    sets = [subject.images, *(reference.images for reference in references.values())]
+    for images in dict.fromkeys(sets):
+        if images is not None and images.left_out:
+            report(f"{images.place}: {left_out_text(images.left_out)}")
     least = max([m.min_images() for m in request.metrics], default=1)
     if subject.count < least:
         raise DataError(

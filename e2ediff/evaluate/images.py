@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from tokenize import TokenError
 
 import attrs
@@ -22,20 +22,11 @@ from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import DataSource
+from e2ediff.data import DataSource, LeftOut
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import large_images, npy_header
-from e2ediff.files.images import (
-    MAX_PIXELS,
-    SUFFIXES,
-    is_grey,
-    is_image,
-    opened,
-    read_file,
-    to_mode,
-    to_tensor,
-)
-from e2ediff.files.names import files_below
+from e2ediff.files.images import MAX_PIXELS, is_grey, opened, to_mode, to_tensor
+from e2ediff.files.tree import ImageFile, named_images
 from e2ediff.model.inference import Model
 from e2ediff.sample.conditions import Conditions
 from e2ediff.sample.load import ModelRef
@@ -59,6 +50,8 @@ class ImageSet(ABC):
     """(C, H, W)."""
     unit: int = 1
     """Images that cost as much together as one: a share of them begins at a multiple."""
+    left_out: Sequence[LeftOut] = ()
+    """Files among the images that are not read."""
 
     @abstractmethod
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
@@ -86,44 +79,29 @@ class _Indexed(ImageSet):
 
 
 class FolderImages(_Indexed):
-    """The image files below a folder, sorted by path, without hidden ones; all of one size.
+    """The image files below a folder or in a zip or tar of one, sorted by path; all of one size.
 
     They are grey if all files are grey, and otherwise colour.
     """
 
     def __init__(self, root: Address) -> None:
-        self.place = root = addresses.plain(root)
-        try:
-            self.fs, path = addresses.file_system(root, typed=True)
-            files = files_below(self.fs, path) if self.fs.isdir(path) else None
-        except (ImportError, ValueError, OSError) as error:
-            raise DataError(f"{root}: cannot be opened: {error}") from error
-        if files is None:
-            raise DataError(f"{root}: no such folder; give a run, a folder of images or an npz")
-        self.files = [f for f in files if is_image(f)]
-        if not self.files:
-            raise DataError(f"{root}: holds no images (looked for {', '.join(SUFFIXES)})")
-        self.count = len(self.files)
+        self.place = addresses.plain(root)
+        found = named_images(root)
+        self.files, self.left_out, self.count = found.files, found.left_out, len(found.files)
         # Stop at the first colour image, which in a set of colour images is the first one.
         grey = all(self._is_grey(file) for file in self.files)
-        with opened(self._content(self.files[0]), self.files[0]) as first:
+        with opened(self.files[0].read(), self.files[0].address) as first:
             self.shape = (1 if grey else 3, first.height, first.width)
 
-    def _content(self, file: str) -> bytes:
-        try:
-            return read_file(self.fs, file)
-        except _DAMAGED as error:
-            raise DataError(f"{file}: cannot be read: {error}; replace it") from error
-
-    def _is_grey(self, file: str) -> bool:
-        with opened(self._content(file), file) as image:
+    def _is_grey(self, file: ImageFile) -> bool:
+        with opened(file.read(), file.address) as image:
             return is_grey(image)
 
-    def _read(self, file: str) -> Tensor:
-        with opened(self._content(file), file) as image:
+    def _read(self, file: ImageFile) -> Tensor:
+        with opened(file.read(), file.address) as image:
             if (image.height, image.width) != self.shape[1:]:
                 raise DataError(
-                    f"{file}: {image.width} x {image.height} pixels, the first image has "
+                    f"{file.address}: {image.width} x {image.height} pixels, the first image has "
                     f"{self.shape[2]} x {self.shape[1]}; scores need one size. Give real photos "
                     "as a data source, which crops: --reference '{name: image_folder, root: ..., "
                     "size: ..., classes: ...}'"
@@ -138,7 +116,7 @@ class FolderImages(_Indexed):
         """Hash the content of all files, in order, without their names."""
         content = hashlib.sha256()
         for file in self.files:
-            content.update(hashlib.sha256(self._content(file)).digest())
+            content.update(hashlib.sha256(file.read()).digest())
         return content.hexdigest()
 
 
@@ -187,6 +165,25 @@ class NpzImages(ImageSet):
     def sha256(self) -> str:
         """Hash the file."""
         return file_sha256(self.place)
+
+
+def stored_images(place: Address) -> ImageSet:
+    """Open images at an address: an npz, a folder of images or a zip or tar of one.
+
+    A folder that `sample --format npz` made has its images in an npz.
+
+    Raises:
+        DataError: There are none.
+    """
+    place = addresses.plain(place)
+    if place.endswith(".npz"):
+        return NpzImages(place)
+    inside = f"{place.rstrip('/')}/samples.npz"
+    with suppress(ImportError, ValueError, OSError):  # which the folder's own message says
+        fs, path = addresses.file_system(inside, typed=True)
+        if fs.isfile(path) and fs.isfile(f"{path.rpartition('/')[0]}/set.json"):
+            return NpzImages(inside)
+    return FolderImages(place)
 
 
 @contextmanager
@@ -247,6 +244,7 @@ class SourceImages(_Indexed):
 
     def __init__(self, source: DataSource, place: str) -> None:
         self.place, self.source, self.count = place, source, len(source)
+        self.left_out = source.left_out
         channels, height, width = source.read([0])[0].shape[1:]
         self.shape = (channels, height, width)
 

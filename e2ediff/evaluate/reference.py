@@ -22,12 +22,12 @@ from e2ediff.addresses import Address
 from e2ediff.data import SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.evaluate.images import (
-    FolderImages,
     ImageSet,
     NpzImages,
     SourceImages,
     file_sha256,
     readable,
+    stored_images,
 )
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.features import FeatureNetwork
@@ -78,7 +78,7 @@ def open_reference(place: Address, host: Host, data: SourceConfig | None) -> Ref
         return _of_images(SourceImages(source.open(), place))
     if place.endswith(".npz"):
         return _of_npz(place)
-    return _of_images(FolderImages(place))
+    return _of_images(stored_images(place))
 
 
 def _of_images(images: ImageSet) -> ReferenceSet:

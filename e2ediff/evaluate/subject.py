@@ -16,7 +16,7 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.averaging import Averaging
 from e2ediff.errors import DataError
-from e2ediff.evaluate.images import FolderImages, ImageSet, NpzImages, Samples
+from e2ediff.evaluate.images import ImageSet, Samples, stored_images
 from e2ediff.evaluate.reference import npz_keys
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
@@ -59,7 +59,7 @@ def stored_subject(place: Address, count: int | None) -> Subject:
             f"{place}: holds {', '.join(keys) or 'nothing'}; expected images in arr_0, uint8 "
             "(n, height, width, 3)"
         )
-    images: ImageSet = NpzImages(place) if place.endswith(".npz") else FolderImages(place)
+    images = stored_images(place)
     if count is not None and count > images.count:
         raise DataError(f"{place}: holds {images.count} images, --count asks for {count}")
     return Subject(

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from e2ediff.data import DataSource, OriginalSize
+from e2ediff.data import DataSource, HeightWidth, Original
 from e2ediff.errors import DataError
 from e2ediff.files.damage import DAMAGED
 from e2ediff.files.images import MAX_PIXELS, centre_crop, check_unpacked, to_tensor, too_many
@@ -37,12 +37,12 @@ def npy_header(
     return np.lib.format.read_array_header_2_0(file)
 
 
-def large_images(shape: Sequence[int], size: int = 0) -> str:
+def large_images(shape: Sequence[int], size: HeightWidth | None = None) -> str:
     """Return why an array of images (n, height, width, ...) is not read; empty if it may be.
 
     Args:
         shape: Its shape; one of fewer dimensions holds no images.
-        size: Length to which their shorter sides will be brought, 0 if they stay as they are.
+        size: What a resize will make them cover; None if they stay as they are.
     """
     large = too_many((shape[2], shape[1]), size) if len(shape) > 2 else ""
     return large and f"images of {large}, more than the {MAX_PIXELS:,} that are ever decoded"
@@ -54,11 +54,10 @@ class InMemory(DataSource):
     With `size`, they are resized and cropped to it when they are read, as ADM does.
     """
 
-    def __init__(self, x: Tensor, label: Tensor, size: int | None = None) -> None:
+    def __init__(self, x: Tensor, label: Tensor, size: HeightWidth | None = None) -> None:
         self.x = x
         self.label = label
-        fits = size is None or tuple(x.shape[2:]) == (size, size)
-        self.size = None if fits else size
+        self.size = None if size == tuple(x.shape[2:]) else size
 
     def __len__(self) -> int:
         return len(self.x)
@@ -68,8 +67,8 @@ class InMemory(DataSource):
         return self.label
 
     @override
-    def original_size(self, index: int) -> OriginalSize:
-        return OriginalSize(self.x.shape[-1], self.x.shape[-2])
+    def original(self, index: int) -> Original:
+        return Original(self.x.shape[-1], self.x.shape[-2])
 
     @override
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -80,7 +79,7 @@ class InMemory(DataSource):
         return x, self.label[rows]
 
     @staticmethod
-    def _cropped(x: Tensor, size: int) -> Tensor:
+    def _cropped(x: Tensor, size: HeightWidth) -> Tensor:
         pixels = x.permute(1, 2, 0).numpy()
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         return to_tensor(np.array(centre_crop(image, size)))

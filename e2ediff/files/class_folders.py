@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from e2ediff.data import LeftOut, left_out_text
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, is_image
 from e2ediff.files.labels import labelled
@@ -14,7 +17,13 @@ DATASET_JSON = "dataset.json"
 
 
 def class_folders(
-    paths: list[str], folders: list[str], place: str, option: str, *, everything: bool
+    paths: Sequence[str],
+    folders: Sequence[str],
+    place: str,
+    option: str,
+    left_out: Sequence[LeftOut] = (),
+    *,
+    everything: bool,
 ) -> tuple[Names, torch.Tensor, tuple[str, ...]]:
     """Return names, labels and class names of images in class folders, sorted by path.
 
@@ -29,7 +38,7 @@ def class_folders(
         where = "" if everything else " in class folders"
         raise DataError(
             f"{option}: {place} holds no images{where} (looked for {wanted} with "
-            f"{', '.join(SUFFIXES)})"
+            f"{', '.join(SUFFIXES)})" + (f"; {left_out_text(left_out)}" if left_out else "")
         )
     classes = [p.partition("/")[0] if "/" in p else "" for p in images]
     empty = sorted(set(folders) - set(classes))
@@ -57,7 +66,7 @@ def class_folders(
 
 
 def with_labels(
-    paths: list[str], values: dict[str, str], place: str, option: str, source: str
+    paths: Sequence[str], values: dict[str, str], place: str, option: str, source: str
 ) -> tuple[Names, torch.Tensor, int, tuple[str, ...]]:
     """Return names, labels, class count and names of images whose labels are in a file."""
     images = sorted(p for p in paths if is_image(p))

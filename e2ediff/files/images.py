@@ -1,8 +1,9 @@
-"""Images from files: the only place where one is opened, and ADM's centre crop.
+"""Images from files: the only place where one is opened, and how it becomes pixels.
 
 Every image that the program reads passes here. Pillow is given the formats that it may try, since
 one of the dozens that it knows runs Ghostscript, and the pixels are counted from the header: a
-file of some kilobytes can hold a picture of many gigabytes.
+file of some kilobytes can hold a picture of many gigabytes. docs/reference/images.md has all that
+is decided here in one table.
 
 Shapes: C H W image.
 """
@@ -20,13 +21,17 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
+from e2ediff.data import HeightWidth, Original
 from e2ediff.errors import BadImageError, DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
+    *(".bmp", ".gif", ".tif", ".tiff"),
+)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 64_000_000
 """Width times height of the largest picture that is decoded, unless a recipe says otherwise."""
 MAX_BYTES = 1 << 29
@@ -35,8 +40,21 @@ MAX_BYTES = 1 << 29
 For an image it is 8 bytes for each pixel.
 """
 
-_GREY = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")
-_COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+_GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+_COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+_ORIENTATION = 0x0112  # EXIF's tag, with the transposition that undoes each of its values
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Tags of TIFF: bits of a sample, what the values mean, whether they have a sign.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 
 
 @attrs.frozen
@@ -52,7 +70,38 @@ class Limit:
         return f"the {self.pixels:,} that are ever decoded"
 
 
-# Pillow raises SyntaxError for broken PNG, OSError for most other damage.
+@attrs.frozen
+class Rendering:
+    """What is made of a picture's orientation and transparency; by default neither is applied.
+
+    ADM's data are read so, on which the published statistics of ImageNet rest.
+
+    Args:
+        upright: Turn and mirror a picture as its EXIF data ask.
+        background: Colour on which a transparent picture is composed, in the words of CSS;
+            None leaves transparency out, and so shows what is stored beneath it.
+    """
+
+    upright: bool = False
+    background: str | None = None
+
+
+AS_STORED = Rendering()
+
+
+def colour(value: str) -> tuple[int, int, int]:
+    """Return red, green and blue of an opaque colour in the words of CSS.
+
+    Raises:
+        ValueError: It is none.
+    """
+    found = ImageColor.getrgb(value)
+    if len(found) != 3:
+        raise ValueError(f"{value!r} is not opaque")
+    return found
+
+
+# Pillow raises SyntaxError for broken PNG and OSError for most other damage.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
@@ -98,19 +147,22 @@ def read_file(fs: Any, path: str, what: str = "an image") -> bytes:
 def opened(
     data: bytes,
     place: str,
-    size: int = 0,
+    size: HeightWidth | None = None,
     limit: Limit = Limit(),
     formats: tuple[str, ...] = FORMATS,
+    *,
+    upright: bool = False,
 ) -> Iterator[Image.Image]:
     """Open an image so that its header is read and its pixels are not.
 
     Args:
         data: The file's content.
         place: Its path, for messages.
-        size: Length to which the shorter side will be brought, which may make a long picture
-            enormous; 0 if it stays as it is.
+        size: What a resize will make it cover, which may make a long picture enormous; None if
+            it stays as it is.
         limit: Of the pixels as stored, and of those after the resize.
         formats: Those that are tried, in Pillow's words.
+        upright: Whether the body turns it as its EXIF data ask.
 
     Raises:
         BadImageError: No image, a damaged one (also when the body decodes it), one of more
@@ -119,37 +171,64 @@ def opened(
     """
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            if large := too_many(image.size, size, limit.pixels):
+            if large := too_many(_seen(image, upright=upright), size, limit.pixels):
                 raise _refusal(place, f"{large}, more than {limit}", limit)
-            if image.mode not in (*_GREY, *_COLOUR):
-                what = f"mode {image.mode} is not read; expected grey of 8 or 16 bits, or colour"
-                raise _refusal(place, what, limit)
+            if what := _unknown_values(image):
+                expected = "expected grey of 8 or 16 bits, or colour"
+                raise _refusal(place, f"{what} is not read; {expected}", limit)
             yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         what = f"more pixels than {limit}, or than Pillow ever decodes"
         raise _refusal(place, what, limit) from error
     except UnidentifiedImageError as error:
         # Its own text has an address in memory.
-        what = "no JPEG, PNG, WebP or BMP" if data else "empty file"
+        what = f"none of {', '.join(formats)}" if data else "empty file"
         raise _refusal(place, f"damaged image ({what})", limit) from error
     except _DAMAGED as error:
-        raise _refusal(place, f"damaged image ({error})", limit) from error
+        what = str(error) or type(error).__name__
+        raise _refusal(place, f"damaged image ({what})", limit) from error
 
 
-def too_many(stored: tuple[int, int], size: int = 0, most: int = MAX_PIXELS) -> str:
+def _unknown_values(image: Image.Image) -> str:
+    """Return what of a picture's kind of values has no known range; empty for those that are read.
+
+    Pillow hands on the values of some kinds of TIFF as they are: with a sign, of 12 bits, of 32
+    bits, or with white as zero in 16 bits.
+    """
+    if image.mode not in (*_GREY, *_COLOUR):
+        return f"mode {image.mode}"
+    tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+    if image.mode == "I" and image.format != "PNG":
+        return "mode I, grey of 32 bits,"
+    bits = tags.get(_BITS, (8,))
+    if image.mode.startswith("I") and tags and bits != (16,):
+        return f"grey of {bits[0]} bits"
+    if image.mode.startswith("I") and tags.get(_PHOTOMETRIC) == 0:
+        return "grey of 16 bits with white as 0"
+    if {2, 3} & {*np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)).tolist()}:
+        return "values with a sign or fractions"
+    return ""
+
+
+def too_many(
+    stored: tuple[int, int], size: HeightWidth | None = None, most: int = MAX_PIXELS
+) -> str:
     """Return which size of a picture, stored or resized, has too many pixels; or empty.
 
     Args:
         stored: Width and height.
-        size: Length to which the shorter side will be brought; 0 if it stays as it is.
+        size: What a resize will make it cover; None if it stays as it is.
         most: The most pixels.
     """
     width, height = stored
     if width * height > most:
         return f"{width} x {height} pixels"
-    wide, high = resized(stored, size)
-    if wide * high > most:
-        return f"{width} x {height} pixels, {wide} x {high} with a shorter side of {size}"
+    wide, high = covering(stored, size) if size else stored
+    if size and wide * high > most:
+        return (
+            f"{width} x {height} pixels, {wide} x {high} when resized to cover "
+            f"{size.width} x {size.height}"
+        )
     return ""
 
 
@@ -159,9 +238,9 @@ def _refusal(place: str, what: str, limit: Limit) -> DataError:
     return DataError(f"{place}: {what}; remove or replace it")
 
 
-def resized(stored: tuple[int, int], size: int) -> tuple[int, int]:
-    """Return width and height once the shorter side is `size`; as stored for 0."""
-    scale = size / min(stored) if size and min(stored) else 1.0
+def covering(stored: tuple[int, int], size: HeightWidth) -> tuple[int, int]:
+    """Return width and height of a picture that is resized until it just covers a size."""
+    scale = max(size.width / max(1, stored[0]), size.height / max(1, stored[1]))
     return round(stored[0] * scale), round(stored[1] * scale)
 
 
@@ -169,17 +248,31 @@ def decode(
     data: bytes,
     place: str,
     channels: int,
-    size: int,
+    size: HeightWidth,
     limit: Limit = Limit(),
+    rendering: Rendering = AS_STORED,
 ) -> Tensor:
-    """Decode an image to pixels (C, size, size), uint8, cropped as ADM does.
+    """Decode an image to pixels (C, H, W), uint8, cropped as ADM does.
 
     Raises:
         BadImageError, DataError: As `opened`.
     """
-    with opened(data, place, size, limit) as image:
-        array = np.array(centre_crop(to_mode(image, channels), size))
+    with opened(data, place, size, limit, upright=rendering.upright) as image:
+        array = np.array(centre_crop(to_mode(image, channels, rendering), size))
     return to_tensor(array)
+
+
+def described(
+    data: bytes, place: str, size: HeightWidth, limit: Limit = Limit(), *, upright: bool = False
+) -> Original:
+    """Describe an image by its header; with `upright`, width and height are those once turned.
+
+    Raises:
+        BadImageError, DataError: As `opened`.
+    """
+    with opened(data, place, size, limit, upright=upright) as image:
+        seen, turned = _seen(image, upright=upright), _turn(image) is not None
+        return Original(*seen, turned, _is_transparent(image), _frames(image))
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -187,20 +280,66 @@ def is_grey(image: Image.Image) -> bool:
     return image.mode in _GREY
 
 
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
+def _turn(image: Image.Image) -> int | None:
+    """Return the value of EXIF that asks to turn or mirror a picture, None if none does.
+
+    Damaged EXIF data ask for nothing. TIFF's own tag is applied by Pillow as it decodes.
+    """
+    known = {"exif", "Raw profile type exif"} & image.info.keys()
+    if image.format == "TIFF" or (image.format == "PNG" and not known):
+        return None  # PNG's would be looked for behind the pixels
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except _DAMAGED:
+        return None
+    return value if value in _UPRIGHT else None
+
+
+def _seen(image: Image.Image, *, upright: bool) -> tuple[int, int]:
+    """Return width and height, once it is turned if it is to be upright."""
+    width, height = image.size
+    return (height, width) if upright and _turn(image) in (5, 6, 7, 8) else (width, height)
+
+
+def _frames(image: Image.Image) -> int:
+    """Return the number of images in a file; 1 where those behind the first are damaged."""
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except _DAMAGED:
+        return 1
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    palette = image.palette.mode if image.palette else ""
+    return image.mode in _ALPHA or "transparency" in image.info or palette.endswith("A")
+
+
+def to_mode(image: Image.Image, channels: int, rendering: Rendering = AS_STORED) -> Image.Image:
     """Convert a picture to bytes, grey (`L`) for one channel and `RGB` for three.
 
     Of 16 bits the upper eight are kept, as Pillow does by itself for colour; a palette's colours
-    are looked up; transparency is left out, and so shows what is stored beneath it.
+    are looked up; transparency is left out unless a background is given.
 
     Raises:
         ValueError: Grey values of more than 16 bits.
     """
+    turn = _turn(image) if rendering.upright else None
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"mode {image.mode} with values beyond 16 bits is not read")
+        clear = image.info.get("transparency")
         image = Image.fromarray((values >> 8).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    if turn is not None:
+        image = image.transpose(_UPRIGHT[turn])
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    if rendering.background is not None and _is_transparent(image):
+        above = image.convert("RGBA")
+        image = Image.new("RGBA", above.size, (*colour(rendering.background), 255))
+        image.alpha_composite(above)
     image.info.pop("transparency", None)  # Pillow would warn of what is left out
     return image.convert("L" if channels == 1 else "RGB")
 
@@ -211,14 +350,14 @@ def to_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Crop the square of `size` pixels at the centre, after ADM's resize.
+def centre_crop(image: Image.Image, size: HeightWidth) -> Image.Image:
+    """Crop height and width at the centre, after ADM's resize; ADM's own size is a square.
 
     Source: `center_crop_arr` of ADM (Dhariwal & Nichol 2021, released code), on which the
     ImageNet scores of DiT and SiT rest.
     """
-    while min(image.size) >= 2 * size:
+    while image.width >= 2 * size.width and image.height >= 2 * size.height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = image.resize(resized(image.size, size), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    image = image.resize(covering(image.size, size), Image.Resampling.BICUBIC)
+    left, top = (image.width - size.width) // 2, (image.height - size.height) // 2
+    return image.crop((left, top, left + size.width, top + size.height))

@@ -19,10 +19,31 @@ from torch import Tensor
 from typing_extensions import override
 
 from e2ediff import addresses
-from e2ediff.data import DataSource, ImageSpec, OriginalSize, Sampling, SourceConfig
+from e2ediff.data import (
+    DataSource,
+    HeightWidth,
+    ImageSpec,
+    LeftOut,
+    Original,
+    Sampling,
+    Size,
+    SourceConfig,
+    as_size,
+    height_width,
+    positive_size,
+)
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.files.damage import DAMAGED
-from e2ediff.files.images import MAX_PIXELS, Limit, decode, opened, to_tensor
+from e2ediff.files.images import (
+    AS_STORED,
+    MAX_PIXELS,
+    Limit,
+    Rendering,
+    colour,
+    decode,
+    described,
+    to_tensor,
+)
 
 MOST_CLASSES = 100_000_000
 """Class numbers are smaller: a larger one is no class, and counting it would fill the memory."""
@@ -69,6 +90,7 @@ class Listing:
     `labels` is (M,), int64; `classes` the number of classes that are seen in the data, 0 if
     they have no labels; `class_names` their names, empty if the labels are numbers.
     `fetch` gives the stored bytes of an image; with `raw`, its (H, W, C), they are its pixels.
+    `left_out` are files among the images that are not read.
     """
 
     place: str
@@ -78,6 +100,7 @@ class Listing:
     class_names: tuple[str, ...]
     fetch: Callable[[int], bytes]
     raw: tuple[int, int, int] | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     def path(self, i: int) -> str:
         """Return an image's path, for messages."""
@@ -163,10 +186,18 @@ def fitted(listing: Listing, classes: int, option: str, word: str = "classes") -
 class EncodedImages(DataSource):
     """Encoded or raw images, decoded and cropped when they are read."""
 
-    def __init__(self, listing: Listing, image: ImageSpec, limit: Limit) -> None:
+    def __init__(
+        self,
+        listing: Listing,
+        image: ImageSpec,
+        limit: Limit,
+        rendering: Rendering = AS_STORED,
+    ) -> None:
         self.listing = listing
         self.image = image
         self.limit = limit
+        self.rendering = rendering
+        self.size = HeightWidth(image.height, image.width)
 
     def __len__(self) -> int:
         return len(self.listing.names)
@@ -185,17 +216,22 @@ class EncodedImages(DataSource):
         x = torch.stack([self._image(i) for i in indices])
         return x, self.listing.labels[torch.as_tensor(indices)]
 
+    @property
+    @override
+    def left_out(self) -> Sequence[LeftOut]:
+        return self.listing.left_out
+
     def path_of(self, index: int) -> str:
         """Return path or URL of the file, or of the archive and the member in it."""
         return self.listing.path(index)
 
     @override
-    def original_size(self, index: int) -> OriginalSize:
+    def original(self, index: int) -> Original:
         place, data = self.listing.path(index), self._bytes(index)
         if self.listing.raw:
-            return OriginalSize(self.listing.raw[1], self.listing.raw[0])
-        with opened(data, place, self.image.height, self.limit) as image:
-            return OriginalSize(image.width, image.height)
+            return Original(self.listing.raw[1], self.listing.raw[0])
+        upright = self.rendering.upright
+        return described(data, place, self.size, self.limit, upright=upright)
 
     def _bytes(self, i: int) -> bytes:
         try:
@@ -208,8 +244,8 @@ class EncodedImages(DataSource):
     def _image(self, i: int) -> Tensor:
         data = self._bytes(i)
         if self.listing.raw is None:
-            size = self.image.height
-            return decode(data, self.listing.path(i), self.image.channels, size, self.limit)
+            place, channels = self.listing.path(i), self.image.channels
+            return decode(data, place, channels, self.size, self.limit, self.rendering)
         pixels = np.frombuffer(data, np.uint8)
         if pixels.size != np.prod(self.listing.raw):
             raise BadImageError(self.listing.path(i), "damaged image (its file is cut short)")
@@ -220,14 +256,14 @@ class EncodedImages(DataSource):
 class EncodedConfig(SourceConfig):
     """Options of all sources of encoded images.
 
-    `size`, `classes`, `channels`, `flip`, `sampling`, `on_bad_image`, `held_out`, `workers` and
-    `max_pixels` are described by `image_folder`.
+    `size`, `classes`, `channels`, `flip`, `sampling`, `on_bad_image`, `held_out`, `workers`,
+    `max_pixels`, `upright` and `background` are described by `image_folder`.
     """
 
     address: ClassVar[str] = "path"
     word: ClassVar[str] = "classes"
 
-    size: int = attrs.field(validator=validators.gt(0))
+    size: Size = attrs.field(converter=as_size, validator=positive_size)
     classes: int = attrs.field(validator=validators.ge(0))
     channels: int = attrs.field(default=3, validator=validators.in_((1, 3)))
     flip: bool = True
@@ -238,11 +274,18 @@ class EncodedConfig(SourceConfig):
     )
     workers: int = attrs.field(default=4, validator=validators.ge(0))
     max_pixels: int = attrs.field(default=MAX_PIXELS, validator=validators.gt(0))
+    upright: bool = False
+    background: str | None = attrs.field(default=None)
+
+    @background.validator
+    def _is_colour(self, field: attrs.Attribute[str | None], value: str | None) -> None:
+        if value is not None:
+            colour(value)
 
     @property
     def image(self) -> ImageSpec:
         """`channels`, `size` and `classes`, as the recipe says."""
-        return ImageSpec(self.channels, self.size, self.size, self.classes)
+        return ImageSpec(self.channels, *height_width(self.size), self.classes)
 
     @abstractmethod
     def listing(self, *, held_out: bool) -> Listing:
@@ -270,4 +313,5 @@ class EncodedConfig(SourceConfig):
         other = held_out and self.has_held_out
         listing = self.listing(held_out=other)
         fit = fitted(listing, self.classes, self.option(held_out=other), self.word)
-        return EncodedImages(fit, self.image, Limit(self.max_pixels, "data.max_pixels"))
+        limit = Limit(self.max_pixels, "data.max_pixels")
+        return EncodedImages(fit, self.image, limit, Rendering(self.upright, self.background))

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from e2ediff.condition import ClassLabels, Condition, concatenate
-from e2ediff.data import DataSource, OriginalSize, SourceConfig
+from e2ediff.data import DataSource, LeftOut, Original, SourceConfig
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.store.storage import Store
 
@@ -57,13 +57,18 @@ class Skipping(DataSource):
     def class_names(self) -> tuple[str, ...]:
         return self.source.class_names
 
+    @property
+    @override
+    def left_out(self) -> Sequence[LeftOut]:
+        return self.source.left_out
+
     def path_of(self, index: int) -> str:
         """Return the source's path."""
         return self.source.path_of(index)
 
-    def original_size(self, index: int) -> OriginalSize:
-        """Return the source's size, damaged images included."""
-        return self.source.original_size(index)
+    def original(self, index: int) -> Original:
+        """Return the source's description, damaged images included."""
+        return self.source.original(index)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | Condition]:
         """Read these images, replacing damaged ones by others of their classes.

@@ -12,7 +12,7 @@ import torch
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import DataSource
+from e2ediff.data import DataSource, left_out_text
 from e2ediff.distributed.signals import BEFORE, Stop, Stopped, exit_code_of
 from e2ediff.distributed.threads import restored_threads
 from e2ediff.distributed.world import ElsewhereError, World, is_broken_collective
@@ -166,6 +166,7 @@ def train(
                 _restore(ready, directory, shown)
             engine = ready
             _greet(shown, engine)
+            _name_left_out(shown, directory, recipe, sources)
             stop.defer()
             engine.run(stop)
         except BaseException as caught:
@@ -320,6 +321,18 @@ def _greet(progress: Progress, engine: Engine) -> None:
     warning = alarm_blind_spot(engine.recipe, engine.monitor.observer.diagnostics)
     if warning and engine.parts.nets.online.latent.learned:
         progress.say(f"warning: {warning}")
+
+
+def _name_left_out(
+    progress: Progress, directory: RunDirectory, recipe: Recipe, sources: Sequence[DataSource]
+) -> None:
+    """Report the files among the images that are not read."""
+    names = ("data", "held-out data") if recipe.data.has_held_out else ("data",)
+    for name, source in zip(names, sources, strict=False):
+        if source.left_out:
+            progress.say(f"{name}: {left_out_text(source.left_out)}")
+            listed = [attrs.asdict(one) for one in source.left_out]
+            directory.event("left_out", of=name, files=listed)
 
 
 def _place(engine: Engine) -> str:

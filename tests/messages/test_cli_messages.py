@@ -292,7 +292,8 @@ def test_another_number_of_class_folders_is_said_with_the_folders_found(folder: 
     ]
     assert refused(5, "run", "folder.yaml", "--set", "data.root=images/cat") == [
         "data.root: images/cat holds no images in class folders "
-        "(looked for <class>/<name> with .jpg, .jpeg, .png, .webp, .bmp)"
+        "(looked for <class>/<name> with .jpg, .jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, "
+        ".tiff)"
     ]
     assert not Path("runs").exists()
 

@@ -36,7 +36,8 @@ def test_empty_class_folders_are_named() -> None:
     Path("tree/notes/a.txt").write_text("no image")
     assert refused("classes=5") == (
         "data.root: 2 of 5 class folders in tree hold no images (empty, notes); put images (.jpg, "
-        ".jpeg, .png, .webp, .bmp) there, or remove the folders and `--set data.classes=3`"
+        ".jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, .tiff) there, or remove the "
+        "folders and `--set data.classes=3`"
     )
 
 

@@ -80,7 +80,8 @@ def said(code, *words):
         ("floats.npz", "made.npz", "arr_0 is float64 (4, 16, 16, 3), expected uint8"),
         ("no.npz", "made.npz", "cannot be read as an npz"),
         ("missing.npz", "made.npz", "cannot be read as an npz"),
-        ("nowhere", "made.npz", "no such folder; give a run, a folder of images or an npz"),
+        ("nowhere", "made.npz", "no such file or folder; give an image, a folder of images, a zip "
+         "or tar of one, or an npz"),
         ("empty", "made.npz", "holds no images (looked for .jpg"),
         ("mixed", "made.npz", "20 x 20 pixels, the first image has 16 x 16"),
         ("made.npz", "large.npz", "its images have 32 x 32 pixels, those of"),

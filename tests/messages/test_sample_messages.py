@@ -431,7 +431,7 @@ def test_one_s_own_images_are_reconstructed_each_with_its_psnr(run: str, photos:
 
 def test_images_that_are_missing_or_damaged_are_named(run: str, photos: Path) -> None:
     (line,) = refused(5, "reconstruct", run, "nowhere")
-    assert line.startswith("nowhere: no such file or folder (looked for .jpg")
+    assert line.startswith("nowhere: no such file or folder; give an image, a folder of")
     Path("empty").mkdir()
     Path("empty/notes.txt").write_text("")
     (line,) = refused(5, "reconstruct", run, "empty")

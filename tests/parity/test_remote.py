@@ -143,7 +143,10 @@ def test_broken_images_in_a_store_are_named_by_their_address(place: Path, store:
     fs.pipe_file(path, b"<html>")
     done = e2ediff("data", "check", f"{store}/tree", "--set", "size=8", "--workers", 0)
     assert done.code == 5
-    assert done.out == f"{store}/tree/{name}: damaged image (no JPEG, PNG, WebP or BMP)\n"
+    assert (
+        done.out
+        == f"{store}/tree/{name}: damaged image (none of JPEG, PNG, WEBP, BMP, GIF, TIFF)\n"
+    )
 
 
 # Refusals

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import ClassVar
 
 import attrs
@@ -18,7 +17,8 @@ from e2ediff.files.images import read_file
 from e2ediff.files.labels import read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names
 from e2ediff.files.location import Location
-from e2ediff.files.names import below, files_below, is_hidden
+from e2ediff.files.names import Tally, below, images_of
+from e2ediff.files.tree import tree
 
 
 class FolderBytes:
@@ -38,30 +38,6 @@ class FolderBytes:
             raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def walk(location: Location) -> tuple[list[str], list[str]]:
-    """Paths of all files below a folder, and the names of the folders in it, no hidden ones.
-
-    Local folders are walked directly, which is much faster, and may be links.
-    """
-    root = location.path
-    if not location.local:
-        paths = [below(root, path) for path in files_below(location.fs, root)]
-        entries = location.fs.ls(root, detail=True)
-        found = [below(root, e["name"].rstrip("/")) for e in entries if e["type"] == "directory"]
-        return paths, sorted(name for name in found if name and not is_hidden(name))
-    paths, folders = list[str](), list[str]()
-    with os.scandir(root) as scanned:
-        for entry in scanned:
-            if not is_hidden(entry.name):
-                (folders if entry.is_dir() else paths).append(entry.name)
-    for folder in folders:
-        for place, inner, names in os.walk(os.path.join(root, folder)):
-            inner[:] = [name for name in inner if not is_hidden(name)]  # not walked, either
-            here = below(root, place)
-            paths += [f"{here}/{name}" for name in names if not is_hidden(name)]
-    return paths, sorted(folders)
-
-
 @attrs.frozen(kw_only=True)
 class ImageFolder(EncodedConfig):
     """A folder with one folder of images for each class, as ImageNet's own layout.
@@ -72,7 +48,11 @@ class ImageFolder(EncodedConfig):
     `labels` is a file that has them instead: a line `<image> <class>` for each image, or a
     `dataset.json` as StyleGAN and EDM write it, which is also found by itself in the root.
     Images are cropped as ADM does: halved by box filters while twice `size` or larger, resized
-    with bicubic filter so that the shorter side is `size`, and cut in the centre.
+    with bicubic filter so that the shorter side is `size`, and cut in the centre. `size` is the
+    side of a square, or `[height, width]`, which a resized image just covers.
+    With `upright`, an image is turned as its EXIF data ask; `background`, a colour in the words
+    of CSS such as `white` or `"#808080"`, is what a transparent image is composed on. By default
+    both are left out, as ADM does.
     `flip` mirrors half of the training images.
     `sampling` `class_balanced` shows all classes equally often, `natural` as often as they occur.
     `on_bad_image` is what follows from an image that is damaged or has more than `max_pixels`
@@ -111,19 +91,27 @@ class ImageFolder(EncodedConfig):
                 "(for ImageNet: train/n01440764/*.JPEG, ...). Give its path or URL with "
                 f"`--set {option}=/path/to/train`."
             )
-        paths, folders = walk(location)
-        values, source = None, self.labels or ""
+        try:
+            found = tree(location.fs, location.path)
+        except OSError as error:
+            raise DataError(f"{option}: {root}: a folder cannot be listed: {error}") from error
+        paths, folders = found.files, found.folders
+        values, source, also_read = None, self.labels or "", [DATASET_JSON]
         if self.labels and not held_out:
             values = read_labels(self.labels)
+            also_read.append(below(location.path, Location(self.labels, "data.labels").path))
         elif DATASET_JSON in paths:
             source = location.below(DATASET_JSON)
             values = read_labels(source, location)
+        tally = Tally()
+        tally.include((*found.left_out, *images_of(paths, also_read)[1]))
         if values is not None:
             names, labels, classes, class_names = with_labels(paths, values, root, option, source)
         else:
             names, labels, class_names = class_folders(
-                paths, folders, root, option, everything=self.classes == 0
+                paths, folders, root, option, tally.left_out, everything=self.classes == 0
             )
             classes = len(class_names)
         fetch = FolderBytes(location, names)
-        return Listing(root, names, labels, classes, class_names, fetch)
+        left_out = tally.left_out
+        return Listing(root, names, labels, classes, class_names, fetch, left_out=left_out)

@@ -125,6 +125,7 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
     Prints one line `path: fault` for each; exits with 5 if there are any.
     The hashes of prepared shards are compared too.
     """
+    from e2ediff.data import left_out_text
     from e2ediff.errors import DataError
     from e2ediff.host.plugins import load
     from e2ediff.train.progress import Progress
@@ -150,6 +151,9 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
             bad += seen.bad
     for place, what in bad:
         click.echo(f"{place}: {what}")
+    for source in sources:
+        if left_out := left_out_text(source.left_out):
+            click.echo(left_out, err=True)
     count = sum(map(len, sources))
     if bad:
         raise DataError(

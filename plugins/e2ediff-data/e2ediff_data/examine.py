@@ -28,6 +28,8 @@ class Examined:
     `bad` has path and fault of each unusable image, `shorter` the length of the shorter side of
     the others as stored; `pixels` holds mean and covariance of the cropped pixels in [-1, 1], none
     after a quick pass; `colour` is the number of images that are not grey.
+    `turned`, `transparent` and `several` count images whose EXIF data ask to turn them, that have
+    an alpha channel or a transparent colour, and that are the first of several in their file.
     """
 
     count: int = 0
@@ -35,6 +37,9 @@ class Examined:
     shorter: array[int] = attrs.field(factory=lambda: array("q"))
     pixels: Accumulator = attrs.field(factory=Accumulator)
     colour: int = 0
+    turned: int = 0
+    transparent: int = 0
+    several: int = 0
 
     @property
     def mean(self) -> list[float]:
@@ -56,6 +61,9 @@ class Examined:
         self.shorter += other.shorter
         self.pixels.merge(other.pixels)
         self.colour += other.colour
+        self.turned += other.turned
+        self.transparent += other.transparent
+        self.several += other.several
 
 
 class _Chunks(Dataset[Examined | str]):
@@ -69,8 +77,11 @@ class _Chunks(Dataset[Examined | str]):
         seen = Examined(count=len(chunk))
         for i in chunk:
             try:
-                size = self.source.original_size(i)
-                seen.shorter.append(min(size.width, size.height))
+                found = self.source.original(i)
+                seen.shorter.append(min(found.width, found.height))
+                seen.turned += int(found.turned)
+                seen.transparent += int(found.transparent)
+                seen.several += int(found.frames > 1)
                 if self.quick:
                     continue
                 x = self.source.read([i])[0][0]

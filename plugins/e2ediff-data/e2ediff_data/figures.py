@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.condition import ClassLabels
-from e2ediff.data import DataSource, SourceConfig
+from e2ediff.data import DataSource, SourceConfig, left_out_text
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.host.yaml import dump_yaml
@@ -45,7 +45,31 @@ def lines(source: DataSource, config: SourceConfig, seen: Examined) -> Iterator[
     for name, values in (("mean", seen.mean), ("std", seen.std)):
         if values:
             yield f"{name:<11} {', '.join(f'{v:.3f}' for v in values)} (channels, in [-1, 1])"
+    yield from _kind_lines(config, seen)
     yield f"broken      {len(seen.bad)} of {seen.count:,} images looked at"
+    if left_out := left_out_text(source.left_out):
+        yield f"left out    {left_out}"
+
+
+def _kind_lines(config: SourceConfig, seen: Examined) -> Iterator[str]:
+    """Yield what of the images a reader may leave out, and what becomes of it."""
+    upright = getattr(config, "upright", False)
+    background = getattr(config, "background", None)
+    became = {
+        "turned": "turned upright" if upright else "read as stored (data.upright turns them)",
+        "transparent": f"composed on {background}"
+        if background
+        else "read without it (data.background composes them)",
+        "several": "the first frame is read",
+    }
+    kinds = (
+        ("turned", seen.turned, "with an EXIF orientation"),
+        ("transparent", seen.transparent, "with transparency"),
+        ("several", seen.several, "with several frames"),
+    )
+    for name, count, what in kinds:
+        if count:
+            yield f"{name:<11} {count:,} of {seen.count:,} images {what}: {became[name]}"
 
 
 def _class_lines(source: DataSource, config: SourceConfig, per: Tensor) -> Iterator[str]:
@@ -103,6 +127,8 @@ def as_json(
     if sides := _shorter_sides(seen):
         found["sizes"] = sides
     found |= {"mean": seen.mean, "std": seen.std}
+    found |= {"turned": seen.turned, "transparent": seen.transparent, "several": seen.several}
+    found["left_out"] = [attrs.asdict(one) for one in source.left_out]
     found["broken"] = [{"image": place, "what": what} for place, what in seen.bad]
     return {**found, "proposed": proposed(host, source, config, seen)}
 

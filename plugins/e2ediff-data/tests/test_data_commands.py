@@ -42,7 +42,7 @@ def test_check_names_every_broken_image_and_fails() -> None:
     assert done.out.splitlines() == [
         "tree/n00000001/n00000001_3.JPEG: damaged image (image file is truncated (43 bytes not "
         "processed))",
-        "tree/n00000002/n00000002_0.JPEG: damaged image (no JPEG, PNG, WebP or BMP)",
+        "tree/n00000002/n00000002_0.JPEG: damaged image (none of JPEG, PNG, WEBP, BMP, GIF, TIFF)",
     ]
     assert "error: tree: 2 of 20 images cannot be used; remove or replace them" in done.err
     quick = e2ediff("data", "check", "tree", "--quick", "--workers", "0")

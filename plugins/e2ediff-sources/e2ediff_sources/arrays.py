@@ -19,7 +19,17 @@ from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import DataSource, ImageSpec, Recognised, Sampling, SourceConfig
+from e2ediff.data import (
+    DataSource,
+    ImageSpec,
+    Recognised,
+    Sampling,
+    Size,
+    SourceConfig,
+    as_size,
+    height_width,
+    positive_size,
+)
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import InMemory, large_images, npy_header, read_idx
 from e2ediff.files.damage import DAMAGED
@@ -56,7 +66,7 @@ class Arrays(SourceConfig):
     held_out_labels: str | None = attrs.field(
         default=None, converter=optional(addresses.plain), validator=addresses.allowed
     )
-    size: int = attrs.field(validator=validators.gt(0))
+    size: Size = attrs.field(converter=as_size, validator=positive_size)
     classes: int = attrs.field(validator=validators.ge(0))
     channels: int = attrs.field(default=3, validator=validators.in_((1, 3)))
     flip: bool = True
@@ -77,7 +87,7 @@ class Arrays(SourceConfig):
     @property
     def image(self) -> ImageSpec:
         """`channels`, `size` and `classes`, as the recipe says."""
-        return ImageSpec(self.channels, self.size, self.size, self.classes)
+        return ImageSpec(self.channels, *height_width(self.size), self.classes)
 
     @property
     @override
@@ -102,7 +112,7 @@ class Arrays(SourceConfig):
                 f"data.classes: {self.classes} (labels 0 to {self.classes - 1}); "
                 f"`--set data.classes={int(label.max()) + 1}` takes them all"
             )
-        return InMemory(x, label, self.size)
+        return InMemory(x, label, height_width(self.size))
 
     def arrays(self, *, held_out: bool = False) -> tuple[Tensor, Tensor | None]:
         """Images (M, C, H, W), uint8, and labels (M,), int64, whatever `classes` says.
@@ -127,7 +137,7 @@ class Arrays(SourceConfig):
             )
         if not len(x):
             raise DataError(f"{options[0]}: {images} holds no images; expected one or more")
-        if large := large_images(x.shape, self.size):
+        if large := large_images(x.shape, height_width(self.size)):
             raise DataError(f"{options[0]}: {images} holds {large}; write others")
         x = _with_channels(x.permute(0, 3, 1, 2), self.channels)
         if labels is None:

@@ -262,7 +262,9 @@ def test_arrays_of_labels_are_not_unpacked_without_end() -> None:
 
 def test_arrays_that_the_crop_would_make_enormous_are_refused() -> None:
     np.savez("x.npz", images=np.zeros((2, 70_000, 1), np.uint8))
-    with pytest.raises(DataError, match="1 x 70000 pixels, 32 x 2240000 with a shorter side"):
+    with pytest.raises(
+        DataError, match="1 x 70000 pixels, 32 x 2240000 when resized to cover 32 x 32"
+    ):
         Arrays(images="x.npz", size=32, classes=0).open()
 
 

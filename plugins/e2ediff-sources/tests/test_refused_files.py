@@ -83,8 +83,8 @@ def test_empty_class_folders_of_a_zip_are_named() -> None:
             file.write(path, path.relative_to("tree"))
     assert refused(block("archive", "x.zip")) == (
         "data.path: 2 of 5 class folders in x.zip hold no images (empty, notes); put images "
-        "(.jpg, .jpeg, .png, .webp, .bmp) there, or remove the folders and "
-        "`--set data.classes=3`"
+        "(.jpg, .jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, .tiff) there, or remove "
+        "the folders and `--set data.classes=3`"
     )
 
 
