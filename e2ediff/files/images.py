@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -101,8 +102,9 @@ def colour(value: str) -> tuple[int, int, int]:
     return found
 
 
-# Pillow raises SyntaxError for broken PNG and OSError for most other damage.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+# Pillow raises SyntaxError for broken PNG, TypeError for TIFF's numbers of a wrong kind, and
+# OSError for most other damage.
+_DAMAGED = (OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error, zlib.error)
 
 
 def is_image(name: str) -> bool:
@@ -170,14 +172,18 @@ def opened(
         DataError: The same, where the limit is of no recipe.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
+        # Pillow warns of damaged metadata, without which the pixels are read all the same.
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(data), formats=formats) as image,
+        ):
             if large := too_many(_seen(image, upright=upright), size, limit.pixels):
                 raise _refusal(place, f"{large}, more than {limit}", limit)
             if what := _unknown_values(image):
                 expected = "expected grey of 8 or 16 bits, or colour"
                 raise _refusal(place, f"{what} is not read; {expected}", limit)
             yield image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         what = f"more pixels than {limit}, or than Pillow ever decodes"
         raise _refusal(place, what, limit) from error
     except UnidentifiedImageError as error:

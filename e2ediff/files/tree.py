@@ -181,7 +181,9 @@ def _in_folder(place: str) -> NamedImages:
         if packed:
             return _joined([named_images(_address(fs, root, place, p)) for p in packed])
         paths = [p for p in paths if p.startswith("images/")] or paths
-    images, others = images_of(paths)
+    # Labels, as StyleGAN and WebDataset write them, which nothing here needs.
+    labels = [p for p in paths if p == "dataset.json" or p.endswith(".cls")]
+    images, others = images_of(paths, labels)
     tally.include((*found.left_out, *others))
     if not images:
         why = f"; {left_out_text(tally.left_out)}" if tally.left_out else ""
