@@ -5,6 +5,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -258,4 +259,10 @@ def patch_problems(image: ImageSpec, patch: int) -> list[tuple[str, str]]:
     """List what a backbone's `problems` says of a `patch` that does not tile the images."""
     if image.height % patch == 0 and image.width % patch == 0:
         return []
-    return [("patch", f"{patch} does not divide the image, {image.height} x {image.width}")]
+    common = math.gcd(image.height, image.width)
+    fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    what = (
+        f"{patch} does not divide the image, {image.height} x {image.width} (height x width); "
+        f"expected a divisor of both: {fitting}"
+    )
+    return [("patch", what)]

@@ -37,7 +37,8 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     click.echo(
         f"recipe      {read.name}: {read.total_images:,} images, {read.total_steps:,} steps"
     )
-    click.echo(f"images      {image.channels} x {image.height} x {image.width}, {_classes(read)}")
+    shape = f"{image.channels} x {image.height} x {image.width}"
+    click.echo(f"images      {shape} (channels x height x width), {_classes(read)}")
     fixed = "" if latent.learned else ", not learned"
     shape = f"{latent.tokens} tokens x {latent.dim}"
     click.echo(f"latent      {shape}, norm {latent.norm}{grid}{fixed}")

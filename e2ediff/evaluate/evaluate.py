@@ -170,9 +170,9 @@ def _references(host: Host, request: Request, subject: Subject) -> Mapping[str, 
     for reference in found.values():
         images = reference.images
         if images is not None and images.shape[1:] != subject.images.shape[1:]:
-            ours, theirs = (f"{s[2]} x {s[1]}" for s in (subject.images.shape, images.shape))
+            ours, theirs = (f"{s[1]} x {s[2]}" for s in (subject.images.shape, images.shape))
             raise DataError(
-                f"{reference.place}: its images have {theirs} pixels, those of "
+                f"{reference.place}: its images have {theirs} pixels (height x width), those of "
                 f"{subject.images.place} {ours}; a score needs one resolution"
             )
     return found

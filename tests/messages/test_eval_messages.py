@@ -84,7 +84,7 @@ def said(code, *words):
          "or tar of one, or an npz"),
         ("empty", "made.npz", "holds no images (looked for .jpg"),
         ("mixed", "made.npz", "20 x 20 pixels, the first image has 16 x 16"),
-        ("made.npz", "large.npz", "its images have 32 x 32 pixels, those of"),
+        ("made.npz", "large.npz", "its images have 32 x 32 pixels (height x width), those of"),
         ("made.npz", "statistics.npz", "its statistics are of Inception features, and the network "
          "is RandomProjection128"),
         ("made.npz", "narrow.npz", "mu (3,) and sigma (4, 4), expected (F,) and (F, F)"),

@@ -267,7 +267,10 @@ def test_a_part_that_does_not_fit_the_small_recipe_says_what_it_needs(folder, mo
     host = source.host()
     (verdict,) = kit.check_plugin(host, "my_backbone")
     assert verdict.check == "fits a recipe"
-    assert "backbone.patch: 7 does not divide the image, 16 x 16" in verdict.problem
+    assert (
+        "backbone.patch: 7 does not divide the image, 16 x 16 (height x width); expected a "
+        "divisor of both: 1, 2, 4, 8, 16" in verdict.problem
+    )
     assert verdict.problem.endswith("Give what it needs in its `trial`, or with --set.")
     verdicts = list(kit.check_plugin(host, "my_backbone", ["data.size=21"]))
     assert [v.problem for v in verdicts] == ["", ""]
