@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from e2ediff.objective import Draw, Nets, Objective
 from e2ediff.parts.time_samplers import Uniform
 from e2ediff.regularizer import Regularizer
 from e2ediff_testing.claims import is_float32, near, own_randomness
-from e2ediff_testing.tiny import IMAGE, make_batch, make_draw, make_nets
+from e2ediff_testing.tiny import IMAGE, TinyBackbone, make_batch, make_draw, make_nets
 
 
 def check_objective(objective: Objective, backbone: BackboneConfig | None = None) -> None:
@@ -53,6 +54,26 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
         found = torch.autograd.grad(terms.total, list(learned.values()), allow_unused=True)
         for key, grad in zip(learned, found, strict=True):
             assert grad is None or grad.isfinite().all(), f"{name}: gradient of {key} not finite"
+    _wide_images(objective, backbone or TinyBackbone())
+
+
+def _wide_images(objective: Objective, backbone: BackboneConfig) -> None:
+    """Check losses of images twice as wide as high, unless `problems` refuses them."""
+    wide = attrs.evolve(IMAGE, width=2 * IMAGE.width)
+    if backbone.problems(wide):
+        return
+    if objective.problems(make_nets(backbone, objective, image=wide, device="meta")):
+        return
+    nets, batch = make_nets(backbone, objective, image=wide), make_batch(wide)
+    what = f"{type(objective).__name__}: images of {wide.height} x {wide.width} (height x width)"
+    for phase in objective.phases:
+        try:
+            losses = objective.terms(nets, batch, make_draw(batch), phase).losses
+        except Exception as error:
+            advice = "use the shapes of batch.x and net.latent, or refuse it in problems()"
+            raise AssertionError(f"{what} raise {error!r}; {advice}") from error
+        for key, loss in losses.items():
+            is_float32(loss, (), f"{what}: loss {key!r}")
 
 
 def _shaken(nets: Nets) -> Nets:
@@ -212,6 +233,29 @@ def _other_times(name: str, net: Backbone, z: Tensor, t: Tensor, batch: Batch) -
         )
 
 
+def _other_shape(
+    name: str, config: BackboneConfig, image: ImageSpec, scale: tuple[int, int]
+) -> None:
+    """Check that larger images of another shape keep it, or are refused by `problems`."""
+    other = attrs.evolve(image, height=scale[0] * image.height, width=scale[1] * image.width)
+    if config.problems(other):
+        return
+    what = f"{name}: images of {other.height} x {other.width} (height x width)"
+    advice = "use image.height and image.width, or refuse such images in problems()"
+    batch = make_batch(other, 2)
+    try:
+        net = make_nets(config, image=other).online
+        net.prepare(torch.device("cpu"), torch.float32)
+        z = net.encode(batch.x)
+        x, answer = net.decode(z), net.denoise(z, make_draw(batch).t, batch.condition)
+    except Exception as error:
+        raise AssertionError(f"{what} raise {error!r}; {advice}") from error
+    size = (2, net.latent.tokens, net.latent.dim)
+    assert z.shape == answer.shape == size, f"{what} have latents {tuple(z.shape)}, not {size}"
+    assert x.shape == batch.x.shape, f"{what} are decoded to {tuple(x.shape)}; {advice}"
+    _same_latents(name, net)
+
+
 def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> None:
     """Check shapes, repeatable and independent passes, fused as single, finite gradients."""
     image = image or IMAGE
@@ -264,3 +308,5 @@ def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> No
         (whole,), (alone,) = online.outputs(p), online.outputs(row)
         same = near(whole.value[:1], alone.value)
         assert same, f"{name}: in eval mode {type(p).__name__} of an image depends on others"
+    for scale in ((1, 2), (2, 1)):
+        _other_shape(name, config, image, scale)

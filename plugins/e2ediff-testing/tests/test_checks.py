@@ -123,6 +123,14 @@ class Beyond(Coupled):
         return (0.5, 1.5)
 
 
+@wrong(testing.check_objective, r"16 x 32 \(height x width\) raise .*use the shapes of batch\.x")
+class Transposes(Coupled):
+    def terms(self, nets, batch, draw, phase):
+        terms = super().terms(nets, batch, draw, phase)
+        losses = {**terms.losses, "symmetry": (batch.x - batch.x.mT).abs().mean()}
+        return attrs.evolve(terms, losses=losses, weights={**terms.weights, "symmetry": 0.1})
+
+
 def _with_one_trunk(objective):
     """All weights are shared, so that only latents tell what a loss reaches."""
     testing.check_objective(
@@ -327,6 +335,24 @@ class OneKernel(ViTConfig):
 
     def build(self, image):
         return _OneKernel(self, image)
+
+
+@wrong(
+    testing.check_backbone, r"16 x 32 \(height x width\) raise .*use image.height and image.wid"
+)
+class Square(ViTConfig):
+    def __init__(self):
+        super().__init__(width=16, depth=1, heads=2, patch=4, latent_dim=4)
+
+    def grid(self, image):
+        rows = image.height // self.patch
+        return rows, rows
+
+
+@wrong(testing.check_backbone, r"16 x 32 \(height x width\) are decoded to \(2, 3, 32, 16\)")
+class Swapped(Square):
+    def grid(self, image):
+        return super(Square, self).grid(image)[::-1]
 
 
 class _Cast(_Tiny):
