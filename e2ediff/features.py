@@ -33,7 +33,8 @@ class FeatureNetwork(nn.Module, ABC):
     `family` is what some metrics insist on, such as `clip`.
     `published` is True for the Inception weights in whose features a Fréchet distance is an FID.
     `taps` are the vectors that it offers; all have `pool`.
-    `size` is the height and width to which `vectors` brings images; 0 leaves them as they are.
+    `size` is the height and width to which `vectors` brings images, by stretching each side on its
+    own where they are not square; 0 leaves them as they are.
     """
 
     title: str = ""

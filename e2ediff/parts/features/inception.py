@@ -30,8 +30,8 @@ SHA256 = "6726825d"
 def resize_tf1(x: Tensor, size: int = SIZE) -> Tensor:
     """Bilinear resize of (B, C, H, W) to `size` pixels, without half-pixel centres.
 
-    Output pixel i reads input position i H / size; corners are not aligned and nothing is
-    filtered before shrinking.
+    Output pixel i reads input position i H / size, and likewise across; corners are not aligned
+    and nothing is filtered before shrinking. Images that are not square are stretched to one.
 
     Source: TensorFlow 1.x `resize_bilinear` with `align_corners=False`.
     """

@@ -40,7 +40,8 @@ class RepaE(AutoencoderObjective):
     projector P with `align_weight`; both use the same times and noise.
 
     Options:
-        features: The fixed network phi, whose last map is resized to the latent grid.
+        features: The fixed network phi, whose last map is resized to the rows and columns of the
+            latent grid. A network that stretches images to squares is stretched back by that.
         feature_dim: K, the channels of that map; by default those that the network has.
         align_block: The block (1 is the first) whose tokens are aligned; 0 picks a third of the
             depth.
