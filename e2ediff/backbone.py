@@ -259,10 +259,12 @@ def patch_problems(image: ImageSpec, patch: int) -> list[tuple[str, str]]:
     """List what a backbone's `problems` says of a `patch` that does not tile the images."""
     if image.height % patch == 0 and image.width % patch == 0:
         return []
+    high, wide = (max(patch, side // patch * patch) for side in (image.height, image.width))
+    size = high if high == wide else f"'[{high}, {wide}]'"
     common = math.gcd(image.height, image.width)
     fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
     what = (
         f"{patch} does not divide the image, {image.height} x {image.width} (height x width); "
-        f"expected a divisor of both: {fitting}"
+        f"expected a divisor of both: {fitting}. Or give --set data.size={size}"
     )
     return [("patch", what)]

@@ -268,8 +268,8 @@ class SourceConfig(ABC):
     def recognises(cls, address: str) -> Recognised | None:
         """Return how it would read what lies at a path, URL or pattern; None if it would not.
 
-        The commands `data prepare`, `check` and `stats` of the plugin that prepares data ask every
-        source. It looks at names, and at the head of a file at most.
+        Every source is asked where a recipe or a command gives an address instead of a data block.
+        It looks at names, and at the head of a file at most.
 
         Raises:
             DataError: The place cannot be read.

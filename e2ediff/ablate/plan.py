@@ -24,6 +24,7 @@ from e2ediff.ablate.grid import (
 )
 from e2ediff.addresses import Address
 from e2ediff.errors import Problem, RecipeError
+from e2ediff.host.data_block import ShowsProgress
 from e2ediff.host.leaves import leaves_of
 from e2ediff.host.listing import aligned
 from e2ediff.host.plugins import Host
@@ -164,6 +165,8 @@ def plan_ablation(
     sets: Sequence[str] = (),
     baseline: str | None = None,
     match: Match = "steps",
+    *,
+    progress: ShowsProgress | None = None,
 ) -> AblationPlan:
     """Read the grid and check every cell with every seed.
 
@@ -176,6 +179,7 @@ def plan_ablation(
         baseline: Name of the cell that the others are compared with; by default the first.
         match: `steps` leaves each cell the recipe's length; `compute` gives it as many steps as
             the baseline's FLOPs pay for.
+        progress: Where to report what is inferred from images; by default nowhere.
 
     Raises:
         GridError: The grid itself is wrong, or two of its cells are the same.
@@ -186,7 +190,7 @@ def plan_ablation(
     base = find_cell(baseline, grid)
     if match == "compute":
         _refuse_lengths(axes)
-    plan = plan_cells(host, recipe, grid, numbers, sets, base.name, match)
+    plan = plan_cells(host, recipe, grid, numbers, sets, base.name, match, progress=progress)
     return attrs.evolve(plan, vary=tuple(vary))
 
 
@@ -199,6 +203,8 @@ def plan_cells(
     baseline: str,
     match: Match,
     budget: TrainingCost | None = None,
+    *,
+    progress: ShowsProgress | None = None,
 ) -> AblationPlan:
     """Check every cell of a grid with every seed.
 
@@ -211,13 +217,14 @@ def plan_cells(
         baseline: Name of the cell that the others are compared with.
         match: As for `plan_ablation`.
         budget: Whose FLOPs pay for the steps where compute is matched; by default the baseline's.
+        progress: As for `plan_ablation`.
 
     Raises:
         GridError: Two cells are the same.
         RecipeError: Cells are no recipes; has the problems of all of them.
     """
     recipe = addresses.plain(recipe)
-    found = _check(host, recipe, grid, seeds, sets)
+    found = _check(host, recipe, grid, seeds, sets, progress)
     _refuse_same(found)
     costs = {cell.name: cost_of(found[cell.name]) for cell in grid}
     lengths: dict[str, tuple[str, ...]] = dict.fromkeys(costs, ())
@@ -266,7 +273,12 @@ def _refuse_lengths(axes: Sequence[Axis]) -> None:
 
 
 def _check(
-    host: Host, recipe: str, grid: Sequence[Cell], seeds: Sequence[int], sets: Sequence[str]
+    host: Host,
+    recipe: str,
+    grid: Sequence[Cell],
+    seeds: Sequence[int],
+    sets: Sequence[str],
+    progress: ShowsProgress | None,
 ) -> dict[str, Recipe]:
     """The recipe of each cell, with the first seed.
 
@@ -280,7 +292,8 @@ def _check(
             changes = _assignments(cell, sets, seed)
             own: Sequence[Problem]
             try:
-                read = load_recipe(host, cell.recipe or recipe, [*map(str, changes)])
+                words = [*map(str, changes)]
+                read = load_recipe(host, cell.recipe or recipe, words, progress=progress)
                 found.setdefault(cell.name, read)
                 own = problems(read)
             except RecipeError as error:

@@ -89,7 +89,10 @@ def command(
     from e2ediff.train.progress import Progress
 
     number, host = threads_of(threads), load()
-    plan = plan_ablation(host, recipe, vary, seeds, overrides, baseline, cast(Match, match))
+    with Progress() as shown:
+        plan = plan_ablation(
+            host, recipe, vary, seeds, overrides, baseline, cast(Match, match), progress=shown
+        )
     if dry_run:
         for line in plan_lines(plan):
             click.echo(line)

@@ -14,7 +14,8 @@ from e2ediff.cli import options
 def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     """Resolve RECIPE, build it on the meta device, and count its parameters and FLOPs.
 
-    Needs no data, no GPU, and no memory for weights.
+    Needs no GPU, no memory for weights, and no data, unless `data` is the address of images alone:
+    then it looks at them.
     Prints the parts, the parameters of each module, shapes, and the FLOPs of one step.
     """
     from e2ediff.host.plugins import load
@@ -24,9 +25,11 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     from e2ediff.monitor.probe import chosen_diagnostics
     from e2ediff.regularizer import names_of
     from e2ediff.step.count import count
+    from e2ediff.train.progress import Progress
 
     host = load()
-    read = load_recipe(host, recipe, overrides)
+    with Progress() as progress:
+        read = load_recipe(host, recipe, overrides, progress=progress)
     check_fits(read, recipe)
     if resolved:
         click.echo(dump_recipe(host, read), nl=False)

@@ -47,6 +47,7 @@ class Host:
     `broken` maps the name of each plugin that was refused or failed to the reason, in one line;
     `printed` has what a plugin wrote to stdout.
     `commands` maps further commands to what `register` was given for them.
+    `inferred_data` has the data blocks that were inferred from images, by what was known of them.
     """
 
     registries: Mapping[str, Registry]
@@ -56,6 +57,7 @@ class Host:
     entries: list[Plugin] = attrs.field(factory=list)
     printed: dict[str, str] = attrs.field(factory=dict)
     commands: dict[str, tuple[object, Plugin]] = attrs.field(factory=dict)
+    inferred_data: dict[str, Any] = attrs.field(factory=dict)
     _used: set[str] = attrs.field(factory=set)
     _required: set[str] = attrs.field(factory=set)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -18,6 +20,13 @@ from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.features import FeatureConfig
 from e2ediff.guidance import Guidance
+from e2ediff.host.data_block import (
+    DataAddress,
+    ShowsProgress,
+    data_address,
+    infer,
+    shadowed_folder,
+)
 from e2ediff.host.plugins import Host
 from e2ediff.host.registry import FLAT
 from e2ediff.host.structure import show, structured, unstructure
@@ -214,6 +223,8 @@ class Recipe:
     equal shares that it is computed in, one after another or on several devices.
     `data`, `backbone`, `interpolant`, `objective`, `optimizer`, `sampler` and `guidance` are
     parts; `times` is the law of training times.
+    `data` may also be the address of images alone, or a block whose `name` is one: the source, its
+    size, channels and classes are then inferred from the images.
     `predicts` is what the denoiser's output stands for.
     `regularizers` are losses of the latents, added to those of the objective.
     `label_drop` is the probability, in [0, 1), of training the denoiser without the condition.
@@ -327,19 +338,26 @@ def load_recipe(
     path: Address,
     overrides: Sequence[str] = (),
     *,
-    named: Callable[[str], None] | None = None,
+    named: Callable[[str], Node | None] | None = None,
+    progress: ShowsProgress | None = None,
 ) -> Recipe:
     """Read a recipe from a file or from any URL that fsspec knows.
+
+    `data` may be the address of images alone: the block that describes them is then inferred by
+    looking at them, and is part of the recipe that is returned.
 
     Args:
         host: Knows the parts.
         path: The recipe.
         overrides: Assignments such as `objective.floor=0.5`, as given to `--set`, in order.
-        named: Called with the recipe's name before its parts are looked up.
+        named: Called with the recipe's name before its parts are looked up; returns the data
+            block of the run that the recipe continues, None if there is none.
+        progress: Where to report what was inferred from the images; by default nowhere.
 
     Raises:
         RecipeError: The recipe is wrong; has every problem, with its line.
         DuplicateNameError: A name in it is registered by two plugins.
+        DataError: What is to be inferred cannot be: the images are missing or damaged.
     """
     source = addresses.plain(path)
     if what := addresses.refusal(source, typed=True):
@@ -348,9 +366,7 @@ def load_recipe(
         with addresses.open_file(source, typed=True) as file:
             data = file.read(MAX_BYTES + 1)
     except Exception as exc:  # fsspec has dozens of file systems, with errors of their own
-        what = "there is no such file." if isinstance(exc, FileNotFoundError) else ""
-        what = what or f"cannot be read ({type(exc).__name__}: {exc})."
-        raise RecipeError(source, [Problem("recipe", what, source)]) from exc
+        raise RecipeError(source, [_unreadable(source, exc)]) from exc
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
@@ -358,7 +374,15 @@ def load_recipe(
         column = exc.start - (data.rfind(b"\n", 0, exc.start) + 1) + 1
         problem = Problem("recipe", "is not UTF-8 text.", f"{source}:{line}:{column}")
         raise RecipeError(source, [problem]) from exc
-    return parse_recipe(host, text, source, overrides, named=named)
+    return parse_recipe(host, text, source, overrides, named=named, progress=progress)
+
+
+def _unreadable(source: str, error: Exception) -> Problem:
+    """Explain why no recipe can be read."""
+    if isinstance(error, FileNotFoundError):
+        return Problem("recipe", "there is no such file.", source)
+    what = f"cannot be read ({type(error).__name__}: {error})."
+    return Problem("recipe", what, source)
 
 
 def parse_recipe(
@@ -367,7 +391,8 @@ def parse_recipe(
     source: str,
     overrides: Sequence[str] = (),
     *,
-    named: Callable[[str], None] | None = None,
+    named: Callable[[str], Node | None] | None = None,
+    progress: ShowsProgress | None = None,
 ) -> Recipe:
     """Read a recipe from a text as `load_recipe` does; `source` is the prefix of positions."""
     root, problems = parse_yaml(text, source)
@@ -377,7 +402,7 @@ def parse_recipe(
         hint = "Start from a file in recipes/."
         raise RecipeError(source, [Problem("recipe", found, place, hint)])
     for number, assignment in enumerate(overrides, start=1):
-        problems += set_value(root, assignment, f"--set {number}")
+        problems += set_value(root, _with_literal_address(assignment), f"--set {number}")
         key, sign, _ = assignment.partition("=")
         other = {"steps": "images", "images": "steps"}.get(key.strip())
         if sign and other and root.value.get(key, root).value is not None:
@@ -387,12 +412,41 @@ def parse_recipe(
         # The other keys of another schema are not known here.
         raise RecipeError(source, [Problem("e2ediff", what, version.place)])
     name = root.value.get("name")
+    earlier = None
     if named and name and isinstance(name.value, str):
-        named(name.value)
+        earlier = named(name.value)
     missing = list(_missing(host, root))
     problems = [*missing, *problems]
+    data = root.value.get("data")
+    images = data_address(host, data, earlier)
+    if isinstance(images, Problem):
+        problems.append(images)
+        root.value["data"] = Node(None, images.line, reported=True)
+    elif images:
+        root.value["data"] = images.node
+    elif progress:
+        typed = [text.removeprefix("data=") for text in overrides if text.startswith("data=")]
+        if note := shadowed_folder(host, [data.value if data else None, *typed]):
+            progress.say(note)
     recipe: Recipe = structured(host, root, Recipe, source, problems, excused=bool(missing))
+    if isinstance(images, DataAddress):
+        recipe = attrs.evolve(recipe, data=infer(host, recipe.data, images, progress))
     return recipe
+
+
+def _with_literal_address(assignment: str) -> str:
+    """Quote the address in `data=ADDRESS`, in which YAML would read `#`, `*` or a number.
+
+    A block and a quoted text stay as they are, unless a path of that name exists.
+    """
+    key, sign, text = assignment.partition("=")
+    text = text.strip()
+    block = text.startswith(("{", '"', "'")) or re.match(r"\w+:(\s|$)", text)
+    if not sign or key.strip() != "data" or not text:
+        return assignment
+    if block and not os.path.lexists(text):
+        return assignment
+    return f"data={json.dumps(text, ensure_ascii=False)}"
 
 
 def dump_recipe(host: Host, recipe: Recipe) -> str:

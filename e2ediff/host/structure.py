@@ -46,6 +46,8 @@ class Structurer:
         return None if value is _FAILED else value
 
     def _value(self, node: Node, hint: object, where: str) -> object:
+        if node.reported:
+            return _FAILED
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin in (Union, types.UnionType):
             return self._union(node, args, where)

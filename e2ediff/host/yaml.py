@@ -40,11 +40,15 @@ _MAX_DIGITS = 400
 
 @attrs.define
 class Node:
-    """A value and its position; `keys` has the position of each key of a block."""
+    """A value and its position; `keys` has the position of each key of a block.
+
+    `reported` is set if a problem of the value is known: it is not reported again.
+    """
 
     value: Scalar | list[Node] | dict[str, Node]
     place: str
     keys: dict[str, str] = attrs.field(factory=dict)
+    reported: bool = False
 
 
 def resolve(text: str) -> Scalar:

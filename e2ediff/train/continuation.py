@@ -15,6 +15,7 @@ from e2ediff.host.leaves import leaves
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.host.structure import unstructure
+from e2ediff.host.yaml import Node, parse_yaml
 from e2ediff.loading.bad_images import Skipping
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
@@ -113,6 +114,12 @@ def refuse_other_recipe(
     if problems := problems or _renamed(recipe, directory, images):
         raise RecipeError(f"{source} (--resume)", problems)
     return {path: [before.get(path), now.get(path)] for path in differ}
+
+
+def data_block(directory: RunDirectory) -> Node | None:
+    """Return the data block of a run's resolved recipe, which has all options of its source."""
+    root, _ = parse_yaml(directory.resolved(), directory.store.where("resolved.yaml"))
+    return root.value.get("data") if root and isinstance(root.value, dict) else None
 
 
 def _option(path: str) -> str:

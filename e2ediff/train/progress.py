@@ -46,9 +46,11 @@ class Progress:
             print(self._pending, file=self.stream, flush=True)
 
     def update(self, line: str) -> None:
-        """Replace the progress line."""
+        """Replace the progress line; an empty one removes it."""
         now = time.monotonic()
-        if self._live is not None:
+        if not line and self._live is None:
+            self._pending = ""
+        elif self._live is not None:
             from rich.text import Text
 
             text, console = Text(line), self._live.console

@@ -26,6 +26,7 @@ from e2ediff.errors import (
 from e2ediff.host.guard import cause
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
+from e2ediff.host.yaml import Node
 from e2ediff.loading.bad_images import BAD_IMAGES, open_source
 from e2ediff.loading.batches import LostReaderError, check_enough
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
@@ -40,7 +41,7 @@ from e2ediff.store.plugin_files import copies, refuse_other_plugin_files
 from e2ediff.store.records import images_of, newest_saved, refuse_vanished
 from e2ediff.store.run_directory import RunDirectory, State, is_run, latest_run
 from e2ediff.store.storage import JSON
-from e2ediff.train.continuation import class_names, refuse_other_recipe
+from e2ediff.train.continuation import class_names, data_block, refuse_other_recipe
 from e2ediff.train.engine import Engine
 from e2ediff.train.progress import Progress
 
@@ -112,13 +113,18 @@ def train(
         stop.defer()
     stop.write = progress.interject
 
-    def ask_for_files(name: str) -> None:
-        """Refuse missing plugin files here: their parts would be reported as unknown."""
+    def resumed(name: str) -> Node | None:
+        """Return the data block of the run; refuse missing plugin files, whose parts it names."""
         place = out or latest_run(name)
-        if place and is_run(place):
-            refuse_other_plugin_files(host, RunDirectory.open(place))
+        if not (place and is_run(place)):
+            return None
+        directory = RunDirectory.open(place)
+        refuse_other_plugin_files(host, directory)
+        return data_block(directory)
 
-    recipe = load_recipe(host, recipe_path, overrides, named=ask_for_files if resume else None)
+    recipe = load_recipe(
+        host, recipe_path, overrides, named=resumed if resume else None, progress=progress
+    )
     check_fits(recipe, recipe_path)
     check_shares(recipe, world, recipe_path)
     device = choose_device(recipe.device, world.local if world.size > 1 else None)

@@ -9,18 +9,14 @@ import attrs
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import Recognised, SourceConfig
-from e2ediff.errors import DataError, E2EDiffError, PluginError, Problem, RecipeError
-from e2ediff.host.checkout import uninstalled_plugins
-from e2ediff.host.discovery import BUILTIN
+from e2ediff.data import SourceConfig
+from e2ediff.errors import DataError, Problem, RecipeError
+from e2ediff.host.data_block import PLACEHOLDERS, recognise
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import load_recipe
-from e2ediff.host.registry import Part, options
+from e2ediff.host.registry import options
 from e2ediff.host.structure import structured
 from e2ediff.host.yaml import Node, parse_yaml, set_value
-
-_KINDS = "a folder of class folders or images, or one that `e2ediff data prepare` wrote"
-_LEVELS = ("possible", "likely", "certain")
 
 
 def source_config(
@@ -94,9 +90,8 @@ class _Holder:
 def _counted(host: Host, block: Mapping[str, Any], overrides: Sequence[str]) -> SourceConfig:
     """Add the number of classes in the data to a block, unless it is given."""
     cls = host.registries["sources"].find(_named(overrides) or block["name"])
-    defaults = {"size": 256, "classes": 0}
-    known = options(cls) if cls else defaults
-    full = {**{key: value for key, value in defaults.items() if key in known}, **block}
+    known = options(cls) if cls else PLACEHOLDERS
+    full = {**{key: value for key, value in PLACEHOLDERS.items() if key in known}, **block}
     node = Node({key: Node(value, "data") for key, value in full.items()}, "data")
     config = _structured(host, node, "data", overrides)
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides}
@@ -110,69 +105,3 @@ def _named(overrides: Sequence[str]) -> str:
     """Return the source that is requested by name, "" for none."""
     pairs = [text.partition("=") for text in overrides]
     return next((v.strip() for k, _, v in pairs[::-1] if k.strip() in ("name", "data.name")), "")
-
-
-def recognise(host: Host, address: Address, name: str = "") -> dict[str, Any]:
-    """Make a data block for a path, URL or pattern, possibly without `size` and `classes`.
-
-    Args:
-        host: Knows the sources, including those of plugins.
-        address: The path, URL or pattern.
-        name: Prefer this source, where it recognises the data.
-
-    Raises:
-        DataError: The data are missing, unreadable, not recognised, or recognised by several
-            sources.
-        PluginError: A plugin's source fails.
-    """
-    address, sources = addresses.plain(address), host.registries["sources"]
-    asked = {
-        sources.name_of(part.cls): _asked(host, part, address) for part in host.usable("sources")
-    }
-    found = {own: answer for own, answer in asked.items() if answer is not None}
-    if not found:
-        raise DataError(f"{address}: {_why_unknown(host, address)}")
-    level = max(_LEVELS.index(answer.certainty) for answer in found.values())
-    best = [own for own, answer in found.items() if _LEVELS.index(answer.certainty) == level]
-    best = [name] if name in found else best
-    if len(best) > 1:
-        raise DataError(
-            f"{address}: {' and '.join(best)} can read it; choose with --set name={best[0]}"
-        )
-    return {"name": best[0], **found[best[0]].options}
-
-
-def _asked(host: Host, part: Part, address: str) -> Recognised | None:
-    """Return what a source recognises at an address."""
-    try:
-        answer: Recognised | None = part.cls.recognises(address)  # type: ignore[attr-defined]
-    except E2EDiffError:
-        raise
-    except Exception as error:  # the plugin boundary
-        raise PluginError(
-            f"{host.owner_of(error) or part.qualified}: {part.name} fails to recognise "
-            f"{address}: {type(error).__name__}: {error}. To go on without it: "
-            f"E2EDIFF_BLOCK={part.plugin.name}"
-        ) from error
-    return answer
-
-
-def _why_unknown(host: Host, address: str) -> str:
-    """Explain that no source recognises what is at an address, and what they accept."""
-    others = [
-        part.name
-        for part in host.registries["sources"]
-        if part.plugin.name != BUILTIN and part.name != "shards"  # of which _KINDS tells
-    ]
-    expected = f"Expected {_KINDS}" + "".join(f", or data of {name}" for name in others)
-    fs, path = addresses.file_system(address)
-    if fs.isdir(path):
-        return f"an empty folder. {expected}."
-    lacking = "".join(
-        f" {plugin.name} reads {', '.join(names)} and is not installed. Run: {plugin.install}"
-        for plugin in uninstalled_plugins()
-        if (names := plugin.parts("sources"))
-    )
-    if not fs.exists(path):
-        return f"nothing is there. {expected}.{lacking}"
-    return f"not recognised. {expected}, or a YAML file of a block.{lacking}"

@@ -167,7 +167,7 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
 @command.command("stats")
 @click.argument("address", metavar="RECIPE|PATH")
 @click.option(
-    "--images", type=click.IntRange(1), default=2000, show_default=True, help="Images to examine."
+    "--images", type=click.IntRange(1), help="Images to examine. Default: 2000, as for `run`."
 )
 @click.option("--classes", is_flag=True, help="Print a line for each class, empty ones too.")
 @click.option("--json", "as_text", is_flag=True, help="Print JSON, with every class.")
@@ -175,7 +175,7 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
 @_OVERRIDES
 def stats_command(
     address: str,
-    images: int,
+    images: int | None,
     classes: bool,
     as_text: bool,
     workers: int,
@@ -188,8 +188,7 @@ def stats_command(
     """
     import json
 
-    import torch
-
+    from e2ediff.host.data_block import LOOKED_AT, choice_of
     from e2ediff.host.plugins import load
     from e2ediff.train.progress import Progress
     from e2ediff_data.address import source_config
@@ -199,11 +198,10 @@ def stats_command(
     host = load()
     config = source_config(host, address, overrides)
     source = config.open()
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
     with Progress() as progress:
         seen = examine(
             source,
-            sorted(order[:images].tolist()),
+            choice_of(len(source), images or LOOKED_AT),
             quick=False,
             workers=workers,
             progress=progress.update,

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from e2ediff.data import DataSource, SourceConfig, from_pixels
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.files.location import Location
+from e2ediff.host.data_block import has_colour
 from e2ediff.loading.batches import read
 from e2ediff.metric import Accumulator
 from e2ediff_data.shards import Shards, read_prepared, verify_hashes
@@ -91,7 +92,7 @@ class _Chunks(Dataset[Examined | str]):
             except DataError as error:
                 return str(error)
             seen.pixels.add(from_pixels(x.flatten(1).T))  # (H W, C)
-            seen.colour += int(len(x) > 1 and not bool((x == x[:1]).all()))
+            seen.colour += int(has_colour(x))
         return seen
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -13,13 +12,13 @@ from torch import Tensor
 
 from e2ediff.condition import ClassLabels
 from e2ediff.data import DataSource, SourceConfig, left_out_text
+from e2ediff.host.data_block import proposed_size
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.host.yaml import dump_yaml
 from e2ediff_data.examine import Examined
 from e2ediff_data.shards import Shards
 
-_SIZES = (32, 64, 128, 256, 512)
 _IMBALANCE = 10.0  # ratio from which balanced sampling is proposed
 
 
@@ -141,8 +140,7 @@ def proposed(
     options = {field.name for field in attrs.fields(type(config))}  # type: ignore[arg-type]
     prepared = isinstance(config, Shards)
     if "size" in options and seen.shorter and not prepared:
-        middle = statistics.median_low(seen.shorter)
-        changes["size"] = max([s for s in _SIZES if s <= middle], default=_SIZES[0])
+        changes["size"] = proposed_size(seen.shorter)
     if "channels" in options and seen.mean and not prepared:
         changes["channels"] = 3 if seen.colour else 1
     if "sampling" in options and (classes := config.image.classes):

@@ -38,17 +38,19 @@ def command(
 ) -> None:
     """Forecast what RECIPE takes: FLOPs of every pass, memory, hours, disk.
 
-    Needs no data and, unless measured, no GPU.
+    Needs no GPU, unless measured, and no data, unless `data` is the address of images alone.
     Every assumption is printed with its source.
     """
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import load_recipe
     from e2ediff.model.build import check_fits
+    from e2ediff.train.progress import Progress
     from e2ediff_plan.plan import make_plan
     from e2ediff_plan.text import as_json, lines
 
     host = load()
-    read = load_recipe(host, recipe, overrides)
+    with Progress() as progress:
+        read = load_recipe(host, recipe, overrides, progress=progress)
     check_fits(read, recipe)
     plan = make_plan(host, read, recipe, device=device, gpus=gpus, fraction=fraction)
     if as_text:
