@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -30,6 +31,7 @@ from e2ediff.host.data_block import (
 from e2ediff.host.plugins import Host
 from e2ediff.host.registry import FLAT
 from e2ediff.host.structure import show, structured, unstructure
+from e2ediff.host.suggestions import recipes_in, similar_recipes
 from e2ediff.host.yaml import MAX_BYTES, Node, dump_yaml, parse_yaml, path_join, set_value
 from e2ediff.interpolant import Interpolant, Kind
 from e2ediff.metric import Metric
@@ -378,11 +380,26 @@ def load_recipe(
 
 
 def _unreadable(source: str, error: Exception) -> Problem:
-    """Explain why no recipe can be read."""
+    """Explain why no recipe can be read from an address, and what may have been meant."""
+    if isinstance(error, IsADirectoryError | FileNotFoundError) and os.path.isdir(source):
+        run = os.path.join(source, "resolved.yaml")
+        if os.path.isfile(run):
+            hint = (
+                f"Give the recipe in it, {run}, to train anew with all its settings; to continue "
+                f"the run, add --resume --out {shlex.quote(source)}."
+            )
+            return Problem("recipe", "is the directory of a run, not a recipe.", source, hint)
+        hint = _meant(recipes_in(source) or similar_recipes(source))
+        return Problem("recipe", "is a folder, not a recipe.", source, hint)
     if isinstance(error, FileNotFoundError):
-        return Problem("recipe", "there is no such file.", source)
+        hint = _meant(similar_recipes(source))
+        return Problem("recipe", "there is no such file.", source, hint)
     what = f"cannot be read ({type(error).__name__}: {error})."
     return Problem("recipe", what, source)
+
+
+def _meant(near: Sequence[str]) -> str:
+    return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
 def parse_recipe(

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -25,6 +26,7 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import RecipeError, RunDirectoryError
 from e2ediff.figure import Figure
+from e2ediff.host.suggestions import similar_paths
 from e2ediff.host.yaml import parse_yaml
 from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, next_place, numbers
 from e2ediff.store.earlier import earlier_figure
@@ -132,7 +134,7 @@ class RunDirectory:
         found = directory.store.list()
         if RUN not in found:
             what = f"it has no {RUN}" if found else "no such directory, or it is empty"
-            way_out = "Give the directory that e2ediff printed when the run began."
+            way_out = _run_meant(path)
             if numbers(directory.store):
                 way_out = "If --restart was interrupted here, repeat it."
             raise RunDirectoryError(f"{path}: not a run directory: {what}. {way_out}")
@@ -473,6 +475,16 @@ def _is_until(images: int, line: str) -> bool:
     except (ValueError, AttributeError, RecursionError):
         return False
     return not isinstance(seen, int | float) or seen <= images
+
+
+def _run_meant(path: str) -> str:
+    """Suggest what to give in place of a path that is no run."""
+    way_out = "Give the directory that e2ediff printed when the run began."
+    if path.endswith((".yaml", ".yml")):
+        return f"A recipe is trained first: e2ediff run {shlex.quote(path)}. {way_out}"
+    inside = similar_paths(os.path.join(_runs(), os.path.basename(path.rstrip("/"))))
+    near = [place for place in (*inside, *similar_paths(path)) if is_run(place)]
+    return f"Did you mean {' or '.join(dict.fromkeys(near))}? {way_out}" if near else way_out
 
 
 def _runs() -> str:
