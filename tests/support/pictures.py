@@ -111,6 +111,23 @@ def as_parquet(root: Path, folder: Path) -> str:
     return f"{folder}/train-*.parquet"
 
 
+def as_arrow(root: Path, folder: Path) -> Path:
+    """A folder as `save_to_disk` of Hugging Face's datasets writes it, with two files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    as_parquet(root, folder)
+    names = [f"data-{i:05}-of-00002.arrow" for i in (0, 1)]
+    for path, name in zip(sorted(folder.iterdir()), names, strict=True):
+        table = pq.read_table(path)
+        with pa.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table, max_chunksize=16)
+        path.unlink()
+    state = {"_data_files": [{"filename": name} for name in names]}
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
 def as_npz(x: np.ndarray, y: np.ndarray, path: Path) -> Path:
     np.savez(path, images=x, labels=y)
     return path

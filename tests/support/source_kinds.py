@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from pictures import (
+    as_arrow,
     as_class_tars,
     as_dataset_json,
     as_idx,
@@ -23,7 +24,7 @@ from e2ediff.data import SourceConfig
 from e2ediff.host.plugins import Host, load
 from e2ediff.parts import sources
 
-PACKED = ("archive", "class_tars", "tar_shards", "parquet", "arrays")
+PACKED = ("archive", "class_tars", "tar_shards", "parquet", "arrow", "arrays")
 PLUGINS = {**dict.fromkeys(PACKED, "e2ediff-sources"), "shards": "e2ediff-data"}
 """The plugin of each source that is not built in."""
 
@@ -43,7 +44,7 @@ def part(name: str) -> type[SourceConfig]:
     if plugin := PLUGINS.get(name):
         needed = f"needs `pip install plugins/{plugin}`"
         pytest.importorskip(plugin.replace("-", "_"), reason=needed)
-    if name == "parquet":
+    if name in ("parquet", "arrow"):
         pytest.importorskip("pyarrow")
     return installed().registries["sources"].get(name)
 
@@ -117,6 +118,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, Path], dict[str, str]]]] = {
     "shards with json": (
         "tar_shards", lambda p, t: {"path": as_shards(p / "tree", t / "x", 50, "json")}),
     "parquet": ("parquet", lambda p, t: {"path": as_parquet(p / "tree", t / "x")}),
+    "saved by datasets": ("arrow", lambda p, t: {"path": as_arrow(p / "tree", t / "x")}),
     "npz": ("arrays", lambda p, t: arrays(p, t, "npz")),
     "idx": ("arrays", lambda p, t: arrays(p, t, "idx")),
     "prepared as png": ("shards", lambda p, t: {"path": prepared(p, t / "x", "png")}),

@@ -1,4 +1,4 @@
-"""Packed images as data sources of e2ediff: zips, tars, Parquet files and arrays of pixels."""
+"""Packed images as data sources of e2ediff: zips, tars, Parquet, Arrow, arrays."""
 
 from __future__ import annotations
 
@@ -14,4 +14,5 @@ def register(add: Callable[[str, str, str], None]) -> None:
     add("sources", "class_tars", "e2ediff_sources.tars:ClassTars")
     add("sources", "tar_shards", "e2ediff_sources.tars:TarShards")
     add("sources", "parquet", "e2ediff_sources.parquet:Parquet")
+    add("sources", "arrow", "e2ediff_sources.arrow:Arrow")
     add("sources", "arrays", "e2ediff_sources.arrays:Arrays")

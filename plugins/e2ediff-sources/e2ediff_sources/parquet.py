@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import attrs
-import torch
 from typing_extensions import override
 
-from e2ediff import addresses
 from e2ediff.data import Recognised
 from e2ediff.errors import DataError
-from e2ediff.files.index import Index, column, stored_index
-from e2ediff.files.listing import EncodedConfig, Listing, Names, numbered
+from e2ediff.files.index import Index, stored_index
+from e2ediff.files.listing import Listing
 from e2ediff.files.location import File, Location, find_files, fingerprint
+from e2ediff_sources.columns import Columns, Rows, TableConfig, files_of_kind, no_bytes, pyarrow
 
 _KEPT = 4  # row groups that a process keeps; ImageNet's are of 100 images, 11 MB
-
-
-def _pyarrow(option: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(
-            f"{option}: Parquet files need pyarrow. Run: pip install pyarrow"
-        ) from error
-    return pyarrow
+_WHAT = "Parquet files"
 
 
 @attrs.define(eq=False)
@@ -64,17 +53,15 @@ class GroupBytes:
             self._groups[file, group] = self._read(file, group)
         value = self._groups[file, group][int(self.index.size[i])].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        if data is None:
-            return b""  # one row's fault, which may be skipped
-        if type(data) is bytes:
-            return data
-        raise ValueError(f"column '{self.image}' holds no bytes in this row")
+        if data is None and isinstance(value, dict) and value.get("path"):
+            raise ValueError(no_bytes(self.image))
+        return data or b""  # one row's fault, which may be skipped
 
     def _read(self, file: int, group: int) -> Any:
         if file not in self._files:
             while len(self._files) >= 64:
                 self._files.pop(next(iter(self._files))).close()
-            arrow = _pyarrow("data.path")
+            arrow = pyarrow("data.path", _WHAT)
             handle = self.location.fs.open(self.paths[file], "rb")
             self._files[file] = arrow.parquet.ParquetFile(handle, pre_buffer=False)
         handle = self._files[file]
@@ -84,13 +71,15 @@ class GroupBytes:
 
 
 @attrs.frozen(kw_only=True)
-class Parquet(EncodedConfig):
+class Parquet(TableConfig):
     """Parquet files of encoded images, as Hugging Face keeps them; needs pyarrow.
 
     `path` is a pattern such as `hf://datasets/ILSVRC/imagenet-1k/data/train-*.parquet`, one file
     or a folder; images are in the order of the files and of their rows.
     `image_column` names the column of images (bytes, or a struct with a field `bytes`),
-    `label_column` that of class numbers or names.
+    `label_column` that of class numbers or names. Where there is no column `image`, the only one
+    that Hugging Face's metadata call images is taken, and where there is no `label` the only one
+    of classes.
     `held_out` is another pattern.
     Labels and row groups are read once and kept beside the files, or in the cache
     (`$E2EDIFF_CACHE`) where they are read-only.
@@ -98,114 +87,88 @@ class Parquet(EncodedConfig):
     The other options are those of `image_folder`.
     """
 
-    movable: ClassVar[tuple[str, ...]] = ("path", "held_out")
-
-    path: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
-    image_column: str = "image"
-    label_column: str = "label"
-
     @classmethod
     def recognises(cls, address: str) -> Recognised | None:
         """A Parquet file, a pattern for some, or a folder that holds one."""
-        location = Location(address, "data")
-        if location.is_pattern():
-            found = address.endswith(".parquet")
-        elif location.is_folder():
-            found = any(name.endswith(".parquet") for name in location.visible())
-        else:
-            found = location.is_file_named(".parquet")
-        return Recognised({"path": address}) if found else None
+        return files_of_kind(address, ".parquet")
+
+    @override
+    def columns(self, *, held_out: bool) -> Columns:
+        return self._table(held_out)[3]
 
     @override
     def listing(self, *, held_out: bool) -> Listing:
-        option = self.option(held_out=held_out)
-        arrow = _pyarrow(option)
-        pattern = self.held_out if held_out and self.held_out else self.path
-        location, files = find_files(pattern, option, ".parquet")
-        key = fingerprint(files, self.image_column, self.label_column)
+        arrow, location, files, columns = self._table(held_out)
+        key = fingerprint(files, columns.image, columns.label or self.label_column)
         sidecar = files[0].beside(f"parquet-{fingerprint(files)[:8]}.index.safetensors")
         index = stored_index(
-            location, sidecar, key, lambda: self._index(arrow, location, files, option)
+            location, sidecar, key, lambda: self._index(arrow, location, files, columns)
         )
-        fetch = GroupBytes(location, [f.path for f in files], index, self.image_column)
+        fetch = GroupBytes(location, [f.path for f in files], index, columns.image)
         place = files[0].path.rpartition("/")[0]
         labels = index.labels
         return Listing(place, index.names, labels, index.classes, index.class_names, fetch)
 
-    def _index(self, arrow: Any, location: Location, files: Sequence[File], option: str) -> Index:
+    def _table(self, held_out: bool) -> tuple[Any, Location, list[File], Columns]:
+        """Pyarrow, the files, and their columns by the first of them."""
+        option = self.option(held_out=held_out)
+        arrow = pyarrow(option, _WHAT)
+        pattern = self.held_out if held_out and self.held_out else self.path
+        location, files = find_files(pattern, option, ".parquet")
+        with _opened(arrow, location, files[0]) as file:
+            columns = self.chosen(arrow, file.schema_arrow, files[0].path, option)
+        return arrow, location, files, columns
+
+    def _index(
+        self, arrow: Any, location: Location, files: Sequence[File], columns: Columns
+    ) -> Index:
         """For each row: its file, its row group (as `start`), its place there (as `size`)."""
-        names: list[str] = []
-        numbers: list[int] = []
-        groups: list[int] = []
-        rows: list[int] = []
-        values: list[str] = []
-        class_names: tuple[str, ...] = ()
+        rows, option = Rows(), location.option
         for number, found in enumerate(files):
-            try:
-                with location.fs.open(found.path, "rb") as handle:
-                    file = arrow.parquet.ParquetFile(handle, pre_buffer=False)
-                    self._check(file.schema_arrow.names, found.path, option)
-                    counts = [
-                        file.metadata.row_group(g).num_rows
-                        for g in range(file.metadata.num_row_groups)
-                    ]
-                    if self.label_column in file.schema_arrow.names:
-                        table = file.read([self.label_column], use_threads=False)
-                        values += [str(v) for v in table.column(0).to_pylist()]
-                        class_names = _class_names(file.schema_arrow, self.label_column)
-            except (arrow.ArrowException, OSError) as error:
-                raise DataError(
-                    f"{option}: {found.path} cannot be read as Parquet ({error}); fetch it again"
-                ) from error
-            names += [f"{found.name}#{row}" for row in range(sum(counts))]
-            numbers += [number] * sum(counts)
+            with _opened(arrow, location, found) as file:
+                chosen = self.chosen(arrow, file.schema_arrow, found.path, option)
+                columns.check_same(chosen, found.path, files[0].path, option)
+                groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
+                counts = [group.num_rows for group in groups]
+                _check_bytes(groups, columns.image, found.path, option)
+                if columns.label is not None:
+                    table = file.read([columns.label], use_threads=False)
+                    rows.values += [str(v) for v in table.column(0).to_pylist()]
+                    rows.name_classes(file.schema_arrow, columns.label, found.path, option)
+            rows.names += [f"{found.name}#{row}" for row in range(sum(counts))]
+            rows.file += [number] * sum(counts)
             for group, count in enumerate(counts):
-                groups += [group] * count
-                rows += range(count)
-        if not names:
-            raise DataError(f"{option}: {files[0].path} has no rows; expected one for each image")
-        labels, classes, seen = self._labels(values, names, option)
-        if class_names and not seen:
-            classes, seen = max(classes, len(class_names)), class_names
-        return Index(
-            tuple(f.name for f in files),
-            Names(names),
-            column(numbers),
-            column(groups),
-            column(rows),
-            labels,
-            classes,
-            seen,
-        )
-
-    def _labels(
-        self, values: Sequence[str], names: Sequence[str], option: str
-    ) -> tuple[torch.Tensor, int, tuple[str, ...]]:
-        """Labels, number of classes and their names; none if no row has one."""
-        # Hugging Face writes -1 where a test set's label is kept back.
-        if not {*values} - {"None", "-1"}:
-            return column([0] * len(names)), 0, ()
-        if len(values) != len(names) or "None" in values or "-1" in values:
-            raise DataError(
-                f"{option}: column '{self.label_column}' has no label for some of the "
-                f"{len(names)} rows; expected a class number or name in each, or "
-                "`--set data.classes=0` with another `label_column`"
-            )
-        return numbered(values, names, option)
-
-    def _check(self, columns: Sequence[str], path: str, option: str) -> None:
-        if self.image_column not in columns:
-            raise DataError(
-                f"{option}: {path} has no column '{self.image_column}', it has "
-                f"{', '.join(columns)}; name the column of images with "
-                "`--set data.image_column=...`"
-            )
+                rows.start += [group] * count
+                rows.size += range(count)
+        return rows.index(files, columns, option)
 
 
-def _class_names(schema: Any, label: str) -> tuple[str, ...]:
-    """Names of the classes that Hugging Face's datasets keep in a file's schema."""
+@contextmanager
+def _opened(arrow: Any, location: Location, file: File) -> Iterator[Any]:
+    """Open a Parquet file.
+
+    Raises:
+        DataError: It is none, is damaged, or cannot be read in the body.
+    """
     try:
-        told = json.loads((schema.metadata or {})[b"huggingface"])
-        return tuple(str(n) for n in told["info"]["features"][label]["names"])
-    except (KeyError, ValueError, TypeError):
-        return ()
+        with location.fs.open(file.path, "rb") as handle:
+            yield arrow.parquet.ParquetFile(handle, pre_buffer=False)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{location.option}: {file.path} cannot be read as Parquet ({error}); fetch it again"
+        ) from error
+
+
+def _check_bytes(groups: Sequence[Any], image: str, path: str, option: str) -> None:
+    """Refuse a file some of whose images are paths without bytes, as its footer counts them."""
+    without = {"bytes": 0, "path": 0}
+    for group in groups:
+        for part in map(group.column, range(group.num_columns)):
+            outer, _, inner = part.path_in_schema.rpartition(".")
+            if outer == image and inner in without:
+                known = part.statistics is not None and part.statistics.has_null_count
+                # What is not counted may be all there: such a row is refused when it is read.
+                none = 0 if inner == "bytes" else group.num_rows
+                without[inner] += part.statistics.null_count if known else none
+    if without["bytes"] > without["path"]:
+        raise DataError(f"{option}: {path}: {no_bytes(image)}")

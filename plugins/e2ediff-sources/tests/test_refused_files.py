@@ -39,9 +39,11 @@ def block(name: str, path: object, *more: str) -> str:
     return "{" + ", ".join([f"name: {name}, {key}: {path}, size: 16, classes: 3", *more]) + "}"
 
 
-@pytest.mark.parametrize("name", ["archive", "class_tars", "tar_shards", "parquet", "arrays"])
+@pytest.mark.parametrize(
+    "name", ["archive", "class_tars", "tar_shards", "parquet", "arrow", "arrays"]
+)
 def test_missing_data_are_said_with_what_was_expected(name: str) -> None:
-    if name == "parquet":
+    if name in ("parquet", "arrow"):
         pytest.importorskip("pyarrow")
     line = refused(block(name, "nowhere/x"))
     assert line.startswith(f"{'data.images' if name == 'arrays' else 'data.path'}: no file")

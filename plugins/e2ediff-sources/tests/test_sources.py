@@ -9,7 +9,7 @@ import attrs
 import e2ediff_testing as testing
 import numpy as np
 import pytest
-from pictures import as_class_tars, as_npz, as_parquet, as_shards, as_zip, write_tree
+from pictures import as_arrow, as_class_tars, as_npz, as_parquet, as_shards, as_zip, write_tree
 from tiny_recipe import tiny
 
 from e2ediff.host.plugins import load
@@ -17,13 +17,13 @@ from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.host.registry import options
 
 HOST = load()
-NAMES = ["archive", "arrays", "class_tars", "parquet", "tar_shards"]
+NAMES = ["archive", "arrays", "arrow", "class_tars", "parquet", "tar_shards"]
 README = Path(__file__).parents[1] / "README.md"
 
 
 def config_of(name: str, place: Path) -> object:
     """A source of six images of two classes."""
-    if name == "parquet":
+    if name in ("parquet", "arrow"):
         pytest.importorskip("pyarrow")
     tree = write_tree(place / "tree", [3, 3], size=(40, 17))
     x = np.random.default_rng(0).integers(256, size=(6, 20, 17, 3), dtype=np.uint8)
@@ -32,6 +32,7 @@ def config_of(name: str, place: Path) -> object:
         "class_tars": lambda: as_class_tars(tree, place / "train.tar"),
         "tar_shards": lambda: as_shards(tree, place / "shards", each=4),
         "parquet": lambda: as_parquet(tree, place / "parquet"),
+        "arrow": lambda: as_arrow(tree, place / "saved"),
         "arrays": lambda: as_npz(x, np.arange(6) % 2, place / "x.npz"),
     }[name]
     option = "images" if name == "arrays" else "path"
