@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import stat
 import zipfile
-from pathlib import PurePosixPath
 from typing import ClassVar
 
 import attrs
@@ -21,7 +19,7 @@ from e2ediff.files.images import check_unpacked
 from e2ediff.files.labels import read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names
 from e2ediff.files.location import Location
-from e2ediff.files.names import is_hidden
+from e2ediff.files.members import Members, open_zip
 
 
 class ZipBytes:
@@ -39,7 +37,8 @@ class ZipBytes:
     def __call__(self, i: int) -> bytes:
         """Content of one member; nothing is ever extracted to disk."""
         if self._zip is None or self._owner != os.getpid():
-            self._zip = zipfile.ZipFile(self.location.fs.open(self.location.path, "rb"))
+            file = self.location.fs.open(self.location.path, "rb")
+            self._zip = open_zip(file, f"{self.location.option}: {self.location.url}")
             self._owner = os.getpid()
         member = self._zip.getinfo(self.names[i])
         check_unpacked(member.file_size)
@@ -78,10 +77,9 @@ class Archive(EncodedConfig):
     def listing(self, *, held_out: bool) -> Listing:
         """Every image below the folder inside."""
         inside = self.held_out if held_out and self.held_out is not None else self.inside
-        prefix = f"{PurePosixPath(inside)}/" if inside else ""
         place = f"{self.path}!{inside}" if inside else self.path
         location = Location(self.path, "data.path")
-        members, folders, dataset = _members(location, prefix)
+        members, folders, dataset = _members(location, inside)
         paths = list(members)
         values, source = None, self.labels or f"{place}/{DATASET_JSON}"
         if self.labels and not held_out:
@@ -101,34 +99,25 @@ class Archive(EncodedConfig):
         return Listing(place, names, labels, classes, class_names, fetch)
 
 
-def _members(location: Location, prefix: str) -> tuple[dict[str, str], list[str], bytes | None]:
+def _members(location: Location, inside: str) -> tuple[dict[str, str], list[str], bytes | None]:
     """Files below a folder of a zip with their members, the folders in it, its dataset.json.
 
     Hidden members are left out before anything is checked.
     """
-    path = location.url
+    path, where = location.url, f"data.path: {location.url}"
     if not location.is_file():
         raise DataError(f"data.path: no file {path}. Expected the path or URL of a zip")
     with location.opened(location.path) as file:
         try:
-            with zipfile.ZipFile(file) as archive:
+            with open_zip(file, where) as archive:
                 files, folders = dict[str, str](), set[str]()
+                seen = Members(where, inside)
                 for info in archive.infolist():
-                    # Some write `./cat/0.jpg`.
-                    name = "/".join(p for p in info.filename.split("/") if p not in ("", "."))
-                    inner = f"{name}/".removeprefix(prefix)[:-1]
-                    if not f"{name}/".startswith(prefix) or not inner or is_hidden(inner):
-                        continue
-                    _check_member(path, info)
-                    if info.is_dir():
-                        folders.add(inner.partition("/")[0])
-                    elif inner in files:
-                        raise DataError(
-                            f"data.path: {path}: member {info.filename!r} is there twice; "
-                            "expected each name once. Pack the images again without one of them"
-                        )
-                    else:
-                        files[inner] = info.filename
+                    name = seen.of_zip(info)
+                    if name and info.is_dir():
+                        folders.add(name.partition("/")[0])
+                    elif name:
+                        files[name] = info.filename
                 dataset = None
                 if DATASET_JSON in files:
                     member = archive.getinfo(files[DATASET_JSON])
@@ -139,19 +128,3 @@ def _members(location: Location, prefix: str) -> tuple[dict[str, str], list[str]
             raise DataError(
                 f"data.path: {path} cannot be read as a zip: {error}; fetch it again"
             ) from error
-
-
-def _check_member(path: str, info: zipfile.ZipInfo) -> None:
-    name = info.filename
-    what = ""
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        what = "lies outside of the archive"
-    elif stat.S_ISLNK(info.external_attr >> 16):
-        what = "is a link"
-    elif info.flag_bits & 1:
-        what = "is encrypted"
-    if what:
-        raise DataError(
-            f"data.path: {path}: member {name!r} {what}; expected plain files below the top. "
-            "Pack the images again without it"
-        )

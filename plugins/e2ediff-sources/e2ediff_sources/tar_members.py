@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
 from e2ediff.errors import DataError
-from e2ediff.files.names import is_hidden
+from e2ediff.files.members import Members, check_tar_end
 
-RULES = 2
+RULES = 3
 """Changes with what counts in a tar: an index that was made by other rules is made again."""
 
-_END = bytes(2 * tarfile.BLOCKSIZE)  # POSIX: two blocks of zeros, then whatever padding
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
 class _Part:
@@ -44,58 +43,22 @@ def members(file: BinaryIO, place: str, option: str) -> Iterator[tarfile.TarInfo
     Hidden members are left out before anything is checked.
 
     Raises:
-        DataError: No tar, a damaged one, one that is cut short, also between two members, or one
-            with a member that is a link or a device, is there twice, or whose name leads out of
-            the archive.
+        DataError: No tar, a damaged one, one that is cut short, also between two members, or that
+            goes on after its end; or it has a member that `Members` refuses.
     """
+    where = f"{option}: {place}"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            seen: set[PurePosixPath] = set()
+            seen = Members(where)
             for member in tar:
-                path = PurePosixPath(member.name)
-                if is_hidden(member.name):
-                    continue
-                what = ""
-                if member.name.startswith("/") or ".." in path.parts:
-                    what = "lies outside of the archive"
-                elif member.issym() or member.islnk():
-                    what = "is a link"
-                elif member.sparse is not None or not (member.isreg() or member.isdir()):
-                    what = "is no plain file"
-                elif member.isreg() and path in seen:
-                    what = "is there twice"
-                if what:
-                    raise DataError(
-                        f"{option}: {place}: member {member.name!r} {what}; expected plain "
-                        "files below the top. Pack the images again without it"
-                    )
-                if member.isreg():
-                    seen.add(path)
+                if seen.of_tar(member) and member.isreg():
                     yield member
-            _check_end(file, tar, place, option)
+            check_tar_end(file, tar, where)
     except tarfile.TarError as error:
         file.seek(0)
-        head = file.read(6)
-        squeezed = head[:2] == b"\x1f\x8b" or head[:3] == b"BZh" or head == b"\xfd7zXZ\0"
+        squeezed = file.read(6).startswith(_COMPRESSED)
         advice = "it is compressed: decompress it" if squeezed else "fetch it again"
-        raise DataError(
-            f"{option}: {place} cannot be read as a plain tar ({error}); {advice}"
-        ) from error
-
-
-def _check_end(file: BinaryIO, tar: tarfile.TarFile, place: str, option: str) -> None:
-    """Refuse a tar without its end: Python's reader takes a missing or bad header for it."""
-    file.seek(tar.offset)
-    end = file.read(len(_END))
-    if end == _END:
-        return
-    count = len(tar.getmembers())
-    after = f"after {count} member{'' if count == 1 else 's'}"
-    if len(end) < len(_END):
-        what = f"is cut short: it ends {after} without the two blocks of zeros that end a tar"
-    else:
-        what = f"is damaged: {after} comes neither another one nor the end"
-    raise DataError(f"{option}: {place} {what}; fetch it again, or pack it again")
+        raise DataError(f"{where} cannot be read as a plain tar ({error}); {advice}") from error
 
 
 def inside(file: BinaryIO, member: tarfile.TarInfo) -> BinaryIO:

@@ -130,16 +130,26 @@ class ClassTars(EncodedConfig):
 def _scan(location: Location, files: Sequence[File]) -> Index:
     """The index of a tar of class tars, of several class tars, or of a tar of images alone."""
     found, option, empty = _Columns(), location.option, list[str]()
+    tars, beside = dict[str, str](), list[str]()
     for number, outer in enumerate(files):
         before = len(found.names)
         with location.opened(outer.path) as file:
             for member in members(file, outer.path, option):
                 if is_image(member.name):
                     name = PurePosixPath(member.name).name
+                    beside.append(name)
                     name = f"{outer.name[:-4]}/{name}" if len(files) > 1 else name
                     found.add(name, number, member.offset_data, member.size)
                 if member.name.endswith(".tar"):
                     held = len(found.names)
+                    whole = f"{outer.name}/{member.name}" if len(files) > 1 else member.name
+                    first = tars.setdefault(PurePosixPath(member.name).stem, whole)
+                    if first != whole:
+                        raise DataError(
+                            f"{option}: class '{PurePosixPath(member.name).stem}' has two tars, "
+                            f"{first} and {whole}; expected one for each class. Pack their images "
+                            "in one, or give one of the two as `data.held_out`"
+                        )
                     _add_class(found, number, file, member, outer, option)
                     if len(found.names) == held:
                         empty.append(member.name)
@@ -149,6 +159,13 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
         raise DataError(
             f"{option}: {files[0].path} holds no images (looked for class tars with "
             f"{', '.join(SUFFIXES)}, such as n01440764.tar)"
+        )
+    if tars and beside:
+        shown = ", ".join(beside[:5]) + (", ..." if len(beside) > 5 else "")
+        raise DataError(
+            f"{option}: {files[0].path}: {len(beside)} of {len(found.names)} images lie beside "
+            f"the class tars ({shown}); nobody can tell their class: pack them into one, or leave "
+            "them out"
         )
     if empty:
         place = files[0].path if len(files) == 1 else files[0].path.rpartition("/")[0]
