@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import re
+import tarfile
+import zipfile
 from typing import Any, BinaryIO
 
 from fsspec.core import split_protocol, url_to_fs
@@ -129,7 +131,39 @@ def file_system(address: Address, *, typed: bool = False) -> tuple[Any, str]:
     if what := refusal(text, typed=typed):
         raise ValueError(what)
     fs, path = url_to_fs(text)
+    packed = archive(fs)
+    if isinstance(packed, zipfile.ZipFile) and any(map(_says_no_letters, packed.infolist())):
+        fs.zip = open_zip(fs.fo)
+    if packed and not path and fs.ls("", detail=False) == ["."]:
+        path = "."  # packed from within its folder: `tar -cf x.tar .`
     return fs, str(path)
+
+
+def archive(fs: object) -> zipfile.ZipFile | tarfile.TarFile | None:
+    """Return the reader of a zip or tar that is opened as a file system, None for another one."""
+    found = getattr(fs, "zip", getattr(fs, "tar", None))
+    return found if isinstance(found, zipfile.ZipFile | tarfile.TarFile) else None
+
+
+def open_zip(file: BinaryIO) -> zipfile.ZipFile:
+    """Open a zip whose names are UTF-8, also where they do not say so, as macOS and Linux write.
+
+    Raises:
+        UnicodeError: Its names are in the letters of some country, and it does not tell which.
+        zipfile.BadZipFile: No zip, or a damaged one.
+    """
+    try:
+        return zipfile.ZipFile(file, metadata_encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UnicodeError(
+            f"a member has the name {error.object!r}, which is not UTF-8, and nothing tells which "
+            "letters these are. Pack the files again, with names in UTF-8"
+        ) from error
+
+
+def _says_no_letters(info: zipfile.ZipInfo) -> bool:
+    """Return whether Python reads a member's name as that of an old PC, for want of a word."""
+    return not (info.flag_bits & 0x800 or info.orig_filename.isascii())
 
 
 def open_file(address: Address, *, typed: bool = False) -> BinaryIO:

@@ -11,8 +11,9 @@ import stat
 import tarfile
 import unicodedata
 import zipfile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.files.names import is_hidden
 
@@ -121,24 +122,32 @@ def _strange(name: str) -> str:
     return ""
 
 
-def open_zip(file: BinaryIO, where: str) -> zipfile.ZipFile:
-    """Open a zip whose names are UTF-8, also where they do not say so, as macOS and Linux write.
+def check_archive(fs: Any, root: str, where: str) -> None:
+    """Refuse a zip or tar that fsspec has opened as a file system, by what its members are.
+
+    fsspec itself takes the last of several members of one name, and follows links.
 
     Args:
-        file: The zip.
-        where: The recipe's key and the zip's path, for messages.
+        fs: The file system; of other kinds nothing is checked.
+        root: The folder in it below which members count.
+        where: Its address, for messages.
 
     Raises:
-        DataError: Its names are in the letters of some country, and it does not tell which.
-        zipfile.BadZipFile: No zip, or a damaged one.
+        DataError: A member is one that `Members` refuses, or a tar does not end as it should.
     """
-    try:
-        return zipfile.ZipFile(file, metadata_encoding="utf-8")
-    except UnicodeDecodeError as error:
+    members, packed = Members(where, root), addresses.archive(fs)
+    if isinstance(packed, zipfile.ZipFile):
+        for info in packed.infolist():
+            members.of_zip(info)
+    if isinstance(packed, tarfile.TarFile):
+        for member in packed.getmembers():
+            members.of_tar(member)
+        check_tar_end(fs.fo, packed, where)
+    if packed and not root and fs.find("."):
         raise DataError(
-            f"{where}: a member has the name {error.object!r}, which is not UTF-8, and nothing "
-            "tells which letters these are. Pack the images again, with names in UTF-8"
-        ) from error
+            f"{where}: some members begin with './' and others do not; expected one kind. Pack "
+            "the images again"
+        )
 
 
 def check_tar_end(file: BinaryIO, tar: tarfile.TarFile, where: str) -> None:

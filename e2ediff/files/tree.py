@@ -14,6 +14,7 @@ from e2ediff.data import LeftOut, left_out_text
 from e2ediff.errors import DataError
 from e2ediff.files.damage import DAMAGED
 from e2ediff.files.images import SUFFIXES, read_file
+from e2ediff.files.members import check_archive
 from e2ediff.files.names import Tally, below, images_of, is_hidden, is_readable
 
 _RECORDS = ("set.json", "psnr.json")
@@ -33,15 +34,22 @@ class Tree:
     left_out: Sequence[LeftOut] = ()
 
 
-def tree(fs: Any, root: str) -> Tree:
+def tree(fs: Any, root: str, where: str) -> Tree:
     """Walk a folder of a file system of fsspec.
 
     On this machine links to files and folders are followed, except to a folder that leads back
     to one above it.
 
+    Args:
+        fs: The file system.
+        root: The folder's path in it.
+        where: The folder's address, for messages, perhaps after the recipe's key.
+
     Raises:
         OSError: A folder cannot be listed.
+        DataError: It lies in a zip or tar with a member that `Members` refuses.
     """
+    check_archive(fs, root, where)
     if addresses.is_local(fs):
         return _local(root)
     tally, files = Tally(), list[str]()
@@ -174,7 +182,7 @@ def named_images(place: Address) -> NamedImages:
 
 def _in_folder(place: str) -> NamedImages:
     fs, root = addresses.file_system(place, typed=True)
-    found, tally = tree(fs, root), Tally()
+    found, tally = tree(fs, root, place), Tally()
     paths = found.files
     if {*_RECORDS} & {*paths}:
         packed = [p for p in paths if p.startswith("shards/") or p == "samples.zip"]

@@ -92,7 +92,7 @@ class ImageFolder(EncodedConfig):
                 f"`--set {option}=/path/to/train`."
             )
         try:
-            found = tree(location.fs, location.path)
+            found = tree(location.fs, location.path, f"{option}: {root}")
         except OSError as error:
             raise DataError(f"{option}: {root}: a folder cannot be listed: {error}") from error
         paths, folders = found.files, found.folders

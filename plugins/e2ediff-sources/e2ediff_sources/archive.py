@@ -19,7 +19,7 @@ from e2ediff.files.images import check_unpacked
 from e2ediff.files.labels import read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names
 from e2ediff.files.location import Location
-from e2ediff.files.members import Members, open_zip
+from e2ediff.files.members import Members
 
 
 class ZipBytes:
@@ -37,8 +37,7 @@ class ZipBytes:
     def __call__(self, i: int) -> bytes:
         """Content of one member; nothing is ever extracted to disk."""
         if self._zip is None or self._owner != os.getpid():
-            file = self.location.fs.open(self.location.path, "rb")
-            self._zip = open_zip(file, f"{self.location.option}: {self.location.url}")
+            self._zip = addresses.open_zip(self.location.fs.open(self.location.path, "rb"))
             self._owner = os.getpid()
         member = self._zip.getinfo(self.names[i])
         check_unpacked(member.file_size)
@@ -109,7 +108,7 @@ def _members(location: Location, inside: str) -> tuple[dict[str, str], list[str]
         raise DataError(f"data.path: no file {path}. Expected the path or URL of a zip")
     with location.opened(location.path) as file:
         try:
-            with open_zip(file, where) as archive:
+            with addresses.open_zip(file) as archive:
                 files, folders = dict[str, str](), set[str]()
                 seen = Members(where, inside)
                 for info in archive.infolist():
@@ -124,6 +123,8 @@ def _members(location: Location, inside: str) -> tuple[dict[str, str], list[str]
                     check_unpacked(member.file_size, f"a {DATASET_JSON}")
                     dataset = archive.read(member)
                 return files, sorted(folders), dataset
+        except UnicodeError as error:
+            raise DataError(f"{where}: {error}") from error
         except (*DAMAGED, OSError, ValueError) as error:
             raise DataError(
                 f"data.path: {path} cannot be read as a zip: {error}; fetch it again"

@@ -105,7 +105,7 @@ def test_a_zip_whose_names_are_utf8_without_saying_so_is_read() -> None:
 def test_names_in_unknown_letters_are_refused() -> None:
     assert refusal(archive([b"caf\xe9/0.png"])) == (
         "data.path: x.zip: a member has the name b'caf\\xe9/0.png', which is not UTF-8, and "
-        "nothing tells which letters these are. Pack the images again, with names in UTF-8"
+        "nothing tells which letters these are. Pack the files again, with names in UTF-8"
     )
     tar_of(Path("x.tar"), ["caf\udce9.png"], PNG, tarfile.GNU_FORMAT)
     line = refusal(TarShards(path="x.tar", size=SIZE, classes=0))
