@@ -9,7 +9,7 @@ import torch
 from e2ediff.data import LeftOut, left_out_text
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, is_image
-from e2ediff.files.labels import labelled
+from e2ediff.files.labels import LabelFile, labelled
 from e2ediff.files.listing import Names, numbered
 
 DATASET_JSON = "dataset.json"
@@ -66,10 +66,10 @@ def class_folders(
 
 
 def with_labels(
-    paths: Sequence[str], values: dict[str, str], place: str, option: str, source: str
+    paths: Sequence[str], file: LabelFile, place: str, option: str
 ) -> tuple[Names, torch.Tensor, int, tuple[str, ...]]:
     """Return names, labels, class count and names of images whose labels are in a file."""
     images = sorted(p for p in paths if is_image(p))
-    found = labelled(images, values, place, option, source)
+    found = labelled(images, file, place, option)
     labels, classes, names = numbered(found, images, option)
     return Names(images), labels, classes, names

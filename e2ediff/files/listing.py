@@ -6,6 +6,7 @@ Shapes: M images of a source, B batch, C H W image.
 from __future__ import annotations
 
 import re
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal, overload
@@ -48,7 +49,7 @@ from e2ediff.files.images import (
 MOST_CLASSES = 100_000_000
 """Class numbers are smaller: a larger one is no class, and counting it would fill the memory."""
 
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d*)?")
 
 
 class Names(Sequence[str]):
@@ -113,14 +114,19 @@ def numbered(
 ) -> tuple[Tensor, int, tuple[str, ...]]:
     """Return labels (M,), class count and class names: numbers stay, names are sorted.
 
+    Spaces around a label do not count, nor does the form in which Unicode writes a letter: names
+    are in the composed one (NFC).
+
     Args:
         values: What is written as the label of each image.
         images: Their names, for messages.
         option: The recipe's key of the data, for messages.
 
     Raises:
-        DataError: Some are numbers and others words, or a number is that of no class.
+        DataError: Some are numbers and others words, a number is that of no class, or one is
+            empty.
     """
+    values = [unicodedata.normalize("NFC", value.strip()) for value in values]
     numbers = [value.isdecimal() for value in values]
     _refuse_strange(values, numbers, images, option)
     if all(numbers):
@@ -137,7 +143,8 @@ def _refuse_strange(
     """Refuse what would be sorted as text although it is a number, and numbers of no class."""
     for i, (value, whole) in enumerate(zip(values, numbers, strict=True)):
         # Of a number with thousands of digits Python refuses to be told the value.
-        if (whole and len(value.lstrip("0")) > 8) or (not whole and _NUMBER.fullmatch(value)):
+        odd = len(value.lstrip("0")) > 8 if whole else not value or _NUMBER.fullmatch(value)
+        if odd:
             raise DataError(
                 f"{option}: {images[i]} has label {_short(value)}; expected a class number from "
                 f"0, below {MOST_CLASSES:,}, or a name. Number the classes 0, 1, 2, ..."
@@ -151,7 +158,7 @@ def _refuse_strange(
 
 
 def _short(value: str) -> str:
-    return value if len(value) <= 30 else f"{value[:27]}..."
+    return (value or "''") if len(value) <= 30 else f"{value[:27]}..."
 
 
 def fitted(listing: Listing, classes: int, option: str, word: str = "classes") -> Listing:

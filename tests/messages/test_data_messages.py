@@ -62,7 +62,7 @@ def test_a_label_file_that_does_not_match_is_said() -> None:
     Path("labels.txt").write_text("\n".join([*rows[2:], "other.JPEG n00000000"]))
     assert refused("labels=labels.txt") == (
         "data.root: labels.txt does not match tree: 2 of 20 images have no label "
-        "(n00000000/n00000000_0.JPEG) and 1 of 19 labels no image (other.JPEG)" + expected
+        "(n00000000/n00000000_0.JPEG) and 1 of 19 labels no image (other.JPEG, line 19)" + expected
         + ", relative to tree"
     )  # fmt: skip
     Path("labels.txt").write_text("\n".join([*rows[:3], "n00000000_3.JPEG"]))

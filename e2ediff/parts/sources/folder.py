@@ -96,17 +96,16 @@ class ImageFolder(EncodedConfig):
         except OSError as error:
             raise DataError(f"{option}: {root}: a folder cannot be listed: {error}") from error
         paths, folders = found.files, found.folders
-        values, source, also_read = None, self.labels or "", [DATASET_JSON]
+        file, also_read = None, [DATASET_JSON]
         if self.labels and not held_out:
-            values = read_labels(self.labels)
+            file = read_labels(self.labels)
             also_read.append(below(location.path, Location(self.labels, "data.labels").path))
         elif DATASET_JSON in paths:
-            source = location.below(DATASET_JSON)
-            values = read_labels(source, location)
+            file = read_labels(location.below(DATASET_JSON), location)
         tally = Tally()
         tally.include((*found.left_out, *images_of(paths, also_read)[1]))
-        if values is not None:
-            names, labels, classes, class_names = with_labels(paths, values, root, option, source)
+        if file is not None:
+            names, labels, classes, class_names = with_labels(paths, file, root, option)
         else:
             names, labels, class_names = class_folders(
                 paths, folders, root, option, tally.left_out, everything=self.classes == 0

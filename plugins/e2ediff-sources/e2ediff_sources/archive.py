@@ -80,15 +80,13 @@ class Archive(EncodedConfig):
         location = Location(self.path, "data.path")
         members, folders, dataset = _members(location, inside)
         paths = list(members)
-        values, source = None, self.labels or f"{place}/{DATASET_JSON}"
+        file = None
         if self.labels and not held_out:
-            values = read_labels(self.labels)
+            file = read_labels(self.labels)
         elif dataset is not None:
-            values = read_labels(source, data=dataset)
-        if values is not None:
-            names, labels, classes, class_names = with_labels(
-                paths, values, place, "data.path", source
-            )
+            file = read_labels(f"{place}/{DATASET_JSON}", data=dataset)
+        if file is not None:
+            names, labels, classes, class_names = with_labels(paths, file, place, "data.path")
         else:
             names, labels, class_names = class_folders(
                 paths, folders, place, "data.path", everything=self.classes == 0

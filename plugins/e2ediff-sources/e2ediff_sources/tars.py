@@ -18,7 +18,7 @@ from e2ediff.data import Recognised
 from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES, is_image
 from e2ediff.files.index import Index, RangeBytes, column, stored_index
-from e2ediff.files.labels import labelled, read_labels
+from e2ediff.files.labels import LabelFile, labelled, read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names, numbered
 from e2ediff.files.location import File, Location, find_files, fingerprint
 from e2ediff_sources.tar_members import RULES, inside, members, read_member
@@ -120,8 +120,8 @@ class ClassTars(EncodedConfig):
         index = stored_index(location, sidecar, key, lambda: _scan(location, files))
         labels, classes, names = index.labels, index.classes, index.class_names
         if classes == 0 and held_out and self.held_out_labels:
-            values = read_labels(self.held_out_labels) or {}
-            found = labelled(index.names, values, path, option, self.held_out_labels)
+            file = read_labels(self.held_out_labels) or LabelFile(self.held_out_labels, ())
+            found = labelled(index.names, file, path, option)
             labels, classes, names = numbered(found, index.names, option)
         fetch = RangeBytes(location, [f.path for f in files], index)
         return Listing(path, index.names, labels, classes, names, fetch)
@@ -281,7 +281,7 @@ class TarShards(EncodedConfig):
     def _label(self, data: bytes, suffix: str, place: str, option: str) -> str | None:
         """The class in a member; None if its JSON has no such key and nobody asked for it."""
         try:
-            text = data.decode().strip()
+            text = data.decode("utf-8-sig").strip()
             if not suffix.endswith("json"):
                 return text
             value = json.loads(text)
