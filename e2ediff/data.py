@@ -96,6 +96,7 @@ class ImageSpec:
 
     `classes` is 0 for unlabelled data, and for data with conditions of another kind, which
     `conditioning` then names; by default it is that of the classes.
+    `empty_classes` are the classes that no training image shows, where a run has recorded them.
     """
 
     channels: int
@@ -106,6 +107,7 @@ class ImageSpec:
     conditioning: ConditionSpec = attrs.field(
         default=attrs.Factory(lambda self: ClassLabels(self.classes), takes_self=True)
     )
+    empty_classes: tuple[int, ...] = ()
 
     @conditioning.validator
     def _agrees(self, field: attrs.Attribute[ConditionSpec], value: ConditionSpec) -> None:

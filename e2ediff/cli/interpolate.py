@@ -48,6 +48,7 @@ def command(
 
     from e2ediff.distributed.threads import threads_for
     from e2ediff.model.inference import denoise_once
+    from e2ediff.model.labels import without_images
     from e2ediff.monitor.pictures import grid_png
     from e2ediff.parts.sources.own_images import list_images, read_images
     from e2ediff.store.storage import Store
@@ -71,10 +72,12 @@ def command(
         else:
             assert seeds is not None
             labels: list[int | str] = [model.label_of(text) for text in names]
+            if empty := without_images(model.image, labels):
+                progress.say(f"warning: {empty}")
             strips = []
             attempt, fixed = partial(denoise_once, model), threads is not None
             with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
-                for label in labels or ["none"]:
+                for label in labels or ["index:none"]:
                     strips.append(model.interpolate(seeds, label, frames=frames))
                     progress.update(f"{len(strips)}/{max(1, len(labels))} strips")
                     finished(len(strips))

@@ -98,7 +98,7 @@ def command(
     import attrs
 
     from e2ediff.host.plugins import load
-    from e2ediff.model.labels import label_of, labels_of, lay_out
+    from e2ediff.model.labels import label_of, labels_of, lay_out, without_images
     from e2ediff.sample.conditions import numbers_of
     from e2ediff.sample.load import image_of, recipe_of
     from e2ediff.sample.request import SampleRequest
@@ -127,6 +127,8 @@ def command(
         labels, law = numbers_of(recipe, balanced or count or 64, "balanced", seed)
     else:
         classes = classes or list(range(kinds))
+        if empty := without_images(image, classes):
+            click.echo(f"warning: {empty}", err=True)
         images = balanced or drawn or len(classes) * (count or 8)
         labels = lay_out(classes, images, "uniform" if drawn else "balanced", seed)
     request = SampleRequest(

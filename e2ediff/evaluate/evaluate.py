@@ -14,6 +14,7 @@ from e2ediff.distances import self_test
 from e2ediff.distributed.threads import quiet, threads_for
 from e2ediff.errors import DataError, PluginError
 from e2ediff.evaluate.conventions import Convention
+from e2ediff.evaluate.images import Samples
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.evaluate.passport import Card, Passport
 from e2ediff.evaluate.reference import ReferenceSet, open_reference
@@ -26,6 +27,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.metric import FeatureSet, Metric, taps_of
 from e2ediff.model.build import choose_device
 from e2ediff.model.image_features import network_title, weights_sha256
+from e2ediff.model.labels import without_images
 from e2ediff.store.environment import describe_environment
 from e2ediff.store.run_directory import is_run
 from e2ediff.store.storage import JSON
@@ -65,6 +67,10 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
     _check_metrics(request)
     device = choose_device(request.target.device)
     subject = _subject(host, request)
+    if isinstance(subject.images, Samples):
+        image = subject.images.model.image
+        if empty := without_images(image, subject.images.labels):
+            report(f"warning: {empty}")
     references = _references(host, request, subject)
     sets = [subject.images, *(reference.images for reference in references.values())]
     for images in dict.fromkeys(sets):

@@ -337,7 +337,8 @@ class Samples(ImageSet):
         whole = max(1, size // rows) * rows
         for first in range(start - start % rows, stop, whole):
             last = min(first + whole, -(-stop // rows) * rows, self.count)
-            x = self.model.sample(self._conditions[first:last], seed=self.seed, first=first)
+            tiles = self.model.tiles(self._conditions[first:last], seed=self.seed, first=first)
+            x = torch.cat([tile.x for tile in tiles])
             check_finite(x, f"{self.place}: samples", first)
             yield from torch.split(x[max(start - first, 0) : stop - first], size)
 

@@ -22,7 +22,7 @@ from e2ediff.errors import DataError, KernelError, Problem, RecipeError
 from e2ediff.guidance import Guidance
 from e2ediff.host.recipe import Recipe
 from e2ediff.latent import LatentContract, Latents
-from e2ediff.model.labels import class_of, label_of
+from e2ediff.model.labels import class_of, label_of, without_images
 from e2ediff.sampler import Noise
 from e2ediff.seeds import generator
 
@@ -145,9 +145,15 @@ class Model:
         Returns:
             (M, C, H, W) in [-1, 1], clipped, on the CPU.
 
+        Logs a warning for classes that no training image showed, where the run recorded them.
+
         Raises:
             DataError: There is no such class, or the run has conditions of another kind.
         """
+        if self.image.empty_classes and not isinstance(labels, Condition):
+            asked = [class_of(self.image, label) for label in labels]
+            if empty := without_images(self.image, asked):
+                logging.warning(empty)
         finished, done = [], 0
         for tile in self.tiles(labels, seed=seed, first=first):
             finished.append(tile.x)
@@ -208,7 +214,11 @@ class Model:
 
     @torch.no_grad()
     def interpolate(
-        self, seeds: tuple[int, int], label: int | str | Condition = "none", *, frames: int = 8
+        self,
+        seeds: tuple[int, int],
+        label: int | str | Condition = "index:none",
+        *,
+        frames: int = 8,
     ) -> Tensor:
         """Sample between two seeds: images (frames, C, H, W) in [-1, 1], on the CPU.
 
@@ -218,7 +228,7 @@ class Model:
         condition of one row; by default none.
         """
         made: list[Tensor] = []
-        if label == "none":
+        if label == "index:none" or (label == "none" and "none" not in self.image.class_names):
             label = self.image.conditioning.null(1)
         one = self._condition(label if isinstance(label, Condition) else [label])
         for start in range(0, frames, self.rows):

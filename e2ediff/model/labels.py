@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import operator
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -57,7 +58,7 @@ def _meanings(image: ImageSpec, text: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in (text, rest) if kind == "name" else (text,):
         known = enumerate(image.class_names[: _classes(image)])
-        same = [label for label, own in known if own == name]
+        same = [label for label, own in known if _composed(own) == _composed(name)]
         found |= {f"name:{name}" if len(same) == 1 else f"index:{k}": k for k in same}
     index = rest if kind == "index" else text
     if (label := _index(image, index)) is not None:
@@ -149,6 +150,11 @@ def _called_otherwise(image: ImageSpec, numbers: range) -> bool:
     return called != [k for k in numbers[: len(own)] if k < len(own) and own[k] is not None]
 
 
+def _composed(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC), as it looks alike in any form."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _number(name: str) -> int | None:
     # isdigit accepts superscripts, which int refuses, as it does thousands of digits.
     return int(name) if name.isascii() and name.isdecimal() and len(name) < 10 else None
@@ -166,6 +172,16 @@ def _unknown(image: ImageSpec, text: str, option: str) -> DataError:
         f"{option} {_shown(text)}: no such class.{hint} Expected an index from 0 to "
         f"{_classes(image) - 1}{names}, or 'none'."
     )
+
+
+def without_images(image: ImageSpec, labels: Iterable[object]) -> str:
+    """Describe which of these classes no training image shows; "" if none is known to be empty."""
+    empty = sorted({*image.empty_classes} & {*labels})
+    if not empty:
+        return ""
+    shown = ", ".join(_shown(_called(image, label)) for label in empty[:_MOST])
+    more = f", ... ({len(empty):,} in all)" if len(empty) > _MOST else ""
+    return f"{shown}{more} {'have' if len(empty) > 1 else 'has'} no training images"
 
 
 def _called(image: ImageSpec, label: int) -> str:

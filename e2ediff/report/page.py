@@ -20,7 +20,7 @@ from e2ediff.report.summary import Summary, counted_runs, differing, number
 from e2ediff.report.tables import texts
 
 _EVENTS = 60
-_OWN = ("argv", "seeds", "created", "name", "class_names")
+_OWN = ("argv", "seeds", "created", "name", "class_names", "empty_classes")
 
 
 def render(gathered: Gathered, summary: Summary, sentences: Sequence[str], written: str) -> str:

@@ -20,6 +20,7 @@ from e2ediff.errors import CheckpointError, Problem, RecipeError
 from e2ediff.guidance import Reference
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
+from e2ediff.loading.classes import other_name
 from e2ediff.model.build import build_nets, choose_device, guidance_problems
 from e2ediff.model.inference import ROWS, Model, Origin, Other, Precision, choose_kernels
 from e2ediff.model.weights import load_weights
@@ -120,13 +121,14 @@ def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()
 
 
 def image_of(recipe: Recipe, directory: RunDirectory) -> ImageSpec:
-    """Return shape and classes of a run's images, with the class names used in training.
+    """Return shape and classes of a run's images, with what training recorded of the classes.
 
     Raises:
-        RunDirectoryError: The record of the names is damaged.
+        RunDirectoryError: The record of their names, or of empty ones, is damaged.
     """
     image = recipe.data.image
-    return attrs.evolve(image, class_names=directory.class_names() or image.class_names)
+    names, empty = directory.class_names() or image.class_names, directory.empty_classes()
+    return attrs.evolve(image, class_names=names, empty_classes=empty)
 
 
 def _open(
@@ -205,13 +207,10 @@ def _other(own: Model, found: Model) -> Other:
         pairs.append(("conditioning", given.title, known.title))
     latents = "Give a run that was trained on the same latents."
     unlike = [(what, f"{a} there, {b} here", latents) for what, a, b in pairs if a != b]
-    names = zip(found.image.class_names, own.image.class_names, strict=False)  # may have none
-    numbers = "Give a run whose classes have the same numbers."
-    unlike += [
-        ("classes", f"{label} is '{a}' there, '{b}' here", numbers)
-        for label, (a, b) in enumerate(names)
-        if a != b
-    ]
+    if differ := other_name(found.image.class_names, own.image.class_names):
+        label, a, b = differ
+        numbers = "Give a run whose classes have the same numbers."
+        unlike.append(("classes", f"{label} is '{a}' there, '{b}' here", numbers))
     for what, text, hint in unlike[:1]:
         text = f"{there.run} has other {what}: {text}."
         raise RecipeError("sampling", [Problem("guidance", text, hint=hint)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -44,8 +45,13 @@ class Pipeline:
 
     @property
     def labels(self) -> dict[str, int]:
-        """Return class indices by name; empty for classes without names."""
-        return {name: i for i, name in enumerate(self.model.image.class_names)}
+        """Return class indices by name; empty for classes without names.
+
+        A name that several classes have stands for none of them.
+        """
+        names = self.model.image.class_names
+        count = Counter(names)
+        return {name: i for i, name in enumerate(names) if count[name] == 1}
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Move the weights, and return this pipeline."""

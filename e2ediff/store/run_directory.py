@@ -282,6 +282,22 @@ class RunDirectory:
             )
         return tuple(found)
 
+    def empty_classes(self) -> tuple[int, ...]:
+        """Read the classes of which the training images had none at the start.
+
+        Empty if all had some, and for runs from before they were recorded.
+
+        Raises:
+            RunDirectoryError: The record is damaged.
+        """
+        found = self.environment().get("empty_classes", [])
+        if not isinstance(found, list) or not all(type(label) is int for label in found):
+            raise RunDirectoryError(
+                f"{self.store.where(RUN)}: empty_classes is not a list of class numbers. Remove "
+                "it; then sampling does not warn of them."
+            )
+        return tuple(found)
+
     def status(self) -> dict[str, Any]:
         """Read the last status; empty before the first."""
         return self._read_json(STATUS) if self.store.exists(STATUS) else {}

@@ -6,8 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource
 from e2ediff.errors import CheckpointError, Problem, RecipeError
@@ -16,7 +14,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.host.structure import unstructure
 from e2ediff.host.yaml import Node, parse_yaml
-from e2ediff.loading.bad_images import Skipping
+from e2ediff.loading.classes import known_labels, other_name
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import JSON
@@ -52,11 +50,8 @@ def describe(sources: Sequence[DataSource]) -> list[JSON]:
 
 
 def _labels(source: DataSource) -> str | None:
-    inner = source.source if isinstance(source, Skipping) else source
-    if type(inner).labels is DataSource.labels:
-        return None
-    labels = inner.labels().to(torch.int64).contiguous()
-    return hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+    labels = known_labels(source)
+    return None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest()
 
 
 def refuse_other_recipe(
@@ -138,14 +133,15 @@ def _renamed(
     """Report labels that meant another class in the run; unnamed classes cannot be compared."""
     before = directory.class_names() if images else ()
     now = class_names(recipe, images[0]) if before else ()
-    if not now or before == now:
+    where, hint = directory.path, "Give the images of the run, or start another run."
+    if differ := other_name(before, now) if now else None:
+        label, old, new = differ
+        what = f"class {label} was called {old!r} in {where}, is {new!r} here."
+    elif now and len(before) != len(now):
+        what = f"had {len(before)} classes in {where}, has {len(now)} here."
+    else:
         return []
-    what = f"had {len(before)} classes in {directory.path}, has {len(now)} here."
-    for label, (old, new) in enumerate(zip(before, now, strict=False)):
-        if old != new:
-            what = f"class {label} was called {old!r} in {directory.path}, is {new!r} here."
-            break
-    return [Problem("data", what, hint="Give the images of the run, or start another run.")]
+    return [Problem("data", what, hint=hint)]
 
 
 def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import DataSource, left_out_text
+from e2ediff.data import DataSource, ImageSpec, left_out_text
 from e2ediff.distributed.signals import BEFORE, Stop, Stopped, exit_code_of
 from e2ediff.distributed.threads import restored_threads
 from e2ediff.distributed.world import ElsewhereError, World, is_broken_collective
@@ -29,7 +29,9 @@ from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.host.yaml import Node
 from e2ediff.loading.bad_images import BAD_IMAGES, open_source
 from e2ediff.loading.batches import LostReaderError, check_enough
+from e2ediff.loading.classes import check_same_classes, empty_classes
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
+from e2ediff.model.labels import without_images
 from e2ediff.monitor.alarm import alarm_blind_spot
 from e2ediff.objective import Objective
 from e2ediff.step.parallel import check_shares
@@ -136,7 +138,10 @@ def train(
     held_out = training
     if recipe.data.has_held_out:
         held_out = open_source(recipe.data, held_out=True)
+        check_same_classes(training, held_out)
     sources = (training, held_out)
+    names, empty = class_names(recipe, training), empty_classes(training, recipe.data.image)
+    image = attrs.evolve(recipe.data.image, class_names=names, empty_classes=empty)
     # Barrier: create nothing unless every process opened its data and none was stopped.
     if asked := world.highest(stop.signal or 0):
         raise Stopped(asked, BEFORE)
@@ -151,9 +156,8 @@ def train(
         else:
             if resume:
                 progress.say(f"{place}: a run was killed here before it began; it starts now")
-            names = class_names(recipe, training)
             locked.append(
-                _new(host, recipe, recipe_path, place, device, world, names, restart=restart)
+                _new(host, recipe, recipe_path, place, device, world, image, restart=restart)
             )
             if locked[0].kept:
                 progress.say(f"the former content of {place} is kept in {place}/{locked[0].kept}")
@@ -171,7 +175,7 @@ def train(
             if begun_before:
                 _restore(ready, directory, shown)
             engine = ready
-            _greet(shown, engine)
+            _greet(shown, engine, image)
             _name_left_out(shown, directory, recipe, sources)
             stop.defer()
             engine.run(stop)
@@ -253,7 +257,7 @@ def _new(
     place: Address | None,
     device: torch.device,
     world: World,
-    names: Sequence[str],
+    image: ImageSpec,
     *,
     restart: bool,
 ) -> RunDirectory:
@@ -267,7 +271,11 @@ def _new(
     )
     environment["processes"] = world.size
     resolved = dump_recipe(host, recipe)
-    record = {**environment, "class_names": list(names)}
+    record = {
+        **environment,
+        "class_names": list(image.class_names),
+        "empty_classes": list(image.empty_classes),
+    }
     return RunDirectory.create(
         place, recipe.name, text, resolved, record, copies(host), restart=restart
     )
@@ -313,8 +321,8 @@ def _keep_figures(directory: RunDirectory, found: Checkpoint, progress: Progress
     )
 
 
-def _greet(progress: Progress, engine: Engine) -> None:
-    """Report the run's directory, device and kernels."""
+def _greet(progress: Progress, engine: Engine, image: ImageSpec) -> None:
+    """Report the run's directory, device and kernels, and classes without images."""
     nets = engine.parts.nets
     parameters = sum(p.numel() for net in (nets.online, nets.heads) for p in net.parameters())
     progress.say(
@@ -324,6 +332,9 @@ def _greet(progress: Progress, engine: Engine) -> None:
     for topic, choice in engine.parts.choices.items():
         progress.say(f"{topic}: {choice}")
     engine.directory.event("kernels", **engine.parts.choices)
+    if missing := without_images(image, range(image.classes)):
+        progress.say(f"warning: {missing} ({len(image.empty_classes)} of {image.classes} classes)")
+        engine.directory.event("empty_classes", classes=list(image.empty_classes))
     warning = alarm_blind_spot(engine.recipe, engine.monitor.observer.diagnostics)
     if warning and engine.parts.nets.online.latent.learned:
         progress.say(f"warning: {warning}")

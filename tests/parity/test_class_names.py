@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from command_line import Done, e2ediff, trained
@@ -14,12 +16,15 @@ from source_kinds import KINDS, make
 from tiny_recipe import tiny
 
 import e2ediff as package
-from e2ediff.data import ImageSpec
+from e2ediff.data import DataSource, ImageSpec
 from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
+from e2ediff.loading.bad_images import Skipping
+from e2ediff.loading.classes import check_same_classes, empty_classes, other_name
 from e2ediff.model.inference import Model
-from e2ediff.model.labels import label_of, labels_of
+from e2ediff.model.labels import label_of, labels_of, without_images
 from e2ediff.parts import sources
+from e2ediff.sample.pipeline import Pipeline
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.train.continuation import class_names
 
@@ -228,6 +233,155 @@ def test_of_many_names_a_message_has_the_first() -> None:
     assert "c19, ... (1,000 in all), or 'none'." in str(caught.value)
 
 
+def test_a_name_is_found_in_either_form_of_unicode() -> None:
+    """File systems of Macs decompose what is typed composed."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for known, typed in ((composed, decomposed), (decomposed, composed)):
+        assert labels_of(spec("dog", known), f"{typed},name:{typed}") == [1, 1]
+    with pytest.raises(DataError, match=r"Write index:0 for class 0 .* or index:1 for class 1"):
+        label_of(spec(composed, decomposed), composed)
+
+
+def test_no_class_stays_the_default_where_a_class_is_called_none() -> None:
+    recipe = load_tiny("{name: synthetic, size: 16, count: 64}")
+    plain = Model(recipe, recipe.backbone.build(recipe.data.image).eval(), rows=2)
+    names = ("none", "dog", "crane", "crane", "all")
+    named = attrs.evolve(plain, image=attrs.evolve(plain.image, class_names=names))
+    nothing = plain.interpolate((1, 2), "none", frames=2)
+    assert torch.equal(named.interpolate((1, 2), frames=2), nothing)
+    assert torch.equal(named.interpolate((1, 2), "index:none", frames=2), nothing)
+    assert torch.equal(named.interpolate((1, 2), "name:none", frames=2),
+                       plain.interpolate((1, 2), 0, frames=2))  # fmt: skip
+    assert torch.equal(named.sample(["all"]), plain.sample([4]))
+    for ask in (
+        lambda: named.interpolate((1, 2), "none"),
+        lambda: named.sample(["none"]),
+        lambda: Pipeline(named)("none"),
+        lambda: Pipeline(named).get_label_ids(["none"]),
+    ):
+        with pytest.raises(DataError, match=r"none: is ambiguous\. Write name:none for class 0"):
+            ask()
+    assert Pipeline(named).labels == {"none": 0, "dog": 1, "all": 4}
+
+
+# Classes without images
+
+
+@pytest.fixture(scope="module")
+def gapped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder of a run on images that are labelled from 1 and have no 3, and what it printed."""
+    place = tmp_path_factory.mktemp("gapped")
+    write_folders(place / "data", {"a": "red"})
+    lines = [f"a/{i}.png {label}" for i, label in enumerate((1, 2, 1, 4))]
+    (place / "labels.txt").write_text("\n".join(lines))
+    data = (
+        f"{{name: image_folder, root: {place}/data, labels: {place}/labels.txt, size: 16, "
+        "classes: 5, workers: 0}"
+    )
+    (place / "tiny.yaml").write_text(tiny(steps="2", batch="4", data=data,
+                                          probe="{images: 4, calibration: 4}"))  # fmt: skip
+    done = e2ediff("run", place / "tiny.yaml", "--out", place / "run")
+    assert done.code == 0, done.err
+    return place, done.err
+
+
+@pytest.fixture
+def with_gaps(gapped: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(gapped[0] / "run", "run")
+    return gapped[1]
+
+
+def test_a_run_warns_of_classes_without_images_and_records_them(with_gaps: str, gapped) -> None:
+    line = "warning: class 0, class 3 have no training images (2 of 5 classes)"
+    assert with_gaps.count(line) == 1
+    assert json.loads(Path("run/run.json").read_text())["empty_classes"] == [0, 3]
+    events = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    assert [e["classes"] for e in events if e["kind"] == "empty_classes"] == [[0, 3]]
+    done = e2ediff("run", gapped[0] / "tiny.yaml", "--resume", "--out", "run", "--set", "steps=3")
+    assert (done.code, done.err.count(line)) == (0, 1), done
+    assert e2ediff("report", "run", "--out", "page.html").code == 0
+    assert Path("page.html").read_text().count("empty_classes") == 2  # its events alone
+
+
+def test_sampling_warns_of_those_that_it_draws(with_gaps: str, caplog) -> None:
+    brief = ("--count", 1, "--steps", 1, "--out", "s", "--overwrite")
+    for words, said in (
+        ((), "class 0, class 3 have"),
+        (("--labels", "all"), "class 0, class 3 have"),
+        (("--labels", "1-3,none"), "class 3 has"),
+        (("--label", 0), "class 0 has"),
+        (("--labels", "1,2,4,none"), ""),
+    ):
+        done = e2ediff("sample", "run", *words, *brief)
+        warned = [line for line in done.err.splitlines() if "no training images" in line]
+        assert warned == [f"warning: {said} no training images"] * bool(said), words
+    done = e2ediff("interpolate", "run", "--seeds", 1, 2, "--label", 3, "--frames", 2)
+    assert "warning: class 3 has no training images\n" in done.err
+    model = package.load("run")
+    model.sample([1, 5])
+    assert caplog.messages == []
+    model.sample([1, "3"])
+    package.pipeline("run")(0)
+    assert caplog.messages == [f"class {k} has no training images" for k in (3, 0)]
+
+
+def test_a_run_from_before_they_were_recorded_warns_of_none(with_gaps: str) -> None:
+    record = json.loads(Path("run/run.json").read_text())
+    del record["empty_classes"]
+    Path("run/run.json").write_text(json.dumps(record))
+    done = e2ediff("sample", "run", "--count", 1, "--steps", 1)
+    assert (done.code, "no training images" in done.err) == (0, False)
+
+
+@pytest.mark.parametrize("labels", ["cat", {"0": 1}, ["1"], [True], None])
+def test_a_damaged_record_of_them_is_named(with_gaps: str, labels: object) -> None:
+    record = json.loads(Path("run/run.json").read_text())
+    Path("run/run.json").write_text(json.dumps({**record, "empty_classes": labels}))
+    assert refused(e2ediff("sample", "run"), 6).startswith(
+        "run/run.json: empty_classes is not a list of class numbers. "
+    )
+
+
+def test_they_are_found_without_reading_an_image() -> None:
+    image = ImageSpec(3, 8, 8, 4)
+    assert empty_classes(_Labelled([0, 2, 2]), image) == (1, 3)
+    assert empty_classes(Skipping(_Labelled([0, 2, 2]), classes=True), image) == (1, 3)
+    assert empty_classes(_Labelled([0, 1, 2, 3]), image) == ()
+    assert empty_classes(_Labelled([0, 0]), ImageSpec(3, 8, 8, 0)) == ()
+    assert empty_classes(_Unread(), image) == ()
+
+
+class _Unread(DataSource):
+    """A source that would have to read its images to find their labels."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("nothing is to be read")
+
+
+class _Labelled(_Unread):
+    def __init__(self, labels: Sequence[int], names: tuple[str, ...] = ()) -> None:
+        self.known, self.names = torch.tensor(labels), names
+
+    def labels(self) -> torch.Tensor:
+        return self.known
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.names
+
+
+def test_of_many_a_warning_has_the_first_with_their_names() -> None:
+    image = attrs.evolve(spec(*(f"c{k}" for k in range(50))), empty_classes=(*range(1, 50),))
+    said = without_images(image, range(50))
+    assert said.startswith("class 1 (c1), class 2 (c2), ")
+    assert said.endswith("class 20 (c20), ... (49 in all) have no training images")
+    assert without_images(image, [0, 50]) == ""
+
+
 # Going on
 
 
@@ -274,6 +428,42 @@ def test_nor_with_renamed_classes_elsewhere(begun: Path) -> None:
     assert "data: class 4 was called '20' in run, is '30' here." in said
 
 
+def test_nor_with_classes_that_a_file_of_labels_calls_otherwise_or_orders_otherwise(
+    begun: Path,
+) -> None:
+    names = [*NUMBERS]
+    for called, said in (
+        (
+            {name: f"c{name}" for name in names},
+            "data: class 0 was called '0' in run, is 'c0' here",
+        ),
+        (dict(zip(names, (1, 0, 2, 3, 4), strict=True)), "training images have other labels or"),
+    ):
+        lines = [f"{n}/{i}.png,{called[n]}" for n in names for i in range(4)]
+        Path("labels.csv").write_text("\n".join(lines))
+        assert said in refused(e2ediff(*RESUME, "--set", "data.labels=labels.csv"), 3)
+
+
+def test_names_in_another_form_of_unicode_are_the_same_names() -> None:
+    composed, decomposed = ("caf\u00e9", "dog"), ("cafe\u0301", "dog")
+    assert other_name(composed, decomposed) is None
+    assert other_name(composed, ("cafe", "dog")) == (0, "caf\u00e9", "cafe")
+    assert other_name((), composed) is other_name(composed, composed[:1]) is None
+
+
+def test_held_out_images_of_other_classes_are_refused(begun: Path) -> None:
+    """Their numbers would mean other classes in the probe and in scores."""
+    shutil.copytree("data", "val")
+    Path("val/2").rename("val/11")
+    done = e2ediff("run", "tiny.yaml", "--out", "new", "--set", "data.held_out=val")
+    assert refused(done, 5) == (
+        "data: class 3 is '2' in the training images and '11' in the held-out ones; expected "
+        "the same classes in both. Name them alike, or leave `data.held_out` away"
+    )
+    assert not Path("new").exists()
+    check_same_classes(_Labelled([0], ("a",)), _Labelled([0]))
+
+
 def test_it_is_resumed_with_the_same_names_elsewhere_and_with_numbers_for_them(
     begun: Path,
 ) -> None:
@@ -310,6 +500,11 @@ def test_every_kind_of_data_that_has_names_gives_them(kind: str, tmp_path: Path,
     found = config.open().class_names
     assert found in (tuple(NUMBERS), ())
     assert (found == ()) == (kind in ("shards with cls", "shards with json"))
+    # A class that is called otherwise is noticed, although the labels stay.
+    (tmp_path / "tree/2").rename(tmp_path / "tree/3")
+    (tmp_path / "y").mkdir()
+    renamed = make(kind, tmp_path, tmp_path / "y").open().class_names
+    assert other_name(found, renamed) == ((3, "2", "20") if found else None)
 
 
 def test_a_source_that_knows_its_names_without_reading_has_them_in_the_record(host) -> None:
