@@ -98,7 +98,14 @@ def prepare_command(
         skip=config.on_bad_image == "skip",
     )
     with Progress() as progress:
-        done = prepare(source, settings, dst, workers=workers, progress=progress.update)
+        done = prepare(
+            source,
+            settings,
+            dst,
+            workers=workers,
+            progress=progress.update,
+            class_names=image.class_names,
+        )
         for place, what in done.left_out:
             progress.say(f"left out {place}: {what}")
     kept = f", {done.kept} of them made before" if done.kept else ""
@@ -123,14 +130,17 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
     """Read every image, held-out ones too, and print those that cannot be used.
 
     Prints one line `path: fault` for each; exits with 5 if there are any.
+    Warns of classes without an image.
     The hashes of prepared shards are compared too.
     """
     from e2ediff.data import left_out_text
     from e2ediff.errors import DataError
     from e2ediff.host.plugins import load
+    from e2ediff.loading.classes import check_same_classes
     from e2ediff.train.progress import Progress
     from e2ediff_data.address import source_config
     from e2ediff_data.examine import compare_hashes, examine
+    from e2ediff_data.figures import without_images
 
     config = source_config(load(), address, overrides)
     sources = [config.open()]
@@ -138,9 +148,12 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
         compare_hashes(config)
     if config.has_held_out:
         sources.append(config.open(held_out=True))
+        check_same_classes(*sources)
     bad: list[tuple[str, str]] = []
     with Progress() as progress:
-        for source in sources:
+        for source, kind in zip(sources, ("training", "held-out"), strict=False):
+            if empty := without_images(source, config):
+                progress.say(f"warning: {address}: {kind} images: {empty}")
             seen = examine(
                 source,
                 range(len(source)),

@@ -78,11 +78,20 @@ def _class_lines(source: DataSource, config: SourceConfig, per: Tensor) -> Itera
         f"classes     {len(per):,}, of {low:,} ({word(int(per.argmin()))}) to {high:,} "
         f"({word(int(per.argmax()))}) images, median {int(per.median()):,}"
     )
-    if low == 0:
-        empty = (per == 0).nonzero()[:, 0].tolist()
-        shown = ", ".join(map(word, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        yield f"            {len(empty):,} of {len(per):,} classes without an image ({shown})"
+    if empty := without_images(source, config):
+        yield f"            {empty}"
     yield f"imbalance   {high / max(1, low):.1f} times as many in the largest as in the smallest"
+
+
+def without_images(source: DataSource, config: SourceConfig) -> str:
+    """Return how many classes no image shows, and which; "" if there is none such."""
+    if config.image.classes == 0:
+        return ""
+    word = partial(_word, _names(source, config))
+    empty = (counts(source, config.image.classes) == 0).nonzero()[:, 0].tolist()
+    shown = ", ".join(map(word, empty[:5])) + (", ..." if len(empty) > 5 else "")
+    count = f"{len(empty):,} of {config.image.classes:,}"
+    return f"{count} classes without an image ({shown})" if empty else ""
 
 
 def _shorter_sides(seen: Examined) -> dict[str, int]:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -89,6 +89,7 @@ def prepare(
     *,
     workers: int,
     progress: Callable[[str], None],
+    class_names: Sequence[str] = (),
 ) -> Done:
     """Write shards of all images of a source, or the missing ones.
 
@@ -98,6 +99,7 @@ def prepare(
         folder: A folder or URL, new or of an earlier attempt.
         workers: Number of worker processes; 0 crops in this process.
         progress: Called with progress.
+        class_names: Names of the classes, by label, where the source has none itself.
 
     Raises:
         DataError: An image is damaged and `skip` is off, or the folder holds something else.
@@ -122,7 +124,7 @@ def prepare(
         parts[k] = part
         progress(f"shard {len(parts)} of {settings.shards}")
     location.fs.invalidate_cache()
-    names = source.class_names if len(source.class_names) == settings.classes else ()
+    names = tuple(source.class_names or class_names)[: settings.classes]
     return _finish(store, location, settings, names, [parts[k] for k in sorted(parts)], kept)
 
 

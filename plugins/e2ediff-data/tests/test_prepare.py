@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -12,18 +13,20 @@ from pathlib import Path
 
 import attrs
 import fsspec
+import numpy as np
 import pytest
 import torch
+from command_line import e2ediff
 from e2ediff_data.examine import compare_hashes
 from e2ediff_data.shards import Shards
 from e2ediff_data.write import Done, Settings, prepare
 from e2ediff_testing import check_source
-from pictures import damage, write_tree
+from pictures import as_idx, damage, write_tree
 
 from e2ediff.data import DataSource
 from e2ediff.errors import DataError
 from e2ediff.files.index import Index
-from e2ediff.parts.sources import ImageFolder
+from e2ediff.parts.sources import FASHION_CLASSES, ImageFolder
 
 COUNTS = [5, 9, 7]
 SETTINGS = Settings(
@@ -132,6 +135,20 @@ def test_class_names_and_origins_are_kept(source, tmp_path) -> None:
     assert opened.class_names == ("n00000000", "n00000001", "n00000002")
     part = json.loads((tmp_path / "x/parts/shard-00001.json").read_text())
     assert part["images"][0][-1].endswith("tree/n00000000/n00000000_4.JPEG")
+
+
+def test_class_names_that_are_in_the_code_of_a_source_are_kept_as_well(tmp_path) -> None:
+    for name, array in (
+        ("images-idx3", np.zeros((3, 28, 28))),
+        ("labels-idx1", np.array([0, 9, 7])),
+    ):
+        path = as_idx(array, tmp_path / "plain")
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(path.read_bytes()))
+    Path(tmp_path, "b.yaml").write_text(f"name: fashion_mnist\nroot: {tmp_path}\n")
+    words = (tmp_path / "b.yaml", tmp_path / "x", "--size", 28, "--workers", 0)
+    assert e2ediff("data", "prepare", *words).code == 0
+    config = Shards(path=str(tmp_path / "x"), size=28, classes=10, channels=1)
+    assert config.open().class_names == FASHION_CLASSES
 
 
 def test_damaged_images_end_it_or_are_left_out_and_listed(source, tmp_path) -> None:
