@@ -39,14 +39,14 @@ def source_config(
         config = _from_yaml(host, address, overrides)
     else:
         config = _counted(host, recognise(host, address, _named(overrides)), overrides)
-    if size is None or config.image.height == size:
+    if size is None or config.image.height == config.image.width == size:
         return config
     try:
         return attrs.evolve(config, size=size)  # type: ignore[misc]
     except (TypeError, attrs.exceptions.NotAnAttrsClassError) as error:
         raise DataError(
             f"{address}: cannot be cropped to {size} pixels: its source has no option 'size', its "
-            f"images have {config.image.height}"
+            f"images have {config.image.height} x {config.image.width} (height x width)"
         ) from error
     except ValueError as error:
         # attrs' validators append the attribute and the options to the message.

@@ -148,7 +148,8 @@ def proposed(
     changes: dict[str, Any] = {}
     options = {field.name for field in attrs.fields(type(config))}  # type: ignore[arg-type]
     prepared = isinstance(config, Shards)
-    if "size" in options and seen.shorter and not prepared:
+    square = config.image.height == config.image.width  # another shape was chosen on purpose
+    if "size" in options and seen.shorter and square and not prepared:
         changes["size"] = proposed_size(seen.shorter)
     if "channels" in options and seen.mean and not prepared:
         changes["channels"] = 3 if seen.colour else 1

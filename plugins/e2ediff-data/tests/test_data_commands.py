@@ -69,6 +69,14 @@ def test_stats_count_measure_and_propose_a_block_that_reads_the_data() -> None:
     assert (config.sampling, config.on_bad_image) == ("class_balanced", "skip")
 
 
+def test_a_shape_that_is_not_square_is_proposed_as_it_was_chosen_and_prepared_as_squares() -> None:
+    Path("tall.yaml").write_text("data: {name: synthetic, size: [24, 16], count: 64}\n")
+    assert "size: [24, 16]" in e2ediff("data", "stats", "tall.yaml", "--workers", "0").out
+    for size in (24, 16):
+        image = source_config(load(entry_points=False), "tall.yaml", size=size).image
+        assert (image.height, image.width) == (size, size)
+
+
 def test_stats_as_json_say_what_the_text_says() -> None:
     done = e2ediff("data", "stats", "tree", "--json", "--images", "6", "--workers", "0")
     found = json.loads(done.out)
