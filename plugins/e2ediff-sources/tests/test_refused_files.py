@@ -25,9 +25,7 @@ from pictures import (
     tar_bytes,
 )
 from refusals import image_tree, refused
-from source_kinds import source_of
 
-from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
 
 
@@ -314,28 +312,6 @@ def test_check_warns_of_classes_without_images() -> None:
     assert (
         "warning: x.parquet: training images: 1 of 4 classes without an image (eel)"
     ) in done.err
-
-
-def test_parquet_files_that_name_their_classes_otherwise_are_refused() -> None:
-    """A number would mean one class in the first file and another in the second."""
-    a_class_without_images()
-    pq = pytest.importorskip("pyarrow.parquet")
-    Path("x").mkdir()
-    Path("x.parquet").rename("x/0.parquet")
-    table = pq.read_table("x/0.parquet")
-    for names, said in (
-        (["cat", "eel", "dog"], "class 1 is 'eel', 'dog' there"),
-        (["cat", "dog"], "2 names, 3 there"),
-    ):
-        told = json.dumps({"info": {"features": {"label": {"names": names}}}})
-        pq.write_table(table.replace_schema_metadata({"huggingface": told}), "x/1.parquet")
-        with pytest.raises(DataError) as caught:
-            source_of("parquet", path="x", size=16, classes=4).open()
-        assert str(caught.value) == (
-            f"data.path: {Path('x/1.parquet').absolute()} names its classes otherwise than "
-            f"{Path('x/0.parquet').absolute()} ({said}), so that its numbers mean others; write "
-            "them with the same names"
-        )
 
 
 @needs("e2ediff-data")
