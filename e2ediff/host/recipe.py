@@ -117,7 +117,8 @@ class Cadence:
 
     `log` reads the losses, `diagnose` measures the diagnostics that look at latents alone,
     `survey` measures all of them (by default every tenth diagnosis, and always at the first and
-    last step), `preview` samples images, `checkpoint` saves.
+    last step), `preview` samples images, `checkpoint` saves; a run also saves after its first
+    minute of training, if it has no checkpoint yet, and when it ends.
     """
 
     log: int = attrs.field(default=25, validator=gt(0))

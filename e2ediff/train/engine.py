@@ -5,6 +5,7 @@ The objective decides what is learned, from what, and where gradients stop.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -29,6 +30,9 @@ from e2ediff.train.measurements import Measurements
 from e2ediff.train.progress import Progress
 from e2ediff.train.recorder import Recorder
 from e2ediff.train.saving import Saver
+
+FIRST_SAVE = 60.0
+"""Seconds of training after which a run without a checkpoint saves, whatever its cadence."""
 
 
 class Engine:
@@ -65,6 +69,7 @@ class Engine:
         images, data = self.monitor.observer.calibration, describe(sources)
         self.saver = Saver(recipe, self.parts, detector, recorder, images, data)
         self.threads = StepThreads(self._rehearse, recorder, choose=choose_threads)
+        self.began = time.monotonic()
 
     def run(self, stop: Stop) -> None:
         """Train from the current position to the end, or until `stop` is requested.
@@ -75,6 +80,7 @@ class Engine:
             DataError, ResourceError: The data cannot be read, or the disk refuses.
         """
         r, recorder, error = self.recipe, self.recorder, None
+        self.began = time.monotonic()
         recorder.trackers.open()
         recorder.notify("run_started")
         self.set_status("running")
@@ -135,10 +141,20 @@ class Engine:
             self.measurements.preview()
         if monitor.scores_due(step):
             self.measurements.score()
-        if step % r.cadence.checkpoint == 0 and not last:
+        if not last and (step % r.cadence.checkpoint == 0 or self._first_save_due()):
             self.saver.save()
         if r.snapshot_steps and step % r.snapshot_steps == 0 and not last:
             self.saver.snapshot()
+
+    def _first_save_due(self) -> bool:
+        """Return whether the run has trained for a minute and has no checkpoint, in any process.
+
+        The first process decides, by its clock: a save takes part in all of them.
+        """
+        if self.recorder.last_checkpoint is not None:
+            return False
+        late = self.world.is_leader and time.monotonic() - self.began >= FIRST_SAVE
+        return bool(self.world.highest(int(late)))
 
     def _diagnose(self) -> None:
         phases = self.update.phases(self.position.images)
