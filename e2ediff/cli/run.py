@@ -20,18 +20,20 @@ if TYPE_CHECKING:
 
 
 @click.command("run")
-@click.argument("recipe")
+@click.argument("recipe", required=False, metavar="RECIPE|RUN")
 @options.overrides(
     "Change one value of the recipe: --set objective=coupled --set optimizer.lr=1e-3."
 )
 @click.option(
     "--out", metavar="DIR", help="The run's directory or URL. Default: runs/<recipe's name>."
 )
-@click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest one.")
+@click.option(
+    "--resume", is_flag=True, help="Continue RUN, or the run of RECIPE in --out, or its newest."
+)
 @click.option(
     "--restart",
     is_flag=True,
-    help="Start over in --out, or in the newest run; its contents move to attempts/.",
+    help="Start over where --resume would continue; what is there moves to attempts/.",
 )
 @options.threads_text()
 @click.option(
@@ -46,8 +48,10 @@ if TYPE_CHECKING:
 @click.option(
     "--rdzv", metavar="HOST:PORT", default="", help="Address at which several machines meet."
 )
+@click.pass_context
 def command(
-    recipe: str,
+    context: click.Context,
+    recipe: str | None,
     overrides: tuple[str, ...],
     out: str | None,
     resume: bool,
@@ -57,10 +61,11 @@ def command(
     nnodes: int,
     rdzv: str,
 ) -> int:
-    """Train from RECIPE, a YAML file or URL.
+    """Train from RECIPE, a YAML file or URL; or continue RUN, the directory of a run.
 
     The run's directory is printed at the end, on stdout.
-    Ctrl-C saves and stops; --resume continues, --restart starts over.
+    Ctrl-C saves and stops; `e2ediff run --resume RUN` continues by the run's own recipe, with
+    what --set changes, and `e2ediff run --restart RUN` starts it over.
     Under `torchrun -m e2ediff run RECIPE` each process joins the others by itself.
     """
     from e2ediff.distributed.openmp import all_threads, prepare_threads
@@ -76,6 +81,7 @@ def command(
     # First of all, because the imports below take seconds.
     with _leaving(quiet=quiet), Stop(at_once=True, quiet=quiet) as stop:
         number = prepare_threads(threads)
+        read, place = _places(context, recipe, out, again=resume or restart)
         count = _count(nproc)
         if count * nnodes > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
             raise click.UsageError(
@@ -86,13 +92,13 @@ def command(
 
             share = number or max(1, all_threads() // count)
             os.environ["OMP_NUM_THREADS"] = str(share)  # each process uses its share or one
-            words = ["run", recipe, "--threads", threads]
+            words = ["run", *([recipe] if recipe else []), "--threads", threads]
             words += [word for change in overrides for word in ("--set", change)]
             words += ["--out", out] if out else []
             words += ["--resume"] if resume else ["--restart"] if restart else []
             return launch(words, count, nnodes, rdzv)
         return _train(
-            recipe, overrides, out, stop,
+            read, overrides, place, stop,
             resume=resume, restart=restart, choose_threads=number is None,
         )  # fmt: skip
 
@@ -112,6 +118,48 @@ def _leaving(*, quiet: bool) -> Iterator[None]:
         raise
 
 
+def _places(
+    context: click.Context, word: str | None, out: str | None, *, again: bool
+) -> tuple[str | None, str | None]:
+    """Return the recipe to read, None for that of the run itself, and the run's directory.
+
+    Args:
+        context: The command's.
+        word: Its argument, which names a recipe or, with `again`, a run.
+        out: Its option `--out`.
+        again: Whether a run is resumed or restarted.
+
+    Raises:
+        click.UsageError: Neither is given, or a run is where a recipe is expected.
+    """
+    if word is None and not again:
+        raise click.MissingParameter(ctx=context, param_hint="'RECIPE'", param_type="argument")
+    if word is None and out is None:
+        raise click.UsageError(
+            "give the directory of the run, which `e2ediff run` printed at its end: "
+            "e2ediff run --resume runs/NAME"
+        )
+    if word is None or not _names_run(word, again=again):
+        return word, out
+    if not again:
+        quoted = shlex.quote(word)
+        raise click.UsageError(
+            f"{word} is a run and no recipe; to continue it: e2ediff run --resume {quoted}"
+        )
+    if out is not None:
+        raise click.UsageError(f"{word} is the run's directory: leave out --out, or give a recipe")
+    return None, word
+
+
+def _names_run(word: str, *, again: bool) -> bool:
+    """Return whether an argument names a run; with `again` it may be one that is missing."""
+    from e2ediff.store.run_directory import is_run
+
+    if "://" in word or not again:
+        return (again or os.path.isdir(word)) and is_run(word)
+    return os.path.isdir(word) or not (os.path.exists(word) or word.endswith((".yaml", ".yml")))
+
+
 def _count(nproc: str) -> int:
     """Parse the number of processes of `--nproc`.
 
@@ -128,7 +176,7 @@ def _count(nproc: str) -> int:
 
 
 def _train(
-    recipe: str,
+    recipe: str | None,
     overrides: tuple[str, ...],
     out: str | None,
     stop: Stop,
@@ -187,11 +235,14 @@ def _train(
     return code
 
 
-def _last_lines(outcome: Outcome, recipe: str, overrides: tuple[str, ...]) -> Iterator[str]:
+def _last_lines(outcome: Outcome, recipe: str | None, overrides: tuple[str, ...]) -> Iterator[str]:
     """Report how a run ended, and what to do next."""
+    from e2ediff.train.continuation import continue_command
+
     path = outcome.path
     if outcome.exit_code:
         yield f"{path}: {outcome.reason}"
+        yield f"continue with: {continue_command(path)}"
         return
     yield f"done. Curves: {path}/curves.png, samples: {path}/samples/"
     if not outcome.collapsed:
@@ -203,7 +254,7 @@ def _last_lines(outcome: Outcome, recipe: str, overrides: tuple[str, ...]) -> It
     )
     if outcome.advice:
         kept = [change for change in overrides if not change.startswith("objective")]
-        words = ["e2ediff", "run", recipe]
+        words = ["e2ediff", "run", recipe or f"{path}/resolved.yaml"]
         words += [word for change in (*kept, outcome.advice) for word in ("--set", change)]
         yield f"next: {shlex.join(words)}"
     else:

@@ -98,6 +98,16 @@ def note_end(code: int) -> None:
             Path(file).write_text(str(code))
 
 
+def same_processes() -> list[str]:
+    """Return the options with which the processes of this one were started on one machine.
+
+    Empty for a single process, and where another launcher or several machines are at work.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    ours = ENDED in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == size
+    return ["--nproc", size] if ours else []
+
+
 def _patience(config: type) -> dict[str, Any]:
     """Return the shutdown timeout, if this version of the launcher has that option."""
     known = config.__dataclass_fields__  # type: ignore[attr-defined]

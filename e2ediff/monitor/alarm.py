@@ -159,15 +159,19 @@ class CollapseDetector:
         since = "" if self.since is None else f" since step {self.since}"
         return f"the latents have been collapsed{since}" if self.on else ""
 
-    def advice(self) -> str:
-        """Return advice for an alarm that ends the run."""
+    def advice(self, regardless: str) -> str:
+        """Return advice for an alarm that ends the run.
+
+        Args:
+            regardless: The command that continues it without the alarm.
+        """
         tried = ""
         if self.attempt:
             times = {1: "once", 2: "twice"}.get(self.attempt, f"{self.attempt} times")
             tried = f"The run was rolled back {times} and collapsed again. "
         return (
             f"{tried}A checkpoint of this state was saved; change the objective, the latent norm "
-            "or the learning rate, or continue regardless with --resume --set alarm.policy=warn."
+            f"or the learning rate, or continue regardless: {regardless}"
         )
 
     def state(self) -> dict[str, JSON]:

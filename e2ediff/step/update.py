@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,32 @@ from e2ediff.step.draws import training_draw
 from e2ediff.step.splitting import Splitting
 
 Record = dict[str, Tensor | float]
+
+
+def active_phases(recipe: Recipe, images: int) -> list[str]:
+    """Return the phases of a recipe's objective that are active after this many images."""
+    objective, done = recipe.objective, images / recipe.total_images
+    spans = {phase: objective.span(phase) for phase in objective.phases}
+    return [phase for phase, (start, end) in spans.items() if start <= done < end]
+
+
+def learning_rates(
+    recipe: Recipe, phase: str, optimizer: torch.optim.Optimizer, images: int
+) -> list[float]:
+    """Return the learning rate of each parameter group in the step after this many images."""
+    config = recipe.optimizers.get(phase, recipe.optimizer)
+    start, end = (share * recipe.total_images for share in recipe.objective.span(phase))
+    done = (round(images - start), round(end - start))
+    return [
+        group["initial_lr"] * config.group_factor(group.get("name", ""), *done)
+        for group in optimizer.param_groups
+    ]
+
+
+def rate_name(group: Mapping[str, Any]) -> str:
+    """Return the figure of a parameter group's learning rate: `lr`, or `lr/PATTERN`."""
+    name = group.get("name", "")
+    return f"lr/{name}" if name else "lr"
 
 
 class Update:
@@ -59,12 +86,11 @@ class Update:
         r, step, record = self.recipe, self.parts.step, Record()
         for phase in self.phases(images):
             optimizer, config = self.parts.optimizers[phase], r.optimizers.get(phase, r.optimizer)
-            start, end = (share * r.total_images for share in r.objective.span(phase))
-            done = (round(images - start), round(end - start))
-            for group in optimizer.param_groups:
-                name = group.get("name", "")
-                group["lr"] = group["initial_lr"] * config.group_factor(name, *done)
-                record[f"lr/{name}" if name else "lr"] = group["lr"]
+            for group, rate in zip(
+                optimizer.param_groups, learning_rates(r, phase, optimizer, images), strict=True
+            ):
+                group["lr"] = rate
+                record[rate_name(group)] = rate
 
             draw_of = partial(training_draw, r, phase, images, attempt)
             for pieces in self.splitting.tries(batch, phase, draw_of):  # once, if memory suffices
@@ -90,9 +116,7 @@ class Update:
 
     def phases(self, images: int) -> list[str]:
         """Return the objective's phases that are active after this many images, in order."""
-        objective, done = self.recipe.objective, images / self.recipe.total_images
-        spans = {phase: objective.span(phase) for phase in objective.phases}
-        return [phase for phase, (start, end) in spans.items() if start <= done < end]
+        return active_phases(self.recipe, images)
 
     def rehearse(self, batch: Batch, images: int, attempt: int = 0) -> None:
         """Compute the gradients of a step's first piece to time them; nothing changes.

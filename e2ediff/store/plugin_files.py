@@ -13,10 +13,13 @@ def copies(host: Host) -> dict[str, bytes]:
     return {f"{PLUGINS}/{p.name}.py": p.text for p in host.used if p.file}
 
 
-def refuse_other_plugin_files(host: Host, directory: RunDirectory) -> None:
+def refuse_other_plugin_files(
+    host: Host, directory: RunDirectory, *, may_change: bool = False
+) -> None:
     """Refuse to use a run without the plugin files that it was trained with.
 
     The copies in the run's directory are not loaded automatically: a run may come from anyone.
+    With `may_change` a file may be another one than the run's, as it is for a restart.
 
     Raises:
         PluginError: A file was not given, or has changed since.
@@ -33,7 +36,7 @@ def refuse_other_plugin_files(host: Host, directory: RunDirectory) -> None:
                 f"{name}.py. The run keeps a copy as it was then, {copy}; if others made the run, "
                 "read it before you give it."
             )
-        if given[0].version != version:
+        if given[0].version != version and not may_change:
             raise PluginError(
                 f"{given[0].file} has changed since {directory.path} began (it was {version}, is "
                 f"{given[0].version}). Give the run's copy, --plugin {copy}, or train another run."

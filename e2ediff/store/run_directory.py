@@ -197,7 +197,8 @@ class RunDirectory:
             return
         way_out = "Choose another --out."
         if RUN in found:
-            way_out = "Choose another --out, or continue the run in it with --resume."
+            again = f"e2ediff run --resume {shlex.quote(self.path)}"
+            way_out = f"Choose another --out, or continue the run in it: {again}"
         elif halfway:
             way_out = "If --restart was interrupted here, repeat it; else choose another --out."
         raise RunDirectoryError(f"{self.path}: exists and is not empty. {way_out}")
@@ -261,6 +262,11 @@ class RunDirectory:
     def resolved(self) -> str:
         """Read the recipe with every default spelled out."""
         return self._read(RESOLVED).decode()
+
+    def replace_resolved(self, text: str) -> None:
+        """Replace the recipe with every default, by the one with which the run goes on."""
+        if not self.silent:
+            self.store.write(RESOLVED, text.encode())
 
     def environment(self) -> dict[str, Any]:
         """Read the environment that `create` was given, with `name` and `created`."""
@@ -449,6 +455,23 @@ def is_run(place: Address) -> bool:
     """Return whether there is a run at this address."""
     place = addresses.plain(place)
     return not place.endswith(".npz") and Store(place).exists("run.json")
+
+
+def own_recipe(place: Address) -> str:
+    """Return the folder that holds the recipe of the run at this address, as text.
+
+    That is the address itself, or one of its attempts where a restart was interrupted.
+
+    Raises:
+        RunDirectoryError: There is no run.
+    """
+    store = Store(place)
+    folders = ["", *(f"{ATTEMPTS}/{number}" for number in reversed(numbers(store)))]
+    for folder in folders:
+        if store.exists(f"{folder}/{RESOLVED}".lstrip("/")):
+            return store.where(folder)
+    directory = RunDirectory.open(place)
+    raise RunDirectoryError(f"{directory.store.where(RESOLVED)}: there is no such file.")
 
 
 def latest_run(name: str) -> str | None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 
+from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource
+from e2ediff.distributed.launch import same_processes
 from e2ediff.errors import CheckpointError, Problem, RecipeError
 from e2ediff.host.leaves import leaves
+from e2ediff.host.plugin_file import given_files
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.host.structure import unstructure
@@ -39,6 +44,25 @@ _MAY_CHANGE = (
     "diagnostics",
     "requires",
 )
+
+
+def continue_command(run: Address, *changes: str) -> str:
+    """Return the shortest command that continues a run as this process trains it.
+
+    Args:
+        run: The run's directory.
+        changes: Assignments, as for `--set`.
+    """
+    words = ["e2ediff", "run", "--resume", addresses.plain(run), *same_processes()]
+    words += [word for file in given_files() for word in ("--plugin", _shortest(file))]
+    words += [word for change in changes for word in ("--set", change)]
+    return shlex.join(words)
+
+
+def _shortest(file: str) -> str:
+    """Return a path below the current folder relative to it."""
+    inside = file.startswith(os.path.join(os.getcwd(), ""))
+    return os.path.relpath(file) if inside else file
 
 
 def describe(sources: Sequence[DataSource]) -> list[JSON]:
@@ -91,7 +115,8 @@ def refuse_other_recipe(
     changed = [p for p in changed if p in chosen or not p.startswith(other)]
     moved = [p for p in changed if _option(p) in {f"data.{o}" for o in recipe.data.movable}]
     why = _unlike(directory, images, sure=not moved)
-    hint = "Give the same recipe and --set as before, or start another run."
+    same = continue_command(directory.path)
+    hint = f"Start another run, or continue this one as it was: {same}"
     problems = [
         Problem(
             path,

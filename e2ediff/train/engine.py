@@ -24,7 +24,7 @@ from e2ediff.monitor.monitor import Monitor
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.update import Update
 from e2ediff.store.run_directory import RunDirectory, State
-from e2ediff.train.continuation import describe
+from e2ediff.train.continuation import continue_command, describe
 from e2ediff.train.cpu_threads import StepThreads
 from e2ediff.train.measurements import Measurements
 from e2ediff.train.progress import Progress
@@ -200,8 +200,10 @@ class Engine:
         spent = policy == "rollback" and detector.attempt > 0 and not detector.may_return
         if detector.on and (spent or (already_done and policy != "warn")):
             last = ", the last one" * already_done
+            regardless = continue_command(self.directory.path, "alarm.policy=warn")
             raise CollapseError(
-                f"step {self.position.step}{last}: the latents have collapsed. {detector.advice()}"
+                f"step {self.position.step}{last}: the latents have collapsed. "
+                f"{detector.advice(regardless)}"
             )
 
     def _end_again(self) -> None:

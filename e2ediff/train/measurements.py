@@ -16,6 +16,7 @@ from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.monitor import Monitor
 from e2ediff.monitor.pictures import curves_png, grid_png
 from e2ediff.monitor.probe import figures_line
+from e2ediff.train.continuation import continue_command
 from e2ediff.train.progress import training_line
 from e2ediff.train.recorder import Recorder
 
@@ -94,7 +95,8 @@ class Measurements:
             words = f"LATENT COLLAPSE: {said}" if detector.on else "the latents have recovered"
             self.recorder.progress.say(f"step {step}: {words}")
         if detector.on and self.recipe.alarm.policy != "warn":
-            raise CollapseError(f"step {step}: {said}. {detector.advice()}")
+            regardless = continue_command(self.recorder.directory.path, "alarm.policy=warn")
+            raise CollapseError(f"step {step}: {said}. {detector.advice(regardless)}")
 
     def score(self) -> None:
         """Measure and record the recipe's `scores`."""

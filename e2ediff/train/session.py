@@ -25,7 +25,7 @@ from e2ediff.errors import (
 )
 from e2ediff.host.guard import cause
 from e2ediff.host.plugins import Host
-from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
+from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.host.yaml import Node
 from e2ediff.loading.bad_images import BAD_IMAGES, open_source
 from e2ediff.loading.batches import LostReaderError, check_enough
@@ -41,11 +41,25 @@ from e2ediff.store.environment import describe_environment
 from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.plugin_files import copies, refuse_other_plugin_files
 from e2ediff.store.records import images_of, newest_saved, refuse_vanished
-from e2ediff.store.run_directory import RunDirectory, State, is_run, latest_run
-from e2ediff.store.storage import JSON
-from e2ediff.train.continuation import class_names, data_block, refuse_other_recipe
+from e2ediff.store.run_directory import (
+    RECIPE,
+    RESOLVED,
+    RunDirectory,
+    State,
+    is_run,
+    latest_run,
+    own_recipe,
+)
+from e2ediff.store.storage import JSON, Store
+from e2ediff.train.continuation import (
+    class_names,
+    continue_command,
+    data_block,
+    refuse_other_recipe,
+)
 from e2ediff.train.engine import Engine
 from e2ediff.train.progress import Progress
+from e2ediff.train.schedule import report_schedule
 
 _STATES: dict[int, State] = {75: "preempted", 130: "interrupted"}
 _GRACE = 5.0  # seconds in which the same request to stop may reach a process twice
@@ -68,7 +82,7 @@ class Outcome:
 
 def train(
     host: Host,
-    recipe_path: Address,
+    recipe_path: Address | None,
     overrides: Sequence[str] = (),
     out: Address | None = None,
     *,
@@ -83,7 +97,8 @@ def train(
 
     Args:
         host: Knows the parts.
-        recipe_path: Path or URL of a recipe.
+        recipe_path: Path or URL of a recipe; None for that of the run in `out`, which is resumed
+            or restarted.
         overrides: Assignments, as for `--set`.
         out: The run's directory; by default `runs/<name>`, or with `resume` or `restart` the
             newest of that name.
@@ -101,7 +116,6 @@ def train(
         E2EDiffError: Whatever is wrong with the recipe, the data, the directory or the machine;
             once a directory exists its `status.json` has it too.
     """
-    recipe_path = addresses.plain(recipe_path)
     world = world or World()
     progress = progress or Progress(None if world.is_leader else _Nowhere())
     if stop is None:
@@ -114,19 +128,19 @@ def train(
         stop.grace, stop.quiet = _GRACE, not world.is_leader
         stop.defer()
     stop.write = progress.interject
+    own = recipe_path is None
+    recipe_path, as_given = _recipe_files(recipe_path, out)
 
     def resumed(name: str) -> Node | None:
         """Return the data block of the run; refuse missing plugin files, whose parts it names."""
         place = out or latest_run(name)
-        if not (place and is_run(place)):
+        if not (place and is_run(place) and (resume or own)):
             return None
         directory = RunDirectory.open(place)
-        refuse_other_plugin_files(host, directory)
-        return data_block(directory)
+        refuse_other_plugin_files(host, directory, may_change=restart)
+        return data_block(directory) if resume else None
 
-    recipe = load_recipe(
-        host, recipe_path, overrides, named=resumed if resume else None, progress=progress
-    )
+    recipe = load_recipe(host, recipe_path, overrides, named=resumed, progress=progress)
     check_fits(recipe, recipe_path)
     check_shares(recipe, world, recipe_path)
     device = choose_device(recipe.device, world.local if world.size > 1 else None)
@@ -147,17 +161,20 @@ def train(
         raise Stopped(asked, BEFORE)
 
     locked: list[RunDirectory] = []
+    former: list[Recipe] = []  # of a run that continues with a change
 
     def begin() -> list[JSON]:
         place = out or (latest_run(recipe.name) if resume or restart else None)
         begun_before = resume and not (place and RunDirectory.never_began(place))
         if begun_before:
-            locked.append(_continued(host, recipe, recipe_path, place, sources))
+            directory, before = _continued(host, recipe, recipe_path, place, sources)
+            locked.append(directory)
+            former.extend(before)
         else:
             if resume:
                 progress.say(f"{place}: a run was killed here before it began; it starts now")
             locked.append(
-                _new(host, recipe, recipe_path, place, device, world, image, restart=restart)
+                _new(host, recipe, as_given, place, device, world, image, restart=restart)
             )
             if locked[0].kept:
                 progress.say(f"the former content of {place} is kept in {place}/{locked[0].kept}")
@@ -177,23 +194,38 @@ def train(
             engine = ready
             _greet(shown, engine, image)
             _name_left_out(shown, directory, recipe, sources)
+            for before in former:
+                report_schedule(engine.recorder, before, engine.parts.optimizers)
             stop.defer()
             engine.run(stop)
         except BaseException as caught:
             error = world.attribute_error(_in_words(host, caught))
             code = exit_code_of(error)
-            if isinstance(error, Stopped):
-                error.args = (f"{error}; continue with --resume",)
             named = isinstance(error, Stopped | ElsewhereError)
             reason = str(error) if named else f"{type(error).__name__}: {error}"
             set_status = engine.set_status if engine else directory.set_status
             set_status(_STATES.get(code, "failed"), code, reason)
             if isinstance(error, Stopped):
-                error.args = (f"{directory.path}: {error}",)
+                error.args = (f"{directory.path}: {error}\n{_continuing(directory)}",)
             if error is caught:
                 raise
             raise error from caught
         return _end(directory, engine, stop)
+
+
+def _continuing(directory: RunDirectory) -> str:
+    return f"continue with: {continue_command(directory.path)}"
+
+
+def _recipe_files(recipe_path: Address | None, out: Address | None) -> tuple[str, str]:
+    """Return the addresses of the recipe to read, and of the recipe as a user wrote it."""
+    if recipe_path is not None:
+        return addresses.plain(recipe_path), addresses.plain(recipe_path)
+    if out is None:
+        raise RunDirectoryError("give a recipe, or the directory of a run to resume or restart")
+    store = Store(own_recipe(out))
+    written = RECIPE if store.exists(RECIPE) else RESOLVED
+    return store.where(RESOLVED), store.where(written)
 
 
 def _in_words(host: Host, error: BaseException) -> BaseException:
@@ -228,12 +260,12 @@ def _continued(
     recipe_path: Address,
     place: Address | None,
     sources: tuple[DataSource, DataSource],
-) -> RunDirectory:
-    """Open and lock the directory of a run to resume."""
+) -> tuple[RunDirectory, list[Recipe]]:
+    """Open and lock the directory of a run to resume; return its former recipe, if it changes."""
     if place is None:
         raise RunDirectoryError(
             f"--resume: no run of '{recipe.name}' to continue; start one without --resume, or "
-            "name its directory with --out"
+            "give its directory: e2ediff run --resume DIR"
         )
     directory = RunDirectory.open(place)
     refuse_other_plugin_files(host, directory)
@@ -245,15 +277,18 @@ def _continued(
     except BaseException:
         directory.unlock()
         raise
-    if changes:
-        directory.event("continued", changes=changes)
-    return directory
+    if not changes:
+        return directory, []
+    before = parse_recipe(host, directory.resolved(), directory.store.where(RESOLVED))
+    directory.event("continued", changes=changes)
+    directory.replace_resolved(dump_recipe(host, recipe))
+    return directory, [before]
 
 
 def _new(
     host: Host,
     recipe: Recipe,
-    recipe_path: Address,
+    as_given: str,
     place: Address | None,
     device: torch.device,
     world: World,
@@ -262,7 +297,7 @@ def _new(
     restart: bool,
 ) -> RunDirectory:
     """Create and lock a new run's directory."""
-    with addresses.open_file(recipe_path, typed=True) as file:
+    with addresses.open_file(as_given, typed=True) as file:
         text = file.read().decode()
     environment = describe_environment(
         seeds={"seed": recipe.seed},
@@ -366,9 +401,9 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
         state: State = "done"
         code, reason = 0, "all steps done"
     elif stop.signal == signal.SIGINT:
-        state, code, reason = "interrupted", 130, "interrupted; saved, continue with --resume"
+        state, code, reason = "interrupted", 130, "interrupted; saved"
     else:
-        state, code, reason = "preempted", 75, "terminated; saved, continue with --resume"
+        state, code, reason = "preempted", 75, "terminated; saved"
     if collapsed := engine.detector.collapsed:
         reason = f"{reason}; {collapsed}"
     engine.set_status(state, code, reason)

@@ -174,7 +174,7 @@ def test_every_public_name_can_be_imported_by_a_plugin() -> None:
         "e2ediff.objective.Objective.phases: ClassVar[tuple[str, ...]] = ('joint',)",
         "e2ediff.backbone.Backbone.denoiser_apart: bool = False",
         "e2ediff.errors.PluginError.exit_code = 4",
-        "$ e2ediff run RECIPE",
+        "$ e2ediff run RECIPE|RUN",
         "$ e2ediff plugins new --kind TEXT (required)",
         "exit code 75",
         "variable E2EDIFF_CACHE",

@@ -165,7 +165,7 @@ def test_run_directories_that_are_none_or_taken_are_told() -> None:
         RunDirectory.create("empty", "x", "", "", {})
     assert str(caught.value) == (
         "empty: exists and is not empty. "
-        "Choose another --out, or continue the run in it with --resume."
+        "Choose another --out, or continue the run in it: e2ediff run --resume empty"
     )
 
 

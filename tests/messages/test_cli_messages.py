@@ -36,7 +36,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = tiny()
 
 FIRST, LAST = "images-000000000016", "images-000000000032"
-MORE = "Give the same recipe and --set as before, or start another run."
+MORE = "Start another run, or continue this one as it was: e2ediff run --resume runs/tiny"
 
 
 @pytest.fixture(autouse=True)
@@ -330,7 +330,7 @@ def test_an_out_that_exists_is_left_alone(run: str) -> None:
     before = sorted(Path(run).rglob("*"))
     assert refused(6, "run", "tiny.yaml", "--out", run) == [
         "runs/tiny: exists and is not empty. "
-        "Choose another --out, or continue the run in it with --resume."
+        "Choose another --out, or continue the run in it: e2ediff run --resume runs/tiny"
     ]
     assert sorted(p for p in Path(run).rglob("*") if p.name != ".lock") == [
         p for p in before if p.name != ".lock"
@@ -348,8 +348,8 @@ def test_what_is_no_run_is_said() -> None:
     assert refused(6, "reconstruct", "empty") == [f"empty{none}"]
     assert refused(6, "run", "tiny.yaml", "--resume", "--out", "nowhere") == [f"nowhere{none}"]
     assert refused(6, "run", "tiny.yaml", "--resume") == [
-        "--resume: no run of 'tiny' to continue; start one without --resume, or name its "
-        "directory with --out"
+        "--resume: no run of 'tiny' to continue; start one without --resume, or give its "
+        "directory: e2ediff run --resume DIR"
     ]
     Path("empty").rmdir()
     assert nothing_made()

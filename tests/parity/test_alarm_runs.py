@@ -157,7 +157,8 @@ def test_the_command_says_it_in_a_sentence_and_exits_with_seven(tiny_recipe, tmp
     done = e2ediff(*words, "--set", "alarm.policy=stop")
     assert (done.code, done.out) == (7, "")
     assert "error: step 8: effective rank" in done.err
-    assert done.err.rstrip().endswith("--resume --set alarm.policy=warn.")
+    regardless = f"e2ediff run --resume {tmp_path / 'run'} --set alarm.policy=warn"
+    assert done.err.endswith(f"or continue regardless: {regardless}\n")
 
 
 STRICT = "diagnostics=[{name: latent_health, rank_fraction: 1.0}]"
@@ -232,7 +233,7 @@ def test_since_when_latents_are_collapsed_outlives_a_stop(trapped) -> None:
     run = trapped(*range(2, 1000))
     stopped = run.train(stop_after=9)
     assert (stopped.exit_code, stopped.collapsed) == (130, f"{SINCE} 6")
-    assert stopped.reason == f"interrupted; saved, continue with --resume; {SINCE} 6"
+    assert stopped.reason == f"interrupted; saved; {SINCE} 6"
     assert run.train(resume=True).collapsed == f"{SINCE} 6"
     assert [e["step"] for e in run.events("collapse")] == [6]
 

@@ -320,7 +320,8 @@ def test_the_launcher_hands_on_a_signal_and_the_exit_code(tiny_recipe, tmp_path)
     assert said_out == f"{out}\n"
     assert "on 2 processes (ddp) on cpu" in said
     assert "Traceback" not in said
-    assert said.count("continue with --resume") == 1
+    again = f"e2ediff run --resume {out} --nproc 2"
+    assert said.endswith(f"{out}: terminated; saved\ncontinue with: {again}\n")
     assert said.count("stopping: ") == 1
 
 

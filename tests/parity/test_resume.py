@@ -240,8 +240,8 @@ def test_other_images_at_another_address_are_refused(
     with pytest.raises(RecipeError) as caught:
         run(tiny_recipe, stopped, *RUNS["coupled"], FOLDER.format(other), resume=True)
     assert [str(problem) for problem in caught.value.problems] == [
-        f'data.root: was "{tree}" in {stopped}, is "{other}" here{said} Give the same recipe and '
-        "--set as before, or start another run."
+        f'data.root: was "{tree}" in {stopped}, is "{other}" here{said} Start another run, or '
+        f"continue this one as it was: e2ediff run --resume {stopped}"
     ]
 
 
@@ -349,7 +349,8 @@ def test_a_signal_ends_the_command_with_a_checkpoint_and_its_code(
         _, said = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in said
-    assert "continue with --resume" in said
+    how = "interrupted" if number == signal.SIGINT else "terminated"
+    assert said.endswith(f"{out}: {how}; saved\ncontinue with: e2ediff run --resume {out}\n")
     status = json.loads((out / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == (state, code)
     stopped = fingerprint(out)["step"]

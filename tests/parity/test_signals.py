@@ -193,7 +193,8 @@ def test_a_second_signal_ends_a_run_at_once_and_status_says_so(
     assert said.getvalue().count(SAVING) == 1
     status = RunDirectory.open(out).status()
     assert (status["state"], status["exit_code"]) == (state, code)
-    assert "a second time, without saving; continue with --resume" in status["reason"]
+    assert status["reason"].endswith("ed a second time, without saving")
+    assert str(caught.value).endswith(f"saving\ncontinue with: e2ediff run --resume {out}")
     assert list_checkpoints(Store(out)) == ["images-000000000016"]
 
 
@@ -248,7 +249,7 @@ def test_a_signal_before_the_first_step_is_in_the_status_and_the_run_goes_on(
     out = str(tmp_path / "run")
     for resume, word in ((False, "attention: "), (True, "resumed "), (True, "attention: ")):
         said = Interrupts(word, number)
-        with pytest.raises(Stopped, match="before training began; continue with --resume"):
+        with pytest.raises(Stopped, match="before training began\ncontinue with: e2ediff"):
             train(load(), recipe, [], out, resume=resume, progress=Progress(said))
         assert said.getvalue().count(NOTHING) == 1
         status = RunDirectory.open(out).status()

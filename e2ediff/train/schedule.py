@@ -1,0 +1,76 @@
+"""Report how the schedule of a run moves when the run is continued with another length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from e2ediff.host.recipe import Recipe
+from e2ediff.step.update import active_phases, learning_rates, rate_name
+from e2ediff.train.recorder import Recorder
+
+_HINT = (
+    "A schedule that falls over the whole length starts its fall anew when the length changes. "
+    "For runs to be lengthened use optimizer.schedule: constant, or wsd and lengthen them before "
+    "its fall"
+)
+
+
+def report_schedule(
+    recorder: Recorder, before: Recipe, optimizers: Mapping[str, torch.optim.Optimizer]
+) -> None:
+    """Report what a change of the recipe does to learning rates and phases at this position.
+
+    Says nothing if the next step is the one that the run would have taken without the change.
+
+    Args:
+        recorder: Has the run's recipe and position.
+        before: The recipe of the run so far.
+        optimizers: Those of the run, by phase.
+    """
+    recipe, at = recorder.recipe, recorder.position
+    if at.step >= recipe.total_steps:
+        if at.step > recipe.total_steps:
+            text = f"nothing to train: the recipe now has {recipe.total_steps} steps"
+            recorder.report("schedule", text)
+        return
+    last = max(0, at.images - recipe.batch)
+    # A finished run has no next step; what it was in counts.
+    usual = active_phases(before, at.images) or active_phases(before, last)
+    phases = active_phases(recipe, at.images)
+    texts = []
+    if phases != usual:
+        texts.append(
+            f"it is in phase {', '.join(phases)} instead of {', '.join(usual)}, as phases are "
+            "shares of the length"
+        )
+    rates: dict[str, tuple[float, float]] = {}
+    falls_anew = False
+    for phase in (phase for phase in phases if phase in usual):
+        optimizer = optimizers[phase]
+        taken, without, new = (
+            dict(zip(map(rate_name, optimizer.param_groups), values, strict=True))
+            for values in (
+                learning_rates(before, phase, optimizer, last),
+                learning_rates(before, phase, optimizer, at.images),
+                learning_rates(recipe, phase, optimizer, at.images),
+            )
+        )
+        for name, rate in new.items():
+            if math.isclose(rate, without[name], rel_tol=1e-9):
+                continue
+            label = name if len(phases) == 1 else f"{name} of phase {phase}"
+            rates[label] = (taken[name], rate)
+            which = "" if label == "lr" else f" ({label})"
+            texts.append(
+                f"the learning rate{which} was {taken[name]:.4g} in the last step and is "
+                f"{rate:.4g} in the next"
+            )
+            falls_anew = falls_anew or rate > taken[name]
+    if texts:
+        length = f"with {recipe.total_steps} steps instead of {before.total_steps} "
+        text = length + "; ".join(texts) + (f". {_HINT}" if falls_anew else "")
+        named = {name: list(pair) for name, pair in rates.items()}
+        recorder.report("schedule", text, rates=named, phases=[usual, phases])
