@@ -56,6 +56,11 @@ def as_size(value: Size | Sequence[int]) -> Size:
     return height if height == width else HeightWidth(height, width)
 
 
+def size_text(size: Size) -> str:
+    """Return a size as a recipe writes it: `32` or `[32, 48]`."""
+    return str(size) if isinstance(size, int) else str([*size])
+
+
 def positive_size(block: object, option: attrs.Attribute[Any], size: Size) -> None:
     """Validate an attrs field that holds a `Size`.
 
@@ -63,8 +68,7 @@ def positive_size(block: object, option: attrs.Attribute[Any], size: Size) -> No
         ValueError: A side is below 1.
     """
     if min(height_width(size)) < 1:
-        given = size if isinstance(size, int) else [*size]
-        raise ValueError(f"expected sides of at least 1 pixel, got {given}")
+        raise ValueError(f"expected sides of at least 1 pixel, got {size_text(size)}")
 
 
 def from_pixels(pixels: Tensor) -> Tensor:

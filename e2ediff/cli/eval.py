@@ -52,6 +52,14 @@ if TYPE_CHECKING:
 @click.option(
     "--labels", type=click.Choice(["balanced", "uniform"]), help="Distribution of the labels."
 )
+@click.option(
+    "--label",
+    "names",
+    multiple=True,
+    metavar="CLASS",
+    help="Samples of a RUN, and its data as reference, of this class alone, by index or name; "
+    "may be repeated.",
+)
 @options.seed
 @options.overrides("Another sampler or guidance of a RUN: --set guidance.scale=2.")
 @click.option(
@@ -125,6 +133,7 @@ def _request(
     lpips_heads: str | None,
     bootstrap: int | None,
     cache: str | None,
+    names: tuple[str, ...],
     **given: Any,
 ) -> Request:
     """Build the request from the options; those in `given` are its fields."""
@@ -158,8 +167,29 @@ def _request(
         perceptual=_perceptual(lpips, lpips_heads),
         bootstrap=bootstrap or 0,
         cache=cache or cache_folder(),
+        classes=_classes(host, ref, names, sections),
         **given,
     )
+
+
+def _classes(
+    host: Host, ref: ModelRef, names: tuple[str, ...], sections: tuple[str, ...]
+) -> tuple[int, ...]:
+    """Return the classes that are asked for, in the order of their indices."""
+    from e2ediff.errors import DataError
+    from e2ediff.model.labels import label_of
+    from e2ediff.sample.load import image_of, recipe_of
+    from e2ediff.store.run_directory import RunDirectory, is_run
+
+    if not names:
+        return ()
+    if not is_run(ref.run):
+        raise DataError(f"--label: only a run has classes; {ref.run} is none")
+    if whole := [section for section in sections if section != "memorisation"]:
+        raise click.UsageError(f"--label chooses samples; {', '.join(whole)} are of all classes")
+    directory = RunDirectory.open(ref.run)
+    image = image_of(recipe_of(host, directory, ref.overrides), directory)
+    return tuple(sorted({label_of(image, text) for text in names}))
 
 
 def _metrics(

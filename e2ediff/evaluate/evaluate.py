@@ -151,6 +151,7 @@ def _subject(host: Host, request: Request) -> Subject:
         request.count or first.count,
         request.labels or first.labels,
         seed=request.seed,
+        classes=request.classes,
     )
     if request.labels and subject.labels != request.labels:
         raise DataError("--labels: the run is not conditioned on classes; leave it out")
@@ -162,7 +163,8 @@ def _references(host: Host, request: Request, subject: Subject) -> Mapping[str, 
     if not any(metric.compares for metric in request.metrics):
         return {}
     data = subject.model.recipe.data if subject.model else None
-    opened = functools.cache(lambda place: open_reference(place, host, data))
+    classes = request.classes
+    opened = functools.cache(lambda place: open_reference(place, host, data, classes))
     found = {}
     for one in request.conventions:
         default = "data" if data is not None else ""

@@ -16,10 +16,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import SourceConfig
+from e2ediff.condition import Condition
+from e2ediff.data import DataSource, SourceConfig
 from e2ediff.errors import DataError
 from e2ediff.evaluate.images import (
     ImageSet,
@@ -54,13 +56,39 @@ class ReferenceSet:
     images: ImageSet | None = None
 
 
-def open_reference(place: Address, host: Host, data: SourceConfig | None) -> ReferenceSet:
+class _OfClasses(DataSource):
+    """The images of some classes of a source."""
+
+    def __init__(self, source: DataSource, rows: Sequence[int]) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @override
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | Condition]:
+        return self.source.read([self.rows[i] for i in indices])
+
+
+def _of_classes(source: DataSource, classes: Sequence[int], place: str) -> DataSource:
+    """Return the images of these classes."""
+    labels = torch.tensor(classes, dtype=torch.int64)
+    rows = torch.isin(source.labels(), labels).nonzero()[:, 0].tolist()
+    if not rows:
+        raise DataError(f"--reference {place}: holds no image of the classes of --label")
+    return _OfClasses(source, rows)
+
+
+def open_reference(
+    place: Address, host: Host, data: SourceConfig | None, classes: Sequence[int] = ()
+) -> ReferenceSet:
     """Open the reference that a user names.
 
     Args:
         place: An npz, a folder, a data source's block in YAML, or for a run `data` or `held-out`.
         host: Knows the data sources.
         data: The run's data source, if a run is evaluated.
+        classes: Those to take of `data` and `held-out`; empty for all, as with "no class".
 
     Raises:
         DataError: There is no such file, or it holds neither statistics nor images.
@@ -70,12 +98,15 @@ def open_reference(place: Address, host: Host, data: SourceConfig | None) -> Ref
     if place in ("data", "held-out"):
         if data is None:
             raise DataError(f"--reference {place}: only a run has data; give images or an npz")
-        return _of_images(SourceImages(data.open(held_out=place == "held-out"), place))
+        source = data.open(held_out=place == "held-out")
+        if classes and data.image.null_label not in classes:
+            source = _of_classes(source, classes, place)
+        return _of_images(SourceImages(source, place))
     if place.lstrip().startswith("{"):
         root, problems = parse_yaml(place, "--reference")
         assert root is not None
-        source = structured(host, root, SourceConfig, "--reference", problems)
-        return _of_images(SourceImages(source.open(), place))
+        config = structured(host, root, SourceConfig, "--reference", problems)
+        return _of_images(SourceImages(config.open(), place))
     if place.endswith(".npz"):
         return _of_npz(place)
     return _of_images(stored_images(place))

@@ -31,6 +31,8 @@ class Request:
     `references` are addresses by convention, "" for all others; `sections` are some of
     `e2ediff.evaluate.sections.SECTIONS`.
     `count` and `labels` default to the first convention's.
+    `classes` are those of a run's samples, and of its data where they are the reference; empty
+    for all.
     `bootstrap` is the number of resampled sets for errors and intervals.
     With `choose_threads` timing decides between one CPU thread and all.
     """
@@ -43,6 +45,7 @@ class Request:
     references: Mapping[str, str] = attrs.field(factory=dict, converter=_plain_places)
     count: int | None = None
     labels: LabelLaw | None = None
+    classes: tuple[int, ...] = ()
     seed: int = 0
     batch: int = 64
     processes: int = 1

@@ -182,4 +182,6 @@ def departures(one: Convention, subject: Subject) -> list[str]:
     elif subject.labels != one.labels:
         words = "those of held-out images" if subject.labels == "held_out" else subject.labels
         found.append(f"labels are {words} instead of {one.labels}")
+    if subject.chosen:
+        found.append(f"samples are of {subject.chosen} alone")
     return found

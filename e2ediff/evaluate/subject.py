@@ -6,7 +6,7 @@ Shapes: n images.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -24,7 +24,7 @@ from e2ediff.host.structure import unstructure
 from e2ediff.model.build import averagings
 from e2ediff.model.image_features import weights_sha256
 from e2ediff.model.inference import Model
-from e2ediff.model.labels import LabelLaw
+from e2ediff.model.labels import LabelLaw, called
 from e2ediff.sample.conditions import SetLaw, numbers_of
 from e2ediff.sample.load import ModelRef
 from e2ediff.sample.post_hoc import width_of
@@ -37,7 +37,10 @@ from e2ediff.store.storage import JSON
 
 @attrs.frozen(eq=False)
 class Subject:
-    """Images, with the passport fields of how (`protocol`) and of what (`identity`) they are."""
+    """Images, with the passport fields of how (`protocol`) and of what (`identity`) they are.
+
+    `chosen` lists the classes that were asked for; "" for all.
+    """
 
     images: ImageSet
     count: int
@@ -45,6 +48,7 @@ class Subject:
     identity: Mapping[str, JSON]
     labels: SetLaw | None = None
     model: Model | None = None
+    chosen: str = ""
 
 
 def stored_subject(place: Address, count: int | None) -> Subject:
@@ -78,6 +82,7 @@ def run_subject(
     *,
     seed: int = 0,
     model: Model | None = None,
+    classes: Sequence[int] = (),
 ) -> Subject:
     """Describe a run's samples.
 
@@ -88,6 +93,7 @@ def run_subject(
         law: How labels are drawn; other conditions are those of held-out images, in order.
         seed: Seed of their noise.
         model: The model that `ref` loads, if it is loaded already.
+        classes: The classes of the samples; empty for all.
 
     Raises:
         RunDirectoryError, CheckpointError: The run or its weights cannot be used.
@@ -97,9 +103,11 @@ def run_subject(
     ref = attrs.evolve(ref, checkpoint=opened.name)
     model = model or ref.load()
     recipe, conditioning = model.recipe, model.recipe.data.image.conditioning
-    numbers, taken = numbers_of(recipe, count, law, seed)
+    numbers, taken = numbers_of(recipe, count, law, seed, classes)
+    chosen = called(model.image, classes)
     guides = tuple(other.origin.sha256 for other in model.others)
     kinds = f"{taken}, {conditioning.kinds} classes" if conditioning.kinds else taken
+    kinds += f", {chosen} alone" if chosen else ""
     name = ref.weights or recipe.default_weights
     averaging = averagings(recipe).get(name)
     average: Any = unstructure(host, averaging, Averaging) if averaging else None
@@ -132,4 +140,4 @@ def run_subject(
         place = identity if other.origin.run == ref.run else protocol
         place.setdefault("guided_by", []).append(origin_entry(other.origin))
     samples = Samples(ref, numbers, seed, model, guides)
-    return Subject(samples, count, protocol, identity, taken, model)
+    return Subject(samples, count, protocol, identity, taken, model, chosen)

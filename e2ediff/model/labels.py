@@ -179,9 +179,13 @@ def without_images(image: ImageSpec, labels: Iterable[object]) -> str:
     empty = sorted({*image.empty_classes} & {*labels})
     if not empty:
         return ""
-    shown = ", ".join(_shown(_called(image, label)) for label in empty[:_MOST])
-    more = f", ... ({len(empty):,} in all)" if len(empty) > _MOST else ""
-    return f"{shown}{more} {'have' if len(empty) > 1 else 'has'} no training images"
+    return f"{called(image, empty)} {'have' if len(empty) > 1 else 'has'} no training images"
+
+
+def called(image: ImageSpec, labels: Sequence[int]) -> str:
+    """List classes by index and name, or the first of many."""
+    shown = ", ".join(_shown(_called(image, label)) for label in labels[:_MOST])
+    return shown + (f", ... ({len(labels):,} in all)" if len(labels) > _MOST else "")
 
 
 def _called(image: ImageSpec, label: int) -> str:

@@ -20,15 +20,19 @@ SetLaw = LabelLaw | Literal["held_out"]
 """The law of class labels, or `held_out`: those of held-out images in order, again and again."""
 
 
-def numbers_of(recipe: Recipe, images: int, law: LabelLaw, seed: int) -> tuple[list[int], SetLaw]:
+def numbers_of(
+    recipe: Recipe, images: int, law: LabelLaw, seed: int, classes: Sequence[int] = ()
+) -> tuple[list[int], SetLaw]:
     """Number the conditions of a set over all classes or held-out images; also return their law.
+
+    With `classes` only these are taken.
 
     Raises:
         DataError: The held-out images cannot be read.
     """
     conditioning = recipe.data.image.conditioning
     if isinstance(conditioning, ClassLabels):
-        return lay_out(range(conditioning.kinds), images, law, seed), law
+        return lay_out(classes or range(conditioning.kinds), images, law, seed), law
     held_out = range(len(open_source(recipe.data, held_out=True)))
     return lay_out(held_out, images, "balanced", seed), "held_out"
 

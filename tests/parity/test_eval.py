@@ -24,6 +24,7 @@ from e2ediff.evaluate.ranking import differences, rank
 from e2ediff.evaluate.reconstruction import reconstruct
 from e2ediff.evaluate.reference import open_reference, reference_features
 from e2ediff.evaluate.subject import run_subject
+from e2ediff.host.recipe import load_recipe
 from e2ediff.metric import moments_of
 from e2ediff.model.labels import lay_out
 from e2ediff.parts.features.inception import Inception2015
@@ -158,6 +159,34 @@ def test_a_convention_whose_label_law_was_not_followed_says_so(run, tmp_path) ->
     cards = scored(run, *NETWORK, *words, "--out", tmp_path)
     assert "labels are uniform instead of balanced" in cards["jit"].notes["departs"]
     assert cards["jit"].passport.protocol["label_law"] == "uniform, 4 classes"
+
+
+def test_chosen_classes_are_scored_against_their_own_images(run, tmp_path, host) -> None:
+    labels = [1, 3] * 12
+    x, y = load_recipe(host, f"{run}/resolved.yaml").data.open().read(range(60))
+    real = x[(y == 1) | (y == 3)].permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "made.npz", arr_0=samples(run, "nearest", labels))
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    words = (*NETWORK, "--out", tmp_path)
+    stored = (tmp_path / "made.npz", "--reference", tmp_path / "real.npz")
+    card = scored(run, "--label", 3, "--label", 1, "--label", 3, *words)["e2ediff"]
+    assert values(card) == pytest.approx(values(scored(*stored, *words)["e2ediff"]), rel=1e-9)
+    protocol = card.passport.protocol
+    assert protocol["label_law"] == "balanced, 4 classes, class 1, class 3 alone"
+    assert protocol["reference_images"] == len(real)
+    assert "samples are of class 1, class 3 alone" in card.notes["departs"]
+    free = scored(run, "--label", "none", "--metrics", "fid", *words)["e2ediff"]
+    assert free.passport.protocol["reference_images"] == 60
+
+
+def test_classes_are_chosen_as_sample_does_and_of_a_run_alone(run, tmp_path) -> None:
+    for words, code, said in (
+        ((run, "--label", 4), 5, "--label 4: no such class. Expected an index from 0 to 3"),
+        ((tmp_path, "--label", 1), 5, f"--label: only a run has classes; {tmp_path} is none"),
+        ((run, "--label", 1, "--metrics", "latents"), 2, "latents are of all classes"),
+    ):
+        done = e2ediff("eval", *words, *NETWORK)
+        assert (done.code, said in done.err) == (code, True), done
 
 
 def test_a_passport_pins_what_decided_the_score(run, tmp_path) -> None:

@@ -9,7 +9,7 @@ import attrs
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import SourceConfig
+from e2ediff.data import Size, SourceConfig, height_width, size_text
 from e2ediff.errors import DataError, Problem, RecipeError
 from e2ediff.host.data_block import PLACEHOLDERS, recognise
 from e2ediff.host.plugins import Host
@@ -20,7 +20,7 @@ from e2ediff.host.yaml import Node, parse_yaml, set_value
 
 
 def source_config(
-    host: Host, address: Address, overrides: Sequence[str] = (), size: int | None = None
+    host: Host, address: Address, overrides: Sequence[str] = (), size: Size | None = None
 ) -> SourceConfig:
     """Return the data block of a recipe or YAML file, or one for the data at a path or URL.
 
@@ -39,19 +39,20 @@ def source_config(
         config = _from_yaml(host, address, overrides)
     else:
         config = _counted(host, recognise(host, address, _named(overrides)), overrides)
-    if size is None or config.image.height == config.image.width == size:
+    shape = (config.image.height, config.image.width)
+    if size is None or shape == height_width(size):
         return config
     try:
         return attrs.evolve(config, size=size)  # type: ignore[misc]
     except (TypeError, attrs.exceptions.NotAnAttrsClassError) as error:
         raise DataError(
-            f"{address}: cannot be cropped to {size} pixels: its source has no option 'size', its "
-            f"images have {config.image.height} x {config.image.width} (height x width)"
+            f"{address}: cannot be cropped to {size_text(size)} pixels: its source has no option "
+            f"'size', its images have {shape[0]} x {shape[1]} (height x width)"
         ) from error
     except ValueError as error:
         # attrs' validators append the attribute and the options to the message.
         raise DataError(
-            f"{address}: cannot be cropped to {size} pixels: {error.args[0]}"
+            f"{address}: cannot be cropped to {size_text(size)} pixels: {error.args[0]}"
         ) from error
 
 

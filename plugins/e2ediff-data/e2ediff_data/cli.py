@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from e2ediff.data import Size
 
 _WORKERS = click.option(
     "--workers", type=click.IntRange(0), default=1024, help="Processes. Default: one per core."
@@ -29,7 +33,13 @@ def command() -> None:
 @command.command("prepare")
 @click.argument("src")
 @click.argument("dst")
-@click.option("--size", type=click.IntRange(1), required=True, help="Pixels of the crop.")
+@click.option(
+    "--size",
+    "side",
+    metavar="N|H,W",
+    required=True,
+    help="Pixels of the crop: the side of a square, or height and width.",
+)
 @click.option(
     "--format",
     "format_",
@@ -48,7 +58,7 @@ def command() -> None:
 def prepare_command(
     src: str,
     dst: str,
-    size: int,
+    side: str,
     format_: str,
     quality: int,
     each: int,
@@ -66,7 +76,7 @@ def prepare_command(
     from typing import cast
 
     from e2ediff.condition import ClassLabels
-    from e2ediff.data import SourceConfig
+    from e2ediff.data import SourceConfig, size_text
     from e2ediff.errors import DataError
     from e2ediff.host.plugins import load
     from e2ediff.host.structure import unstructure
@@ -74,6 +84,7 @@ def prepare_command(
     from e2ediff_data.address import source_config
     from e2ediff_data.write import Format, Settings, prepare
 
+    size = _size(side)
     host = load()
     config = source_config(host, src, overrides, size)
     image = config.image
@@ -110,7 +121,8 @@ def prepare_command(
             progress.say(f"left out {place}: {what}")
     kept = f", {done.kept} of them made before" if done.kept else ""
     block = (
-        f"data={{name: shards, path: {json.dumps(dst)}, size: {size}, classes: {image.classes}, "
+        f"data={{name: shards, path: {json.dumps(dst)}, size: {size_text(size)}, "
+        f"classes: {image.classes}, "
         f"channels: {image.channels}}}"
     )
     click.echo(
@@ -119,6 +131,20 @@ def prepare_command(
         err=True,
     )
     click.echo(dst)
+
+
+def _size(text: str) -> Size:
+    """Parse the option `--size`.
+
+    Raises:
+        click.UsageError: It is neither a side nor height and width.
+    """
+    from e2ediff.data import as_size
+
+    sides = text.split(",")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise click.UsageError(f"--size {text}: expected a side in pixels, or height,width")
+    return as_size([int(sides[0]), int(sides[-1])])
 
 
 @command.command("check")

@@ -20,7 +20,7 @@ import attrs
 from typing_extensions import override
 
 from e2ediff import addresses
-from e2ediff.data import Recognised, SourceConfig
+from e2ediff.data import Recognised, SourceConfig, as_size, height_width, size_text
 from e2ediff.errors import DataError
 from e2ediff.files.index import Index, RangeBytes
 from e2ediff.files.listing import EncodedConfig, Listing
@@ -67,17 +67,21 @@ class Shards(EncodedConfig):
         path = self.held_out if held_out and self.held_out else self.path
         location = Location(path, option)
         told = read_prepared(location)
-        for key, wanted in (("size", self.size), ("channels", self.channels)):
-            if told[key] != wanted:
+        size = height_width(as_size(told["size"]))
+        for key, wanted, found in (
+            ("size", size_text(self.size), size_text(as_size(told["size"]))),
+            ("channels", self.channels, told["channels"]),
+        ):
+            if found != wanted:
                 raise DataError(
-                    f"{option}: {path} was prepared with {key} {told[key]}, the recipe says "
-                    f"data.{key}: {wanted}; `--set data.{key}={told[key]}`, or prepare it again"
+                    f"{option}: {path} was prepared with {key} {found}, the recipe says "
+                    f"data.{key}: {wanted}; `--set 'data.{key}={found}'`, or prepare it again"
                 )
         files = check_shards(location, told, verify=self.verify)
         index = _read_index(location, told["files"][INDEX]["sha256"])
         if index is None or len(index.files) != len(files):
             raise DataError(f"{option}: {path}/{INDEX} is damaged. {_AGAIN}.")
-        raw = (told["size"], told["size"], told["channels"]) if told["format"] == "raw" else None
+        raw = (*size, told["channels"]) if told["format"] == "raw" else None
         fetch = RangeBytes(location, [f.path for f in files], index)
         names = index.class_names
         return Listing(path, index.names, index.labels, index.classes, names, fetch, raw)
@@ -113,7 +117,9 @@ def read_prepared(location: Location) -> dict[str, Any]:
 def _complete(told: dict[str, Any]) -> bool:
     """Whether all is there that is asked of it, in the form in which it is written."""
     files = told.get("files")
-    numbers = (told.get(key) for key in ("size", "channels", "classes", "images"))
+    numbers = [told.get(key) for key in ("channels", "classes", "images")]
+    size = told.get("size")
+    numbers += size if isinstance(size, list) and len(size) == 2 else [size]
     return (
         isinstance(files, dict)
         and INDEX in files

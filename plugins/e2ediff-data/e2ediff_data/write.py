@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.data import DataSource
+from e2ediff.data import DataSource, Size, height_width
 from e2ediff.errors import BadImageError, DataError, ResourceError
 from e2ediff.files.index import Index, column
 from e2ediff.files.listing import Names
@@ -58,7 +59,7 @@ class Settings:
 
     source: str
     images: int
-    size: int
+    size: Size
     channels: int
     classes: int
     format: Format
@@ -242,10 +243,10 @@ class _Shards(Dataset[_Part]):
     def _array(self, k: int, kept: list[tuple[int, Tensor]]) -> tuple[str, bytes, list[Any]]:
         s, out, file = self.settings, io.BytesIO(), f"shard-{k:05}.npy"
         pixels = [x.permute(1, 2, 0).contiguous() for _, x in kept]
-        shape = (0, s.size, s.size, s.channels)
+        shape = (0, *height_width(s.size), s.channels)
         array = torch.stack(pixels).numpy() if pixels else np.zeros(shape, np.uint8)
         np.save(out, array, allow_pickle=False)
-        each = s.size * s.size * s.channels
+        each = math.prod(shape[1:])
         first = len(out.getvalue()) - each * len(kept)
         rows = [
             self._row(i, f"{file}#{n}", first + n * each, each) for n, (i, _) in enumerate(kept)

@@ -255,6 +255,33 @@ def test_shards_of_another_size_are_refused(source, tmp_path) -> None:
         Shards(path=str(tmp_path / "x"), size=16, classes=3).open()
 
 
+@pytest.mark.parametrize("form", ["png", "raw"])
+@pytest.mark.parametrize("size", [(6, 10), (10, 6)])
+def test_shards_have_the_height_and_width_that_training_would_have(size, form, tmp_path) -> None:
+    tree = write_tree(tmp_path / "tree", [3, 2])
+    height, width = size
+    words = ("--size", f"{height},{width}", "--format", form, "--workers", 0)
+    done = e2ediff("data", "prepare", tree, tmp_path / "x", *words)
+    assert done.code == 0, done.err
+    assert f"size: [{height}, {width}], classes: 2" in done.err
+    plain = ImageFolder(root=str(tree), size=size, classes=2).open()
+    shards = Shards(path=str(tmp_path / "x"), size=size, classes=2).open()
+    assert shards.read([0])[0].shape == (1, 3, height, width)
+    assert torch.equal(shards.read(range(5))[0], plain.read(range(5))[0])
+    assert "can be read" in e2ediff("data", "check", tmp_path / "x").err
+    again = e2ediff("data", "prepare", tree, tmp_path / "x", *words)
+    assert "1 of them made before" in again.err
+    with pytest.raises(DataError, match=rf"with size \[{height}, {width}\], the recipe says data"):
+        Shards(path=str(tmp_path / "x"), size=(width, height), classes=2).open()
+
+
+@pytest.mark.parametrize("size", ["0", "8,0", "8,8,8", "8x8", "", "-8", "8.5"])
+def test_a_size_that_is_none_is_refused(size: str, tmp_path) -> None:
+    done = e2ediff("data", "prepare", tmp_path, tmp_path / "x", "--size", size)
+    assert done.code == 2
+    assert "expected a side in pixels, or height,width" in done.err
+
+
 def test_without_classes_no_labels_are_written(source, tmp_path) -> None:
     run(source, tmp_path / "x", classes=0)
     with tarfile.open(tmp_path / "x/shard-00000.tar") as tar:
