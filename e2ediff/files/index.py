@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from e2ediff.data import LeftOut
 from e2ediff.files.listing import Names
 from e2ediff.files.location import Location, SidecarFile
 
@@ -25,6 +26,7 @@ class Index:
 
     `file`, `start`, `size` and `labels` are (M,), int64: number of the file in `files`, first
     byte, number of bytes, class. `classes` is 0 if there are no labels.
+    `left_out` is what lies in the files besides.
     """
 
     files: tuple[str, ...]
@@ -35,16 +37,19 @@ class Index:
     labels: Tensor
     classes: int
     class_names: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def dumps(self, key: str) -> bytes:
         """Return it as a safetensors file; `key` says of what data it is the index."""
-        told = {
+        told: dict[str, Any] = {
             "version": VERSION,
             "key": key,
             "classes": self.classes,
             "files": self.files,
             "class_names": self.class_names,
         }
+        if self.left_out:
+            told["left_out"] = [attrs.astuple(one) for one in self.left_out]
         tensors = {
             "file": self.file,
             "start": self.start,
@@ -87,6 +92,7 @@ class Index:
                 t["labels"],
                 int(told["classes"]),
                 tuple(told["class_names"]),
+                tuple(LeftOut(*one) for one in told.get("left_out", ())),
             )
             return found if found._consistent() else None
         except (SafetensorError, ValueError, KeyError, TypeError, struct.error):

@@ -31,6 +31,7 @@ from e2ediff.data import (
     SourceConfig,
     as_size,
     height_width,
+    left_out_text,
     positive_size,
 )
 from e2ediff.errors import BadImageError, DataError
@@ -174,6 +175,7 @@ def fitted(listing: Listing, classes: int, option: str, word: str = "classes") -
         raise DataError(
             f"{option}: {listing.place} holds no labels, {says}; give the labels, or "
             "`--set data.classes=0` to train without classes"
+            + (f". {left_out_text(listing.left_out)}" if listing.left_out else "")
         )
     if listing.class_names and listing.classes != classes:
         shown = ", ".join(listing.class_names[:5]) + (", ..." if listing.classes > 5 else "")

@@ -20,6 +20,7 @@ from e2ediff.files.labels import read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names
 from e2ediff.files.location import Location
 from e2ediff.files.members import Members
+from e2ediff.files.names import images_of
 
 
 class ZipBytes:
@@ -80,6 +81,7 @@ class Archive(EncodedConfig):
         location = Location(self.path, "data.path")
         members, folders, dataset = _members(location, inside)
         paths = list(members)
+        left_out = images_of(paths, [DATASET_JSON])[1]
         file = None
         if self.labels and not held_out:
             file = read_labels(self.labels)
@@ -89,11 +91,11 @@ class Archive(EncodedConfig):
             names, labels, classes, class_names = with_labels(paths, file, place, "data.path")
         else:
             names, labels, class_names = class_folders(
-                paths, folders, place, "data.path", everything=self.classes == 0
+                paths, folders, place, "data.path", left_out, everything=self.classes == 0
             )
             classes = len(class_names)
         fetch = ZipBytes(location, Names(members[name] for name in names))
-        return Listing(place, names, labels, classes, class_names, fetch)
+        return Listing(place, names, labels, classes, class_names, fetch, left_out=left_out)
 
 
 def _members(location: Location, inside: str) -> tuple[dict[str, str], list[str], bytes | None]:

@@ -16,10 +16,11 @@ from e2ediff.errors import DataError
 from e2ediff.files.index import Index, RangeBytes, stored_index
 from e2ediff.files.listing import Listing
 from e2ediff.files.location import File, Location, find_files, fingerprint
+from e2ediff_sources.beside import left_out_with
 from e2ediff_sources.columns import Columns, Rows, TableConfig, files_of_kind, no_bytes, pyarrow
 
 _WHAT = "Arrow files"
-_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _RANDOM_ACCESS = b"ARROW1\0\0"  # before the stream; its footer comes after the stream's end
 
 
@@ -65,8 +66,9 @@ class Arrow(TableConfig):
         )
         fetch = RangeBytes(location, [f.path for f in files], index)
         place = files[0].path.rpartition("/")[0]
-        labels = index.labels
-        return Listing(place, index.names, labels, index.classes, index.class_names, fetch)
+        left_out = left_out_with((), self._address(held_out), files, (_STATE, _INFO))
+        named = (index.names, index.labels, index.classes, index.class_names)
+        return Listing(place, *named, fetch, left_out=left_out)
 
     def _table(self, held_out: bool) -> tuple[Any, Location, list[File], Columns]:
         """Pyarrow, the files, and their columns by the first of them."""

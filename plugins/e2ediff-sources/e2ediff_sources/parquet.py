@@ -15,6 +15,7 @@ from e2ediff.errors import DataError
 from e2ediff.files.index import Index, stored_index
 from e2ediff.files.listing import Listing
 from e2ediff.files.location import File, Location, find_files, fingerprint
+from e2ediff_sources.beside import left_out_with
 from e2ediff_sources.columns import Columns, Rows, TableConfig, files_of_kind, no_bytes, pyarrow
 
 _KEPT = 4  # row groups that a process keeps; ImageNet's are of 100 images, 11 MB
@@ -106,15 +107,18 @@ class Parquet(TableConfig):
         )
         fetch = GroupBytes(location, [f.path for f in files], index, columns.image)
         place = files[0].path.rpartition("/")[0]
-        labels = index.labels
-        return Listing(place, index.names, labels, index.classes, index.class_names, fetch)
+        left_out = left_out_with((), self._pattern(held_out), files)
+        named = (index.names, index.labels, index.classes, index.class_names)
+        return Listing(place, *named, fetch, left_out=left_out)
+
+    def _pattern(self, held_out: bool) -> str:
+        return self.held_out if held_out and self.held_out else self.path
 
     def _table(self, held_out: bool) -> tuple[Any, Location, list[File], Columns]:
         """Pyarrow, the files, and their columns by the first of them."""
         option = self.option(held_out=held_out)
         arrow = pyarrow(option, _WHAT)
-        pattern = self.held_out if held_out and self.held_out else self.path
-        location, files = find_files(pattern, option, ".parquet")
+        location, files = find_files(self._pattern(held_out), option, ".parquet")
         with _opened(arrow, location, files[0]) as file:
             columns = self.chosen(arrow, file.schema_arrow, files[0].path, option)
         return arrow, location, files, columns

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from tarfile import TarInfo
@@ -21,6 +23,8 @@ from e2ediff.files.index import Index, RangeBytes, column, stored_index
 from e2ediff.files.labels import LabelFile, labelled, read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names, numbered
 from e2ediff.files.location import File, Location, find_files, fingerprint
+from e2ediff.files.names import Tally
+from e2ediff_sources.beside import left_out_with
 from e2ediff_sources.tar_members import RULES, inside, members, read_member
 
 
@@ -124,13 +128,14 @@ class ClassTars(EncodedConfig):
             found = labelled(index.names, file, path, option)
             labels, classes, names = numbered(found, index.names, option)
         fetch = RangeBytes(location, [f.path for f in files], index)
-        return Listing(path, index.names, labels, classes, names, fetch)
+        left_out = left_out_with(index.left_out, path, files)
+        return Listing(path, index.names, labels, classes, names, fetch, left_out=left_out)
 
 
 def _scan(location: Location, files: Sequence[File]) -> Index:
     """The index of a tar of class tars, of several class tars, or of a tar of images alone."""
     found, option, empty = _Columns(), location.option, list[str]()
-    tars, beside = dict[str, str](), list[str]()
+    tars, beside, tally = dict[str, str](), list[str](), Tally()
     for number, outer in enumerate(files):
         before = len(found.names)
         with location.opened(outer.path) as file:
@@ -140,7 +145,9 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
                     beside.append(name)
                     name = f"{outer.name[:-4]}/{name}" if len(files) > 1 else name
                     found.add(name, number, member.offset_data, member.size)
-                if member.name.endswith(".tar"):
+                elif not member.name.endswith(".tar"):
+                    tally.add_other(f"{outer.name}/{member.name}")
+                else:
                     held = len(found.names)
                     whole = f"{outer.name}/{member.name}" if len(files) > 1 else member.name
                     first = tars.setdefault(PurePosixPath(member.name).stem, whole)
@@ -150,7 +157,7 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
                             f"{first} and {whole}; expected one for each class. Pack their images "
                             "in one, or give one of the two as `data.held_out`"
                         )
-                    _add_class(found, number, file, member, outer, option)
+                    _add_class(found, tally, number, file, member, outer, option)
                     if len(found.names) == held:
                         empty.append(member.name)
         if len(found.names) == before:
@@ -178,6 +185,7 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
     classed = all("/" in name for name in found.names)
     values = [name.partition("/")[0] for name in found.names] if classed else None
     index = found.index([f.name for f in files], values, option)
+    index = attrs.evolve(index, left_out=tally.left_out)
     if values is None or index.class_names:
         return index
     # Tars named by numbers: a name is no label.
@@ -188,6 +196,7 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
 
 def _add_class(
     found: _Columns,
+    tally: Tally,
     number: int,
     file: BinaryIO,
     member: TarInfo,
@@ -200,6 +209,8 @@ def _add_class(
         if is_image(inner.name):
             name = f"{label}/{PurePosixPath(inner.name).name}"
             found.add(name, number, member.offset_data + inner.offset_data, inner.size)
+        else:
+            tally.add_other(f"{outer.name}/{member.name}/{inner.name}")
 
 
 @attrs.frozen(kw_only=True)
@@ -208,9 +219,11 @@ class TarShards(EncodedConfig):
 
     `path` is a pattern such as `train-{0000..0146}.tar` or `s3://bucket/train-*.tar`, one tar or
     a folder of tars; images are in the order of the shards and of their members.
-    `image_suffix` is the member's suffix that holds the image, by default any of the known ones.
+    A member's key is its name up to the first dot, its suffix the rest, in any case.
+    `image_suffix` is the suffix that holds the image, such as `jpg` or `input.png`; by default
+    any of the known ones or, where no sample has one, the only compound one that ends in one.
     `label` is the suffix that holds the class, by default `cls` (a number, or a name) or else
-    `json`, where it is under the key `label_key`.
+    `json`, where it is under the key `label_key`; `label.txt` is another.
     `held_out` is another pattern.
     Where each image lies is read once and kept beside the shards, or in the cache
     (`$E2EDIFF_CACHE`) where they are read-only.
@@ -249,8 +262,9 @@ class TarShards(EncodedConfig):
         index = stored_index(location, sidecar, key, build)
         fetch = RangeBytes(location, [f.path for f in files], index)
         place = files[0].path.rpartition("/")[0]
-        labels = index.labels
-        return Listing(place, index.names, labels, index.classes, index.class_names, fetch)
+        left_out = left_out_with(index.left_out, pattern, files)
+        named = (index.names, index.labels, index.classes, index.class_names)
+        return Listing(place, *named, fetch, left_out=left_out)
 
     def _samples(self, location: Location, shard: File) -> dict[str, _Sample]:
         """Samples of one shard by key, in order."""
@@ -259,27 +273,39 @@ class TarShards(EncodedConfig):
             for member in members(file, shard.path, location.option):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
-                sample = found.setdefault(f"{folder}/{stem}", _Sample())
-                suffix = suffix.lower()
+                sample, suffix = found.setdefault(f"{folder}/{stem}", _Sample()), suffix.lower()
                 place = f"{shard.path}/{member.name}"
-                if suffix == self.image_suffix or (
-                    self.image_suffix is None and f".{suffix}" in SUFFIXES
-                ):
-                    if sample.name:
+                if self._holds_image(suffix):
+                    if sample.has(suffix) or (
+                        self.image_suffix is None and sample.has_plain(suffix)
+                    ):
                         raise DataError(
                             f"{location.option}: {place} is the second image of sample "
                             f"'{stem}'; expected one of each name: give `image_suffix`, or "
                             "pack the shard again"
                         )
-                    sample.name = member.name
-                    sample.start, sample.size = member.offset_data, member.size
-                elif suffix in ((self.label,) if self.label else ("cls", "json")):
+                elif suffix in self._label_suffixes():
+                    if sample.has(suffix):
+                        raise DataError(
+                            f"{location.option}: {place} is the second label of sample '{stem}'; "
+                            "expected one of each suffix. Pack the shard again without one of them"
+                        )
                     data = read_member(file, member, place, location.option)
-                    sample.label[suffix] = self._label(data, suffix, place, location.option)
-        return {key: sample for key, sample in found.items() if sample.name}
+                    label = self._label(data, suffix, place, location.option)
+                    sample.labels += [(suffix, label)] if label else []
+                sample.add(suffix, member)
+        return found
+
+    def _holds_image(self, suffix: str) -> bool:
+        wanted = _suffix(self.image_suffix)
+        return is_image(f".{suffix}") if wanted is None else suffix == wanted
+
+    def _label_suffixes(self) -> tuple[str, ...]:
+        """Suffixes that hold a class, the first that a sample has being taken."""
+        return ("cls", "json") if self.label is None else (_suffix(self.label) or "",)
 
     def _label(self, data: bytes, suffix: str, place: str, option: str) -> str | None:
-        """The class in a member; None if its JSON has no such key and nobody asked for it."""
+        """The class in a member, if any; None if its JSON has no such key and nobody asked."""
         try:
             text = data.decode("utf-8-sig").strip()
             if not suffix.endswith("json"):
@@ -299,32 +325,91 @@ class TarShards(EncodedConfig):
     def _index(
         self, files: Sequence[File], shards: Sequence[dict[str, _Sample]], option: str
     ) -> Index:
-        found, values, without = _Columns(), [], ""
+        found, values, without, tally = _Columns(), [], "", Tally()
+        taken, order = self._taken(files, shards, option), self._label_suffixes()
         for number, (shard, samples) in enumerate(zip(files, shards, strict=True)):
             for sample in samples.values():
-                found.add(f"{shard.name}/{sample.name}", number, sample.start, sample.size)
-                label = sample.label.get("cls") or next(iter(sample.label.values()), None)
+                image = next((m for m in sample.members if m[0] in taken), None)
+                label = next((x for s in order for x in sample.labels if x[0] == s), None)
+                read = {one[0] for one in (image, label) if image and one}
+                for suffix, member, _, _ in sample.members:
+                    if image is None:
+                        tally.add("of samples without an image", f"{shard.name}/{member}")
+                    elif suffix not in read:
+                        reason = f"with suffix .{suffix}" if suffix else "without suffix"
+                        tally.add(reason, f"{shard.name}/{member}")
+                if image is None:
+                    continue
+                name = f"{shard.name}/{image[1]}"
+                found.add(name, number, *image[2:])
                 if label is None:
-                    without = without or found.names[-1]
+                    without = without or name
                 else:
-                    values.append(label)
-        if not found.names:
-            raise DataError(
-                f"{option}: {files[0].path} holds no images (looked for <key>.<suffix> with "
-                f"{self.image_suffix or ', '.join(SUFFIXES)})"
-            )
+                    values.append(label[1])
         if values and without:
             raise DataError(
                 f"{option}: {without} has no label, {len(values)} of {len(found.names)} images "
-                "have one; expected <key>.cls or <key>.json beside each image. Pack it again, or "
+                f"have one; expected {self._label_words()} beside each image. Pack it again, or "
                 "`--set data.classes=0` with shards that have none"
             )
-        return found.index([f.name for f in files], values or None, option)
+        index = found.index([f.name for f in files], values or None, option)
+        return attrs.evolve(index, left_out=tally.left_out)
+
+    def _label_words(self) -> str:
+        return " or ".join(f"<key>.{suffix}" for suffix in self._label_suffixes())
+
+    def _taken(
+        self, files: Sequence[File], shards: Sequence[dict[str, _Sample]], option: str
+    ) -> Collection[str]:
+        """The suffixes of images: the one that is named, the known ones, or the only compound.
+
+        Raises:
+            DataError: No member has one, or several compound ones could be meant.
+        """
+        images, others = Counter[str](), Counter[str]()
+        for sample in (sample for samples in shards for sample in samples.values()):
+            others.update(member[0] for member in sample.members)
+        images.update({s: n for s, n in others.items() if self._holds_image(s)})
+        plain = [suffix for suffix in images if f".{suffix}" in SUFFIXES]
+        taken = plain if plain and self.image_suffix is None else list(images)
+        if taken and (plain or self.image_suffix is not None or len(images) == 1):
+            return taken
+        shown = ", ".join(f"{s} ({n:,})" for s, n in (images or others).most_common(8))
+        if images:
+            raise DataError(
+                f"{option}: {files[0].path} holds images with several suffixes after the first "
+                f"dot of their names: {shown}; choose one with `--set data.image_suffix="
+                f"{next(iter(images))}`, or pack the shards again if these are parts of names"
+            )
+        has = f"; it has the suffixes {shown}. Name one with `--set data.image_suffix=...`"
+        raise DataError(
+            f"{option}: {files[0].path} holds no images (looked for <key>.<suffix> with "
+            f"{_suffix(self.image_suffix) or ', '.join(SUFFIXES)})" + (has if shown else "")
+        )
+
+
+def _suffix(text: str | None) -> str | None:
+    """A suffix as members are compared by it: without a dot before, in small letters."""
+    return None if text is None else text.lower().lstrip(".")
 
 
 @attrs.define
 class _Sample:
-    name: str = ""
-    start: int = 0
-    size: int = 0
-    label: dict[str, str | None] = attrs.field(factory=dict)
+    """Suffix, name, first byte and size of each member; suffix and class of each label."""
+
+    members: list[tuple[str, str, int, int]] = attrs.field(factory=list)
+    labels: list[tuple[str, str]] = attrs.field(factory=list)
+
+    def add(self, suffix: str, member: TarInfo) -> None:
+        """Add a member."""
+        # Millions of them have few suffixes.
+        self.members.append((sys.intern(suffix), member.name, member.offset_data, member.size))
+
+    def has(self, suffix: str) -> bool:
+        """Whether a member has this suffix, perhaps in other letters."""
+        return any(member[0] == suffix for member in self.members)
+
+    def has_plain(self, suffix: str) -> bool:
+        """Whether a member is an image by its whole suffix, as one of this suffix is."""
+        plain = [one for one in (suffix, *(m[0] for m in self.members)) if f".{one}" in SUFFIXES]
+        return plain[:1] == [suffix] and len(plain) > 1

@@ -18,7 +18,7 @@ from pictures import tar_bytes
 from PIL import Image
 from refusals import refusal
 
-from e2ediff.data import SourceConfig
+from e2ediff.data import LeftOut, SourceConfig
 from e2ediff.files.listing import EncodedConfig
 
 SIZE = 8
@@ -123,6 +123,19 @@ def test_a_name_that_ends_within_is_refused() -> None:
 def test_a_file_without_a_name_is_refused(form: str) -> None:
     name = "" if form != "zip" else "."
     assert f"member {name!r} has no name; expected" in refusal(FORMS[form]([*CLEAN, name]))
+
+
+def test_a_zip_counts_what_it_leaves_out() -> None:
+    """But for hidden members, and members of another folder than the one that is read."""
+    names = [*CLEAN, "cat/a.heic", "cat/b.HEIC", "README", "cat/._x", "Thumbs.db", "cat/"]
+    found = (
+        LeftOut("with suffix .heic", 2, "cat/a.heic"), LeftOut("without suffix", 1, "README")
+    )  # fmt: skip
+    assert archive(names).open().left_out == found
+    config = Archive(path="x.zip", inside="dog", size=SIZE, classes=0)
+    assert config.open().left_out == ()
+    line = refusal(archive(["cat/a.heic"]))
+    assert line.endswith("; 1 file is left out: 1 with suffix .heic (cat/a.heic)")
 
 
 def test_a_zip_with_a_device_is_refused() -> None:

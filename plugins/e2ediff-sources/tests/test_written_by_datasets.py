@@ -17,7 +17,7 @@ from e2ediff_sources.parquet import Parquet
 from PIL import Image
 from refusals import refusal
 
-from e2ediff.data import SourceConfig
+from e2ediff.data import LeftOut, SourceConfig
 from e2ediff.errors import BadImageError, DataError
 
 hf = pytest.importorskip("datasets")
@@ -95,12 +95,12 @@ def test_shards_and_batches_are_read_in_order(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_saved_dataset_is_what_its_state_lists() -> None:
-    """An earlier one may have left more files in the folder."""
+    """Those of an earlier one stay in the folder."""
     dataset().save_to_disk("saved", num_shards=2)
-    left = Path("saved/data-00001-of-00002.arrow").read_bytes()
     dataset().save_to_disk("saved")
-    Path("saved/data-00001-of-00002.arrow").write_bytes(left)
     assert_holds(arrow("saved"), [*range(6)])
+    stale = LeftOut("with suffix .arrow", 2, "data-00000-of-00002.arrow")
+    assert arrow("saved").open().left_out == (stale,)
     Path("saved", ONE).unlink()
     assert refusal(arrow("saved")) == (
         f"data.path: saved has no file {ONE}, which its state.json lists; fetch it again, or save "
@@ -136,6 +136,20 @@ def test_the_only_split_needs_no_name_and_two_others_do() -> None:
     assert_holds(arrow("one"), [*range(6)])
     hf.DatasetDict({"a": dataset(), "b": dataset()}).save_to_disk("two")
     assert "two has several splits: it has a, b; give two/a, or " in refusal(arrow("two"))
+
+
+@pytest.mark.parametrize("kind", [Arrow, Parquet])
+def test_files_beside_those_of_a_dataset_are_counted(kind: Any) -> None:
+    dataset().save_to_disk("saved")
+    if kind is Parquet:
+        Path("saved").rename("x")
+        dataset().to_parquet("saved/x.parquet")
+    assert kind(path="saved", size=SIZE, classes=2).open().left_out == ()
+    for name in ("README.md", ".gitattributes", "LICENSE"):
+        Path("saved", name).write_text("")
+    others = (LeftOut("with suffix .md", 1, "README.md"), LeftOut("without suffix", 1, "LICENSE"))
+    for path, found in (("saved", others), (f"saved/*.{kind.__name__.lower()}", ())):
+        assert kind(path=path, size=SIZE, classes=2).open().left_out == found
 
 
 @needs("e2ediff-data")
