@@ -49,7 +49,7 @@ def command(
     from e2ediff.distributed.threads import threads_for
     from e2ediff.model.inference import denoise_once
     from e2ediff.model.labels import without_images
-    from e2ediff.monitor.pictures import grid_png
+    from e2ediff.monitor.grids import Group, class_title, grid_png, short_name
     from e2ediff.parts.sources.own_images import list_images, read_images
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
@@ -68,21 +68,26 @@ def command(
             x = model.decode(
                 torch.stack([z[0].lerp(z[1], i / (frames - 1)) for i in range(frames)])
             )
-            title = "images"
+            title, groups = "images", [Group(x, "from image to image")]
         else:
             assert seeds is not None
-            labels: list[int | str] = [model.label_of(text) for text in names]
+            labels: list[int | str] = [model.label_of(text) for text in names] or ["index:none"]
             if empty := without_images(model.image, labels):
                 progress.say(f"warning: {empty}")
             strips = []
             attempt, fixed = partial(denoise_once, model), threads is not None
             with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
-                for label in labels or ["index:none"]:
+                for label in labels:
                     strips.append(model.interpolate(seeds, label, frames=frames))
-                    progress.update(f"{len(strips)}/{max(1, len(labels))} strips")
+                    progress.update(f"{len(strips)}/{len(labels)} strips")
                     finished(len(strips))
-            x, title = torch.cat(strips), f"{seeds[0]}-{seeds[1]}"
+            title = f"{seeds[0]}-{seeds[1]}"
+            groups = [
+                Group(x, class_title(label, model.image))
+                for x, label in zip(strips, labels, strict=True)
+            ]
     folder, _, name = (out or f"{ref.run}/samples/interpolation-{title}.png").rpartition("/")
     store = Store(folder or ".")
-    store.write(name, grid_png(x, frames))
+    between = f"seeds {seeds[0]} and {seeds[1]}" if seeds else " and ".join(images)
+    store.write(name, grid_png(groups, f"{short_name(ref.run)}: between {between}", in_rows=True))
     click.echo(out or store.where(name))

@@ -49,7 +49,8 @@ def command(
     from e2ediff.loading.bad_images import open_source
     from e2ediff.loading.batches import fixed_images
     from e2ediff.model.inference import reconstruct_once
-    from e2ediff.monitor.pictures import grid_png, png
+    from e2ediff.monitor.grids import Group, grid_png, short_name
+    from e2ediff.monitor.pictures import png
     from e2ediff.parts.sources.own_images import list_images, read_images
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
@@ -59,7 +60,7 @@ def command(
         store = Store(out or (f"{ref.run}/reconstructions" if images else f"{ref.run}/samples"))
         places, size = list_images(images, progress.say), model.rows
         entries: list[dict[str, Any]] = []
-        shown: list[Tensor] = []
+        shown: list[Group] = []
         parts: Iterable[Tensor]
         if images:
             starts = range(0, len(places), size)
@@ -75,8 +76,10 @@ def command(
             for x in parts:
                 x_hat = model.reconstruct(x)
                 error = ((x_hat - x) / 2).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
-                shown += torch.stack([x, x_hat], dim=1)[: 64 - len(shown)]
-                for psnr, one in zip((-10 * error.log10()).tolist(), x_hat, strict=True):
+                figures = (-10 * error.log10()).tolist()
+                pairs = zip(torch.stack([x, x_hat], dim=1), figures, strict=True)
+                shown += [Group(pair, f"{psnr:.1f} dB") for pair, psnr in pairs][: 64 - len(shown)]
+                for psnr, one in zip(figures, x_hat, strict=True):
                     number = len(entries)
                     entries.append({"number": number, "psnr": psnr})
                     if images:
@@ -87,7 +90,12 @@ def command(
                 finished(len(entries))
     if images:
         store.write("psnr.json", json.dumps(entries, indent=1).encode())
-    store.write("reconstructions.png", grid_png(torch.cat(shown), 16))
     mean = sum(entry["psnr"] for entry in entries) / len(entries)
+    what = "images" if images else "held-out images"
+    caption = (
+        f"{short_name(ref.run)}: {what}, each followed by its reconstruction; mean PSNR "
+        f"{mean:.2f} dB"
+    )
+    store.write("reconstructions.png", grid_png(shown, caption))
     click.echo(f"psnr {mean:.2f} dB over {len(entries)} images")
     click.echo(store.where("reconstructions.png"))

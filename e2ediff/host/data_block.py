@@ -105,7 +105,7 @@ def data_address(
     if earlier and isinstance(earlier.value, dict):
         same = earlier.value.get("name")
         before = earlier.value if same and same.value == block["name"] else {}
-    found = {key: Node(value, name.place) for key, value in block.items()}
+    found = {key: Node.of(value, name.place) for key, value in block.items()}
     entries = {**before, **found, **given}
     unknown = frozenset(k for k in _INFERRED if k in known and k not in entries)
     blank = {k: Node(v, name.place) for k, v in PLACEHOLDERS.items() if k in unknown}

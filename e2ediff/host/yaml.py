@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import attrs
 import yaml
@@ -49,6 +49,15 @@ class Node:
     place: str
     keys: dict[str, str] = attrs.field(factory=dict)
     reported: bool = False
+
+    @classmethod
+    def of(cls, value: Any, place: str) -> Node:
+        """Make one of plain lists and mappings, all at one position."""
+        if isinstance(value, Mapping):
+            return cls({key: cls.of(item, place) for key, item in value.items()}, place)
+        if isinstance(value, list | tuple):
+            return cls([cls.of(item, place) for item in value], place)
+        return cls(value, place)
 
 
 def resolve(text: str) -> Scalar:

@@ -13,39 +13,53 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
-from e2ediff.condition import Condition
-from e2ediff.data import DataSource
+from e2ediff.condition import Condition, Labels
+from e2ediff.data import DataSource, ImageSpec
 from e2ediff.distributed.world import World
 from e2ediff.figure import Figure
+from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
+from e2ediff.host.structure import unstructure
 from e2ediff.model.calibration import in_use
+from e2ediff.monitor.grids import Group, by_class, grid_png, sampling_words
 from e2ediff.monitor.isolation import Isolated
 from e2ediff.monitor.probe import Observer, chosen_diagnostics
 from e2ediff.monitor.scores import Scorer
+from e2ediff.sampler import Sampler
 from e2ediff.step.assembly import Assembly
 from e2ediff.step.compiling import uncompiled
 
 
 @attrs.frozen
 class PreviewSheet:
-    """A sheet of samples x (B, C, H, W) by condition, and pairs of images and reconstructions."""
+    """Samples x (B, C, H, W) with their conditions, and pairs of images and reconstructions.
+
+    `samples` and `reconstructions` are the grids of them, encoded as PNG.
+    """
 
     x: Tensor
     condition: Condition
     pairs: Tensor
-    columns: int
+    samples: bytes
+    reconstructions: bytes
 
 
 @attrs.frozen(eq=False)
 class Monitor:
-    """Measures a run's current networks; all processes take part."""
+    """Measures a run's current networks; all processes take part.
+
+    `image` has the class names of the training images, and `sampling` says how previews are
+    sampled.
+    """
 
     recipe: Recipe
     parts: Assembly
     world: World
     observer: Observer
     scorer: Scorer | None
+    image: ImageSpec
+    sampling: str
 
     @classmethod
     def open(
@@ -67,7 +81,15 @@ class Monitor:
         chosen = chosen_diagnostics(host, recipe, isolated)
         observer = Observer.open(recipe, chosen, training, held_out, device, isolated)
         scorer = Scorer.open(recipe, held_out, device, isolated)
-        return cls(recipe, parts, world, observer, scorer)
+        image = recipe.data.image
+        image = attrs.evolve(image, class_names=training.class_names or image.class_names)
+        sampling = sampling_words(
+            recipe.default_weights,
+            recipe.seed,
+            unstructure(host, recipe.sampler, Sampler),
+            unstructure(host, recipe.guidance, Guidance) if recipe.guidance else None,
+        )
+        return cls(recipe, parts, world, observer, scorer, image, sampling)
 
     def due(self, step: int) -> bool:
         """Return whether diagnostics are due after this step."""
@@ -107,13 +129,23 @@ class Monitor:
         # the first process are used.
         return self.world.share(found)
 
-    def preview(self) -> PreviewSheet:
-        """Make samples with fixed noise, and reconstructions of probe images."""
+    def preview(self, title: str) -> PreviewSheet:
+        """Make samples with fixed noise, and reconstructions of probe images.
+
+        Args:
+            title: What the pictures belong to, for their captions.
+        """
         net = self._shown()
         with self._whole():
             x, condition = self.observer.samples(net)
             pairs = self.observer.reconstructions(net, 20)
-        return PreviewSheet(x, condition, pairs, len(condition) // self.recipe.preview.rows)
+        labels = condition.label.tolist() if isinstance(condition, Labels) else []
+        samples = grid_png(by_class(x, labels, self.image), f"{title}; samples: {self.sampling}")
+        both = f"{title}; held-out images, each followed by its reconstruction"
+        reconstructions = grid_png(
+            [Group(pairs[i : i + 2]) for i in range(0, len(pairs), 2)], both
+        )
+        return PreviewSheet(x, condition, pairs, samples, reconstructions)
 
     def score(self) -> dict[str, float]:
         """Measure the recipe's `scores` on the weights of previews; empty without `scores`."""

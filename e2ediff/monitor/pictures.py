@@ -1,6 +1,6 @@
-"""Encode images and curves as PNG.
+"""Encode an image, and curves, as PNG.
 
-Shapes: M images, C H W image.
+Shapes: C H W image.
 """
 
 from __future__ import annotations
@@ -24,21 +24,6 @@ def png(x: Tensor) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def grid_png(x: Tensor, columns: int, enlarge: int = 0) -> bytes:
-    """Encode images (M, C, H, W) in [-1, 1] as PNG, row by row in `columns` columns.
-
-    `enlarge` repeats pixels; 0 chooses so that an image is about 64 pixels wide or larger.
-    """
-    from torchvision.utils import (
-        make_grid,  # takes a second to import, and `check` does not need it
-    )
-
-    times = enlarge or max(1, round(64 / x.shape[-1]))
-    x = x.cpu().clamp(-1, 1)
-    x = x.repeat_interleave(times, dim=-1).repeat_interleave(times, dim=-2)
-    return png(make_grid(x, nrow=columns, padding=2, pad_value=-0.4))
 
 
 def curves_png(

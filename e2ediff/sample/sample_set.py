@@ -85,7 +85,8 @@ def make_set(
             update(_line(n - todo + cost.images, n, cost.images, time.monotonic() - began))
     for folder in ("", *FOLDERS):
         output.store.sweep(folder, lambda name: True, before=since)
-    return finish(request, output, spec, cost, time.monotonic() - began, taken)
+    seconds = time.monotonic() - began
+    return finish(request, output, spec, cost, seconds, taken, model.image)
 
 
 def _line(done: int, total: int, made: int, seconds: float) -> str:

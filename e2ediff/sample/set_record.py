@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from e2ediff.data import from_pixels
+from e2ediff.data import ImageSpec, from_pixels
 from e2ediff.errors import ResourceError, RunDirectoryError
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.model.inference import Model, Origin
-from e2ediff.monitor.pictures import grid_png
+from e2ediff.monitor.grids import by_class, grid_png, sampling_words, short_name
 from e2ediff.sample.outputs import ImageOutput
 from e2ediff.sample.request import SampleCost, SampleRequest
 from e2ediff.sampler import Sampler
@@ -147,6 +147,16 @@ def _read(store: Store) -> dict[str, Any] | None:
     return found
 
 
+def _caption(request: SampleRequest, spec: Mapping[str, Any], shown: int) -> str:
+    """Describe a set for the caption of its grid."""
+    n = len(request.labels)
+    words = sampling_words(
+        spec["weights"]["weights"], request.seed, spec["sampler"], spec["guidance"]
+    )
+    some = f", the first {shown} of {n:,} images" if shown < n else ""
+    return f"{short_name(request.model.run)}, {spec['weights']['checkpoint']}{some}; {words}"
+
+
 def check_space(store: Store, needed: int) -> None:
     """Refuse a set that does not fit on the disk.
 
@@ -168,8 +178,11 @@ def finish(
     cost: SampleCost,
     seconds: float,
     threads: int | None,
+    image: ImageSpec,
 ) -> str:
     """Assemble the set, write its grid and lists, and return its address.
+
+    `image` has the names of the classes.
 
     Raises:
         ResourceError: The disk or store refused; no image is lost.
@@ -181,7 +194,8 @@ def finish(
         distinct if distinct <= _GRID_COLUMNS and request.law == "balanced" else _GRID_COLUMNS
     )
     x = torch.from_numpy(output.first(min(shown, columns * _GRID_ROWS)).copy())
-    store.write(GRID, grid_png(from_pixels(x.permute(0, 3, 1, 2)), min(columns, n)))
+    groups = by_class(from_pixels(x.permute(0, 3, 1, 2)), request.labels[: len(x)], image)
+    store.write(GRID, grid_png(groups, _caption(request, spec, len(x))))
     place = output.close()
     if output.file_of(0) is not None:
         known = "held_out_image" if request.law == "held_out" else "label"

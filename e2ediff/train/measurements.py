@@ -14,7 +14,7 @@ from e2ediff.errors import CollapseError, DivergedError
 from e2ediff.host.recipe import Recipe
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.monitor import Monitor
-from e2ediff.monitor.pictures import curves_png, grid_png
+from e2ediff.monitor.pictures import curves_png
 from e2ediff.monitor.probe import figures_line
 from e2ediff.train.continuation import continue_command
 from e2ediff.train.progress import training_line
@@ -108,9 +108,12 @@ class Measurements:
         """Sample a sheet with fixed noise, and reconstruct probe images."""
         at, directory = self.recorder.position, self.recorder.directory
         with self.recorder.clock.paused():
-            name, seen = f"step-{at.step:08d}.png", self.monitor.preview()
-            directory.write_picture(name, grid_png(seen.x, seen.columns))
-            directory.write_picture(f"reconstructions-{name}", grid_png(seen.pairs, 10))
+            name = f"step-{at.step:08d}.png"
+            seen = self.monitor.preview(
+                f"{self.recipe.name}, step {at.step:,}, {at.images:,} images seen"
+            )
+            directory.write_picture(name, seen.samples)
+            directory.write_picture(f"reconstructions-{name}", seen.reconstructions)
             self.recorder.trackers.picture(at.images, "samples", seen.x)
             self.recorder.notify("sampled", images=seen.x, condition=seen.condition)
 

@@ -93,7 +93,7 @@ def _counted(host: Host, block: Mapping[str, Any], overrides: Sequence[str]) -> 
     cls = host.registries["sources"].find(_named(overrides) or block["name"])
     known = options(cls) if cls else PLACEHOLDERS
     full = {**{key: value for key, value in PLACEHOLDERS.items() if key in known}, **block}
-    node = Node({key: Node(value, "data") for key, value in full.items()}, "data")
+    node = Node.of(full, "data")
     config = _structured(host, node, "data", overrides)
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides}
     # `--set data=...` is a whole block.
