@@ -182,15 +182,15 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
             "without them"
         )
     found = found.sorted()
-    classed = all("/" in name for name in found.names)
-    values = [name.partition("/")[0] for name in found.names] if classed else None
-    index = found.index([f.name for f in files], values, option)
+    index = found.index([f.name for f in files], None, option)
     index = attrs.evolve(index, left_out=tally.left_out)
-    if values is None or index.class_names:
+    if not all("/" in name for name in found.names):
         return index
-    # Tars named by numbers: a name is no label.
+    # By name, also where the names are numbers: a tar's name is no label.
+    values = [name.partition("/")[0] for name in found.names]
     names = sorted(set(values))
-    labels = column([names.index(value) for value in values])
+    number = {name: i for i, name in enumerate(names)}
+    labels = column([number[value] for value in values])
     return attrs.evolve(index, labels=labels, classes=len(names), class_names=tuple(names))
 
 
