@@ -339,7 +339,7 @@ def _name(path: str) -> str:
 
 def _stem(path: str) -> str:
     name = _name(path)
-    return name.rpartition(".")[0] or name
+    return (name.rpartition(".")[0] or name).strip()
 
 
 def _unmatched(

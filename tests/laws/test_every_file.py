@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import random
 import shutil
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -290,3 +292,101 @@ def test_scores_read_the_same_and_name_what_they_cannot_read(tmp_path: Path) -> 
         root = on_disk(found, place) if k % 2 else zipped(found, place)
         with pytest.raises(DataError, match=r"bad\.png"):
             torch.cat([*FolderImages(root).batches(0, images.count + 1, 7)])
+
+
+# Files of labels
+
+
+LABELS = {
+    "numbers": ("0", "1", "2", "10"),
+    "names": ("cat", "golden retriever", "a, b", 'the "best"', "Ünï", "n01440764", "10 %", "x;y"),
+}
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "path": str,
+    "name": lambda path: path.rpartition("/")[2],
+    "stem": lambda path: path.rpartition("/")[2].rpartition(".")[0],
+    "dot": lambda path: f"./{path}",
+    "windows": lambda path: path.replace("/", "\\"),
+    "composed": lambda path: unicodedata.normalize("NFC", path),
+    "decomposed": lambda path: unicodedata.normalize("NFD", path),
+}
+HEADERS = (None, ("filename", "label"), ("image", "class"), ("ImageId", "PredictionString"))
+
+
+def written(g: random.Random, rows: list[tuple[str, str]]) -> tuple[bytes, int]:
+    """A file of labels as some program writes it, and the lines before the first row."""
+    out = io.StringIO()
+    header, end = g.choice(HEADERS), g.choice(("\n", "\r\n", "\r"))
+    plain = all(not {*'",;\t'} & {*name} and " " not in name and "." in name for name, _ in rows)
+    if plain and all('"' not in label for _, label in rows) and g.random() < 0.5:
+        out.writelines(f"{name} {label}{end}" for name, label in rows)
+        header = None
+    else:
+        quoting = g.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+        delimiter = g.choice(",;\t")
+        file = csv.writer(out, delimiter=delimiter, quoting=quoting, lineterminator=end)
+        file.writerows(([header] if header else []) + rows)
+    mark = "\ufeff" if g.random() < 0.3 else ""
+    return (mark + out.getvalue()).encode(), bool(header)
+
+
+def labelled_set(g: random.Random, place: Path) -> tuple[list[str], dict[str, str]]:
+    """Images on disk, and the label of each."""
+    found = [
+        f"{g.choice(('', 'a/', 'b c/'))}{g.choice(NAMES[COUNTS]).format(i)}" for i in range(40)
+    ]
+    for path in found:
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).write_bytes(CONTENTS[0].data)
+    labels = LABELS[g.choice(list(LABELS))]
+    return found, {path: g.choice(labels) for path in found}
+
+
+def opened_with(place: Path, data: bytes, classes: int) -> DataSource:
+    (place.parent / "labels.csv").write_bytes(data)
+    block = {"size": SIDE, "classes": classes, "labels": str(place.parent / "labels.csv")}
+    return ImageFolder(root=str(place), **block).open()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_file_of_labels_is_read_right_or_refused_with_the_image(seed: int, tmp_path) -> None:
+    g = random.Random(seed)
+    for k in range(25):
+        place = tmp_path / str(k) / "tree"
+        found, label = labelled_set(g, place)
+        spell = SPELLINGS[g.choice(list(SPELLINGS))]
+        rows = [(spell(path), label[path]) for path in found]
+        g.shuffle(rows)
+        data, _ = written(g, rows)
+        numbers = all(one.isdecimal() for one in label.values())
+        names = sorted({*label.values()})
+        source = opened_with(place, data, max(map(int, names)) + 1 if numbers else len(names))
+        assert isinstance(source, EncodedImages)
+        assert source.class_names == (() if numbers else tuple(names))
+        for path, given in zip(source.listing.names, source.labels().tolist(), strict=True):
+            assert given == (int(label[path]) if numbers else names.index(label[path])), path
+        # The same with one fault
+        image, other = g.sample(found, 2)
+        wrong = next(one for one in names if one != label[image])
+        full = [(path, label[path]) for path in found]
+        faults = {
+            "missing": [row for row in full if row[0] != image],
+            "unknown": [*full, ("no such.png", label[image])],
+            "two labels": [*full, (g.choice((image, f"./{image}")), wrong)],
+            "no class": [row if row[0] != image else (image, "") for row in full],
+            "no image": [row if row[0] != image else ("", label[image]) for row in full],
+            "mixed": [
+                row if row[0] != image else (image, "7" if not numbers else "x") for row in full
+            ],
+        }
+        twin = place / "twin" / SPELLINGS["name"](other)
+        for fault, changed in faults.items():
+            with pytest.raises(DataError) as caught:
+                opened_with(place, written(g, changed)[0], 99)
+            said = str(caught.value)
+            assert "labels.csv" in said or fault == "mixed", (fault, said)
+        twin.parent.mkdir()
+        twin.write_bytes(CONTENTS[0].data)
+        ambiguous = [(SPELLINGS["name"](path), label[path]) for path in found]
+        with pytest.raises(DataError, match=r"labels\.csv does not match"):
+            opened_with(place, written(g, ambiguous)[0], 99)
