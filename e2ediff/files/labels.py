@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import attrs
@@ -143,15 +143,14 @@ def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Refuse a key that is there twice, of which Python would take the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"has the key {twice!r} twice")
     return found
 
 
 def _from_lines(url: str, text: str) -> LabelFile:
     rows, header = dict[str, LabelRow](), None
-    columns: tuple[int, int] | None = None  # the first row's, and its line
+    start: tuple[int, Sequence[str]] | None = None  # the first row as CSV, and its line
     # Not by str.splitlines, to which a form feed or U+2028 in a name is the end of a line.
     lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
     for first, (number, line) in enumerate((n, one.strip()) for n, one in lines if one.strip()):
@@ -163,8 +162,8 @@ def _from_lines(url: str, text: str) -> LabelFile:
         if not row.image or not row.label:
             raise ValueError(f"line {number} is '{_shown(line)}'")
         if separated:
-            columns = columns or (len(fields), number)
-            _check_columns(fields, number, *columns)
+            start = start or (number, fields)
+            _check_columns(number, fields, *start)
         _add(rows, row, "line")
     return LabelFile(url, tuple(rows.values()), header=header)
 
@@ -231,13 +230,23 @@ def _is_header(fields: Sequence[str], *, separated: bool) -> bool:
     return False
 
 
-def _check_columns(fields: Sequence[str], number: int, expected: int, first: int) -> None:
-    """Refuse a line with more or fewer columns, as one has whose class has a comma unquoted."""
-    if len(fields) != expected and any(fields[min(len(fields), expected) :]):
+def _check_columns(
+    number: int, fields: Sequence[str], first: int, expected: Sequence[str]
+) -> None:
+    """Refuse a line with more or fewer columns, as one has whose class has a comma unquoted.
+
+    Spreadsheets leave empty columns out at the end of some lines.
+    """
+    if len(fields) != len(expected) and _filled(fields) != _filled(expected):
         raise ValueError(
-            f"line {number} has {len(fields)} columns, line {first} has {expected}; put quotes "
-            "around a name or class that contains the separator"
+            f"line {number} has {len(fields)} columns, line {first} has {len(expected)}; put "
+            "quotes around a name or class that contains the separator"
         )
+
+
+def _filled(fields: Sequence[str]) -> int:
+    """Return the number of columns up to the last that is not empty."""
+    return max((number for number, field in enumerate(fields, 1) if field), default=0)
 
 
 def _add(rows: dict[str, LabelRow], row: LabelRow, unit: str) -> None:

@@ -90,7 +90,8 @@ class Listing:
 
     `place` and an entry of `names` together are an image's path in messages.
     `labels` is (M,), int64; `classes` the number of classes that are seen in the data, 0 if
-    they have no labels; `class_names` their names, empty if the labels are numbers.
+    they have no labels; `class_names` their names, empty if the labels are numbers; `label_file`
+    the address of the file that has them, if one has.
     `fetch` gives the stored bytes of an image; with `raw`, its (H, W, C), they are its pixels.
     `left_out` are files among the images that are not read.
     """
@@ -103,6 +104,7 @@ class Listing:
     fetch: Callable[[int], bytes]
     raw: tuple[int, int, int] | None = None
     left_out: tuple[LeftOut, ...] = ()
+    label_file: str = ""
 
     def path(self, i: int) -> str:
         """Return an image's path, for messages."""
@@ -179,9 +181,12 @@ def fitted(listing: Listing, classes: int, option: str, word: str = "classes") -
         )
     if listing.class_names and listing.classes != classes:
         shown = ", ".join(listing.class_names[:5]) + (", ..." if listing.classes > 5 else "")
+        where, give = f"{listing.place} holds", "the folder that holds the classes"
+        if listing.label_file:
+            where, word, give = f"{listing.label_file} has", "classes", "another file of labels"
         raise DataError(
-            f"{option}: {listing.place} holds {listing.classes} {word} ({shown}), {says}; give "
-            f"the folder that holds the classes, or `--set data.classes={listing.classes}`"
+            f"{option}: {where} {listing.classes} {word} ({shown}), {says}; give {give}, or "
+            f"`--set data.classes={listing.classes}`"
         )
     if listing.classes > classes:
         worst = int(listing.labels.argmax())

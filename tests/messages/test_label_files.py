@@ -170,6 +170,18 @@ def test_a_line_that_is_no_csv_is_named(line: str, why: str) -> None:
     assert why in str(caught.value)
 
 
+def test_lines_have_as_many_columns_whichever_is_the_first() -> None:
+    for rows in (
+        ["0.jpg,retriever, golden", "1.jpg,cat"],
+        ["1.jpg,cat", "0.jpg,retriever, golden"],
+    ):
+        with pytest.raises(DataError, match=r"line 2 has \d columns, line 1 has \d; put quotes"):
+            said("\n".join(rows))
+    assert said("0.jpg,cat,,\n1.jpg,dog\n2.jpg,eel,") == {
+        "0.jpg": "cat", "1.jpg": "dog", "2.jpg": "eel",
+    }  # fmt: skip
+
+
 # What is no text in UTF-8
 
 
@@ -338,6 +350,17 @@ def test_a_dataset_json_may_have_no_labels() -> None:
 
 
 # Numbers and names
+
+
+def test_another_number_of_classes_names_the_file() -> None:
+    config = written("0.jpg", "1.jpg", "2.jpg")
+    Path("labels.csv").write_text("0.jpg,a\n1.jpg,b\n2.jpg,c")
+    with pytest.raises(DataError) as caught:
+        config.open()
+    assert str(caught.value) == (
+        "data.root: labels.csv has 3 classes (a, b, c), the recipe says data.classes: 2; give "
+        "another file of labels, or `--set data.classes=3`"
+    )
 
 
 @pytest.mark.parametrize("odd", ["1.0", "+1", "-1", "1,0", "1."])

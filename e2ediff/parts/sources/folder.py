@@ -112,5 +112,8 @@ class ImageFolder(EncodedConfig):
             )
             classes = len(class_names)
         fetch = FolderBytes(location, names)
-        left_out = tally.left_out
-        return Listing(root, names, labels, classes, class_names, fetch, left_out=left_out)
+        label_file = file.place if file else ""
+        return Listing(
+            root, names, labels, classes, class_names, fetch,
+            left_out=tally.left_out, label_file=label_file,
+        )  # fmt: skip

@@ -95,7 +95,11 @@ class Archive(EncodedConfig):
             )
             classes = len(class_names)
         fetch = ZipBytes(location, Names(members[name] for name in names))
-        return Listing(place, names, labels, classes, class_names, fetch, left_out=left_out)
+        label_file = file.place if file else ""
+        return Listing(
+            place, names, labels, classes, class_names, fetch,
+            left_out=left_out, label_file=label_file,
+        )  # fmt: skip
 
 
 def _members(location: Location, inside: str) -> tuple[dict[str, str], list[str], bytes | None]:
