@@ -9,7 +9,7 @@ from typing import BinaryIO, cast
 from e2ediff.errors import DataError
 from e2ediff.files.members import Members, check_tar_end
 
-RULES = 3
+RULES = 4
 """Changes with what counts in a tar: an index that was made by other rules is made again."""
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
@@ -38,7 +38,9 @@ class _Part:
 
 
 def members(file: BinaryIO, place: str, option: str) -> Iterator[tarfile.TarInfo]:
-    """Plain files of an uncompressed tar; `offset_data` and `size` say where they lie.
+    """Plain files of an uncompressed tar, by their names without `./` and `//`.
+
+    `offset_data` and `size` say where they lie.
 
     Hidden members are left out before anything is checked.
 
@@ -51,7 +53,9 @@ def members(file: BinaryIO, place: str, option: str) -> Iterator[tarfile.TarInfo
         with tarfile.open(fileobj=file, mode="r:") as tar:
             seen = Members(where)
             for member in tar:
-                if seen.of_tar(member) and member.isreg():
+                name = seen.of_tar(member)
+                if name and member.isreg():
+                    member.name = name
                     yield member
             check_tar_end(file, tar, where)
     except tarfile.TarError as error:

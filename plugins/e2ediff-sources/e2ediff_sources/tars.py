@@ -140,13 +140,12 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
         before = len(found.names)
         with location.opened(outer.path) as file:
             for member in members(file, outer.path, option):
+                name = f"{outer.name[:-4]}/{member.name}" if len(files) > 1 else member.name
                 if is_image(member.name):
-                    name = PurePosixPath(member.name).name
                     beside.append(name)
-                    name = f"{outer.name[:-4]}/{name}" if len(files) > 1 else name
                     found.add(name, number, member.offset_data, member.size)
                 elif not member.name.endswith(".tar"):
-                    tally.add_other(f"{outer.name}/{member.name}")
+                    tally.add_other(name)
                 else:
                     held = len(found.names)
                     whole = f"{outer.name}/{member.name}" if len(files) > 1 else member.name
@@ -184,13 +183,13 @@ def _scan(location: Location, files: Sequence[File]) -> Index:
     found = found.sorted()
     index = found.index([f.name for f in files], None, option)
     index = attrs.evolve(index, left_out=tally.left_out)
-    if not all("/" in name for name in found.names):
+    if not tars and len(files) == 1:
         return index
     # By name, also where the names are numbers: a tar's name is no label.
     values = [name.partition("/")[0] for name in found.names]
     names = sorted(set(values))
-    number = {name: i for i, name in enumerate(names)}
-    labels = column([number[value] for value in values])
+    label = {name: i for i, name in enumerate(names)}
+    labels = column([label[value] for value in values])
     return attrs.evolve(index, labels=labels, classes=len(names), class_names=tuple(names))
 
 
@@ -206,11 +205,11 @@ def _add_class(
     """The images of a class tar that is a member of another tar."""
     label = PurePosixPath(member.name).stem
     for inner in members(inside(file, member), f"{outer.path}/{member.name}", option):
+        name = f"{label}/{inner.name}"
         if is_image(inner.name):
-            name = f"{label}/{PurePosixPath(inner.name).name}"
             found.add(name, number, member.offset_data + inner.offset_data, inner.size)
         else:
-            tally.add_other(f"{outer.name}/{member.name}/{inner.name}")
+            tally.add_other(name)
 
 
 @attrs.frozen(kw_only=True)

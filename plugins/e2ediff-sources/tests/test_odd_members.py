@@ -76,13 +76,14 @@ def known_paths(config: SourceConfig, form: str) -> list[str]:
     return sorted(name.removeprefix("x.tar/") for name in listing.names)
 
 
-@pytest.mark.parametrize("form", ["zip", "class tar"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", READ)
 def test_a_member_that_is_a_plain_file_is_read_by_its_name(kind: str, form: str) -> None:
     names, expected = READ[kind]
     paths = sorted([*CLEAN, *expected])
-    if form == "class tar":
-        paths = sorted(path.rpartition("/")[2] for path in paths)
+    if form == "tar shards":  # where these are a second image of a sample, and a compound suffix
+        other = {"cat/0.PNG", "cat/2..png"}
+        names, paths = sorted({*names} - other), sorted({*paths} - other)
     assert known_paths(FORMS[form]([*CLEAN, *names]), form) == paths
 
 
