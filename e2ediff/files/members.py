@@ -115,10 +115,11 @@ def _strange(name: str) -> str:
         return "begins with a drive"
     if "\\" in name:
         return "has a backslash in its name, which divides folders on some systems alone"
-    if any(unicodedata.category(letter) == "Cc" for letter in name):
-        return "has a control character in its name"
-    if any(unicodedata.category(letter) == "Cs" for letter in name):
+    kinds = set() if name.isprintable() else {unicodedata.category(letter) for letter in name}
+    if "Cs" in kinds:
         return "has a name that is not UTF-8"
+    if "Cc" in kinds:
+        return "has a control character in its name"
     return ""
 
 

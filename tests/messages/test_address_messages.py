@@ -227,7 +227,7 @@ NO_ADDRESSES = {
     "features": {"sha256", "title", "model"},
     "sources": {
         "inside", "label", "label_key", "image_suffix", "image_column", "label_column",
-        "split",
+        "split", "background",
     },
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets as hf
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,7 +21,6 @@ from refusals import refusal
 from e2ediff.data import LeftOut, SourceConfig
 from e2ediff.errors import BadImageError, DataError
 
-hf = pytest.importorskip("datasets")
 hf.disable_progress_bars()
 
 SIZE, LABELS, NAMES = 8, [0, 1, 0, 1, 1, 0], ["cat", "dog"]

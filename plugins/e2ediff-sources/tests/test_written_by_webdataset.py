@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from command_line import e2ediff, needs
 from e2ediff_sources.tars import ClassTars, TarShards
 from pictures import tar_bytes
@@ -15,8 +16,6 @@ from refusals import refusal
 
 from e2ediff.data import LeftOut, SourceConfig
 from e2ediff.errors import DataError
-
-wds = pytest.importorskip("webdataset")
 
 SIZE, LABELS = 8, [1, 0, 2, 1]
 PIXELS = np.random.default_rng(0).integers(256, size=(4, SIZE, SIZE, 3), dtype=np.uint8)
