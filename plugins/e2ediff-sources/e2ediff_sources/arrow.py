@@ -16,7 +16,7 @@ from e2ediff.errors import DataError
 from e2ediff.files.index import Index, RangeBytes, stored_index
 from e2ediff.files.listing import Listing
 from e2ediff.files.location import File, Location, find_files, fingerprint
-from e2ediff_sources.beside import left_out_with
+from e2ediff_sources.beside import files_of_one_split, inside_of, left_out_with
 from e2ediff_sources.columns import Columns, Rows, TableConfig, files_of_kind, no_bytes, pyarrow
 
 _WHAT = "Arrow files"
@@ -90,9 +90,9 @@ class Arrow(TableConfig):
             if here.is_folder():
                 raise DataError(
                     f"{option}: '{self.held_out}' is a split of {self.path}, and a folder too; "
-                    f"give {_below(self.path, self.held_out)} or ./{self.held_out}"
+                    f"give {inside_of(self.path, self.held_out)} or ./{self.held_out}"
                 )
-            return _below(self.path, self.held_out)
+            return inside_of(self.path, self.held_out)
         split = "train" if self.split is None and "train" in splits else self.split
         return _of_split(Location(self.path, inner), splits, split)
 
@@ -122,12 +122,6 @@ class Arrow(TableConfig):
         return rows.index(files, columns, option)
 
 
-def _below(address: str, name: str) -> str:
-    """The address of what lies in a folder, also in one of an archive."""
-    inner, *outer = address.split("::")
-    return "::".join([f"{inner.rstrip('/')}/{name}", *outer])
-
-
 def _of_split(location: Location, splits: Sequence[str], split: str | None) -> str:
     """The address of a split of a folder, or of the folder if it has none."""
     address, option = location.url, location.option
@@ -136,10 +130,10 @@ def _of_split(location: Location, splits: Sequence[str], split: str | None) -> s
     if split is None and len(splits) == 1:
         split = splits[0]
     if split is not None and split in splits:
-        return _below(address, split)
+        return inside_of(address, split)
     if not splits:
         raise DataError(f"{option}: {address} is no folder of splits; leave out `data.split`")
-    how = f"give {_below(address, splits[0])}, or `--set data.split={splits[0]}`"
+    how = f"give {inside_of(address, splits[0])}, or `--set data.split={splits[0]}`"
     what = "several splits" if split is None else f"no split '{split}'"
     raise DataError(f"{option}: {address} has {what}: it has {', '.join(splits)}; {how}")
 
@@ -177,7 +171,7 @@ def _files(address: str, option: str) -> tuple[Location, list[File]]:
     location = Location(address, option)
     listed = _told(location, _STATE, "_data_files")
     if listed is None:
-        return find_files(address, option, ".arrow")
+        return files_of_one_split(address, option, ".arrow")
     if _told(location, _STATE, "_indices_data_files") or _told(location, _STATE, "_indices_files"):
         raise DataError(
             f"{option}: {address} chooses its rows by a list of indices, as an early version of "

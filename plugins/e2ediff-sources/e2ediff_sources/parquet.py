@@ -14,8 +14,8 @@ from e2ediff.data import Recognised
 from e2ediff.errors import DataError
 from e2ediff.files.index import Index, stored_index
 from e2ediff.files.listing import Listing
-from e2ediff.files.location import File, Location, find_files, fingerprint
-from e2ediff_sources.beside import left_out_with
+from e2ediff.files.location import File, Location, fingerprint
+from e2ediff_sources.beside import files_of_one_split, left_out_with
 from e2ediff_sources.columns import Columns, Rows, TableConfig, files_of_kind, no_bytes, pyarrow
 
 _KEPT = 4  # row groups that a process keeps; ImageNet's are of 100 images, 11 MB
@@ -118,7 +118,7 @@ class Parquet(TableConfig):
         """Pyarrow, the files, and their columns by the first of them."""
         option = self.option(held_out=held_out)
         arrow = pyarrow(option, _WHAT)
-        location, files = find_files(self._pattern(held_out), option, ".parquet")
+        location, files = files_of_one_split(self._pattern(held_out), option, ".parquet")
         with _opened(arrow, location, files[0]) as file:
             columns = self.chosen(arrow, file.schema_arrow, files[0].path, option)
         return arrow, location, files, columns

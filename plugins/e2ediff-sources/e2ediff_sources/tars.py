@@ -24,7 +24,7 @@ from e2ediff.files.labels import LabelFile, labelled, read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names, numbered
 from e2ediff.files.location import File, Location, find_files, fingerprint
 from e2ediff.files.names import Tally
-from e2ediff_sources.beside import left_out_with
+from e2ediff_sources.beside import files_of_one_split, left_out_with
 from e2ediff_sources.tar_members import RULES, inside, members, read_member
 
 
@@ -249,7 +249,7 @@ class TarShards(EncodedConfig):
     def listing(self, *, held_out: bool) -> Listing:
         option = self.option(held_out=held_out)
         pattern = self.held_out if held_out and self.held_out else self.path
-        location, files = find_files(pattern, option, ".tar")
+        location, files = files_of_one_split(pattern, option, ".tar")
         key = fingerprint(files, self.image_suffix, self.label, self.label_key, RULES)
         sidecar = files[0].beside(f"shards-{fingerprint(files)[:8]}.index.safetensors")
 

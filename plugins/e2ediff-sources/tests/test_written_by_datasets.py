@@ -15,6 +15,8 @@ import torch
 from command_line import e2ediff, needs
 from e2ediff_sources.arrow import Arrow
 from e2ediff_sources.parquet import Parquet
+from e2ediff_sources.tars import TarShards
+from pictures import tar_bytes
 from PIL import Image
 from refusals import refusal
 
@@ -183,6 +185,30 @@ def test_the_only_columns_of_images_and_classes_are_taken_whatever_their_names(k
     assert "has no column 'picture', it has img (Image), fine; name the column of" in line
     line = refusal(kind(path="saved", size=SIZE, classes=2, label_column="coarse"))
     assert "it has no column 'coarse', but img, fine. Name the column of labels with" in line
+
+
+@pytest.mark.parametrize("kind", [Arrow, Parquet, TarShards])
+def test_a_folder_of_files_of_several_splits_is_not_read_as_one(kind: Any) -> None:
+    """As a repository of Hugging Face has them, and folders of shards."""
+    suffix = {Arrow: "arrow", Parquet: "parquet", TarShards: "tar"}[kind]
+    Path("data").mkdir()
+    for i, split in enumerate(("train", "test")):
+        part = dataset().select(range(i, 6))
+        part.to_parquet(f"data/{split}-00000-of-00001.parquet")
+        part.save_to_disk(split)
+        Path(split, ONE).rename(f"data/{split}-00000-of-00001.arrow")
+        members = [(f"{k}.png", png(k)) for k in range(i, 6)]
+        Path(f"data/{split}-00000-of-00001.tar").write_bytes(tar_bytes(members))
+    said = (
+        f"data holds files of several splits, such as test-00000-of-00001.{suffix} and train-"
+        f"00000-of-00001.{suffix}; expected those of one. Give a pattern, such as "
+        f"'data/train*.{suffix}'"
+    )
+    assert refusal(kind(path="data", size=SIZE, classes=0)).endswith(said)
+    assert len(kind(path=f"data/train*.{suffix}", size=SIZE, classes=0).open()) == 6
+    for path in Path("data").glob("test*"):  # "latest" is no split
+        path.rename(path.with_name(f"la{path.name}"))
+    assert len(kind(path="data", size=SIZE, classes=0).open()) == 11
 
 
 def test_a_choice_between_columns_is_the_user_s() -> None:
