@@ -106,12 +106,22 @@ def pip_install(folder: str | os.PathLike[str]) -> str:
 
 
 def install_command(requirement: str, near: Iterable[str] = ()) -> str:
-    """Return the command that installs a distribution, from its folder if that is known."""
+    """Return the command that installs a distribution, from its folder if that is known.
+
+    No name of e2ediff or of a plugin named after it is given to pip to look up: they are on no
+    package index, so whatever an index has under such a name is someone else's.
+    """
     with contextlib.suppress(InvalidRequirement):
         wanted = Requirement(requirement)
         for found in uninstalled_plugins(near):
             if found.satisfies(wanted):
                 return found.install
+        name = canonicalize_name(wanted.name)
+        if name.partition("-")[0] == "e2ediff":
+            return (
+                f"{pip_install(name)} in the folder that contains it; plugins of e2ediff itself "
+                "are in plugins/ of its repository, and on no package index"
+            )
     return f"pip install {shlex.quote(requirement)}"
 
 
@@ -126,7 +136,8 @@ def uninstalled_plugins(near: Iterable[str] = ()) -> Iterator[PluginFolder]:
     """Find plugins in folders `plugins` that are not installed.
 
     They are searched for in the current folder, in those of the files `near`, in the checkout from
-    which e2ediff was installed, and in all folders above these.
+    which e2ediff was installed, and in all folders above these. In the first two, folders
+    `e2ediff-NAME`, as `plugins new` makes them, count too.
     """
     starts = [Path.cwd(), *(Path(file).absolute().parent for file in near if os.path.exists(file))]
     seen = set[Path]()
@@ -135,7 +146,10 @@ def uninstalled_plugins(near: Iterable[str] = ()) -> Iterator[PluginFolder]:
             if folder in seen:
                 break
             seen.add(folder)
-            for project in sorted(folder.glob("plugins/*/pyproject.toml")):
+            projects = sorted(folder.glob("plugins/*/pyproject.toml"))
+            if folder in starts:
+                projects += sorted(folder.glob("e2ediff-*/pyproject.toml"))
+            for project in projects:
                 try:
                     found = PluginFolder.read(project.parent)
                 except PluginError:

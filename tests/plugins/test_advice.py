@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -23,6 +24,10 @@ ROOT = Path(__file__).parents[2]
 # click's, git's, docker's, and variables of a report's style
 FOREIGN = {"--help", "--no-optional-locks", "--porcelain", "--shm-size"}
 FOREIGN |= {"--ink", "--soft", "--line"}
+NO_INDEX = (
+    "in the folder that contains it; plugins of e2ediff itself are in plugins/ of its "
+    "repository, and on no package index"
+)
 OURS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 
 
@@ -72,7 +77,74 @@ def test_a_required_plugin_that_lies_beside_is_named_with_its_folder(place) -> N
 def test_another_version_than_the_one_that_lies_beside_is_not_promised(place) -> None:
     (place / "mine.yaml").write_text(tiny(requires='["e2ediff-my-way>=2"]'))
     done = e2ediff("check", "mine.yaml")
-    assert done.err.endswith("is not installed. Run: pip install 'e2ediff-my-way>=2'\n")
+    assert done.err.endswith(f"is not installed. Run: pip install ./e2ediff-my-way {NO_INDEX}\n")
+
+
+def test_a_plugin_that_lies_nowhere_near_is_not_left_to_a_package_index(place) -> None:
+    """An index may have somebody else's package of that name; other packages are an index's."""
+    for wanted, way in (
+        ("e2ediff-of-nobody", f"pip install ./e2ediff-of-nobody {NO_INDEX}"),
+        ("E2EDiff_of.nobody>=1,<2", f"pip install ./e2ediff-of-nobody {NO_INDEX}"),
+        ("a-package-of-nobody>=2", "pip install 'a-package-of-nobody>=2'"),
+    ):
+        (place / "mine.yaml").write_text(tiny(requires=f"['{wanted}']"))
+        done = e2ediff("check", "mine.yaml")
+        assert done.code == 3
+        assert done.err.endswith(f" is not installed. Run: {way}\n")
+
+
+def test_a_plugin_just_made_is_named_with_its_folder(tmp_path, monkeypatch) -> None:
+    """`plugins new` makes it in the current folder, and prints the same line."""
+    monkeypatch.chdir(tmp_path)
+    made = e2ediff("plugins", "new", "our_way", "--kind", "objective")
+    assert made.err.startswith("next: pip install ./e2ediff-our-way && ")
+    (tmp_path / "mine.yaml").write_text(tiny(requires='["e2ediff-our-way"]', objective="our_way"))
+    done = e2ediff("check", "mine.yaml")
+    assert done.err.endswith(
+        "e2ediff-our-way is not installed. Run: pip install ./e2ediff-our-way\n"
+    )
+    done = e2ediff("check", "mine.yaml", "--set", "requires=[]")
+    assert done.err.endswith("Run: pip install ./e2ediff-our-way\n")
+
+
+def advised() -> dict[str, list[str]]:
+    """What every `pip install` of this repository's texts installs, by where it is written."""
+    texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    texts += [
+        path
+        for folder in ("e2ediff", "plugins", "benchmarks", "recipes")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".md", ".txt", ".yaml", ".jinja") and "tests" not in path.parts
+    ]
+    found = {}
+    for path in texts:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            for words in re.findall(r"pip install ([^`&)#]+)", line):
+                if "{" not in words:  # an f-string, whose text other tests read
+                    place = f"{path.relative_to(ROOT)}:{number}"
+                    found[place] = words.strip(" \"'$").replace('"', "").split()
+    return found
+
+
+def test_every_printed_install_line_takes_ours_from_a_folder_and_others_from_an_index() -> None:
+    """Ours are on no index; others are those that the projects name, or a file system's."""
+    declared = {"gcsfs", "huggingface_hub", "dinov2"}  # of fsspec, and of a test that is skipped
+    for project in (ROOT / "pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml")):
+        table = tomllib.loads(project.read_text())["project"]
+        extras = table.get("optional-dependencies", {}).values()
+        for line in (*table.get("dependencies", ()), *(line for e in extras for line in e)):
+            declared.add(Requirement(line).name)
+    wrong = []
+    lines = advised()
+    for place, words in lines.items():
+        targets = [w for w in words if not w.startswith("-") and w != "constraints.txt"]
+        for target in targets:
+            name = re.split(r"[=<>\[;]", target)[0].rstrip(".,:")
+            is_path = "/" in target or target.startswith(".") or target == "FOLDER"
+            if not is_path and (name not in declared or name.startswith("e2ediff")):
+                wrong.append(f"{place}: {target}")
+    assert wrong == []
+    assert len(lines) > 30
 
 
 def test_a_part_of_a_plugin_that_lies_beside_is_named_with_its_folder(place) -> None:
