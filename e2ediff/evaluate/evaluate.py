@@ -66,7 +66,7 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
     self_test()
     _check_metrics(request)
     device = choose_device(request.target.device)
-    subject = _subject(host, request)
+    subject = _subject(host, request, report)
     if isinstance(subject.images, Samples):
         image = subject.images.model.image
         if empty := without_images(image, subject.images.labels):
@@ -139,7 +139,7 @@ def _check_metrics(request: Request) -> None:
         )
 
 
-def _subject(host: Host, request: Request) -> Subject:
+def _subject(host: Host, request: Request, report: Say) -> Subject:
     first = request.conventions[0]
     if not is_run(request.target.run):
         if request.target.overrides:
@@ -152,6 +152,7 @@ def _subject(host: Host, request: Request) -> Subject:
         request.labels or first.labels,
         seed=request.seed,
         classes=request.classes,
+        warn=report,
     )
     if request.labels and subject.labels != request.labels:
         raise DataError("--labels: the run is not conditioned on classes; leave it out")

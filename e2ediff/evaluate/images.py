@@ -23,6 +23,7 @@ from typing_extensions import override
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource, LeftOut
+from e2ediff.distributed.threads import quiet
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import large_images, npy_header
 from e2ediff.files.images import MAX_PIXELS, is_grey, opened, to_mode, to_tensor
@@ -298,7 +299,7 @@ class Samples(ImageSet):
     def model(self) -> Model:
         """Load the run's model, in eval mode."""
         if self._model is None:
-            self._model = self.ref.load()
+            self._model = self.ref.load(warn=quiet)  # `run_subject` has warned
             self._check_guides(self._model)
         return self._model
 

@@ -6,7 +6,7 @@ Shapes: n images.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -83,6 +83,7 @@ def run_subject(
     seed: int = 0,
     model: Model | None = None,
     classes: Sequence[int] = (),
+    warn: Callable[[str], None] | None = None,
 ) -> Subject:
     """Describe a run's samples.
 
@@ -94,6 +95,7 @@ def run_subject(
         seed: Seed of their noise.
         model: The model that `ref` loads, if it is loaded already.
         classes: The classes of the samples; empty for all.
+        warn: As for `ModelRef.load`.
 
     Raises:
         RunDirectoryError, CheckpointError: The run or its weights cannot be used.
@@ -101,7 +103,7 @@ def run_subject(
     directory = RunDirectory.open(ref.run)
     opened = open_checkpoint(directory.store, ref.checkpoint)
     ref = attrs.evolve(ref, checkpoint=opened.name)
-    model = model or ref.load()
+    model = model or ref.load(warn=warn)
     recipe, conditioning = model.recipe, model.recipe.data.image.conditioning
     numbers, taken = numbers_of(recipe, count, law, seed, classes)
     chosen = called(model.image, classes)

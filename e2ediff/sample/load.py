@@ -24,8 +24,10 @@ from e2ediff.loading.classes import other_name
 from e2ediff.model.build import build_nets, choose_device, guidance_problems
 from e2ediff.model.inference import ROWS, Model, Origin, Other, Precision, choose_kernels
 from e2ediff.model.weights import load_weights
+from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.sample.post_hoc import Basis, reconstruct, stored_weights, width_of
 from e2ediff.store.checkpoint import open_checkpoint
+from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.plugin_files import refuse_other_plugin_files
 from e2ediff.store.run_directory import RunDirectory
 
@@ -63,8 +65,8 @@ class ModelRef:
 
         Args:
             host: Knows the parts; by default everything installed.
-            warn: Called with a message for each damaged checkpoint that is skipped, and for
-                kernels that are not available here.
+            warn: Called with a message for each damaged checkpoint that is skipped, for
+                kernels that are not available here, and for latents that have collapsed.
 
         Raises:
             RunDirectoryError: There is no run there.
@@ -138,6 +140,8 @@ def _open(
     directory = RunDirectory.open(ref.run)
     recipe = recipe_of(host, directory, ref.overrides)
     opened = open_checkpoint(directory.store, ref.checkpoint, warn=warn, use=use)
+    if found := _collapse(recipe, opened):
+        warn(f"{opened.path}: {found}. Do not trust its samples or scores")
     name = ref.weights or recipe.default_weights
     width, known = width_of(name), stored_weights(opened)
     if width is None and name not in known:
@@ -168,6 +172,13 @@ def _open(
         recipe, net, origin=origin, rows=ref.rows, precision=ref.precision, latent=latent,
         image=image,
     )  # fmt: skip
+
+
+def _collapse(recipe: Recipe, checkpoint: Checkpoint) -> str:
+    """Describe since when the latents were collapsed at a checkpoint; "" if they were not."""
+    detector = CollapseDetector(recipe.alarm)
+    detector.restore(checkpoint.state.get("alarm", {}))
+    return detector.collapsed
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:

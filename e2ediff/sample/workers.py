@@ -117,7 +117,7 @@ def work(
     torch.set_num_threads(threads)
     with contextlib.suppress(BrokenPipeError):  # the parent process is gone
         try:
-            model = request.model.load()
+            model = request.model.load(warn=quiet)  # the first process has warned
             output = request.output(model)
             say = quiet if choose else None
             for cost in make_blocks(request, model, output, blocks, threads, say):

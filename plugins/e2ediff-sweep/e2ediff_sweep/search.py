@@ -63,6 +63,7 @@ class Search:
     found: dict[str, Result] = attrs.field(factory=dict)
     _proxy: Proxy | None = None
     _loaded: tuple[str, Model] | None = None
+    _warned: set[str] = attrs.field(factory=set)
 
     def begin(self) -> None:
         """Load the scores in the folder, or create it.
@@ -178,9 +179,15 @@ class Search:
         if plain and self._loaded is not None and self._loaded[0] == candidate.weights:
             model = self._loaded[1]
             return attrs.evolve(model, recipe=recipe, guidance=recipe.guidance, others=())
-        model = candidate.of(r.target).load(self.run.host, self.say)
+        model = candidate.of(r.target).load(self.run.host, self._warn)
         self._loaded = (candidate.weights, model)
         return model
+
+    def _warn(self, text: str) -> None:
+        """Show a warning once, although every candidate is loaded."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.say(text)
 
 
 def every(run: SweptRun, axes: Sequence[Axis]) -> list[Candidate]:
