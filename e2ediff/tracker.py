@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import ClassVar
 
 from torch import Tensor
+
+from e2ediff.errors import ResourceError
 
 
 class Tracker(ABC):
@@ -28,7 +32,26 @@ class Tracker(ABC):
 
 
 class TrackerConfig(ABC):
-    """One entry of the recipe's `trackers:` list."""
+    """One entry of the recipe's `trackers:` list.
+
+    `needs` names the packages that `open` imports, as pip and Python call them: `("wandb",)`.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def check(self) -> None:
+        """Refuse a tracker that cannot be opened here; called before a run's directory is made.
+
+        Raises:
+            ResourceError: A package of `needs` is not installed.
+        """
+        for package in self.needs:
+            if find_spec(package) is None:
+                name = type(self).__name__
+                raise ResourceError(
+                    f"trackers: {name} needs {package}, which is not installed: "
+                    f"`pip install {package}`"
+                )
 
     @abstractmethod
     def open(self, directory: str) -> Tracker:

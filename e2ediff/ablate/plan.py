@@ -284,6 +284,7 @@ def _check(
 
     Raises:
         RecipeError: With each problem once, and the cells that have it.
+        ResourceError: A tracker's package is not installed.
     """
     found: dict[str, Recipe] = {}
     wrong: dict[Problem, list[str]] = {}
@@ -315,6 +316,9 @@ def _check(
                 for p, names in wrong.items()
             ],
         )
+    for read in found.values():
+        for tracker in read.trackers:
+            tracker.check()
     return found
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 from torch import Tensor
 from typing_extensions import override
 
-from e2ediff.errors import ResourceError
 from e2ediff.tracker import Tracker, TrackerConfig
 
 if TYPE_CHECKING:
@@ -55,18 +54,12 @@ class TensorBoard(TrackerConfig):
     Needs `pip install tensorboard`.
     """
 
-    def open(self, directory: str) -> Tracker:
-        """Start a writer.
+    needs: ClassVar[tuple[str, ...]] = ("tensorboard",)
 
-        Raises:
-            ResourceError: TensorBoard is not installed.
-        """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ResourceError(
-                "trackers: tensorboard is not installed: `pip install tensorboard`"
-            ) from error
+    def open(self, directory: str) -> Tracker:
+        """Start a writer."""
+        from torch.utils.tensorboard import SummaryWriter
+
         return _Events(SummaryWriter(os.path.join(directory, "tensorboard")))
 
 

@@ -176,6 +176,15 @@ class RunDirectory:
 
     # Start and restart
 
+    @classmethod
+    def refuse_taken(cls, out: Address, *, restart: bool = False) -> None:
+        """Refuse a directory in which `create` would not start a run, without creating it.
+
+        Raises:
+            RunDirectoryError: It is not empty; with `restart` it may hold a run.
+        """
+        cls(Store(out), addresses.plain(out))._refuse_if_taken(restart=restart)
+
     def _is_vacant(self) -> bool:
         ours = all(name.isdecimal() for name in self.store.list(ATTEMPTS))
         return ours and self.store.is_vacant(_BEFORE_RUN)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import Self
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -35,6 +37,31 @@ FIRST_SAVE = 60.0
 """Seconds of training after which a run without a checkpoint saves, whatever its cadence."""
 
 
+@attrs.frozen(eq=False)
+class Prepared:
+    """What a run needs besides its directory: what it trains, and what measures that."""
+
+    parts: Assembly
+    monitor: Monitor
+
+    @classmethod
+    def build(
+        cls,
+        host: Host,
+        recipe: Recipe,
+        sources: tuple[DataSource, DataSource],
+        device: torch.device,
+        world: World,
+    ) -> Self:
+        """Build the networks, and read the images on which they are measured.
+
+        Raises:
+            DataError, ResourceError: A file, a package or memory for it is missing.
+        """
+        parts = assemble(recipe, device, world)
+        return cls(parts, Monitor.open(host, recipe, parts, world, sources, device))
+
+
 class Engine:
     """One run: builds everything from a recipe, trains, and does what is due after each step."""
 
@@ -49,8 +76,12 @@ class Engine:
         world: World | None = None,
         *,
         choose_threads: bool = False,
+        prepared: Prepared | None = None,
     ) -> None:
-        """Build what the recipe asks for; `choose_threads` is as for `train`."""
+        """Build what the recipe asks for, unless it is `prepared`.
+
+        `choose_threads` is as for `train`.
+        """
         self.host = host
         self.recipe = recipe
         self.directory = directory
@@ -58,11 +89,12 @@ class Engine:
         self.progress = progress
         self.world = world = world or World()
         self.source = sources[0]
-        self.parts: Assembly = assemble(recipe, device, world)
+        prepared = prepared or Prepared.build(host, recipe, sources, device, world)
+        self.parts: Assembly = prepared.parts
         self.recorder = recorder = Recorder(host, recipe, directory, device, progress, world)
         self.position = recorder.position
         self.update = Update(recipe, self.parts, world, recorder.report)
-        self.monitor = Monitor.open(host, recipe, self.parts, world, sources, device)
+        self.monitor = prepared.monitor
         self.detector = detector = CollapseDetector(recipe.alarm, self.monitor.observer.figures)
         recorder.skipped([bad for source in sources for bad in newly_skipped(source)])
         self.measurements = Measurements(recipe, self.monitor, detector, recorder)

@@ -44,7 +44,7 @@ class Trackers:
     trackers: list[Tracker] = attrs.field(factory=list)
 
     def open(self) -> None:
-        """Open every tracker; one that is not installed raises an error for the user."""
+        """Open every tracker; one that fails is switched off, unless its error is for the user."""
         path = self.directory.store.local_path() or self.directory.path
         for config in self.configs:
             try:

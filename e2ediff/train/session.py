@@ -6,6 +6,7 @@ import contextlib
 import io
 import signal
 from collections.abc import Sequence
+from functools import partial
 
 import attrs
 import torch
@@ -57,7 +58,7 @@ from e2ediff.train.continuation import (
     data_block,
     refuse_other_recipe,
 )
-from e2ediff.train.engine import Engine
+from e2ediff.train.engine import Engine, Prepared
 from e2ediff.train.progress import Progress
 from e2ediff.train.schedule import report_schedule
 
@@ -145,6 +146,8 @@ def train(
     check_shares(recipe, world, recipe_path)
     device = choose_device(recipe.device, world.local if world.size > 1 else None)
     check_precision(recipe.precision, device)
+    for tracker in recipe.trackers:
+        tracker.check()
     # Open the data first: create nothing for a run that cannot start.
     training = open_source(recipe.data)
     check_enough(training, recipe.batch)
@@ -156,6 +159,18 @@ def train(
     sources = (training, held_out)
     names, empty = class_names(recipe, training), empty_classes(training, recipe.data.image)
     image = attrs.evolve(recipe.data.image, class_names=names, empty_classes=empty)
+    prepared = None
+    if not resume:
+        # For the same reason build all that can be built: packages and weights may be missing.
+        if out is not None:
+            world.on_leader(partial(RunDirectory.refuse_taken, out, restart=restart))
+        try:
+            prepared = Prepared.build(host, recipe, sources, device, world)
+        except BaseException as caught:
+            error = _in_words(host, caught)
+            if error is caught:
+                raise
+            raise error from caught
     # Barrier: create nothing unless every process opened its data and none was stopped.
     if asked := world.highest(stop.signal or 0):
         raise Stopped(asked, BEFORE)
@@ -187,7 +202,7 @@ def train(
         try:
             ready = Engine(
                 host, recipe, directory, device, sources, shown, world,
-                choose_threads=choose_threads,
+                choose_threads=choose_threads, prepared=prepared,
             )  # fmt: skip
             if begun_before:
                 _restore(ready, directory, shown)
