@@ -24,6 +24,7 @@ from e2ediff.host.recipe import parse_recipe
 from e2ediff.store.run_directory import RESOLVED, RunDirectory
 from e2ediff.store.storage import Store
 
+_DIFFERENCES = 3  # of recipes, in a name
 _NO_FIGURE = ("step", "images", "lr", "grad_norm")
 _PICTURE = re.compile(r"(reconstructions-)?step-(\d{1,12})\.png")
 
@@ -32,7 +33,8 @@ _PICTURE = re.compile(r"(reconstructions-)?step-(\d{1,12})\.png")
 class Run:
     """One run; `state` is that of its `status.json`, or `missing`, or `damaged`.
 
-    `figures` are the final ones, `leaves` the resolved recipe by path, `error` why it failed.
+    `figures` are the final ones, `leaves` the resolved recipe by path, `error` why it failed, and
+    `reason` why it ended.
     `described` has the known declarations of figures.
     `previews` maps `samples` and `reconstructions` to files by step.
     """
@@ -42,6 +44,7 @@ class Run:
     path: str
     state: str
     error: str = ""
+    reason: str = ""
     step: int = 0
     images: int = 0
     name: str = ""
@@ -177,6 +180,10 @@ def gather_runs(host: Host, paths: Sequence[Address]) -> Gathered:
                 name = f"{base} ({number})"
             cells[name], keys[name] = [], key
         cells[name].append(attrs.evolve(run, cell=name))
+    cells = {
+        name: [attrs.evolve(run, cell=name) for run in found]
+        for name, found in zip(_told_apart(cells), cells.values(), strict=True)
+    }
     argv = [str(word) for word in runs[0].environment.get("argv", [])]
     return Gathered(
         kind="run" if len(runs) == 1 else "compare",
@@ -188,6 +195,47 @@ def gather_runs(host: Host, paths: Sequence[Address]) -> Gathered:
         command=["e2ediff", *(argv[1:] if len(runs) == 1 else ["compare", *texts])],
         created=str(runs[0].environment.get("created", "")) if len(runs) == 1 else "",
     )
+
+
+def differing_values(recipes: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """Return the values that differ between recipes, by path and by the recipe's name.
+
+    The seed and the name of a recipe do not count. An option that only one part has is not
+    listed, as the parts' names differ already.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for path in {p: None for leaves in recipes.values() for p in leaves}:
+        values = {name: leaves[path] for name, leaves in recipes.items() if path in leaves}
+        lost = len(values) < len(recipes)
+        other_part = any(p.endswith(".name") and path.startswith(p[:-4]) for p in found)
+        differs = len(set(values.values())) > 1 or (lost and not other_part)
+        if differs and path not in ("seed", "name"):
+            found[path] = values
+    return found
+
+
+def _told_apart(cells: Mapping[str, Sequence[Run]]) -> list[str]:
+    """Return names of cells that tell what differs, where their directories' names do not.
+
+    Names that differ in nothing but a number get the values of the recipe that differ between
+    them; where there are none and the names are equal, the folders that they are in.
+    """
+    plain = {name: re.sub(r" \(\d+\)$", "", name) for name in cells}
+    like: dict[str, list[str]] = {}
+    for name, own in plain.items():
+        like.setdefault(re.sub(r"-\d+$", "", own), []).append(name)
+    found: list[str] = []
+    for name, own in plain.items():
+        alike = next(names for names in like.values() if name in names)
+        differing = differing_values({other: cells[other][0].leaves for other in alike})
+        words = [f"{p.removesuffix('.name')}={v[name]}" for p, v in differing.items() if name in v]
+        text = ", ".join(words[:_DIFFERENCES]) + ", ..." * (len(words) > _DIFFERENCES)
+        if not text and [plain[other] for other in alike].count(own) > 1:
+            text = cells[name][0].path.rstrip("/").rpartition("/")[0]
+        told = f"{own} ({text})" if text else own
+        number = sum(other.startswith(told) for other in found)
+        found.append(f"{told} ({number + 1})" if told in found else told)
+    return found
 
 
 def _read_of_group(
@@ -251,6 +299,7 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, TrainingCost
         path=path,
         state=state,
         error=str(status.get("reason", "")) if state == "failed" else "",
+        reason=str(status.get("reason", "")),
         step=int(last.get("step", 0)),
         images=int(last.get("images", 0)),
         name=str(environment.get("name", "")),

@@ -41,8 +41,9 @@ class SheetRow:
 def rows(cells: Mapping[str, Sequence[Run]]) -> list[SheetRow]:
     """Choose samples and reconstructions of each first seed, at equal steps and compute.
 
-    The step is the last that all cells have reached, and so is the compute; each cell shows its
-    nearest preview. If both choose the same pictures, they are shown once.
+    The step is the last at which all cells have a preview, and so is the compute; where there is
+    none, each cell shows the preview nearest to what all have reached, and the title says so. If
+    both choose the same pictures, they are shown once.
     """
     shown = [run for runs in cells.values() if (run := _first(runs))]
     chosen: list[tuple[str, str, list[tuple[Run, int]]]] = []
@@ -52,11 +53,14 @@ def rows(cells: Mapping[str, Sequence[Run]]) -> list[SheetRow]:
         by_flops = _nearest(runs, kind, "flops")
         if len(runs) == 1:
             chosen.append((kind, kind, by_step))
-        elif by_step == by_flops:
-            chosen.append((f"{kind} at equal steps and equal compute", kind, by_step))
+            continue
+        steps = "equal steps" if _are_equal(by_step, "step") else "the nearest steps"
+        flops = "equal compute" if _are_equal(by_flops, "flops") else "the nearest compute"
+        if by_step == by_flops:
+            chosen.append((f"{kind} at {steps} and {flops}", kind, by_step))
         else:
-            chosen.append((f"{kind} at equal steps", kind, by_step))
-            chosen.append((f"{kind} at equal compute", kind, by_flops))
+            chosen.append((f"{kind} at {steps}", kind, by_step))
+            chosen.append((f"{kind} at {flops}", kind, by_flops))
     pictures = sum(len(choices) for _, _, choices in chosen)
     most = min(_ONE_MOST, _ALL_BYTES // max(1, pictures))
     return [
@@ -85,11 +89,21 @@ def _nearest(runs: Sequence[Run], kind: str, by: str) -> list[tuple[Run, int]]:
     if not places or not all(places):
         return []
     goal = min(max(steps.values()) for steps in places)
+    shared = set.intersection(*(set(steps.values()) for steps in places))
+    if shared and max(shared) >= goal / 2:  # an earlier one would show less of what was learned
+        goal = max(shared)
     found = []
     for run, steps in zip(runs, places, strict=True):
         step = min(steps, key=lambda s, steps=steps: (abs(steps[s] - goal), -s))  # type: ignore[misc]
         found.append((run, step))
     return found
+
+
+def _are_equal(choices: Sequence[tuple[Run, int]], by: str) -> bool:
+    """Return whether all pictures are of the same step, or of the same FLOPs within 2 %."""
+    places = [place for run, step in choices if (place := _place(run, step, by)) is not None]
+    most = 1.0 if by == "step" else 1.02
+    return bool(places) and max(places) <= most * min(places)
 
 
 def _place(run: Run, step: int, by: str) -> float | None:

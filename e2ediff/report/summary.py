@@ -8,7 +8,7 @@ import attrs
 
 from e2ediff.ablate.grid import GridError
 from e2ediff.figure import Figure
-from e2ediff.report.gather import Gathered, Run
+from e2ediff.report.gather import Gathered, Run, differing_values
 from e2ediff.report.statistics import Difference, MeanStd, paired, spread
 
 MINUS = "\N{MINUS SIGN}"
@@ -179,22 +179,8 @@ def _figure(
 
 
 def differing(gathered: Gathered) -> dict[str, dict[str, str]]:
-    """Return values of the recipe that differ between cells, by path and cell.
-
-    An option that only one part has is not listed, as the parts' names differ already.
-    """
-    recipes = list(gathered.recipes.values())
-    found: dict[str, dict[str, str]] = {}
-    for path in {p: None for leaves in recipes for p in leaves}:
-        values = {
-            cell: leaves[path] for cell, leaves in gathered.recipes.items() if path in leaves
-        }
-        lost = any(path not in leaves for leaves in recipes)
-        other_part = any(p.endswith(".name") and path.startswith(p[:-4]) for p in found)
-        differs = len(set(values.values())) > 1 or (lost and not other_part)
-        if differs and path not in ("seed", "name"):
-            found[path] = values
-    return found
+    """Return values of the recipe that differ between cells, by path and cell."""
+    return differing_values(gathered.recipes)
 
 
 def number(value: float, form: str) -> str:

@@ -25,8 +25,9 @@ def verdict(gathered: Gathered, summary: Summary) -> list[str]:
 def _one_run(run: Run) -> list[str]:
     total = run.cost.total_steps if run.cost else None
     of = f" of {total:,}" if total else ""
+    why = f" ({run.reason})" if run.reason else ""
     state = {"done": "All of its steps are done", "failed": "It failed"}.get(
-        run.state, f"Its state is '{run.state}'"
+        run.state, f"Its state is '{run.state}'{why}"
     )
     found = [f"{state}: step {run.step:,}{of}, {run.images:,} images."]
     if run.error:
