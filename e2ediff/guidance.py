@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from e2ediff import addresses
 from e2ediff.condition import Condition, concatenate
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Estimate
@@ -26,7 +27,7 @@ class Reference:
     are used for sampling by default.
     """
 
-    run: str = ""
+    run: str = attrs.field(default="", converter=addresses.plain)
     checkpoint: str = ""
     weights: str = ""
 

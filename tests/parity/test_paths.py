@@ -30,6 +30,7 @@ from e2ediff.evaluate.subject import stored_subject
 from e2ediff.features import read_file, read_weights
 from e2ediff.files.labels import read_labels
 from e2ediff.files.location import Location, find_files
+from e2ediff.guidance import Reference
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.host.registry import options
@@ -40,8 +41,9 @@ from e2ediff.sample.load import ModelRef, load_model
 from e2ediff.sample.pipeline import Pipeline
 from e2ediff.sample.request import SampleRequest
 from e2ediff.sample.sample_set import make_set
-from e2ediff.store.run_directory import RunDirectory, is_run
+from e2ediff.store.run_directory import RunDirectory, is_run, own_recipe
 from e2ediff.store.storage import Store
+from e2ediff.train.continuation import continue_command
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 
@@ -105,6 +107,9 @@ READERS: dict[str, Callable[[Callable[[str], addresses.Address]], object]] = {
     "read_weights": lambda at: read_weights(at("weights.pt"))[1],
     "gather": lambda at: gather(HOST, at("run")).place,
     "gather_runs": lambda at: gather_runs(HOST, [at("run"), at("run")]).command,
+    "own_recipe": lambda at: own_recipe(at("run")),
+    "continue_command": lambda at: continue_command(at("run")),
+    "Reference": lambda at: Reference(run=at("run")).run,
     "read_run": lambda at: read_run(HOST, at("run"), "", {}).path,
 }  # fmt: skip
 
@@ -136,6 +141,9 @@ def test_what_writes_takes_paths(form: str, place: Path, tmp_path: Path, host: H
         progress=Progress(io.StringIO()),
     )
     assert outcome.exit_code == 0
+    quiet = Progress(io.StringIO())
+    assert train(host, None, (), at("run"), resume=True, progress=quiet).exit_code == 0
+    RunDirectory.refuse_taken(at("free"))
     with RunDirectory.create(at("made"), "made", "", "", {}) as made:
         assert made.path == str(tmp_path / "made")
     request = SampleRequest(model=ModelRef(run=at("run")), out=at("set"), labels=(0, 1))
