@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,11 +17,12 @@ from e2ediff import addresses
 from e2ediff.ablate.group import RECIPE, Group
 from e2ediff.ablate.plan import Job
 from e2ediff.distributed.signals import Stop
-from e2ediff.errors import RunDirectoryError
+from e2ediff.errors import E2EDiffError, RunDirectoryError
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.train.progress import Progress, duration
 
 _POLL_SECONDS = 0.2
+_LEAVING_SECONDS = 5.0  # for a run to note that it ends without saving
 STOPPED = (75, 130, -signal.SIGTERM)
 """Exit codes of a run that saved, or had begun nothing yet, when it was asked to stop."""
 
@@ -97,9 +99,7 @@ def train_all(
             progress.update(f"{len(ended)} of {total} runs ended; training {names}")
             time.sleep(_POLL_SECONDS)
     except BaseException:
-        for one in active:  # a second Ctrl-C: they leave at once
-            one.process.kill()
-            one.process.wait()
+        _end_all(group, active)
         raise
     return ended
 
@@ -157,6 +157,26 @@ def _stop_all(active: Sequence[_Active]) -> None:
             one.process.send_signal(signal.SIGTERM)
     for one in active:
         one.process.wait()
+
+
+def _end_all(group: Group, active: Sequence[_Active]) -> None:
+    """End all at once, without saving, as after a second Ctrl-C; their status says so."""
+    for again in (False, True):  # the first request may not have been sent yet
+        for one in active:
+            if one.process.poll() is None:
+                one.process.send_signal(signal.SIGTERM)
+        if not again:
+            time.sleep(_POLL_SECONDS)
+    until = time.monotonic() + _LEAVING_SECONDS
+    for one in active:
+        try:
+            one.process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            one.process.kill()
+            one.process.wait()
+            with contextlib.suppress(E2EDiffError):  # it had no directory yet
+                directory = RunDirectory.open(group.run(one.job.place))
+                directory.set_status("interrupted", 130, "killed, without saving")
 
 
 def _end(group: Group, one: _Active, progress: Progress) -> Ended:

@@ -122,7 +122,8 @@ class Stop:
     def _ask_again(self, number: int) -> None:
         if time.monotonic() - self._since >= self.grace:
             signal.signal(number, signal.SIG_DFL)
-            raise Stopped(number, "a second time, without saving")
+            # The first one decides: a launcher may forward the second as another signal.
+            raise Stopped(self.signal or number, "a second time, without saving")
 
 
 def write_now(stream: TextIO, text: str) -> None:

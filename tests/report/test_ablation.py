@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from command_line import e2ediff
+from tiny_recipe import tiny
 
 from e2ediff.ablate.grid import Cell
 from e2ediff.ablate.group import Group
@@ -281,3 +282,58 @@ def result(run: Path) -> dict[str, object]:
             for name, t in last.tensors(file).items()
         },
     }
+
+
+SLOW = '''
+import time
+
+import attrs
+
+from e2ediff import hookimpl
+from e2ediff.parts.objectives import Detached
+
+
+@attrs.frozen(kw_only=True)
+class Slow(Detached):
+    """Detached, with steps that take a minute."""
+
+    def terms(self, nets, batch, draw, phase):
+        if not batch.x.is_meta:  # as it is where FLOPs are counted
+            print("in a step", flush=True)
+            time.sleep(60)
+        return super().terms(nets, batch, draw, phase)
+
+
+@hookimpl
+def register(add):
+    add("objectives", "slow", Slow)
+'''
+
+
+def test_a_second_interruption_leaves_no_run_that_looks_as_if_it_trained(tmp_path) -> None:
+    """Its process ends within the step, and its status and its report say why."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "tiny.yaml").write_text(tiny(diagnostics="[]"))
+    words = ["ablate", "tiny.yaml", "--vary", "objective=slow,detached", "--seeds", "0"]
+    words += ["--plugin", "slow.py", "--threads", "1", "--out", "group"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "e2ediff", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        log, deadline = tmp_path / "group/logs/slow-seed0.log", time.monotonic() + 90
+        while not (log.exists() and "in a step" in log.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        began = time.monotonic()
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        _, said = process.communicate(timeout=60)
+        assert time.monotonic() - began < 50, "not after the step"
+    assert process.returncode == 130
+    assert "interrupt again to end them at once without saving" in said
+    status = RunDirectory.open(tmp_path / "group/runs/slow-seed0").status()
+    assert status["state"] == "preempted"
+    assert status["reason"] == "terminated a second time, without saving"
+    done = e2ediff("report", tmp_path / "group/runs/slow-seed0")
+    assert "Its state is 'preempted' (terminated a second time, without saving)" in done.err

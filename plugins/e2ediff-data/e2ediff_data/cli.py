@@ -109,14 +109,19 @@ def prepare_command(
         skip=config.on_bad_image == "skip",
     )
     with Progress() as progress:
-        done = prepare(
-            source,
-            settings,
-            dst,
-            workers=workers,
-            progress=progress.update,
-            class_names=image.class_names,
-        )
+        try:
+            done = prepare(
+                source,
+                settings,
+                dst,
+                workers=workers,
+                progress=progress.update,
+                class_names=image.class_names,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted; the finished shards are kept, and the same command makes the others"
+            ) from None
         for place, what in done.left_out:
             progress.say(f"left out {place}: {what}")
     kept = f", {done.kept} of them made before" if done.kept else ""

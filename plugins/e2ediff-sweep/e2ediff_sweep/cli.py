@@ -149,10 +149,15 @@ def command(
         )
         fixed = number is not None or processes > 1
         on = choose_device(device)
-        with threads_for(search.attempt, progress.say, on, fixed=fixed) as finished:
-            for scored_so_far, _ in enumerate(scored, 1):
-                store.write("sweep.csv", as_csv(ranked([*search.found.values()])).encode())
-                finished(scored_so_far)
+        try:
+            with threads_for(search.attempt, progress.say, on, fixed=fixed) as finished:
+                for scored_so_far, _ in enumerate(scored, 1):
+                    store.write("sweep.csv", as_csv(ranked([*search.found.values()])).encode())
+                    finished(scored_so_far)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted; the scores so far are kept, and the same command measures the others"
+            ) from None
     rows = ranked([*search.found.values()])
     for line in lines(rows):
         click.echo(line)

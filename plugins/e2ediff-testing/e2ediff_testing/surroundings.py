@@ -164,6 +164,7 @@ def check_tracker(config: TrackerConfig) -> None:
     name = type(config).__name__
     with tempfile.TemporaryDirectory() as folder, own_randomness(config):
         for images in (8, 16):
+            config.check()
             tracker = config.open(folder)
             assert isinstance(tracker, Tracker), f"{name}: open() must return a Tracker"
             x = torch.zeros(2, 1, 8, 8)
