@@ -229,15 +229,10 @@ def check(found: list[File], source: DataSource, classes: int) -> Counter[str]:
     """Hold a source to the fate of every file; returns how many had which."""
     assert isinstance(source, EncodedImages)
     fates: Counter[str] = Counter()
-    # A class tar's images are named after it, whatever folders they lie in.
-    tars = "tar" in source.listing.place
-    parts = {one.path: one.path.split("/") for one in found}
-    names = {path: f"{p[0]}/{p[-1]}" if tars else path for path, p in parts.items()}
-    counted = {names[one.path]: one for one in found if one.fate == COUNTS}
+    counted = {one.path: one for one in found if one.fate == COUNTS}
     left = {one.path for one in found if one.fate == LEFT_OUT}
     assert sum(one.count for one in source.left_out) == len(left)
-    for one in source.left_out:
-        assert one.first.replace("x.tar/", "").replace(".tar/", "/") in left
+    assert {one.first for one in source.left_out} <= left
     assert sorted(source.listing.names) == sorted(counted)
     order, labels = sorted(CLASSES[:classes]), source.labels().tolist()
     for i, name in enumerate(source.listing.names):
