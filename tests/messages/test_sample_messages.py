@@ -385,7 +385,8 @@ def test_an_interpolation_is_a_strip_for_each_class(run: str) -> None:
                    "--frames", 5)  # fmt: skip
     assert done.out == "run/samples/interpolation-3-4.png\n"
     with Image.open("run/samples/interpolation-3-4.png") as image:
-        assert image.size == (5 * 66 + 2, 2 * 66 + 2)  # twice enlarged, a border of two
+        # A border of eight and a caption; each strip has a title, and frames enlarged to 128.
+        assert image.size == (5 * 132 + 16, 32 + 2 * (16 + 132 + 8))
 
 
 def test_images_are_interpolated_through_the_encoder(run: str, photos: Path) -> None:
@@ -396,8 +397,9 @@ def test_images_are_interpolated_through_the_encoder(run: str, photos: Path) -> 
     model = load_model(run)
     x = read_images(["photos/a.png", "photos/c.png"], model.recipe.data.image)
     ends = model.reconstruct(x)[:, 0]
-    for i, place in ((0, 2), (1, 2 + 2 * 66)):
-        shown = strip[2 : 2 + 64 : 2, place : place + 64 : 2]
+    top = strip.shape[0] - 8 - 130  # below the caption and a title: frames enlarged to 128
+    for i, place in ((0, 10), (1, 10 + 2 * 132)):
+        shown = strip[top : top + 128 : 4, place : place + 128 : 4]
         shown = shown if shown.ndim == 2 else shown[..., 0]
         torch.testing.assert_close(shown, ends[i], rtol=0.0, atol=0.01)
 
