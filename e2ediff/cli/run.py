@@ -237,7 +237,7 @@ def _train(
 
 def _last_lines(outcome: Outcome, recipe: str | None, overrides: tuple[str, ...]) -> Iterator[str]:
     """Report how a run ended, and what to do next."""
-    from e2ediff.train.continuation import continue_command
+    from e2ediff.train.continuation import continue_command, plugin_options
 
     path = outcome.path
     if outcome.exit_code:
@@ -246,7 +246,7 @@ def _last_lines(outcome: Outcome, recipe: str | None, overrides: tuple[str, ...]
         return
     yield f"done. Curves: {path}/curves.png, samples: {path}/samples/"
     if not outcome.collapsed:
-        yield f"next: e2ediff sample {shlex.quote(path)}"
+        yield f"next: {shlex.join(['e2ediff', 'sample', path, *plugin_options()])}"
         return
     yield (
         f"LATENT COLLAPSE: {outcome.collapsed}. Do not trust its samples or scores. Its signs "
@@ -256,6 +256,7 @@ def _last_lines(outcome: Outcome, recipe: str | None, overrides: tuple[str, ...]
         kept = [change for change in overrides if not change.startswith("objective")]
         words = ["e2ediff", "run", recipe or f"{path}/resolved.yaml"]
         words += [word for change in (*kept, outcome.advice) for word in ("--set", change)]
+        words += plugin_options()
         yield f"next: {shlex.join(words)}"
     else:
         yield "next: try another objective, latent norm or learning rate"

@@ -19,6 +19,7 @@ def verdict(gathered: Gathered, summary: Summary) -> list[str]:
         sentences += _unfinished(gathered)
     else:
         sentences += _shorter(gathered)
+        sentences += [text for run in gathered.runs for text in _lengthened(run)]
     return [*sentences, *_costs(summary, gathered.match)]
 
 
@@ -44,6 +45,7 @@ def _one_run(run: Run) -> list[str]:
         found.append(f"Its latents have collapsed, {run.collapse}.")
     elif figures:
         found.append("Its latents show no sign of collapse.")
+    found += _lengthened(run)
     found.append("One run does not show how much its figures vary by chance.")
     return found
 
@@ -154,6 +156,16 @@ def _shorter(gathered: Gathered) -> list[str]:
     if len({run.images for run in gathered.runs}) > 1:
         found.append("The runs have seen different numbers of images.")
     return found
+
+
+def _lengthened(run: Run) -> list[str]:
+    """Return what the schedule of a run did where the run was continued with another length."""
+    return [
+        f"{run.cell} was continued at step {event.get('step')}: "
+        f"{str(event.get('text')).partition('. ')[0]}."
+        for event in run.events
+        if event.get("kind") == "schedule" and event.get("phases")
+    ]
 
 
 def _costs(summary: Summary, match: str) -> list[str]:

@@ -54,9 +54,14 @@ def continue_command(run: Address, *changes: str) -> str:
         changes: Assignments, as for `--set`.
     """
     words = ["e2ediff", "run", "--resume", addresses.plain(run), *same_processes()]
-    words += [word for file in given_files() for word in ("--plugin", _shortest(file))]
+    words += plugin_options()
     words += [word for change in changes for word in ("--set", change)]
     return shlex.join(words)
+
+
+def plugin_options() -> list[str]:
+    """Return the options that give another command the plugin files of this one."""
+    return [word for file in given_files() for word in ("--plugin", _shortest(file))]
 
 
 def _shortest(file: str) -> str:

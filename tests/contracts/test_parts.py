@@ -137,9 +137,10 @@ def test_a_diagnostic_lives_with_two_images_of_one_token() -> None:
 def test_a_tracker_takes_figures_and_pictures_and_can_be_opened_again(name, tmp_path) -> None:
     config = HOST.registries["trackers"].get(name)()
     try:
-        tracker = config.open(str(tmp_path))
+        config.check()
     except ResourceError as error:
         pytest.skip(str(error))
+    tracker = config.open(str(tmp_path))
     for images in (8, 16):
         tracker.log(images, {"loss/denoising": 0.5, "rank": 3.0})
         tracker.picture(images, "samples", torch.zeros(2, 1, 8, 8))

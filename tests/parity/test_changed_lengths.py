@@ -13,6 +13,9 @@ from tiny_recipe import tiny
 
 from e2ediff import hookimpl
 from e2ediff.host.plugins import load
+from e2ediff.report.gather import gather_runs
+from e2ediff.report.summary import summarize
+from e2ediff.report.verdict import verdict
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 
@@ -83,6 +86,9 @@ def test_rates_before_and_after_are_those_that_the_steps_had(name, tmp_path) -> 
     assert line.endswith(hint) == rises
     (event,) = events(tmp_path)
     assert event["rates"] == {"lr": [rates[done], rates[done + 1]]}
+    (run,) = (gathered := gather_runs(load(), [tmp_path / "run"])).runs
+    told = f"{run.cell} was continued at {words}."
+    assert told in verdict(gathered, summarize(gathered))
 
 
 QUIET = {

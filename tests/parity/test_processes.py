@@ -322,6 +322,13 @@ def test_the_launcher_hands_on_a_signal_and_the_exit_code(tiny_recipe, tmp_path)
     assert "Traceback" not in said
     again = f"e2ediff run --resume {out} --nproc 2"
     assert said.endswith(f"{out}: terminated; saved\ncontinue with: {again}\n")
+    steps = json.loads((out / "status.json").read_text())["step"] + 1
+    more = [*again.split()[1:], "--threads", "1", "--set", f"steps={steps}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "e2ediff", *more], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    assert "on 2 processes (ddp) on cpu" in done.stderr
     assert said.count("stopping: ") == 1
 
 

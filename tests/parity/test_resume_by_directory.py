@@ -179,7 +179,8 @@ def test_a_plugin_file_is_asked_for_and_the_printed_command_has_it(cut) -> None:
     """Its copy is not run unasked, as the run may be someone else's."""
     Path("mine.py").write_text(PLUGIN)
     Path("tiny.yaml").write_text(tiny(steps="4", objective="mine"))
-    assert again("tiny.yaml", "--plugin", "mine.py", "--out", "runs/own").code == 0
+    done = again("tiny.yaml", "--plugin", "mine.py", "--out", "runs/own")
+    assert done.err.endswith("next: e2ediff sample runs/own --plugin mine.py\n")
     for words in (["--resume"], ["--restart"]):
         done = again("runs/own", *words)
         assert done.code == 4
