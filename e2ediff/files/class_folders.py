@@ -15,6 +15,8 @@ from e2ediff.files.listing import Names, numbered
 DATASET_JSON = "dataset.json"
 """Where StyleGAN and EDM keep labels."""
 
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+
 
 def class_folders(
     paths: Sequence[str],
@@ -57,12 +59,35 @@ def class_folders(
             f"folders of {place} ({shown}); nobody can tell their class: move them into one or "
             "away, or `--set data.classes=0` to take all images without classes"
         )
+    if what := _too_high(images, {*classes}) if not everything else "":
+        raise DataError(f"{option}: {place} {what}")
     if "" in classes:
         return Names(images), torch.zeros(len(images), dtype=torch.int64), ()
     # By name, also where the names are numbers: a folder's name is no label.
     names = sorted(set(classes))
     number = {name: i for i, name in enumerate(names)}
     return Names(images), torch.tensor([number[c] for c in classes]), tuple(names)
+
+
+def _too_high(images: Sequence[str], classes: set[str]) -> str:
+    """Return why the folders in a place are hardly its classes; empty if they may well be.
+
+    They hold folders of images alone, and are one, as where a folder is packed with its name, or
+    have the names of splits.
+    """
+    inner = sorted({path.split("/")[1] for path in images if path.count("/") > 1})
+    nested = all(path.count("/") > 1 for path in images)
+    splits = {name.lower() for name in classes} <= _SPLITS
+    if not nested or len(inner) < 2 or (len(classes) > 1 and not splits):
+        return ""
+    outer = ", ".join(sorted(classes))
+    shown = ", ".join(inner[:5]) + (", ..." if len(inner) > 5 else "")
+    what = f"one folder, {outer}," if len(classes) == 1 else f"the folders {outer}"
+    return (
+        f"holds {what} and the images are in folders below ({shown}); nobody can tell which are "
+        f"the classes: give the folder that holds them, such as .../{sorted(classes)[0]}, or "
+        "`--set data.classes=0` to take all images without classes"
+    )
 
 
 def with_labels(

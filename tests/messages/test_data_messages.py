@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from command_line import e2ediff, needs
 from pictures import damage
 from refusals import image_tree, refused
 
+from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
+from e2ediff.parts.sources import ImageFolder
 from e2ediff.store.run_directory import RunDirectory
 
 
@@ -114,3 +117,19 @@ def test_a_run_without_classes_trains_and_samples() -> None:
     done = e2ediff("run", "tiny.yaml", *words, "--out", "x")
     assert done.code == 0, done
     assert e2ediff("sample", "x", "--count", "2").code == 0
+
+
+@pytest.mark.parametrize("outer", [("animals",), ("train", "val"), ("Train", "test")])
+def test_a_folder_above_those_of_the_classes_is_refused(outer: tuple[str, ...]) -> None:
+    """Its one class would be the name of the set, or its classes the splits."""
+    for name in outer:
+        shutil.copytree("tree", f"above/{name}")
+    with pytest.raises(DataError) as caught:
+        ImageFolder(root="above", size=8, classes=len(outer)).open()
+    said = str(caught.value)
+    assert "and the images are in folders below (n00000000, n00000001, n00000002)" in said
+    assert f"such as .../{sorted(outer)[0]}, or `--set data.classes=0`" in said
+    assert ImageFolder(root="above", size=8, classes=0).open()
+    # Frames of films, say, are in folders below their classes.
+    shutil.copytree("tree", "above/another")
+    assert ImageFolder(root="above", size=8, classes=len(outer) + 1).open()
