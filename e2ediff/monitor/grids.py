@@ -28,7 +28,7 @@ _ASPECT = 1.5  # width to height that the layout comes close to
 _LONGEST_ROW = 16  # images that are kept in one row on request
 _SIZE = 12  # of the font
 _LINE = 16  # height of a line of text
-_PAPER, _INK = 255, 40
+_PAPER, _INK = 232, 40  # a light grey, on which white images show
 
 
 @attrs.frozen(eq=False)
