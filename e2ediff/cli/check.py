@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import click
 
 from e2ediff.cli import options
@@ -15,7 +17,8 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     """Resolve RECIPE, build it on the meta device, and count its parameters and FLOPs.
 
     Needs no GPU, no memory for weights, and no data, unless `data` is the address of images alone:
-    then it looks at them.
+    then it looks at them. Data that are on this machine are listed, and what is wrong with their
+    files and classes is said.
     Prints the parts, the parameters of each module, shapes, and the FLOPs of one step.
     """
     from e2ediff.host.plugins import load
@@ -42,6 +45,8 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     )
     shape = f"{image.channels} x {image.height} x {image.width}"
     click.echo(f"images      {shape} (channels x height x width), {_classes(read)}")
+    for line in _listed(read):
+        click.echo(line)
     fixed = "" if latent.learned else ", not learned"
     shape = f"{latent.tokens} tokens x {latent.dim}"
     click.echo(f"latent      {shape}, norm {latent.norm}{grid}{fixed}")
@@ -67,6 +72,35 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     if warning and latent.learned:
         click.echo(f"warning: {warning}", err=True)
     click.echo("ok")
+
+
+def _listed(read: object) -> Iterator[str]:
+    """Yield what a listing of the training images shows, if they are on this machine."""
+    import attrs
+
+    from e2ediff.data import left_out_text
+    from e2ediff.host.recipe import Recipe
+    from e2ediff.loading.classes import empty_classes
+    from e2ediff.model.labels import without_images
+
+    assert isinstance(read, Recipe)
+    data = read.data
+    if any("://" in str(getattr(data, option, "")) for option in data.movable):
+        yield "data        in a store, not listed"
+        return
+    try:
+        source = data.open()
+    except Exception as error:  # not here, or whatever a plugin's source raises
+        yield f"data        not listed: {error}"
+        return
+    yield f"data        {len(source):,} images"
+    if left_out := left_out_text(source.left_out):
+        yield f"            {left_out}"
+    names = source.class_names or data.image.class_names
+    empty = empty_classes(source, data.image)
+    image = attrs.evolve(data.image, class_names=tuple(names), empty_classes=empty)
+    if warning := without_images(image, empty):
+        yield f"            warning: {warning}"
 
 
 def _classes(read: object) -> str:

@@ -133,3 +133,25 @@ def test_a_folder_above_those_of_the_classes_is_refused(outer: tuple[str, ...]) 
     # Frames of films, say, are in folders below their classes.
     shutil.copytree("tree", "above/another")
     assert ImageFolder(root="above", size=8, classes=len(outer) + 1).open()
+
+
+def test_check_lists_the_data_that_are_here_and_says_where_they_are_not() -> None:
+    Path("tree/n00000000/x.heic").touch()
+    names = sorted(str(path.relative_to("tree")) for path in Path("tree").rglob("*.JPEG"))
+    Path("labels.csv").write_text(
+        "".join(f"{name},{2 * (k % 2)}\n" for k, name in enumerate(names))
+    )
+    done = e2ediff("check", "tiny.yaml", "--set", "data.labels=labels.csv")
+    assert done.code == 0, done.err
+    said = (
+        "data        20 images\n"
+        "            1 file is left out: 1 with suffix .heic (n00000000/x.heic)\n"
+        "            warning: class 1 has no training images\n"
+    )
+    assert said in done.out
+    shutil.rmtree("tree")
+    done = e2ediff("check", "tiny.yaml")
+    assert done.code == 0
+    assert "data        not listed: data.root: no folder tree." in done.out
+    done = e2ediff("check", "tiny.yaml", "--set", "data.root=memory://tree")
+    assert "data        in a store, not listed\n" in done.out
