@@ -89,7 +89,7 @@ def command(
     from e2ediff.train.progress import Progress
 
     number, host = threads_of(threads), load()
-    with Progress() as shown:
+    with Progress() as shown, shown.doing("checking every cell with every seed"):
         plan = plan_ablation(
             host, recipe, vary, seeds, overrides, baseline, cast(Match, match), progress=shown
         )

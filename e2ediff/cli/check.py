@@ -33,11 +33,12 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     host = load()
     with Progress() as progress:
         read = load_recipe(host, recipe, overrides, progress=progress)
-    check_fits(read, recipe)
-    if resolved:
+        with progress.doing("building the networks and counting parameters and FLOPs"):
+            check_fits(read, recipe)
+            found = None if resolved else count(read)
+    if found is None:
         click.echo(dump_recipe(host, read), nl=False)
         return
-    found = count(read)
     image, latent = read.data.image, found.latent
     grid = f", grid {latent.grid[0]} x {latent.grid[1]}" if latent.grid else ""
     click.echo(

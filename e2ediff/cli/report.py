@@ -20,8 +20,10 @@ def command(place: str, out: str | None, judge: str | None) -> None:
     from e2ediff.host.plugins import load
     from e2ediff.report.gather import gather
     from e2ediff.report.write import write_report
+    from e2ediff.train.progress import Progress
 
-    written, sentences = write_report(gather(load(), place), out, judge)
+    with Progress() as progress, progress.doing("reading runs and drawing the report"):
+        written, sentences = write_report(gather(load(), place), out, judge)
     for sentence in sentences:
         click.echo(sentence, err=True)
     click.echo(written.html)

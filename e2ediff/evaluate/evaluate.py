@@ -108,7 +108,7 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
                 work, subject.images, list(dict.fromkeys(views.values())), subject.count,
                 processes=request.processes, progress=progress,
             )  # fmt: skip
-        sections = Sections(host, request, subject, work, resampling)
+        sections = Sections(host, request, subject, work, resampling, say)
         cards = []
         for one in request.conventions:
             view, reference = views[one.name], references.get(one.name)

@@ -120,13 +120,15 @@ def feature_pass(
     with ProcessPoolExecutor(
         processes, context, initializer=torch.set_num_threads, initargs=threads
     ) as pool:
-        shares = list(pool.map(_share, parts))
+        shares = []
+        for part, share in zip(parts, pool.map(_share, parts), strict=True):
+            shares.append(share)
+            if progress is not None:
+                progress(part[-1][1])
     first = shares[0]
     for other in shares[1:]:
         for view, collector in first.items():
             collector.merge(other[view])
-    if progress is not None:
-        progress(count)
     return {view: collector.features() for view, collector in first.items()}
 
 

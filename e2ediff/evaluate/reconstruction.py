@@ -6,7 +6,7 @@ Shapes: B batch, C H W image.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import attrs
 import torch
@@ -142,9 +142,11 @@ def reconstruct(
     work: Pass,
     view: View,
     perceptual: Perceptual | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Reconstructions:
     """Pass the first `count` images through encoder and decoder, and compare.
 
+    `progress` is called with the number of images so far.
     Both are compared as bytes; reconstructions are rounded as the view says.
     """
     network = work.network.to(work.device)
@@ -162,6 +164,8 @@ def reconstruct(
         if perceptual is not None:
             distance = perceptual(from_pixels(shown), x)
             values.setdefault(perceptual.name, []).append(distance)
+        if progress is not None:
+            progress(sum(map(len, values["PSNR"])))
     figures = {}
     for name, parts in values.items():
         each = torch.cat(parts)

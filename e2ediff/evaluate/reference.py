@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import numpy as np
@@ -180,8 +180,11 @@ def reference_features(
     *,
     cache: str,
     processes: int = 1,
+    progress: Callable[[int], None] | None = None,
 ) -> FeatureSet:
     """Return features of the reference: stored statistics where it has them, else from images.
+
+    `progress` is called with the number of images of which features are computed.
 
     Raises:
         DataError: It has statistics of another network, or no images where they are needed.
@@ -198,7 +201,7 @@ def reference_features(
             f"({', '.join(lacking)}); leave those metrics out, or give images"
         )
     need = attrs.evolve(work, moments=sorted({*work.moments} - {*given}))
-    found = _cached(reference, need, view, cache, processes)
+    found = _cached(reference, need, view, cache, processes, progress)
     own = {tap: value for tap, value in given.items() if tap in work.moments}
     return FeatureSet(found.count, {**found.moments, **own}, found.rows)
 
@@ -223,7 +226,12 @@ def _given(reference: ReferenceSet, network: FeatureNetwork) -> Mapping[str, Mom
 
 
 def _cached(
-    reference: ReferenceSet, work: Pass, view: View, cache: str, processes: int
+    reference: ReferenceSet,
+    work: Pass,
+    view: View,
+    cache: str,
+    processes: int,
+    progress: Callable[[int], None] | None,
 ) -> FeatureSet:
     assert reference.images is not None
     what = [_CACHED, reference.sha256, weights_sha256(work.network), view.resize]
@@ -235,7 +243,9 @@ def _cached(
     except (OSError, SafetensorError, KeyError):
         pass  # missing, or cut short by a crash: compute it again
     images = reference.images
-    found = feature_pass(work, images, [view], images.count, processes=processes)[view]
+    found = feature_pass(
+        work, images, [view], images.count, processes=processes, progress=progress
+    )[view]
     store.write(name, save(_flat(found)))
     return found
 

@@ -6,7 +6,7 @@ their reference.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -38,13 +38,17 @@ _LATENTS = 10_000
 
 @attrs.define(eq=False, slots=False)
 class Sections:
-    """The scores that a request asks for; work shared between conventions is done once."""
+    """The scores that a request asks for; work shared between conventions is done once.
+
+    `say` is called with progress.
+    """
 
     host: Host
     request: Request
     subject: Subject
     work: Pass
     resampling: Resampling
+    say: Callable[[str], None]
 
     def scores(
         self, one: Convention, view: View, made: FeatureSet | None, reference: ReferenceSet | None
@@ -77,6 +81,7 @@ class Sections:
             real = self._features(reference, view, *taps_of(compared))
         for metric in metrics:
             assert made is not None
+            self.say(f"{one.name}: computing {type(metric).__name__}")
             other = real if metric.compares and real is not None else made
             if other.count and reference is not None:
                 _check_count(metric, other.count, f"{reference.place}: {other.count} images")
@@ -88,6 +93,7 @@ class Sections:
         if "memorisation" in asked and made is not None:
             found |= self._memorisation(model, view, made, notes)
         if "latents" in asked:
+            self.say("computing figures of latents")
             found |= self._latents
         return found, real.count if real else 0, notes
 
@@ -96,7 +102,14 @@ class Sections:
     ) -> FeatureSet:
         work = attrs.evolve(self.work, moments=moments, rows=rows)
         cache, processes = self.request.cache, self.request.processes
-        return reference_features(of, work, view, cache=cache, processes=processes)
+        total = of.images.count if of.images else 0
+
+        def progress(n: int) -> None:
+            self.say(f"reference {of.place}: {n:,} of {total:,} images")
+
+        return reference_features(
+            of, work, view, cache=cache, processes=processes, progress=progress
+        )
 
     def _measured(
         self,
@@ -125,7 +138,11 @@ class Sections:
         count = min(self.subject.count, len(source))
         for metric in compared:
             _check_count(metric, count, f"reconstruction: {count} held-out images")
-        done = reconstruct(model, source, count, self.work, view, perceptual)
+
+        def progress(n: int) -> None:
+            self.say(f"reconstructed {n:,} of {count:,} held-out images")
+
+        done = reconstruct(model, source, count, self.work, view, perceptual, progress)
         notes["reconstructed_images"] = count
         of: dict[str, JSON] = {"held_out_sha256": done.sha256, "held_out_images": count}
         found = {}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from e2ediff.distributed.signals import write_now
 
 if TYPE_CHECKING:
     from rich.live import Live
+
+_SILENCE = 3.0  # seconds after which a user should see that work goes on
 
 
 class Progress:
@@ -25,6 +29,7 @@ class Progress:
         self.plain_seconds = plain_seconds
         self._live: Live | None = None
         self._last = -1e9
+        self._updated = time.monotonic()
         self._pending = ""
         self._rows = 1
 
@@ -47,7 +52,7 @@ class Progress:
 
     def update(self, line: str) -> None:
         """Replace the progress line; an empty one removes it."""
-        now = time.monotonic()
+        self._updated = now = time.monotonic()
         if not line and self._live is None:
             self._pending = ""
         elif self._live is not None:
@@ -62,6 +67,31 @@ class Progress:
             self._last, self._pending = now, ""
         else:
             self._pending = line
+
+    @contextlib.contextmanager
+    def doing(self, words: str) -> Iterator[None]:
+        """Show what is done and for how long, whenever nothing else is shown for three seconds.
+
+        For work in this process that cannot report how far it is.
+        """
+        done, began, shown = threading.Event(), time.monotonic(), threading.Event()
+
+        def show() -> None:
+            while not done.wait(_SILENCE / 4):
+                if time.monotonic() - self._updated >= _SILENCE:
+                    shown.set()
+                    self.update(f"{words}: {duration(time.monotonic() - began)}")
+
+        self._updated = began
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            if shown.is_set():
+                self.update("")
 
     def interject(self, line: str) -> None:
         """Write a permanent line at once; may be called from a signal handler."""

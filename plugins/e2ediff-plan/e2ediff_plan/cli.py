@@ -51,8 +51,9 @@ def command(
     host = load()
     with Progress() as progress:
         read = load_recipe(host, recipe, overrides, progress=progress)
-    check_fits(read, recipe)
-    plan = make_plan(host, read, recipe, device=device, gpus=gpus, fraction=fraction)
+        with progress.doing("counting FLOPs and memory"):
+            check_fits(read, recipe)
+            plan = make_plan(host, read, recipe, device=device, gpus=gpus, fraction=fraction)
     if as_text:
         click.echo(json.dumps(as_json(plan), indent=1))
         return
