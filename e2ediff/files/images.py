@@ -54,8 +54,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Tags of TIFF: bits of a sample, what the values mean, whether they have a sign.
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+# Tags of TIFF: bits of a sample, compression, what the values mean, whether the channels are
+# stored one after the other, whether values have a sign.
+_BITS, _COMPRESSION, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 259, 262, 284, 339
 
 
 @attrs.frozen
@@ -199,7 +200,8 @@ def _unknown_values(image: Image.Image) -> str:
     """Return what of a picture's kind of values has no known range; empty for those that are read.
 
     Pillow hands on the values of some kinds of TIFF as they are: with a sign, of 12 bits, of 32
-    bits, or with white as zero in 16 bits.
+    bits, or with white as zero in 16 bits. Of 16 bits in planes that are not compressed, it takes
+    the bytes of one pixel for two.
     """
     if image.mode not in (*_GREY, *_COLOUR):
         return f"mode {image.mode}"
@@ -208,9 +210,12 @@ def _unknown_values(image: Image.Image) -> str:
         return "mode I, grey of 32 bits,"
     bits = tags.get(_BITS, (8,))
     if image.mode.startswith("I") and tags and bits != (16,):
-        return f"grey of {bits[0]} bits"
+        return f"grey of {bits[0]} bits{' and more' if len(bits) > 1 else ''}"
     if image.mode.startswith("I") and tags.get(_PHOTOMETRIC) == 0:
         return "grey of 16 bits with white as 0"
+    planes = tags.get(_PLANES) == 2 and tags.get(_COMPRESSION, 1) == 1
+    if planes and {*np.atleast_1d(bits).tolist()} != {8} and image.mode in _COLOUR:
+        return f"colour of {bits[0]} bits in uncompressed planes"
     if {2, 3} & {*np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)).tolist()}:
         return "values with a sign or fractions"
     return ""

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import shutil
+import struct
 import zipfile
 from pathlib import Path
 
@@ -142,6 +143,39 @@ def test_the_upper_eight_of_16_bits_are_kept(mode: str) -> None:
 def test_grey_of_32_bits_is_refused_with_its_mode(value: int) -> None:
     with pytest.raises(ValueError, match="mode I with values beyond 16 bits is not read"):
         to_mode(Image.new("I", (4, 4), value), 1)
+
+
+def planar_tiff(planes: np.ndarray) -> bytes:
+    """Planes (C, H, W) of a picture in colour as an uncompressed TIFF, which Pillow only reads."""
+    channels, height, width = planes.shape
+    ends = 8 + planes.nbytes
+    tags = [
+        (256, [width]), (257, [height]), (258, [8 * planes.itemsize] * channels), (259, [1]),
+        (262, [2]), (273, [8 + k * planes[0].nbytes for k in range(channels)]),
+        (277, [channels]), (278, [height]), (279, [planes[0].nbytes] * channels), (284, [2]),
+    ]  # fmt: skip
+    entries, more = b"", b""
+    for tag, values in tags:
+        packed = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            where = ends + 2 + 12 * len(tags) + 4 + len(more)
+            more, packed = more + packed, struct.pack("<I", where)
+        entries += struct.pack("<HHI", tag, 4, len(values)) + packed
+    head = b"II*\0" + struct.pack("<I", ends)
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return head + planes.tobytes() + directory + more
+
+
+def test_uncompressed_planes_are_read_in_8_bits_and_refused_in_16() -> None:
+    planes = np.moveaxis(colour(0), 2, 0)
+    with opened(planar_tiff(np.ascontiguousarray(planes)), "x.tif") as image:
+        assert np.array_equal(np.array(to_mode(image, 3)), colour(0))
+    wide = planes.astype("<u2") * 257
+    with (
+        pytest.raises(DataError, match=r"x\.tif: colour of 16 bits in uncompressed planes"),
+        opened(planar_tiff(wide), "x.tif"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("mode", ["F", "LAB"])
