@@ -61,10 +61,10 @@ def class_folders(
         )
     if what := _too_high(images, {*classes}) if not everything else "":
         raise DataError(f"{option}: {place} {what}")
-    if "" in classes:
-        return Names(images), torch.zeros(len(images), dtype=torch.int64), ()
     # By name, also where the names are numbers: a folder's name is no label.
-    names = sorted(set(classes))
+    names = sorted({*classes} - {""})
+    if "" in classes:  # the names count all the same, so that images beside them are noticed
+        return Names(images), torch.zeros(len(images), dtype=torch.int64), tuple(names)
     number = {name: i for i, name in enumerate(names)}
     return Names(images), torch.tensor([number[c] for c in classes]), tuple(names)
 

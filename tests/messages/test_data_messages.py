@@ -53,6 +53,10 @@ def test_images_beside_class_folders_are_named() -> None:
         "images without classes"
     )
     assert len(load_recipe(load(), "tiny.yaml", ["data.classes=0"]).data.open()) == 22
+    # That their number is to be inferred is no reason to leave the classes out.
+    done = e2ediff("run", "tiny.yaml", "--set", "data=tree")
+    assert (done.code, Path("runs").exists()) == (5, False)
+    assert "error: data.root: 2 of 22 images lie beside the class folders of tree" in done.err
 
 
 def test_a_label_file_that_does_not_match_is_said() -> None:
