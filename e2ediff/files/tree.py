@@ -19,6 +19,8 @@ from e2ediff.files.names import Tally, below, images_of, is_hidden, is_readable
 
 _RECORDS = ("set.json", "psnr.json")
 """What `sample` and `reconstruct` write beside the folder of their images and their grid."""
+_GRIDS = ("grid.png", "reconstructions.png")
+_RUN = ("run.json", "resolved.yaml")
 
 
 @attrs.frozen
@@ -27,6 +29,7 @@ class Tree:
 
     `files` are paths relative to the folder, sorted; `folders` the names of the folders that lie
     directly in it, empty ones too; `left_out` is what cannot be read whatever it is called.
+    The grids of sets of images that `sample` and `reconstruct` wrote, at any depth, are not there.
     """
 
     files: Sequence[str]
@@ -63,7 +66,17 @@ def tree(fs: Any, root: str, where: str) -> Tree:
     entries = fs.ls(root, detail=True)
     found = [below(root, e["name"].rstrip("/")) for e in entries if e["type"] == "directory"]
     folders = sorted(name for name in found if name and not is_hidden(name))
-    return Tree(files, folders, tally.left_out)
+    return Tree(_without_grids(files), folders, tally.left_out)
+
+
+def _without_grids(files: Sequence[str]) -> list[str]:
+    """Return the files but for pictures of several images that lie beside the record of a set."""
+    sets = {path.rpartition("/")[0] for path in files if path.rpartition("/")[2] in _RECORDS}
+    return [
+        path
+        for path in files
+        if path.rpartition("/")[2] not in _GRIDS or path.rpartition("/")[0] not in sets
+    ]
 
 
 def _local(root: str) -> Tree:
@@ -92,7 +105,7 @@ def _local(root: str) -> Tree:
                 files.append(path)
             else:
                 tally.add(kind, path)
-    return Tree(sorted(files), folders, tally.left_out)
+    return Tree(_without_grids(sorted(files)), folders, tally.left_out)
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -160,7 +173,7 @@ def named_images(place: Address) -> NamedImages:
     `sample` or `reconstruct` printed, in which grids and records are no images of the set.
 
     Raises:
-        DataError: Nothing is there, or it holds no images.
+        DataError: Nothing is there, or it holds no images as files.
     """
     place = addresses.plain(place)
     try:
@@ -182,12 +195,18 @@ def named_images(place: Address) -> NamedImages:
 
 def _in_folder(place: str) -> NamedImages:
     fs, root = addresses.file_system(place, typed=True)
+    _refuse_run(fs, root, place)
     found, tally = tree(fs, root, place), Tally()
     paths = found.files
     if {*_RECORDS} & {*paths}:
         packed = [p for p in paths if p.startswith("shards/") or p == "samples.zip"]
         if packed:
             return _joined([named_images(_address(fs, root, place, p)) for p in packed])
+        if "samples.npz" in paths:
+            raise DataError(
+                f"{place}: its images are in samples.npz; expected images as files, as `sample "
+                "--format png` writes them"
+            )
         paths = [p for p in paths if p.startswith("images/")] or paths
     # Labels, as StyleGAN and WebDataset write them, which nothing here needs.
     labels = [p for p in paths if p == "dataset.json" or p.endswith(".cls")]
@@ -201,6 +220,22 @@ def _in_folder(place: str) -> NamedImages:
         ImageFile(fs, f"{folder}/{p}" if root else p, _address(fs, root, place, p)) for p in images
     ]
     return NamedImages(files, tally.left_out)
+
+
+def _refuse_run(fs: Any, root: str, place: str) -> None:
+    """Refuse a run's directory and its `samples`, whose pictures show several images each.
+
+    Raises:
+        DataError: It is one of them.
+    """
+    folder = root.rstrip("/")
+    above, _, name = folder.rpartition("/")
+    for run in (folder, above if name == "samples" else folder):
+        if all(fs.isfile(f"{run}/{record}") for record in _RUN):
+            raise DataError(
+                f"{place}: the pictures of a run show several images each; expected images. Give "
+                "a set of them that `sample` printed"
+            )
 
 
 def _address(fs: Any, root: str, place: str, path: str) -> str:

@@ -247,6 +247,27 @@ def test_what_sample_prints_is_a_set_for_eval_and_its_grid_is_none_of_it(
     done = e2ediff("eval", printed, "--reference", f"{plain}", *scored)
     assert done.code == 0, done.err
     assert abs(float(done.out.splitlines()[1].split()[1])) < 1e-6
+    # Training and `reconstruct` take images as files, or refuse the set; never its grid.
+    data = block("set", classes=0)
+    if kind == "png":
+        Path("many/deep").mkdir(parents=True)
+        Path("set").rename("many/deep/set")
+        for several in ("many", "many/deep/set"):
+            assert len(block(several, classes=0).open()) == len(list_images([several])) == 12
+        return
+    with pytest.raises(DataError, match="set holds no images"):
+        data.open()
+    if kind == "npz":
+        with pytest.raises(DataError, match=r"set: its images are in samples\.npz; expected "):
+            list_images(["set"])
+    else:
+        assert len(list_images(["set"])) == 12
+
+
+def test_the_directory_of_a_run_holds_no_images_of_a_set(run: Path) -> None:
+    for place in (run, run / "samples", f"{run}/samples/"):
+        with pytest.raises(DataError, match="pictures of a run show several images each"):
+            list_images([place])
 
 
 def test_what_reconstruct_writes_is_a_set_too(run: Path) -> None:
