@@ -23,7 +23,7 @@ from e2ediff.evaluate.images import FolderImages, NpzImages
 from e2ediff.evaluate.passes import pil_bicubic
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
-from e2ediff.monitor.pictures import grid_png
+from e2ediff.monitor.grids import Group, grid_png
 from e2ediff.nn.layers import patchify, rotary_angles, sincos_positions, unpatchify
 from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.features.inception import SIZE, resize_tf1
@@ -150,14 +150,30 @@ def test_a_run_is_scored_on_its_own_data_with_every_section(shape, run, tmp_path
 
 
 def test_reconstructions_and_interpolations_keep_the_shape(shape, run, tmp_path) -> None:
-    height, width = shape
-    done("reconstruct", run, "--count", 4, "--out", tmp_path)
-    done("interpolate", run, "--seeds", 0, 1, "--frames", 3, "--out", tmp_path / "strip.png")
-    for name, rows, columns in (("reconstructions.png", 1, 8), ("strip.png", 1, 3)):
-        grid = opened((tmp_path / name).read_bytes())
-        # Cells of whole pixels, enlarged alike in both directions, with two pixels around each.
-        down, across = ((n - 2) / k - 2 for n, k in zip(grid.shape, (rows, columns), strict=False))
-        assert down / height == across / width >= 1
+    own = [tmp_path / name for name in ("0.png", "1.png")]
+    for seed, path in enumerate(own):
+        pixels = np.random.default_rng(seed).integers(256, size=(*shape, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    done("reconstruct", run, *own, "--out", tmp_path / "again")
+    done("interpolate", run, *own, "--frames", 3, "--out", tmp_path / "strip.png")
+    for name in ("again/reconstructions.png", "strip.png"):
+        grid = opened((tmp_path / name).read_bytes()).astype(int)
+        for file in sorted((tmp_path / "again/images").iterdir()):
+            image = opened(file.read_bytes())
+            assert image.shape == (*shape, 3)
+            assert is_shown(image.astype(int), grid)
+
+
+def is_shown(image: np.ndarray, grid: np.ndarray) -> bool:
+    """Whether an image (H, W, 3) is in a grid, enlarged alike in both directions."""
+    for times in range(2, 17):
+        large = image.repeat(times, axis=0).repeat(times, axis=1)
+        high, wide = large.shape[:2]
+        near = np.abs(grid - large[0, 0]).max(axis=2) <= 1  # rounding, at another batch size
+        for y, x in np.argwhere(near[: len(near) - high + 1, : len(near[0]) - wide + 1]):
+            if np.abs(grid[y : y + high, x : x + wide] - large).max() <= 1:
+                return True
+    return False
 
 
 def test_a_run_is_not_continued_with_its_sides_swapped(shape, run, tmp_path) -> None:
@@ -237,11 +253,22 @@ def test_a_stored_pixel_is_read_at_its_place(tmp_path, kind) -> None:
 
 
 def test_a_grid_has_cells_of_the_images_shape() -> None:
-    x = torch.cat([marked(), -torch.ones(2, 3, 16, 24), marked()]) * 2 - 1
-    grid = opened(grid_png(x, 2, enlarge=1))
-    assert grid.shape == (2 + 2 * 18, 2 + 2 * 26, 3)
-    white = [tuple(place) for place in np.argwhere((grid == 255).all(axis=2)).tolist()]
-    assert white == [(2 + ROW, 2 + COLUMN), (20 + ROW, 28 + COLUMN)]
+    red = marked() * 2 - 1
+    red[:, 1:] = -1
+    grid = opened(grid_png([Group(red)]))
+    (top, left), (bottom, right) = ends((grid[..., 1:] == 0).all(axis=2))
+    times = (bottom - top) // 16
+    assert times > 1
+    assert (bottom - top, right - left) == (16 * times, 24 * times)
+    (first, start), (last, end) = ends((grid == (255, 0, 0)).all(axis=2))
+    assert (first - top, start - left) == (ROW * times, COLUMN * times)
+    assert (last - first, end - start) == (times, times)
+
+
+def ends(chosen: np.ndarray) -> tuple[list[int], list[int]]:
+    """The first row and column of what is chosen, and those behind the last."""
+    places = np.argwhere(chosen)
+    return places.min(0).tolist(), (places.max(0) + 1).tolist()
 
 
 # Networks of scores bring images to squares, each axis by its own factor
