@@ -155,9 +155,12 @@ def _names_run(word: str, *, again: bool) -> bool:
     """Return whether an argument names a run; with `again` it may be one that is missing."""
     from e2ediff.store.run_directory import is_run
 
-    if "://" in word or not again:
-        return (again or os.path.isdir(word)) and is_run(word)
-    return os.path.isdir(word) or not (os.path.exists(word) or word.endswith((".yaml", ".yml")))
+    recipe = word.endswith((".yaml", ".yml"))
+    if "://" in word:
+        return again and (not recipe or is_run(word))
+    if not again:
+        return os.path.isdir(word) and is_run(word)
+    return os.path.isdir(word) or not (os.path.exists(word) or recipe)
 
 
 def _count(nproc: str) -> int:

@@ -36,8 +36,9 @@ def report_schedule(
             text = f"nothing to train: the recipe now has {recipe.total_steps} steps"
             recorder.report("schedule", text)
         return
-    last = max(0, at.images - recipe.batch)
-    # A finished run has no next step; what it was in counts.
+    # A run that was finished, or longer than its recipe, has no next step; the phase of its last
+    # one counts.
+    last = max(0, min(at.images, before.total_images) - before.batch)
     usual = active_phases(before, at.images) or active_phases(before, last)
     phases = active_phases(recipe, at.images)
     texts = []
@@ -50,10 +51,12 @@ def report_schedule(
     falls_anew = False
     for phase in (phase for phase in phases if phase in usual):
         optimizer = optimizers[phase]
+        # The last step may have been taken with another recipe than the one before this.
+        groups = optimizer.param_groups
         taken, without, new = (
-            dict(zip(map(rate_name, optimizer.param_groups), values, strict=True))
+            dict(zip(map(rate_name, groups), values, strict=True))
             for values in (
-                learning_rates(before, phase, optimizer, last),
+                [group["lr"] for group in groups],
                 learning_rates(before, phase, optimizer, at.images),
                 learning_rates(recipe, phase, optimizer, at.images),
             )

@@ -143,3 +143,16 @@ def test_a_run_that_is_longer_already_trains_nothing_and_says_so(tmp_path) -> No
     said = trained(tmp_path, ["steps=2"], resume=True)
     assert "step 4: nothing to train: the recipe now has 2 steps" in said
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_what_the_last_step_had_counts_where_the_recipe_was_changed_since(tmp_path) -> None:
+    """A run that is given too few steps, trains nothing, and is lengthened after all."""
+    block = optimizer(schedule="linear")
+    trained(tmp_path, [block, "steps=6"])
+    trained(tmp_path, [block, "steps=3"], resume=True)
+    said = trained(tmp_path, [block, "steps=9"], resume=True)
+    rates = logged(tmp_path)
+    assert (
+        f"step 6: with 9 steps instead of 3 the learning rate was {rates[6]:.4g} in the last step "
+        f"and is {rates[7]:.4g} in the next. A schedule"
+    ) in said

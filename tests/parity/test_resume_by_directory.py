@@ -97,6 +97,14 @@ def test_it_may_be_an_address_of_any_store(cut, made) -> None:
     assert tensors(url) == tensors(made / "whole")
 
 
+@pytest.mark.parametrize("option", ["--resume", "--restart"])
+def test_an_address_that_holds_no_run_is_not_taken_for_a_recipe(option, tmp_path) -> None:
+    url = (tmp_path / "nothing").as_uri()
+    done = again(option, url)
+    assert done.code == 6
+    assert done.err.startswith(f"error: {url}: not a run directory")
+
+
 def test_changes_are_kept_with_the_run_and_others_are_refused_as_before(cut) -> None:
     done = again("--resume", cut, "--set", "steps=8", "--set", "name=other")
     assert done.code == 0, done.err
