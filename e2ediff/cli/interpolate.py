@@ -49,8 +49,9 @@ def command(
     from e2ediff.distributed.threads import threads_for
     from e2ediff.model.inference import denoise_once
     from e2ediff.model.labels import without_images
-    from e2ediff.monitor.grids import Group, class_title, grid_png, short_name
+    from e2ediff.monitor.grids import Group, class_title, grid_png
     from e2ediff.parts.sources.own_images import list_images, read_images
+    from e2ediff.store.run_directory import name_of_run
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 
@@ -89,5 +90,5 @@ def command(
     folder, _, name = (out or f"{ref.run}/samples/interpolation-{title}.png").rpartition("/")
     store = Store(folder or ".")
     between = f"seeds {seeds[0]} and {seeds[1]}" if seeds else " and ".join(images)
-    store.write(name, grid_png(groups, f"{short_name(ref.run)}: between {between}", in_rows=True))
+    store.write(name, grid_png(groups, f"{name_of_run(ref.run)}: between {between}", in_rows=True))
     click.echo(out or store.where(name))

@@ -49,9 +49,10 @@ def command(
     from e2ediff.loading.bad_images import open_source
     from e2ediff.loading.batches import fixed_images
     from e2ediff.model.inference import reconstruct_once
-    from e2ediff.monitor.grids import Group, grid_png, short_name
+    from e2ediff.monitor.grids import Group, grid_png
     from e2ediff.monitor.pictures import png
     from e2ediff.parts.sources.own_images import list_images, read_images
+    from e2ediff.store.run_directory import name_of_run
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 
@@ -93,7 +94,7 @@ def command(
     mean = sum(entry["psnr"] for entry in entries) / len(entries)
     what = "images" if images else "held-out images"
     caption = (
-        f"{short_name(ref.run)}: {what}, each followed by its reconstruction; mean PSNR "
+        f"{name_of_run(ref.run)}: {what}, each followed by its reconstruction; mean PSNR "
         f"{mean:.2f} dB"
     )
     store.write("reconstructions.png", grid_png(shown, caption))

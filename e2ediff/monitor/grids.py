@@ -16,7 +16,6 @@ import attrs
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from e2ediff.addresses import Address, plain
 from e2ediff.data import ImageSpec, to_pixels
 
 _CELL = 64  # pixels at least of a side of an image, twice as many where there are few images
@@ -73,11 +72,6 @@ def sampling_words(weights: str, seed: int, sampler: object, guidance: object) -
     words = [f"weights {weights}", f"sampler {_part(sampler, 'steps')}"]
     words += [f"guidance {_part(guidance, 'scale')}"] if guidance else []
     return ", ".join([*words, f"seed {seed}"])
-
-
-def short_name(run: Address) -> str:
-    """Return the last part of a run's address, for a caption."""
-    return plain(run).rstrip("/").rpartition("/")[2]
 
 
 def _part(block: object, option: str) -> str:

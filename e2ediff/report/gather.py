@@ -21,7 +21,7 @@ from e2ediff.figure import Figure, find
 from e2ediff.host.leaves import leaves_of
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import parse_recipe
-from e2ediff.store.run_directory import RESOLVED, RunDirectory
+from e2ediff.store.run_directory import RESOLVED, RunDirectory, name_of_run
 from e2ediff.store.storage import Store
 
 _DIFFERENCES = 3  # of recipes, in a name
@@ -170,7 +170,7 @@ def gather_runs(host: Host, paths: Sequence[Address]) -> Gathered:
             if known == key and run.seed not in [other.seed for other in cells[name]]:
                 break
         else:
-            name = run.path.rstrip("/").rpartition("/")[2] or run.path
+            name = name_of_run(run.path)
             if (short := name.removesuffix(f"-seed{run.seed}")) not in cells:
                 name = short or name
             base = name

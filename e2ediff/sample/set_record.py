@@ -18,11 +18,12 @@ from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
 from e2ediff.model.inference import Model, Origin
-from e2ediff.monitor.grids import by_class, grid_png, sampling_words, short_name
+from e2ediff.monitor.grids import by_class, grid_png, sampling_words
 from e2ediff.sample.outputs import ImageOutput
 from e2ediff.sample.request import SampleCost, SampleRequest
 from e2ediff.sampler import Sampler
 from e2ediff.store.environment import versions
+from e2ediff.store.run_directory import name_of_run
 from e2ediff.store.storage import JSON, Store
 
 SET, ENTRIES, GRID = "set.json", "samples.json", "grid.png"
@@ -154,7 +155,7 @@ def _caption(request: SampleRequest, spec: Mapping[str, Any], shown: int) -> str
         spec["weights"]["weights"], request.seed, spec["sampler"], spec["guidance"]
     )
     some = f", the first {shown} of {n:,} images" if shown < n else ""
-    return f"{short_name(request.model.run)}, {spec['weights']['checkpoint']}{some}; {words}"
+    return f"{name_of_run(request.model.run)}, {spec['weights']['checkpoint']}{some}; {words}"
 
 
 def check_space(store: Store, needed: int) -> None:

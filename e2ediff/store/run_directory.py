@@ -466,6 +466,19 @@ def is_run(place: Address) -> bool:
     return not place.endswith(".npz") and Store(place).exists("run.json")
 
 
+def name_of_run(place: Address) -> str:
+    """Return what a run's directory or URL is called: its last part.
+
+    An attempt that a restart set aside is called NAME/attempts/N.
+    """
+    text = addresses.plain(place).rstrip("/")
+    if os.path.basename(text) in ("", ".", ".."):
+        text = os.path.abspath(text)
+    parts = text.split("/")
+    count = 3 if parts[-2:-1] == [ATTEMPTS] and parts[-1].isdecimal() else 1
+    return "/".join(parts[-count:])
+
+
 def own_recipe(place: Address) -> str:
     """Return the folder that holds the recipe of the run at this address, as text.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import attrs
@@ -19,6 +20,7 @@ from e2ediff.distributed.threads import restored_threads
 from e2ediff.distributed.world import ElsewhereError, World, is_broken_collective
 from e2ediff.errors import (
     CheckpointError,
+    DataError,
     E2EDiffError,
     PluginError,
     ResourceError,
@@ -149,12 +151,14 @@ def train(
     for tracker in recipe.trackers:
         tracker.check()
     # Open the data first: create nothing for a run that cannot start.
-    training = open_source(recipe.data)
+    with _naming_the_folder(recipe, again=own):
+        training = open_source(recipe.data)
     check_enough(training, recipe.batch)
     # Without a held-out set reuse the training images: listing a large folder takes minutes.
     held_out = training
     if recipe.data.has_held_out:
-        held_out = open_source(recipe.data, held_out=True)
+        with _naming_the_folder(recipe, again=own):
+            held_out = open_source(recipe.data, held_out=True)
         check_same_classes(training, held_out)
     sources = (training, held_out)
     names, empty = class_names(recipe, training), empty_classes(training, recipe.data.image)
@@ -329,6 +333,29 @@ def _new(
     return RunDirectory.create(
         place, recipe.name, text, resolved, record, copies(host), restart=restart
     )
+
+
+@contextlib.contextmanager
+def _naming_the_folder(recipe: Recipe, *, again: bool) -> Iterator[None]:
+    """Say where a run's relative paths count from if its data are not found when it goes on.
+
+    Raises:
+        DataError: That of the block, with this added.
+    """
+    try:
+        yield
+    except DataError as error:
+        given = (getattr(recipe.data, option, None) for option in recipe.data.movable)
+        missing = [
+            path
+            for path in given
+            if isinstance(path, str) and "://" not in path and not os.path.isabs(path)
+        ]
+        if not again or not missing or any(map(os.path.exists, missing)):
+            raise
+        raise DataError(
+            f"{error} Relative paths of a run count from the current folder, now {os.getcwd()}."
+        ) from error
 
 
 def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 from command_line import Done, e2ediff
+from PIL import Image
 from tiny_recipe import tiny
 
 from e2ediff import hookimpl
@@ -103,6 +104,29 @@ def test_an_address_that_holds_no_run_is_not_taken_for_a_recipe(option, tmp_path
     done = again(option, url)
     assert done.code == 6
     assert done.err.startswith(f"error: {url}: not a run directory")
+
+
+def test_data_at_a_relative_path_are_missed_with_the_folder_that_it_counts_from(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (16, 16), (number, 0, 0)).save(f"images/{name}/{number}.png")
+    data = "{name: image_folder, root: images, size: 16, classes: 2, workers: 0}"
+    (tmp_path / "tiny.yaml").write_text(tiny(steps="2", data=data, diagnostics="[]"))
+    assert again("tiny.yaml", "--out", "run").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    done = again("--resume", "../run", "--set", "steps=3")
+    assert done.code == 5
+    where = f"Relative paths of a run count from the current folder, now {tmp_path}/elsewhere."
+    assert done.err.startswith("error: data.root: no folder images.")
+    assert done.err.endswith(f"{where}\n")
+    moved = f"data.root={tmp_path}/images"
+    done = again("--resume", "../run", "--set", "steps=3", "--set", moved)
+    assert done.code == 0, done.err
 
 
 def test_changes_are_kept_with_the_run_and_others_are_refused_as_before(cut) -> None:

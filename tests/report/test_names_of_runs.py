@@ -65,6 +65,17 @@ def test_equal_names_are_told_apart_by_the_recipe_else_by_the_folder(
     assert named(host, str(place / "tiny"), "copy/tiny") == [f"tiny ({place})", "tiny (copy)"]
 
 
+def test_an_attempt_is_named_with_its_run_and_a_current_folder_by_its_own_name(
+    place, host, monkeypatch
+) -> None:
+    shutil.copytree(place / "tiny-2", place / "copy/tiny/attempts/1")
+    monkeypatch.chdir(place / "copy/tiny")
+    assert named(host, ".", "attempts/1/") == ["tiny", "attempts/1"]
+    assert named(host, "../../tiny", "../tiny/attempts/1") == ["tiny", "tiny/attempts/1"]
+    monkeypatch.chdir("attempts/1")
+    assert named(host, ".", "../..") == ["tiny/attempts/1", "tiny"]
+
+
 def test_names_that_tell_already_stay(place, host, monkeypatch) -> None:
     monkeypatch.chdir(place)
     shutil.copytree("tiny-2", "mine", dirs_exist_ok=True)
