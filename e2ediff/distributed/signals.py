@@ -16,6 +16,8 @@ from e2ediff.errors import E2EDiffError
 
 SAVING = "stopping: finishing this step and saving; signal again to exit without saving"
 BEFORE = "before training began"
+UNSAVED = "a second time, without saving"
+SAVED = "a second time, after saving"
 _NOTHING = "stopping: there is nothing to save yet"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Those that ask a run to stop."""
@@ -26,6 +28,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int, when: str) -> None:
         self.number = number
+        self.when = when
         verb = "interrupted" if number == signal.SIGINT else "terminated"
         super().__init__(f"{verb} {when}")
 
@@ -123,7 +126,7 @@ class Stop:
         if time.monotonic() - self._since >= self.grace:
             signal.signal(number, signal.SIG_DFL)
             # The first one decides: a launcher may forward the second as another signal.
-            raise Stopped(self.signal or number, "a second time, without saving")
+            raise Stopped(self.signal or number, UNSAVED)
 
 
 def write_now(stream: TextIO, text: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource, ImageSpec, left_out_text
-from e2ediff.distributed.signals import BEFORE, Stop, Stopped, exit_code_of
+from e2ediff.distributed.signals import BEFORE, SAVED, UNSAVED, Stop, Stopped, exit_code_of
 from e2ediff.distributed.threads import restored_threads
 from e2ediff.distributed.world import ElsewhereError, World, is_broken_collective
 from e2ediff.errors import (
@@ -219,6 +219,10 @@ def train(
             engine.run(stop)
         except BaseException as caught:
             error = world.attribute_error(_in_words(host, caught))
+            saved = engine is not None and engine.saver.is_saved
+            if isinstance(error, Stopped) and error.when == UNSAVED and saved:
+                # The second signal may come when the checkpoint is written, during a preview.
+                error = Stopped(error.number, SAVED)
             code = exit_code_of(error)
             named = isinstance(error, Stopped | ElsewhereError)
             reason = str(error) if named else f"{type(error).__name__}: {error}"

@@ -198,6 +198,28 @@ def test_a_second_signal_ends_a_run_at_once_and_status_says_so(
     assert list_checkpoints(Store(out)) == ["images-000000000016"]
 
 
+def test_a_second_signal_after_the_save_does_not_report_a_loss(recipe, tmp_path) -> None:
+    """The run may still be drawing its curves when the second one comes."""
+
+    def step_ended(run, step):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    def checkpoint_saved(run, path):
+        signal.raise_signal(signal.SIGINT)
+
+    out = str(tmp_path / "run")
+    host = load(plugin(step_ended=step_ended, checkpoint_saved=checkpoint_saved))
+    rarely = ["cadence.checkpoint=100"]
+    with pytest.raises(Stopped, match="interrupted a second time, after saving") as caught:
+        train(host, recipe, rarely, out, progress=Progress(io.StringIO()))
+    assert caught.value.exit_code == 130
+    status = RunDirectory.open(out).status()
+    assert (status["state"], status["step"]) == ("interrupted", 3)
+    assert status["reason"] == "interrupted a second time, after saving"
+    assert status["last_checkpoint"] == list_checkpoints(Store(out))[-1]
+
+
 # Before training
 
 
