@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -189,7 +190,7 @@ def named_images(place: Address) -> NamedImages:
                 "tar of one, or an npz"
             )
         return _in_folder(place)
-    except (*DAMAGED, ImportError, ValueError, OSError) as error:
+    except (*DAMAGED, tarfile.TarError, ImportError, ValueError, OSError) as error:
         raise DataError(f"{place}: cannot be opened: {error}") from error
 
 

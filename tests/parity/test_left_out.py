@@ -284,6 +284,18 @@ def test_a_zip_or_tar_of_a_folder_is_a_set(place: Path) -> None:
         assert FolderImages(name).count == len(list_images([name])) == sum(COUNTS)
 
 
+def test_a_tar_that_is_compressed_or_damaged_is_refused_by_name(run: Path) -> None:
+    Path(shutil.make_archive("z", "gztar", "tree")).rename("z.tar")
+    Path("noise.tar").write_bytes(bytes(range(256)) * 40)
+    for name in ("z.tar", "noise.tar"):
+        features = ("--features", "random_projection", "--metrics", "fid")
+        scored = ("eval", name, "--reference", "tree", *features)
+        for words in (scored, ("reconstruct", run, name)):
+            done = e2ediff(*words, "--out", "made")
+            assert done.code == 5
+            assert f"error: {name}: cannot be opened: " in done.err
+
+
 def test_every_suffix_is_that_of_an_image_in_any_case() -> None:
     for suffix in SUFFIXES:
         assert is_image(f"x{suffix}")
