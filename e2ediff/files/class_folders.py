@@ -75,17 +75,23 @@ def _too_high(images: Sequence[str], classes: set[str]) -> str:
     They hold folders of images alone, and are one, as where a folder is packed with its name, or
     have the names of splits.
     """
-    inner = sorted({path.split("/")[1] for path in images if path.count("/") > 1})
-    nested = all(path.count("/") > 1 for path in images)
     splits = {name.lower() for name in classes} <= _SPLITS
-    if not nested or len(inner) < 2 or (len(classes) > 1 and not splits):
+    if len(classes) > 1 and not splits:
         return ""
+    # Folders that hold one folder alone, as in data/set/<class>, are passed on the way down.
+    depth, names = 1, set[str]()
+    while len(names) < 2 and all(path.count("/") > depth for path in images):
+        names = {path.split("/")[depth] for path in images}
+        depth += 1
+    if len(names) < 2:
+        return ""
+    inner, above = sorted(names), "/".join(images[0].split("/")[: depth - 1])
     outer = ", ".join(sorted(classes))
     shown = ", ".join(inner[:5]) + (", ..." if len(inner) > 5 else "")
     what = f"one folder, {outer}," if len(classes) == 1 else f"the folders {outer}"
     return (
         f"holds {what} and the images are in folders below ({shown}); nobody can tell which are "
-        f"the classes: give the folder that holds them, such as .../{sorted(classes)[0]}, or "
+        f"the classes: give the folder that holds them, such as .../{above}, or "
         "`--set data.classes=0` to take all images without classes"
     )
 

@@ -159,3 +159,14 @@ def test_check_lists_the_data_that_are_here_and_says_where_they_are_not() -> Non
     assert "data        not listed: data.root: no folder tree." in done.out
     done = e2ediff("check", "tiny.yaml", "--set", "data.root=memory://tree")
     assert "data        in a store, not listed\n" in done.out
+
+
+@pytest.mark.parametrize("outer", [("animals",), ("train", "val")])
+def test_folders_between_it_and_the_classes_make_no_difference(outer: tuple[str, ...]) -> None:
+    for name in outer:
+        shutil.copytree("tree", f"above/{name}/a/b")
+    with pytest.raises(DataError, match=rf"folder that holds them, such as .*/{outer[0]}/a/b, or"):
+        ImageFolder(root="above", size=8, classes=len(outer)).open()
+    # One class may lie as deep as it likes.
+    shutil.copytree("tree/n00000000", "single/deep/er")
+    assert ImageFolder(root="single", size=8, classes=1).open().class_names == ("deep",)
