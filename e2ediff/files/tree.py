@@ -18,7 +18,7 @@ from e2ediff.files.images import SUFFIXES, read_file
 from e2ediff.files.members import check_archive
 from e2ediff.files.names import Tally, below, images_of, is_hidden, is_readable
 
-_RECORDS = ("set.json", "psnr.json")
+SET_RECORDS = frozenset({"set.json", "psnr.json"})
 """What `sample` and `reconstruct` write beside the folder of their images and their grid."""
 _GRIDS = ("grid.png", "reconstructions.png")
 _RUN = ("run.json", "resolved.yaml")
@@ -72,7 +72,7 @@ def tree(fs: Any, root: str, where: str) -> Tree:
 
 def _without_grids(files: Sequence[str]) -> list[str]:
     """Return the files but for pictures of several images that lie beside the record of a set."""
-    sets = {path.rpartition("/")[0] for path in files if path.rpartition("/")[2] in _RECORDS}
+    sets = {path.rpartition("/")[0] for path in files if path.rpartition("/")[2] in SET_RECORDS}
     return [
         path
         for path in files
@@ -199,7 +199,7 @@ def _in_folder(place: str) -> NamedImages:
     _refuse_run(fs, root, place)
     found, tally = tree(fs, root, place), Tally()
     paths = found.files
-    if {*_RECORDS} & {*paths}:
+    if {*SET_RECORDS} & {*paths}:
         packed = [p for p in paths if p.startswith("shards/") or p == "samples.zip"]
         if packed:
             return _joined([named_images(_address(fs, root, place, p)) for p in packed])

@@ -74,6 +74,20 @@ def test_a_folder_without_classes_has_none() -> None:
     assert block("data=colour/a") == ImageFolder(root="colour/a", size=32, classes=0)
 
 
+@pytest.mark.parametrize(("grid", "record"), [("grid", "set"), ("reconstructions", "psnr")])
+def test_the_grid_of_a_set_that_was_written_is_no_image_of_it(grid, record) -> None:
+    shutil.copytree("colour/a", "made/images")
+    Image.new("RGB", (320, 320)).save(f"made/{grid}.png")
+    Path(f"made/{record}.json").write_text("{}")
+    assert block("data=made") == ImageFolder(root="made/images", size=32, classes=0)
+    assert len(block("data=made").open()) == 8
+    given = ImageFolder(root=".", size=32, classes=0).open()
+    paths = [given.path_of(i) for i in range(len(given))]
+    assert sum("made/" in path for path in paths) == 8
+    shutil.copy(f"made/{grid}.png", f"colour/a/{grid}.png")
+    assert len(block("data=colour/a").open()) == 9, "an image of that name is one elsewhere"
+
+
 def test_the_size_is_one_that_half_of_the_images_have() -> None:
     sides = {(10,): 32, (64, 63, 64): 64, (300, 200, 200): 128, (256,): 256, (4000, 512): 512}
     assert {given: proposed_size(given) for given in sides} == sides

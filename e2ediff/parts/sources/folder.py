@@ -18,7 +18,7 @@ from e2ediff.files.labels import read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names
 from e2ediff.files.location import Location
 from e2ediff.files.names import Tally, below, images_of
-from e2ediff.files.tree import tree
+from e2ediff.files.tree import SET_RECORDS, tree
 
 
 class FolderBytes:
@@ -75,10 +75,15 @@ class ImageFolder(EncodedConfig):
 
     @classmethod
     def recognises(cls, address: str) -> Recognised | None:
-        """Any folder that is not empty, unless another source knows better."""
+        """Any folder that is not empty, unless another source knows better.
+
+        Of what `sample` and `reconstruct` write, it is the folder of the images.
+        """
         location = Location(address, "data")
-        folder = location.is_folder() and location.visible()
-        return Recognised({"root": address}, "possible") if folder else None
+        names = location.visible() if location.is_folder() else []
+        if "images" in names and not SET_RECORDS.isdisjoint(names) and "::" not in address:
+            address = f"{address.rstrip('/')}/images"
+        return Recognised({"root": address}, "possible") if names else None
 
     @override
     def listing(self, *, held_out: bool) -> Listing:
