@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -264,6 +265,30 @@ class TarShards(EncodedConfig):
         left_out = left_out_with(index.left_out, pattern, files)
         named = (index.names, index.labels, index.classes, index.class_names)
         return Listing(place, *named, fetch, left_out=left_out)
+
+    @override
+    def with_counted_classes(self) -> EncodedConfig:
+        """Return it with the number of classes; folders without labels may be classes.
+
+        Raises:
+            DataError: They may be, so that nobody can tell whether there are any.
+        """
+        config = super().with_counted_classes()
+        if config.image.classes:
+            return config
+        names = self.listing(held_out=False).names
+        folders = sorted({name.partition("/")[2].rpartition("/")[0] for name in names})
+        if len(folders) > 1 and "" not in folders:
+            above = posixpath.commonpath(folders)
+            shown = ", ".join(folders[:5]) + (", ..." if len(folders) > 5 else "")
+            one = Location(self.path, "data.path").is_file_named(".tar")
+            raise DataError(
+                f"data.path: {self.path} holds images in folders ({shown}) and no labels; "
+                f"expected {self._label_words()} beside each image. "
+                + (f"If the folders are classes, give tar://{above}::{self.path}; " if one else "")
+                + "`--set data.classes=0` takes all images without classes"
+            )
+        return config
 
     def _samples(self, location: Location, shard: File) -> dict[str, _Sample]:
         """Samples of one shard by key, in order."""

@@ -89,6 +89,28 @@ def test_empty_class_folders_of_a_zip_are_named() -> None:
     )
 
 
+@pytest.mark.parametrize("above", ["", "a/b/"])
+def test_a_tar_of_class_folders_is_no_shard_without_labels(above: str) -> None:
+    """Its classes would be left out, as the address alone does not give their number."""
+    members = [
+        (f"{above}{path.relative_to('tree')}", path.read_bytes())
+        for path in sorted(Path("tree").rglob("*.JPEG"))
+    ]
+    Path("x.tar").write_bytes(tar_bytes(members))
+    done = e2ediff("run", "tiny.yaml", "--set", "data=x.tar")
+    assert (done.code, Path("runs").exists()) == (5, False)
+    assert f"x.tar holds images in folders ({above}n00000000, {above}n00000001, " in done.err
+    address = f"tar://{above.rstrip('/')}::x.tar"
+    assert f"If the folders are classes, give {address}; `--set data.classes=0`" in done.err
+    taken = {
+        "data=x.tar": "tar_shards at x.tar: 20 images, no classes,",
+        f"data={address}": f"image_folder at {address}: 20 images, 3 classes,",
+    }
+    for change, said in taken.items():
+        more = () if "tar://" in change else ("--set", "data.classes=0")
+        assert said in e2ediff("check", "tiny.yaml", "--set", change, *more).err
+
+
 def test_images_beside_the_class_folders_of_a_zip_are_named() -> None:
     for name in ("a.png", "b.JPEG"):
         Path("tree", name).write_bytes(Path("tree/n00000000/n00000000_0.JPEG").read_bytes())
