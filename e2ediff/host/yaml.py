@@ -36,6 +36,8 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 # Python refuses to read longer integers, and no recipe needs one.
 _MAX_DIGITS = 400
+# A bare text with what YAML would take for a comment.
+_HASH = re.compile(r"""(?!.*:\s)(?=#|[^\n\[{"'|>&*!#][^\n]*\s#)[^\n]*""")
 
 
 @attrs.define
@@ -193,7 +195,8 @@ def set_value(root: Node, assignment: str, place: str) -> list[Problem]:
     """Apply `a.b=c` to the tree; whether the schema has `a.b` is checked later.
 
     A bare name in place of a part with another name drops the options of that part; setting an
-    option of a bare name turns it into a block.
+    option of a bare name turns it into a block. A `#` in a bare text begins no comment: it belongs
+    to a path, or to a colour.
 
     Returns:
         Problems of the assignment, at `place`.
@@ -207,6 +210,8 @@ def set_value(root: Node, assignment: str, place: str) -> list[Problem]:
         value, problems = parse_yaml(text, place, marks=False)
     except RecipeError as exc:
         return list(exc.problems)
+    if _HASH.fullmatch(text.strip()) and not problems:
+        value = Node(text.strip(), place)
     value = value or Node(None, place)
     node, where = root, "recipe"
     for key in keys[:-1]:

@@ -16,7 +16,7 @@ from e2ediff.errors import DuplicateNameError, RecipeError
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, load_recipe, parse_recipe
-from e2ediff.host.yaml import dump_yaml, parse_yaml, resolve
+from e2ediff.host.yaml import Node, dump_yaml, parse_yaml, resolve, set_value
 from e2ediff.parts.averages import Constant
 from e2ediff.times import TimeSampler
 
@@ -421,3 +421,11 @@ def test_a_long_text_within_the_limits_is_read_in_seconds():
     found = problems("".join(f"key_number_{i}: {i}\n" for i in range(4_900)))
     assert len(found) > 4_900
     assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize("text", ["set #1", "#set", "a/ #/b"])
+def test_a_hash_in_a_value_that_is_set_begins_no_comment(text: str) -> None:
+    tree = Node.of({"data": {"root": "x"}}, "r.yaml")
+    for assignment in (f"data.root={text}", f"data.root='{text}'", f'data={{root: "{text}"}}'):
+        assert set_value(tree, assignment, "--set 1") == []
+        assert tree.value["data"].value["root"].value == text
