@@ -29,6 +29,7 @@ _NAMES_IMAGE = re.compile(rf"(?:{_SUFFIX})(?=[ \t,;\"]|$)", re.IGNORECASE)
 _BY_SPACE = re.compile(
     rf'("(?:[^"]|"")*"|.+?(?:{_SUFFIX})|[^ \t]+)[ \t]+(.+)', re.IGNORECASE | re.DOTALL
 )
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 _BOXES = re.compile(r"(n\d{8})(\s+\d+){4}(\s+n\d{8}(\s+\d+){4})*")
 _IMAGE_COLUMN = re.compile(
     r"(image|img|file|photo|picture)s?(file)?(id|name|path)?|path|name|id|fname"
@@ -68,9 +69,9 @@ def read_labels(
 
     A line is read as CSV, separated by commas, semicolons or tabs and quoted as spreadsheets do,
     or else it is an image, spaces, and a class, which may have spaces itself. Further columns are
-    ignored, and so is what follows a class number after a space, and the boxes of ImageNet's
-    `LOC_val_solution.csv`, which serves as it is. A first line that names the columns, such as
-    `filename,label`, is left out.
+    ignored, and so are numbers that follow a class number after a space, and the boxes of
+    ImageNet's `LOC_val_solution.csv`, which serves as it is. A first line that names the columns,
+    such as `filename,label`, is left out.
 
     Raises:
         DataError: The file is not there, is neither of the two, or one of its lines is unclear.
@@ -204,9 +205,10 @@ def _unquoted(text: str) -> str:
 
 
 def _label(text: str, *, separated: bool) -> str:
-    """Return the class alone, without ImageNet's boxes or what follows a number and a space."""
-    first = text.split()[0] if text else ""
-    return first if _BOXES.fullmatch(text) or (not separated and first.isdecimal()) else text
+    """Return the class alone, without ImageNet's boxes or numbers behind a class number."""
+    first, *rest = text.split() or [""]
+    counted = not separated and first.isdecimal() and all(map(_NUMBER.fullmatch, rest))
+    return first if counted or _BOXES.fullmatch(text) else text
 
 
 def _is_header(fields: Sequence[str], *, separated: bool) -> bool:

@@ -29,6 +29,7 @@ _WORDS: Mapping[str, bool | None] = MappingProxyType(
     | dict.fromkeys(("true", "True", "TRUE"), True)
     | dict.fromkeys(("false", "False", "FALSE"), False)
 )
+_COLOUR = re.compile(r"[ \t]*#[0-9a-fA-F]{3,8}[ \t]*(\r?\n|$)")
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 _BASED_INT = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -174,6 +175,9 @@ def parse_yaml(text: str, source: str, *, marks: bool = True) -> tuple[Node | No
     def tree(node: yaml.Node, where: str) -> Node:
         here = place(node.start_mark)
         if isinstance(node, yaml.ScalarNode):
+            if _COLOUR.match(text, node.end_mark.index) and not node.value and not node.style:
+                what = "is empty: YAML reads what follows # as a comment."
+                problems.append(Problem(where, what, here, "Put quotes around the colour."))
             return Node(resolve(node.value) if node.style is None else node.value, here)
         if isinstance(node, yaml.SequenceNode):
             return Node([tree(v, path_join(where, i)) for i, v in enumerate(node.value)], here)

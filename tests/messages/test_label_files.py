@@ -51,6 +51,8 @@ def said(text: str | bytes, name: str = "labels.csv") -> dict[str, str] | None:
         ("0.jpg 3", "0.jpg", "3"),
         ("0.jpg,3", "0.jpg", "3"),
         ("0.jpg 3 4 5", "0.jpg", "3"),
+        ("0.jpg 3 0.5 -0.5 1", "0.jpg", "3"),
+        ("0.jpg 7 eleven", "0.jpg", "7 eleven"),
         ("val_1,n02099601 1 2 3 4", "val_1", "n02099601"),
         ("val_1,n02099601 1 2 3 4 n02099601 5 6 7 8", "val_1", "n02099601"),
         ("val_1 n02099601", "val_1", "n02099601"),

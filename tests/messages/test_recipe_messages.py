@@ -11,6 +11,7 @@ from tiny_parts import part, plugin
 from e2ediff.errors import RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe, parse_recipe
+from e2ediff.host.yaml import parse_yaml
 from e2ediff.parts.averages import Constant
 
 
@@ -256,7 +257,8 @@ def test_a_missing_distribution_is_said_first_and_its_names_are_not_complained_a
     assert lines(text) == [
         "r.yaml: 1 problem",
         "r.yaml:12:12: requires.0: e2ediff-not-there is not installed. "
-        "Run: pip install 'e2ediff-not-there>=0.1'",
+        "Run: pip install ./e2ediff-not-there in the folder that contains it; plugins of e2ediff "
+        "itself are in plugins/ of its repository, and on no package index",
     ]
 
 
@@ -294,3 +296,14 @@ def test_a_file_that_is_no_text_is_named_with_the_place(tmp_path):
 def test_long_values_are_cut_in_messages():
     assert len(lines(swap("batch: 16", f"batch: {'x' * 5000}"))[1]) < 120
     assert len(lines(TEXT + f"{'y' * 900}: 1\n")[1]) < 600
+
+
+@pytest.mark.parametrize("value", ["#808080", "#fff", "  #204060  "])
+def test_a_colour_that_yaml_takes_for_a_comment_is_refused(value: str) -> None:
+    _, problems = parse_yaml(f"data:\n  background: {value}\n  root: x\n", "r.yaml")
+    (problem,) = problems
+    assert "what follows # as a comment" in problem.what
+    assert "Put quotes around the colour" in problem.hint
+    sound_texts = (f"a: '{value}'\n", "a: # none\nb: 1\n", "a:  # set\n  b: 1\n", f"a: 1 {value}")
+    for sound in sound_texts:
+        assert parse_yaml(sound, "r.yaml")[1] == []

@@ -320,10 +320,11 @@ def test_sampling_warns_of_those_that_it_draws(with_gaps: str, caplog) -> None:
     assert "warning: class 3 has no training images\n" in done.err
     model = package.load("run")
     model.sample([1, 5])
-    assert caplog.messages == []
+    assert not any("no training images" in line for line in caplog.messages)
     model.sample([1, "3"])
     package.pipeline("run")(0)
-    assert caplog.messages == [f"class {k} has no training images" for k in (3, 0)]
+    warned = [line for line in caplog.messages if "no training images" in line]
+    assert warned == [f"class {k} has no training images" for k in (3, 0)]
 
 
 def test_a_run_from_before_they_were_recorded_warns_of_none(with_gaps: str) -> None:
