@@ -208,7 +208,8 @@ def test_a_missing_plugin_is_named_with_its_pip_install_line() -> None:
     assert refused(3, "run", "tiny.yaml") == [
         "tiny.yaml: 1 problem",
         "  tiny.yaml:16:12: requires.0: e2ediff-nowhere is not installed. "
-        "Run: pip install 'e2ediff-nowhere>=2'",
+        "Run: pip install ./e2ediff-nowhere in the folder that contains it; plugins of e2ediff "
+        "itself are in plugins/ of its repository, and on no package index",
     ]
     assert nothing_made()
 
