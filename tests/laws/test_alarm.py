@@ -211,5 +211,5 @@ def test_returns_are_bounded_and_only_for_rollback() -> None:
 def test_the_looks_that_are_counted_on_are_those_that_are_due(host, tiny_recipe, cadence, steps):
     recipe = load_recipe(host, tiny_recipe, [f"cadence={cadence}"])
     assert sorted(diagnosis_steps(recipe)) == steps
-    monitor = Monitor(recipe, None, None, None, None)
+    monitor = Monitor(recipe, None, None, None, None, recipe.data.image, "")
     assert [s for s in range(1, 13) if monitor.due(s)] == steps

@@ -296,7 +296,7 @@ def test_an_address_that_is_never_opened_is_refused(run: str, address: str) -> N
             marks=needs("e2ediff-sampling")),
         (["--vary", "weights=target", "--convention", "adn"], 5, "Did you mean 'adm'?"),
         (["--vary", "weights=target", "--sha256", "ab"], 2, "give both"),
-        (["--vary", "weights=target", "--reference", "nowhere"], 5, "no such folder"),
+        (["--vary", "weights=target", "--reference", "nowhere"], 5, "no such file or folder"),
         (["--vary", "weights=target", "--reference",
           "{name: synthetic, size: 16, classes: 2, count: 9}"], 5, "16 x 16 x 3 values, those of"),
         (["--vary", "weights=online", "--set", "sampler.stops=2"], 3, "unknown option 'stops'"),
