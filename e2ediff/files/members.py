@@ -180,6 +180,6 @@ def check_tar_end(file: BinaryIO, tar: tarfile.TarFile, where: str) -> None:
             return
         raise DataError(
             f"{where} goes on {after} and the end, as tars do that were put together as files; "
-            "expected one tar. Give each by itself, or join them with `tar --concatenate`"
+            "expected one tar. Give each by itself, or join them with `tar -A`"
         )
     raise DataError(f"{where} {what}; fetch it again, or pack it again")

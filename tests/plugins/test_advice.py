@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import shlex
@@ -137,7 +138,8 @@ def test_every_printed_install_line_takes_ours_from_a_folder_and_others_from_an_
     wrong = []
     lines = advised()
     for place, words in lines.items():
-        targets = [w for w in words if not w.startswith("-") and w != "constraints.txt"]
+        limits = {after for word, after in itertools.pairwise(words) if word == "-c"}
+        targets = [w for w in words if not w.startswith("-") and w not in limits]
         for target in targets:
             name = re.split(r"[=<>\[;]", target)[0].rstrip(".,:")
             is_path = "/" in target or target.startswith(".") or target == "FOLDER"

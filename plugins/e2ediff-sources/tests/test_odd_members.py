@@ -215,7 +215,7 @@ def test_tars_that_were_put_together_as_files_are_refused(kind: type[EncodedConf
     Path("x.tar").write_bytes(whole + tar_of(Path("b.tar"), ["n_1.png"], PNG).read_bytes())
     assert refusal(kind(path="x.tar", size=SIZE, classes=0)).endswith(
         "x.tar goes on after 1 member and the end, as tars do that were put together as files; "
-        "expected one tar. Give each by itself, or join them with `tar --concatenate`"
+        "expected one tar. Give each by itself, or join them with `tar -A`"
     )
     Path("x.tar").write_bytes(whole + bytes(1 << 21))
     assert len(kind(path="x.tar", size=SIZE, classes=0).open()) == 1
