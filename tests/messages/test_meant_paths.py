@@ -49,7 +49,10 @@ def test_a_run_is_no_recipe_and_a_recipe_no_run() -> None:
         Path("runs", name).mkdir(parents=True)
         Path("runs", name, "run.json").write_text("{}")
         Path("runs", name, "resolved.yaml").write_text("e2ediff: 1")
-    said = refused(3, "run", "runs/quickstart")
+    done = e2ediff("run", "runs/quickstart")
+    assert done.code == 2
+    assert "to continue it: e2ediff run --resume runs/quickstart" in done.err
+    said = refused(3, "check", "runs/quickstart")
     assert "is the directory of a run, not a recipe. Give the recipe in it, runs/quick" in said
     for given, words in {
         "tiny.yaml": "A recipe is trained first: e2ediff run tiny.yaml.",
