@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from odd_members import CAFE, CLEAN, READ, REFUSED, tar_of, zip_of
-from PIL import Image
+from odd_members import CAFE, CLEAN, PNG, READ, REFUSED, SIZE, tar_of, zip_of
 
 from e2ediff.errors import DataError
 from e2ediff.evaluate.images import stored_images
 from e2ediff.parts.sources import ImageFolder
 from e2ediff.parts.sources.own_images import list_images, read_images
-
-SIZE = 8
-
-
-def png() -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (SIZE, SIZE)).save(out, "PNG")
-    return out.getvalue()
-
-
-PNG = png()
 
 
 @pytest.fixture(autouse=True)

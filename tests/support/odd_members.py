@@ -9,6 +9,19 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
+SIZE = 8
+
+
+def _png() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE)).save(out, "PNG")
+    return out.getvalue()
+
+
+PNG = _png()
+
 CLEAN = ["cat/0.png", "cat/1.png", "dog/0.png"]
 
 LEADS_OUT, BACKSLASH = "lies outside of the archive", "has a backslash in its name"

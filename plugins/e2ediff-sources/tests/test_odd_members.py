@@ -13,24 +13,12 @@ from pathlib import Path
 import pytest
 from e2ediff_sources.archive import Archive
 from e2ediff_sources.tars import ClassTars, TarShards
-from odd_members import CAFE, CLEAN, READ, REFUSED, tar_of, zip_of
+from odd_members import CAFE, CLEAN, PNG, READ, REFUSED, SIZE, tar_of, zip_of
 from pictures import tar_bytes
-from PIL import Image
 from refusals import refusal
 
 from e2ediff.data import LeftOut, SourceConfig
 from e2ediff.files.listing import EncodedConfig
-
-SIZE = 8
-
-
-def png() -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (SIZE, SIZE)).save(out, "PNG")
-    return out.getvalue()
-
-
-PNG = png()
 
 
 @pytest.fixture(autouse=True)
