@@ -210,12 +210,6 @@ def class_tars(found: list[File], place: Path, classes: int) -> DataSource:
     return source_of("class_tars", path=str(place / "x.tar"), size=SIDE, classes=classes).open()
 
 
-def tar_shards(found: list[File], place: Path, classes: int) -> DataSource:
-    """Without classes: a shard has them in members of their own."""
-    (place / "x-0.tar").write_bytes(tar_bytes([(one.path, one.content.data) for one in found]))
-    return source_of("tar_shards", path=str(place / "x-0.tar"), size=SIDE, classes=0).open()
-
-
 LAYOUTS: dict[str, Source] = {
     "folder": folder,
     "zip by its address": zip_address,
@@ -308,8 +302,8 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 HEADERS = (None, ("filename", "label"), ("image", "class"), ("ImageId", "PredictionString"))
 
 
-def written(g: random.Random, rows: list[tuple[str, str]]) -> tuple[bytes, int]:
-    """A file of labels as some program writes it, and the lines before the first row."""
+def written(g: random.Random, rows: list[tuple[str, str]]) -> bytes:
+    """A file of labels as some program writes it."""
     out = io.StringIO()
     header, end = g.choice(HEADERS), g.choice(("\n", "\r\n", "\r"))
     plain = all(not {*'",;\t'} & {*name} and " " not in name and "." in name for name, _ in rows)
@@ -322,7 +316,7 @@ def written(g: random.Random, rows: list[tuple[str, str]]) -> tuple[bytes, int]:
         file = csv.writer(out, delimiter=delimiter, quoting=quoting, lineterminator=end)
         file.writerows(([header] if header else []) + rows)
     mark = "\ufeff" if g.random() < 0.3 else ""
-    return (mark + out.getvalue()).encode(), bool(header)
+    return (mark + out.getvalue()).encode()
 
 
 def labelled_set(g: random.Random, place: Path) -> tuple[list[str], dict[str, str]]:
@@ -352,7 +346,7 @@ def test_a_file_of_labels_is_read_right_or_refused_with_the_image(seed: int, tmp
         spell = SPELLINGS[g.choice(list(SPELLINGS))]
         rows = [(spell(path), label[path]) for path in found]
         g.shuffle(rows)
-        data, _ = written(g, rows)
+        data = written(g, rows)
         numbers = all(one.isdecimal() for one in label.values())
         names = sorted({*label.values()})
         source = opened_with(place, data, max(map(int, names)) + 1 if numbers else len(names))
@@ -377,11 +371,11 @@ def test_a_file_of_labels_is_read_right_or_refused_with_the_image(seed: int, tmp
         twin = place / "twin" / SPELLINGS["name"](other)
         for fault, changed in faults.items():
             with pytest.raises(DataError) as caught:
-                opened_with(place, written(g, changed)[0], 99)
+                opened_with(place, written(g, changed), 99)
             said = str(caught.value)
             assert "labels.csv" in said or fault == "mixed", (fault, said)
         twin.parent.mkdir()
         twin.write_bytes(CONTENTS[0].data)
         ambiguous = [(SPELLINGS["name"](path), label[path]) for path in found]
         with pytest.raises(DataError, match=r"labels\.csv does not match"):
-            opened_with(place, written(g, ambiguous)[0], 99)
+            opened_with(place, written(g, ambiguous), 99)
