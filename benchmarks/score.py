@@ -35,6 +35,7 @@ from e2ediff.model.inference import Model
 from e2ediff.parts.diagnostics.latent_health import LatentHealth
 from e2ediff.report.statistics import spread
 from e2ediff.sample.load import load_model
+from e2ediff.store.records import SAVES
 from e2ediff.store.run_directory import RunDirectory
 
 HELD_OUT = 1000
@@ -118,7 +119,7 @@ def training_seconds(run: str | Path) -> float:
         if event["kind"] == "kernels":
             total += (last - started).total_seconds() if started and last else 0.0
             started, last = now, None
-        elif event["kind"] == "saved":
+        elif event["kind"] in SAVES:
             last = now
     return total + ((last - started).total_seconds() if started and last else 0.0)
 

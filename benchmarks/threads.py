@@ -31,6 +31,7 @@ from typing import NamedTuple
 import click
 import torch
 
+from e2ediff.store.records import COMMITTED
 from e2ediff.store.run_directory import RunDirectory
 
 
@@ -86,8 +87,8 @@ def train(
             time.sleep(0.02)
         took = finish(process, log)
     events = {e["kind"]: e for e in RunDirectory.open(str(out)).read_events()}
-    began, ended = (datetime.fromisoformat(events[k]["time"]) for k in ("kernels", "saved"))
-    return Measured(events["saved"]["images"] / (ended - began).total_seconds(), took)
+    began, ended = (datetime.fromisoformat(events[k]["time"]) for k in ("kernels", COMMITTED))
+    return Measured(events[COMMITTED]["images"] / (ended - began).total_seconds(), took)
 
 
 def sample(run: Path, out: Path, count: int, threads: str, load: int) -> Measured:

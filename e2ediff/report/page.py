@@ -18,6 +18,7 @@ from e2ediff.report.gather import Gathered, Run
 from e2ediff.report.statistics import CONFIDENCE
 from e2ediff.report.summary import Summary, counted_runs, differing, number
 from e2ediff.report.tables import texts
+from e2ediff.store.records import SAVES, STAGED
 
 _EVENTS = 60
 _OWN = ("argv", "seeds", "created", "name", "class_names", "empty_classes")
@@ -89,11 +90,13 @@ def event_lines(run: Run) -> list[tuple[str, str, str]]:
     saves = 0
     for event in run.events:
         kind, time = str(event.get("kind", "")), str(event.get("time", ""))[:19].replace("T", " ")
+        if kind == STAGED:  # the complete checkpoint is listed
+            continue
         if kind == "kernels":
             kind = "started" if not found else "started again"
         rest = {k: v for k, v in event.items() if k not in ("kind", "time")}
         words = ", ".join(f"{k} {_words(v)}" for k, v in rest.items())
-        if kind == "saved":
+        if kind in SAVES:
             saves += 1
             if saves > 1:
                 found.pop()

@@ -14,12 +14,11 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 
 import safetensors
 import torch
-from safetensors.torch import save as encode
 from torch import Tensor
 
 from e2ediff.errors import CheckpointError, DivergedError, E2EDiffError
@@ -38,6 +37,7 @@ from e2ediff.store.manifest import (
 )
 from e2ediff.store.migration import FORMAT_VERSION
 from e2ediff.store.storage import JSON, Store
+from e2ediff.store.tensor_file import count_not_finite, pieces, size_of
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _warn = logging.getLogger(__name__).warning
@@ -52,6 +52,7 @@ def save(
     keep: int,
     warn: Callable[[str], None] = _warn,
     spare: int | None = None,
+    pulse: Callable[[], None] = lambda: None,
 ) -> str:
     """Write a checkpoint, make it durable, then delete old ones; return its name.
 
@@ -59,13 +60,17 @@ def save(
     Checkpoints of *more* images belong to a future that was rolled back: they are renamed to
     `abandoned-...` and left alone. The `keep` newest ones stay (0: all), and the one of `spare`
     images. Trouble with old checkpoints is reported to `warn` and never stops training.
+    `pulse` is called between pieces of some megabytes; what it raises ends the save, of which
+    nothing stays then.
+    Besides the tensors little memory is needed, except on stores that are not local: those get
+    each file whole.
 
     Raises:
         CheckpointError: something is neither a tensor nor JSON. Nothing was written.
         DivergedError: a tensor holds nan or inf. Nothing was written.
         ResourceError: the disk or store refused. The older checkpoints are intact.
     """
-    name = f"images-{images:012d}"
+    name = checkpoint_name(images)
     rest = dict(state)
     latent = plain(rest.pop("latent", {}), f"{STATE}.latent")
     text = json_bytes(plain(rest, STATE))
@@ -74,9 +79,7 @@ def save(
         if not _FILE.fullmatch(file) or f"{file}.safetensors" == STATE:
             raise CheckpointError(f"{name}: {file!r} cannot be the name of a checkpoint file.")
         unique[file], aliases[file] = _deduplicated(file, tensors)
-    needed = len(text) + sum(
-        t.numel() * t.element_size() for group in unique.values() for t in group.values()
-    )
+    needed = len(text) + sum(map(size_of, unique.values()))
     try:
         final, parent = _prepare(store, name, needed, warn)
         body: dict[str, JSON] = {
@@ -92,7 +95,7 @@ def save(
         hidden = f".tmp-{name}-{secrets.token_hex(4)}"
         folder = f"{FOLDER}/{hidden if store.local else final}"
         try:
-            _write(store, folder, final, unique, text, body)
+            _write(store, folder, final, unique, text, body, pulse)
         except BaseException:
             store.remove_dir(folder)
             raise
@@ -123,9 +126,14 @@ def list_checkpoints(store: Store, *, finished: bool = False) -> list[str]:
         raise CheckpointError(f"{store.where(FOLDER)}: cannot be read: {error}") from error
 
 
+def checkpoint_name(images: int) -> str:
+    """Return the name of the first checkpoint after this many training images."""
+    return f"images-{images:012d}"
+
+
 def checkpoint_at(store: Store, images: int) -> str:
     """Return the name of the checkpoint after this many training images, even if there is none."""
-    name = f"images-{images:012d}"
+    name = checkpoint_name(images)
     saved = [found for found in list_checkpoints(store) if found.partition("-r")[0] == name]
     return saved[-1] if saved else name
 
@@ -193,15 +201,11 @@ def _deduplicated(
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             kind = type(tensor).__name__
             raise CheckpointError(f"{file}: {name}: only dense tensors are saved, not {kind}.")
-        if tensor.is_floating_point() or tensor.is_complex():
-            # float8 has no isfinite of its own.
-            exact = tensor.float() if tensor.element_size() == 1 else tensor
-            bad = exact.numel() - int(torch.isfinite(exact).sum())
-            if bad:
-                raise DivergedError(
-                    f"{file}: {name} holds nan or inf ({bad:,} of {exact.numel():,} values); "
-                    "this checkpoint was not written, the older ones are intact."
-                )
+        if bad := count_not_finite(tensor):
+            raise DivergedError(
+                f"{file}: {name} holds nan or inf ({bad:,} of {tensor.numel():,} values); "
+                "this checkpoint was not written, the older ones are intact."
+            )
         # Views of the same memory that differ in shape are stored separately: values are kept.
         place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in seen:
@@ -242,38 +246,37 @@ def _write(
     files: Mapping[str, Mapping[str, Tensor]],
     state: bytes,
     body: Mapping[str, JSON],
+    pulse: Callable[[], None],
 ) -> None:
     """Write the files into a folder, the manifest last, and rename it."""
     written: dict[str, JSON] = {}
 
-    def put(file: str, data: bytes) -> None:
-        store.write(f"{folder}/{file}", data)
-        written[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    def put(file: str, content: Iterable[bytes | memoryview], needed: int) -> None:
+        digest, size = hashlib.sha256(), 0
+
+        def hashed() -> Iterator[bytes | memoryview]:
+            nonlocal size
+            for piece in content:
+                pulse()
+                digest.update(piece)
+                size += len(piece)
+                yield piece
+
+        store.write(f"{folder}/{file}", hashed(), needed)
+        written[file] = {"bytes": size, "sha256": digest.hexdigest()}
 
     for file, tensors in files.items():
         try:
-            data = encode(_apart(tensors))
+            put(f"{file}.safetensors", pieces(tensors), size_of(tensors))
         except (safetensors.SafetensorError, RuntimeError, ValueError, LookupError) as error:
             raise CheckpointError(f"{file}: cannot be saved: {error}") from error
-        put(f"{file}.safetensors", data)
-    put(STATE, state)
+    put(STATE, [state], len(state))
+    pulse()
     store.write(f"{folder}/{MANIFEST}", sealed({**body, "files": written}))
     if folder != f"{FOLDER}/{name}":
         failed = store.rename_dir(folder, f"{FOLDER}/{name}")
         if failed:
             raise failed
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to contiguous CPU memory; safetensors refuses views that share memory."""
-    dense: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        place = own.untyped_storage().data_ptr()
-        dense[name] = own.clone() if place in seen and own.numel() else own
-        seen.add(place)
-    return dense
 
 
 def _supersede(store: Store, saved: str, name: str, warn: Callable[[str], None]) -> str:

@@ -14,6 +14,12 @@ from e2ediff.store.manifest import FOLDER, NAME
 from e2ediff.store.run_directory import EVENTS, METRICS, STATUS, RunDirectory
 from e2ediff.store.storage import JSON
 
+STAGED, COMMITTED = "staged", "committed"
+"""The events of a checkpoint that was copied, to be written beside training, and is complete."""
+
+SAVES = (COMMITTED, "saved")
+"""Kinds of that event: it was `saved` in runs from before saves left the training thread."""
+
 
 def newest_saved(directory: RunDirectory) -> str:
     """Return the name of the newest checkpoint that a run had, taking rollbacks into account.
@@ -22,7 +28,7 @@ def newest_saved(directory: RunDirectory) -> str:
     """
     name = ""
     for event in directory.store.json_lines(EVENTS):
-        if event.get("kind") == "saved":
+        if event.get("kind") in SAVES:
             name = str(event.get("name", ""))
         elif event.get("kind") in ("rewound", "lost"):
             name = str(event.get("to", ""))
@@ -53,7 +59,7 @@ def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[st
     step = max((s for line in steps if isinstance(s := line.get("step"), int)), default=0)
     later = later_files(directory.store, due * recipe.batch, due)
     if name := newest_saved(directory):
-        saved = any(e.get("kind") in ("saved", "rewound", "lost") for e in events)
+        saved = any(e.get("kind") in (*SAVES, "rewound", "lost") for e in events)
         why = f"{EVENTS if saved else STATUS} says that {name} was saved"
     elif step > due or later:
         seen = f"the run was at step {step}" if step > due else f"{later[-1]} exists"

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -167,20 +167,27 @@ class Store:
                     if os.lstat(full).st_mtime < before:
                         os.unlink(full)
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(
+        self, path: str, data: bytes | Iterable[bytes | memoryview], needed: int = 0
+    ) -> None:
         """Replace a file: readers and crashes see the old content or the new, never a part.
+
+        `data` may be pieces of `needed` bytes together, which are written as they come; other
+        stores than the local one get them joined.
 
         Raises:
             ResourceError: no space, no permission, or the remote store refused.
         """
-        with self._refusals(path, len(data)):
+        pieces = [data] if isinstance(data, bytes) else data
+        with self._refusals(path, needed or (len(data) if isinstance(data, bytes) else 0)):
             if self.local:
                 with _replacing(self._full(path)) as file:
-                    _write_all(file, data)
+                    for piece in pieces:
+                        _write_all(file, piece)
             else:
                 full = self._full(path)
                 self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
-                self._fs.pipe_file(full, data)
+                self._fs.pipe_file(full, b"".join(pieces))
 
     @contextlib.contextmanager
     def writing(self, path: str, needed: int = 0) -> Iterator[IO[bytes]]:
@@ -231,6 +238,9 @@ class Store:
                     raise
             finally:
                 os.close(file)
+
+    def flush(self) -> None:
+        """Write appended lines that a store which cannot append still holds back."""
 
     def truncate_lines(self, path: str, keep: Callable[[str], bool]) -> int:
         """Drop an incomplete last line, and all lines that `keep` refuses; return their number.
@@ -460,7 +470,7 @@ def _replacing(full: str) -> Iterator[int]:
     _sync_dir(folder)
 
 
-def _write_all(file: int, data: bytes) -> None:
+def _write_all(file: int, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(file, rest) :]

@@ -127,13 +127,15 @@ class Engine:
                 self.saver.save()
             while not (already_done or self._asked(stop) or self._train(stop)):
                 pass
-            if not self.saver.is_saved:
-                self.saver.save()
+            if not self.saver.is_begun:
+                self.saver.begin()
+            self.saver.finish()
             self.measurements.draw_curves()
         except BaseException as caught:
             error = caught
             raise
         finally:
+            self.saver.close(error)
             recorder.trackers.close()
             recorder.notify("run_ended", error=error)
 
@@ -141,12 +143,13 @@ class Engine:
         """Take the remaining steps; return False if the alarm rolled the run back instead."""
         at, r = self.position, self.recipe
         self.recorder.clock.start(at.step)
+        self.saver.finish()  # processes that read images are forked, which a thread must not see
         try:
             for batch in self._batches():
                 self.threads.begin(batch)
                 record = self.update(batch, at.images, self.detector.attempt)
                 at.step, at.images = at.step + 1, at.images + r.batch
-                if at.step < r.total_steps:
+                if at.step < r.total_steps and not self.saver.in_flight:
                     self.threads.done()
                 self._after_step(record)
                 if self._asked(stop):
@@ -174,7 +177,7 @@ class Engine:
         if monitor.scores_due(step):
             self.measurements.score()
         if not last and (step % r.cadence.checkpoint == 0 or self._first_save_due()):
-            self.saver.save()
+            self.saver.begin()
         if r.snapshot_steps and step % r.snapshot_steps == 0 and not last:
             self.saver.snapshot()
 
@@ -183,7 +186,7 @@ class Engine:
 
         The first process decides, by its clock: a save takes part in all of them.
         """
-        if self.recorder.last_checkpoint is not None:
+        if self.saver.has_begun:
             return False
         late = self.world.is_leader and time.monotonic() - self.began >= FIRST_SAVE
         return bool(self.world.highest(int(late)))
@@ -214,7 +217,12 @@ class Engine:
         )
 
     def _asked(self, stop: Stop) -> bool:
-        """Return whether any process was asked to stop, so that all stop after the same step."""
+        """Return whether any process was asked to stop, so that all stop after the same step.
+
+        Raises:
+            DivergedError, ResourceError: A save has failed since the last step.
+        """
+        self.saver.poll()
         agreed = self.world.highest(stop.signal or 0)
         if agreed:  # a signal that came while the processes agreed counts next time
             if not stop.asked:

@@ -188,11 +188,14 @@ class Recorder:
             collapsed=collapsed,
         )
 
-    def diverged(self, what: str) -> DivergedError:
-        """Return the error for figures or weights that are not finite, with advice."""
-        last = self.last_checkpoint
+    def diverged(self, what: str, step: int | None = None) -> DivergedError:
+        """Return the error for figures or weights that are not finite, with advice.
+
+        `step` is by default the current one.
+        """
+        last, step = self.last_checkpoint, self.position.step if step is None else step
         good = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
         return DivergedError(
-            f"step {self.position.step}: {what} {good} Lower the learning rate (optimizer.lr), or "
+            f"step {step}: {what} {good} Lower the learning rate (optimizer.lr), or "
             "give optimizer.clip a smaller norm."
         )

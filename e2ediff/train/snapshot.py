@@ -18,6 +18,7 @@ from e2ediff.step.assembly import Assembly
 from e2ediff.store.manifest import Checkpoint, plain
 from e2ediff.store.storage import JSON, Store
 from e2ediff.train.optimizer_state import flatten_optimizer, restore_optimizer
+from e2ediff.train.staging import Staging
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -30,8 +31,8 @@ class Snapshot:
     state: Mapping[str, JSON]
 
 
-def take(parts: Assembly, calibration: Tensor, *, keep: bool = True) -> Snapshot:
-    """Collect the current weights, averages and optimizers, with split tensors gathered.
+def take(parts: Assembly, calibration: Tensor, staging: Staging, *, keep: bool = True) -> Snapshot:
+    """Copy the current weights, averages and optimizers, with split tensors gathered.
 
     Norm statistics are calibrated for every set of weights, from training images `calibration`
     (M, C, H, W).
@@ -43,7 +44,7 @@ def take(parts: Assembly, calibration: Tensor, *, keep: bool = True) -> Snapshot
         for average in parts.averages.values():
             calibrate(average.net, calibration)
     held, optimizers = tensors_of(parts)
-    files = {file: _gathered(tensors, keep=keep) for file, tensors in held.items()}
+    files = staging.copy(held, keep=keep)
     state: dict[str, JSON] = {
         "averages": {n: a.updates for n, a in parts.averages.items()},
         "optimizers": optimizers,
@@ -75,16 +76,6 @@ def _contract(net: Backbone, images: Tensor) -> dict[str, JSON]:
     free = net.latent.norm == "none"  # the scale can only be measured then
     scale = float(net.encode(images[:256]).std()) if free else 1.0
     return {key: plain(value, key) for key, value in net.contract(scale).as_json().items()}
-
-
-def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Return full tensors; gathered ones are moved to the CPU, one at a time."""
-    found = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor)
-        if keep:
-            found[name] = full if full is tensor else full.cpu()
-    return found
 
 
 def put_back(parts: Assembly, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -123,7 +114,7 @@ def snapshots(store: Store) -> Store:
 def take_snapshot(
     parts: Assembly, recipe: Recipe, *, keep: bool = True
 ) -> dict[str, dict[str, Tensor]]:
-    """Collect the parameters of the averages of `post_hoc`, with split tensors gathered.
+    """Copy the parameters of the averages of `post_hoc`, with split tensors gathered.
 
     A collective call; processes without `keep` get no tensors.
     """
@@ -134,5 +125,5 @@ def take_snapshot(
         for name, value in parts.averages[average].net.named_parameters():
             full = whole(value.detach())
             if keep:
-                held[name] = full.to("cpu", _DTYPES[recipe.post_hoc.precision])
+                held[name] = full.to("cpu", _DTYPES[recipe.post_hoc.precision], copy=True)
     return found

@@ -219,7 +219,7 @@ def test_training_time_is_that_of_all_sessions_up_to_their_last_save(
     score: ModuleType, tmp_path: Path
 ) -> None:
     (tmp_path / "run.json").write_text("{}")
-    times = [("kernels", 0), ("saved", 10), ("saved", 20), ("kernels", 100), ("saved", 105)]
+    times = [("kernels", 0), ("saved", 10), ("saved", 20), ("kernels", 100), ("committed", 105)]
     (tmp_path / "events.jsonl").write_text(
         "".join(
             json.dumps({"time": f"2026-01-01T00:{s // 60:02}:{s % 60:02}.000+00:00", "kind": k})

@@ -41,7 +41,7 @@ def saved(out: object) -> list[int]:
     """The steps at which a run saved."""
     lines = Path(str(out), "events.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    return [event["step"] for event in events if event["kind"] == "saved"]
+    return [event["step"] for event in events if event["kind"] == "committed"]
 
 
 def weights(out: object) -> dict[str, str]:

@@ -1,0 +1,68 @@
+"""Encode tensors as a safetensors file piece by piece, without a second copy of them in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+import torch
+from safetensors.torch import save as encode
+from torch import Tensor
+
+_PIECE = 1 << 22  # bytes
+_SUMMED = 1 << 15  # elements that torch sums without waking other threads
+
+
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of tensors, without a file's header."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the content of a safetensors file of these tensors, byte for byte as the library.
+
+    A tensor that is contiguous and on the CPU is not copied, any other one only while its own
+    bytes are yielded. Views that share memory are stored separately.
+
+    Raises:
+        SafetensorError, RuntimeError, ValueError, LookupError: The format has no such type.
+    """
+    # The library decides about the order and the names of types: it is given tensors without data.
+    empty = encode({name: torch.empty(0, dtype=t.dtype) for name, t in tensors.items()})
+    header, at = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")]), 0
+    for name, entry in header.items():
+        size = tensors[name].numel() * tensors[name].element_size()
+        entry["shape"], entry["data_offsets"] = [*tensors[name].shape], [at, at + size]
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in header:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        data = memoryview(flat.numpy())  # type: ignore[arg-type]
+        for start in range(0, len(data), _PIECE):
+            yield data[start : start + _PIECE]
+
+
+def count_not_finite(tensor: Tensor) -> int:
+    """Return how many values are nan or inf; fast where there are none.
+
+    A sum is finite only if all its terms are, so values are counted one by one only where a sum
+    is not, which large finite values can cause too. Works in one thread on a CPU.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0
+    flat = tensor.detach().reshape(-1)
+    summed = _SUMMED if flat.device.type == "cpu" else flat.numel()
+    if all(_wide(part).sum().isfinite() for part in _parts(flat, summed)):
+        return 0
+    return sum(part.numel() - int(_wide(part).isfinite().sum()) for part in _parts(flat, 1 << 20))
+
+
+def _parts(flat: Tensor, size: int) -> Iterator[Tensor]:
+    return (flat[start : start + size] for start in range(0, flat.numel(), size))
+
+
+def _wide(part: Tensor) -> Tensor:
+    """Return small floats as float32: float8 has no sum, and one in half precision overflows."""
+    return part.float() if part.element_size() < 4 else part
