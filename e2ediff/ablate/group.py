@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Group:
         self.path = addresses.plain(path)
         self.store = Store(path)
         self.spec = spec
-        self._lock: int | None = None
+        self._lock: Callable[[], None] | None = None
 
     @classmethod
     def create(
@@ -130,7 +130,7 @@ class Group:
 
     def __exit__(self, *error: object) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock()
             self._lock = None
 
     def run(self, place: str) -> str:

@@ -7,31 +7,39 @@ import errno
 import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from e2ediff.errors import RunDirectoryError
 from e2ediff.store.environment import machine
+from e2ediff.store.lease import Lease
 from e2ediff.store.storage import Store
 
 LOCK = ".lock"
 
 
-def acquire(store: Store, shown: str) -> int | None:
-    """Lock a store for this process; closing the returned file unlocks it.
+def acquire(store: Store, shown: str) -> Callable[[], None] | None:
+    """Lock a store for this process; the returned function unlocks it.
+
+    A store that is not local is locked by a lease, which its `guard` checks from then on.
 
     Args:
         store: The store to lock.
         shown: Its address for messages.
 
     Returns:
-        An open file, or None where locks are not supported: stores that are not local, some
-        network file systems, Windows.
+        What unlocks it, or None where locks are not supported: some network file systems, Windows.
 
     Raises:
         RunDirectoryError: Another process holds it.
         ResourceError: The lock cannot be written.
     """
-    if not store.local or sys.platform == "win32":
+    if not store.local:
+        lease = Lease(store, LOCK, shown)
+        lease.take(_is_alive)
+        return lease.release
+    if sys.platform == "win32":
         return None
     import fcntl  # not on Windows
 
@@ -66,7 +74,7 @@ def acquire(store: Store, shown: str) -> int | None:
     with contextlib.suppress(OSError):  # the text only serves the other process's message
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()} {machine()}\n".encode(), 0)
-    return file
+    return partial(os.close, file)
 
 
 def _refuse_or_take_over(shown: str, path: Path, file: int) -> None:

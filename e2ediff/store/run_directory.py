@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal
@@ -61,7 +61,7 @@ class RunDirectory:
         self.path = path
         self.silent = silent
         self.kept = ""  # the attempt to which `create` moved the former content
-        self._lock: int | None = None
+        self._lock: Callable[[], None] | None = None
         self._declared: dict[str, Figure] | None = None
 
     @classmethod
@@ -147,7 +147,8 @@ class RunDirectory:
         """Keep other processes from training in this directory; the lock dies with the process.
 
         Also repairs log lines that a crash cut short, and removes temporary files that it left.
-        Stores that are not local are not locked.
+        Stores that are not local are locked by a lease, and hold figures and events back for some
+        seconds from now on; `set_status` and `unlock` write them.
 
         Raises:
             RunDirectoryError: another process is training in it.
@@ -155,6 +156,7 @@ class RunDirectory:
         if self._lock is not None:
             return
         self._lock = acquire(self.store, self.path)
+        self.store.holds_back = True
         if self._lock is None:
             return
         self.store.sweep("", _WRITTEN.__contains__)
@@ -165,8 +167,12 @@ class RunDirectory:
     def unlock(self) -> None:
         """Release the lock; no-op if not held."""
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            unlock, self._lock = self._lock, None
+            try:
+                self.store.flush()
+            finally:
+                self.store.holds_back = False
+                unlock()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -333,6 +339,7 @@ class RunDirectory:
         the last status stay.
         """
         position = position or self.former_status()
+        self.store.flush()
         self._write_json(
             STATUS,
             {

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,13 @@ from typing import IO, Any, TypeAlias
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.errors import ResourceError, RunDirectoryError
+from e2ediff.errors import E2EDiffError, ResourceError, RunDirectoryError
+from e2ediff.store.remote import PIECE, Log, Retrying
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
-_CHUNK = 1 << 22
 _TEMPORARY = re.compile(r"\.tmp-(.+)-[0-9a-f]{8}")
 
 
@@ -64,6 +65,17 @@ class Store:
             ) from error
         self._root = root.rstrip("/")
         self.local = addresses.is_local(self._fs)
+        self.guard: Callable[[], None] | None = None  # called before anything is changed
+        self.holds_back = False  # whether appended lines may wait for `flush`, if not local
+        self._logs: dict[str, Log] = {}
+        if not self.local:
+            self._fs = Retrying(self._fs)
+
+    def inside(self, path: str) -> Store:
+        """Return the store of a directory in this one, with the same guard."""
+        store = Store(self.where(path), self.option)
+        store.guard = self.guard
+        return store
 
     def where(self, path: str = "") -> str:
         """Return the address of a path for messages, spelled as the user spelled the store's."""
@@ -81,9 +93,13 @@ class Store:
 
     def chunks(self, path: str) -> Iterator[bytes]:
         """Yield the content in pieces of some megabytes, for hashing without holding all of it."""
-        self.size(path)  # refuses pipes and devices, which could block forever when opened
-        with _as_oserror(), self._fs.open(self._full(path), "rb") as file:
-            while chunk := file.read(_CHUNK):
+        size = self.size(path)  # refuses pipes and devices, which could block when opened
+        if not self.local:
+            with _as_oserror():
+                yield from self._fs.pieces(self._full(path), size)
+            return
+        with self._fs.open(self._full(path), "rb") as file:
+            while chunk := file.read(PIECE):
                 yield chunk
 
     def json_lines(self, path: str) -> Iterator[dict[str, Any]]:
@@ -103,6 +119,7 @@ class Store:
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", self.where(path))
             return found.st_size
+        self._settle(path)
         with _as_oserror():
             info = self._fs.info(self._full(path))
         if info.get("type") != "file":
@@ -113,6 +130,7 @@ class Store:
         """Return whether there is a file or directory of this name."""
         if self.local:
             return os.path.lexists(self._full(path))
+        self._settle(path)
         self._fs.invalidate_cache()
         with _as_oserror():
             return bool(self._fs.exists(self._full(path)))
@@ -185,9 +203,39 @@ class Store:
                     for piece in pieces:
                         _write_all(file, piece)
             else:
-                full = self._full(path)
-                self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
-                self._fs.pipe_file(full, b"".join(pieces))
+                self._logs.pop(path, None)
+                self.upload(path, b"".join(pieces))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file unless there is one, in a store that is not local.
+
+        Returns:
+            Whether that was atomic: otherwise read it, to see whose content it has.
+
+        Raises:
+            ResourceError: the store refused.
+        """
+        full = self._full(path)
+        with self._refusals(path, len(data)):
+            self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+            try:
+                self._fs.pipe_file(full, data, mode="create")
+            except FileExistsError:
+                pass  # by an earlier attempt of this one, or by another process
+            except (NotImplementedError, TypeError, ValueError):
+                if not self.exists(path):
+                    self.upload(path, data)
+                return False
+        return True
+
+    def upload(self, path: str, data: bytes) -> None:
+        """Write a file of a store that is not local, without a look at `guard`.
+
+        Raises:
+            OSError: the store refused.
+        """
+        full = self._full(path)
+        self._fs.upload(full, partial(self._fs.fs.pipe_file, full, data), lambda: [data])
 
     @contextlib.contextmanager
     def writing(self, path: str, needed: int = 0) -> Iterator[IO[bytes]]:
@@ -205,8 +253,11 @@ class Store:
                 with tempfile.NamedTemporaryFile(prefix="e2ediff-") as scratch:
                     yield scratch
                     scratch.flush()
-                    self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
-                    self._fs.put_file(scratch.name, full)
+                    self._fs.upload(
+                        full,
+                        partial(self._fs.fs.put_file, scratch.name, full),
+                        lambda: _pieces_of(scratch.name),
+                    )
             else:
                 with _replacing(full) as number, os.fdopen(number, "wb", closefd=False) as file:
                     yield file
@@ -214,15 +265,19 @@ class Store:
     def append(self, path: str, line: str) -> None:
         """Append one line and a newline; flushed to the system, not fsynced.
 
-        In stores that cannot append the file is read and rewritten, so keep such logs short.
+        Other stores than the local one cannot append: the file is written again, at once or, if
+        the store `holds_back`, together with later lines.
 
         Raises:
-            ResourceError: the line could not be written; the file is as it was before.
+            ResourceError: the line could not be written; locally the file is as it was before.
         """
         data = line.encode() + b"\n"
         with self._refusals(path, len(data)):
             if not self.local:
-                self.write(path, (self.read(path) if self.exists(path) else b"") + data)
+                if path not in self._logs:
+                    self._logs[path] = Log(self.read(path) if self.exists(path) else b"")
+                if self._logs[path].add(data) or not self.holds_back:
+                    self._write_log(path)
                 return
             full = self._full(path)
             _make_dirs(os.path.dirname(full))
@@ -240,7 +295,27 @@ class Store:
                 os.close(file)
 
     def flush(self) -> None:
-        """Write appended lines that a store which cannot append still holds back."""
+        """Write appended lines that were held back.
+
+        Raises:
+            ResourceError: the store refused.
+        """
+        for path, log in self._logs.items():
+            if log.pending:
+                with self._refusals(path, len(log.content)):
+                    self._write_log(path)
+
+    def _write_log(self, path: str) -> None:
+        log, began = self._logs[path], time.monotonic()
+        self.upload(path, bytes(log.content))
+        log.written(time.monotonic() - began)
+
+    def _settle(self, path: str) -> None:
+        """Write lines of this file that were held back, before it is read."""
+        log = self._logs.get(path)
+        if log and log.pending:
+            with self._refusals(path, len(log.content)):
+                self._write_log(path)
 
     def truncate_lines(self, path: str, keep: Callable[[str], bool]) -> int:
         """Drop an incomplete last line, and all lines that `keep` refuses; return their number.
@@ -269,6 +344,8 @@ class Store:
             ResourceError: the disk or store refused; nothing is lost.
         """
         source, target = self._full(old), self._full(new)
+        self.flush()
+        self._logs.clear()
         with self._refusals(new, 0):
             self._move(source, target)
 
@@ -297,6 +374,8 @@ class Store:
         """Call `act` with full paths, and return the error with which it failed."""
         try:
             with self._system_errors():
+                if self.guard:
+                    self.guard()
                 act(*map(self._full, paths))
         except OSError as error:
             return None if missing_ok and isinstance(error, FileNotFoundError) else error
@@ -391,6 +470,8 @@ class Store:
     def _refusals(self, path: str, needed: int) -> Iterator[None]:
         try:
             with self._system_errors():
+                if self.guard:
+                    self.guard()
                 yield
         except OSError as error:
             raise self.refusal(path, needed, error) from error
@@ -408,18 +489,16 @@ class Store:
 def _move_tree(fs: Any, old: str, new: str) -> None:
     """Move a file or directory of a store; an interrupted move copies all files again.
 
-    Works file by file where `mv` would take a name for a pattern, or put `old` into `new`.
+    Works file by file where `mv` would take a name for a pattern, or put `old` into `new`, and
+    could not be repeated after an error.
     """
     fs.invalidate_cache()
-    if not set("*?[") & {*old, *new} and not fs.exists(new):
-        fs.makedirs(new.rpartition("/")[0], exist_ok=True)
-        fs.mv(old, new, recursive=True)
-        return
     for path in fs.find(old):
         target = new + str(path)[len(old) :]
         fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         fs.cp_file(path, target)
-    _remove_tree(fs, old)
+    with contextlib.suppress(FileNotFoundError):  # an attempt that seemed to fail
+        _remove_tree(fs, old)
 
 
 def _remove_tree(fs: Any, path: str) -> None:
@@ -443,7 +522,7 @@ def _as_oserror() -> Iterator[None]:
     """Turn the exceptions of remote stores, which can be of any kind, into OSError."""
     try:
         yield
-    except (OSError, ResourceError):
+    except (OSError, E2EDiffError):
         raise
     except Exception as error:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
@@ -468,6 +547,12 @@ def _replacing(full: str) -> Iterator[int]:
             os.unlink(temporary)
         raise
     _sync_dir(folder)
+
+
+def _pieces_of(path: str) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            yield piece
 
 
 def _write_all(file: int, data: bytes | memoryview) -> None:

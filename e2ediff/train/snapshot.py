@@ -108,7 +108,7 @@ def _names(parts: Assembly) -> dict[nn.Parameter, str]:
 
 def snapshots(store: Store) -> Store:
     """Return the store of a run's snapshots."""
-    return Store(store.where("post_hoc"))
+    return store.inside("post_hoc")
 
 
 def take_snapshot(
