@@ -133,8 +133,7 @@ def _start(group: Group, job: Job, threads: int | None, share: int) -> _Active:
     for change in job.overrides:
         command += ["--set", change]
     command += ["--out", group.run(job.place), "--threads", str(threads or "auto")]
-    if group.store.exists(f"runs/{job.place}/run.json"):
-        command.append("--resume")
+    command.append("--resume=auto")
     log = group.log(job.place)
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads or share)}

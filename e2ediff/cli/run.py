@@ -7,8 +7,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -19,7 +19,28 @@ if TYPE_CHECKING:
     from e2ediff.train.session import Outcome
 
 
-@click.command("run")
+class _Run(click.Command):
+    """A command whose `--resume` may be followed by a mode, by a run, or by nothing."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(context, _joined(args))
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Join `--resume` with its mode; without one it means `must`.
+
+    click would take whatever follows an option with an optional value for its value.
+    """
+    joined = list(words)
+    options = joined[: joined.index("--")] if "--" in joined else joined
+    while "--resume" in options:
+        at = options.index("--resume")
+        mode = joined.pop(at + 1) if joined[at + 1 : at + 2] in (["auto"], ["must"]) else "must"
+        joined[at] = options[at] = f"--resume={mode}"
+    return joined
+
+
+@click.command("run", cls=_Run)
 @click.argument("recipe", required=False, metavar="RECIPE|RUN")
 @options.overrides(
     "Change one value of the recipe: --set objective=coupled --set optimizer.lr=1e-3."
@@ -28,7 +49,10 @@ if TYPE_CHECKING:
     "--out", metavar="DIR", help="The run's directory or URL. Default: runs/<recipe's name>."
 )
 @click.option(
-    "--resume", is_flag=True, help="Continue RUN, or the run of RECIPE in --out, or its newest."
+    "--resume",
+    type=click.Choice(["must", "auto"]),
+    help="Continue RUN, or the run of RECIPE in --out, or its newest. Without a word: must; auto "
+    "begins it where there is none.",
 )
 @click.option(
     "--restart",
@@ -54,7 +78,7 @@ def command(
     recipe: str | None,
     overrides: tuple[str, ...],
     out: str | None,
-    resume: bool,
+    resume: Literal["must", "auto"] | None,
     restart: bool,
     threads: str,
     nproc: str,
@@ -66,6 +90,7 @@ def command(
     The run's directory is printed at the end, on stdout.
     Ctrl-C saves and stops; `e2ediff run --resume RUN` continues by the run's own recipe, with
     what --set changes, and `e2ediff run --restart RUN` starts it over.
+    A job script that is run again and again gives RECIPE, --out and `--resume auto`.
     Under `torchrun -m e2ediff run RECIPE` each process joins the others by itself.
     """
     from e2ediff.distributed.openmp import all_threads, prepare_threads
@@ -81,7 +106,7 @@ def command(
     # First of all, because the imports below take seconds.
     with _leaving(quiet=quiet), Stop(at_once=True, quiet=quiet) as stop:
         number = prepare_threads(threads)
-        read, place = _places(context, recipe, out, again=resume or restart)
+        read, place = _places(context, recipe, out, again=bool(resume) or restart)
         count = _count(nproc)
         if count * nnodes > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
             raise click.UsageError(
@@ -95,11 +120,12 @@ def command(
             words = ["run", *([recipe] if recipe else []), "--threads", threads]
             words += [word for change in overrides for word in ("--set", change)]
             words += ["--out", out] if out else []
-            words += ["--resume"] if resume else ["--restart"] if restart else []
+            words += [f"--resume={resume}"] if resume else ["--restart"] if restart else []
             return launch(words, count, nnodes, rdzv)
         return _train(
             read, overrides, place, stop,
-            resume=resume, restart=restart, choose_threads=number is None,
+            resume=resume == "must" or (resume or False), restart=restart,
+            choose_threads=number is None,
         )  # fmt: skip
 
 
@@ -184,7 +210,7 @@ def _train(
     out: str | None,
     stop: Stop,
     *,
-    resume: bool,
+    resume: bool | Literal["auto"],
     restart: bool,
     choose_threads: bool,
 ) -> int:

@@ -134,7 +134,8 @@ def checkpoint_name(images: int) -> str:
 def checkpoint_at(store: Store, images: int) -> str:
     """Return the name of the checkpoint after this many training images, even if there is none."""
     name = checkpoint_name(images)
-    saved = [found for found in list_checkpoints(store) if found.partition("-r")[0] == name]
+    finished = list_checkpoints(store, finished=True)
+    saved = [found for found in finished if found.partition("-r")[0] == name]
     return saved[-1] if saved else name
 
 
@@ -160,13 +161,14 @@ def open_checkpoint(
             return open_one(store, name, verify)
         except CheckpointError as error:
             raise CheckpointError(f"{error} {_way_out(store, name, use)}") from error
-    problems = []
+    problems, finished = [], list_checkpoints(store, finished=True)
     for candidate in reversed(list_checkpoints(store)):
         try:
             return open_one(store, candidate, verify)
         except CheckpointError as error:
-            problems.append(str(error))
             warn(f"skipped {error}")
+            if candidate in finished:
+                problems.append(str(error))
     if not problems:
         raise CheckpointError(f"{store.where(FOLDER)}: there is no checkpoint yet.")
     raise CheckpointError(
@@ -182,7 +184,7 @@ def drop_after(store: Store, images: int, warn: Callable[[str], None] = _warn) -
 
 
 def _way_out(store: Store, name: str, use: str) -> str:
-    names = [n for n in list_checkpoints(store) if n != name]
+    names = [n for n in list_checkpoints(store, finished=True) if n != name]
     older = [n for n in reversed(names) if n < name]
     for candidate in [*older, *(n for n in reversed(names) if n > name)]:
         if is_sound(store, candidate, verify=True):
@@ -227,7 +229,7 @@ def _prepare(
     if free is not None and free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     names = list_checkpoints(store)
-    older = [found for found in names if found < name]
+    older = [found for found in list_checkpoints(store, finished=True) if found < name]
     revisions = []
     for found in names:
         if found == name or found.startswith(f"{name}-r"):

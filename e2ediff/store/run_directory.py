@@ -123,6 +123,12 @@ class RunDirectory:
         return ours and RUN not in found and cls(store, addresses.plain(path))._is_vacant()
 
     @classmethod
+    def is_begun(cls, path: Address) -> bool:
+        """Return whether there is a run to continue, however far its beginning or restart came."""
+        store = Store(path)
+        return store.exists(RUN) or bool(numbers(store)) or cls.never_began(path)
+
+    @classmethod
     def open(cls, path: Address, *, silent: bool = False) -> RunDirectory:
         """Open the directory of an existing run, for reading; `lock` it before training on.
 

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Literal
 
 import attrs
 import torch
@@ -89,7 +90,7 @@ def train(
     overrides: Sequence[str] = (),
     out: Address | None = None,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     restart: bool = False,
     progress: Progress | None = None,
     world: World | None = None,
@@ -105,7 +106,8 @@ def train(
         overrides: Assignments, as for `--set`.
         out: The run's directory; by default `runs/<name>`, or with `resume` or `restart` the
             newest of that name.
-        resume: Continue the run in that directory.
+        resume: Continue the run in that directory; `auto` starts it where a recipe is given and
+            there is no run to continue.
         restart: Start again in that directory; its content moves to `attempts/`.
         progress: Where to show progress; by default stderr.
         world: The processes that train together; by default only this one. All of them call
@@ -132,11 +134,19 @@ def train(
         stop.defer()
     stop.write = progress.interject
     own = recipe_path is None
+    if own:
+        resume = bool(resume)
     recipe_path, as_given = _recipe_files(recipe_path, out)
 
     def resumed(name: str) -> Node | None:
-        """Return the data block of the run; refuse missing plugin files, whose parts it names."""
+        """Return the data block of the run; refuse missing plugin files, whose parts it names.
+
+        Decides `auto`, too: in the first process, because others may see the disk later.
+        """
+        nonlocal resume
         place = out or latest_run(name)
+        if resume == "auto":
+            resume = world.on_leader(lambda: place is not None and RunDirectory.is_begun(place))
         if not (place and is_run(place) and (resume or own)):
             return None
         directory = RunDirectory.open(place)
@@ -184,7 +194,7 @@ def train(
 
     def begin() -> list[JSON]:
         place = out or (latest_run(recipe.name) if resume or restart else None)
-        begun_before = resume and not (place and RunDirectory.never_began(place))
+        begun_before = bool(resume) and not (place and RunDirectory.never_began(place))
         if begun_before:
             directory, before = _continued(host, recipe, recipe_path, place, sources)
             locked.append(directory)
@@ -383,6 +393,8 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
         # It was verified when opened; its files are hashed again as they are read.
         engine.saver.restore(open_checkpoint(directory.store, name, verify=False))
         progress.say(f"resumed {directory.path} at step {engine.position.step}")
+        if engine.position.step >= (total := engine.recipe.total_steps):
+            progress.say(f"{directory.path}: all {total} steps are done; nothing is left to train")
     else:
         engine.saver.rewind(-1)
         progress.say(f"{directory.path} has no checkpoint yet, so it starts again")

@@ -7,6 +7,7 @@ write.
 from __future__ import annotations
 
 import builtins
+import itertools
 import json
 import os
 import re
@@ -16,13 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import e2ediff
 from tiny_recipe import tiny
 
-from e2ediff.errors import RunDirectoryError
+from e2ediff.errors import CheckpointError, RunDirectoryError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.sample.set_record import prepare
+from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint, save
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 
@@ -31,7 +34,7 @@ TEXT = tiny(steps="2", cadence="{log: 1, diagnose: 2, preview: 2, checkpoint: 1}
 
 
 @contextmanager
-def killed_at(number: int, moment: str) -> Iterator[list[int]]:
+def killed_at(number: int, moment: str) -> Iterator[None]:
     """Count file operations, and end this process at one of them, if it is reached."""
     count = [0]
 
@@ -44,10 +47,11 @@ def killed_at(number: int, moment: str) -> Iterator[list[int]]:
             if mine and moment == "middle" and name == "write":
                 act(given[0], bytes(given[1])[: len(given[1]) // 2])  # type: ignore[arg-type, call-overload]
                 os._exit(9)
-            found = act(*given, **options)
-            if mine and moment == "after":
-                os._exit(9)
-            return found
+            try:
+                return act(*given, **options)
+            finally:  # also after one that failed, as to make a folder that is there
+                if mine and moment == "after":
+                    os._exit(9)
 
         return wrapped
 
@@ -55,15 +59,13 @@ def killed_at(number: int, moment: str) -> Iterator[list[int]]:
         for name in OPERATIONS:
             patch.setattr(os, name, wrap(getattr(os, name), name))
         patch.setattr(builtins, "open", wrap(builtins.open, "open"))
-        yield count
+        yield
 
 
 def every_kill(act: Callable[[Path], object], place: Path) -> Iterator[tuple[str, Path]]:
     """A directory for each moment at which a fork that did `act` there was killed."""
-    with killed_at(0, "") as count:
-        act(place / "whole")
-    assert count[0] > 10
-    for number in range(1, count[0] + 1):
+    act(place / "whole")
+    for number in itertools.count(1):
         for moment in ("before", "middle", "after"):
             out = place / f"{number}-{moment}" / "run"
             out.parent.mkdir()
@@ -77,9 +79,13 @@ def every_kill(act: Callable[[Path], object], place: Path) -> Iterator[tuple[str
                 finally:
                     os._exit(code)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            assert code == 9 or (moment == "middle" and code == 0)
             if code == 9:
                 yield f"{number} {moment}", out
+            elif moment == "before":
+                assert (code, number > 10) == (0, True)  # it did all there is to do
+                return
+            else:
+                assert (code, moment) == (0, "middle")
 
 
 def state(out: Path) -> str:
@@ -157,6 +163,30 @@ def test_a_killed_beginning_on_an_object_store_is_taken_up(begin, tmp_path: Path
         done = e2ediff("run", tmp_path / "tiny.yaml", "--out", store.url, *words)
         assert (done.code, done.out) == (0, f"{store.url}\n"), done.err
         assert not store.exists("attempts")
+
+
+@pytest.mark.parametrize("kind", ["{}", "dir::file://{}"])
+def test_a_first_save_killed_at_any_file_operation_is_whole_or_absent(kind, tmp_path) -> None:
+    """What it left is no checkpoint to anyone, and the next save goes through."""
+
+    def first_save(out: Path) -> None:
+        save(Store(kind.format(out)), 8, 1, {"online": {"w": torch.ones(2)}}, {}, keep=1)
+
+    seen: dict[str, int] = {"whole": 0, "absent": 0}
+    for moment, out in every_kill(first_save, tmp_path):
+        if kind != "{}" and moment.endswith("middle"):
+            continue  # a store shows no half objects
+        store = Store(kind.format(out))
+        if not list_checkpoints(store, finished=True):
+            with pytest.raises(CheckpointError, match="there is no checkpoint yet"):
+                open_checkpoint(store, warn=lambda text: None)
+            seen["absent"] += 1
+            first_save(out)
+        else:
+            seen["whole"] += 1
+        assert open_checkpoint(store).images == 8, moment
+        assert list_checkpoints(store) == ["images-000000000008"], moment
+    assert min(seen.values()) > 3, seen
 
 
 @pytest.mark.parametrize("older", [False, True])
