@@ -1,5 +1,23 @@
-"""`python -m e2ediff`."""
+"""`python -m e2ediff`, and the script `e2ediff`."""
 
-from e2ediff.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+from e2ediff.distributed.signals import Stop, Stopped, write_now
+
+
+def main() -> None:
+    """Answer signals, then import and run the command line."""
+    try:
+        with Stop(at_once=True, when="", quiet=True):
+            from e2ediff.cli import main as command_line
+
+            command_line()
+    except Stopped as error:  # during that import
+        write_now(sys.stderr, f"{error.repeat(sys.argv[1:])}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ import attrs
 from e2ediff import addresses
 from e2ediff.ablate.group import RECIPE, Group
 from e2ediff.ablate.plan import Job
+from e2ediff.distributed.parent import LAUNCHER
 from e2ediff.distributed.signals import Stop
 from e2ediff.errors import E2EDiffError, RunDirectoryError
 from e2ediff.store.run_directory import RunDirectory
@@ -79,7 +80,7 @@ def train_all(
             while pending and len(active) < at_once and not stop.asked:
                 holder = _holder(group, pending[0])
                 if holder:
-                    # An ablation that was killed leaves its processes training.
+                    # The runs of an ablation that was killed are still saving.
                     if holder not in waiting:
                         waiting.add(holder)
                         progress.say(f"waiting: {holder}")
@@ -136,7 +137,10 @@ def _start(group: Group, job: Job, threads: int | None, share: int) -> _Active:
     command.append("--resume=auto")
     log = group.log(job.place)
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads or share)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads or share),
+        LAUNCHER: str(os.getpid()),  # if this process is killed, the run saves and ends
+    }
     with log.open("ab") as file:
         process = subprocess.Popen(  # noqa: S603 - our own command
             command,

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import click
 
 from e2ediff import __version__
+from e2ediff.distributed.parent import follow_launcher
+from e2ediff.distributed.signals import Stop, Stopped, exit_code_of
 from e2ediff.errors import E2EDiffError, PluginError
 
 # Command, its module below this package, and its line in the overview.
@@ -170,25 +172,36 @@ def print_error(error: E2EDiffError) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake gives one message and an exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # First of all, because the imports of a command take seconds.
+    with Stop(at_once=True, when="", quiet=True):
+        follow_launcher()
+        sys.exit(_exit_code(words))
+
+
+def _exit_code(words: list[str]) -> int:
+    """Run a command, and return the exit code; print what went wrong."""
     # Images have a limit of their own (`e2ediff.files.images`), whose message names the file.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
-        code = group.main(arguments, prog_name="e2ediff", standalone_mode=False)
+        code = group.main(words, prog_name="e2ediff", standalone_mode=False)
     except E2EDiffError as error:
         print_error(error)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ or error  # click turns every KeyboardInterrupt into an Abort
+        if isinstance(cause, Stopped):
+            cause.repeat(words)
         click.echo(str(cause) or "interrupted", err=True)
-        sys.exit(getattr(cause, "exit_code", 130))
+        return exit_code_of(cause) if isinstance(cause, KeyboardInterrupt) else 130
     except Exception:
         from e2ediff.host.discovery import broken_distribution
 
         if not (why := broken_distribution()):
             raise
         click.echo(f"error: {why}", err=True)
-        sys.exit(PluginError.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
+        return PluginError.exit_code
+    return code if isinstance(code, int) else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
 from e2ediff.cli import options
@@ -130,7 +132,8 @@ def command(
         if one.exit_code not in (0, *STOPPED):
             click.echo(f"failed: {one.job.place}: {one.error}", err=True)
     if code in STOPPED:
-        click.echo(f"{group.path}: interrupted; saved, continue with --resume", err=True)
+        again = shlex.join([*plan.command(), "--out", group.path, "--resume"])
+        click.echo(f"{group.path}: interrupted; saved\ncontinue with: {again}", err=True)
     click.echo(f"report: {written.html}", err=True)
     click.echo(group.path)
     return code

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from e2ediff.cli import options
+from e2ediff.distributed.signals import keeping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out", metavar="DIR", help="Where to write. Default: RUN/samples, or RUN/reconstructions."
 )
+@keeping("reconstructions that were written stay, and the same command makes all of them again")
 def command(
     ref: ModelRef,
     images: tuple[str, ...],

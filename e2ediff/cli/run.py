@@ -223,7 +223,7 @@ def _train(
     from e2ediff.host.plugins import load
     from e2ediff.train.session import train
 
-    with stop.suspended():
+    with stop.by_thread():  # it may wait for minutes
         world = World.join()
     try:
         outcome = train(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from e2ediff.cli import options
+from e2ediff.distributed.signals import keeping
 
 if TYPE_CHECKING:
     from e2ediff.sample.conditions import SetLaw
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 @options.processes("Processes that compute, on all GPUs in turn.")
 @options.model
 @options.threads
+@keeping("the stored images are kept, and the same command makes the others")
 def command(
     ref: ModelRef,
     names: tuple[str, ...],
@@ -140,20 +142,15 @@ def command(
         out=out or "",
         batch=batch,
     )
-    try:
-        with Progress() as progress:
-            place = make_set(
-                request,
-                host,
-                processes=processes,
-                threads=threads,
-                choose_threads=threads is None,
-                overwrite=overwrite,
-                say=progress.say,
-                update=progress.update,
-            )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "interrupted; the stored images are kept, and the same command makes the others"
-        ) from None
+    with Progress() as progress:
+        place = make_set(
+            request,
+            host,
+            processes=processes,
+            threads=threads,
+            choose_threads=threads is None,
+            overwrite=overwrite,
+            say=progress.say,
+            update=progress.update,
+        )
     click.echo(place)

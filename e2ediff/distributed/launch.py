@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from e2ediff.distributed.parent import LAUNCHER
 from e2ediff.distributed.signals import BEFORE, Stopped
 from e2ediff.errors import ResourceError
 
@@ -63,7 +64,7 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
     )
     with tempfile.TemporaryDirectory(prefix="e2ediff-") as folder:
         ended = Path(folder, "code")
-        os.environ[ENDED] = str(ended)
+        os.environ |= {ENDED: str(ended), LAUNCHER: str(os.getpid())}
         failed: ChildFailedError | None = None
         stopped: int | None = None
         try:
@@ -76,7 +77,7 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
             what = str(error).partition("\n")[0]
             raise ResourceError(f"the processes could not be started: {what}") from error
         finally:
-            del os.environ[ENDED]
+            del os.environ[ENDED], os.environ[LAUNCHER]
         with contextlib.suppress(OSError, ValueError):
             return int(ended.read_text())
     if failed is None:

@@ -5,8 +5,7 @@ Shapes: B batch, C H W image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from e2ediff.data import Rounding, to_pixels
+from e2ediff.distributed.children import in_processes
 from e2ediff.distributed.threads import quiet, threads_for
 from e2ediff.evaluate.conventions import Resize
 from e2ediff.evaluate.images import ImageSet, Samples, images_at_once
@@ -110,37 +110,38 @@ def feature_pass(
         return {view: collector.features() for view, collector in found.items()}
     units = -(-count // images.unit)
     cuts = [min(count, i * units // processes * images.unit) for i in range(processes + 1)]
+    threads = max(1, torch.get_num_threads() // processes)
     parts = [
-        (attrs.evolve(work, device=_device(work.device, i)), images, views, (a, b))
+        (attrs.evolve(work, device=_device(work.device, i)), images, views, (a, b), threads)
         for i, (a, b) in enumerate(pairwise(cuts))
         if a < b
     ]
-    context = torch.multiprocessing.get_context("spawn")
-    threads = (max(1, torch.get_num_threads() // processes),)
-    with ProcessPoolExecutor(
-        processes, context, initializer=torch.set_num_threads, initargs=threads
-    ) as pool:
-        shares = []
-        for part, share in zip(parts, pool.map(_share, parts), strict=True):
-            shares.append(share)
+    shares, done = dict[int, dict[View, Collector]](), 0
+    with in_processes(
+        _share, parts, makes="scored images", advice="Give fewer --processes or a smaller --batch."
+    ) as found_shares:
+        for k, share in found_shares:
+            shares[k] = share
+            first_image, end = parts[k][3]
+            done += end - first_image
             if progress is not None:
-                progress(part[-1][1])
-    first = shares[0]
-    for other in shares[1:]:
+                progress(done)
+    first, *others = (share for _, share in sorted(shares.items()))
+    for other in others:
         for view, collector in first.items():
             collector.merge(other[view])
     return {view: collector.features() for view, collector in first.items()}
 
 
 def _share(
-    part: tuple[Pass, ImageSet, Sequence[View], tuple[int, int]],
-) -> dict[View, Collector]:
-    work, images, views, span = part
+    work: Pass, images: ImageSet, views: Sequence[View], span: tuple[int, int], threads: int
+) -> Iterator[dict[View, Collector]]:
+    torch.set_num_threads(threads)
     if work.device.startswith("cuda"):
         torch.cuda.set_device(work.device)  # a model loaded in this process is moved there, too
     device, fixed = torch.device(work.device), not work.choose_threads
     with threads_for(work.attempt(images), quiet, device, fixed=fixed) as finished:
-        return work.collect(images, views, span, finished)
+        yield work.collect(images, views, span, finished)
 
 
 def _device(device: str, i: int) -> str:

@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple, TypeVar
 
@@ -23,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from e2ediff.condition import ClassLabels, Condition, ConditionSpec
 from e2ediff.data import Batch, DataSource, Sampling, from_pixels
-from e2ediff.distributed.signals import SIGNALS
+from e2ediff.distributed.parent import follow, leave_signals_to_parent
+from e2ediff.distributed.signals import blocked
 from e2ediff.errors import DataError, ResourceError
 from e2ediff.loading.bad_images import Skipped, newly_skipped
 from e2ediff.loading.order import Order
@@ -236,17 +238,16 @@ def read(
         batch_size=None,
         num_workers=min(workers, cores, len(indices)),
         pin_memory=pin_memory,
-        worker_init_fn=_quiet,
+        worker_init_fn=partial(
+            _begin, os.getpid(), threading.current_thread() is threading.main_thread()
+        ),
         # Drawing the workers' seed would advance the global generator.
         generator=torch.Generator(),
     )
     try:
-        # A Ctrl-C that reaches a worker before `_quiet` would end the worker, and the run with it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
+        # A Ctrl-C that reaches a worker before `_begin` would end the worker, and the run with it.
+        with blocked():
             reading = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield from reading
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
@@ -254,12 +255,11 @@ def read(
         raise _lost(_cause(started) or str(error), option) from error
 
 
-def _quiet(worker: int) -> None:
-    """Use one thread in a worker, and leave signals to the main process."""
+def _begin(parent: int, by_kernel: bool, worker: int) -> None:
+    """Use one thread in a worker, leave signals to the main process, and end with it."""
     torch.set_num_threads(1)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    leave_signals_to_parent()
+    follow(parent, by_kernel=by_kernel)
 
 
 def _cause(workers: Iterable[BaseProcess]) -> str:

@@ -19,7 +19,7 @@ from e2ediff.sample.set_record import (
     own_place,
     prepare,
 )
-from e2ediff.sample.workers import in_processes, make_blocks
+from e2ediff.sample.workers import make_blocks, make_in_processes
 from e2ediff.train.progress import duration
 
 
@@ -70,7 +70,7 @@ def make_set(
     began, since, cost = time.monotonic(), time.time(), SampleCost()
     workers: AbstractContextManager[Iterator[SampleCost]]
     if processes > 1 and len(blocks) > 1:
-        workers = in_processes(
+        workers = make_in_processes(
             request, blocks, min(processes, len(blocks)), threads, choose=choose_threads
         )
         taken = None if choose_threads else threads

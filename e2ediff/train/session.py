@@ -239,15 +239,12 @@ def train(
             set_status = engine.set_status if engine else directory.set_status
             set_status(_STATES.get(code, "failed"), code, reason)
             if isinstance(error, Stopped):
-                error.args = (f"{directory.path}: {error}\n{_continuing(directory)}",)
+                error.args = (f"{directory.path}: {error}",)
+                error.command = continue_command(directory.path)
             if error is caught:
                 raise
             raise error from caught
         return _end(directory, engine, stop)
-
-
-def _continuing(directory: RunDirectory) -> str:
-    return f"continue with: {continue_command(directory.path)}"
 
 
 def _recipe_files(recipe_path: Address | None, out: Address | None) -> tuple[str, str]:

@@ -57,7 +57,7 @@ ROOMS = {
 # Plugins of this repository that are rooms of their own: each is released with the core, and
 # requires its very version, since it may import rooms like `cli` does.
 TOOLS = {
-    "e2ediff-data": ("contracts files host store loading train",
+    "e2ediff-data": ("contracts files host store distributed loading train",
                      "torch attrs numpy PIL click"),
     "e2ediff-plan": ("contracts host store distributed model step monitor train",
                      "torch attrs click"),

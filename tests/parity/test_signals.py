@@ -306,7 +306,8 @@ def test_the_command_answers_and_ends_as_documented_before_it_trains(
         out, said = process.communicate(timeout=30)
     verb = "interrupted" if number == signal.SIGINT else "terminated"
     assert (process.returncode, out) == (code, "")
-    assert said == f"{NOTHING}\n\n{verb} before training began\n"
+    again = "continue with: e2ediff run tiny.yaml --out run"
+    assert said == f"{NOTHING}\n\n{verb} before training began\n{again}\n"
     assert not (tmp_path / "run").exists()
 
 

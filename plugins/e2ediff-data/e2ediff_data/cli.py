@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from e2ediff.distributed.signals import keeping
+
 if TYPE_CHECKING:
     from e2ediff.data import Size
 
@@ -55,6 +57,7 @@ def command() -> None:
 @click.option("--held-out", is_flag=True, help="The held-out images instead of the training ones.")
 @_WORKERS
 @_OVERRIDES
+@keeping("the finished shards are kept, and the same command makes the others")
 def prepare_command(
     src: str,
     dst: str,
@@ -109,19 +112,14 @@ def prepare_command(
         skip=config.on_bad_image == "skip",
     )
     with Progress() as progress:
-        try:
-            done = prepare(
-                source,
-                settings,
-                dst,
-                workers=workers,
-                progress=progress.update,
-                class_names=image.class_names,
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                "interrupted; the finished shards are kept, and the same command makes the others"
-            ) from None
+        done = prepare(
+            source,
+            settings,
+            dst,
+            workers=workers,
+            progress=progress.update,
+            class_names=image.class_names,
+        )
         for place, what in done.left_out:
             progress.say(f"left out {place}: {what}")
     kept = f", {done.kept} of them made before" if done.kept else ""

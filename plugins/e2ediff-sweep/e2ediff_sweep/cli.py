@@ -7,6 +7,8 @@ import shlex
 
 import click
 
+from e2ediff.distributed.signals import keeping
+
 
 @click.command("sweep")
 @click.argument("run")
@@ -57,6 +59,7 @@ import click
 )
 @click.option("--out", metavar="DIR", help="Default: RUN/sweep.")
 @click.pass_context
+@keeping("the scores so far are kept, and the same command measures the others")
 def command(
     context: click.Context,
     run: str,
@@ -149,15 +152,10 @@ def command(
         )
         fixed = number is not None or processes > 1
         on = choose_device(device)
-        try:
-            with threads_for(search.attempt, progress.say, on, fixed=fixed) as finished:
-                for scored_so_far, _ in enumerate(scored, 1):
-                    store.write("sweep.csv", as_csv(ranked([*search.found.values()])).encode())
-                    finished(scored_so_far)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                "interrupted; the scores so far are kept, and the same command measures the others"
-            ) from None
+        with threads_for(search.attempt, progress.say, on, fixed=fixed) as finished:
+            for scored_so_far, _ in enumerate(scored, 1):
+                store.write("sweep.csv", as_csv(ranked([*search.found.values()])).encode())
+                finished(scored_so_far)
     rows = ranked([*search.found.values()])
     for line in lines(rows):
         click.echo(line)
