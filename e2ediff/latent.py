@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, D channels.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -136,9 +137,18 @@ class LatentContract:
             KeyError, TypeError, ValueError: It is no contract.
         """
         known = {field.name: body[field.name] for field in attrs.fields(cls)}
-        grid = known.pop("grid")
-        rows = tuple(map(int, grid)) if isinstance(grid, list | tuple) else None
-        return cls(**known, grid=rows)  # type: ignore[arg-type]
+        grid, scale = known.pop("grid"), known["scale"]
+        sides = grid if isinstance(grid, list | tuple) else ()
+        numbers = (known["tokens"], known["dim"], *sides)
+        if any(type(number) is not int or number < 1 for number in numbers):
+            raise ValueError(f"tokens, dim and grid are {numbers}, expected whole numbers above 0")
+        if len(sides) not in (0, 2) or (grid is not None and not sides):
+            raise ValueError(f"grid is {grid!r}, expected two numbers or null")
+        if not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+            raise ValueError(f"scale is {scale!r}, expected a finite number from 0 on")
+        if not all(isinstance(known[name], str) for name in ("norm", "statistics", "time")):
+            raise TypeError("norm, statistics and time are not all text")
+        return cls(**known, grid=tuple(sides) or None)  # type: ignore[arg-type]
 
     def as_json(self) -> dict[str, object]:
         """Return the contract as JSON, which `read` accepts."""

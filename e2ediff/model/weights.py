@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import attrs
-from torch import nn
+from torch import Tensor, nn
 
 from e2ediff.backbone import Backbone
 from e2ediff.distributed.tensors import split_as
@@ -16,7 +16,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
 
     Raises:
         LatentError: The latents of the file differ from the module's.
-        CheckpointError: Names or shapes differ.
+        CheckpointError: Names, shapes or types differ.
     """
     if isinstance(module, Backbone) and (theirs := checkpoint.latent(name)):
         expected = attrs.evolve(module.contract(theirs.scale), statistics=theirs.statistics)
@@ -25,6 +25,13 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
     tensors = {
         k: split_as(v, own[k]) if k in own else v for k, v in checkpoint.tensors(name).items()
     }
+    for k, v in tensors.items():
+        if k in own and v.dtype != own[k].dtype:
+            raise CheckpointError(
+                f"{checkpoint.path}: weights '{name}' do not fit the network of the recipe: {k} "
+                f"is {_type(v)}, expected {_type(own[k])}. Restore it from a copy, or use another "
+                "checkpoint."
+            )
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -32,3 +39,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: weights '{name}' do not fit the network of the recipe: {first}"
         ) from error
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -6,7 +6,8 @@ alarms can be replayed from its `metrics.jsonl`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -15,6 +16,7 @@ from e2ediff.diagnostic import Diagnostic
 from e2ediff.figure import Figure, find
 from e2ediff.host.recipe import Alarm, Recipe
 from e2ediff.monitor.isolation import declared
+from e2ediff.store.manifest import block, count
 from e2ediff.store.storage import JSON
 
 
@@ -124,7 +126,7 @@ class CollapseDetector:
         found = []
         for name, value in figures.items():
             figure = find(name, self.figures)
-            if figure is not None and figure.alarm:
+            if figure is not None and figure.alarm and math.isfinite(value):
                 share = {"fall": self.alarm.fall, "shrink": self.alarm.shrink}[figure.alarm]
                 best = self.best[name] = max(self.best.get(name, value), value)
                 if value < share * best:
@@ -179,7 +181,41 @@ class CollapseDetector:
         state = attrs.asdict(self, filter=attrs.filters.exclude("alarm", "figures"))
         return dict(state)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
-        for name, value in state.items():
-            setattr(self, name, dict(value) if isinstance(value, dict) else value)
+    def restore(self, state: object) -> None:
+        """Restore what `state` returned; what it does not have stays as it is.
+
+        Raises:
+            TypeError, ValueError: It is nothing that `state` returns.
+        """
+        for name, value in block(state, dict, "it").items():
+            if name not in _READERS:
+                raise ValueError(f"{str(name)[:40]!r} is unknown, expected {', '.join(_READERS)}")
+            setattr(self, name, _READERS[name](value, name))
+
+
+def _best(value: object, what: str) -> dict[str, float]:
+    found = block(value, dict, what)
+    if not all(type(number) in (int, float) for number in found.values()):
+        raise TypeError(f"{what} is not all numbers")
+    return dict(found)
+
+
+def _flag(value: object, what: str) -> bool:
+    return block(value, bool, what)
+
+
+def _count_or_none(value: object, what: str) -> int | None:
+    return None if value is None else count(value, what)
+
+
+_READERS: Mapping[str, Callable[[object, str], Any]] = {
+    "streak": count,
+    "on": _flag,
+    "since": _count_or_none,
+    "best": _best,
+    "mute": _flag,
+    "still": _flag,
+    "attempt": count,
+    "anchor": _count_or_none,
+}
+"""By part of a detector's state, what reads it from a checkpoint."""

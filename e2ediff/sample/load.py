@@ -177,7 +177,7 @@ def _open(
 def _collapse(recipe: Recipe, checkpoint: Checkpoint) -> str:
     """Describe since when the latents were collapsed at a checkpoint; "" if they were not."""
     detector = CollapseDetector(recipe.alarm)
-    detector.restore(checkpoint.state.get("alarm", {}))
+    checkpoint.read("alarm", detector.restore)
     return detector.collapsed
 
 

@@ -177,7 +177,8 @@ def _sums(net: Backbone, chosen: Sequence[tuple[TrackedAverage, float]]) -> Mapp
     for source, share in chosen:
         tensors = source.checkpoint.tensors(source.file)
         for name, total in sums.items():
-            if name not in tensors or tensors[name].shape != total.shape:
+            known = name in tensors and tensors[name].dtype in (torch.float32, torch.float16)
+            if not known or tensors[name].shape != total.shape:
                 raise CheckpointError(
                     f"{source.checkpoint.path}: weights '{source.file}' do not fit the network of "
                     f"the recipe: {name}"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import attrs
 import safetensors
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load as decode
 from torch import Tensor
 
-from e2ediff.errors import CheckpointError
+from e2ediff.errors import CheckpointError, DivergedError
 from e2ediff.latent import LatentContract
 from e2ediff.store.migration import FORMAT_VERSION, Body, migrate
 from e2ediff.store.storage import JSON, Store
@@ -33,6 +34,65 @@ _READS = 3  # of a file from a store, which may return other bytes once than it 
 
 NAME = re.compile(r"(?:abandoned-)?images-(\d{12,18})(?:-r(\d{1,6}))?")
 """Names of checkpoints: the number of images, and the save of that number if not the first."""
+
+MOST = 10**18
+"""No count of a checkpoint is as large: those of its name have 18 digits at most."""
+
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+T = TypeVar("T")
+
+
+def count(value: object, what: str, most: int = MOST) -> int:
+    """Return a whole number from 0 to `most`, read from a file.
+
+    Raises:
+        ValueError: It is anything else, also True or 3.0.
+    """
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{what} is {_short(value)}, expected a whole number from 0 to {most:,}")
+    return value
+
+
+def block(value: object, kind: type[T], what: str) -> T:
+    """Return a value read from a file, if it is of this kind.
+
+    Raises:
+        TypeError: It is of another one.
+    """
+    if type(value) is not kind:
+        raise TypeError(f"{what} is {_short(value)}, expected {_KINDS[kind]}")
+    return value
+
+
+_KINDS: Mapping[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+}
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def finite_json(text: bytes | str) -> Any:
+    """Parse JSON whose numbers are finite.
+
+    Raises:
+        ValueError: It is no JSON, or has NaN, Infinity, or a number too large for a float.
+        RecursionError: It is nested too deep.
+    """
+    return json.loads(text, parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 @attrs.frozen
@@ -60,7 +120,7 @@ class Checkpoint:
             return None
         try:
             return LatentContract.read(body)
-        except (LookupError, TypeError, ValueError) as error:
+        except _UNREADABLE as error:
             what = f"{MANIFEST}: the latents of {file!r} are not described ({error!r})"
             raise _damaged(self._store, self.name, what) from error
 
@@ -79,14 +139,61 @@ class Checkpoint:
             tensors = {name: t.to(device) for name, t in decode(data).items()}
             for alias, name in self._manifest.aliases.get(file, {}).items():
                 tensors[alias] = tensors[name]
-        except (safetensors.SafetensorError, ValueError, TypeError, LookupError) as error:
+        except (safetensors.SafetensorError, *_UNREADABLE, RuntimeError) as error:
             raise _damaged(self._store, self.name, f"{file}.safetensors: {error}") from error
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                what = f"{file}.safetensors: {name} holds nan or inf"
+                raise _damaged(self._store, self.name, what)
         renamed = self._body.names.get(file, {})
         return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
     def sha256(self, file: str) -> str:
         """Return the hash of one file's content, which `tensors` verifies."""
         return self._manifest.files[f"{file}.safetensors"][1]
+
+    def read(self, name: str, reader: Callable[[Any], T]) -> T:
+        """Pass a block of the state to its reader; an empty one if it was not saved.
+
+        Raises:
+            CheckpointError: The reader refuses it, by a ValueError for example.
+        """
+        try:
+            return reader(self.state.get(name, {}))
+        except _UNREADABLE as error:
+            what = f"{STATE}: {name}: {_words(error)}"
+            raise _damaged(self._store, self.name, what) from error
+
+    def damaged(self, what: str) -> CheckpointError:
+        """Return the error that says what is wrong with this checkpoint."""
+        return _damaged(self._store, self.name, what)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor of any type holds neither nan nor inf."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    # float8 has no isfinite of its own.
+    exact = tensor.float() if tensor.element_size() == 1 else tensor
+    return bool(torch.isfinite(exact).all())
+
+
+_UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What readers of JSON by strangers raise."""
+
+
+_BLOCKS: Mapping[str, type] = {
+    **dict.fromkeys(("alarm", "averages", "optimizers", "choices"), dict),
+    "data": list,
+}
+"""What `state.json` of a run has, if it has it; their readers check what is inside."""
+
+
+def _words(error: Exception) -> str:
+    """Return what an error says, with its kind where the text alone says little."""
+    if type(error) is KeyError:
+        return f"has no {error}"
+    return str(error) if isinstance(error, ValueError | TypeError) else repr(error)
 
 
 @attrs.frozen
@@ -112,15 +219,16 @@ def open_one(store: Store, name: str, verify: bool) -> Checkpoint:
         if verify and file != STATE:
             _content(store, name, manifest, file, keep=False)
     try:
-        state = json.loads(_content(store, name, manifest, STATE))
+        state = finite_json(_content(store, name, manifest, STATE))
     except (ValueError, RecursionError) as error:
         raise _damaged(store, name, f"{STATE}: {error}") from error
-    if not isinstance(state, dict):
-        raise _damaged(store, name, f"{STATE} holds no object")
     try:
-        body = migrate(Body(state, manifest.latent), manifest.version)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"it cannot be read as format {manifest.version} ({error!r})"
+        body = migrate(Body(block(state, dict, "it"), manifest.latent), manifest.version)
+        for found, kind in _BLOCKS.items():
+            if found in body.state:
+                block(body.state[found], kind, found)
+    except _UNREADABLE as error:
+        what = f"{STATE} cannot be read as format {manifest.version} ({_words(error)})"
         raise _damaged(store, name, what) from error
     files = tuple(f.removesuffix(".safetensors") for f in manifest.files if f != STATE)
     where = store.where(f"{FOLDER}/{name}")
@@ -145,7 +253,16 @@ def sealed(body: Mapping[str, JSON]) -> bytes:
 
 
 def plain(value: object, where: str) -> JSON:
-    """Return the value if JSON preserves it; json.dumps would silently turn keys into text."""
+    """Return the value if JSON preserves it; json.dumps would silently turn keys into text.
+
+    Raises:
+        CheckpointError: It is something else.
+        DivergedError: A number is nan or inf, which is refused when it is read.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DivergedError(
+            f"{where} is {value}; this checkpoint was not written, the older ones are intact."
+        )
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -200,9 +317,9 @@ def _read_manifest(store: Store, name: str) -> Manifest:
 
 def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
     try:
-        body = json.loads(raw)
+        body = finite_json(raw)
         version = body["format_version"]
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise ValueError(f"format_version is {version!r}")
         if version > FORMAT_VERSION:
             raise CheckpointError(
@@ -213,24 +330,27 @@ def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
         # Compare the text, not only the hash, so that nothing in the file is left unchecked.
         if sealed(body) != raw:
             raise _damaged(store, name, f"{MANIFEST} does not match its own hash")
-        files = {str(f): (int(e["bytes"]), str(e["sha256"])) for f, e in body["files"].items()}
+        files = {f: _entry(f, e) for f, e in block(body["files"], dict, "files").items()}
         aliases = {str(file): dict(names) for file, names in body["aliases"].items()}
         latent = {str(file): dict(found) for file, found in body.get("latent", {}).items()}
-        counts = (int(body["images"]), int(body["step"]))
+        counts = (count(body["images"], "images"), count(body["step"], "step"))
         manifest = Manifest(version, *counts, files, aliases, latent)
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
-        raise _damaged(store, name, f"{MANIFEST} is unreadable ({error})") from error
+    except _UNREADABLE as error:
+        raise _damaged(store, name, f"{MANIFEST} is unreadable ({_words(error)})") from error
     match = NAME.fullmatch(name)
     if match and int(match[1]) != manifest.images:
         raise _damaged(store, name, f"its {MANIFEST} is of {manifest.images} images")
     return manifest
+
+
+def _entry(file: str, entry: Mapping[str, object]) -> tuple[int, str]:
+    """Return size and hash of a file as the manifest has them."""
+    if file != STATE and not _FILE.fullmatch(file):
+        raise ValueError(f"{_short(file)} is no name of a file of a checkpoint")
+    digest = block(entry["sha256"], str, f"sha256 of {file}")
+    if not _SHA256.fullmatch(digest):
+        raise ValueError(f"sha256 of {file} is {_short(digest)}")
+    return count(entry["bytes"], f"bytes of {file}"), digest
 
 
 def _content(store: Store, name: str, manifest: Manifest, file: str, keep: bool = True) -> bytes:

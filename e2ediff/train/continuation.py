@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
@@ -21,6 +22,7 @@ from e2ediff.host.structure import unstructure
 from e2ediff.host.yaml import Node, parse_yaml
 from e2ediff.loading.classes import known_labels, other_name
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
+from e2ediff.store.manifest import block, count
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import JSON
 
@@ -174,6 +176,16 @@ def _renamed(
     return [Problem("data", what, hint=hint)]
 
 
+def _noted(found: object) -> list[dict[str, Any]]:
+    """Read what `describe` returned; empty where it was not recorded."""
+    noted = [block(entry, dict, "an entry") for entry in found] if isinstance(found, list) else []
+    for entry in noted:
+        count(entry["images"], "images")
+        if entry["labels"] is not None:
+            block(entry["labels"], str, "labels")
+    return noted
+
+
 def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool) -> str:
     """Describe how images differ from those of the run's checkpoints; empty if they do not.
 
@@ -186,8 +198,8 @@ def _unlike(directory: RunDirectory, images: Sequence[DataSource], *, sure: bool
         found = open_checkpoint(directory.store, verify=False, warn=lambda text: None)
     except CheckpointError:
         return ""
-    noted = found.state.get("data")
-    if not isinstance(noted, list) or len(noted) != len(images):
+    noted = found.read("data", _noted)
+    if len(noted) != len(images):
         return "" if sure else f", and {found.name} does not record which images it was trained on"
     for kind, old, new in zip(("training", "held-out"), noted, describe(images), strict=True):
         assert isinstance(new, Mapping)

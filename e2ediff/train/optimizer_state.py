@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from e2ediff.distributed.tensors import is_split, split_as
 from e2ediff.errors import CheckpointError
+from e2ediff.optimizer import OptimizerConfig
 from e2ediff.store.manifest import plain
 from e2ediff.store.storage import JSON
 
@@ -59,14 +60,17 @@ def restore_optimizer(
     names: Mapping[nn.Parameter, str],
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    expected: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Restore what `flatten_optimizer` returned, bit for bit; on an error nothing changes.
 
     Unlike torch's `load_state_dict` nothing is cast to the parameter's dtype. Options that
     only choose kernels (`fused`, `foreach`, ...) stay those of this optimizer.
 
+    `expected` has what the optimizer usually keeps of a parameter, as `usual_state` returns it.
+
     Raises:
-        CheckpointError: parameters, groups or shapes are not those of this optimizer.
+        CheckpointError: parameters, groups, shapes or types are not those of this optimizer.
     """
     groups: list[dict[str, Any]] = []
     restored: dict[nn.Parameter, dict[str, Any]] = {}
@@ -83,17 +87,91 @@ def restore_optimizer(
             options: dict[str, Any] = {k: tensors[n].clone() for k, n in saved["tensors"].items()}
             for key, value in saved["values"].items():
                 if key not in _KERNELS:
-                    pair = isinstance(group.get(key), tuple)  # JSON has lists only
-                    options[key] = tuple(value) if pair else value
+                    options[key] = _like(group[key], value, key) if key in group else value
             groups.append(options)
             for p in group["params"]:
-                restored[p] = _state_of(p, names[p], group, tensors, state["states"][names[p]])
-    except (LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"optimizer: its saved state is incomplete: {error!r}.") from error
+                name = names[p]
+                usual = (expected or {}).get(name, {})
+                restored[p] = _state_of(p, name, group, tensors, state["states"][name], usual)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"optimizer: its saved state is not complete: {error!r}.") from error
     for group, options in zip(optimizer.param_groups, groups, strict=True):
         group.update(options)
     optimizer.state.clear()
     optimizer.state.update({p: values for p, values in restored.items() if values})
+
+
+def usual_state(
+    config: OptimizerConfig,
+    named: Sequence[tuple[str, nn.Parameter]],
+    names: Mapping[nn.Parameter, str],
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors that an optimizer keeps of each parameter, by the names of `names`.
+
+    Found by a step on small parameters of as many dimensions: shape and type are those of the real
+    state where the shape is the small parameter's, whose sides all differ.
+    Empty for an optimizer that cannot take such a step.
+    """
+    small = {
+        name: nn.Parameter(torch.zeros([*range(2, 2 + p.dim())], dtype=p.dtype))
+        for name, p in named
+    }
+    try:
+        optimizer = config.build([*small.items()])
+        for p in small.values():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        return {
+            names[p]: {
+                key: value
+                for key, value in optimizer.state[small[name]].items()
+                if isinstance(value, Tensor)
+            }
+            for name, p in named
+        }
+    except Exception:  # an optimizer of a plugin; its state is checked less closely then
+        return {}
+
+
+def _like(live: object, value: Any, key: str) -> Any:
+    """Return a group's saved option if it is of the kind that the optimizer has.
+
+    Raises:
+        TypeError: It is of another kind.
+    """
+    if isinstance(live, tuple) and isinstance(value, list):  # JSON has lists only
+        value = tuple(value)
+    number = (int, float)
+    same = type(value) in number if type(live) in number else type(value) is type(live)
+    if isinstance(live, tuple) and same:
+        same = len(value) == len(live) and all(map(_alike, live, value))
+    if not same and live is not None and value is not None:
+        raise TypeError(f"{key} is {value!r}, expected something like {live!r}")
+    return value
+
+
+def _alike(live: object, value: object) -> bool:
+    number = (int, float)
+    return type(value) is type(live) or (type(live) in number and type(value) in number)
+
+
+def _check(where: str, value: Tensor, p: nn.Parameter, usual: Tensor | None) -> None:
+    """Refuse a tensor of state that the optimizer cannot have written.
+
+    Raises:
+        ValueError: Its type or shape is another one, or its count of steps is no count.
+    """
+    if usual is not None:
+        shape = p.shape if usual.dim() and [*usual.shape] == [*range(2, 2 + p.dim())] else None
+        shape = torch.Size() if not usual.dim() else shape
+        if value.dtype != usual.dtype:
+            raise ValueError(f"{where} is {value.dtype}, expected {usual.dtype}")
+        if shape is not None and value.shape != shape:
+            raise ValueError(f"{where} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+    if where.endswith(".step") and not value.dim():
+        steps = float(value)
+        if steps < 0 or steps != int(steps):
+            raise ValueError(f"{where} is {steps:g}, expected a number of steps")
 
 
 def _state_of(
@@ -102,6 +180,7 @@ def _state_of(
     group: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     saved: Mapping[str, Any],
+    usual: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     if saved["shape"] != [*p.shape]:
         raise CheckpointError(
@@ -111,6 +190,7 @@ def _state_of(
     state: dict[str, Any] = dict(saved["values"])
     for key, where in saved["tensors"].items():
         value = tensors[where].detach()
+        _check(f"{name}.{key}", value, p, usual.get(key))
         host = key in saved["away"]
         if key == "step" and not value.dim():  # as in torch, whatever device it was saved on
             host = not (group.get("fused") or group.get("capturable"))

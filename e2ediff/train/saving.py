@@ -250,11 +250,16 @@ class Saver:
             CheckpointError: Its tensors do not fit the recipe.
         """
         at = self.recorder.position
-        put_back(self.parts, checkpoint, self.recorder.device)
+        if checkpoint.step * self.recipe.batch != checkpoint.images:
+            raise checkpoint.damaged(
+                f"step {checkpoint.step} in batches of {self.recipe.batch} makes "
+                f"{checkpoint.step * self.recipe.batch} images, and it counts {checkpoint.images}"
+            )
+        put_back(self.parts, checkpoint, self.recorder.device, self.recipe)
         at.step, at.images = checkpoint.step, checkpoint.images
         self.recorder.last_checkpoint = checkpoint.name
         self._begun_at = self._saved_at = checkpoint.images
-        self.detector.restore(checkpoint.state.get("alarm", {}))
+        checkpoint.read("alarm", self.detector.restore)
         self.rewind(at.images)
 
     def rewind(self, images: int) -> None:

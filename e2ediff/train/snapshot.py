@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from operator import itemgetter
 
 import attrs
 import torch
@@ -10,14 +12,15 @@ from torch import Tensor, nn
 
 from e2ediff.backbone import Backbone
 from e2ediff.distributed.tensors import whole
+from e2ediff.errors import CheckpointError
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import tracked
 from e2ediff.model.calibration import calibrate
 from e2ediff.model.weights import load_weights
 from e2ediff.step.assembly import Assembly
-from e2ediff.store.manifest import Checkpoint, plain
+from e2ediff.store.manifest import Checkpoint, count, plain
 from e2ediff.store.storage import JSON, Store
-from e2ediff.train.optimizer_state import flatten_optimizer, restore_optimizer
+from e2ediff.train.optimizer_state import flatten_optimizer, restore_optimizer, usual_state
 from e2ediff.train.staging import Staging
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -78,11 +81,13 @@ def _contract(net: Backbone, images: Tensor) -> dict[str, JSON]:
     return {key: plain(value, key) for key, value in net.contract(scale).as_json().items()}
 
 
-def put_back(parts: Assembly, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Load the weights, averages and optimizers of a checkpoint into an assembly.
+def put_back(
+    parts: Assembly, checkpoint: Checkpoint, device: torch.device, recipe: Recipe
+) -> None:
+    """Load the weights, averages and optimizers of a checkpoint into an assembly of the recipe.
 
     Raises:
-        CheckpointError: Its tensors do not fit the recipe.
+        CheckpointError: Its tensors do not fit the recipe, or a count is none.
     """
     nets = parts.nets
     modules: dict[str, nn.Module] = {"online": nets.online}
@@ -92,14 +97,22 @@ def put_back(parts: Assembly, checkpoint: Checkpoint, device: torch.device) -> N
     for name, module in modules.items():
         load_weights(module, checkpoint, name)
     for name, average in parts.averages.items():
-        average.updates = checkpoint.state["averages"][name]
-    for phase, optimizer in parts.optimizers.items():
-        restore_optimizer(
-            optimizer,
-            _names(parts),
-            checkpoint.tensors(f"optimizer-{phase}", device),
-            checkpoint.state["optimizers"][phase],
+        average.updates = checkpoint.read(
+            "averages", partial(_updates, name=name, most=checkpoint.step)
         )
+    for phase, optimizer in parts.optimizers.items():
+        names, config = _names(parts), recipe.optimizers.get(phase, recipe.optimizer)
+        expected = usual_state(config, parts.step.named_trained(phase), names)
+        tensors = checkpoint.tensors(f"optimizer-{phase}", device)
+        state = checkpoint.read("optimizers", itemgetter(phase))
+        try:
+            restore_optimizer(optimizer, names, tensors, state, expected)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def _updates(found: Mapping[str, object], name: str, most: int) -> int:
+    return count(found[name], name, most)
 
 
 def _names(parts: Assembly) -> dict[nn.Parameter, str]:
