@@ -44,6 +44,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 T = TypeVar("T")
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint was written in a format that only a later version of e2ediff reads."""
+
+
 def count(value: object, what: str, most: int = MOST) -> int:
     """Return a whole number from 0 to `most`, read from a file.
 
@@ -322,7 +326,7 @@ def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
         if type(version) is not int or version < 1:
             raise ValueError(f"format_version is {version!r}")
         if version > FORMAT_VERSION:
-            raise CheckpointError(
+            raise NewerFormatError(
                 f"{store.where(f'{FOLDER}/{name}')}: was written by a newer e2ediff (checkpoint "
                 f"format {version}, this one reads {FORMAT_VERSION}). Upgrade e2ediff."
             )

@@ -11,6 +11,7 @@ from e2ediff.errors import CheckpointError
 from e2ediff.host.recipe import Recipe
 from e2ediff.store.attempts import ATTEMPTS, later_files
 from e2ediff.store.manifest import FOLDER, NAME
+from e2ediff.store.quarantine import quarantined
 from e2ediff.store.run_directory import EVENTS, METRICS, STATUS, RunDirectory
 from e2ediff.store.storage import JSON
 
@@ -58,7 +59,9 @@ def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[st
     steps = [directory.former_status(), *directory.store.json_lines(METRICS)]
     step = max((s for line in steps if isinstance(s := line.get("step"), int)), default=0)
     later = later_files(directory.store, due * recipe.batch, due)
-    if name := newest_saved(directory):
+    if bad := sorted(quarantined(directory.store)):
+        why = f"{bad[-1]} was one, and did not verify"
+    elif name := newest_saved(directory):
         saved = any(e.get("kind") in (*SAVES, "rewound", "lost") for e in events)
         why = f"{EVENTS if saved else STATUS} says that {name} was saved"
     elif step > due or later:

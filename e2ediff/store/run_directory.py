@@ -31,6 +31,7 @@ from e2ediff.host.yaml import parse_yaml
 from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, next_place, numbers
 from e2ediff.store.earlier import earlier_figure
 from e2ediff.store.lock import LOCK, acquire
+from e2ediff.store.manifest import FOLDER
 from e2ediff.store.storage import JSON, Store
 
 State = Literal["running", "done", "interrupted", "preempted", "failed"]
@@ -167,6 +168,12 @@ class RunDirectory:
             return
         self.store.sweep("", _WRITTEN.__contains__)
         self.store.sweep("samples", lambda name: PICTURE.fullmatch(name) is not None)
+        for number in numbers(self.store):
+            self.store.sweep(f"{ATTEMPTS}/{number}", _WRITTEN.__contains__)
+        for folder in (FOLDER, f"post_hoc/{FOLDER}"):
+            for name in self.store.list(folder):
+                if name.startswith((".tmp-", ".trash-")):
+                    self.store.remove_dir(f"{folder}/{name}")
         for log in (METRICS, EVENTS):
             self.store.truncate_lines(log, keep=lambda line: True)
 

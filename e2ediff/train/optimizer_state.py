@@ -94,7 +94,9 @@ def restore_optimizer(
                 usual = (expected or {}).get(name, {})
                 restored[p] = _state_of(p, name, group, tensors, state["states"][name], usual)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"optimizer: its saved state is not complete: {error!r}.") from error
+        raise CheckpointError(
+            f"optimizer: its saved state is incomplete or damaged: {error}."
+        ) from error
     for group, options in zip(optimizer.param_groups, groups, strict=True):
         group.update(options)
     optimizer.state.clear()

@@ -42,8 +42,9 @@ from e2ediff.step.parallel import check_shares
 from e2ediff.store.attempts import ATTEMPTS
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.environment import describe_environment
-from e2ediff.store.manifest import Checkpoint
+from e2ediff.store.manifest import FOLDER, Checkpoint
 from e2ediff.store.plugin_files import copies, refuse_other_plugin_files
+from e2ediff.store.quarantine import put_aside
 from e2ediff.store.records import images_of, newest_saved, refuse_vanished
 from e2ediff.store.run_directory import (
     RECIPE,
@@ -383,12 +384,22 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
                 f"keeps this attempt in {ATTEMPTS}/."
             ) from error
         _keep_figures(directory, found, progress)
+        for bad, reason, kept in put_aside(directory.store, found.name, progress.say):
+            directory.event("quarantined", name=bad, reason=reason, kept=kept)
+            progress.say(f"{bad} is kept as {directory.store.where(FOLDER)}/{kept}")
         return found.name
 
     name = engine.world.on_leader(newest)
     if name:
         # It was verified when opened; its files are hashed again as they are read.
-        engine.saver.restore(open_checkpoint(directory.store, name, verify=False))
+        found = open_checkpoint(directory.store, name, verify=False)
+        try:
+            engine.saver.restore(found)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}\n  To continue from an older checkpoint, move {found.path} to another "
+                "place, or start again with --restart."
+            ) from error
         progress.say(f"resumed {directory.path} at step {engine.position.step}")
         if engine.position.step >= (total := engine.recipe.total_steps):
             progress.say(f"{directory.path}: all {total} steps are done; nothing is left to train")

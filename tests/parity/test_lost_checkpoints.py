@@ -17,6 +17,7 @@ import fsspec
 import pytest
 from command_line import Done, e2ediff
 from processes import together
+from resealing import edit_json
 from tiny_recipe import tiny
 
 from e2ediff import hookimpl
@@ -264,6 +265,47 @@ def test_going_on_from_an_earlier_checkpoint_is_said_and_keeps_the_later_figures
     assert (event["name"], event["to"]) == (LAST, "images-000000000016")
     assert "saved later" not in again("--resume").err
     assert os.listdir("run/attempts") == ["1"]
+
+
+def test_a_run_that_goes_on_puts_checkpoints_that_do_not_verify_aside(place) -> None:
+    """With all that they hold; nothing else does, and temporary files of a kill go."""
+    damage()
+    held = content(f"run/checkpoints/{LAST}")
+    for folder in (
+        "checkpoints/.tmp-images-000000000048-0123abcd",
+        "post_hoc/checkpoints/.trash-x",
+    ):
+        Path("run", folder).mkdir(parents=True)
+    assert e2ediff("sample", "run", "--count", 1).code == 0
+    assert Path("run/checkpoints", LAST).exists()
+    done = again("--resume")
+    assert done.code == 0, done.err
+    (kept,) = (p for p in Path("run/checkpoints").iterdir() if p.name.startswith("."))
+    assert kept.name.startswith(f".bad-{LAST}-")
+    assert content(kept) == held
+    assert f"{LAST} is kept as run/checkpoints/{kept.name}\n" in done.err
+    (event,) = [e for e in RunDirectory.open("run").read_events() if e["kind"] == "quarantined"]
+    assert (event["name"], event["kept"]) == (LAST, kept.name)
+    assert "online.safetensors has" in event["reason"]
+    assert not Store("run/post_hoc").list("checkpoints")[0].startswith(".")
+
+
+def test_a_quarantined_checkpoint_shows_that_there_was_one(place) -> None:
+    only()()
+    Path(f"run/checkpoints/.bad-{LAST}-0123abcd").mkdir(parents=True)
+    done = again("--resume")
+    assert done.code == 6
+    assert f".bad-{LAST}-0123abcd was one, and did not verify" in done.err
+
+
+def test_a_checkpoint_of_a_newer_format_is_left_as_it_is(place) -> None:
+    edit_json(Path("run/checkpoints", LAST), "MANIFEST.json", lambda b: b.update(format_version=9))
+    before = content(f"run/checkpoints/{LAST}")
+    done = again("--resume", "--set", "steps=5", "--set", "checkpoint.keep=9")
+    assert done.code == 0
+    assert f"skipped run/checkpoints/{LAST}: was written by a newer e2ediff" in done.err
+    assert not [name for name in os.listdir("run/checkpoints") if name.startswith(".bad")]
+    assert before in [content(p) for p in Path("run/checkpoints").iterdir()]
 
 
 def test_a_checkpoint_that_was_set_aside_by_a_return_was_not_lost(place, straight) -> None:
