@@ -31,6 +31,7 @@ _COMMANDS = {
     "ablate": ("ablate", "Train a grid of variations with several seeds, and report on it."),
     "report": ("report", "Write one HTML page on a run or an ablation."),
     "compare": ("compare", "Compare the final figures of runs, and their recipes."),
+    "ckpt": ("ckpt", "List, verify, prune, export and import checkpoints."),
     "parts": ("parts", "List the parts that a recipe can name, with their options."),
     "plugins": ("plugins", "List and inspect plugins."),
 }

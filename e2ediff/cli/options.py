@@ -11,11 +11,11 @@ import click
 _MODEL = ("run", "weights", "checkpoint", "device", "overrides", "rows", "precision")
 
 
-_weights = click.option(
+weights = click.option(
     "--weights",
     help="online, target, an average's name, or a width as ema:0.08. Default: for sampling.",
 )
-_checkpoint = click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
+checkpoint = click.option("--checkpoint", help="Name of a checkpoint. Default: the newest.")
 _device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 
 
@@ -74,6 +74,6 @@ def model(command: Callable[..., Any]) -> Callable[..., Any]:
         own = {name: given.pop(name) for name in _MODEL if name in given}
         return command(ref=ModelRef(**own), **given)
 
-    for option in (_device, _checkpoint, _weights):
+    for option in (_device, checkpoint, weights):
         option(with_reference)
     return with_reference

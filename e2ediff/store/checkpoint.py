@@ -180,7 +180,7 @@ def drop_after(store: Store, images: int, warn: Callable[[str], None] = _warn) -
     """Delete the checkpoints made after this many training images."""
     for name in list_checkpoints(store):
         if int(name.split("-")[1]) > images:
-            _discard(store, name, warn)
+            discard(store, name, warn)
 
 
 def _way_out(store: Store, name: str, use: str) -> str:
@@ -236,7 +236,7 @@ def _prepare(
             if store.exists(f"{FOLDER}/{found}/{MANIFEST}"):
                 revisions.append(int(found.partition("-r")[2] or 0))
             else:
-                _discard(store, found, warn)
+                discard(store, found, warn)
     final = f"{name}-r{max(revisions) + 1}" if revisions else name
     return final, older[-1] if older else None
 
@@ -287,7 +287,7 @@ def _supersede(store: Store, saved: str, name: str, warn: Callable[[str], None])
         return name
     for found in list_checkpoints(store):
         if found != saved and (found == name or found.startswith(f"{name}-r")):
-            _discard(store, found, warn)
+            discard(store, found, warn)
     if not store.local or store.rename_dir(f"{FOLDER}/{saved}", f"{FOLDER}/{name}"):
         return saved
     return name
@@ -314,7 +314,7 @@ def _retire(
     spared = None if spare is None else checkpoint_at(store, spare)
     for name in names[: names.index(kept[0])]:
         if name != spared:
-            _discard(store, name, warn)
+            discard(store, name, warn)
 
 
 def _abandoned(name: str, number: int) -> str:
@@ -322,7 +322,7 @@ def _abandoned(name: str, number: int) -> str:
     return f"abandoned-{plain}" + (f"-r{number}" if number > 1 else "")
 
 
-def _discard(store: Store, name: str, warn: Callable[[str], None]) -> None:
+def discard(store: Store, name: str, warn: Callable[[str], None]) -> None:
     """Delete a checkpoint so that no remains after a crash look like a checkpoint."""
     path = f"{FOLDER}/{name}"
     if store.local:

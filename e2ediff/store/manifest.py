@@ -20,7 +20,7 @@ from torch import Tensor
 
 from e2ediff.errors import CheckpointError, DivergedError
 from e2ediff.latent import LatentContract
-from e2ediff.store.migration import FORMAT_VERSION, Body, migrate
+from e2ediff.store.migration import FORMAT_VERSION, STEPS, Body, Step, migrate
 from e2ediff.store.storage import JSON, Store
 
 FOLDER = "checkpoints"
@@ -128,6 +128,29 @@ class Checkpoint:
             what = f"{MANIFEST}: the latents of {file!r} are not described ({error!r})"
             raise _damaged(self._store, self.name, what) from error
 
+    @property
+    def about(self) -> About:
+        """What the manifest says of its origin."""
+        return self._manifest.about
+
+    @property
+    def latents(self) -> Mapping[str, Mapping[str, Any]]:
+        """The latent contracts by set of weights, as JSON."""
+        return self._body.latent
+
+    def stored(self, file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Read the tensors of one file that are stored, and the stored name of each other one.
+
+        Raises:
+            CheckpointError: As `tensors`.
+        """
+        tensors, renamed = self.tensors(file), self._body.names.get(file, {})
+        shared = {
+            renamed.get(alias, alias): renamed.get(name, name)
+            for alias, name in self._manifest.aliases.get(file, {}).items()
+        }
+        return {name: t for name, t in tensors.items() if name not in shared}, shared
+
     def tensors(self, file: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read the tensors of one file; names that shared memory when saved share it again.
 
@@ -201,10 +224,20 @@ def _words(error: Exception) -> str:
 
 
 @attrs.frozen
+class About:
+    """The origin of a checkpoint: its format, time in ISO 8601, the one before it, versions."""
+
+    version: int
+    created: str = ""
+    parent: str | None = None
+    environment: Mapping[str, str] = attrs.field(factory=dict)
+
+
+@attrs.frozen
 class Manifest:
     """Content of `MANIFEST.json`: counters, files, names that share a stored tensor, latents."""
 
-    version: int
+    about: About
     images: int
     step: int
     files: dict[str, tuple[int, str]]  # bytes and hash by file name
@@ -212,13 +245,22 @@ class Manifest:
     latent: dict[str, dict[str, Any]] = attrs.field(factory=dict)  # contract by file
 
 
-def open_one(store: Store, name: str, verify: bool) -> Checkpoint:
+def open_one(
+    store: Store,
+    name: str,
+    verify: bool,
+    steps: Mapping[int, Step] = STEPS,
+    to: int = FORMAT_VERSION,
+) -> Checkpoint:
     """Open a checkpoint; `verify` hashes every file of it now.
+
+    `steps` convert earlier formats to the next ones, until it is of format `to`.
 
     Raises:
         CheckpointError: It is missing, damaged or of a newer format.
     """
-    manifest = _read_manifest(store, name)
+    manifest = _read_manifest(store, name, to)
+    version = manifest.about.version
     for file in manifest.files:
         if verify and file != STATE:
             _content(store, name, manifest, file, keep=False)
@@ -227,12 +269,12 @@ def open_one(store: Store, name: str, verify: bool) -> Checkpoint:
     except (ValueError, RecursionError) as error:
         raise _damaged(store, name, f"{STATE}: {error}") from error
     try:
-        body = migrate(Body(block(state, dict, "it"), manifest.latent), manifest.version)
+        body = migrate(Body(block(state, dict, "it"), manifest.latent), version, steps, to)
         for found, kind in _BLOCKS.items():
             if found in body.state:
                 block(body.state[found], kind, found)
     except _UNREADABLE as error:
-        what = f"{STATE} cannot be read as format {manifest.version} ({_words(error)})"
+        what = f"{STATE} cannot be read as format {version} ({_words(error)})"
         raise _damaged(store, name, what) from error
     files = tuple(f.removesuffix(".safetensors") for f in manifest.files if f != STATE)
     where = store.where(f"{FOLDER}/{name}")
@@ -291,7 +333,7 @@ def json_bytes(value: JSON) -> bytes:
     return data
 
 
-def _read_manifest(store: Store, name: str) -> Manifest:
+def _read_manifest(store: Store, name: str, newest: int) -> Manifest:
     """Read the manifest, after checking its hash, the set of files and their sizes."""
     try:
         plain = name not in {"", ".", ".."} and not re.search(r"[/\\\0]", name)
@@ -301,7 +343,7 @@ def _read_manifest(store: Store, name: str) -> Manifest:
         if MANIFEST not in present:
             raise _damaged(store, name, f"{MANIFEST} is missing, so its save never finished")
         raw = store.read(f"{FOLDER}/{name}/{MANIFEST}", LIMIT)
-        manifest = _parse_manifest(store, name, raw)
+        manifest = _parse_manifest(store, name, raw, newest)
         listed = {MANIFEST, *manifest.files}
         if missing := sorted(listed - present):
             raise _damaged(store, name, f"missing: {', '.join(missing)}")
@@ -319,16 +361,16 @@ def _read_manifest(store: Store, name: str) -> Manifest:
     return manifest
 
 
-def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
+def _parse_manifest(store: Store, name: str, raw: bytes, newest: int) -> Manifest:
     try:
         body = finite_json(raw)
         version = body["format_version"]
         if type(version) is not int or version < 1:
             raise ValueError(f"format_version is {version!r}")
-        if version > FORMAT_VERSION:
+        if version > newest:
             raise NewerFormatError(
                 f"{store.where(f'{FOLDER}/{name}')}: was written by a newer e2ediff (checkpoint "
-                f"format {version}, this one reads {FORMAT_VERSION}). Upgrade e2ediff."
+                f"format {version}, this one reads {newest}). Upgrade e2ediff."
             )
         del body["sha256"]
         # Compare the text, not only the hash, so that nothing in the file is left unchecked.
@@ -338,7 +380,13 @@ def _parse_manifest(store: Store, name: str, raw: bytes) -> Manifest:
         aliases = {str(file): dict(names) for file, names in body["aliases"].items()}
         latent = {str(file): dict(found) for file, found in body.get("latent", {}).items()}
         counts = (count(body["images"], "images"), count(body["step"], "step"))
-        manifest = Manifest(version, *counts, files, aliases, latent)
+        about = About(
+            version,
+            block(body.get("created", ""), str, "created"),
+            body.get("parent") and block(body["parent"], str, "parent"),
+            block(body.get("environment", {}), dict, "environment"),
+        )
+        manifest = Manifest(about, *counts, files, aliases, latent)
     except _UNREADABLE as error:
         raise _damaged(store, name, f"{MANIFEST} is unreadable ({_words(error)})") from error
     match = NAME.fullmatch(name)

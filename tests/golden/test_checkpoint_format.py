@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,15 +17,16 @@ import torch
 from command_line import e2ediff
 
 from e2ediff.errors import CheckpointError
-from e2ediff.store import manifest
-from e2ediff.store.checkpoint import open_checkpoint
-from e2ediff.store.manifest import sealed
+from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
+from e2ediff.store.manifest import open_one, sealed
 from e2ediff.store.migration import FORMAT_VERSION, STEPS, Body, migrate
+from e2ediff.store.rewriting import rewrite
 from e2ediff.store.storage import Store
 
 HERE = Path(__file__).parent
 FORMATS = sorted(path for path in HERE.glob("format_*") if path.is_dir())
 NAME = "images-000000000024"
+FIRST = "embed_decode.bias"
 
 
 @pytest.fixture(params=FORMATS, ids=lambda path: path.name)
@@ -72,25 +74,49 @@ def test_a_body_takes_every_step_from_its_format_to_the_present_one() -> None:
         migrate(old, 1, {}, to=2)
 
 
-def test_names_of_tensors_that_a_step_gives_are_those_that_are_read(run, monkeypatch) -> None:
-    """The next format renames a tensor, and reads a key of the state that it gave another name."""
+def step(body: Body) -> Body:
+    """The next format renames a tensor, and gives a key of the state another name."""
+    state = {"counts": body.state["averages"]}
+    return Body(state, body.latent, {"online": {FIRST: "renamed"}})
+
+
+def test_names_of_tensors_that_a_step_gives_are_those_that_are_read(run) -> None:
     before = open_checkpoint(Store(run), NAME)
     held = before.tensors("online")
-    first = min(held)
-
-    def step(body: Body) -> Body:
-        state = {"counts": body.state["averages"]}
-        return Body(state, body.latent, {"online": {first: "renamed"}})
-
-    monkeypatch.setattr(
-        manifest, "migrate", lambda body, version: migrate(body, version, {1: step}, to=2)
-    )
-    after = open_checkpoint(Store(run), NAME)
+    after = open_one(Store(run), NAME, True, {1: step}, to=2)
     tensors = after.tensors("online")
     assert after.state == {"counts": before.state["averages"]}
-    assert {*tensors} == {*held} - {first} | {"renamed"}
-    assert torch.equal(tensors["renamed"], held[first])
+    assert {*tensors} == {*held} - {FIRST} | {"renamed"}
+    assert torch.equal(tensors["renamed"], held[FIRST])
     assert {*after.tensors("target")} == {*held}
+
+
+def test_a_checkpoint_is_rewritten_in_the_format_that_it_is_read_as(run) -> None:
+    """Under its own name, and whole; what no step changed keeps its bytes."""
+    store, told = Store(run), list[str]()
+    before = open_checkpoint(store, NAME)
+    held, same = before.tensors("online")[FIRST], before.sha256("target")
+    assert rewrite(store, NAME, told.append, {1: step}, to=2) == 1
+    assert list_checkpoints(store) == [NAME]
+    after = open_one(store, NAME, True, {}, to=2)
+    assert after.about.version == 2
+    assert after.state == {"counts": before.state["averages"]}
+    assert (after.step, after.images, after.latents) == (3, 24, before.latents)
+    assert after.about.created == before.about.created
+    assert torch.equal(after.tensors("online")["renamed"], held)
+    assert after.sha256("target") == same
+    assert rewrite(store, NAME, told.append, {}, to=2) == 2
+    with pytest.raises(CheckpointError, match="newer e2ediff"):
+        open_checkpoint(store, NAME)
+    assert not told
+
+
+def test_a_step_that_fails_leaves_the_old_one(run) -> None:
+    store, before = Store(run), sorted(os.listdir(run / "checkpoints" / NAME))
+    with pytest.raises(CheckpointError, match="cannot be read as format 1"):
+        rewrite(store, NAME, print, {}, to=2)
+    assert os.listdir(run / "checkpoints") == [NAME]
+    assert sorted(os.listdir(run / "checkpoints" / NAME)) == before
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", None])

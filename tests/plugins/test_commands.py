@@ -186,7 +186,7 @@ def test_a_command_of_a_group_that_is_not_there_is_refused(inside, name) -> None
     within = name.rpartition(" ")[0]
     assert str(load().broken["within"]).endswith(
         f"command {name!r}: there is no group {within!r}. "
-        + ("Did you mean 'plugins'? " if "plugins" in within else "") + "Groups: plugins."
+        + ("Did you mean 'plugins'? " if "plugins" in within else "") + "Groups: ckpt, plugins."
     )  # fmt: skip
     assert "within" not in {plugin.name for _, plugin in load().commands.values()}
 
