@@ -34,7 +34,7 @@ from e2ediff.host.registry import (
     import_named,
 )
 
-GROUPS = ("plugins", "ckpt")
+GROUPS = ("ckpt", "plugins")
 """The built-in commands that are groups, to which plugins may add subcommands."""
 
 
