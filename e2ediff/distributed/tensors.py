@@ -43,8 +43,13 @@ def mine(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: World) -> Tensor:
+def clip_gradients(
+    parameters: Sequence[nn.Parameter], largest: float, world: World, *, wait: bool = True
+) -> Tensor:
     """Scale all gradients so that their total norm is at most `largest`; return the norm.
+
+    With 0 for `largest` gradients stay as they are. Without `wait` the norm is not read, as on a
+    GPU, where that would wait for the device.
 
     As torch's `clip_grad_norm_`, but squares are added in float64, so that the norm depends on how
     the gradients are grouped or split in its seventh digit at most.
@@ -54,16 +59,19 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, world: Wo
     """
     with_gradient = [p.grad for p in parameters if p.grad is not None]
     if not with_gradient:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     grads = mine(with_gradient)
-    computes = grads[0].device.type == "cpu" and type(grads[0]) is Tensor  # not fake tensors
-    squares = _squares(grads) if computes else _squares_at_once(grads)
+    cpu = wait and grads[0].device.type == "cpu" and type(grads[0]) is Tensor  # not fake tensors
+    squares = _squares(grads) if cpu else _squares_at_once(grads)
+    if cpu and not squares.isfinite():
+        squares = _squares_at_once(grads)  # a finite gradient whose squares exceed float32
     if any(is_split(g) for g in with_gradient):
         squares = world.total(squares)
     norm = squares.sqrt()
+    if largest <= 0:
+        return norm
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    # On a GPU the check would wait for the device.
-    if not (computes and factor >= 1):
+    if not (cpu and factor >= 1):
         torch._foreach_mul_(grads, factor.to(grads[0].dtype))
     return norm
 

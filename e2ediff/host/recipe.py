@@ -212,6 +212,36 @@ class Alarm:
 
 
 @attrs.frozen(kw_only=True)
+class Guards:
+    """What a run does when a step's numbers are bad: not finite, or far above the usual.
+
+    The weighted loss and the norm of its gradient are judged before every update, over all
+    processes together. A bad step makes no update: weights and optimizer state stay as they are,
+    while the position, schedules, the order of images and averages go on.
+    `non_finite` is what follows if one of the two is NaN or infinite, `spike` if one exceeds
+    `factor` times the median of its absolute value in the last `window` updates; `off` judges no
+    spikes, and before there were so many updates there are none.
+    `skip` goes on with the next step; `rewind` goes back to the last regular checkpoint, draws
+    other times and noise from there, and skips the step when it comes to it again; `stop` ends the
+    run with exit code 7.
+    `limit` is the largest number of bad steps in a row, and of returns in a run, `share` the
+    largest share of the last 1,000 steps that may be bad; beyond them the run ends, too.
+    """
+
+    non_finite: Literal["skip", "rewind", "stop"] = "skip"
+    spike: Literal["off", "skip", "rewind", "stop"] = "off"
+    factor: float = attrs.field(default=6.0, validator=gt(1.0))
+    window: int = attrs.field(default=200, validator=(gt(1), le(100_000)))
+    limit: int = attrs.field(default=3, validator=ge(0))
+    share: float = attrs.field(default=0.1, validator=(ge(0.0), le(1.0)))
+
+    @property
+    def rewinds(self) -> bool:
+        """Return whether a bad step may send the run back to a checkpoint."""
+        return "rewind" in (self.non_finite, self.spike)
+
+
+@attrs.frozen(kw_only=True)
 class Recipe:
     """Everything that decides what a run computes, and what it records.
 
@@ -237,7 +267,7 @@ class Recipe:
     `optimizers` replaces `optimizer` in the phases it names.
     `diagnostics` are measured on `probe`; without the key, all that are registered by e2ediff and
     by the plugins that the recipe needs.
-    `alarm` is what follows from signs of collapse.
+    `alarm` is what follows from signs of collapse, `guards` from numbers that are not finite.
     `trackers` receive figures and pictures besides the run's directory.
     `scores` measures distances of reconstructions and samples while training; off by default.
     `cadence`, `preview` and `checkpoint` say how often and how much is recorded.
@@ -276,6 +306,7 @@ class Recipe:
     guidance: Guidance | None = None
     diagnostics: tuple[Diagnostic, ...] | None = None
     alarm: Alarm = Alarm()
+    guards: Guards = Guards()
     trackers: tuple[TrackerConfig, ...] = ()
     scores: Scores | None = None
     cadence: Cadence = Cadence()

@@ -31,7 +31,7 @@ from e2ediff.loading.bad_images import Skipped, newly_skipped
 from e2ediff.loading.order import Order
 from e2ediff.seeds import generator
 
-__all__ = ["Order", "batches", "check_enough", "fixed_images", "to_batch"]
+__all__ = ["Order", "batches", "check_enough", "fixed_images", "order_of", "to_batch"]
 
 _T = TypeVar("_T")
 _CPU = torch.device("cpu")
@@ -109,6 +109,12 @@ def check_enough(source: DataSource, batch: int) -> None:
         )
 
 
+def order_of(source: DataSource, seed: int, sampling: Sampling = "natural") -> Order:
+    """Return the order in which a run of this seed sees the images of a source."""
+    labels = source.labels() if sampling == "class_balanced" else None
+    return Order(len(source), seed, labels)
+
+
 def batches(
     source: DataSource,
     conditioning: ConditionSpec,
@@ -152,8 +158,7 @@ def batches(
             f"data.sampling: class_balanced needs class labels, and conditions are "
             f"{conditioning.title}; set sampling: natural"
         )
-    labels = source.labels() if sampling == "class_balanced" else None
-    order = Order(len(source), seed, labels)
+    order = order_of(source, seed, sampling)
     steps = _Steps(source, conditioning, order, batch, flip=flip, rows=rows)
     items = read(
         steps,

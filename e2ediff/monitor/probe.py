@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from e2ediff.backbone import Backbone
-from e2ediff.condition import Condition
+from e2ediff.condition import Condition, concatenate
 from e2ediff.data import Batch, DataSource
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.errors import DivergedError
@@ -58,12 +58,17 @@ class Observer:
         device: torch.device,
         isolated: Isolated | None = None,
     ) -> Observer:
-        """Read probe images from the held-out set, calibration images from the training set."""
+        """Read probe images from the held-out set, calibration images from the training set.
+
+        Images that hold NaN or infinity, as a plugin's source may give, are left out.
+        """
         kind, seed = recipe.data.image.conditioning, recipe.seed
         probe = fixed_images(held_out, kind, recipe.probe.images, seed, "probe", device)
         count = recipe.probe.calibration
         calibration = fixed_images(training, kind, count, seed, "calibration", device)
         isolated = isolated or Isolated()
+        probe = _finite(probe, "probe", isolated)
+        calibration = _finite(calibration, "calibration", isolated)
         figures = declared(diagnostics, isolated)
         return cls(recipe, diagnostics, probe, calibration.x, isolated, figures)
 
@@ -256,3 +261,14 @@ def figures_line(figures: Mapping[str, float], declared: Sequence[Figure]) -> st
         for figure, value in shown
         if figure is not None and "line" in figure.shown_on
     )
+
+
+def _finite(images: Batch, name: str, isolated: Isolated) -> Batch:
+    """Leave out images that are not finite, and report that; all stay if none is finite."""
+    good = images.x.flatten(1).isfinite().all(dim=1).nonzero()[:, 0].tolist()
+    if len(good) in (0, len(images.x)):
+        return images
+    left, rows = len(images.x) - len(good), [slice(i, i + 1) for i in good]
+    text = f"{left} of {len(images.x)} {name} images hold values that are not finite; left out"
+    isolated.failed.append(("images_left_out", text))
+    return Batch(images.x[good], concatenate([images.condition.rows(row) for row in rows]))

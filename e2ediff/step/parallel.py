@@ -97,11 +97,14 @@ class Parallel:
             )
             self._ddp.register_comm_hook(None, _sum)
 
-    def backward(self, piece: Piece, phase: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def backward(
+        self, piece: Piece, phase: str
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Add the gradients of the loss of some images, divided by their divisor, to those held.
 
         Returns:
-            The loss terms and further figures of these images, without gradients.
+            The weighted loss, the loss terms and further figures of these images, without
+            gradients.
         """
         divisor = piece.divisor
         if self.kind == "fsdp2":
@@ -115,7 +118,7 @@ class Parallel:
                 # In a phase that uses every parameter, DDP advises against the search for others.
                 warnings.filterwarnings("ignore", message="find_unused_parameters=True was")
                 (total / divisor).backward()
-        return losses, info
+        return total.detach(), losses, info
 
     def rehearse(self, piece: Piece, phase: str) -> None:
         """Run forward and backward on some images to measure memory or time; nothing changes."""

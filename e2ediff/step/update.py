@@ -17,6 +17,7 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.step.assembly import Assembly
 from e2ediff.step.compiling import uncompiled
 from e2ediff.step.draws import training_draw
+from e2ediff.step.guard import Guard, Share
 from e2ediff.step.splitting import Splitting
 
 Record = dict[str, Tensor | float]
@@ -61,6 +62,7 @@ class Update:
         self.parts = parts
         self.world = world
         self.splitting = Splitting(recipe, parts, world, report)
+        self.guard = Guard(recipe, world, next(parts.step.parameters()).device)
 
     @property
     def rows(self) -> slice:
@@ -68,13 +70,18 @@ class Update:
         each = self.recipe.batch // self.world.size
         return slice(self.world.rank * each, (self.world.rank + 1) * each)
 
-    def __call__(self, batch: Batch, images: int, attempt: int = 0) -> Record:
+    def __call__(
+        self, batch: Batch, images: int, attempt: int = 0, *, skip: bool = False
+    ) -> Record:
         """Take one step; its losses and figures stay on the device.
+
+        Phases whose loss or gradient is bad, by the recipe's `guards`, make no update.
 
         Args:
             batch: This process's rows of the batch.
             images: Images seen before, which determine phases, learning rates and draws.
             attempt: Number of rollbacks so far; each changes all later draws.
+            skip: Make no update whatever the numbers are.
 
         Returns:
             This process's shares of the means of all losses (`loss/...`) and figures; the
@@ -97,19 +104,20 @@ class Update:
                 with contextlib.suppress(torch.OutOfMemoryError):
                     # Of all parameters, as gradients of another phase must not remain.
                     step.zero_grad(set_to_none=True)
-                    sums = Record()
+                    sums, shares = Record(), list[Share]()
                     for piece in pieces:
-                        losses, info = self.parts.parallel.backward(piece, phase)
+                        total, losses, info = self.parts.parallel.backward(piece, phase)
                         named = {f"loss/{name}": value for name, value in losses.items()} | info
                         for name, value in named.items():
                             sums[name] = sums.get(name, 0.0) + value / piece.divisor
+                        shares.append(Share(len(piece.batch.x), total / piece.divisor, losses))
                     break
             record |= sums
 
             trained = [p for group in optimizer.param_groups for p in group["params"]]
-            if config.clip > 0:
-                record["grad_norm"] = clip_gradients(trained, config.clip, self.world)
-            optimizer.step()
+            norm = clip_gradients(trained, config.clip, self.world, wait=self.guard.waits)
+            record["grad_norm"] = norm
+            self.guard.update(optimizer, phase, images, shares, norm, skip=skip)
         for average in self.parts.averages.values():
             average.update()
         return record

@@ -38,6 +38,7 @@ _MAY_CHANGE = (
     "scores",
     "checkpoint",
     "alarm",
+    "guards",
     "trackers",
     "device",
     "compile",

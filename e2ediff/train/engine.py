@@ -26,6 +26,7 @@ from e2ediff.monitor.monitor import Monitor
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.update import Update
 from e2ediff.store.run_directory import RunDirectory, State
+from e2ediff.train.bad_steps import BadSteps, RewindError
 from e2ediff.train.continuation import continue_command, describe
 from e2ediff.train.cpu_threads import StepThreads
 from e2ediff.train.measurements import Measurements
@@ -99,7 +100,9 @@ class Engine:
         recorder.skipped([bad for source in sources for bad in newly_skipped(source)])
         self.measurements = Measurements(recipe, self.monitor, detector, recorder)
         images, data = self.monitor.observer.calibration, describe(sources)
-        self.saver = Saver(recipe, self.parts, detector, recorder, images, data)
+        self.bad_steps = BadSteps(recipe, recorder, self.update.guard, self.source)
+        self.saver = Saver(recipe, self.parts, detector, recorder, images, data, self.bad_steps)
+        self._overdue = False  # whether a save waits for a step that makes an update
         self.threads = StepThreads(self._rehearse, recorder, choose=choose_threads)
         self.began = time.monotonic()
 
@@ -107,7 +110,7 @@ class Engine:
         """Train from the current position to the end, or until `stop` is requested.
 
         Raises:
-            DivergedError: A loss or gradient is not finite.
+            DivergedError: A loss or gradient is not finite, and the guards end the run.
             CollapseError: The alarm ended the run.
             DataError, ResourceError: The data cannot be read, or the disk refuses.
         """
@@ -123,7 +126,7 @@ class Engine:
                 self._end_again()
             if self.position.step == 0:
                 self._diagnose()
-            if r.alarm.policy == "rollback" and self.detector.anchor is None:
+            if self.saver.anchored and self.detector.anchor is None:
                 self.saver.save()
             while not (already_done or self._asked(stop) or self._train(stop)):
                 pass
@@ -140,23 +143,28 @@ class Engine:
             recorder.notify("run_ended", error=error)
 
     def _train(self, stop: Stop) -> bool:
-        """Take the remaining steps; return False if the alarm rolled the run back instead."""
+        """Take the remaining steps; return False if the run was rolled back instead."""
         at, r = self.position, self.recipe
         self.recorder.clock.start(at.step)
         self.saver.finish()  # processes that read images are forked, which a thread must not see
         try:
             for batch in self._batches():
                 self.threads.begin(batch)
-                record = self.update(batch, at.images, self.detector.attempt)
+                known = at.step + 1 in self.bad_steps.known
+                record = self.update(batch, at.images, self._attempt, skip=known)
                 at.step, at.images = at.step + 1, at.images + r.batch
                 if at.step < r.total_steps and not self.saver.in_flight:
                     self.threads.done()
                 self._after_step(record)
                 if self._asked(stop):
+                    self.bad_steps.settle()
                     break
+        except RewindError as error:
+            self.saver.go_back(str(error))
+            return False
         except CollapseError:
             if self.detector.may_return:
-                self.saver.go_back()
+                self._return_by_alarm()
                 return False
             self.saver.save()
             self.measurements.draw_curves()
@@ -167,16 +175,22 @@ class Engine:
         """Do what is due after a step; `record` has this process's share of the figures."""
         r, step, monitor = self.recipe, self.position.step, self.monitor
         last = step == r.total_steps
-        if step % r.cadence.log == 0 or last:
-            self.measurements.log(record)
+        log, diagnose = step % r.cadence.log == 0 or last, monitor.due(step)
+        due = step % r.cadence.checkpoint == 0 or self._overdue or self._first_save_due()
+        if self.update.guard.waits or log or diagnose or due:
+            self.bad_steps.settle()
+        if log:
+            self.measurements.log(record, skipped=self.bad_steps.is_last)
         self.recorder.notify("step_ended", step=step)
-        if monitor.due(step):
+        if diagnose:
             self._diagnose()
         if monitor.preview_due(step):
             self.measurements.preview()
         if monitor.scores_due(step):
             self.measurements.score()
-        if not last and (step % r.cadence.checkpoint == 0 or self._first_save_due()):
+        # Weights after which a step was bad may be what is wrong: they replace no checkpoint.
+        self._overdue = due and self.bad_steps.is_last
+        if due and not last and not self._overdue:
             self.saver.begin()
         if r.snapshot_steps and step % r.snapshot_steps == 0 and not last:
             self.saver.snapshot()
@@ -196,7 +210,17 @@ class Engine:
         self.measurements.diagnose(phases or self.recipe.objective.phases[-1:])
 
     def _rehearse(self, batch: Batch) -> None:
-        self.update.rehearse(batch, self.position.images, self.detector.attempt)
+        self.update.rehearse(batch, self.position.images, self._attempt)
+
+    @property
+    def _attempt(self) -> int:
+        """Return the number of rollbacks so far, by the alarm and by the guards."""
+        return self.detector.attempt + self.bad_steps.returns
+
+    def _return_by_alarm(self) -> None:
+        self.detector.attempt += 1
+        rollback = f"rollback {self.detector.attempt} of at most {self.recipe.alarm.attempts}"
+        self.saver.go_back(rollback)
 
     def _batches(self) -> Iterator[Batch]:
         """Yield this process's rows of every batch from the current position on."""

@@ -31,13 +31,17 @@ class Measurements:
     recorder: Recorder
     health: dict[str, float] = attrs.field(factory=dict)
 
-    def log(self, record: Mapping[str, Tensor | float]) -> None:
+    def log(self, record: Mapping[str, Tensor | float], *, skipped: bool = False) -> None:
         """Read a step's losses and figures from the device, and record them.
+
+        Of a step whose update was `skipped` only those that are finite.
 
         Raises:
             DivergedError: One of them is not finite.
         """
         r, step, values = self.recipe, self.recorder.position.step, self._averaged(record)
+        if skipped:
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         rate = self.recorder.clock.rate(step, r.batch)
         self.recorder.figures({**values, "wall_images_per_second": round(rate, 1)})

@@ -188,14 +188,14 @@ class Recorder:
             collapsed=collapsed,
         )
 
-    def diverged(self, what: str, step: int | None = None) -> DivergedError:
+    def diverged(self, what: str, step: int | None = None, way_out: str = "") -> DivergedError:
         """Return the error for figures or weights that are not finite, with advice.
 
-        `step` is by default the current one.
+        `step` is that of the position where it is not given; `way_out` ends with a space.
         """
-        last, step = self.last_checkpoint, self.position.step if step is None else step
+        last = self.last_checkpoint
         good = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
         return DivergedError(
-            f"step {step}: {what} {good} Lower the learning rate (optimizer.lr), or "
-            "give optimizer.clip a smaller norm."
+            f"step {self.position.step if step is None else step}: {what} {good} {way_out}Lower the learning rate "
+            "(optimizer.lr), or give optimizer.clip a smaller norm."
         )

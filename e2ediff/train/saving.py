@@ -25,6 +25,7 @@ from e2ediff.store.checkpoint import (
 from e2ediff.store.manifest import Checkpoint, plain
 from e2ediff.store.records import COMMITTED, STAGED
 from e2ediff.store.storage import JSON
+from e2ediff.train.bad_steps import BadSteps
 from e2ediff.train.recorder import Recorder
 from e2ediff.train.snapshot import put_back, snapshots, take, take_snapshot
 from e2ediff.train.staging import Staging
@@ -62,6 +63,7 @@ class Saver:
     recorder: Recorder
     calibration: Tensor
     data: JSON
+    bad_steps: BadSteps
     staging: Staging = attrs.field(factory=Staging)
     _writer: Background[str] = attrs.field(factory=Background, init=False)
     _flight: _Save | None = attrs.field(default=None, init=False)
@@ -90,6 +92,15 @@ class Saver:
         """Return whether a save is in flight."""
         return self._flight is not None
 
+    @property
+    def _alarm_returns(self) -> bool:
+        return self.recipe.alarm.policy == "rollback"
+
+    @property
+    def anchored(self) -> bool:
+        """Return whether the run may go back to a checkpoint, which is then its anchor."""
+        return self._alarm_returns or self.recipe.guards.rewinds
+
     def save(self) -> None:
         """Write a checkpoint of the current position, and wait until it is complete.
 
@@ -111,12 +122,13 @@ class Saver:
         with self.recorder.clock.paused():
             began = time.perf_counter()
             regular = at.step % self.recipe.cadence.checkpoint == 0 or detector.anchor is None
-            if self.recipe.alarm.policy == "rollback" and regular and detector.clean:
+            if self.anchored and regular and (detector.clean or not self._alarm_returns):
                 detector.anchor = at.images
             with uncompiled(self.recipe):
                 leads = recorder.world.is_leader
                 held = take(self.parts, self.calibration, self.staging, keep=leads)
             state = {**held.state, "alarm": detector.state(), "data": self.data}
+            state["guards"] = self.bad_steps.state()
             self._begun_at = at.images
             self._start(checkpoint_name(at.images), held.files, state, began)
 
@@ -260,6 +272,7 @@ class Saver:
         self.recorder.last_checkpoint = checkpoint.name
         self._begun_at = self._saved_at = checkpoint.images
         checkpoint.read("alarm", self.detector.restore)
+        checkpoint.read("guards", self.bad_steps.restore)
         self.rewind(at.images)
 
     def rewind(self, images: int) -> None:
@@ -269,8 +282,11 @@ class Saver:
             store = snapshots(self.recorder.directory.store)
             drop_after(store, images, self.recorder.progress.say)
 
-    def go_back(self) -> None:
-        """Roll back to the checkpoint before the first sign of collapse, and draw other noise.
+    def go_back(self, rollback: str) -> None:
+        """Roll back to the last regular checkpoint, and draw other noise.
+
+        If the alarm may return, to the one before the first sign of collapse. Whoever asks for it
+        has counted it, and names it by `rollback`.
 
         Raises:
             CheckpointError: It is damaged or was removed.
@@ -278,20 +294,24 @@ class Saver:
         """
         self.finish()
         directory, at = self.recorder.directory, self.recorder.position
-        step, images, attempt = at.step, at.images, self.detector.attempt + 1
+        step, images, rollbacks = at.step, at.images, self.detector.attempt
         anchor = checkpoint_at(directory.store, self.detector.anchor or 0)
         # A run cannot choose a checkpoint: it can only continue from the newest one.
         found = open_checkpoint(directory.store, anchor, use="continue with --resume")
         kept = directory.set_aside(found.images, found.step)
-        self.restore(found)
-        self.detector.attempt = attempt
+        with self.bad_steps.remembered():
+            self.restore(found)
+        self.detector.attempt = rollbacks
+        attempt = rollbacks + self.bad_steps.returns
         self.recorder.event(
             "rewound", step=step, images=images, to=found.name, attempt=attempt, kept=kept
         )
+        since = (
+            f" What was recorded since is kept in {directory.store.where(kept)}" if kept else ""
+        )
         self.recorder.progress.say(
             f"step {step}: rolled back to step {at.step} ({found.name}), to continue with other "
-            f"noise; rollback {attempt} of at most {self.recipe.alarm.attempts}. What was "
-            f"recorded since is kept in {directory.store.where(kept)}"
+            f"noise; {rollback}.{since}"
         )
         # Save at once, so that a crash does not undo the rollback; later ones are set aside.
         self.save()

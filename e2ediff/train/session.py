@@ -476,6 +476,11 @@ def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
     if count := len(engine.recorder.bad_images.listed()):
         place = directory.store.where(BAD_IMAGES)
         engine.progress.say(f"skipped {count} damaged or too large images; see {place}")
+    if count := engine.bad_steps.count:
+        engine.progress.say(
+            f"{count} of {engine.position.step:,} steps made no update, as their numbers were "
+            "bad; see skipped_step in events.jsonl"
+        )
     return Outcome(directory.path, code, reason, collapsed, _advice(engine) if collapsed else "")
 
 

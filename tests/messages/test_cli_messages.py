@@ -517,7 +517,10 @@ def test_a_diverging_run_names_the_loss_and_the_last_good_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("cadence", "what"),
     [
-        ("log: 1, diagnose: 1000", "loss/reconstruction, loss/denoising are not finite."),
+        (
+            "log: 1, diagnose: 1000}, guards={non_finite: stop",
+            "loss/reconstruction, loss/denoising are not finite.",
+        ),
         ("log: 1000, diagnose: 1", "of the probe images: not finite."),
     ],
 )

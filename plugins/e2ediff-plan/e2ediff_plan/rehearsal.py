@@ -76,8 +76,7 @@ def optimizer_step(
         gradients[phase] = sum(g.untyped_storage().nbytes() for g in held)
         del held
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        if config.clip > 0:
-            clip_gradients(trained, config.clip, World())
+        clip_gradients(trained, config.clip, World())
         counter = FlopCounterMode(display=False)
         with counter:
             optimizer.step()
