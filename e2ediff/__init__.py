@@ -3,7 +3,7 @@
 The vocabulary lies at the top of this package, one contract a file: `condition`, `data`,
 `interpolant`, `times`, `latent`, `backbone`, `objective`, `regularizer`, `denoiser`, `sampler`,
 `features`, `metric`, `distances`, `diagnostic`, `optimizer`, `averaging`, `tracker`, `addresses`,
-`errors`.
+`terminal`, `errors`.
 This module itself imports nothing heavy, so that the command line answers at once.
 """
 

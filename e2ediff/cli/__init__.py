@@ -7,11 +7,13 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 import click
 
@@ -19,6 +21,7 @@ from e2ediff import __version__
 from e2ediff.distributed.parent import follow_launcher
 from e2ediff.distributed.signals import Stop, Stopped, exit_code_of
 from e2ediff.errors import E2EDiffError, PluginError
+from e2ediff.terminal import echo, printable
 
 # Command, its module below this package, and its line in the overview.
 _COMMANDS = {
@@ -113,7 +116,7 @@ def _write_plugins(formatter: click.HelpFormatter) -> None:
     """
     from e2ediff.host.discovery import installed
 
-    if rows := [(e.name, e.summary) for e in installed() if not e.refusal()]:
+    if rows := [(printable(e.name), printable(e.summary)) for e in installed() if not e.refusal()]:
         with formatter.section("Plugins (their commands: `e2ediff plugins list`)"):
             formatter.write_dl(rows)
 
@@ -167,8 +170,21 @@ def group() -> None:
 def print_error(error: E2EDiffError) -> None:
     """Print a user error on stderr, with E2EDIFF_TRACE=1 after the traceback of its cause."""
     if os.environ.get("E2EDIFF_TRACE") == "1" and error.__cause__ is not None:
-        traceback.print_exception(error.__cause__)
-    click.echo(f"error: {error}", err=True)
+        lines = traceback.format_exception(error.__cause__)
+        echo("".join(lines), err=True, lines=True, end="")
+    # Further lines are indented, so that a name from a file cannot begin a message of its own.
+    first, *others = str(error).split("\n")
+    rest = [line if line.startswith("  ") else f"  {line}" for line in others]
+    echo("\n".join([f"error: {first}", *rest]), err=True, lines=True)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
+    """Print a warning of a library, which may quote a file that it read."""
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    echo(text, err=True, to=file, lines=True, end="")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -183,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _exit_code(words: list[str]) -> int:
     """Run a command, and return the exit code; print what went wrong."""
     # Images have a limit of their own (`e2ediff.files.images`), whose message names the file.
+    warnings.showwarning = _show_warning
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
         code = group.main(words, prog_name="e2ediff", standalone_mode=False)
@@ -190,19 +207,22 @@ def _exit_code(words: list[str]) -> int:
         print_error(error)
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        message = io.StringIO()
+        error.show(message)
+        echo(message.getvalue(), err=True, lines=True, end="")
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ or error  # click turns every KeyboardInterrupt into an Abort
         if isinstance(cause, Stopped):
             cause.repeat(words)
-        click.echo(str(cause) or "interrupted", err=True)
+        echo(str(cause) or "interrupted", err=True, lines=True)
         return exit_code_of(cause) if isinstance(cause, KeyboardInterrupt) else 130
     except Exception:
         from e2ediff.host.discovery import broken_distribution
 
         if not (why := broken_distribution()):
-            raise
-        click.echo(f"error: {why}", err=True)
+            echo(traceback.format_exc(), err=True, lines=True, end="")
+            return 1
+        echo(f"error: {why}", err=True)
         return PluginError.exit_code
     return code if isinstance(code, int) else 0

@@ -7,6 +7,7 @@ import shlex
 import click
 
 from e2ediff.cli import options
+from e2ediff.terminal import echo, echo_path
 
 _STOPPING = (
     "stopping: runs that are training finish their step and save; interrupt again to end them "
@@ -97,9 +98,9 @@ def command(
         )
     if dry_run:
         for line in plan_lines(plan):
-            click.echo(line)
+            echo(line)
         for line in plan.remarks():
-            click.echo(line, err=True)
+            echo(line, err=True)
         return 0
     place = Group.latest(plan) if resume and not out else out
     if resume and place and not Group.never_began(place):
@@ -127,13 +128,13 @@ def command(
         progress.say("writing the report")
         written, sentences = write_report(gather(host, group.path))
     for sentence in sentences:
-        click.echo(sentence, err=True)
+        echo(sentence, err=True)
     for one in ended:
         if one.exit_code not in (0, *STOPPED):
-            click.echo(f"failed: {one.job.place}: {one.error}", err=True)
+            echo(f"failed: {one.job.place}: {one.error}", err=True, lines=True)
     if code in STOPPED:
         again = shlex.join([*plan.command(), "--out", group.path, "--resume"])
-        click.echo(f"{group.path}: interrupted; saved\ncontinue with: {again}", err=True)
-    click.echo(f"report: {written.html}", err=True)
-    click.echo(group.path)
+        echo(f"{group.path}: interrupted; saved\ncontinue with: {again}", err=True, lines=True)
+    echo(f"report: {written.html}", err=True)
+    echo_path(group.path)
     return code

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import click
 
 from e2ediff.cli import options
+from e2ediff.terminal import echo
 
 
 @click.command("check")
@@ -37,42 +38,38 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
             check_fits(read, recipe)
             found = None if resolved else count(read)
     if found is None:
-        click.echo(dump_recipe(host, read), nl=False)
+        echo(dump_recipe(host, read), lines=True, end="")
         return
     image, latent = read.data.image, found.latent
     grid = f", grid {latent.grid[0]} x {latent.grid[1]}" if latent.grid else ""
-    click.echo(
-        f"recipe      {read.name}: {read.total_images:,} images, {read.total_steps:,} steps"
-    )
+    echo(f"recipe      {read.name}: {read.total_images:,} images, {read.total_steps:,} steps")
     shape = f"{image.channels} x {image.height} x {image.width}"
-    click.echo(f"images      {shape} (channels x height x width), {_classes(read)}")
+    echo(f"images      {shape} (channels x height x width), {_classes(read)}")
     for line in _listed(read):
-        click.echo(line)
+        echo(line)
     fixed = "" if latent.learned else ", not learned"
     shape = f"{latent.tokens} tokens x {latent.dim}"
-    click.echo(f"latent      {shape}, norm {latent.norm}{grid}{fixed}")
-    click.echo(f"objective   {host.registries['objectives'].name_of(type(read.objective))}")
+    echo(f"latent      {shape}, norm {latent.norm}{grid}{fixed}")
+    echo(f"objective   {host.registries['objectives'].name_of(type(read.objective))}")
     if read.regularizers:
-        click.echo(f"            with {', '.join(names_of(read.regularizers))}")
-    click.echo(f"parameters  {_millions(found.parameters)}  ({found.parameters:,}; trained once,")
-    click.echo("            the averaged copies excluded)")
+        echo(f"            with {', '.join(names_of(read.regularizers))}")
+    echo(f"parameters  {_millions(found.parameters)}  ({found.parameters:,}; trained once,")
+    echo("            the averaged copies excluded)")
     for name, size in found.modules.items():
-        click.echo(f"  {name:<28} {size:>14,}  {size / found.parameters:6.1%}")
+        echo(f"  {name:<28} {size:>14,}  {size / found.parameters:6.1%}")
     for phase, flops in found.flops.items():
-        click.echo(
+        echo(
             f"step        {flops / 1e9:,.2f} GFLOP an image in phase '{phase}', forward and "
             f"backward; {flops * read.batch / 1e12:,.2f} TFLOP a step of {read.batch}"
         )
     state = found.state_bytes
-    click.echo(
-        f"memory      {state / 2**30:.2f} GiB of weights, gradients and averages; activations,"
-    )
-    click.echo("            the optimizer, time and disk are forecast by `e2ediff plan`,")
-    click.echo("            a plugin in the repository of e2ediff")
+    echo(f"memory      {state / 2**30:.2f} GiB of weights, gradients and averages; activations,")
+    echo("            the optimizer, time and disk are forecast by `e2ediff plan`,")
+    echo("            a plugin in the repository of e2ediff")
     warning = alarm_blind_spot(read, chosen_diagnostics(host, read))
     if warning and latent.learned:
-        click.echo(f"warning: {warning}", err=True)
-    click.echo("ok")
+        echo(f"warning: {warning}", err=True)
+    echo("ok")
 
 
 def _listed(read: object) -> Iterator[str]:

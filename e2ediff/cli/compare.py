@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from e2ediff.cli import options
+from e2ediff.terminal import echo, echo_path
 
 
 @click.command("compare")
@@ -42,12 +43,12 @@ def command(
     gathered = gather_runs(load(), runs)
     summary = summarize(gathered, judge)
     for line in plain_lines(summary, differing(gathered)):
-        click.echo(line)
+        echo(line)
     for sentence in verdict(gathered, summary):
-        click.echo(sentence, err=True)
+        echo(sentence, err=True)
     if out:
         written, _ = write_report(gathered, out, judge)
-        click.echo(written.html)
+        echo_path(written.html)
 
 
 def _rank(places: tuple[str, ...], *, regardless: bool) -> None:
@@ -63,7 +64,7 @@ def _rank(places: tuple[str, ...], *, regardless: bool) -> None:
         raise DataError(f"these files have no score in common. {has}")
     for what, versions in other_versions(cards).items():
         listed = ", ".join(f"{v} ({c.place})" for v, c in zip(versions, cards, strict=True))
-        click.echo(f"note: {what} differs: {listed}", err=True)
+        echo(f"note: {what} differs: {listed}", err=True)
     for name in names:
         for line in rank(cards, name, regardless=regardless):
-            click.echo(line)
+            echo(line)

@@ -8,6 +8,7 @@ import click
 
 from e2ediff.cli import options
 from e2ediff.distributed.signals import keeping
+from e2ediff.terminal import echo, echo_path
 
 if TYPE_CHECKING:
     from e2ediff.evaluate.passport import Card
@@ -101,24 +102,24 @@ def command(ref: ModelRef, out: str | None, threads: int | None, **given: Any) -
     folder = out or (f"{plain}/scores" if is_run(ref.run) else f"{plain}.scores")
     for card in cards:
         _show(card)
-        click.echo(write_card(folder, card))
+        echo_path(write_card(folder, card))
 
 
 def _show(card: Card) -> None:
     protocol = card.passport.protocol
-    click.echo(f"{protocol['convention']}: {protocol['images']} images, {protocol['network']}")
+    echo(f"{protocol['convention']}: {protocol['images']} images, {protocol['network']}")
     width = max(map(len, card.scores), default=0)
     for name, score in card.scores.items():
         error = "" if score.error is None else f" +- {score.error:.2g}"
         if score.interval is not None:
             error += " [{:.6g}, {:.6g}]".format(*score.interval)
-        click.echo(f"  {name:<{width}}  {score.value:.6g}{error}")
+        echo(f"  {name:<{width}}  {score.value:.6g}{error}")
         for warning in score.warnings:
-            click.echo(f"warning: {name}: {warning}", err=True)
+            echo(f"warning: {name}: {warning}", err=True)
     departs = card.notes["departs"]
     assert isinstance(departs, list)
     for text in departs:
-        click.echo(f"note: not the convention {protocol['convention']}: {text}", err=True)
+        echo(f"note: not the convention {protocol['convention']}: {text}", err=True)
 
 
 def _request(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from e2ediff.cli import options
+from e2ediff.terminal import echo_path
 
 if TYPE_CHECKING:
     from e2ediff.sample.load import ModelRef
@@ -91,4 +92,4 @@ def command(
     store = Store(folder or ".")
     between = f"seeds {seeds[0]} and {seeds[1]}" if seeds else " and ".join(images)
     store.write(name, grid_png(groups, f"{name_of_run(ref.run)}: between {between}", in_rows=True))
-    click.echo(out or store.where(name))
+    echo_path(out or store.where(name))

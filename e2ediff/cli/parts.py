@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from e2ediff.terminal import echo
+
 
 @click.command("parts")
 @click.argument("kind", required=False)
@@ -27,10 +29,10 @@ def command(kind: str | None, name: str | None) -> None:
             what = f"unknown {kinds[kind].kind} '{name}'. {did_you_mean(name, known)}"
             raise click.UsageError(what)
         for line in part_page(known[name]):
-            click.echo(line)
+            echo(line)
         return
     for registry in [kinds[kind]] if kind else host.registries.values():
-        click.secho(registry.plural, bold=True)
+        echo(registry.plural, bold=True)
         for part in sorted(registry, key=lambda p: p.name):
             for line in lines_of(part):
-                click.echo(f"  {line}")
+                echo(f"  {line}")

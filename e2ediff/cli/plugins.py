@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from e2ediff.terminal import echo
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -39,9 +41,9 @@ def list_() -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        click.echo("  ".join([*cells, row[3]]))
+        echo("  ".join([*cells, row[3]]))
     for line in _shared(host):
-        click.echo(line)
+        echo(line)
 
 
 def _row(host: Host, entry: Plugin) -> tuple[str, str, str, str]:
@@ -113,29 +115,30 @@ def info(name: str) -> None:
     host = load()
     for entry in host.entries_named(name):
         origin = f"{entry.distribution} {entry.version}".strip()
-        click.secho(f"{entry.name}  {origin}", bold=True)
+        echo(f"{entry.name}  {origin}", bold=True)
         if entry.distribution and not entry.fault:
             said = metadata.metadata(entry.distribution)
             if "Summary" in said:
-                click.echo(f"  {'summary':<9} {said['Summary']}")
-        click.echo(f"  {'module':<9} {entry.value}")
+                echo(f"  {'summary':<9} {said['Summary']}")
+        echo(f"  {'module':<9} {entry.value}")
         for line in entry.requires:
-            click.echo(f"  {'requires':<9} {line}")
+            echo(f"  {'requires':<9} {line}")
         if entry.name in host.broken:
-            click.echo(f"  {'broken':<9} {host.broken[entry.name]}")
+            echo(f"  {'broken':<9} {host.broken[entry.name]}")
             if error := host.broken[entry.name].__cause__:
                 lines = "".join(traceback.format_exception(error)).splitlines()
-                click.echo("".join(f"    {line}\n" for line in lines), nl=False)
+                for line in lines:
+                    echo(f"    {line}")
             continue
         if printed := host.printed.get(entry.name):
-            click.echo(f"  {'prints':<9} {printed!r} to stdout, when it is imported")
-        click.echo(f"  {'hooks':<9} {', '.join(entry.hooks)}")
+            echo(f"  {'prints':<9} {printed!r} to stdout, when it is imported")
+        echo(f"  {'hooks':<9} {', '.join(entry.hooks)}")
         for registry in host.registries.values():
             for part in registry:
                 if part.plugin.name == entry.name:
-                    click.echo(f"  {registry.plural}")
+                    echo(f"  {registry.plural}")
                     for line in lines_of(part):
-                        click.echo(f"    {line}")
+                        echo(f"    {line}")
         for command_name, (_, owner) in host.commands.items():
             if owner.name == entry.name:
-                click.echo(f"  {'command':<9} {command_name}")
+                echo(f"  {'command':<9} {command_name}")

@@ -11,6 +11,7 @@ import click
 
 from e2ediff.cli import options
 from e2ediff.distributed.signals import keeping
+from e2ediff.terminal import echo, echo_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,5 +101,5 @@ def command(
         f"{mean:.2f} dB"
     )
     store.write("reconstructions.png", grid_png(shown, caption))
-    click.echo(f"psnr {mean:.2f} dB over {len(entries)} images")
-    click.echo(store.where("reconstructions.png"))
+    echo(f"psnr {mean:.2f} dB over {len(entries)} images")
+    echo_path(store.where("reconstructions.png"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from e2ediff.cli import options
+from e2ediff.terminal import echo, echo_path
 
 
 @click.command("report")
@@ -25,5 +26,5 @@ def command(place: str, out: str | None, judge: str | None) -> None:
     with Progress() as progress, progress.doing("reading runs and drawing the report"):
         written, sentences = write_report(gather(load(), place), out, judge)
     for sentence in sentences:
-        click.echo(sentence, err=True)
-    click.echo(written.html)
+        echo(sentence, err=True)
+    echo_path(written.html)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from e2ediff.cli import options
+from e2ediff.terminal import echo, echo_path
 
 if TYPE_CHECKING:
     from e2ediff.distributed.signals import Stop
@@ -232,9 +233,8 @@ def _train(
         )  # fmt: skip
         if world.is_leader:
             for line in _last_lines(outcome, recipe, overrides):
-                click.echo(line, err=True)
-            click.echo(outcome.path)
-            sys.stdout.flush()
+                echo(line, err=True)
+            echo_path(outcome.path)
         code = outcome.exit_code
         note_end(code)
         world.shutdown()
@@ -249,10 +249,9 @@ def _train(
             if isinstance(error, E2EDiffError):
                 print_error(error)
             elif code == 1:
-                traceback.print_exception(error)
+                echo("".join(traceback.format_exception(error)), err=True, lines=True, end="")
             else:
-                click.echo(str(error) or "interrupted", err=True)
-            sys.stderr.flush()
+                echo(str(error) or "interrupted", err=True, lines=True)
 
         world.report_once(say)
     if world.size > 1:

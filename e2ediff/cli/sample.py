@@ -8,6 +8,7 @@ import click
 
 from e2ediff.cli import options
 from e2ediff.distributed.signals import keeping
+from e2ediff.terminal import echo, echo_path
 
 if TYPE_CHECKING:
     from e2ediff.sample.conditions import SetLaw
@@ -130,7 +131,7 @@ def command(
     else:
         classes = classes or list(range(kinds))
         if empty := without_images(image, classes):
-            click.echo(f"warning: {empty}", err=True)
+            echo(f"warning: {empty}", err=True)
         images = balanced or drawn or len(classes) * (count or 8)
         labels = lay_out(classes, images, "uniform" if drawn else "balanced", seed)
     request = SampleRequest(
@@ -153,4 +154,4 @@ def command(
             say=progress.say,
             update=progress.update,
         )
-    click.echo(place)
+    echo_path(place)

@@ -17,6 +17,7 @@ from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES
 from e2ediff.files.location import Location
 from e2ediff.files.names import is_hidden
+from e2ediff.terminal import printable
 
 _EXPECTED = (
     "expected a line '<image> <class>' for each image, or a dataset.json with "
@@ -265,7 +266,7 @@ def _two_labels(image: str, one: LabelRow, other: LabelRow, unit: str) -> str:
 
 def _shown(text: str) -> str:
     text = text if len(text) <= 60 else f"{text[:57]}..."
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return printable(text)
 
 
 def labelled(images: Sequence[str], file: LabelFile, place: str, option: str) -> list[str]:

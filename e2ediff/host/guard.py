@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from e2ediff.errors import PluginError
+from e2ediff.terminal import echo
 
 _GRACE = 0.5  # seconds after the limit until code that still hangs is reported
 
@@ -47,7 +48,8 @@ class StdoutToStderr(io.TextIOBase):
     def write(self, text: str) -> int:
         """Write to the current stderr, as the former stdout may have been closed."""
         self.first = self.first or text.strip().partition("\n")[0][:80]
-        return sys.stderr.write(text)
+        echo(text, err=True, lines=True, end="")
+        return len(text)
 
     def flush(self) -> None:
         """Flush stderr."""
@@ -93,8 +95,7 @@ def _imports_torch() -> bool:
 def _name_what_hangs(plugin: str, seconds: float) -> None:
     if _imports_torch():
         return
-    sys.stderr.write(f"plugin {plugin!r} {_hangs(plugin, seconds)}\n")
-    sys.stderr.flush()
+    echo(f"plugin {plugin!r} {_hangs(plugin, seconds)}", err=True)
 
 
 @contextlib.contextmanager

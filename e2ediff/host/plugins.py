@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from e2ediff.errors import PluginError
 from e2ediff.host import builtin, hookspecs
 from e2ediff.host.checkout import install_command, uninstalled_plugins
 from e2ediff.host.discovery import BUILTIN, Plugin, installed, version_of, words
-from e2ediff.host.guard import Hung, time_limit
+from e2ediff.host.guard import Hung, StdoutToStderr, time_limit
 from e2ediff.host.plugin_file import given_files, read_plugin_file
 from e2ediff.host.registry import (
     KINDS,
@@ -33,6 +32,7 @@ from e2ediff.host.registry import (
     did_you_mean,
     import_named,
 )
+from e2ediff.terminal import echo
 
 GROUPS = ("ckpt", "plugins")
 """The built-in commands that are groups, to which plugins may add subcommands."""
@@ -206,7 +206,7 @@ class Host:
         failed: list[tuple[str, BaseException]] = []
         for plugin in [p for p in self.used if hook in p.hooks]:
             try:
-                with contextlib.redirect_stdout(sys.stderr):
+                with contextlib.redirect_stdout(StdoutToStderr()):
                     self._call(hook, plugin, **arguments)
             except (Exception, SystemExit) as exc:  # the plugin boundary
                 failed.append((plugin.name, exc))
@@ -240,7 +240,7 @@ class Host:
         except PluginError as exc:
             self.broken[plugin.name] = exc
             if isinstance(exc.__cause__, Hung):  # explain the delay, which every command has
-                sys.stderr.write(f"plugin {plugin.name!r} {exc}\n")
+                echo(f"plugin {plugin.name!r} {exc}", err=True)
         self.entries.append(plugin)
 
     def _register(self, module: object, plugin: Plugin) -> Plugin:
@@ -377,4 +377,4 @@ def _file(place: str) -> str:
 
 def _trace(hook: str, impls: Sequence[pluggy.HookImpl], arguments: Mapping[str, object]) -> None:
     who = ", ".join(impl.plugin_name for impl in impls) or "nobody"
-    sys.stderr.write(f"e2ediff: {hook}({', '.join(arguments)}) -> {who}\n")
+    echo(f"e2ediff: {hook}({', '.join(arguments)}) -> {who}", err=True)

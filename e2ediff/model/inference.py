@@ -6,7 +6,6 @@ Shapes: B batch, C H W image, M images, N latent tokens, D latent channels, R ro
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from e2ediff import terminal
 from e2ediff.backbone import Backbone
 from e2ediff.condition import ClassLabels, Condition, concatenate
 from e2ediff.data import ImageSpec
@@ -153,7 +153,7 @@ class Model:
         if self.image.empty_classes and not isinstance(labels, Condition):
             asked = [class_of(self.image, label) for label in labels]
             if empty := without_images(self.image, asked):
-                logging.warning(empty)
+                terminal.warn(empty)
         finished, done = [], 0
         for tile in self.tiles(labels, seed=seed, first=first):
             finished.append(tile.x)
@@ -368,7 +368,7 @@ def choose_kernels(
     net: Backbone,
     device: torch.device,
     precision: Precision,
-    warn: Callable[[str], None] = logging.warning,
+    warn: Callable[[str], None] = terminal.warn,
 ) -> None:
     """Choose the kernels of a trained network.
 

@@ -15,6 +15,7 @@ from e2ediff.condition import ClassLabels
 from e2ediff.data import ImageSpec
 from e2ediff.errors import DataError
 from e2ediff.seeds import generator
+from e2ediff.terminal import printable
 
 LabelLaw = Literal["balanced", "uniform"]
 """The classes in turn, or independent draws of which each class is equally likely."""
@@ -161,15 +162,16 @@ def _number(name: str) -> int | None:
 
 
 def _ambiguous(option: str, text: str, ways: Sequence[str]) -> DataError:
-    return DataError(f"{option} {_shown(text)}: is ambiguous. Write {_shown(' or '.join(ways))}.")
+    meant = printable(" or ".join(ways))
+    return DataError(f"{option} {printable(text)}: is ambiguous. Write {meant}.")
 
 
 def _unknown(image: ImageSpec, text: str, option: str) -> DataError:
     close = difflib.get_close_matches(text, image.class_names, n=1)
-    hint = f" Did you mean '{_shown(close[0])}'?" if close and close[0] != text else ""
+    hint = f" Did you mean '{printable(close[0])}'?" if close and close[0] != text else ""
     names = f" or one of {_listed(image)}" if image.class_names else ""
     return DataError(
-        f"{option} {_shown(text)}: no such class.{hint} Expected an index from 0 to "
+        f"{option} {printable(text)}: no such class.{hint} Expected an index from 0 to "
         f"{_classes(image) - 1}{names}, or 'none'."
     )
 
@@ -184,7 +186,7 @@ def without_images(image: ImageSpec, labels: Iterable[object]) -> str:
 
 def called(image: ImageSpec, labels: Sequence[int]) -> str:
     """List classes by index and name, or the first of many."""
-    shown = ", ".join(_shown(_called(image, label)) for label in labels[:_MOST])
+    shown = ", ".join(printable(_called(image, label)) for label in labels[:_MOST])
     return shown + (f", ... ({len(labels):,} in all)" if len(labels) > _MOST else "")
 
 
@@ -199,12 +201,7 @@ def _listed(image: ImageSpec) -> str:
     """List the classes' names, or the first of many."""
     names = image.class_names
     more = f", ... ({len(names):,} in all)" if len(names) > _MOST else ""
-    return ", ".join(map(_shown, names[:_MOST])) + more
-
-
-def _shown(text: str) -> str:
-    """Make names safe for a terminal, as they come from folders of any origin."""
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return ", ".join(map(printable, names[:_MOST])) + more
 
 
 def lay_out(classes: Sequence[int], images: int, law: LabelLaw, seed: int) -> list[int]:

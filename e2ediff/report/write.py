@@ -47,7 +47,7 @@ def write_report(
         names.html: render(gathered, summary, sentences, written),
     }
     for name, text in texts.items():
-        store.write(name, text.encode())
+        store.write(name, text.encode(errors="backslashreplace"))  # lone surrogates
     places = (store.where(n) for n in (names.html, names.csv, names.tex, names.json))
     return Written(*places), sentences
 

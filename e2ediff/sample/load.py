@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from e2ediff import addresses
+from e2ediff import addresses, terminal
 from e2ediff.addresses import Address
 from e2ediff.condition import ClassLabels
 from e2ediff.data import ImageSpec
@@ -77,7 +76,7 @@ class ModelRef:
             RecipeError: An override is wrong, or guidance uses a network of another interpolant or
                 other classes.
         """
-        host, warn = host or load(), warn or logging.warning
+        host, warn = host or load(), warn or terminal.warn
         device = choose_device(self.device)
         own = _open(host, self, device, warn, "use --checkpoint {}")
         guidance, others = own.guidance, dict[Reference, Other]()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import re
 import secrets
@@ -21,6 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from e2ediff import terminal
 from e2ediff.errors import CheckpointError, DivergedError, E2EDiffError
 from e2ediff.store.environment import versions
 from e2ediff.store.manifest import (
@@ -40,7 +40,6 @@ from e2ediff.store.storage import JSON, Store
 from e2ediff.store.tensor_file import count_not_finite, pieces, size_of
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_warn = logging.getLogger(__name__).warning
 
 
 def save(
@@ -50,7 +49,7 @@ def save(
     files: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, JSON],
     keep: int,
-    warn: Callable[[str], None] = _warn,
+    warn: Callable[[str], None] = terminal.warn,
     spare: int | None = None,
     pulse: Callable[[], None] = lambda: None,
 ) -> str:
@@ -143,7 +142,7 @@ def open_checkpoint(
     store: Store,
     name: str | None = None,
     verify: bool = True,
-    warn: Callable[[str], None] = _warn,
+    warn: Callable[[str], None] = terminal.warn,
     use: str = "use --checkpoint {}",
 ) -> Checkpoint:
     """Open one checkpoint by name, or the newest that verifies.
@@ -176,7 +175,7 @@ def open_checkpoint(
     )
 
 
-def drop_after(store: Store, images: int, warn: Callable[[str], None] = _warn) -> None:
+def drop_after(store: Store, images: int, warn: Callable[[str], None] = terminal.warn) -> None:
     """Delete the checkpoints made after this many training images."""
     for name in list_checkpoints(store):
         if int(name.split("-")[1]) > images:

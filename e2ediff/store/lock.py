@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from e2ediff import terminal
 from e2ediff.errors import RunDirectoryError
 from e2ediff.store.environment import machine
 from e2ediff.store.lease import Lease
@@ -56,10 +56,9 @@ def acquire(store: Store, shown: str) -> Callable[[], None] | None:
         except OSError as error:
             try:
                 if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
-                    logging.getLogger(__name__).warning(
-                        "%s: cannot be locked (%s); make sure that only one process trains in it.",
-                        shown,
-                        error.strerror,
+                    terminal.warn(
+                        f"{shown}: cannot be locked ({error.strerror}); make sure that only one "
+                        "process trains in it."
                     )
                     return None
                 _refuse_or_take_over(shown, path, file)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from e2ediff.distributed.signals import write_now
+from e2ediff.terminal import echo, printable
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -48,7 +49,7 @@ class Progress:
         if self._live is not None:
             self._live.stop()
         if self._pending:
-            print(self._pending, file=self.stream, flush=True)
+            echo(self._pending, to=self.stream)
 
     def update(self, line: str) -> None:
         """Replace the progress line; an empty one removes it."""
@@ -58,12 +59,12 @@ class Progress:
         elif self._live is not None:
             from rich.text import Text
 
-            text, console = Text(line), self._live.console
+            text, console = Text(printable(line)), self._live.console
             self._rows = len(text.wrap(console, console.width))
             self._live.update(text)  # wrapped, so that a narrow terminal shows all of it
             self._pending = line
         elif now - self._last >= self.plain_seconds:
-            print(line, file=self.stream, flush=True)
+            echo(line, to=self.stream)
             self._last, self._pending = now, ""
         else:
             self._pending = line
@@ -95,6 +96,7 @@ class Progress:
 
     def interject(self, line: str) -> None:
         """Write a permanent line at once; may be called from a signal handler."""
+        line = printable(line, lines=True)
         # The live line is redrawn over its rows, from the last one upwards.
         live = self._live is not None
         text = "\r\x1b[2K" + line + "\n" * (self._rows + 1) if live else f"{line}\n"
@@ -103,9 +105,9 @@ class Progress:
     def say(self, line: str) -> None:
         """Write a permanent line."""
         if self._live is not None:
-            self._live.console.print(line, markup=False, soft_wrap=True)
+            self._live.console.print(printable(line, lines=True), markup=False, soft_wrap=True)
         else:
-            print(line, file=self.stream, flush=True)
+            echo(line, to=self.stream, lines=True)
 
 
 def duration(seconds: float) -> str:

@@ -264,11 +264,12 @@ def test_the_checks_for_authors_are_imported_when_one_is_asked_for() -> None:
     """As a plugin, which every command loads that reads a recipe, the kit costs no torch."""
     light = {"click", "e2ediff_testing"}
     found = [CHECKS / "__init__.py", CHECKS / "cli.py"]
-    assert broken_by(found, {"e2ediff.hookimpl"}, light, top=True) == {}
+    ours = {"e2ediff.hookimpl", "e2ediff.terminal"}
+    assert broken_by(found, ours, light, top=True) == {}
 
 
-def test_files_of_others_are_read_with_three_contracts_alone() -> None:
-    ours = {"e2ediff.addresses", "e2ediff.data", "e2ediff.errors", "e2ediff.files."}
+def test_files_of_others_are_read_with_four_contracts_alone() -> None:
+    ours = {f"e2ediff.{name}" for name in ("addresses", "data", "errors", "files.", "terminal")}
     packages = {"torch", "attrs", "numpy", "PIL", "safetensors"}
     assert broken_by(sources(CORE / "files"), ours, packages) == {}
 
@@ -369,7 +370,7 @@ def readers_of_images(tree: ast.AST) -> Iterator[str]:
 
 
 def test_the_command_line_imports_nothing_heavy_until_a_command_runs() -> None:
-    light = ["e2ediff.errors", "e2ediff.__version__", "e2ediff.cli.options"]
+    light = ["e2ediff.errors", "e2ediff.__version__", "e2ediff.cli.options", "e2ediff.terminal"]
     assert broken_by(sources(CORE / "cli"), light, {"click"}, top=True) == {}
     assert broken_by([CORE / "__init__.py"], [], {"pluggy"}, top=True) == {}
 
@@ -565,6 +566,46 @@ def opening(tree: ast.AST) -> list[str]:
     return found + [call for call in calls if re.search(rf"(^|\.){named}$", call)]
 
 
+def test_text_leaves_for_a_terminal_in_one_place() -> None:
+    """By `e2ediff.terminal`, which escapes what a terminal would obey, and no other way."""
+    found = {
+        f"{name_of(path)}: {call}"
+        for path in sources(CORE, *PLUGINS)
+        if path != CORE / "terminal.py"
+        for call in printing(tree_of(path))
+    }
+    assert found == {
+        # A screen that is redrawn in place, whose lines are made `printable` first.
+        "e2ediff/train/progress.py: rich.console.Console",
+        "e2ediff/train/progress.py: self._live.console.print",
+        # The same past the buffer of a stream, within the handler of a signal.
+        "e2ediff/train/progress.py: write_now",
+        "e2ediff/distributed/signals.py: write_now",
+        "e2ediff/distributed/signals.py: stream.write",
+    }
+
+
+def printing(tree: ast.AST) -> Iterator[str]:
+    """Calls and imports that print, or may."""
+    yield from (
+        name
+        for name in imports(tree)
+        if re.match(r"click\.(s?echo|echo_via_pager|prompt|confirm|progressbar)$|pprint\b|rich"
+                    r"\.(console|print)\b|tqdm\b|logging\.\w", name)
+    )  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in {"__stdout__", "__stderr__"}:
+            yield ast.unparse(node)
+        if isinstance(node, ast.Call) and re.search(
+            r"(^|\.)(print|pprint|write_now|print_(exc|exception|last|stack|tb|list))$|^click\.(s?echo"
+            r"|echo_via_pager|prompt|confirm|progressbar)$|(stdout|stderr|stream)(\.buffer)?"
+            r"\.write(lines)?$|(logging|[Ll]og(ger)?|getLogger\(.*\))\.(debug|info|warning|warn"
+            r"|error|exception|critical|log)$|^warnings\.(warn|warn_explicit)$|^faulthandler\.",
+            ast.unparse(node.func),
+        ):
+            yield ast.unparse(node.func)
+
+
 def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -607,6 +648,32 @@ def test_the_law_finds_what_breaks_it() -> None:
     assert list(unsafe(tree)) == [(10, "pickle.loads"), (10, "torch.load")]
     assert list(undocumented(tree, methods=True)) == ["g"]
     assert [word for word in words(tree) if "dsd" in word] == ["dsd"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "print(x)",
+        "click.echo(x)",
+        "click.secho(x)",
+        "from click import echo as tell",
+        "sys.stdout.write(x)",
+        "self.stream.write(x)",
+        "sys.stderr.buffer.write(x)",
+        "sys.__stderr__",
+        "traceback.print_exc()",
+        "logging.warning(x)",
+        "logging.getLogger(__name__).warning(x)",
+        "from logging import warning",
+        "logger.error(x)",
+        "warnings.warn(x)",
+        "from rich import print",
+        "self.console.print(x)",
+        "import tqdm",
+    ],
+)
+def test_the_law_finds_every_way_to_print(code: str) -> None:
+    assert list(printing(ast.parse(code)))
 
 
 def test_the_law_finds_readers_of_images_under_any_name() -> None:

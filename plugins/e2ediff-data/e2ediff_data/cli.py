@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from e2ediff.distributed.signals import keeping
+from e2ediff.terminal import echo, echo_path
 
 if TYPE_CHECKING:
     from e2ediff.data import Size
@@ -128,12 +129,12 @@ def prepare_command(
         f"classes: {image.classes}, "
         f"channels: {image.channels}}}"
     )
-    click.echo(
+    echo(
         f"{done.images:,} images in {done.shards} shards{kept}; {len(done.left_out)} left out\n"
         f"read them with: --set {shlex.quote(block)}",
         err=True,
     )
-    click.echo(dst)
+    echo_path(dst)
 
 
 def _size(text: str) -> Size:
@@ -192,10 +193,10 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
             )
             bad += seen.bad
     for place, what in bad:
-        click.echo(f"{place}: {what}")
+        echo(f"{place}: {what}")
     for source in sources:
         if left_out := left_out_text(source.left_out):
-            click.echo(left_out, err=True)
+            echo(left_out, err=True)
     count = sum(map(len, sources))
     if bad:
         raise DataError(
@@ -203,7 +204,7 @@ def check_command(address: str, quick: bool, workers: int, overrides: tuple[str,
             "or set `data.on_bad_image: skip`"
         )
     done = "have sound headers" if quick else "can be read"
-    click.echo(f"{address}: all {count:,} images {done}", err=True)
+    echo(f"{address}: all {count:,} images {done}", err=True)
 
 
 @command.command("stats")
@@ -249,14 +250,15 @@ def stats_command(
             progress=progress.update,
         )
     if as_text:
-        click.echo(json.dumps(as_json(host, source, config, seen), indent=1))
+        echo(json.dumps(as_json(host, source, config, seen), indent=1), lines=True)
         return
     for line in lines(source, config, seen):
-        click.echo(line)
+        echo(line)
     for place, what in seen.bad:
-        click.echo(f"            {place}: {what}")
+        echo(f"            {place}: {what}")
     if classes and config.image.classes:
-        click.echo("\n# images, label and name of every class")
+        echo()
+        echo("# images, label and name of every class")
         for label, name, count in every_class(source, config):
-            click.echo(f"{count:>11,} {label:>7} {name}")
-    click.echo("\n# proposed\n" + proposal(host, source, config, seen), nl=False)
+            echo(f"{count:>11,} {label:>7} {name}")
+    echo("\n# proposed\n" + proposal(host, source, config, seen), lines=True, end="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from e2ediff import addresses
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.store.run_directory import RunDirectory
+from e2ediff.terminal import printable
 
 
 @pytest.fixture(autouse=True)
@@ -244,3 +246,18 @@ def test_paths_are_taken_as_text_is(
 def test_an_address_that_is_never_opened_is_refused(address: str) -> None:
     done = e2ediff("data", "check", address)
     assert (done.code, "is never opened" in done.err) == (5, True), done
+
+
+def test_names_of_classes_and_files_cannot_command_a_terminal() -> None:
+    odd = "n\x1b[31m\x9b2J \u202e\nFORGED"
+    write_tree(Path("wide"), [3, 3, 3], size=(20, 20))
+    Path("wide/n00000001").rename(f"wide/{odd}")
+    for path in Path(f"wide/{odd}").iterdir():
+        damage(path)
+        path.rename(f"wide/{odd}/{odd}.JPEG")
+    for words in (["stats", "wide", "--classes"], ["check", "wide"], ["stats", "wide", "--json"]):
+        done = e2ediff("data", *words, "--workers", "0")
+        for text in (done.out, done.err):
+            assert text == printable(text, lines=True)
+            assert "\nFORGED" not in text
+        assert re.search(r"\\(x|u00)1b\[31m", done.out + done.err), words

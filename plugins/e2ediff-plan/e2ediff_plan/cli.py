@@ -6,6 +6,7 @@ import json
 
 import click
 
+from e2ediff.terminal import echo
 from e2ediff_plan.devices import NAMES
 
 
@@ -55,7 +56,7 @@ def command(
             check_fits(read, recipe)
             plan = make_plan(host, read, recipe, device=device, gpus=gpus, fraction=fraction)
     if as_text:
-        click.echo(json.dumps(as_json(plan), indent=1))
+        echo(json.dumps(as_json(plan), indent=1), lines=True)
         return
     for line in lines(plan):
-        click.echo(line)
+        echo(line)

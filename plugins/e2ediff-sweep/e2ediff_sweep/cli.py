@@ -8,6 +8,7 @@ import shlex
 import click
 
 from e2ediff.distributed.signals import keeping
+from e2ediff.terminal import echo
 
 
 @click.command("sweep")
@@ -126,7 +127,7 @@ def command(
         if dry_run:
             for axis in axes:
                 for value in axis.values:
-                    click.echo(" ".join(str(a) for a in value.assignments))
+                    echo(" ".join(str(a) for a in value.assignments))
             return
         network = feature_network(host, features, weights_file, sha256).build()
         request = Request(
@@ -158,10 +159,10 @@ def command(
                 finished(scored_so_far)
     rows = ranked([*search.found.values()])
     for line in lines(rows):
-        click.echo(line)
+        echo(line)
     best = rows[0].result.candidate
     if (cheap := cheapest(rows)).result.calls < rows[0].result.calls:
-        click.echo(f"tied, at {cheap.result.calls:g} calls: {cheap.result.candidate.words}")
+        echo(f"tied, at {cheap.result.calls:g} calls: {cheap.result.candidate.words}")
     options = {
         "--checkpoint": swept.checkpoint.name,
         "--count": full or rules.count,
@@ -174,8 +175,8 @@ def command(
     }
     given = [(name, str(value)) for name, value in options.items() if value is not None]
     words = ["eval", run, *best.options, *itertools.chain(*given)]
-    click.echo(f"table: {store.where('sweep.csv')}")
-    click.echo(f"full evaluation: {shlex.join(['e2ediff', *words])}")
+    echo(f"table: {store.where('sweep.csv')}")
+    echo(f"full evaluation: {shlex.join(['e2ediff', *words])}")
     if full:
         group = context.find_root().command
         assert isinstance(group, click.Group)

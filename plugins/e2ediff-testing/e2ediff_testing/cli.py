@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from e2ediff.terminal import echo, echo_path
+
 if TYPE_CHECKING:
     from e2ediff_testing.kit import Verdict
 
@@ -31,12 +33,13 @@ def new(name: str, kind: str, out: str | None) -> None:
     part = name.replace("-", "_")
     recipe = "recipes/quickstart.yaml"
     recipe = recipe if os.path.exists(recipe) else "RECIPE.yaml"
-    click.echo(
+    echo(
         f"next: {pip_install(folder)} && e2ediff plugins check {part}\n"
         f"then: e2ediff run {recipe} --set {shlex.quote(assignment(kind, part))}",
         err=True,
+        lines=True,
     )
-    click.echo(folder)
+    echo_path(folder)
 
 
 @click.command("check")
@@ -91,10 +94,10 @@ def check(plugin: str, part: str, overrides: tuple[str, ...]) -> None:
         raise PluginError(f"{plugin}: has no part {part!r}" if part else f"{plugin}: has no part")
     if failed:
         raise PluginError(f"{plugin}: {len(failed)} of {len(verdicts)} checks failed")
-    click.echo(f"{len(verdicts)} checks passed")
+    echo(f"{len(verdicts)} checks passed")
 
 
 def _tell(verdict: Verdict) -> None:
     state = "FAIL" if verdict.problem else "ok"
     what = f": {verdict.problem}" if verdict.problem else ""
-    click.echo(f"{state:<4}  {verdict.part}  {verdict.check}{what}")
+    echo(f"{state:<4}  {verdict.part}  {verdict.check}{what}")

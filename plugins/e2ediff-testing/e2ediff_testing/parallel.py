@@ -21,6 +21,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.step.assembly import assemble
+from e2ediff.terminal import echo
 from e2ediff_testing.source import Source
 from e2ediff_testing.trials import Trial, compare, gradients
 
@@ -76,7 +77,7 @@ def main() -> None:
         _step(spec, rank)
         code = 0
     except Exception:
-        traceback.print_exc()
+        echo(traceback.format_exc(), err=True, lines=True, end="")
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
