@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-_MODEL = ("run", "weights", "checkpoint", "device", "overrides", "rows", "precision")
+_MODEL = ("run", "weights", "checkpoint", "device", "overrides", "rows", "precision", "trust")
 
 
 weights = click.option(
@@ -22,6 +22,13 @@ _device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), d
 def overrides(help_: str = "As for `run`.") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return the option `--set`, which a command receives as `overrides`."""
     return click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=help_)
+
+
+trust = click.option(
+    "--trust",
+    is_flag=True,
+    help="Open the networks that the recipe of a RUN names which you did not make here.",
+)
 
 
 threads_text = functools.partial(
@@ -74,6 +81,6 @@ def model(command: Callable[..., Any]) -> Callable[..., Any]:
         own = {name: given.pop(name) for name in _MODEL if name in given}
         return command(ref=ModelRef(**own), **given)
 
-    for option in (_device, checkpoint, weights):
+    for option in (trust, _device, checkpoint, weights):
         option(with_reference)
     return with_reference

@@ -60,6 +60,7 @@ def _joined(words: Sequence[str]) -> list[str]:
     is_flag=True,
     help="Start over where --resume would continue; what is there moves to attempts/.",
 )
+@options.trust
 @options.threads_text()
 @click.option(
     "--nproc",
@@ -81,6 +82,7 @@ def command(
     out: str | None,
     resume: Literal["must", "auto"] | None,
     restart: bool,
+    trust: bool,
     threads: str,
     nproc: str,
     nnodes: int,
@@ -121,12 +123,13 @@ def command(
             words = ["run", *([recipe] if recipe else []), "--threads", threads]
             words += [word for change in overrides for word in ("--set", change)]
             words += ["--out", out] if out else []
+            words += ["--trust"] if trust else []
             words += [f"--resume={resume}"] if resume else ["--restart"] if restart else []
             return launch(words, count, nnodes, rdzv)
         return _train(
             read, overrides, place, stop,
             resume=resume == "must" or (resume or False), restart=restart,
-            choose_threads=number is None,
+            choose_threads=number is None, trust=trust,
         )  # fmt: skip
 
 
@@ -214,6 +217,7 @@ def _train(
     resume: bool | Literal["auto"],
     restart: bool,
     choose_threads: bool,
+    trust: bool,
 ) -> int:
     """Train in this process, which may be one of several; one of them reports the outcome."""
     from e2ediff.cli import print_error
@@ -229,7 +233,7 @@ def _train(
     try:
         outcome = train(
             load(), recipe, overrides, out, resume=resume, restart=restart, world=world,
-            stop=stop, choose_threads=choose_threads,
+            stop=stop, choose_threads=choose_threads, trust=trust,
         )  # fmt: skip
         if world.is_leader:
             for line in _last_lines(outcome, recipe, overrides):

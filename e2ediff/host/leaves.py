@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import attrs
 
+from e2ediff import addresses
 from e2ediff.host.registry import options
 from e2ediff.host.yaml import Node, parse_yaml
 
@@ -36,6 +37,45 @@ def _plain(node: Node) -> object:
     if isinstance(node.value, dict):
         return {key: _plain(child) for key, child in node.value.items()}
     return node.value
+
+
+def texts_in(text: str) -> set[str]:
+    """Return the texts in a YAML value, at any depth; the text itself where it is no YAML."""
+    root, problems = parse_yaml(f"value: {text}", "value")
+    return {text} if problems or root is None else {text, *_texts(_plain(root))}
+
+
+def _texts(tree: object) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    for item in (
+        tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    ):
+        yield from _texts(item)
+
+
+def addresses_in(part: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield path and value of every option of a part, at any depth, that is an address.
+
+    Those are the options that `addresses.allowed` validates.
+    """
+    if attrs.has(cls := type(part)):
+        fields = attrs.fields_dict(cls)
+        for option in options(cls).values():
+            value, where = getattr(part, option.attribute), f"{path}.{option.name}".lstrip(".")
+            if isinstance(value, str) and _is_address(fields[option.attribute].validator):
+                yield from [(where, value)] if value else []
+            else:
+                yield from addresses_in(value, where)
+    items = part.items() if isinstance(part, Mapping) else ()
+    numbered = enumerate(part) if isinstance(part, list | tuple) else ()
+    for key, item in (*items, *numbered):
+        yield from addresses_in(item, f"{path}.{key}")
+
+
+def _is_address(validator: object) -> bool:
+    inner = (*getattr(validator, "_validators", ()), getattr(validator, "validator", None))
+    return validator is addresses.allowed or any(map(_is_address, filter(None, inner)))
 
 
 def text_of(value: object) -> str:

@@ -68,18 +68,22 @@ def check_precision(
         )
 
 
-def build_nets(recipe: Recipe, device: torch.device) -> tuple[Nets, Average]:
+def build_nets(
+    recipe: Recipe, device: torch.device, *, frozen: bool = True
+) -> tuple[Nets, Average]:
     """Build initialised networks on `device`, and the target's average.
 
     Weights depend on the recipe's seed alone.
+    Without `frozen` the objective's frozen networks, which only training needs, are left out, and
+    no file is opened that the recipe names.
     """
-    online, heads, frozen = fresh_nets(recipe, device)
+    online, heads, others = fresh_nets(recipe, device, frozen=frozen)
     target = Average(online, recipe.target)
-    return Nets(online, target.net, recipe.interpolant, recipe.predicts, heads, frozen), target
+    return Nets(online, target.net, recipe.interpolant, recipe.predicts, heads, others), target
 
 
 def fresh_nets(
-    recipe: Recipe, device: torch.device
+    recipe: Recipe, device: torch.device, *, frozen: bool = True
 ) -> tuple[Backbone, nn.ModuleDict, nn.ModuleDict]:
     """Build the online network, the objective's heads and its frozen networks."""
     with torch.random.fork_rng(devices=[]):
@@ -88,10 +92,11 @@ def fresh_nets(
             online = recipe.backbone.build(recipe.data.image)
             heads = recipe.objective.heads(online)
             # A frozen network is loaded from a file, which the meta device does not need.
-            frozen = nn.ModuleDict() if device.type == "meta" else recipe.objective.frozen(online)
+            absent = device.type == "meta" or not frozen
+            others = nn.ModuleDict() if absent else recipe.objective.frozen(online)
     if device.type not in ("cpu", "meta"):  # on the device where they were built
-        online, heads, frozen = online.to(device), heads.to(device), frozen.to(device)
-    return online.train(), heads, frozen
+        online, heads, others = online.to(device), heads.to(device), others.to(device)
+    return online.train(), heads, others
 
 
 def problems(recipe: Recipe) -> list[Problem]:

@@ -28,6 +28,7 @@ from e2ediff.sample.post_hoc import Basis, reconstruct, stored_weights, width_of
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.plugin_files import refuse_other_plugin_files
+from e2ediff.store.provenance import refuse_networks
 from e2ediff.store.run_directory import RunDirectory
 
 _MAY_CHANGE = ("sampler", "guidance")
@@ -49,6 +50,7 @@ class ModelRef:
     `overrides` are assignments as given to `--set`, to `sampler` and `guidance` alone.
     `rows` is the number of images computed at once; it may change their last bits.
     `precision` is the type that the networks compute in.
+    `trust` opens the other runs that the recipe of a run names which was not made here.
     """
 
     run: str = attrs.field(converter=addresses.plain)
@@ -58,6 +60,7 @@ class ModelRef:
     overrides: tuple[str, ...] = attrs.field(default=(), converter=_listed)
     rows: int = ROWS
     precision: Precision = "float32"
+    trust: bool = False
 
     def load(self, host: Host | None = None, warn: Callable[[str], None] | None = None) -> Model:
         """Load the model, in eval mode.
@@ -68,7 +71,8 @@ class ModelRef:
                 kernels that are not available here, and for latents that have collapsed.
 
         Raises:
-            RunDirectoryError: There is no run there.
+            RunDirectoryError: There is no run there, or it was not made here and its guidance
+                names another one, which is neither in `overrides` nor trusted.
             CheckpointError: It has no such checkpoint or weights, they are damaged, or the width
                 cannot be reconstructed.
             LatentError: The recipe's backbone has other latents than those weights, or guidance
@@ -81,6 +85,7 @@ class ModelRef:
         own = _open(host, self, device, warn, "use --checkpoint {}")
         guidance, others = own.guidance, dict[Reference, Other]()
         if guidance is not None:
+            self._refuse_strangers(guidance.references)
             for reference in guidance.references:
                 ref = ModelRef(
                     run=reference.run or self.run,
@@ -93,6 +98,11 @@ class ModelRef:
             given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
             guidance = guidance.with_references(given)
         return attrs.evolve(own, guidance=guidance, others=tuple(others.values()))
+
+    def _refuse_strangers(self, references: Sequence[Reference]) -> None:
+        named = [("guidance", r.run) for r in references if r.run not in ("", self.run)]
+        if named and not RunDirectory.open(self.run).is_made_here():
+            refuse_networks(self.run, named, self.overrides, trust=self.trust)
 
 
 def load_model(
@@ -148,7 +158,7 @@ def _open(
             f"{opened.path}: no weights '{name}'; it has {', '.join(known)}"
             + (", and any width as ema:0.08" if recipe.post_hoc else "")
         )
-    nets, _ = build_nets(recipe, device)
+    nets, _ = build_nets(recipe, device, frozen=False)
     net = nets.online.eval().requires_grad_(requires_grad=False)
     choose_kernels(net, device, ref.precision, warn)
     if width is None:

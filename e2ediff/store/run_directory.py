@@ -1,6 +1,7 @@
 """The directory of a run, which is complete in itself.
 
-`recipe.yaml` as given, `resolved.yaml` with every default, `run.json` (where it ran),
+`recipe.yaml` as given, `resolved.yaml` with every default, `seal` (that it was made here),
+`run.json` (where it ran),
 `status.json` (how it stands), `metrics.jsonl`, `figures.json` (what its figures are),
 `events.jsonl`, `samples/`, `checkpoints/`, `attempts/` (what was replaced), `plugins/` (copies of
 plugins that are one file).
@@ -32,6 +33,7 @@ from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, next_place, n
 from e2ediff.store.earlier import earlier_figure
 from e2ediff.store.lock import LOCK, acquire
 from e2ediff.store.manifest import FOLDER
+from e2ediff.store.provenance import SEAL, is_sealed, seal
 from e2ediff.store.storage import JSON, Store
 
 State = Literal["running", "done", "interrupted", "preempted", "failed"]
@@ -42,9 +44,14 @@ METRICS, EVENTS, FIGURES = "metrics.jsonl", "events.jsonl", "figures.json"
 PLUGINS = "plugins"
 
 # Files that exist before RUN, which makes the directory a run.
-_BEFORE_RUN = {LOCK, RECIPE, RESOLVED, ATTEMPTS, PLUGINS}
+_BEFORE_RUN = {LOCK, RECIPE, RESOLVED, SEAL, ATTEMPTS, PLUGINS}
 _RECORDS = (RECIPE, RESOLVED, RUN, STATUS, METRICS, EVENTS, FIGURES)
-_WRITTEN = {*_RECORDS, "bad_images.jsonl", "curves.png"}  # only by the process that holds the lock
+_WRITTEN = {
+    *_RECORDS,
+    SEAL,
+    "bad_images.jsonl",
+    "curves.png",
+}  # only by the process that holds the lock
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -106,6 +113,7 @@ class RunDirectory:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             for file, text in {**texts, **(plugins or {})}.items():
                 directory.store.write(file, text)
+            directory._seal(resolved.encode())
             # Last: it makes this a run directory.
             directory._write_json(RUN, {"name": name, "created": created, **environment})
             if directory.kept:
@@ -243,7 +251,7 @@ class RunDirectory:
         place = next_place(self.store)
         if RUN in found:
             # RUN first, so that after a kill the rest is not a run that could be resumed.
-            first = [file for file in (RUN, RECIPE, RESOLVED) if file in found]
+            first = [file for file in (RUN, RECIPE, RESOLVED, SEAL) if file in found]
             names = [*first, *(name for name in found if name not in first)]
         elif not self._is_vacant():
             names, last = found, f"{ATTEMPTS}/{numbers(self.store)[-1]}"
@@ -294,7 +302,19 @@ class RunDirectory:
     def replace_resolved(self, text: str) -> None:
         """Replace the recipe with every default, by the one with which the run goes on."""
         if not self.silent:
+            # Before it, so that after a kill in between the former text is still sealed.
+            former = [self._read(RESOLVED)] if self.is_made_here() else []
+            self._seal(text.encode(), *former)
             self.store.write(RESOLVED, text.encode())
+
+    def is_made_here(self) -> bool:
+        """Return whether this user made the run, or changed how it continues."""
+        return is_sealed(self.store, RESOLVED)
+
+    def _seal(self, *texts: bytes) -> None:
+        """Replace the seals by those of these resolved recipes; none where there is no key."""
+        if seals := [one for one in map(seal, texts) if one]:
+            self.store.write(SEAL, "".join(f"{one}\n" for one in seals).encode())
 
     def environment(self) -> dict[str, Any]:
         """Read the environment that `create` was given, with `name` and `created`."""

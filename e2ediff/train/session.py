@@ -28,6 +28,7 @@ from e2ediff.errors import (
     RunDirectoryError,
 )
 from e2ediff.host.guard import cause
+from e2ediff.host.leaves import addresses_in
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from e2ediff.host.yaml import Node
@@ -45,6 +46,7 @@ from e2ediff.store.environment import describe_environment
 from e2ediff.store.manifest import FOLDER, Checkpoint
 from e2ediff.store.plugin_files import copies, refuse_other_plugin_files
 from e2ediff.store.quarantine import put_aside
+from e2ediff.store.provenance import is_sealed, refuse_networks
 from e2ediff.store.records import images_of, newest_saved, refuse_vanished
 from e2ediff.store.run_directory import (
     RECIPE,
@@ -97,6 +99,7 @@ def train(
     world: World | None = None,
     stop: Stop | None = None,
     choose_threads: bool = False,
+    trust: bool = False,
 ) -> Outcome:
     """Train from a recipe, from the start or from a run's last checkpoint.
 
@@ -116,6 +119,8 @@ def train(
         stop: Receives signals, inside its `with`; by default a new one.
         choose_threads: Use one CPU thread or all, whichever timing finds faster; by default
             torch's number stays.
+        trust: Whether to open the networks that the recipe of a run names which was not made
+            here; by default it is refused, unless `overrides` name them.
 
     Raises:
         Stopped: A signal came before training began, or a second one during it.
@@ -129,6 +134,7 @@ def train(
             return train(
                 host, recipe_path, overrides, out, resume=resume, restart=restart,
                 progress=progress, world=world, stop=stop, choose_threads=choose_threads,
+                trust=trust,
             )  # fmt: skip
     if world.size > 1:  # processes must agree before leaving
         stop.grace, stop.quiet = _GRACE, not world.is_leader
@@ -155,6 +161,10 @@ def train(
         return data_block(directory) if resume else None
 
     recipe = load_recipe(host, recipe_path, overrides, named=resumed, progress=progress)
+    if own and not is_sealed(Store(own_recipe(str(out))), RESOLVED):
+        # Its data have to be read; networks are only what it says that it needs.
+        found = [(path, one) for path, one in addresses_in(recipe) if not path.startswith("data.")]
+        refuse_networks(str(out), found, overrides, trust=trust)
     check_fits(recipe, recipe_path)
     check_shares(recipe, world, recipe_path)
     device = choose_device(recipe.device, world.local if world.size > 1 else None)

@@ -216,7 +216,7 @@ def test_guidance_by_a_run_at_an_allowed_address_works_as_before(run: str) -> No
     shutil.copytree("run", "other")
     for address in ("other", str(Path("other").absolute()), f"file://{Path('other').absolute()}"):
         write("guidance", guided(address))
-        done = e2ediff("sample", run, "--count", 1, "--overwrite")
+        done = e2ediff("sample", run, "--count", 1, "--overwrite", "--trust")
         assert done.code == 0, done.err
 
 

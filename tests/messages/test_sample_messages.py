@@ -152,7 +152,7 @@ def test_a_weak_network_of_other_latents_is_refused(run: str) -> None:
     )
     assert theirs.startswith("  theirs:   16 tokens x 4 on a grid of 4 x 4, norm layer")
     assert expected.startswith("  expected: 16 tokens x 8 on a grid of 4 x 4, norm layer")
-    assert way_out.startswith("Decode and denoise latents with the weights that encoded them")
+    assert way_out.startswith("  Decode and denoise latents with the weights that encoded them")
     Path("paths.yaml").write_text(text.replace("name: linear", "name: cosine"))
     assert e2ediff("run", "paths.yaml", "--out", "paths").code == 0
     (_, line) = refused(3, "sample", run, "--set", "guidance={name: autoguidance, run: paths}")

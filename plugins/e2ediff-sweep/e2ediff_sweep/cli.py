@@ -52,6 +52,7 @@ from e2ediff.terminal import echo
     metavar="N|auto",
     help="CPU threads of each process; auto: one or all, whichever is faster by timing.",
 )
+@click.option("--trust", is_flag=True, help="As for `sample`.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--cache", metavar="DIR", help="Features of references. Default: $E2EDIFF_CACHE.")
 @click.option("--dry-run", is_flag=True, help="Check everything and list axes; score nothing.")
@@ -80,6 +81,7 @@ def command(
     batch: int,
     processes: int,
     threads: str,
+    trust: bool,
     device: str,
     cache: str | None,
     dry_run: bool,
@@ -119,7 +121,12 @@ def command(
     host, rules = load(), named(convention)
     with Progress() as progress:
         ref = ModelRef(
-            run=run, weights=weights, checkpoint=checkpoint, device=device, overrides=sets
+            run=run,
+            weights=weights,
+            checkpoint=checkpoint,
+            device=device,
+            overrides=sets,
+            trust=trust,
         )
         swept = open_run(host, ref, progress.say)
         axes = parse_axes(vary) if vary else default_axes(swept)
@@ -175,6 +182,7 @@ def command(
     }
     given = [(name, str(value)) for name, value in options.items() if value is not None]
     words = ["eval", run, *best.options, *itertools.chain(*given)]
+    words += ["--trust"] if trust else []
     echo(f"table: {store.where('sweep.csv')}")
     echo(f"full evaluation: {shlex.join(['e2ediff', *words])}")
     if full:
