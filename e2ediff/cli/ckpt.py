@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from e2ediff.cli import options
+from e2ediff.terminal import echo, echo_path
 
 if TYPE_CHECKING:
     from e2ediff.store.run_directory import RunDirectory
@@ -29,7 +30,7 @@ def _open(run: str) -> RunDirectory:
 
 
 def _say(line: str) -> None:
-    click.echo(line, err=True)
+    echo(line, err=True)
 
 
 def size_text(size: int) -> str:
@@ -56,7 +57,7 @@ def list_(run: str, *, as_json: bool) -> None:
     store = _open(run).store
     found = survey(store, verify=False)
     if as_json:
-        click.echo(json.dumps([attrs.asdict(one) for one in found], indent=1))
+        echo(json.dumps([attrs.asdict(one) for one in found], indent=1), lines=True)
         return
     if not found:
         _say(f"{run} has no checkpoint")
@@ -69,10 +70,10 @@ def list_(run: str, *, as_json: bool) -> None:
         step, images = counts
         rows.append((one.name, step, images, created, size_text(one.bytes), one.state, mark))
     for line in aligned(rows, right=(1, 2, 4)):
-        click.echo(line.rstrip())
+        echo(line.rstrip())
     for one in found:
         if one.reason and one.state != "quarantined":
-            click.echo(one.reason, err=True)
+            echo(one.reason, err=True, lines=True)
 
 
 @command.command("verify", short_help="Hash every file of the checkpoints.")
@@ -107,11 +108,14 @@ def verify(run: str, names: tuple[str, ...], *, as_json: bool) -> int:
         raise CheckpointError(f"{run} has no checkpoint")
     bad = {name: one.reason for name, one in found.items() if one.reason}
     if as_json:
-        click.echo(json.dumps({name: attrs.asdict(one) for name, one in found.items()}, indent=1))
+        echo(
+            json.dumps({name: attrs.asdict(one) for name, one in found.items()}, indent=1),
+            lines=True,
+        )
         return CheckpointError.exit_code if bad else 0
     rows = [(n, "BAD" if n in bad else "ok", size_text(one.bytes)) for n, one in found.items()]
     for line in aligned(rows, right=(2,)):
-        click.echo(line)
+        echo(line)
     for reason in bad.values():
         _say(reason)
     _say(
@@ -167,7 +171,7 @@ def info(run: str, name: str | None, *, as_json: bool) -> None:
         "weights": weights,
     }
     if as_json:
-        click.echo(json.dumps(content, indent=1))
+        echo(json.dumps(content, indent=1), lines=True)
         return
     versions = ", ".join(f"{k} {v}" for k, v in found.about.environment.items())
     rows = [
@@ -179,17 +183,17 @@ def info(run: str, name: str | None, *, as_json: bool) -> None:
         ("files", ", ".join(found.files)),
     ]
     rows += [(path, value) for path, value in leaves.items() if path.partition(".")[0] in laws]
-    click.secho(found.path, bold=True)
+    echo(found.path, bold=True)
     for line in aligned(rows):
-        click.echo(f"  {line}")
+        echo(f"  {line}")
     for file, held in weights.items():
-        click.echo(
+        echo(
             f"{file}: {held['values']:,} values in {held['tensors']} tensors, "
             f"{', '.join(held['types'])}"  # type: ignore[arg-type]
             + ("" if held["updates"] is None else f"; {held['updates']} updates")
         )
         contract = found.latent(file)
-        click.echo(f"  latents: {contract or 'not described'}")
+        echo(f"  latents: {contract or 'not described'}")
 
 
 @command.command("prune", short_help="Delete old checkpoints.")
@@ -213,7 +217,7 @@ def prune(run: str, keep: int | None, *, bad: bool, dry_run: bool) -> None:
         gone = prune_(directory.store, keep, bad=bad, dry_run=dry_run, warn=_say)
         for name, size in gone:
             total += size
-            click.echo(f"{name}  {size_text(size)}")
+            echo(f"{name}  {size_text(size)}")
     done = f"{size_text(total)} {'would be' if dry_run else 'were'} freed"
     _say(f"{run}: {done if total else 'there is nothing to delete'}")
 
@@ -243,7 +247,7 @@ def export(run: str, file: str, weights: str | None, checkpoint: str | None) -> 
     found = open_checkpoint(directory.store, checkpoint, warn=_say)
     sha256 = export_(directory, found, weights, file)
     _say(f"{weights} of {found.path}; sha256 {sha256}")
-    click.echo(file)
+    echo_path(file)
 
 
 @command.command("import", short_help="Begin a run with the weights in a file.")
@@ -282,7 +286,7 @@ def import_(
         renames={old: new for old, _, new in pairs},
         warn=_say,
     )
-    click.echo(place)
+    echo_path(place)
 
 
 @command.command("migrate", short_help="Rewrite checkpoints of earlier formats.")
@@ -310,7 +314,7 @@ def migrate(run: str) -> int:
                     continue
                 if former != FORMAT_VERSION:
                     changed += 1
-                    click.echo(f"{prefix}{name}: format {former} is now {FORMAT_VERSION}")
+                    echo(f"{prefix}{name}: format {former} is now {FORMAT_VERSION}")
     if not changed and not bad:
         _say(f"nothing to do: checkpoints of {run} have format {FORMAT_VERSION}, the present one")
     return CheckpointError.exit_code if bad else 0
