@@ -195,7 +195,8 @@ class Recorder:
         """
         last = self.last_checkpoint
         good = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
+        at = self.position.step if step is None else step
         return DivergedError(
-            f"step {self.position.step if step is None else step}: {what} {good} {way_out}Lower the learning rate "
-            "(optimizer.lr), or give optimizer.clip a smaller norm."
+            f"step {at}: {what} {good} {way_out}Lower the learning rate (optimizer.lr), or give "
+            "optimizer.clip a smaller norm."
         )

@@ -45,8 +45,8 @@ from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.environment import describe_environment
 from e2ediff.store.manifest import FOLDER, Checkpoint
 from e2ediff.store.plugin_files import copies, refuse_other_plugin_files
-from e2ediff.store.quarantine import put_aside
 from e2ediff.store.provenance import is_sealed, refuse_networks
+from e2ediff.store.quarantine import put_aside
 from e2ediff.store.records import images_of, newest_saved, refuse_vanished
 from e2ediff.store.run_directory import (
     RECIPE,
