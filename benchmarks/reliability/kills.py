@@ -75,7 +75,7 @@ def trial(variants: list[Variant], trial: Trial) -> None:
     chance = trial.chance
     variant = variants[0] if trial.number % 8 else variants[-1]
     out, log = trial.place / "run", trial.place / "log"
-    kills = chance.choice((1, 1, 1, 1, 2, 2, 3, 4, MOST))
+    kills = chance.choice((1, 1, 1, 1, 1, 1, 2, 2, 3, MOST))
     happened = []
     for kill in range(kills):
         words = runs.train_words(variant.recipe, out)
