@@ -1,0 +1,183 @@
+"""Send signals to commands at random moments, their start included, sometimes two.
+
+`run` (with and without data workers), `sample`, `eval` and `ablate`. Most are forks of a warm
+process; one in twelve is a process of its own, in whose start the imports are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import attrs
+
+from . import runs
+from .processes import cpu_seconds, handles, orphans
+from .trials import Suite, Trial, command
+
+PROMISES = {
+    "code": "a command ends with 75 after TERM and USR1, with 130 after INT, or with 0 if it was "
+    "done; from the moment on at which its own code runs",
+    "status": "the run's status.json has the same code",
+    "prompt": "it ends within ten seconds",
+    "orphan": "no process is left",
+    "traceback": "no traceback is shown",
+    "identical": "repeated, it makes what the undisturbed command makes, bit for bit",
+}
+PATIENCE = 10.0
+START = {"fork": 0.03, "own": 0.4}
+"""CPU seconds before a command's own code runs: the fork's, or the interpreter's start."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CYCLE = ("run", "sample", "run", "eval", "run", "workers", "run", "sample", "eval", "run",
+         "ablate", "own")  # fmt: skip
+
+
+@attrs.frozen
+class Setup:
+    """Recipes, a finished run, two sets of images; seconds that each command takes."""
+
+    recipe: Path
+    workers: Path
+    straight: dict[str, Path]
+    seconds: dict[str, float]
+
+
+def prepare(place: Path) -> Setup:
+    """Carry out each command once, undisturbed."""
+    place.mkdir(parents=True, exist_ok=True)
+    _images(place / "tree")
+    changes = {"steps": "20", "diagnostics": "[latent_health]",
+               "cadence": "{log: 1, diagnose: 5, preview: 10, checkpoint: 7}"}  # fmt: skip
+    folder = f"{{name: image_folder, root: {place / 'tree'}, size: 8, classes: 2, workers: 1}}"
+    recipe, workers = place / "tiny.yaml", place / "workers.yaml"
+    recipe.write_text(runs.recipe(changes))
+    workers.write_text(runs.recipe({**changes, "data": folder}))
+    runs.warm(place, recipe.read_text(), workers.read_text())
+    setup = Setup(recipe, workers, {}, {})
+    for kind in ("run", "workers", "sample", "eval", "ablate"):
+        out = place / kind
+        setup.straight[kind] = out
+        ended = runs.fork(_words(setup, kind, out), place / "log", runs.without_drawing, 180)
+        if ended.code != 0:
+            raise RuntimeError(f"{kind}: {ended.said}")
+        setup.seconds[kind] = ended.seconds
+    setup.straight["own"], setup.seconds["own"] = setup.straight["run"], 6.0
+    return setup
+
+
+def _images(folder: Path) -> None:
+    from PIL import Image
+
+    for number in range(24):
+        path = folder / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number * 10, 255 - number * 10, 7 * number)).save(path)
+
+
+def _words(setup: Setup, kind: str, out: Path) -> list[str]:
+    run = setup.straight["run"]
+    match kind:
+        case "sample":
+            words = ["sample", run, "--count", 60, "--batch", 8, "--rows", 8, "--out", out]
+        case "eval":
+            words = ["eval", run, "--features", "{name: random_projection, width: 4}"]
+            words += ["--count", 16, "--out", out, "--cache", f"{out}.cache"]
+        case "ablate":
+            words = ["ablate", setup.recipe, "--vary", "optimizer.lr=0.01,0.001", "--seeds", "0"]
+            words += ["--out", out] + (["--resume"] if (out / "spec.json").exists() else [])
+        case "workers":
+            return runs.train_words(setup.workers, out)
+        case _:
+            return runs.train_words(setup.recipe, out)
+    return [*map(str, words), "--threads", "1"]
+
+
+def trial(setup: Setup, trial: Trial) -> None:
+    """One command, one signal or two, and the command again."""
+    chance, kind = trial.chance, CYCLE[trial.number % len(CYCLE)]
+    first = SIGNALS[trial.number // len(CYCLE) % 3]
+    second = chance.choice(SIGNALS) if chance.random() < 0.3 else None
+    moment = chance.uniform(0, 1.1 * setup.seconds[kind])
+    if chance.random() < 0.25:
+        moment *= 0.1  # in the start
+    out, log = trial.place / "out", trial.place / "log"
+    words, since = _words(setup, kind, out), time.monotonic()
+    if kind == "own":
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "e2ediff", *words], stdout=file, stderr=file
+            )
+        pid = process.pid
+    else:
+        pid = runs.begin(lambda: runs.command(words), log, runs.without_drawing)
+    time.sleep(moment)
+    own_code = cpu_seconds(pid) > START["own" if kind == "own" else "fork"]
+    ready = own_code or handles(pid, signal.SIGTERM)
+    sent = time.monotonic()
+    os.kill(pid, first)
+    story = f"{kind}: {first.name} after {moment:.3f} s"
+    if second:
+        pause = chance.uniform(0, 0.3)
+        time.sleep(pause)
+        os.kill(pid, second)  # not yet waited for, so the number is still its own
+        story += f", {second.name} {pause:.3f} s later"
+    ended = runs.wait(pid, log, since, moment + 4 * PATIENCE)
+    took = time.monotonic() - sent
+    trial.facts[f"{kind}: exit {ended.code}" + ("" if ready else " before its code ran")] += 1
+    trial.figures["seconds to the end"] = round(took, 3)
+    if took > PATIENCE:
+        trial.fail("prompt", f"{took:.1f} s ({story})")
+    expected = {0, 130 if first == signal.SIGINT else 75}
+    if not ready:
+        expected |= {-first, -(second or first), 1}
+    if ended.code not in expected:
+        trial.fail("code", f"exit {ended.code}: {ended.last} ({story})")
+    if ended.crashed and ready:
+        trial.fail("traceback", f"{ended.last} ({story})")
+    if left := orphans(PATIENCE):
+        trial.fail("orphan", f"{left} ({story})")
+    if kind in ("run", "workers", "own") and (out / "status.json").exists():
+        status = json.loads((out / "status.json").read_text())
+        if status.get("exit_code") not in (ended.code, None) or status["state"] == "running":
+            trial.fail("status", f"{status} after exit {ended.code} ({story})")
+    if kind != "eval" or trial.number % 2:
+        again = runs.fork(_words(setup, kind, out), log, runs.without_drawing, 120)
+        if again.code != 0:
+            trial.fail("identical", f"repeated: exit {again.code}: {again.last} ({story})")
+        elif found := _differences(setup, kind, out):
+            trial.fail("identical", f"{'; '.join(found)} ({story})")
+    orphans(PATIENCE)
+
+
+def _differences(setup: Setup, kind: str, out: Path) -> list[str]:
+    straight = setup.straight[kind]
+    if kind in ("run", "workers", "own"):
+        return runs.differences(out, straight)
+    if kind == "ablate":
+        names = sorted(path.parent.name for path in straight.glob("runs/*/run.json"))
+        return [
+            f"{name}: {what}"
+            for name in names
+            for what in runs.differences(out / "runs" / name, straight / "runs" / name)
+        ]
+    patterns = ("**/*.png", "**/*.json") if kind == "sample" else ()
+    found = []
+    for pattern in patterns:
+        for path in straight.glob(pattern):
+            mine = out / path.relative_to(straight)
+            same = mine.exists() and (
+                mine.read_bytes() == path.read_bytes() or mine.name == "set.json"
+            )
+            found += [] if same else [f"{path.name} differs"]
+    return found[:3]
+
+
+SUITE = Suite("signals", "Signals at random moments", PROMISES, prepare, trial)
+
+if __name__ == "__main__":
+    sys.exit(command(SUITE))
