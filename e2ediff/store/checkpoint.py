@@ -160,14 +160,23 @@ def open_checkpoint(
             return open_one(store, name, verify)
         except CheckpointError as error:
             raise CheckpointError(f"{error} {_way_out(store, name, use)}") from error
-    problems, finished = [], list_checkpoints(store, finished=True)
-    for candidate in reversed(list_checkpoints(store)):
-        try:
-            return open_one(store, candidate, verify)
-        except CheckpointError as error:
-            warn(f"skipped {error}")
-            if candidate in finished:
-                problems.append(str(error))
+    problems: list[str] = []
+    told: set[str] = set()
+    while True:
+        # A run that goes on may have replaced all that were listed: then there is something new.
+        before, problems = problems, []
+        finished = list_checkpoints(store, finished=True)
+        for candidate in reversed(list_checkpoints(store)):
+            try:
+                return open_one(store, candidate, verify)
+            except CheckpointError as error:
+                if str(error) not in told:
+                    warn(f"skipped {error}")
+                told.add(str(error))
+                if candidate in finished:
+                    problems.append(str(error))
+        if problems == before:
+            break
     if not problems:
         raise CheckpointError(f"{store.where(FOLDER)}: there is no checkpoint yet.")
     raise CheckpointError(
@@ -296,6 +305,8 @@ def _retire(
     store: Store, saved: str, keep: int, warn: Callable[[str], None], spare: int | None
 ) -> None:
     names = list_checkpoints(store)
+    if saved not in names:  # some stores list a new object late: old ones wait for the next save
+        return
     for later in names[names.index(saved) + 1 :]:
         taken = store.list(FOLDER)
         number = next(i for i in range(1, 10**6) if _abandoned(later, i) not in taken)

@@ -24,7 +24,7 @@ from e2ediff.store.storage import Store
 LEASE = 180.0
 """Seconds for which a lease is valid after it was renewed; it is renewed three times as often."""
 
-_READS = 3  # before the lease counts as lost: a store may return other bytes once than it holds
+_READS = 3  # before a lease counts as another's: a store may return other bytes once than it holds
 _SETTLED = 1.0  # seconds after which one of several that took a lease at once sees who has it
 
 
@@ -58,8 +58,7 @@ class Lease:
         alone = self._store.create(self._path, self._text())
         if found or not alone:
             time.sleep(_SETTLED)
-        now = self._read()
-        if now.get("owner") != self._owner:
+        if now := self._others():
             raise RunDirectoryError(self._refusal(now))
         self._store.guard = self.check
         threading.Thread(target=self._keep, daemon=True).start()
@@ -79,19 +78,24 @@ class Lease:
         self._ended.set()
         with self._mutex, contextlib.suppress(OSError):
             self._store.guard = None
-            if not self._lost and self._read().get("owner") == self._owner:
+            if not self._lost and not self._others():
                 self._store.remove_file(self._path)
 
     def _check(self, *, renew: bool = False) -> None:
-        for _ in range(_READS if not self._lost else 0):
+        if not self._lost and (found := self._others()):
+            self._lost = self._refusal(found, "has taken over the lease on this run")
+        if self._lost:
+            raise RunDirectoryError(self._lost)
+        if renew or time.monotonic() > self._valid_until:
+            self._store.upload(self._path, self._text())
+
+    def _others(self) -> dict[str, Any]:
+        """Return the lease in the store if it is another's; empty if it is not, or missing."""
+        for _ in range(_READS):
             found = self._read()
             if not found or found.get("owner") == self._owner:
-                if renew or not found or time.monotonic() > self._valid_until:
-                    self._store.upload(self._path, self._text())
-                return
-        if not self._lost:
-            self._lost = self._refusal(found, "has taken over the lease on this run")
-        raise RunDirectoryError(self._lost)
+                return {}
+        return found
 
     def _keep(self) -> None:
         while not self._ended.wait(LEASE / 3):
@@ -108,7 +112,7 @@ class Lease:
             "owner": self._owner,
             "process": os.getpid(),
             "machine": _here(),
-            "until": until.isoformat(timespec="seconds"),
+            "until": until.isoformat(timespec="milliseconds"),
         }
         return json.dumps(values).encode() + b"\n"
 
