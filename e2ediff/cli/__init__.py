@@ -37,6 +37,7 @@ _COMMANDS = {
     "ckpt": ("ckpt", "List, verify, prune, export and import checkpoints."),
     "parts": ("parts", "List the parts that a recipe can name, with their options."),
     "plugins": ("plugins", "List and inspect plugins."),
+    "doctor": ("doctor", "Check this machine and installation; pack a report of a bug."),
 }
 
 

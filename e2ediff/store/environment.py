@@ -17,7 +17,8 @@ import torch
 import e2ediff
 from e2ediff.store.storage import JSON
 
-_SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
+SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
+"""What the names of secrets have in them."""
 
 
 def describe_environment(
@@ -41,7 +42,7 @@ def describe_environment(
         hardware["gpu"] = torch.cuda.get_device_name(device)
         hardware["gpus"] = torch.cuda.device_count()
     return {
-        "argv": _masked(sys.argv if argv is None else argv),
+        "argv": masked(sys.argv if argv is None else argv),
         "versions": {**versions(), "cuda": torch.version.cuda},
         "plugins": dict(plugins or {}),
         "git": _git(),
@@ -65,18 +66,19 @@ def machine() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
 
 
-def _masked(argv: Sequence[str]) -> list[str]:
+def masked(argv: Sequence[str]) -> list[str]:
+    """Return the words of a command without passwords, tokens and keys."""
     shown: list[str] = []
     hide_next = False
     for word in argv:
         name, equals, _ = word.partition("=")
         if hide_next and not word.startswith("-"):
             shown.append("***")
-        elif equals and _SECRET.search(name):
+        elif equals and SECRET.search(name):
             shown.append(f"{name}=***")
         else:
             shown.append(re.sub(r"(?<=://)[^/@\s]+@", "***@", word))
-        hide_next = word.startswith("-") and not equals and bool(_SECRET.search(word))
+        hide_next = word.startswith("-") and not equals and bool(SECRET.search(word))
     return shown
 
 

@@ -32,7 +32,7 @@ from e2ediff.host.yaml import parse_yaml
 from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, next_place, numbers
 from e2ediff.store.earlier import earlier_figure
 from e2ediff.store.lock import LOCK, acquire
-from e2ediff.store.manifest import FOLDER
+from e2ediff.store.manifest import FOLDER, MOST, count
 from e2ediff.store.provenance import SEAL, is_sealed, seal
 from e2ediff.store.storage import JSON, Store
 
@@ -398,10 +398,20 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read all figures logged so far, without an unfinished last line.
 
+        What is no number is left out, since someone else may have written it.
+
         Raises:
-            RunDirectoryError: a line in the middle is damaged.
+            RunDirectoryError: a line in the middle is damaged, or its position is none.
         """
-        return self._read_lines(METRICS)
+        found = []
+        for number, line in enumerate(self._read_lines(METRICS), 1):
+            try:
+                _check_position(line)
+            except ValueError as error:
+                where = f"{self.store.where(METRICS)}:{number}"
+                raise RunDirectoryError(f"{where}: {error}. Delete that line.") from error
+            found.append({name: value for name, value in line.items() if _is_figure(value)})
+        return found
 
     def declare(self, figures: Iterable[Figure]) -> None:
         """Record declarations of figures; those of other names recorded before stay."""
@@ -572,10 +582,26 @@ def _is_run_of(path: str, name: str) -> bool:
 def _is_until(images: int, line: str) -> bool:
     """Return whether a line of figures is valid, and of at most this many training images."""
     try:
-        seen = json.loads(line).get("images", 0)
+        values = json.loads(line)
+        _check_position(values)
+        return bool(values.get("images", 0) <= images)
     except (ValueError, AttributeError, RecursionError):
         return False
-    return not isinstance(seen, int | float) or seen <= images
+
+
+def _check_position(line: Mapping[str, Any]) -> None:
+    """Refuse a line of figures that says of no step that it is from there.
+
+    Raises:
+        ValueError: Its `step` or `images` is no count.
+    """
+    for name in ("step", "images"):
+        count(line.get(name, 0), name)
+
+
+def _is_figure(value: object) -> bool:
+    """Return whether a value is a number that arithmetic in floats can take."""
+    return type(value) is float or (type(value) is int and abs(value) < MOST)
 
 
 def _run_meant(path: str) -> str:

@@ -51,8 +51,9 @@ ROOMS = {
     "ablate": ("contracts host store distributed model step train", "attrs yaml"),
     "report": ("contracts files host store evaluate ablate",
                "attrs PIL scipy matplotlib jinja2 markupsafe"),
+    "doctor": ("contracts nn host store", "torch attrs fsspec packaging"),
     "cli": ("contracts parts host store distributed loading model step monitor train sample "
-            "evaluate ablate report", "torch attrs click"),
+            "evaluate ablate report doctor", "torch attrs click"),
 }  # fmt: skip
 # Plugins of this repository that are rooms of their own: each is released with the core, and
 # requires its very version, since it may import rooms like `cli` does.
