@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
-from e2ediff.distributed.signals import Stop, Stopped, write_now
+from e2ediff.distributed.signals import SIGNALS, Stop, Stopped, write_now
 
 
 def main() -> None:
@@ -17,6 +18,9 @@ def main() -> None:
     except Stopped as error:  # during that import
         write_now(sys.stderr, f"{error.repeat(sys.argv[1:])}\n")
         sys.exit(error.exit_code)
+    finally:
+        for number in SIGNALS:  # the exit code is decided
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

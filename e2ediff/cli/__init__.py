@@ -197,6 +197,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_exit_code(words))
 
 
+def _interrupted(error: BaseException, words: list[str]) -> int:
+    """Print what is kept after a signal; return the exit code.
+
+    Not where the error is caught: as a variable there it would keep itself, and processes of
+    iterators that it interrupted, until the interpreter ends.
+    """
+    from multiprocessing import active_children
+
+    for child in active_children():
+        child.kill()
+    cause = error.__cause__ or error  # click turns every KeyboardInterrupt into an Abort
+    if isinstance(cause, Stopped):
+        cause.repeat(words)
+    echo(str(cause) or "interrupted", err=True, lines=True)
+    return exit_code_of(cause) if isinstance(cause, KeyboardInterrupt) else 130
+
+
 def _exit_code(words: list[str]) -> int:
     """Run a command, and return the exit code; print what went wrong."""
     # Images have a limit of their own (`e2ediff.files.images`), whose message names the file.
@@ -213,11 +230,7 @@ def _exit_code(words: list[str]) -> int:
         echo(message.getvalue(), err=True, lines=True, end="")
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
-        cause = error.__cause__ or error  # click turns every KeyboardInterrupt into an Abort
-        if isinstance(cause, Stopped):
-            cause.repeat(words)
-        echo(str(cause) or "interrupted", err=True, lines=True)
-        return exit_code_of(cause) if isinstance(cause, KeyboardInterrupt) else 130
+        return _interrupted(error, words)
     except Exception:
         from e2ediff.host.discovery import broken_distribution
 

@@ -46,6 +46,7 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _quiet()
@@ -57,6 +58,7 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
         run_id=f"e2ediff-{rendezvous or uuid.uuid4().hex}",
         rdzv_backend="c10d",
         rdzv_endpoint=rendezvous or "localhost:0",
+        rdzv_configs={"join_timeout": join_limit()},
         max_restarts=0,  # a failed run is continued with --resume
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP",
         local_addr=None if rendezvous else "localhost",
@@ -73,6 +75,13 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
             failed = error
         except SignalException as error:
             stopped = error.sigval  # forwarded to the processes, which saved and exited
+        except RendezvousError as error:
+            raise ResourceError(
+                f"this machine cannot meet the other {nnodes - 1} at {rendezvous} within "
+                f"{join_limit()} seconds ({str(error).partition(chr(10))[0]}). Check that the "
+                "same command runs on all of them, and that each can reach that address: name, "
+                "port, firewall"
+            ) from error
         except (RuntimeError, OSError, ValueError, TimeoutError) as error:
             what = str(error).partition("\n")[0]
             raise ResourceError(f"the processes could not be started: {what}") from error
@@ -91,10 +100,13 @@ def launch(words: Sequence[str], nproc: int, nnodes: int = 1, rendezvous: str = 
     )
 
 
-def note_end(code: int) -> None:
-    """Leave this process's exit code for the launcher, if there is one."""
+def note_end(code: int, *, always: bool = False) -> None:
+    """Leave this process's exit code for the launcher, if there is one.
+
+    The first process of a machine does; `always` is for another that ends it.
+    """
     file = os.environ.get(ENDED)
-    if file and os.environ.get("LOCAL_RANK", "0") == "0":
+    if file and (always or os.environ.get("LOCAL_RANK", "0") == "0"):
         with contextlib.suppress(OSError):
             Path(file).write_text(str(code))
 
@@ -107,6 +119,11 @@ def same_processes() -> list[str]:
     size = os.environ.get("WORLD_SIZE", "1")
     ours = ENDED in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == size
     return ["--nproc", size] if ours else []
+
+
+def join_limit() -> int:
+    """Return the seconds that a process waits for the others to come."""
+    return int(os.environ.get("_E2EDIFF_JOIN", "120"))  # less in tests
 
 
 def _patience(config: type) -> dict[str, Any]:

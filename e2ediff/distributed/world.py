@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,18 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
+from e2ediff.distributed.heartbeat import LIMIT, Heartbeat
+from e2ediff.distributed.launch import join_limit
 from e2ediff.distributed.signals import SIGNALS, exit_code_of
 from e2ediff.errors import E2EDiffError, ResourceError
 from e2ediff.store.storage import JSON
 
 T = TypeVar("T", bound=JSON)
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the others: longer than a checkpoint takes to write."""
-
+# Of a collective: `Heartbeat` ends a run that hangs long before, and never one that is alive.
+_COLLECTIVE = timedelta(hours=24)
 _ASKED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAST = 2.0  # seconds for which the first process holds the store after it gave up
 _GRACE = timedelta(seconds=10)  # for the process that reports a failure to finish
 
 
@@ -55,13 +57,14 @@ class World:
         self.local = local
         self._store = store
         self._reports = True
+        self._heartbeat: Heartbeat | None = None
 
     @classmethod
-    def join(cls, timeout: timedelta = TIMEOUT) -> World:
+    def join(cls) -> World:
         """Join the world described by the environment of `torchrun`; without it, a single process.
 
         Raises:
-            ResourceError: The other processes cannot be reached.
+            ResourceError: The other processes cannot be reached, or did not come in two minutes.
         """
         if any(not os.environ.get(name) for name in _ASKED) or os.environ["WORLD_SIZE"] == "1":
             return cls()
@@ -69,11 +72,12 @@ class World:
         cuda = torch.cuda.is_available() and local < torch.cuda.device_count()
         if cuda:
             torch.cuda.set_device(local)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         try:
-            store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+            world = cls._meet(rank, size, local)
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timeout
+                backend, store=world._store, rank=rank, world_size=size, timeout=_COLLECTIVE
             )
         except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -82,7 +86,61 @@ class World:
                 f"others at {where}: {_first_line(error)}; check that address, or run without a "
                 "launcher"
             ) from error
-        return cls(rank, size, local, PrefixStore("e2ediff", store))
+        return world
+
+    @classmethod
+    def _meet(cls, rank: int, size: int, local: int) -> World:
+        """Wait until all processes have come, and begin to watch them."""
+        limit, agent = timedelta(seconds=join_limit()), "TORCHELASTIC_USE_AGENT_STORE"
+        held = os.environ.get(agent) == "True"  # by the launcher, otherwise by the first process
+        tcp = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            size,
+            is_master=rank == 0 and not held,
+            timeout=limit,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        prefix = f"e2ediff/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store = PrefixStore(prefix, tcp)
+        limit_of_life = float(os.environ.get("_E2EDIFF_LIMIT", LIMIT))  # less in tests
+        heartbeat = Heartbeat(tcp, prefix, rank, size, limit_of_life)
+        store.set(f"came/{rank}", "")
+        try:
+            store.wait([f"came/{k}" for k in range(size)], limit)
+        except RuntimeError as error:
+            came = [k for k in range(size) if store.check([f"came/{k}"])]
+            if rank == 0:
+                time.sleep(_LAST)  # the others find out the same with its store
+            lost = ", ".join(str(k) for k in range(size) if k not in came)
+            raise ResourceError(
+                f"of {size} processes {', '.join(map(str, came))} came within "
+                f"{limit.seconds} seconds, and {lost} did not; see the output of those, and check "
+                "that the same command runs on all machines"
+            ) from error
+        heartbeat.start()
+        world = cls(rank, size, local, store)
+        world._heartbeat = heartbeat
+        return world
+
+    def watch(self, folder: str | None, step: Callable[[], int]) -> None:
+        """Say where stacks are written if the run hangs, and what returns the last step."""
+        if self._heartbeat is not None:
+            self._heartbeat.folder, self._heartbeat.step = folder, step
+
+    def on_hang(self, report: Callable[[str], None]) -> None:
+        """Have this called, in one process, with the error's text if the run hangs."""
+        if self._heartbeat is not None:
+            self._heartbeat.failed = report
+
+    def long(self) -> contextlib.AbstractContextManager[None]:
+        """Allow more time inside before this process is taken for one that hangs."""
+        return self._heartbeat.long() if self._heartbeat else contextlib.nullcontext()
+
+    def _beat(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.beat()
 
     @property
     def is_leader(self) -> bool:
@@ -97,9 +155,11 @@ class World:
             return value
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         length = torch.tensor([len(data)])
+        self._beat()
         dist.broadcast(length, 0)
         data = data if self.is_leader else torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(data, 0)
+        self._beat()
         found: T = json.loads(bytes(data.tolist()))
         return found
 
@@ -115,7 +175,8 @@ class World:
         error = None
         if self.is_leader:
             try:
-                said = {"value": act()}
+                with self.long():
+                    said = {"value": act()}
             except E2EDiffError as caught:
                 error, said = caught, {"error": str(caught), "code": caught.exit_code}
         said = self.share(said)
@@ -138,7 +199,9 @@ class World:
         if self.size == 1:
             return value
         held = torch.tensor([value])
+        self._beat()
         dist.all_reduce(held, how)
+        self._beat()
         return int(held)
 
     def total(self, value: Tensor) -> Tensor:
@@ -201,6 +264,8 @@ class World:
         """
         if self.size > 1:
             self.share(None)
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             dist.destroy_process_group()

@@ -254,6 +254,10 @@ def read(
         with blocked():
             reading = iter(loader)
         yield from reading
+    except KeyboardInterrupt:
+        for process in started:
+            process.kill()  # it ignores SIGTERM, and may be at a long piece of work
+        raise
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise

@@ -41,7 +41,7 @@ State = Literal["running", "done", "interrupted", "preempted", "failed"]
 RECIPE, RESOLVED, RUN, STATUS = "recipe.yaml", "resolved.yaml", "run.json", "status.json"
 METRICS, EVENTS, FIGURES = "metrics.jsonl", "events.jsonl", "figures.json"
 
-PLUGINS = "plugins"
+PLUGINS, STACKS = "plugins", "stacks"
 
 # Files that exist before RUN, which makes the directory a run.
 _BEFORE_RUN = {LOCK, RECIPE, RESOLVED, SEAL, ATTEMPTS, PLUGINS}

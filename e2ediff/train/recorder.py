@@ -87,7 +87,8 @@ class Trackers:
 class Clock:
     """Counts steps and the seconds they took, without diagnoses and saving."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World | None = None) -> None:
+        self.world = world or World()
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -101,10 +102,11 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time spent inside."""
+        """Exclude the time spent inside, in which this process may work alone for long."""
         began = time.perf_counter()
         try:
-            yield
+            with self.world.long():
+                yield
         finally:
             self._since += time.perf_counter() - began
 
@@ -131,12 +133,13 @@ class Recorder:
     progress: Progress
     world: World
     position: Position = attrs.field(factory=Position)
-    clock: Clock = attrs.field(factory=Clock)
+    clock: Clock = attrs.field(init=False)
     last_checkpoint: str | None = None
     trackers: Trackers = attrs.field(init=False)
     bad_images: BadImages = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.clock = Clock(self.world)
         trackers = self.recipe.trackers if self.world.is_leader else ()
         self.trackers = Trackers(trackers, self.directory, self.progress)
         self.bad_images = BadImages(self.directory.store)
@@ -162,7 +165,9 @@ class Recorder:
         if not self.world.is_leader:
             return
         view = RunView(self.recipe, self.directory.path, str(self.device), self.position.images)
-        for plugin, error in self.host.observe(hook, run=view, **values):
+        with self.world.long():  # the others wait for what plugins do
+            failed = list(self.host.observe(hook, run=view, **values))
+        for plugin, error in failed:
             text = f"{hook} failed: {type(error).__name__}: {error}"
             self.progress.say(f"plugin {plugin!r}: {text}")
 

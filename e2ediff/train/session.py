@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal
@@ -16,7 +17,15 @@ import torch
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource, ImageSpec, left_out_text
-from e2ediff.distributed.signals import BEFORE, SAVED, UNSAVED, Stop, Stopped, exit_code_of
+from e2ediff.distributed.signals import (
+    BEFORE,
+    SAVED,
+    UNSAVED,
+    Stop,
+    Stopped,
+    exit_code_of,
+    write_now,
+)
 from e2ediff.distributed.threads import restored_threads
 from e2ediff.distributed.world import ElsewhereError, World, is_broken_collective
 from e2ediff.errors import (
@@ -51,6 +60,7 @@ from e2ediff.store.records import images_of, newest_saved, refuse_vanished
 from e2ediff.store.run_directory import (
     RECIPE,
     RESOLVED,
+    STACKS,
     RunDirectory,
     State,
     is_run,
@@ -221,6 +231,7 @@ def train(
         return [locked[0].path, begun_before]
 
     path, begun_before = world.on_leader(begin)
+    world.on_hang(partial(_report_hang, str(path)))
     directory = locked[0] if locked else RunDirectory.open(str(path), silent=True)
     with directory, progress as shown, restored_threads():
         engine = None
@@ -232,6 +243,7 @@ def train(
             if begun_before:
                 _restore(ready, directory, shown)
             engine = ready
+            world.watch(directory.store.local_path(STACKS), lambda: ready.position.step)
             _greet(shown, engine, image)
             _name_left_out(shown, directory, recipe, sources)
             for before in former:
@@ -256,6 +268,12 @@ def train(
                 raise
             raise error from caught
         return _end(directory, engine, stop)
+
+
+def _report_hang(path: str, text: str) -> None:
+    """Write into the status why a run is ended; its own process may be the one that hangs."""
+    RunDirectory.open(path).set_status("failed", ResourceError.exit_code, text)
+    write_now(sys.stderr, f"error: {text}\n")
 
 
 def _recipe_files(recipe_path: Address | None, out: Address | None) -> tuple[str, str]:
