@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from e2ediff.terminal import echo
+
 if TYPE_CHECKING:
     from e2ediff.doctor.finding import Finding
 
@@ -40,15 +42,15 @@ def command(run: str | None, bundle: str | None, *, as_json: bool) -> int:
     host = load()
     findings = examine(host, run)
     if as_json:
-        click.echo(json.dumps([attrs.asdict(finding) for finding in findings], indent=1))
+        echo(json.dumps([attrs.asdict(finding) for finding in findings], indent=1), lines=True)
     else:
         width = shutil.get_terminal_size().columns
         for line in _table(findings, width):
-            click.echo(line)
+            echo(line)
     if bundle is not None:
         for name, size in write_bundle(bundle, host, findings, run):
-            click.echo(f"{bundle}: {name}, {size:,} bytes", err=True)
-        click.echo(
+            echo(f"{bundle}: {name}, {size:,} bytes", err=True)
+        echo(
             f"{bundle}: read it before you send it; what is secret only to you cannot be known",
             err=True,
         )

@@ -246,7 +246,7 @@ def _disk(name: str, folder: str, hint: str) -> Iterator[Finding]:
         seconds = time.monotonic() - began
         lock = acquire(store, trial)
         if lock is not None:
-            os.close(lock)
+            lock()
     except (OSError, E2EDiffError) as error:
         yield Finding(name, "problem", f"{folder}: fsync or rename failed: {error}", hint)
         return

@@ -135,6 +135,7 @@ class Recorder:
     position: Position = attrs.field(factory=Position)
     clock: Clock = attrs.field(init=False)
     last_checkpoint: str | None = None
+    settle_save: Callable[[], None] = lambda: None  # waits for a save in flight, and records it
     trackers: Trackers = attrs.field(init=False)
     bad_images: BadImages = attrs.field(init=False)
 
@@ -198,6 +199,7 @@ class Recorder:
 
         `step` is that of the position where it is not given; `way_out` ends with a space.
         """
+        self.settle_save()
         last = self.last_checkpoint
         good = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
         at = self.position.step if step is None else step

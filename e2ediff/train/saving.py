@@ -72,6 +72,10 @@ class Saver:
     _begun_at: int = attrs.field(default=-1, init=False)
     _saved_at: int = attrs.field(default=-1, init=False)
 
+    def __attrs_post_init__(self) -> None:
+        # An error names the last checkpoint, which may be in flight.
+        self.recorder.settle_save = partial(self.close, None)
+
     @property
     def is_saved(self) -> bool:
         """Return whether the newest complete checkpoint holds the current position."""
