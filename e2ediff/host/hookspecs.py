@@ -102,7 +102,10 @@ def diagnosed(run: object, step: int, values: Mapping[str, float]) -> None:
 
 @hookspec
 def checkpoint_saved(run: object, path: str) -> None:
-    """A checkpoint is complete at `path`."""
+    """A checkpoint is complete at `path`.
+
+    It was written beside training: `run.images_seen` may be beyond it by then.
+    """
 
 
 @hookspec

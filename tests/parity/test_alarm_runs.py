@@ -271,7 +271,8 @@ def test_what_was_recorded_before_a_return_is_kept(trapped) -> None:
     abandoned = {m["step"]: m["loss/denoising"] for m in lines if "loss/denoising" in m}
     assert list(abandoned) == list(range(1, 9))
     assert abandoned[8] != run.losses()[8]
-    assert RunDirectory.open(str(kept)).read_events()[-1]["kind"] == "collapse"
+    kinds = [event["kind"] for event in RunDirectory.open(str(kept)).read_events()]
+    assert kinds.index("collapse") > len(kinds) - 3, "a save in flight may be recorded after it"
     assert f"What was recorded since is kept in {kept}" in run.said.getvalue()
 
 

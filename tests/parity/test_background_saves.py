@@ -26,6 +26,7 @@ from e2ediff.distributed.world import World
 from e2ediff.errors import DivergedError, E2EDiffError, ResourceError
 from e2ediff.host.plugins import load
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
+from e2ediff.store.records import newest_saved
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 from e2ediff.store.tensor_file import count_not_finite, pieces
@@ -239,6 +240,17 @@ def test_of_several_processes_the_first_one_writes_and_all_end_when_it_cannot(
     assert first[2] == second[2]
     assert "File too large" in first[2]
     assert list_checkpoints(Store(place)) == ["images-000000000016"]
+
+
+def test_saves_of_runs_from_before_are_known_by_their_former_event(tmp_path) -> None:
+    run = RunDirectory.create(str(tmp_path / "run"), "x", "", "", {})
+    with run:
+        run.event("saved", name="images-000000000016")
+        assert newest_saved(run) == "images-000000000016"
+        run.event("staged", name="images-000000000032")
+        assert newest_saved(run) == "images-000000000016", "it was not complete"
+        run.event("committed", name="images-000000000032")
+        assert newest_saved(run) == "images-000000000032"
 
 
 # Its parts
