@@ -210,10 +210,10 @@ class Heartbeat:
             self._ended.set()
         self._write_own_stacks()
         if first:
-            self._end_stopped(stopped)
             with contextlib.suppress(Exception):  # nothing may keep this process from ending
                 self.failed(text)
             note_end(ResourceError.exit_code, always=True)
+            self._end_stopped(stopped)
         # The first one leaves first, once the others have had the time to write their stacks.
         time.sleep(self.limit / _TICKS + (1.0 if first else _WORDS))
         sys.stderr.flush()

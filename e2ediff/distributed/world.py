@@ -237,9 +237,9 @@ class World:
             first = self._store.compare_set("failed", "", mine).decode()
         except RuntimeError:
             return error  # the store died with its process: each process reports its own error
-        said = json.loads(first)
-        if said["rank"] == self.rank:
+        if first == mine:
             return error
+        said = json.loads(first)  # of another process, or of this one's heartbeat
         self._reports = False
         return ElsewhereError(said["text"], said["code"])
 
