@@ -19,12 +19,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import attrs
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from e2ediff.distributed.launch import note_end
@@ -43,7 +43,7 @@ _VERDICT = "verdict"
 _WAITS = (os.path.join("torch", "distributed"), os.path.join("torch", "autograd"))
 
 
-@attrs.define
+@dataclass
 class _Seen:
     """The last beat of another process, and when this one first saw it."""
 

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,13 @@ from types import SimpleNamespace
 
 import attrs
 import pytest
+from PIL import Image
 from processes import together
 from tiny_recipe import tiny
 
 import e2ediff
 from e2ediff import hookimpl
+from e2ediff.cli import main
 from e2ediff.data import DataSource, SourceConfig
 from e2ediff.distributed.signals import SAVING, Stop, Stopped
 from e2ediff.distributed.world import World
@@ -282,15 +285,23 @@ def test_a_signal_before_the_first_step_is_in_the_status_and_the_run_goes_on(
         assert done.exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "answer", "kept"),
+    [
+        ("run tiny.yaml --out run", f"{NOTHING}\n", " before training began"),
+        ("sample runs/tiny", "", "; what was there is kept"),
+    ],
+    ids=["run", "sample"],
+)
 @each_signal
-def test_the_command_answers_and_ends_as_documented_before_it_trains(
-    number, code, state, tmp_path
+def test_the_command_answers_and_ends_as_documented_before_it_computes(
+    number, code, state, words, answer, kept, tmp_path
 ) -> None:
     """While it imports torch, which takes seconds, and here until the signal comes."""
     (tmp_path / "torch.py").write_text("import time\nopen('imported', 'w')\ntime.sleep(60)\n")
     paths = [str(tmp_path), str(Path(e2ediff.__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "e2ediff", "run", "tiny.yaml", "--out", "run"]
+    command = [sys.executable, "-m", "e2ediff", *words.split()]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -306,9 +317,62 @@ def test_the_command_answers_and_ends_as_documented_before_it_trains(
         out, said = process.communicate(timeout=30)
     verb = "interrupted" if number == signal.SIGINT else "terminated"
     assert (process.returncode, out) == (code, "")
-    again = "continue with: e2ediff run tiny.yaml --out run"
-    assert said == f"{NOTHING}\n\n{verb} before training began\n{again}\n"
+    assert said == f"{answer}\n{verb}{kept}\ncontinue with: e2ediff {words}\n"
     assert not (tmp_path / "run").exists()
+
+
+IN_WORK = {
+    "sample": ("sample run --count 5000 --batch 8 --out set", "set/images/000007.png",
+               "the stored images are kept, and the same command makes the others"),
+    "reconstruct": ("reconstruct run " + "pictures " * 500 + "--out set", "set/images/000007.png",
+                    "reconstructions that were written stay, and the same command makes all of "
+                    "them again"),
+    "eval": ("eval run --features random_projection --count 100000 --cache cache", "cache",
+             "features of references that were computed are kept, and the same command starts "
+             "again"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a run, and pictures."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(tiny(steps="1"))
+    train(load(), str(folder / "tiny.yaml"), [], str(folder / "run"))
+    (folder / "pictures").mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / f"pictures/{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", IN_WORK)
+@each_signal
+def test_a_command_at_work_ends_as_documented_and_says_what_is_kept(
+    number, code, state, name, trained, monkeypatch
+) -> None:
+    words, marker, kept = IN_WORK[name]
+    monkeypatch.chdir(trained)
+    for folder in ("set", "cache"):
+        shutil.rmtree(folder, ignore_errors=True)
+    words += " --threads 1"
+
+    def act() -> None:
+        try:
+            main(words.split())
+        except SystemExit as ended:
+            os._exit(int(ended.code or 0))
+
+    with open("said", "wb") as said, forked(act, said.fileno()) as pid:
+        until = time.monotonic() + 60
+        while not Path(marker).exists():
+            assert time.monotonic() < until, Path("said").read_text()
+            time.sleep(0.02)
+        os.kill(pid, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    verb = "interrupted" if number == signal.SIGINT else "terminated"
+    end = f"\n{verb}; {kept}\ncontinue with: e2ediff {words}\n"
+    assert Path("said").read_text().endswith(end)
+    assert "Traceback" not in Path("said").read_text()
 
 
 def test_signals_act_as_before_once_the_run_is_over(recipe, tmp_path) -> None:
