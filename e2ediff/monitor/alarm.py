@@ -74,7 +74,7 @@ class CollapseDetector:
     collapsed, `since` the step at which that began, `best` has the largest figures so far, `mute`
     and `still` say whether every loss, or the gradient, was next to zero at the newest logged
     step, `attempt` counts rollbacks, and `anchor` is the number of images of the checkpoint to
-    roll back to.
+    roll back to. `retuned` is whether it was restored with other bounds than it was judged by.
     """
 
     alarm: Alarm
@@ -87,6 +87,7 @@ class CollapseDetector:
     still: bool = False
     attempt: int = 0
     anchor: int | None = None
+    retuned: bool = False
 
     def record(self, values: Mapping[str, float]) -> None:
         """Record the losses and gradient norm of a logged step."""
@@ -178,8 +179,12 @@ class CollapseDetector:
 
     def state(self) -> dict[str, JSON]:
         """Return the state for a checkpoint: all but options and declarations."""
-        state = attrs.asdict(self, filter=attrs.filters.exclude("alarm", "figures"))
-        return dict(state)
+        state = attrs.asdict(self, filter=attrs.filters.exclude("alarm", "figures", "retuned"))
+        return {**state, "bounds": self._bounds}
+
+    @property
+    def _bounds(self) -> list[JSON]:
+        return [self.alarm.window, self.alarm.fall, self.alarm.shrink, self.alarm.silence]
 
     def restore(self, state: object) -> None:
         """Restore what `state` returned; what it does not have stays as it is.
@@ -187,7 +192,9 @@ class CollapseDetector:
         Raises:
             TypeError, ValueError: It is nothing that `state` returns.
         """
-        for name, value in block(state, dict, "it").items():
+        held = {**block(state, dict, "it")}
+        self.retuned = held.pop("bounds", self._bounds) != self._bounds
+        for name, value in held.items():
             if name not in _READERS:
                 raise ValueError(f"{str(name)[:40]!r} is unknown, expected {', '.join(_READERS)}")
             setattr(self, name, _READERS[name](value, name))

@@ -119,9 +119,9 @@ class Engine:
         recorder.trackers.open()
         recorder.notify("run_started")
         self.set_status("running")
-        already_done = self.position.step >= r.total_steps
         try:
-            self._refuse_collapsed(already_done=already_done)
+            self._obey_alarm()
+            already_done = self.position.step >= r.total_steps
             if already_done:
                 self._end_again()
             if self.position.step == 0:
@@ -254,19 +254,27 @@ class Engine:
             stop.signal = agreed
         return bool(agreed)
 
-    def _refuse_collapsed(self, *, already_done: bool) -> None:
-        """Refuse to continue a run that its alarm ended at its last step or last rollback.
+    def _obey_alarm(self) -> None:
+        """Take no step of a run whose latents were collapsed when it ended, unless it may warn.
+
+        A run whose alarm has other bounds than then is judged anew; one that may roll back does.
 
         Raises:
-            CollapseError: The alarm ended the run, and its policy still says so.
+            CollapseError: The policy says so.
         """
-        detector, policy = self.detector, self.recipe.alarm.policy
-        spent = policy == "rollback" and detector.attempt > 0 and not detector.may_return
-        if detector.on and (spent or (already_done and policy != "warn")):
-            last = ", the last one" * already_done
+        detector = self.detector
+        if not detector.on or self.recipe.alarm.policy == "warn":
+            return
+        if detector.retuned:
+            detector.on, detector.since = False, None
+            self._diagnose()
+        elif detector.may_return:
+            self._return_by_alarm()
+        else:
+            step, last = self.position.step, self.position.step >= self.recipe.total_steps
             regardless = continue_command(self.directory.path, "alarm.policy=warn")
             raise CollapseError(
-                f"step {self.position.step}{last}: the latents have collapsed. "
+                f"step {step}{', the last one' * last}: the latents have collapsed. "
                 f"{detector.advice(regardless)}"
             )
 

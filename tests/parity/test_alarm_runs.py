@@ -132,8 +132,8 @@ def test_stop_saves_says_why_and_exits_with_seven(trapped) -> None:
     assert "alarm.policy=warn" in status["reason"]
     assert fingerprint(run.out)["step"] == 6
     assert (run.out / "curves.png").exists()
-    # It stands where it stood: another look stops it again, and a warning lets it go on.
-    with pytest.raises(CollapseError, match="step 8"):
+    # It stands where it stood, without another step, and a warning lets it go on.
+    with pytest.raises(CollapseError, match="step 6: the latents have collapsed"):
         run.train("alarm.policy=stop", resume=True)
     assert run.train("alarm.policy=warn", resume=True).exit_code == 0
     assert fingerprint(run.out)["step"] == 12
@@ -290,6 +290,40 @@ def test_returns_are_counted_and_then_the_run_stops(trapped) -> None:
     assert [e["attempt"] for e in run.events("rewound")] == [1, 2]
     assert run.status()["exit_code"] == 7
     assert len({e["to"] for e in run.events("rewound")}) == 1
+
+
+@pytest.mark.parametrize("change", ["alarm.attempts=3", "alarm.fall=0.4"])
+def test_a_run_that_the_alarm_stopped_takes_no_step_until_its_alarm_lets_it(
+    change, trapped
+) -> None:
+    """Another bound is tried at once, and this one finds the same collapse."""
+    run = trapped(*range(2, 1000))
+    with pytest.raises(CollapseError):
+        run.train("alarm.policy=stop")
+    steps = run.steps
+    with pytest.raises(CollapseError, match="alarm\\.policy=warn"):
+        run.train("alarm.policy=stop", change, resume=True)
+    assert (run.steps, run.status()["exit_code"]) == (steps, 7)
+    assert run.train("alarm.policy=warn", resume=True).exit_code == 0
+    assert run.steps == 12
+
+
+def test_a_stopped_run_goes_on_where_other_bounds_find_no_collapse(trapped) -> None:
+    run = trapped(*range(2, 1000))
+    with pytest.raises(CollapseError):
+        run.train("alarm.policy=stop")
+    assert run.train("alarm={policy: stop, window: 99}", resume=True).exit_code == 0
+
+
+def test_further_returns_are_made_before_a_step_is_taken(trapped) -> None:
+    run = trapped(2, 3, 5, 6)
+    with pytest.raises(CollapseError):
+        run.train("alarm={policy: rollback, attempts: 1}")
+    steps = run.steps
+    assert run.train("alarm={policy: rollback, attempts: 2}", resume=True).exit_code == 0
+    second = run.events("rewound")[1]
+    assert second["step"] > int(second["to"][-12:]) // 8
+    assert run.steps == steps + 12 - int(second["to"][-12:]) // 8
 
 
 def test_a_collapse_at_the_first_looks_goes_back_to_the_very_beginning(trapped) -> None:
