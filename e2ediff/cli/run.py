@@ -61,6 +61,13 @@ def _joined(words: Sequence[str]) -> list[str]:
     help="Start over where --resume would continue; what is there moves to attempts/.",
 )
 @options.trust
+@click.option(
+    "--allow-change",
+    "allow",
+    multiple=True,
+    metavar="KEY",
+    help="With --resume, let KEY or a block of the recipe differ from now on: optimizer.lr.",
+)
 @options.threads_text()
 @click.option(
     "--nproc",
@@ -83,6 +90,7 @@ def command(
     resume: Literal["must", "auto"] | None,
     restart: bool,
     trust: bool,
+    allow: tuple[str, ...],
     threads: str,
     nproc: str,
     nnodes: int,
@@ -103,6 +111,8 @@ def command(
         raise click.UsageError(
             "--resume continues a run and --restart starts it over; give only one of them"
         )
+    if allow and not resume:
+        raise click.UsageError("--allow-change is for a run that continues: give --resume")
     if nnodes > 1 and not rdzv:
         raise click.UsageError("--nnodes needs --rdzv HOST:PORT, the same on every machine")
     quiet = os.environ.get("RANK", "0") != "0"  # of several processes, the first one reports
@@ -125,10 +135,11 @@ def command(
             words += ["--out", out] if out else []
             words += ["--trust"] if trust else []
             words += [f"--resume={resume}"] if resume else ["--restart"] if restart else []
+            words += [word for key in allow for word in ("--allow-change", key)]
             return launch(words, count, nnodes, rdzv)
         return _train(
             read, overrides, place, stop,
-            resume=resume == "must" or (resume or False), restart=restart,
+            resume=resume == "must" or (resume or False), restart=restart, allow=allow,
             choose_threads=number is None, trust=trust,
         )  # fmt: skip
 
@@ -216,6 +227,7 @@ def _train(
     *,
     resume: bool | Literal["auto"],
     restart: bool,
+    allow: tuple[str, ...],
     choose_threads: bool,
     trust: bool,
 ) -> int:
@@ -232,8 +244,8 @@ def _train(
         world = World.join()
     try:
         outcome = train(
-            load(), recipe, overrides, out, resume=resume, restart=restart, world=world,
-            stop=stop, choose_threads=choose_threads, trust=trust,
+            load(), recipe, overrides, out, resume=resume, restart=restart, allow=allow,
+            world=world, stop=stop, choose_threads=choose_threads, trust=trust,
         )  # fmt: skip
         if world.is_leader:
             for line in _last_lines(outcome, recipe, overrides):

@@ -60,5 +60,7 @@ def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -
         optimizer = config.build(step.named_trained(phase))
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+            # What the recipe gave: a run may continue with other options (`optimizer_state.py`).
+            group["given"] = {key: value for key, value in group.items() if key != "params"}
         optimizers[phase] = optimizer
     return Assembly(step, optimizers, averages, choices, parallel)

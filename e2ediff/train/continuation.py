@@ -9,6 +9,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource
@@ -21,6 +24,7 @@ from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.host.structure import unstructure
 from e2ediff.host.yaml import Node, parse_yaml
 from e2ediff.loading.classes import known_labels, other_name
+from e2ediff.model.build import fresh_nets
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.manifest import block, count
 from e2ediff.store.run_directory import RunDirectory
@@ -47,6 +51,20 @@ _MAY_CHANGE = (
     "diagnostics",
     "requires",
 )
+
+# These change what is computed from here on, but what was trained keeps its shape and its meaning:
+# they may differ if the user names them. Of an objective and regularizers only numbers.
+_BY_FLAG = (
+    "optimizer",
+    "optimizers",
+    "label_drop",
+    "times",
+    "precision",
+    "probe",
+    "sampler",
+    "guidance",
+)
+_NUMBERS_BY_FLAG = ("objective", "regularizers")
 
 
 def continue_command(run: Address, *changes: str) -> str:
@@ -92,8 +110,11 @@ def refuse_other_recipe(
     directory: RunDirectory,
     source: Address,
     images: Sequence[DataSource],
+    allow: Sequence[str] = (),
 ) -> dict[str, JSON]:
     """Refuse a recipe that would not compute what the run computed so far.
+
+    A difference is harmless, or may be allowed, or can never be.
 
     Args:
         host: Knows the parts.
@@ -101,40 +122,50 @@ def refuse_other_recipe(
         directory: The run's directory.
         source: Address of the recipe, for messages.
         images: The continuation's training and held-out images.
+        allow: Keys and blocks whose differences are wanted, where that is possible.
 
     Returns:
         The old and new value of everything that differs, by path in the recipe.
 
     Raises:
-        RecipeError: A value differs that must not, or the images differ.
+        RecipeError: A value differs that must not, or the images differ, or something that does
+            not differ is to be allowed.
     """
     place = directory.store.where("resolved.yaml")
     then = parse_recipe(host, directory.resolved(), place)
-    before, now = (
-        {path: json.dumps(value) for path, value in leaves(unstructure(host, one, Recipe))}
-        for one in (then, recipe)
-    )
+    trees = [dict(leaves(unstructure(host, one, Recipe))) for one in (then, recipe)]
+    _expand_lists(*trees)
+    before, now = ({path: json.dumps(value) for path, value in one.items()} for one in trees)
     differ = [path for path in {**before, **now} if before.get(path) != now.get(path)]
     may_change = {*_MAY_CHANGE, *(f"data.{option}" for option in recipe.data.harmless)}
     changed = [p for p in differ if not {p.partition(".")[0], _option(p)} & may_change]
+    possible = _allowable(changed, trees, then, recipe)
+    changed = [p for p in changed if not (p in possible and any(_covers(a, p) for a in allow))]
     # Another part has other options, so its name is enough.
     chosen = [path for path in changed if path.endswith(".name") or path == "target.kind"]
     other = tuple(path.removesuffix("name").removesuffix("kind") for path in chosen)
     changed = [p for p in changed if p in chosen or not p.startswith(other)]
     moved = [p for p in changed if _option(p) in {f"data.{o}" for o in recipe.data.movable}]
     why = _unlike(directory, images, sure=not moved)
-    same = continue_command(directory.path)
-    hint = f"Start another run, or continue this one as it was: {same}"
+    same = f"continue this one as it was: {continue_command(directory.path)}"
+    hints = dict.fromkeys(changed, f"A run cannot change it. Start another run, or {same}")
+    hints |= dict.fromkeys(moved, f"Start another run, or {same}")
+    flags = {p: f"--allow-change {p.removesuffix('.name')}" for p in possible}
+    hints |= {p: f"To go on with it, add {flag}; or {same}" for p, flag in flags.items()}
     problems = [
         Problem(
             path,
             f"was {before.get(path, 'not given')} in {directory.path}, "
             f"is {now.get(path, 'not given')} here{why if path in moved else ''}.",
-            hint=hint,
+            hint=hints[path],
         )
         for path in changed
         if why or path not in moved
     ]
+    unused = [key for key in allow if not any(_covers(key, path) for path in differ)]
+    listed = ", ".join(differ) or "nothing"
+    what = f"is not needed: of the recipe, {listed} differs from {directory.path}."
+    problems += [Problem(f"--allow-change {key}", what) for key in unused]
     if why and not moved:
         what = f"has the same address as in {directory.path} but other content{why}."
         hint = "Give it the images that the run began with, or start another run."
@@ -142,6 +173,66 @@ def refuse_other_recipe(
     if problems := problems or _renamed(recipe, directory, images):
         raise RecipeError(f"{source} (--resume)", problems)
     return {path: [before.get(path), now.get(path)] for path in differ}
+
+
+def _covers(key: str, path: str) -> bool:
+    """Return whether a key given by a user is this path, or a block that holds it."""
+    return path == key or path.startswith(f"{key}.")
+
+
+def _expand_lists(before: dict[str, object], now: dict[str, object]) -> None:
+    """Replace lists of as many blocks in two recipes by the values of their blocks."""
+    for path in [path for path in before if before[path] != now.get(path)]:
+        old, new = before[path], now.get(path)
+        if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new)):
+            continue
+        if all(isinstance(item, dict) for item in (*old, *new)):
+            del before[path], now[path]
+            for tree, items in ((before, old), (now, new)):
+                for i, item in enumerate(items):
+                    tree.update(leaves(item, f"{path}.{i}"))
+
+
+def _allowable(
+    changed: Sequence[str], trees: Sequence[Mapping[str, object]], then: Recipe, now: Recipe
+) -> set[str]:
+    """Return the differences that may be allowed."""
+    found = set()
+    for path in changed:
+        block, last = path.partition(".")[0], path.rpartition(".")[2]
+        values = [tree.get(path) for tree in trees]
+        if block in _NUMBERS_BY_FLAG:
+            possible = all(map(_is_numeric, values))
+        elif block in ("optimizer", "optimizers"):
+            # Another optimizer has another state, and groups hold the state of their parameters.
+            possible = last not in ("name", "match") and not any(map(_is_worded, values))
+        else:
+            possible = block in _BY_FLAG
+        if possible:
+            found.add(path)
+    # Another part has other options: they go with its name.
+    names = [p for p in changed if p.endswith(".name") and p not in found]
+    found = {p for p in found if not p.startswith(tuple(n.removesuffix("name") for n in names))}
+    numbers = {path for path in found if path.startswith(_NUMBERS_BY_FLAG)}
+    return found - numbers if numbers and _shapes(then) != _shapes(now) else found
+
+
+def _is_numeric(value: object) -> bool:
+    """Return whether a value is a number, or a list of numbers."""
+    values = value if isinstance(value, list) and value else [value]
+    return all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
+
+
+def _is_worded(value: object) -> bool:
+    """Return whether a value is a list or block of anything but numbers, such as names."""
+    return isinstance(value, list | dict) and bool(value) and not _is_numeric(value)
+
+
+def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all that a recipe trains, by name."""
+    online, heads, _ = fresh_nets(recipe, torch.device("meta"))
+    nets = nn.ModuleDict({"online": online, "heads": heads})
+    return {name: tuple(value.shape) for name, value in nets.state_dict().items()}
 
 
 def data_block(directory: RunDirectory) -> Node | None:

@@ -17,6 +17,12 @@ from e2ediff.store.storage import JSON
 # The choice of kernels belongs to the machine, not to the state.
 _KERNELS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
+# Options of torch's optimizers that are no state, for checkpoints that do not say what was given.
+_OPTIONS = frozenset(
+    {"betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "ns_steps"}
+    | {"adjust_lr_fn", "initial_lr"}
+)
+
 
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
@@ -46,6 +52,7 @@ def flatten_optimizer(
     states: dict[str, JSON] = {}
     for i, group in enumerate(optimizer.param_groups):
         options = {k: v for k, v in group.items() if k not in {"params", "param_names"}}
+        options["given"] = _given(group)
         members = [names[p] for p in group["params"]]
         groups.append({"parameters": members, **split(f"group-{i}", options)})
         for p in group["params"]:
@@ -65,7 +72,8 @@ def restore_optimizer(
     """Restore what `flatten_optimizer` returned, bit for bit; on an error nothing changes.
 
     Unlike torch's `load_state_dict` nothing is cast to the parameter's dtype. Options that
-    only choose kernels (`fused`, `foreach`, ...) stay those of this optimizer.
+    only choose kernels (`fused`, `foreach`, ...) stay those of this optimizer, and so do those
+    that the recipe gives another value than it gave the saved one.
 
     `expected` has what the optimizer usually keeps of a parameter, as `usual_state` returns it.
 
@@ -85,8 +93,13 @@ def restore_optimizer(
             members = {names[p] for p in group["params"]}
             _same(f"parameters of group {i}", members, set(saved["parameters"]))
             options: dict[str, Any] = {k: tensors[n].clone() for k, n in saved["tensors"].items()}
+            now = _given(group)
+            then = {key: value for key, value in saved["values"].items() if key in _OPTIONS}
+            then = saved["values"].get("given", then)
+            kept = {key for key in now.keys() & then.keys() if now[key] != then[key]}
+            options |= {key: group["given"][key] for key in kept}
             for key, value in saved["values"].items():
-                if key not in _KERNELS:
+                if key not in _KERNELS | kept | {"given"}:
                     options[key] = _like(group[key], value, key) if key in group else value
             groups.append(options)
             for p in group["params"]:
@@ -174,6 +187,13 @@ def _check(where: str, value: Tensor, p: nn.Parameter, usual: Tensor | None) -> 
         steps = float(value)
         if steps < 0 or steps != int(steps):
             raise ValueError(f"{where} is {steps:g}, expected a number of steps")
+
+
+def _given(group: Mapping[str, Any]) -> dict[str, JSON]:
+    """Return the options that a recipe gave a group, as JSON; empty if they are unknown."""
+    given = group.get("given", {}).items()
+    known = {k: v for k, v in given if k not in _KERNELS and not isinstance(v, Tensor)}
+    return {key: plain(value, f"optimizer: {key}") for key, value in known.items()}
 
 
 def _state_of(

@@ -73,7 +73,10 @@ def report_schedule(
             )
             falls_anew = falls_anew or rate > taken[name]
     if texts:
-        length = f"with {recipe.total_steps} steps instead of {before.total_steps} "
-        text = length + "; ".join(texts) + (f". {_HINT}" if falls_anew else "")
+        lengths = recipe.total_steps, before.total_steps
+        length = (
+            "" if lengths[0] == lengths[1] else "with {} steps instead of {} ".format(*lengths)
+        )
+        text = length + "; ".join(texts) + (f". {_HINT}" if falls_anew and length else "")
         named = {name: list(pair) for name, pair in rates.items()}
         recorder.report("schedule", text, rates=named, phases=[usual, phases])

@@ -105,6 +105,7 @@ def train(
     *,
     resume: bool | Literal["auto"] = False,
     restart: bool = False,
+    allow: Sequence[str] = (),
     progress: Progress | None = None,
     world: World | None = None,
     stop: Stop | None = None,
@@ -123,6 +124,8 @@ def train(
         resume: Continue the run in that directory; `auto` starts it where a recipe is given and
             there is no run to continue.
         restart: Start again in that directory; its content moves to `attempts/`.
+        allow: Keys and blocks of the recipe that may differ from the run's on `resume`, besides
+            those that always may.
         progress: Where to show progress; by default stderr.
         world: The processes that train together; by default only this one. All of them call
             this with the same arguments; the first one writes.
@@ -142,7 +145,7 @@ def train(
     if stop is None:
         with Stop(at_once=True) as stop:
             return train(
-                host, recipe_path, overrides, out, resume=resume, restart=restart,
+                host, recipe_path, overrides, out, resume=resume, restart=restart, allow=allow,
                 progress=progress, world=world, stop=stop, choose_threads=choose_threads,
                 trust=trust,
             )  # fmt: skip
@@ -217,7 +220,7 @@ def train(
         place = out or (latest_run(recipe.name) if resume or restart else None)
         begun_before = bool(resume) and not (place and RunDirectory.never_began(place))
         if begun_before:
-            directory, before = _continued(host, recipe, recipe_path, place, sources)
+            directory, before = _continued(host, recipe, recipe_path, place, sources, allow)
             locked.append(directory)
             former.extend(before)
         else:
@@ -319,6 +322,7 @@ def _continued(
     recipe_path: Address,
     place: Address | None,
     sources: tuple[DataSource, DataSource],
+    allow: Sequence[str],
 ) -> tuple[RunDirectory, list[Recipe]]:
     """Open and lock the directory of a run to resume; return its former recipe, if it changes."""
     if place is None:
@@ -328,7 +332,7 @@ def _continued(
         )
     directory = RunDirectory.open(place)
     refuse_other_plugin_files(host, directory)
-    changes = refuse_other_recipe(host, recipe, directory, recipe_path, sources)
+    changes = refuse_other_recipe(host, recipe, directory, recipe_path, sources, allow)
     directory.lock()
     try:
         if not list_checkpoints(directory.store, finished=True):

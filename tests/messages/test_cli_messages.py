@@ -36,7 +36,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = tiny()
 
 FIRST, LAST = "images-000000000016", "images-000000000032"
-MORE = "Start another run, or continue this one as it was: e2ediff run --resume runs/tiny"
+AS_IT_WAS = "continue this one as it was: e2ediff run --resume runs/tiny"
+NEVER = f"A run cannot change it. Start another run, or {AS_IT_WAS}"
 
 
 @pytest.fixture(autouse=True)
@@ -364,9 +365,10 @@ def test_a_resumed_recipe_that_computes_something_else_is_refused_key_by_key(run
     words = [word for one in changes for word in ("--set", one)]
     assert refused(3, *CLOTHES, *words) == [
         "tiny.yaml (--resume): 3 problems",
-        f"  backbone.width: was 16 in runs/tiny, is 32 here. {MORE}",
-        f'  objective.name: was "detached" in runs/tiny, is "coupled" here. {MORE}',
-        f"  optimizer.lr: was 0.001 in runs/tiny, is 0.1 here. {MORE}",
+        f"  backbone.width: was 16 in runs/tiny, is 32 here. {NEVER}",
+        f'  objective.name: was "detached" in runs/tiny, is "coupled" here. {NEVER}',
+        "  optimizer.lr: was 0.001 in runs/tiny, is 0.1 here. To go on with it, add "
+        f"--allow-change optimizer.lr; or {AS_IT_WAS}",
     ]
     assert status(run)["state"] == "done"
 

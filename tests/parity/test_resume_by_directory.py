@@ -143,8 +143,8 @@ def test_changes_are_kept_with_the_run_and_others_are_refused_as_before(cut) -> 
     assert done.code == 3
     assert done.err == (
         "error: runs/mine/resolved.yaml (--resume): 1 problem\n"
-        "  seed: was 3 in runs/mine, is 4 here. Start another run, or continue this one as it "
-        "was: e2ediff run --resume runs/mine\n"
+        "  seed: was 3 in runs/mine, is 4 here. A run cannot change it. Start another run, or "
+        "continue this one as it was: e2ediff run --resume runs/mine\n"
     )
 
 
