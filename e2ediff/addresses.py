@@ -13,11 +13,12 @@ import os
 import re
 import tarfile
 import zipfile
+from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import available_protocols, registry
+from fsspec.registry import available_protocols, known_implementations, registry
 
 Address = str | os.PathLike[str]
 
@@ -177,6 +178,17 @@ def open_file(address: Address, *, typed: bool = False) -> BinaryIO:
     fs, path = file_system(address, typed=typed)
     file: BinaryIO = fs.open(path, "rb")
     return file
+
+
+def readable_stores() -> dict[str, str]:
+    """Return the protocols of STORES, each with the package that it lacks here, "" for none."""
+    found = {}
+    for protocol in STORES:
+        path = str(known_implementations.get(protocol, {}).get("class", ""))
+        module = path.partition(".")[0]
+        lacks = not module or find_spec(module) is None
+        found[protocol] = (module or "a package for it") if lacks else ""
+    return found
 
 
 def is_local(fs: object) -> bool:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from e2ediff.errors import E2EDiffError
 
-_MOST = 1024  # more would exhaust the system
+MOST_THREADS = 1024
+"""More would exhaust the system."""
+
 _LOOKS = 5
 _APART = 0.004  # seconds between two samples: a single one sees one time slice of the scheduler
 
@@ -24,8 +26,8 @@ def threads_of(asked: str) -> int | None:
     """
     if asked == "auto":
         return None
-    if not (asked.isdecimal() and 0 < int(asked) <= _MOST):
-        what = f"expected a number of threads from 1 to {_MOST}, or auto"
+    if not (asked.isdecimal() and 0 < int(asked) <= MOST_THREADS):
+        what = f"expected a number of threads from 1 to {MOST_THREADS}, or auto"
         raise E2EDiffError(f"--threads {asked!r}: {what}")
     return int(asked)
 

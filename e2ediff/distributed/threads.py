@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from e2ediff.distributed.openmp import MOST_THREADS
 from e2ediff.distributed.world import World
+from e2ediff.store.manifest import MOST
 from e2ediff.store.run_directory import EVENTS, METRICS, RunDirectory
 
 GAIN = 1.05
@@ -239,5 +241,9 @@ def former_threads(directory: RunDirectory, images: int) -> tuple[int, float]:
             count = event.get("count", count)
     lines = directory.store.json_lines(METRICS)
     rates = (line.get("wall_images_per_second") for line in lines)
-    known = deque((float(rate) for rate in rates if isinstance(rate, int | float)), maxlen=10)
-    return count if isinstance(count, int) else 0, statistics.median(known) if known else 0.0
+    known = deque(
+        (float(r) for r in rates if isinstance(r, int | float) and 0 < r < MOST), maxlen=10
+    )
+    if type(count) is not int or not 0 < count <= MOST_THREADS:
+        count = 0
+    return count, statistics.median(known) if known else 0.0

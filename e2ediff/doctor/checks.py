@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from fsspec.registry import known_implementations
 from packaging.requirements import InvalidRequirement, Requirement
 
 from e2ediff import addresses
@@ -355,13 +354,9 @@ def _plugins(host: Host) -> Iterator[Finding]:
 
 
 def _stores() -> Iterator[Finding]:
-    there, lacking = list[str](), list[str]()
-    for protocol in addresses.STORES:
-        module = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
-        if module and find_spec(module):
-            there.append(protocol)
-        else:
-            lacking.append(f"{protocol} ({module})" if module else protocol)
+    found = addresses.readable_stores()
+    there = [protocol for protocol, package in found.items() if not package]
+    lacking = [f"{protocol} ({package})" for protocol, package in found.items() if package]
     more = f"; packages are not installed for {', '.join(lacking)}" if lacking else ""
     yield Finding("stores", "ok", f"{', '.join(there)}{more}")
 

@@ -32,7 +32,7 @@ from e2ediff.host.yaml import parse_yaml
 from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, next_place, numbers
 from e2ediff.store.earlier import earlier_figure
 from e2ediff.store.lock import LOCK, acquire
-from e2ediff.store.manifest import FOLDER, MOST, count
+from e2ediff.store.manifest import FOLDER, MOST, block, count
 from e2ediff.store.provenance import SEAL, is_sealed, seal
 from e2ediff.store.storage import JSON, Store
 
@@ -52,6 +52,9 @@ _WRITTEN = {
     "bad_images.jsonl",
     "curves.png",
 }  # only by the process that holds the lock
+
+_FORMAT = re.compile(r"[-+ ]?[#0,]{0,2}\d{0,2}[,_]?(\.\d{1,2})?[a-zA-Z%]?")
+"""Formats of figures, as in `format(value, ".2f")`."""
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -317,8 +320,12 @@ class RunDirectory:
             self.store.write(SEAL, "".join(f"{one}\n" for one in seals).encode())
 
     def environment(self) -> dict[str, Any]:
-        """Read the environment that `create` was given, with `name` and `created`."""
-        return self._read_json(RUN)
+        """Read the environment that `create` was given, with `name` and `created`.
+
+        Raises:
+            RunDirectoryError: It is damaged, or an entry is of another kind than `create` writes.
+        """
+        return self._typed(RUN, _RUN_KINDS)
 
     def class_names(self) -> tuple[str, ...]:
         """Read the names of the classes, by label, that the training images had at the start.
@@ -353,8 +360,12 @@ class RunDirectory:
         return tuple(found)
 
     def status(self) -> dict[str, Any]:
-        """Read the last status; empty before the first."""
-        return self._read_json(STATUS) if self.store.exists(STATUS) else {}
+        """Read the last status; empty before the first.
+
+        Raises:
+            RunDirectoryError: It is damaged, or an entry is of another kind than is written.
+        """
+        return self._typed(STATUS, _STATUS_KINDS) if self.store.exists(STATUS) else {}
 
     def former_status(self) -> dict[str, Any]:
         """Read the last status; empty if there is none, or it cannot be read."""
@@ -438,6 +449,8 @@ class RunDirectory:
         try:
             rows = [{k: v for k, v in r.items() if k in known}
                     for r in self._read_json(FIGURES).values()]  # fmt: skip
+            for row in rows:
+                _check_texts(row)
             return [Figure(**{**row, "shown_on": tuple(row["shown_on"])}) for row in rows]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             where = self.store.where(FIGURES)
@@ -502,12 +515,60 @@ class RunDirectory:
             problem = f"is damaged: {error}"
         raise RunDirectoryError(f"{self.store.where(file)}: {problem}.")
 
+    def _typed(
+        self, file: str, kinds: Mapping[str, Callable[[Any, str], object]]
+    ) -> dict[str, Any]:
+        found = self._read_json(file)
+        try:
+            for name, check in kinds.items():
+                if found.get(name) is not None:
+                    check(found[name], name)
+        except (ValueError, TypeError) as error:
+            where = self.store.where(file)
+            raise RunDirectoryError(
+                f"{where}: {error}. Restore it from a copy, or remove that entry."
+            ) from error
+        return found
+
     def _read(self, file: str) -> bytes:
         try:
             return self.store.read(file)
         except OSError as error:
             where = self.store.where(file)
             raise RunDirectoryError(f"{where}: cannot be read: {error.strerror}.") from error
+
+
+def _kind(kind: type) -> Callable[[Any, str], object]:
+    return lambda value, name: block(value, kind, name)
+
+
+_RUN_KINDS: Mapping[str, Callable[[Any, str], object]] = {
+    **dict.fromkeys(("name", "created"), _kind(str)),
+    "argv": _kind(list),
+    **dict.fromkeys(("versions", "plugins", "git", "hardware", "seeds"), _kind(dict)),
+}
+"""By entry of `run.json`, what refuses a value of another kind; null counts as left out."""
+
+_STATUS_KINDS: Mapping[str, Callable[[Any, str], object]] = {
+    **dict.fromkeys(("state", "reason", "collapsed", "last_checkpoint"), _kind(str)),
+    **dict.fromkeys(("images", "step", "exit_code"), count),
+}
+"""The same for `status.json`."""
+
+
+def _check_texts(row: Mapping[str, Any]) -> None:
+    """Refuse texts of a declared figure that are none, and formats that could fill the memory.
+
+    Raises:
+        TypeError, ValueError: One is.
+    """
+    for name in {"name", "title", "panel", "short", "form"} & {*row}:
+        block(row[name], str, name)
+    if not _FORMAT.fullmatch(row.get("form", "")):
+        raise ValueError(f"form is {row['form'][:20]!r}, expected a format such as .2f")
+    for name in ("dead_below", "dead_above"):
+        if row.get(name) is not None and not _is_figure(row[name]):
+            raise TypeError(f"{name} is {str(row[name])[:20]}, expected a number")
 
 
 def is_run(place: Address) -> bool:
