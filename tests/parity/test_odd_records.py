@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 from command_line import e2ediff
 
+from e2ediff.ablate.cost import TrainingCost
 from e2ediff.distributed.threads import former_threads
 from e2ediff.errors import RunDirectoryError
 from e2ediff.host.plugins import Host
 from e2ediff.monitor.pictures import curves_png
-from e2ediff.report.gather import gather_runs
+from e2ediff.report.gather import read_run
 from e2ediff.report.page import event_lines
-from e2ediff.report.summary import summarize
-from e2ediff.report.verdict import verdict
 from e2ediff.store.records import newest_saved
 from e2ediff.store.run_directory import RunDirectory
 
@@ -70,12 +69,13 @@ def run(tmp_path) -> Path:
     return Path(shutil.copytree(RUN, tmp_path / "run"))
 
 
+COSTS: dict[str, TrainingCost] = {}
+"""Of the one recipe, counted once."""
+
+
 def reported(host: Host, run: Path) -> None:
-    """What `report` and `compare` read and conclude, without the page."""
-    gathered = gather_runs(host, [run])
-    verdict(gathered, summarize(gathered))
-    for one in gathered.runs:
-        list(event_lines(one))
+    """What `report` and `compare` read of a run."""
+    list(event_lines(read_run(host, run, "", COSTS)))
 
 
 def resumed(run: Path) -> None:
@@ -87,7 +87,8 @@ def resumed(run: Path) -> None:
         directory.rewind(24)
         former_threads(directory, 24)
         directory.set_status("running")
-        curves_png(directory.read_metrics(), "x", directory.figures())
+        directory.read_metrics()
+        directory.read_events()
 
 
 def append(path: Path, line: str) -> None:
@@ -112,6 +113,8 @@ def test_figures_that_are_no_numbers_are_passed_over(host, run, line) -> None:
     append(run / "metrics.jsonl", line)
     reported(host, run)
     resumed(run)
+    figures = RunDirectory.open(run)
+    assert curves_png(figures.read_metrics(), "x", figures.figures())
 
 
 @pytest.mark.parametrize("line", EVENTS)
