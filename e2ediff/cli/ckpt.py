@@ -234,8 +234,10 @@ def export(run: str, file: str, weights: str | None, checkpoint: str | None) -> 
     `load_state_dict` read it; its metadata have the run's name, the recipe's hash, the step and
     the latent contract.
     """
+    from e2ediff.errors import CheckpointError
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import parse_recipe
+    from e2ediff.sample.post_hoc import stored_weights
     from e2ediff.store.checkpoint import open_checkpoint
     from e2ediff.store.exporting import export as export_
     from e2ediff.store.run_directory import RESOLVED
@@ -245,6 +247,8 @@ def export(run: str, file: str, weights: str | None, checkpoint: str | None) -> 
         place = directory.store.where(RESOLVED)
         weights = parse_recipe(load(), directory.resolved(), place).default_weights
     found = open_checkpoint(directory.store, checkpoint, warn=_say)
+    if weights not in (known := stored_weights(found)):
+        raise CheckpointError(f"{found.path}: no weights '{weights}'; it has {', '.join(known)}.")
     sha256 = export_(directory, found, weights, file)
     _say(f"{weights} of {found.path}; sha256 {sha256}")
     echo_path(file)

@@ -114,6 +114,14 @@ def test_weights_that_are_not_finite_are_named(store: Store) -> None:
     )
 
 
+def test_a_number_of_the_state_that_is_not_finite_is_named_and_not_written(store: Store) -> None:
+    with pytest.raises(
+        DivergedError, match=r"state\.json\.alarm\.best is nan; this checkpoint was"
+    ):
+        ck.save(store, 300, 1, {}, {"alarm": {"best": float("nan")}}, 3)
+    assert len(ck.list_checkpoints(store)) == 2
+
+
 def test_a_file_that_is_not_in_a_checkpoint_is_told(store: Store) -> None:
     """With those that are."""
     with pytest.raises(CheckpointError) as caught:

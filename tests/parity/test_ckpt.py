@@ -140,6 +140,8 @@ def test_exported_weights_load_by_name_and_make_the_same_images_when_imported(ru
         said = file.metadata()
     assert (said["run"], said["weights"], said["step"]) == ("format-1", "slow", "3"), said
     assert json.loads(said["latent"])["tokens"] == 4
+    done = ckpt("export", "run", "x.safetensors", "--weights", "optimizer-joint")
+    assert (done.code, "it has online, slow, target." in done.err) == (6, True), done.err
     done = ckpt("import", "run/recipe.yaml", "w.safetensors", "new")
     assert (done.code, done.out) == (0, "new\n"), done.err
     first, second = (package.load(place).sample([0, 1], seed=3) for place in ("run", "new"))
