@@ -248,6 +248,7 @@ def test_addresses_alone_opens_addresses_and_attention_alone_looks_for_kernels()
         "fsspec.core.url_to_fs",
         "fsspec.implementations.local.LocalFileSystem",
         "fsspec.registry.available_protocols",
+        "fsspec.registry.known_implementations",
         "fsspec.registry.registry",
     ]
     # The kernel that is looked for, inside the function that looks.
