@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from e2ediff.data import to_pixels
 from e2ediff.figure import Figure, find
+from e2ediff.store.curves import Curve, Figures
 
 
 def png(x: Tensor) -> bytes:
@@ -27,34 +28,34 @@ def png(x: Tensor) -> bytes:
 
 
 def curves_png(
-    metrics: Sequence[Mapping[str, float]], title: str, declared: Sequence[Figure]
+    metrics: Iterable[Mapping[str, float]], title: str, declared: Sequence[Figure]
 ) -> bytes:
     """Plot a run's losses, and the figures declared as curves, over images seen, as PNG.
 
     Args:
-        metrics: Lines of `metrics.jsonl`.
+        metrics: Lines of `metrics.jsonl`, each with `images`.
         title: Title of the picture.
         declared: Declarations of the figures; an undeclared figure has no curve.
     """
     # Imported here: it takes half a second and is needed at the end of a run only.
     from matplotlib.figure import Figure as Sheet
 
-    names = dict.fromkeys(name for line in metrics for name in line)
+    curves = Figures(metrics).curves
     shared: dict[str, list[Figure]] = {}
-    for name in names:
+    for name in curves:
         found = find(name, declared)
         if found is not None and "charts" in found.shown_on:
             shared.setdefault(found.panel, []).append(found)
     columns = -(-(1 + len(shared)) // 2)
     sheet = Sheet(figsize=(5.5 * columns, 6.5), layout="constrained")
     panels = list(sheet.subplots(2, columns, squeeze=False).flat)
-    for name in sorted(name for name in names if name.startswith("loss/")):
-        _curve(panels[0], metrics, name, name.removeprefix("loss/"))
+    for name in sorted(name for name in curves if name.startswith("loss/")):
+        _curve(panels[0], curves[name], name.removeprefix("loss/"))
     panels[0].set(title="losses", yscale="log")
     for axes, (panel, figures) in zip(panels[1:], shared.items(), strict=False):
         values: list[float] = []
         for figure in figures:
-            values += _curve(axes, metrics, figure.name, figure.title)
+            values += _curve(axes, curves[figure.name], figure.title)
         ways = {figure.better for figure in figures}
         better = ways.pop() if len(ways) == 1 else None
         axes.set_title(f"{panel} ({better} is better)" if better else panel)
@@ -75,11 +76,9 @@ def curves_png(
     return buffer.getvalue()
 
 
-def _curve(
-    axes: Any, metrics: Sequence[Mapping[str, float]], name: str, label: str
-) -> list[float]:
+def _curve(axes: Any, curve: Curve, label: str) -> list[float]:
     """Draw a figure's curve; return its finite values."""
-    points = [(m["images"], m[name]) for m in metrics if name in m]
+    points = list(curve)
     if points:
         axes.plot(*zip(*points, strict=True), label=label)
     return [value for _, value in points if math.isfinite(value)]

@@ -75,7 +75,7 @@ def panels(cells: Mapping[str, Sequence[Run]], *, over: str) -> list[str]:
             if "charts" in figure.shown_on:
                 better = f" ({figure.better} is better)" if figure.better else ""
                 shown.setdefault(key, f"{figure.title}{better}")
-    keys = {key for run in runs for line in run.metrics for key in line}
+    keys = {key for run in runs for key in run.curves}
     losses = sorted(key for key in keys if key.startswith("loss/"))
     shown |= {key: f"loss: {key.removeprefix('loss/')}" for key in losses}
     labels = {"images": "images seen", "flops": "training FLOPs"}
@@ -98,11 +98,7 @@ def points(run: Run, key: str, over: str) -> Points:
         if run.cost is None:
             return []
         place = run.cost.at
-    return [
-        (place(line["images"]), line[key])
-        for line in run.metrics
-        if key in line and "images" in line and math.isfinite(line[key])
-    ]
+    return [(place(x), y) for x, y in run.curves.get(key, ()) if math.isfinite(y)]
 
 
 def thinned(line: Points, most: int) -> Points:

@@ -21,6 +21,7 @@ from e2ediff.figure import Figure, find
 from e2ediff.host.leaves import leaves_of
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import parse_recipe
+from e2ediff.store.curves import Curve, Figures
 from e2ediff.store.run_directory import RESOLVED, RunDirectory, name_of_run
 from e2ediff.store.storage import Store
 
@@ -48,7 +49,7 @@ class Run:
     step: int = 0
     images: int = 0
     name: str = ""
-    metrics: Sequence[Mapping[str, float]] = ()
+    curves: Mapping[str, Curve] = attrs.field(factory=dict)
     events: Sequence[Mapping[str, Any]] = ()
     figures: Mapping[str, float] = attrs.field(factory=dict)
     described: Mapping[str, Figure] = attrs.field(factory=dict)
@@ -278,7 +279,7 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, TrainingCost
     resolved = directory.resolved()
     leaves = leaves_of(resolved, directory.store.where(RESOLVED))
     status, environment = directory.status(), directory.environment()
-    metrics = [_numbers(line) for line in directory.read_metrics()]
+    logged = Figures(directory.stream_metrics())
     key = re.sub(r"(?m)^seed: .*$", "", resolved)
     uncounted = ""
     if key not in costs:
@@ -286,10 +287,8 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, TrainingCost
             costs[key] = cost_of(parse_recipe(host, resolved, directory.store.where(RESOLVED)))
         except E2EDiffError as error:  # a plugin is missing
             uncounted = str(error)
-    last = metrics[-1] if metrics else {}
     scores, declared = figures_of(cards_of(path)), directory.figures()
-    names = dict.fromkeys(name for line in metrics for name in line)
-    described = {name: find(name, declared) for name in names}
+    described = {name: find(name, declared) for name in logged.curves}
     described |= {name: _described(name, score) for name, score in scores.items()}
     seed = leaves.get("seed", "0")
     state = str(status.get("state", "running"))
@@ -300,12 +299,12 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, TrainingCost
         state=state,
         error=str(status.get("reason", "")) if state == "failed" else "",
         reason=str(status.get("reason", "")),
-        step=int(last.get("step", 0)),
-        images=int(last.get("images", 0)),
+        step=_count(logged.line.get("step", 0)),
+        images=_count(logged.line.get("images", 0)),
         name=str(environment.get("name", "")),
-        metrics=metrics,
+        curves=logged.curves,
         events=directory.read_events(),
-        figures=final_figures(metrics) | {name: s.value for name, s in scores.items()},
+        figures=final_figures(logged) | {name: s.value for name, s in scores.items()},
         described={name: figure for name, figure in described.items() if figure},
         leaves=leaves,
         environment=environment,
@@ -316,22 +315,16 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, TrainingCost
     )
 
 
-def final_figures(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def final_figures(logged: Figures) -> dict[str, float]:
     """Return the last value of diagnostics and speed, and the mean of a loss's last tenth.
 
     One step's loss is that of one batch and its times; the mean is less noisy.
     Figures that are not finite are left out.
     """
-    series: dict[str, list[float]] = {}
-    for line in metrics:
-        for name, value in line.items():
-            if name not in _NO_FIGURE and not name.startswith("lr/"):
-                series.setdefault(name, []).append(value)
     found = {}
-    for name, values in series.items():
-        count = max(1, len(values) // 10) if name.startswith("loss/") else 1
-        final = sum(values[-count:]) / count
-        if math.isfinite(final):
+    for name, last in logged.last.items():
+        final = logged.tails[name].mean if name in logged.tails else last
+        if name not in _NO_FIGURE and not name.startswith("lr/") and math.isfinite(final):
             found[name] = final
     return found
 
@@ -345,8 +338,8 @@ def _described(name: str, score: Score) -> Figure:
     return Figure(name, better=score.better, of="reconstructions" if pairs else "")
 
 
-def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in line.items() if isinstance(v, int | float) and type(v) is not bool}
+def _count(number: float) -> int:
+    return int(number) if math.isfinite(number) else 0
 
 
 def _previews(store: Store) -> dict[str, dict[int, str]]:

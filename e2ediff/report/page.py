@@ -37,7 +37,7 @@ def render(gathered: Gathered, summary: Summary, sentences: Sequence[str], writt
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    drawn = {cell: [run for run in runs if run.metrics] for cell, runs in gathered.cells.items()}
+    drawn = {cell: [run for run in runs if run.curves] for cell, runs in gathered.cells.items()}
     facts, differ = _environments(gathered.runs)
     described = gathered.described
     return environment.from_string(source).render(

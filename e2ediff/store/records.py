@@ -6,6 +6,7 @@ Damaged lines are skipped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
 from e2ediff.errors import CheckpointError
 from e2ediff.host.recipe import Recipe
@@ -56,7 +57,7 @@ def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[st
     """
     events = list(directory.store.json_lines(EVENTS))
     due = max(_cadences([changes, *(e.get("changes") for e in events)], recipe))
-    steps = [directory.former_status(), *directory.store.json_lines(METRICS)]
+    steps = chain([directory.former_status()], directory.store.json_lines(METRICS))
     step = max((s for line in steps if isinstance(s := line.get("step"), int)), default=0)
     later = later_files(directory.store, due * recipe.batch, due)
     if bad := sorted(quarantined(directory.store)):

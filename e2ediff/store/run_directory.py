@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal
@@ -186,7 +186,7 @@ class RunDirectory:
                 if name.startswith((".tmp-", ".trash-")):
                     self.store.remove_dir(f"{folder}/{name}")
         for log in (METRICS, EVENTS):
-            self.store.truncate_lines(log, keep=lambda line: True)
+            self.store.truncate_lines(log)
 
     def unlock(self) -> None:
         """Release the lock; no-op if not held."""
@@ -278,13 +278,13 @@ class RunDirectory:
         if self.silent:
             return ""
         later = later_files(self.store, images, step)
-        lines = self._read(METRICS).split(b"\n")[:-1] if self.store.exists(METRICS) else []
-        if not later and all(_is_until(images, line.decode(errors="replace")) for line in lines):
+        there = self.store.lines(METRICS) if self.store.exists(METRICS) else ()
+        if not later and all(_is_until(images, line) for _, line in there):
             return ""
         place = next_place(self.store)
         for file in _RECORDS:
             if self.store.exists(file):
-                self.store.write(f"{place}/{file}", self._read(file))
+                self.store.copy(file, f"{place}/{file}")
         self._move(later, place)
         return place
 
@@ -414,15 +414,21 @@ class RunDirectory:
         Raises:
             RunDirectoryError: a line in the middle is damaged, or its position is none.
         """
-        found = []
+        return list(self.stream_metrics())
+
+    def stream_metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the same line by line, for runs that logged millions of them.
+
+        Raises:
+            RunDirectoryError: a line in the middle is damaged, or its position is none.
+        """
         for number, line in enumerate(self._read_lines(METRICS), 1):
             try:
                 _check_position(line)
             except ValueError as error:
                 where = f"{self.store.where(METRICS)}:{number}"
                 raise RunDirectoryError(f"{where}: {error}. Delete that line.") from error
-            found.append({name: value for name, value in line.items() if _is_figure(value)})
-        return found
+            yield {name: value for name, value in line.items() if _is_figure(value)}
 
     def declare(self, figures: Iterable[Figure]) -> None:
         """Record declarations of figures; those of other names recorded before stay."""
@@ -443,7 +449,7 @@ class RunDirectory:
             RunDirectoryError: It is damaged.
         """
         if not self.store.exists(FIGURES):
-            names = dict.fromkeys(name for line in self.read_metrics() for name in line)
+            names = dict.fromkeys(name for line in self.stream_metrics() for name in line)
             return [figure for name in names if (figure := earlier_figure(name))]
         known = {field.name for field in attrs.fields(Figure)}
         try:
@@ -472,7 +478,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: a line in the middle is damaged.
         """
-        return self._read_lines(EVENTS)
+        return list(self._read_lines(EVENTS))
 
     def rewind(self, images: int) -> int:
         """Drop figures after this many images, and damaged lines; return how many were dropped."""
@@ -486,19 +492,23 @@ class RunDirectory:
             self.store.write(path, png_bytes)
         return path
 
-    def _read_lines(self, file: str) -> list[dict[str, Any]]:
-        if not self.store.exists(file):
-            return []
-        found = []
-        for number, line in enumerate(self._read(file).split(b"\n")[:-1], 1):
+    def _read_lines(self, file: str) -> Iterator[dict[str, Any]]:
+        for number, line in enumerate(self._lines(file), 1):
             try:
-                values = json.loads(line)
-                found.append({k: _special(v) for k, v in values.items()})
+                values = {k: _special(v) for k, v in json.loads(line).items()}
             except (ValueError, AttributeError, RecursionError) as error:
                 raise RunDirectoryError(
                     f"{self.store.where(file)}:{number}: not a line of JSON. Delete that line."
                 ) from error
-        return found
+            yield values
+
+    def _lines(self, file: str) -> Iterator[bytes]:
+        try:
+            if self.store.exists(file):
+                for _, line in self.store.lines(file):
+                    yield line
+        except OSError as error:
+            raise self._unreadable(file, error) from error
 
     def _write_json(self, file: str, value: Mapping[str, JSON]) -> None:
         if self.silent:
@@ -534,8 +544,10 @@ class RunDirectory:
         try:
             return self.store.read(file)
         except OSError as error:
-            where = self.store.where(file)
-            raise RunDirectoryError(f"{where}: cannot be read: {error.strerror}.") from error
+            raise self._unreadable(file, error) from error
+
+    def _unreadable(self, file: str, error: OSError) -> RunDirectoryError:
+        return RunDirectoryError(f"{self.store.where(file)}: cannot be read: {error.strerror}.")
 
 
 def _kind(kind: type) -> Callable[[Any, str], object]:
@@ -640,7 +652,7 @@ def _is_run_of(path: str, name: str) -> bool:
     return isinstance(block, dict) and "name" in block and block["name"].value == name
 
 
-def _is_until(images: int, line: str) -> bool:
+def _is_until(images: int, line: bytes) -> bool:
     """Return whether a line of figures is valid, and of at most this many training images."""
     try:
         values = json.loads(line)

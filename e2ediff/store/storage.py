@@ -17,6 +17,7 @@ import shutil
 import stat
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_LONGEST = 1 << 20  # bytes of a line in a log
 _TEMPORARY = re.compile(r"\.tmp-(.+)-[0-9a-f]{8}")
 
 
@@ -102,12 +104,38 @@ class Store:
             while chunk := file.read(PIECE):
                 yield chunk
 
+    def lines(self, path: str, *, torn: bool = False) -> Iterator[tuple[int, bytes]]:
+        """Yield each line without its newline, and where it ends, in little memory.
+
+        A line of more than a megabyte, which no log has, is yielded empty.
+
+        Args:
+            path: The file.
+            torn: Whether a last line without a newline is yielded, too.
+        """
+        end, line, length = 0, bytearray(), 0  # of the line so far; its bytes, unless too long
+        for chunk in self.chunks(path):
+            start = 0
+            while (stop := chunk.find(b"\n", start)) >= 0:
+                length += stop - start
+                content = line + chunk[start:stop] if line else chunk[start:stop]
+                end += length + 1
+                yield end, bytes(content) if length <= _LONGEST else b""
+                line, length, start = bytearray(), 0, stop + 1
+            length += len(chunk) - start
+            if length <= _LONGEST:
+                line += chunk[start:]
+            else:
+                line.clear()
+        if torn and length:
+            yield end + length, bytes(line)
+
     def json_lines(self, path: str) -> Iterator[dict[str, Any]]:
         """Yield the objects of a file of JSON lines, without damaged lines; none if it is missing.
 
         Lines that a crash cut short are among the damaged ones.
         """
-        for line in self.read(path).split(b"\n") if self.exists(path) else ():
+        for _, line in self.lines(path, torn=True) if self.exists(path) else ():
             with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(values := json.loads(line), dict):
                     yield values
@@ -250,6 +278,7 @@ class Store:
         full = self._full(path)
         with self._refusals(path, needed):
             if not self.local:
+                self._logs.pop(path, None)
                 with tempfile.NamedTemporaryFile(prefix="e2ediff-") as scratch:
                     yield scratch
                     scratch.flush()
@@ -317,21 +346,80 @@ class Store:
             with self._refusals(path, len(log.content)):
                 self._write_log(path)
 
-    def truncate_lines(self, path: str, keep: Callable[[str], bool]) -> int:
+    def truncate_lines(self, path: str, keep: Callable[[bytes], bool] | None = None) -> int:
         """Drop an incomplete last line, and all lines that `keep` refuses; return their number.
+
+        The file is copied in chunks, if anything is dropped. Without `keep` only its end is read.
 
         Raises:
             ResourceError: the shortened file could not be written; the old one stays.
         """
         if not self.exists(path):
             return 0
+        if not self.local:  # its logs are in memory anyway, to be written as a whole
+            with self._refusals(path, 0):
+                *lines, torn = self.read(path).split(b"\n")
+            whole = [line for line in lines if keep is None or keep(line)]
+            if torn or len(whole) < len(lines):
+                self.write(path, b"".join(line + b"\n" for line in whole))
+            return len(lines) - len(whole) + bool(torn)
+        kept, dropped = array("q", (0, 0)), 0  # start and end of each range that stays
         with self._refusals(path, 0):
-            content = self.read(path)
-        *lines, torn = content.split(b"\n")
-        kept = [line for line in lines if keep(line.decode(errors="replace"))]
-        if torn or len(kept) < len(lines):
-            self.write(path, b"".join(line + b"\n" for line in kept))
-        return len(lines) - len(kept) + bool(torn)
+            size = self.size(path)
+            if keep is None:
+                kept[1] = self._whole_lines(path, size)
+            else:
+                start = 0
+                for end, line in self.lines(path):
+                    if not keep(line):
+                        dropped += 1
+                    elif kept[-1] == start:
+                        kept[-1] = end
+                    else:
+                        kept.extend((start, end))
+                    start = end
+                dropped += size > start
+        if keep is None:
+            dropped = int(size > kept[1])
+        if dropped:
+            self._keep_ranges(path, kept)
+        return dropped
+
+    def _whole_lines(self, path: str, size: int) -> int:
+        """Return where the last whole line of a file ends, reading from the end."""
+        with self._fs.open(self._full(path), "rb") as file:
+            stop = size
+            while stop:
+                start = max(0, stop - PIECE)
+                file.seek(start)
+                found: int = file.read(stop - start).rfind(b"\n")
+                if found >= 0:
+                    return start + found + 1
+                stop = start
+        return 0
+
+    def _keep_ranges(self, path: str, kept: Sequence[int]) -> None:
+        """Replace a file by these ranges of its bytes, given as start, end, start, end, ..."""
+        with (
+            self._fs.open(self._full(path), "rb") as old,
+            self.writing(path, sum(kept[1::2]) - sum(kept[::2])) as new,
+        ):
+            for start, end in zip(kept[::2], kept[1::2], strict=True):
+                old.seek(start)
+                while start < end and (chunk := old.read(min(PIECE, end - start))):
+                    new.write(chunk)
+                    start += len(chunk)
+
+    def copy(self, old: str, new: str) -> None:
+        """Copy a file in chunks; the copy is there as a whole or not at all.
+
+        Raises:
+            OSError: The file cannot be read.
+            ResourceError: The copy could not be written.
+        """
+        with self.writing(new, self.size(old)) as file:
+            for chunk in self.chunks(old):
+                file.write(chunk)
 
     def rename_dir(self, old: str, new: str) -> OSError | None:
         """Rename a directory: atomic and durable locally, by copying and deleting elsewhere."""

@@ -125,7 +125,7 @@ class Measurements:
         """Draw the curves of all figures so far."""
         if self.recorder.world.is_leader:
             directory = self.recorder.directory
-            curves = curves_png(directory.read_metrics(), self.recipe.name, directory.figures())
+            curves = curves_png(directory.stream_metrics(), self.recipe.name, directory.figures())
             directory.store.write("curves.png", curves)
 
     def _record(self, found: Mapping[str, float], timed: str, began: float) -> None:

@@ -23,6 +23,7 @@ from e2ediff.report.sheets import data_uri, rows
 from e2ediff.report.summary import judged_of, number, signed, summarize
 from e2ediff.report.tables import csv_text, tex, tex_text
 from e2ediff.report.verdict import verdict
+from e2ediff.store.curves import Figures
 from e2ediff.store.earlier import earlier_figure
 
 VOID = {"meta", "img", "br", "line", "path", "polyline"}
@@ -313,8 +314,8 @@ def test_a_collapsed_cell_is_not_called_best(group, host):
 
 def test_a_loss_is_the_mean_of_its_last_tenth_and_a_diagnostic_its_last_value():
     metrics = [{"step": i, "loss/a": float(i), "psnr": float(i), "lr": 1.0} for i in range(20)]
-    assert final_figures(metrics) == {"loss/a": 18.5, "psnr": 19.0}
-    assert final_figures([{"psnr": float("nan")}]) == {}
+    assert final_figures(Figures(metrics)) == {"loss/a": 18.5, "psnr": 19.0}
+    assert final_figures(Figures([{"psnr": float("nan")}])) == {}
 
 
 def test_a_figure_that_a_cell_lacks_leaves_its_place_empty(group, host):
