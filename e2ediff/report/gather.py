@@ -299,8 +299,8 @@ def read_run(host: Host, path: Address, cell: str, costs: dict[str, TrainingCost
         state=state,
         error=str(status.get("reason", "")) if state == "failed" else "",
         reason=str(status.get("reason", "")),
-        step=_count(logged.line.get("step", 0)),
-        images=_count(logged.line.get("images", 0)),
+        step=logged.step,
+        images=logged.images,
         name=str(environment.get("name", "")),
         curves=logged.curves,
         events=directory.read_events(),
@@ -336,10 +336,6 @@ def _described(name: str, score: Score) -> Figure:
         return Figure(name, better=score.better, shown_on=("table",), of="samples")
     pairs = section in ("reconstruction", "pairs")
     return Figure(name, better=score.better, of="reconstructions" if pairs else "")
-
-
-def _count(number: float) -> int:
-    return int(number) if math.isfinite(number) else 0
 
 
 def _previews(store: Store) -> dict[str, dict[int, str]]:

@@ -26,11 +26,12 @@ class Curve:
 
     def add(self, x: float, y: float) -> None:
         """Add a value."""
-        self._pending.append((x, y))
-        if len(self._pending) < self._stride:
-            return
-        x, y = _mean(self._pending)
-        self._pending.clear()
+        if self._stride > 1:
+            self._pending.append((x, y))
+            if len(self._pending) < self._stride:
+                return
+            x, y = _mean(self._pending)
+            self._pending.clear()
         self._xs.append(x)
         self._ys.append(y)
         if len(self._xs) == _MOST:
@@ -81,28 +82,39 @@ class Figures:
 
     `curves` maps each figure to its curve over images, in the order in which they were first
     logged; `last` maps it to its last value, and `tails` a loss to its tail.
-    `line` is the last line.
+    `images` and `step` are those of the last line.
     """
 
     def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
         self.curves: dict[str, Curve] = {}
         self.last: dict[str, float] = {}
         self.tails: dict[str, Tail] = {}
-        self.line: dict[str, float] = {}
+        line: Mapping[str, Any] = {}
         for line in lines:
-            self.line = {
-                name: value if -_HUGE < value < _HUGE or value != value else math.inf
-                for name, value in line.items()
-                if isinstance(value, int | float) and type(value) is not bool
-            }
-            self.last.update(self.line)
-            images = self.line.get("images")
-            for name, value in self.line.items():
-                if name not in self.curves:
-                    self.curves[name] = Curve()
+            images = _number(line.get("images"))
+            for name, found in line.items():
+                if (value := _number(found)) is None:
+                    continue
+                self.last[name] = value
+                if (curve := self.curves.get(name)) is None:
+                    curve = self.curves[name] = Curve()
                     if name.startswith("loss/"):
                         self.tails[name] = Tail()
                 if images is not None:
-                    self.curves[name].add(images, value)
+                    curve.add(images, value)
                 if name in self.tails:
                     self.tails[name].add(value)
+        self.images, self.step = _count(line.get("images")), _count(line.get("step"))
+
+
+def _number(value: object) -> float | None:
+    if type(value) is float:
+        return value
+    if type(value) is not int:
+        return None
+    return value if -_HUGE < value < _HUGE else math.inf
+
+
+def _count(value: object) -> int:
+    number = _number(value)
+    return int(number) if number is not None and math.isfinite(number) else 0

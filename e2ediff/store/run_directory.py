@@ -56,6 +56,7 @@ _WRITTEN = {
 _FORMAT = re.compile(r"[-+ ]?[#0,]{0,2}\d{0,2}[,_]?(\.\d{1,2})?[a-zA-Z%]?")
 """Formats of figures, as in `format(value, ".2f")`."""
 
+_HAS_SPECIAL = re.compile(rb'"(nan|-?inf)"').search
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -495,8 +496,12 @@ class RunDirectory:
     def _read_lines(self, file: str) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(self._lines(file), 1):
             try:
-                values = {k: _special(v) for k, v in json.loads(line).items()}
-            except (ValueError, AttributeError, RecursionError) as error:
+                values = json.loads(line)
+                if not isinstance(values, dict):
+                    raise ValueError("no JSON object")
+                if _HAS_SPECIAL(line):
+                    values = {k: _special(v) for k, v in values.items()}
+            except (ValueError, RecursionError) as error:
                 raise RunDirectoryError(
                     f"{self.store.where(file)}:{number}: not a line of JSON. Delete that line."
                 ) from error
