@@ -263,12 +263,12 @@ class SourceConfig(ABC):
     `movable` and `harmless` name the options that may be others when a run is resumed; any other
     difference refuses it. A movable option says where the images lie: they must be as many as
     before, with the same labels in the same order. A harmless one changes nothing that is read:
-    by default `workers` and `on_bad_image`, as a damaged image that ended the run under the one
-    policy would have ended it under the other.
+    by default `workers`, `on_bad_image` and `max_bad_fraction`, as a damaged image that ended the
+    run under one policy would have ended it under another.
     """
 
     movable: ClassVar[tuple[str, ...]] = ()
-    harmless: ClassVar[tuple[str, ...]] = ("workers", "on_bad_image")
+    harmless: ClassVar[tuple[str, ...]] = ("workers", "on_bad_image", "max_bad_fraction")
 
     @classmethod
     def recognises(cls, address: str) -> Recognised | None:
@@ -309,6 +309,11 @@ class SourceConfig(ABC):
     def on_bad_image(self) -> Literal["stop", "skip"]:
         """Whether a damaged image stops the run or is replaced by another of its class."""
         return "stop"
+
+    @property
+    def max_bad_fraction(self) -> float:
+        """Share of damaged images that `skip` accepts, of the training images seen so far."""
+        return 0.01
 
     @property
     def workers(self) -> int:

@@ -270,8 +270,9 @@ class EncodedImages(DataSource):
 class EncodedConfig(SourceConfig):
     """Options of all sources of encoded images.
 
-    `size`, `classes`, `channels`, `flip`, `sampling`, `on_bad_image`, `held_out`, `workers`,
-    `max_pixels`, `upright` and `background` are described by `image_folder`.
+    `size`, `classes`, `channels`, `flip`, `sampling`, `on_bad_image`, `max_bad_fraction`,
+    `held_out`, `workers`, `max_pixels`, `upright` and `background` are described by
+    `image_folder`.
     """
 
     address: ClassVar[str] = "path"
@@ -283,6 +284,9 @@ class EncodedConfig(SourceConfig):
     flip: bool = True
     sampling: Sampling = "natural"
     on_bad_image: Literal["stop", "skip"] = "stop"
+    max_bad_fraction: float = attrs.field(
+        default=0.01, validator=[validators.ge(0), validators.le(1)]
+    )
     held_out: str | None = attrs.field(
         default=None, converter=optional(addresses.plain), validator=addresses.allowed
     )

@@ -17,6 +17,9 @@ from e2ediff.store.storage import Store
 
 BAD_IMAGES = "bad_images.jsonl"
 
+ALWAYS = 10
+"""Damaged images that never end a run that skips them, as one in a tiny set is a large share."""
+
 
 class Skipped(NamedTuple):
     """An image that was not used, `what` is wrong with it, and the image used `instead`."""
@@ -146,8 +149,12 @@ class BadImages:
         self.store = store
         self._met: set[str] = set()
 
-    def add(self, found: Iterable[Skipped]) -> bool:
-        """Add images not yet listed; return whether they include the first one of the run."""
+    def add(self, found: Iterable[Skipped], seen: int = 0) -> bool:
+        """Add images not yet listed; return whether they include the first one of the run.
+
+        `seen` is the number of images in all batches up to theirs; 0 for others than those that
+        are trained on.
+        """
         new = {s.place: s for s in found if s.place not in self._met}
         if not new:
             return False
@@ -157,10 +164,36 @@ class BadImages:
             # Start a new line, even after one that a crash cut short.
             there = self.store.read(BAD_IMAGES) if self.store.exists(BAD_IMAGES) else b"\n"
             apart = "" if there.endswith(b"\n") else "\n"
-            line = json.dumps({**entry, "instead": skipped.instead})
+            line = json.dumps({**entry, "instead": skipped.instead, "seen": seen})
             self.store.append(BAD_IMAGES, apart + line)
         self._met |= set(new)
         return not listed
+
+    def refuse_too_many(self, fraction: float, seen: int, images: int) -> None:
+        """Refuse a training set of which too large a share is damaged.
+
+        Images count from the batch on in which they were first met, so that a run that goes on
+        ends at the step at which it would have ended without an interruption.
+
+        Args:
+            fraction: The largest share that is accepted.
+            seen: Images in all batches so far.
+            images: Images of the set, which are seen again after so many.
+
+        Raises:
+            DataError: More than this share of the images seen so far is damaged, and more than
+                `ALWAYS` images are.
+        """
+        met = (entry.get("seen") for entry in self.store.json_lines(BAD_IMAGES))
+        bad = sum(isinstance(at, int) and 0 < at <= seen for at in met)
+        different = min(seen, images)
+        if bad > max(ALWAYS, fraction * different):
+            raise DataError(
+                f"{bad:,} of the first {different:,} training images are damaged or too large: "
+                f"{bad / different:.2%}, and data.max_bad_fraction accepts {fraction:.2%}. They "
+                f"are listed in {self.store.where(BAD_IMAGES)}: repair or remove them, or accept "
+                "more with a larger data.max_bad_fraction"
+            )
 
     def listed(self) -> set[str]:
         """Return the paths in the list, including those of earlier runs and other processes."""

@@ -128,7 +128,7 @@ def batches(
     device: torch.device,
     rows: slice = _ALL,
     sampling: Sampling = "natural",
-    report: Callable[[Sequence[Skipped]], None] | None = None,
+    report: Callable[[Sequence[Skipped], int], None] | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of the optimizer steps `first` to `last`, or these rows of each.
 
@@ -145,7 +145,7 @@ def batches(
         rows: Rows to read of each batch.
         sampling: How often each class is shown.
         report: Called with images skipped for the first time, separately in each worker
-            process.
+            process, and the number of images in all batches up to theirs.
 
     Raises:
         DataError: The source is smaller than one batch, an image cannot be read, conditions
@@ -167,17 +167,20 @@ def batches(
         option="data.workers",
         pin_memory=device.type == "cuda",
     )
-    yield from _ahead(_whole(items, report), device)
+    read_so_far = range(batch * (first + 1), batch * (last + 1), batch)
+    yield from _ahead(_whole(items, read_so_far, report), device)
 
 
 def _whole(
-    items: Iterable[_Item | str], report: Callable[[Sequence[Skipped]], None] | None
+    items: Iterable[_Item | str],
+    read_so_far: Iterable[int],
+    report: Callable[[Sequence[Skipped], int], None] | None,
 ) -> Iterator[_Item]:
-    for item in items:
+    for item, images in zip(items, read_so_far, strict=False):
         if isinstance(item, str):
             raise DataError(item)
         if item.skipped and report:
-            report(item.skipped)
+            report(item.skipped, images)
         yield item
 
 

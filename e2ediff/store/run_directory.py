@@ -498,10 +498,10 @@ class RunDirectory:
             try:
                 values = json.loads(line)
                 if not isinstance(values, dict):
-                    raise ValueError("no JSON object")
+                    raise TypeError("no JSON object")
                 if _HAS_SPECIAL(line):
                     values = {k: _special(v) for k, v in values.items()}
-            except (ValueError, RecursionError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise RunDirectoryError(
                     f"{self.store.where(file)}:{number}: not a line of JSON. Delete that line."
                 ) from error

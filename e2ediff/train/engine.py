@@ -6,7 +6,7 @@ The objective decides what is learned, from what, and where gradients stop.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import attrs
@@ -19,7 +19,7 @@ from e2ediff.distributed.world import World
 from e2ediff.errors import CollapseError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
-from e2ediff.loading.bad_images import newly_skipped
+from e2ediff.loading.bad_images import Skipped, newly_skipped
 from e2ediff.loading.batches import batches
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.monitor import Monitor
@@ -236,9 +236,15 @@ class Engine:
             workers=r.data.workers,
             device=self.device,
             sampling=r.data.sampling,
-            report=self.recorder.skipped,
+            report=self._skipped,
             rows=self.update.rows,
         )
+
+    def _skipped(self, found: Sequence[Skipped], seen: int) -> None:
+        """List damaged images of a batch, and end the run where they are too many."""
+        self.recorder.skipped(found, seen)
+        fraction = self.recipe.data.max_bad_fraction
+        self.recorder.bad_images.refuse_too_many(fraction, seen, len(self.source))
 
     def _asked(self, stop: Stop) -> bool:
         """Return whether any process was asked to stop, so that all stop after the same step.

@@ -172,9 +172,12 @@ class Recorder:
             text = f"{hook} failed: {type(error).__name__}: {error}"
             self.progress.say(f"plugin {plugin!r}: {text}")
 
-    def skipped(self, found: Sequence[Skipped]) -> None:
-        """List damaged images that were not used; the first one is also shown."""
-        if self.bad_images.add(found):
+    def skipped(self, found: Sequence[Skipped], seen: int = 0) -> None:
+        """List damaged images that were not used; the first one is also shown.
+
+        `seen` is as for `BadImages.add`.
+        """
+        if self.bad_images.add(found, seen):
             place = self.directory.store.where(BAD_IMAGES)
             self.progress.say(
                 f"skipped {found[0].place}: {found[0].what}. All such images are listed in {place}"

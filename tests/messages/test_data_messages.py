@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from command_line import e2ediff, needs
-from pictures import damage
+from pictures import damage, write_tree
 from refusals import image_tree, refused
 
 from e2ediff.errors import DataError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
+from e2ediff.loading.bad_images import BadImages, Skipped
 from e2ediff.parts.sources import ImageFolder
 from e2ediff.store.run_directory import RunDirectory
+from e2ediff.store.storage import Store
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +117,57 @@ def test_a_run_lists_the_images_that_it_skipped_and_resumes_without_listing_them
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+
+
+def test_a_run_ends_when_too_large_a_share_of_the_images_is_damaged() -> None:
+    """At the same step with workers, without, and after an interruption."""
+    write_tree(Path("worn"), [20, 20])
+    worn = sorted(Path("worn").glob("*/*.JPEG"))
+    for path in worn[::3]:  # 14 of 40
+        path.write_bytes(b"")
+    rules = ("data.root=worn", "data.classes=2", "data.on_bad_image=skip", "batch=8", "steps=40")
+    sets = [word for rule in rules for word in ("--set", rule)]
+    sets += ["--set", "probe.calibration=8", "--set", "probe.images=4"]
+    said = []
+    for out, changes in {"plain": ["data.workers=0"], "workers": ["data.workers=2"]}.items():
+        words = [word for one in changes for word in ("--set", one)]
+        done = e2ediff("run", "tiny.yaml", *sets, *words, "--out", out)
+        assert done.code == 5, done
+        said.append(done.err.splitlines()[-1].replace(out, "RUN"))
+    step = int(json.loads(Path("plain/status.json").read_text())["step"])
+    cut = ["--set", "data.workers=0", "--out", "cut"]
+    if step > 1:
+        short = [*sets, "--set", f"steps={step - 1}"]
+        assert e2ediff("run", "tiny.yaml", *short, *cut).code == 0
+        done = e2ediff("run", "tiny.yaml", *sets, *cut, "--resume")
+        said.append(done.err.splitlines()[-1].replace("cut", "RUN"))
+    assert len(set(said)) == 1, said
+    assert re.fullmatch(
+        r"error: 1[1-4] of the first [1-4]\d training images are damaged or too large: "
+        r"\d+\.\d\d%, and data\.max_bad_fraction accepts 1\.00%\. They are listed in "
+        r"RUN/bad_images\.jsonl: repair or remove them, or accept more with a "
+        r"larger data\.max_bad_fraction",
+        said[0],
+    )
+    allowed = ["--set", "data.max_bad_fraction=0.5", "--set", "steps=8", "--resume"]
+    done = e2ediff("run", "tiny.yaml", *sets, *allowed, "--out", "plain")
+    assert done.code == 0, done.err
+
+
+def test_a_few_damaged_images_end_no_run_and_later_ones_do_not_count_before(
+    tmp_path: Path,
+) -> None:
+    bad = BadImages(Store(str(tmp_path / "run")))
+    for i in range(13):
+        bad.add([Skipped(i, f"image {i}", "damaged", i + 1)], 100 * (i + 1))
+    bad.add([Skipped(99, "of the probe", "damaged", 98)])
+    bad.refuse_too_many(0.0, 1000, 5000)  # 10 of them
+    bad.refuse_too_many(1.0, 1300, 5000)
+    bad.refuse_too_many(0.01, 1200, 5000)
+    with pytest.raises(DataError, match=r"^11 of the first 1,100 training images"):
+        bad.refuse_too_many(0.0099, 1100, 5000)
+    with pytest.raises(DataError, match=r"^13 of the first 500 training images .* 2\.60%"):
+        bad.refuse_too_many(0.01, 10_000, 500)
 
 
 def test_a_run_without_classes_trains_and_samples() -> None:

@@ -59,6 +59,8 @@ class ImageFolder(EncodedConfig):
     pixels (width times height, as stored or resized; it is never decoded): `stop` ends the run
     and names it, `skip` takes the next readable image of its class instead, and lists it in the
     run's directory.
+    `max_bad_fraction` is the largest share of damaged ones that `skip` accepts, among the
+    training images seen so far; up to 10 of them never end a run.
     `channels` is 3 for colour, 1 for grey.
     `held_out` is a second such folder for the probe and for scores.
     `workers` processes read and decode.
