@@ -173,9 +173,12 @@ def open_file(address: Address, *, typed: bool = False) -> BinaryIO:
     Raises:
         ValueError: The address is not allowed; nothing was opened.
         ImportError: The package of its protocol is not installed.
-        OSError: It is not there, or cannot be read.
+        OSError: It is not there, cannot be read, or is a pipe or a device, which might never
+            end; a person may type these.
     """
     fs, path = file_system(address, typed=typed)
+    if not typed and is_local(fs) and fs.exists(path) and fs.info(path)["type"] == "other":
+        raise OSError(f"{plain(address)} is a pipe or a device; expected a file")
     file: BinaryIO = fs.open(path, "rb")
     return file
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 
@@ -18,6 +18,7 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import from_pixels
 from e2ediff.errors import DataError
+from e2ediff.limits import check_unpacked, read_whole
 
 _SHOWN = 3
 
@@ -90,7 +91,7 @@ def read_file(place: Address, sha256: str | None = None) -> tuple[bytes, str]:
     place = addresses.plain(place)
     try:
         with addresses.open_file(place) as file:
-            data = file.read()
+            data = read_whole(file)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"feature network: cannot read the weights at {place}: {error}") from error
     found = hashlib.sha256(data).hexdigest()
@@ -110,32 +111,56 @@ def read_weights(place: Address, sha256: str | None = None) -> tuple[dict[str, T
         sha256: The hash that the file must have, in full; checked before it is parsed.
 
     Raises:
-        DataError: The file is missing, has another hash, or holds more than tensors.
+        DataError: The file is missing, has another hash, is damaged, or holds more than tensors.
     """
     data, found = read_file(place, sha256)
     return _parse(data, addresses.plain(place)), found
 
 
 def _parse(data: bytes, place: str) -> dict[str, Tensor]:
+    """Parse a file of weights; both readers raise what they like for a damaged one."""
     if place.endswith(".safetensors"):
-        from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
-            return load(data)
-        except SafetensorError as error:
-            raise DataError(f"feature network: {place} is no safetensors file: {error}") from error
+            return dict(load(data))
+        except Exception as error:
+            raise DataError(
+                f"feature network: {place} is no safetensors file: {_first_line(error)}"
+            ) from error
     try:
+        if data.startswith(b"PK"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                check_unpacked(archive, len(data))
         state: dict[str, Tensor] = torch.load(io.BytesIO(data), "cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:
         raise DataError(
-            f"feature network: {place} is not a file of tensors: {str(error).splitlines()[0]}"
+            f"feature network: {place} is not a file of tensors: {_first_line(error)}"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(_is_weight(*item) for item in state.items()):
         raise DataError(
             f"feature network: {place} holds no state dict, a mapping of names to tensors"
         )
-    return state
+    return dict(state)  # without what torch hangs on it, which may tell modules what to do
+
+
+def _is_weight(name: object, value: object) -> bool:
+    """Return whether this is a name with plain numbers, each of which is stored."""
+    return (
+        isinstance(name, str)
+        and type(value) in (Tensor, nn.Parameter)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_nested
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).partition("\n")[0]
+    return said[:200] if said else type(error).__name__
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], place: str, title: str) -> None:
@@ -178,4 +203,4 @@ def _apart(network: nn.Module, state: dict[str, Tensor]) -> str:
 
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(name[:100] for name in names[:_SHOWN]) + more

@@ -16,6 +16,7 @@ from e2ediff.ablate.plan import AblationPlan, Job
 from e2ediff.addresses import Address
 from e2ediff.errors import Problem, RecipeError, RunDirectoryError
 from e2ediff.host.leaves import leaves_of
+from e2ediff.limits import MAX_GRAPH, json_object
 from e2ediff.store.lock import LOCK, acquire
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
@@ -86,15 +87,15 @@ class Group:
             RunDirectoryError: There is none, or its `spec.json` is damaged.
         """
         try:
-            spec = json.loads(_local(path).read(SPEC))
+            spec = json_object(_local(path).read(SPEC, MAX_GRAPH))
         except OSError as error:
             raise RunDirectoryError(
                 f"{path}: not the directory of an ablation: it has no {SPEC}. Give the one that "
                 "e2ediff ablate printed."
             ) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise RunDirectoryError(f"{path}/{SPEC}: is damaged: {error}.") from error
-        if not isinstance(spec, dict) or not _whole(spec):
+        if not _whole(spec):
             raise RunDirectoryError(f"{path}/{SPEC}: is damaged: it describes no ablation.")
         return cls(path, spec)
 
@@ -144,11 +145,10 @@ class Group:
     def outcomes(self) -> dict[str, dict[str, Any]]:
         """Read how each run's process ended last, by the run's name."""
         try:
-            found = json.loads(self.store.read(OUTCOMES))
+            found = json_object(self.store.read(OUTCOMES, MAX_GRAPH))
         except (OSError, ValueError):
             return {}
-        entries = found.items() if isinstance(found, dict) else ()
-        return {name: entry for name, entry in entries if isinstance(entry, dict)}
+        return {name: entry for name, entry in found.items() if isinstance(entry, dict)}
 
     def record(self, place: str, exit_code: int, error: str) -> None:
         """Record how a run's process ended."""

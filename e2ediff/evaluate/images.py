@@ -6,13 +6,12 @@ Shapes: B batch, n images, C H W image.
 from __future__ import annotations
 
 import hashlib
-import io
+import math
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from tokenize import TokenError
+from typing import IO
 
 import attrs
 import numpy as np
@@ -26,6 +25,7 @@ from e2ediff.data import DataSource, LeftOut
 from e2ediff.distributed.threads import quiet
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import large_images, npy_header
+from e2ediff.files.damage import DAMAGED_ARRAY
 from e2ediff.files.images import MAX_PIXELS, is_grey, opened, to_mode, to_tensor
 from e2ediff.files.tree import ImageFile, named_images
 from e2ediff.model.inference import Model
@@ -34,12 +34,8 @@ from e2ediff.sample.load import ModelRef
 
 _CHUNK = 1 << 22
 _BATCH_PIXELS = 4 * MAX_PIXELS
+_ARRAY = "arr_0.npy"
 _IMAGES = "uint8 (n, height, width, 1 or 3)"
-_DAMAGED = (
-    *(ValueError, EOFError, OSError, KeyError, OverflowError, MemoryError),  # sizes and places
-    *(SyntaxError, TokenError),  # a header is parsed as Python
-    *(zipfile.BadZipFile, zlib.error, RuntimeError),  # RuntimeError: encrypted, or not deflate
-)
 
 
 class ImageSet(ABC):
@@ -131,8 +127,13 @@ class NpzImages(ImageSet):
 
     def __init__(self, place: Address) -> None:
         self.place = place = addresses.plain(place)
-        with readable(place, "arr_0", _IMAGES), self._array() as file:
-            shape, order, dtype = npy_header(file)
+        with readable(place, "arr_0", _IMAGES), self._archive() as archive:
+            member = archive.getinfo(_ARRAY)
+            with archive.open(member) as file:
+                shape, order, dtype = npy_header(file)
+                promised = file.tell() + math.prod(shape) * dtype.itemsize
+            if promised > member.file_size and not large_images(shape):
+                raise EOFError(f"its header promises {promised:,} of {member.file_size:,} bytes")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or order:
             raise DataError(f"{place}: arr_0 is {dtype} {shape}, expected {_IMAGES}")
         if min(shape) < 1:
@@ -144,14 +145,13 @@ class NpzImages(ImageSet):
         if large := large_images(shape):
             raise DataError(f"{place}: arr_0 holds {large}; write smaller ones")
 
-    def _array(self) -> io.BufferedIOBase:
-        archive = zipfile.ZipFile(addresses.open_file(self.place, typed=True))
-        return archive.open("arr_0.npy")  # type: ignore[return-value]
+    def _archive(self) -> zipfile.ZipFile:
+        return zipfile.ZipFile(addresses.open_file(self.place, typed=True))
 
     @override
     def batches(self, start: int, stop: int, size: int) -> Iterator[Tensor]:
         c, h, w = self.shape
-        with readable(self.place, "arr_0", _IMAGES), self._array() as file:
+        with readable(self.place, "arr_0", _IMAGES), self._archive().open(_ARRAY) as file:
             npy_header(file)
             left = start * c * h * w
             while left:
@@ -196,7 +196,7 @@ def readable(place: str, array: str, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except _DAMAGED as error:
+    except DAMAGED_ARRAY as error:
         what = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
             f"{place}: {array} cannot be read: {what}; expected {expected}. The file is damaged "
@@ -204,7 +204,7 @@ def readable(place: str, array: str, expected: str) -> Iterator[None]:
         ) from error
 
 
-def _exactly(file: io.BufferedIOBase, count: int) -> bytes:
+def _exactly(file: IO[bytes], count: int) -> bytes:
     data = file.read(count)
     if len(data) < count:
         raise EOFError(f"it ends {count - len(data)} bytes early")

@@ -16,6 +16,7 @@ import attrs
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import DataError
+from e2ediff.limits import MAX_GRAPH, json_object
 from e2ediff.metric import MetricValue
 from e2ediff.store.earlier import earlier_direction
 from e2ediff.store.storage import JSON, Store
@@ -114,25 +115,34 @@ def read_card(place: Address) -> Card:
 def parse_card(data: bytes, place: str) -> Card:
     """Parse the content of a score file; errors are those of `read_card`."""
     try:
-        content: dict[str, Any] = json.loads(data)
+        content = json_object(data, MAX_GRAPH)
         version = content["e2ediff_scores"]
         if version != VERSION:
             raise DataError(f"{place}: scores of version {version}; this e2ediff reads {VERSION}")
-        passport = Passport(**{s: content["passport"][s] for s in _SECTIONS})
-        scores = {name: _score(name, s) for name, s in content["scores"].items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        passport = Passport(**{s: _mapping(content["passport"][s]) for s in _SECTIONS})
+        scores = {name: _score(name, s) for name, s in _mapping(content["scores"]).items()}
+        notes = _mapping(content.get("notes", {}))
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise DataError(
             f"{place}: not a file of scores as `e2ediff eval` writes them ({error!r})"
         ) from error
-    return Card(place, passport, scores, content.get("notes", {}))
+    return Card(place, passport, scores, notes)
 
 
-def _score(name: str, s: dict[str, Any]) -> Score:
+def _mapping(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.40} is no object")
+    return value
+
+
+def _score(name: str, content: object) -> Score:
+    s = _mapping(content)
     low_high = s.get("interval")
     interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
     better = s["better"] if "better" in s else earlier_direction(name)
-    said, metric = tuple(s["warnings"]), s["metric"]
-    return Score(float(s["value"]), s["error"], said, interval, better, metric=metric)
+    error = None if s["error"] is None else float(s["error"])
+    said, metric = tuple(map(str, s["warnings"])), _mapping(s["metric"])
+    return Score(float(s["value"]), error, said, interval, better, metric=metric)
 
 
 def write_card(folder: Address, card: Card) -> str:

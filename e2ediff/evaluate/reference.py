@@ -33,9 +33,12 @@ from e2ediff.evaluate.images import (
 )
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.features import FeatureNetwork
+from e2ediff.files.arrays import check_npy
+from e2ediff.files.damage import DAMAGED_ARRAY
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import structured
 from e2ediff.host.yaml import parse_yaml
+from e2ediff.limits import check_size
 from e2ediff.metric import FeatureSet, Moments
 from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.store.storage import Store
@@ -125,7 +128,7 @@ def npz_keys(place: Address) -> list[str]:
     try:
         with addresses.open_file(place, typed=True) as file, zipfile.ZipFile(file) as archive:
             return [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
-    except (OSError, ValueError, ImportError, zipfile.BadZipFile) as error:
+    except (*DAMAGED_ARRAY, ImportError) as error:
         raise DataError(f"{place}: cannot be read as an npz: {error}") from error
 
 
@@ -149,12 +152,17 @@ def _of_npz(place: str) -> ReferenceSet:
 def _arrays(place: str, names: Sequence[str]) -> list[np.ndarray]:
     with (
         addresses.open_file(place, typed=True) as file,
-        np.load(file, allow_pickle=False) as arrays,
+        zipfile.ZipFile(file) as archive,
     ):
+        found = []
         for name in names:
-            if (size := arrays.zip.getinfo(f"{name}.npy").file_size) > _MOST:
-                raise ValueError(f"{name} has {size:,} bytes once unpacked, more than {_MOST:,}")
-        return [arrays[name] for name in names]
+            member = archive.getinfo(f"{name}.npy")
+            check_size(member.file_size, name, _MOST)
+            with archive.open(member) as one:
+                check_npy(one, member.file_size, member.compress_size)
+                one.seek(0)
+                found.append(np.lib.format.read_array(one, allow_pickle=False))
+        return found
 
 
 def _moments(place: str, mean: np.ndarray, covariance: np.ndarray) -> Moments:

@@ -20,12 +20,13 @@ from typing_extensions import override
 from e2ediff.data import DataSource, HeightWidth, Original
 from e2ediff.errors import DataError
 from e2ediff.files.damage import DAMAGED
-from e2ediff.files.images import MAX_PIXELS, centre_crop, check_unpacked, to_tensor, too_many
+from e2ediff.files.images import MAX_PIXELS, centre_crop, to_tensor, too_many
+from e2ediff.limits import OversizedError, check_array, check_size
+
+_PIECE = 1 << 20
 
 
-def npy_header(
-    file: IO[bytes] | io.BufferedIOBase,
-) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
     """Read shape, whether it is in Fortran's order, and type of the array in an npy file.
 
     Raises:
@@ -35,6 +36,32 @@ def npy_header(
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     return np.lib.format.read_array_header_2_0(file)
+
+
+def check_npy(file: IO[bytes], size: int, packed: int, what: str = "") -> None:
+    """Judge an npy file by its header, before memory is taken for its array.
+
+    Args:
+        file: The file, at its beginning.
+        size: Its length, once unpacked.
+        packed: The bytes that it is unpacked from; `size` if it is not packed.
+        what: What it is, if it has no more than `MAX_BYTES`; empty for an array of images.
+
+    Raises:
+        ValueError: It has no header, or one of another array than can lie in it.
+        OversizedError: It is too large.
+    """
+    shape, _, dtype = npy_header(file)
+    if large := "" if what else large_images(shape):
+        raise OversizedError(f"holds {large}; write smaller ones")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its header has the shape {shape}")
+    promised = math.prod(shape) * dtype.itemsize
+    if what:
+        check_size(max(size, promised), what)
+    check_array(max(size, promised), packed)
+    if file.tell() + promised > size:
+        raise ValueError(f"{shape} of {dtype} in {size:,} bytes, its header promises {promised:,}")
 
 
 def large_images(shape: Sequence[int], size: HeightWidth | None = None) -> str:
@@ -91,7 +118,7 @@ def read_idx(data: bytes, source: str, what: str = "") -> Tensor:
     Args:
         data: The file's content.
         source: Its path, for messages.
-        what: What is unpacked to no more than `MAX_BYTES`; empty for images, which have no limit.
+        what: What it is, if it has no more than `MAX_BYTES`; empty for an array of images.
 
     Raises:
         DataError: Not an IDX file of bytes, or not all of it.
@@ -114,13 +141,20 @@ def read_idx(data: bytes, source: str, what: str = "") -> Tensor:
                 raise DataError(f"{source}: holds {large}; write smaller ones")
             size = math.prod(shape)
             if what:
-                check_unpacked(size, what)
-            pixels = bytearray(file.read(size))
-            found = len(pixels) + sum(map(len, iter(lambda: file.read(1 << 20), b"")))
+                check_size(size, what)
+            check_array(size, len(data))
+            pixels = bytearray()
+            while piece := file.read(min(size - len(pixels), _PIECE)):
+                pixels += piece
+            found = len(pixels) + len(file.read(_PIECE))
+    except OversizedError as error:
+        raise DataError(f"{source}: {error}; write it otherwise, or fetch it again") from error
     except (*DAMAGED, OSError) as error:
         raise DataError(f"{source}: damaged gzip file ({error}); fetch it again") from error
     if found != size:
+        more = " or more" if found > size else ""
         raise DataError(
-            f"{source}: {found} bytes of data, expected {size} for shape {shape}; fetch it again"
+            f"{source}: {found}{more} bytes of data, expected {size} for shape {shape}; fetch it "
+            "again"
         )
     return torch.from_numpy(np.frombuffer(pixels, np.uint8)).reshape(shape)

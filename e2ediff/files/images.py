@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from e2ediff.data import HeightWidth, Original
 from e2ediff.errors import BadImageError, DataError
+from e2ediff.limits import check_size
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
@@ -35,11 +35,6 @@ SUFFIXES = (
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 64_000_000
 """Width times height of the largest picture that is decoded, unless a recipe says otherwise."""
-MAX_BYTES = 1 << 29
-"""Length to which a member of an archive is unpacked, for one image or for a file of labels.
-
-For an image it is 8 bytes for each pixel.
-"""
 
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -113,20 +108,6 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def check_unpacked(size: int, what: str = "an image") -> None:
-    """Refuse a member of an archive that would be longer than any image, before it is unpacked.
-
-    Args:
-        size: Its length, as the archive has it.
-        what: What it is, for the message.
-
-    Raises:
-        zipfile.BadZipFile: It would.
-    """
-    if size > MAX_BYTES:
-        raise zipfile.BadZipFile(f"{size:,} bytes once unpacked, {what} has {MAX_BYTES:,}")
-
-
 def read_file(fs: Any, path: str, what: str = "an image") -> bytes:
     """Read the file of an image, or of labels, on a file system of fsspec.
 
@@ -137,11 +118,12 @@ def read_file(fs: Any, path: str, what: str = "an image") -> bytes:
 
     Raises:
         OSError: It is not there, or cannot be read.
-        zipfile.BadZipFile: It lies in an archive, and would be longer than any image.
+        OversizedError: It is longer than any image. Of a remote store nobody asks, since each
+            answer would take as long as the image.
     """
     own = fs.protocol
-    if {"zip", "tar", "libarchive"} & {*((own,) if isinstance(own, str) else own)}:
-        check_unpacked(fs.info(path)["size"], what)
+    if {"file", "zip", "tar", "libarchive"} & {*((own,) if isinstance(own, str) else own)}:
+        check_size(fs.info(path)["size"], what)
     data: bytes = fs.cat_file(path)
     return data
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from e2ediff.data import LeftOut
 from e2ediff.files.listing import Names
 from e2ediff.files.location import Location, SidecarFile
+from e2ediff.limits import check_size, json_object
 
 VERSION = 1
 
@@ -105,9 +106,7 @@ def _below(numbers: Tensor, limit: int) -> bool:
 
 def _metadata(data: bytes) -> dict[str, Any]:
     (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    found: dict[str, Any] = json.loads(header["__metadata__"]["index"])
-    return found
+    return json_object(json_object(data[8 : 8 + length])["__metadata__"]["index"])
 
 
 def stored_index(location: Location, path: str, key: str, build: Callable[[], Index]) -> Index:
@@ -133,8 +132,9 @@ class RangeBytes:
     def __call__(self, i: int) -> bytes:
         """Read one range of one file."""
         start = int(self.index.start[i])
-        path = self.paths[int(self.index.file[i])]
-        return self.location.read(path, start, start + int(self.index.size[i]))
+        path, size = self.paths[int(self.index.file[i])], int(self.index.size[i])
+        check_size(size)
+        return self.location.read(path, start, start + size)
 
 
 def column(values: Sequence[int]) -> Tensor:

@@ -17,6 +17,7 @@ from e2ediff.errors import DataError
 from e2ediff.files.images import SUFFIXES
 from e2ediff.files.location import Location
 from e2ediff.files.names import is_hidden
+from e2ediff.limits import json_object
 from e2ediff.terminal import printable
 
 _EXPECTED = (
@@ -89,9 +90,8 @@ def read_labels(
         if url.lower().endswith(".json"):
             return _from_json(url, text)
         return _from_lines(url, text)
-    except (ValueError, RecursionError) as error:
-        nested = "is nested too deeply" if isinstance(error, RecursionError) else error
-        raise DataError(f"data.labels: {url}: {nested}; {_EXPECTED}") from error
+    except ValueError as error:
+        raise DataError(f"data.labels: {url}: {error}; {_EXPECTED}") from error
 
 
 def _decoded(data: bytes) -> str:
@@ -117,8 +117,8 @@ def _line_at(data: bytes, at: int) -> int:
 
 
 def _from_json(url: str, text: str) -> LabelFile | None:
-    value = json.loads(text, object_pairs_hook=_without_twins)
-    if not isinstance(value, dict) or "labels" not in value:
+    value = json_object(text, pairs=_without_twins)
+    if "labels" not in value:
         raise ValueError("has no key 'labels'")
     listed = value["labels"]
     if listed is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from e2ediff.addresses import Address
 from e2ediff.errors import DataError
 from e2ediff.files.images import read_file
 from e2ediff.files.names import is_hidden
+from e2ediff.limits import check_memory
 
 
 class Location:
@@ -108,8 +108,6 @@ class Location:
             return read_file(self.fs, path, "a file of labels")
         except (OSError, ValueError):
             raise
-        except zipfile.BadZipFile as error:
-            raise OSError(str(error)) from error
         except Exception as error:  # drivers of stores raise what they like
             raise OSError(f"{type(error).__name__}: {error}") from error
 
@@ -118,14 +116,24 @@ class Location:
 
         Raises:
             OSError: It is not there, or cannot be read.
+            OversizedError: It does not fit into the memory that is free.
         """
         try:
+            if end is None:
+                check_memory(self._size(path))
             data: bytes = self.fs.cat_file(path, start=start, end=end)
         except (OSError, ValueError):
             raise
         except Exception as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
         return data
+
+    def _size(self, path: str) -> int:
+        """Return the bytes of a file, 0 where its store does not tell."""
+        found = self.fs.info(path)
+        if found["type"] == "other":  # a pipe might never end, nor begin
+            raise OSError(f"{path} is a pipe or a device; expected a file")
+        return int(found["size"] or 0)
 
     @contextmanager
     def opened(self, path: str) -> Iterator[BinaryIO]:
@@ -320,7 +328,7 @@ class SidecarFile:
         """Read what lies beside the data and what lies in the cache, as far as they exist."""
         found = []
         with suppress(OSError, ValueError, NotImplementedError):
-            found.append(self.location.fs.cat_file(self.path))
+            found.append(self.location.read(self.path))
         with suppress(OSError):
             found.append(Path(self.cached).read_bytes())
         return found

@@ -17,6 +17,7 @@ from e2ediff.errors import ResourceError, RunDirectoryError
 from e2ediff.guidance import Guidance
 from e2ediff.host.plugins import Host
 from e2ediff.host.structure import unstructure
+from e2ediff.limits import MAX_GRAPH, json_object
 from e2ediff.model.inference import Model, Origin
 from e2ediff.monitor.grids import by_class, grid_png, sampling_words
 from e2ediff.sample.outputs import ImageOutput
@@ -136,10 +137,8 @@ def _clear(store: Store) -> None:
 def _read(store: Store) -> dict[str, Any] | None:
     """Read the description of the stored set, without the results of making it."""
     try:
-        found = json.loads(store.read(SET, 1 << 24))
+        found = json_object(store.read(SET, MAX_GRAPH))
     except (OSError, ValueError):
-        return None
-    if not isinstance(found, dict):
         return None
     found.pop("made", None)
     labels = found.get("labels")

@@ -232,7 +232,7 @@ def promising(path: str, size: int) -> None:
 
 def test_a_member_of_an_archive_is_not_unpacked_to_more_than_an_image(finished: Path) -> None:
     promising("x.zip", 4_000_000_000)
-    what = "4,000,000,000 bytes once unpacked, an image has 536,870,912"
+    what = "4,000,000,000 bytes, more than the 536,870,912 that are read of an image"
     config = sources.ImageFolder(root="zip://::x.zip", size=SIZE, classes=2)
     with pytest.raises(BadImageError, match=what):
         config.open().read([1])
@@ -267,7 +267,7 @@ def test_a_file_of_labels_in_an_archive_is_not_unpacked_without_end() -> None:
 
     for config in configs("whole.zip"):
         assert config.open().labels().tolist() == [0, 0, 1, 1]
-    said = "4,000,000,000 bytes once unpacked, a file of labels has 536,870,912"
+    said = "4,000,000,000 bytes, more than the 536,870,912 that are read of a file of labels"
     for config in configs("x.zip"):
         with pytest.raises(DataError, match=said):
             config.open()
@@ -303,4 +303,4 @@ def test_statistics_are_not_unpacked_without_end() -> None:
     np.savez("made.npz", arr_0=np.zeros((8, 16, 16, 3), np.uint8))
     done = e2ediff("eval", "made.npz", "--reference", "x.npz", "--features", "random_projection")
     assert done.code == 5
-    assert "sigma has 4,000,000,000 bytes once unpacked, more than 2,147,483,648" in done.err
+    assert "4,000,000,000 bytes, more than the 2,147,483,648 that are read of sigma" in done.err

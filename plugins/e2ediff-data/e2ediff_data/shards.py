@@ -11,7 +11,6 @@ A folder of them holds
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -25,6 +24,7 @@ from e2ediff.errors import DataError
 from e2ediff.files.index import Index, RangeBytes
 from e2ediff.files.listing import EncodedConfig, Listing
 from e2ediff.files.location import File, Location, SidecarFile, find_files, fingerprint
+from e2ediff.limits import json_object
 
 PREPARED = "prepared.json"
 INDEX = "index.safetensors"
@@ -95,7 +95,7 @@ def read_prepared(location: Location) -> dict[str, Any]:
     """
     option, path = location.option, location.url
     try:
-        told: dict[str, Any] = json.loads(location.read(location.below(PREPARED)))
+        told = json_object(location.read(location.below(PREPARED)))
         version = told["e2ediff"]
         complete = _complete(told)
     except (FileNotFoundError, NotADirectoryError) as error:

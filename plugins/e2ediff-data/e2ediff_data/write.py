@@ -30,6 +30,7 @@ from e2ediff.errors import BadImageError, DataError, ResourceError
 from e2ediff.files.index import Index, column
 from e2ediff.files.listing import Names
 from e2ediff.files.location import Location
+from e2ediff.limits import MAX_GRAPH, json_object
 from e2ediff.loading.batches import read
 from e2ediff.store.storage import Store
 from e2ediff_data.shards import (
@@ -150,15 +151,12 @@ def _claim(store: Store, settings: Settings) -> None:
 def _noted(store: Store) -> dict[str, Any]:
     """Read the settings of the previous attempt."""
     try:
-        found = json.loads(store.read(SETTINGS))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        return json_object(store.read(SETTINGS, MAX_GRAPH))
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{store.where(SETTINGS)}: is damaged: the settings of the shards beside it are not "
             "known; remove the folder, or give another one"
-        )
-    return found
+        ) from error
 
 
 def _part_name(k: int) -> str:
@@ -170,7 +168,7 @@ def _finished(store: Store, location: Location, k: int) -> dict[str, Any] | None
     if not store.exists(_part_name(k)):
         return None
     try:
-        part: dict[str, Any] = json.loads(store.read(_part_name(k)))
+        part = json_object(store.read(_part_name(k), MAX_GRAPH))
         whole = {"bytes", "images", "left_out"} <= part.keys()
         if whole and sha256(location, location.below(part["file"])) == part["sha256"]:
             return part

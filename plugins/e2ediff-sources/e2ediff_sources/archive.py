@@ -15,12 +15,12 @@ from e2ediff.data import Recognised
 from e2ediff.errors import DataError
 from e2ediff.files.class_folders import DATASET_JSON, class_folders, with_labels
 from e2ediff.files.damage import DAMAGED
-from e2ediff.files.images import check_unpacked
 from e2ediff.files.labels import read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names
 from e2ediff.files.location import Location
 from e2ediff.files.members import Members
 from e2ediff.files.names import images_of
+from e2ediff.limits import check_size
 
 
 class ZipBytes:
@@ -41,7 +41,7 @@ class ZipBytes:
             self._zip = addresses.open_zip(self.location.fs.open(self.location.path, "rb"))
             self._owner = os.getpid()
         member = self._zip.getinfo(self.names[i])
-        check_unpacked(member.file_size)
+        check_size(member.file_size)
         return self._zip.read(member)
 
 
@@ -124,7 +124,7 @@ def _members(location: Location, inside: str) -> tuple[dict[str, str], list[str]
                 dataset = None
                 if DATASET_JSON in files:
                     member = archive.getinfo(files[DATASET_JSON])
-                    check_unpacked(member.file_size, f"a {DATASET_JSON}")
+                    check_size(member.file_size, f"a {DATASET_JSON}")
                     dataset = archive.read(member)
                 return files, sorted(folders), dataset
         except UnicodeError as error:

@@ -6,7 +6,6 @@ Shapes: M images of a source, B batch, C H W image.
 from __future__ import annotations
 
 import io
-from tokenize import TokenError
 from typing import ClassVar
 
 import attrs
@@ -31,14 +30,11 @@ from e2ediff.data import (
     positive_size,
 )
 from e2ediff.errors import DataError
-from e2ediff.files.arrays import InMemory, large_images, npy_header, read_idx
-from e2ediff.files.damage import DAMAGED
-from e2ediff.files.images import check_unpacked
+from e2ediff.files.arrays import InMemory, check_npy, large_images, read_idx
+from e2ediff.files.damage import DAMAGED_ARRAY
 from e2ediff.files.listing import MOST_CLASSES
 from e2ediff.files.location import Location
 
-# A damaged header may also promise more than the memory holds.
-_UNREADABLE = (*DAMAGED, OSError, ValueError, TypeError, MemoryError, TokenError)
 _LABELS = "an array of labels"
 
 
@@ -174,7 +170,7 @@ def read_array(address: Address, option: str, key: str, what: str = "") -> Tenso
         address: The path, with the array's name or without.
         option: The recipe's key that has it, for messages.
         key: The array of an npz that is not named.
-        what: What is unpacked to no more than `MAX_BYTES`; empty for images, which have no limit.
+        what: What it is, if it has no more than `MAX_BYTES`; empty for an array of images.
 
     Raises:
         DataError: There is none, or it is damaged.
@@ -191,21 +187,20 @@ def read_array(address: Address, option: str, key: str, what: str = "") -> Tenso
             )
         assert arrays.zip is not None  # until it is closed
         try:
-            if what:
-                check_unpacked(arrays.zip.getinfo(f"{name}.npy").file_size, what)
-            with arrays.zip.open(f"{name}.npy") as file:
-                large = large_images(npy_header(file)[0])
-            if large:
-                raise DataError(f"{option}: {address} holds {large}; write smaller ones")
-            return torch.from_numpy(arrays[name])
-        except (*_UNREADABLE, KeyError) as error:  # no npy, for all its name
+            member = arrays.zip.getinfo(f"{name}.npy")
+            with arrays.zip.open(member) as file:
+                check_npy(file, member.file_size, member.compress_size, what)
+                file.seek(0)
+                return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
+        except DAMAGED_ARRAY as error:
             raise DataError(f"{option}: {address}: {error}; fetch it again") from error
     data = _content(path, option)
     if not path.endswith(".npy"):
         return read_idx(data, path, what)
     try:
+        check_npy(io.BytesIO(data), len(data), len(data), what)
         return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
-    except _UNREADABLE as error:
+    except DAMAGED_ARRAY as error:
         raise DataError(
             f"{option}: {path} cannot be read as npy: {error}; fetch it again"
         ) from error
@@ -214,7 +209,7 @@ def read_array(address: Address, option: str, key: str, what: str = "") -> Tenso
 def _npz(path: str, option: str) -> np.lib.npyio.NpzFile:
     try:
         found = np.load(io.BytesIO(_content(path, option)), allow_pickle=False)
-    except _UNREADABLE as error:
+    except DAMAGED_ARRAY as error:
         raise DataError(
             f"{option}: {path} cannot be read as npz: {error}; fetch it again"
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,10 +16,12 @@ from e2ediff.errors import DataError
 from e2ediff.files.index import Index, RangeBytes, stored_index
 from e2ediff.files.listing import Listing
 from e2ediff.files.location import File, Location, find_files, fingerprint
+from e2ediff.limits import json_object
 from e2ediff_sources.beside import files_of_one_split, inside_of, left_out_with
 from e2ediff_sources.columns import Columns, Rows, TableConfig, files_of_kind, no_bytes, pyarrow
 
 _WHAT = "Arrow files"
+_COMPRESSED = "is compressed within; expected images as they are. Save it without compression"
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _RANDOM_ACCESS = b"ARROW1\0\0"  # before the stream; its footer comes after the stream's end
 
@@ -144,8 +146,8 @@ def _told(location: Location, name: str, key: str) -> list[Any] | None:
     if not location.is_folder() or name not in location.visible():
         return None
     try:
-        return [*(json.loads(location.read_labels(path)).get(key) or [])]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return [*(json_object(location.read_labels(path)).get(key) or [])]
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{location.option}: {path} cannot be read: {error}; save the dataset again"
         ) from error
@@ -207,7 +209,7 @@ def _opened(arrow: Any, location: Location, file: File) -> Iterator[tuple[Any, A
             if source.read(len(_RANDOM_ACCESS)) != _RANDOM_ACCESS:
                 source.seek(0)
             yield source, arrow.ipc.read_schema(arrow.ipc.read_message(source))
-    except (arrow.ArrowException, OSError, EOFError) as error:
+    except (arrow.ArrowException, OSError, EOFError, ValueError, struct.error) as error:
         said = str(error) or "it is empty"
         raise DataError(
             f"{location.option}: {file.path} cannot be read as Arrow ({said}); fetch it again"
@@ -231,6 +233,8 @@ def _batches(arrow: Any, source: Any, schema: Any, place: str) -> Iterator[tuple
                 f"{place} has columns that are encoded by a dictionary, which are not read; save "
                 "it without them"
             )
+        if _is_compressed(bytes(message.metadata)):
+            raise DataError(f"{place} {_COMPRESSED}")
         batch = arrow.ipc.read_record_batch(message, schema)
         batch.validate(full=True)
         yield batch, message.body
@@ -245,6 +249,26 @@ def _batches(arrow: Any, source: Any, schema: Any, place: str) -> Iterator[tuple
             f"{place} goes on after the mark that ends a stream; expected one stream a file. "
             "Write the second one to a file of its own"
         )
+
+
+def _is_compressed(message: bytes) -> bool:
+    """Return whether the columns of a record batch are compressed, which reading would undo.
+
+    Source: the format's `Message.fbs`, where the batch is field 2 of a message, and what it is
+    compressed with is field 3 of the batch; pyarrow has verified the message and does not tell.
+    """
+    (table,) = struct.unpack_from("<I", message)
+    batch = _field(message, table, 2)
+    return bool(batch and _field(message, batch + struct.unpack_from("<I", message, batch)[0], 3))
+
+
+def _field(data: bytes, table: int, number: int) -> int:
+    """Return where a field of a table of FlatBuffers lies; 0 if it is not there."""
+    fields = table - struct.unpack_from("<i", data, table)[0]
+    (length,) = struct.unpack_from("<H", data, fields)
+    at = 4 + 2 * number
+    offset: int = struct.unpack_from("<H", data, fields + at)[0] if at < length else 0
+    return table + offset if offset else 0
 
 
 def _ranges(
@@ -265,10 +289,7 @@ def _ranges(
         return np.zeros(len(data), np.int64), np.zeros(len(data), np.int64)
     first = content.address - body.address
     if not 0 <= first <= body.size - content.size:
-        raise DataError(
-            f"{place} is compressed within; expected images as they are. Save it without "
-            "compression"
-        )
+        raise DataError(f"{place} {_COMPRESSED}")
     kind = np.int64 if arrow.types.is_large_binary(data.type) else np.int32
     ends = np.frombuffer(offsets, kind)[data.offset : data.offset + len(data) + 1].astype(np.int64)
     shown = present.to_numpy(zero_copy_only=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -17,6 +16,7 @@ from e2ediff.errors import DataError
 from e2ediff.files.index import Index, column
 from e2ediff.files.listing import EncodedConfig, Names, numbered
 from e2ediff.files.location import File, Location
+from e2ediff.limits import json_object
 
 IMAGE, LABEL = "image", "label"
 _PLAIN = ("", "Value", "ClassLabel")  # types of columns that no list of columns needs to name
@@ -221,7 +221,7 @@ class TableConfig(EncodedConfig):
 def _features(schema: Any) -> dict[str, Any]:
     """What Hugging Face's datasets tell of the columns in a file's schema."""
     try:
-        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        told = json_object((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
         return {}
     return told if isinstance(told, dict) else {}

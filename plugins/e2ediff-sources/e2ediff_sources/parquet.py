@@ -15,10 +15,12 @@ from e2ediff.errors import DataError
 from e2ediff.files.index import Index, stored_index
 from e2ediff.files.listing import Listing
 from e2ediff.files.location import File, Location, fingerprint
+from e2ediff.limits import MAX_BYTES, check_memory, check_size
 from e2ediff_sources.beside import files_of_one_split, left_out_with
 from e2ediff_sources.columns import Columns, Rows, TableConfig, files_of_kind, no_bytes, pyarrow
 
 _KEPT = 4  # row groups that a process keeps; ImageNet's are of 100 images, 11 MB
+_REPEATED = 16  # how often an image may stand in a row group that stores it once
 _WHAT = "Parquet files"
 
 
@@ -65,10 +67,8 @@ class GroupBytes:
             arrow = pyarrow("data.path", _WHAT)
             handle = self.location.fs.open(self.paths[file], "rb")
             self._files[file] = arrow.parquet.ParquetFile(handle, pre_buffer=False)
-        handle = self._files[file]
-        # Threads of a forked process's parent are gone: read in this one.
-        table = handle.read_row_group(group, columns=[self.image], use_threads=False)
-        return table.column(self.image).combine_chunks()
+        pieces = [*_pieces(self._files[file], group, self.image)]
+        return pyarrow("data.path", _WHAT).chunked_array(pieces).combine_chunks()
 
 
 @attrs.frozen(kw_only=True)
@@ -135,9 +135,15 @@ class Parquet(TableConfig):
                 groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
                 counts = [group.num_rows for group in groups]
                 _check_bytes(groups, columns.image, found.path, option)
+                if (total := sum(counts)) > found.size or min(counts, default=0) < 0:
+                    raise DataError(
+                        f"{option}: {found.path} has {total:,} rows by its footer, and "
+                        f"{found.size:,} bytes; expected an image in each. Fetch it again"
+                    )
                 if columns.label is not None:
-                    table = file.read([columns.label], use_threads=False)
-                    rows.values += [str(v) for v in table.column(0).to_pylist()]
+                    for group in range(len(groups)):
+                        for piece in _pieces(file, group, columns.label):
+                            rows.values += [str(v) for v in piece.to_pylist()]
                     rows.name_classes(file.schema_arrow, columns.label, found.path, option)
             rows.names += [f"{found.name}#{row}" for row in range(sum(counts))]
             rows.file += [number] * sum(counts)
@@ -157,10 +163,41 @@ def _opened(arrow: Any, location: Location, file: File) -> Iterator[Any]:
     try:
         with location.fs.open(file.path, "rb") as handle:
             yield arrow.parquet.ParquetFile(handle, pre_buffer=False)
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, ValueError) as error:
         raise DataError(
             f"{location.option}: {file.path} cannot be read as Parquet ({error}); fetch it again"
         ) from error
+
+
+def _pieces(file: Any, group: int, column: str) -> Iterator[Any]:
+    """Yield the values of a column in a row group, a few rows at once.
+
+    A footer says how long the pages are, but not the values: rows may all stand for one entry
+    of a dictionary.
+
+    Raises:
+        OversizedError: The pages do not fit into memory, or the values are far longer than them.
+    """
+    metadata = file.metadata.row_group(group)
+    parts = [metadata.column(i) for i in range(metadata.num_columns)]
+    stored = sum(
+        part.total_uncompressed_size
+        for part in parts
+        if part.path_in_schema.partition(".")[0] == column
+    )
+    check_memory(stored)
+    # Threads of a forked process's parent are gone: read in this one.
+    batches = file.iter_batches(
+        batch_size=max(1, min(1 << 16, MAX_BYTES // max(1, stored))),
+        row_groups=[group],
+        columns=[column],
+        use_threads=False,
+    )
+    total = 0
+    for batch in batches:
+        total += batch.nbytes
+        check_size(total, f"a row group of {stored:,}", max(MAX_BYTES, _REPEATED * stored))
+        yield batch.column(0)
 
 
 def _check_bytes(groups: Sequence[Any], image: str, path: str, option: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import sys
 from collections import Counter
@@ -25,6 +24,7 @@ from e2ediff.files.labels import LabelFile, labelled, read_labels
 from e2ediff.files.listing import EncodedConfig, Listing, Names, numbered
 from e2ediff.files.location import File, Location, find_files, fingerprint
 from e2ediff.files.names import Tally
+from e2ediff.limits import json_object
 from e2ediff_sources.beside import files_of_one_split, left_out_with
 from e2ediff_sources.tar_members import RULES, inside, members, read_member
 
@@ -334,8 +334,7 @@ class TarShards(EncodedConfig):
             text = data.decode("utf-8-sig").strip()
             if not suffix.endswith("json"):
                 return text
-            value = json.loads(text)
-            label = value.get(self.label_key) if isinstance(value, dict) else None
+            label = json_object(text).get(self.label_key)
             if label is None and self.label is None:
                 return None
             if type(label) not in (int, str):

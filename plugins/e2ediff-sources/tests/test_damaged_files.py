@@ -12,11 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import e2ediff, needs
+from e2ediff_sources import parquet
 from e2ediff_sources.archive import Archive
 from e2ediff_sources.arrays import Arrays
+from e2ediff_sources.arrow import Arrow
 from e2ediff_sources.parquet import Parquet
-from e2ediff_sources.tars import TarShards
-from pictures import as_npz, as_zip, header, promise, tar_bytes, write_tree
+from e2ediff_sources.tars import ClassTars, TarShards
+from mutations import outcomes
+from pictures import (
+    as_arrow,
+    as_class_tars,
+    as_npz,
+    as_parquet,
+    as_shards,
+    as_zip,
+    header,
+    promise,
+    tar_bytes,
+    write_tree,
+)
 from refusals import idx, overwrite, refusal
 from tiny_recipe import tiny
 
@@ -163,7 +177,7 @@ ARRAYS: dict[str, tuple[str, Callable[[], object], str]] = {
             b"\x93NUMPY\x01\x00\x76\x00"
             + b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000000000, 16, 16), }"
             .ljust(117) + b"\n"),
-        "data.images: x.npy cannot be read as npy: Unable to allocate"),
+        "data.images: x.npy cannot be read as npy: 2,560,000,000,000,000 bytes unpacked from 128"),
     "gzipped idx": (
         "x-ubyte.gz", gzipped,
         "x-ubyte.gz: damaged gzip file (Error -3 while decompressing data: invalid code lengths "
@@ -218,7 +232,7 @@ def test_a_number_that_no_class_can_have_is_named_with_its_image() -> None:
 def test_a_member_of_a_zip_is_not_unpacked_to_more_than_an_image() -> None:
     as_zip(Path("tree"), Path("x.zip"))
     promise("x.zip", b"n00000000/n00000000_1.JPEG", 4_000_000_000)
-    what = "4,000,000,000 bytes once unpacked, an image has 536,870,912"
+    what = "4,000,000,000 bytes, more than the 536,870,912 that are read of an image"
     with pytest.raises(BadImageError, match=what):
         Archive(path="x.zip", size=16, classes=2).open().read([1])
 
@@ -230,7 +244,7 @@ def test_a_dataset_json_in_a_zip_is_not_unpacked_without_end() -> None:
     config = Archive(path="x.zip", size=16, classes=1)
     assert len(config.open()) == 7
     promise("x.zip", b"dataset.json", 4_000_000_000)
-    said = "4,000,000,000 bytes once unpacked, a dataset.json has 536,870,912"
+    said = "4,000,000,000 bytes, more than the 536,870,912 that are read of a dataset.json"
     with pytest.raises(DataError, match=said):
         config.open()
 
@@ -253,7 +267,7 @@ def test_arrays_of_labels_are_not_unpacked_without_end() -> None:
     np.save("x.npy", images)
     head = b"\0\0\x08\1" + (4_000_000_000).to_bytes(4, "big")
     Path("y-ubyte.gz").write_bytes(gzip.compress(head + bytes(1000)))
-    said = "4,000,000,000 bytes once unpacked, an array of labels has 536,870,912"
+    said = "4,000,000,000 bytes, more than the 536,870,912 that are read of an array of labels"
     for images_at, labels_at in (("x.npz", None), ("x.npy", "y-ubyte.gz")):
         config = Arrays(images=images_at, labels=labels_at, size=16, classes=2)
         with pytest.raises(DataError, match=said):
@@ -273,3 +287,87 @@ def test_what_is_no_array_in_an_npz_is_said() -> None:
         file.writestr("images", b"no npy")
     with pytest.raises(DataError, match=r"x\.npz: .*images"):
         Arrays(images="x.npz", size=32, classes=0).open()
+
+
+def test_rows_of_a_table_that_all_stand_for_one_image_are_not_all_decoded(monkeypatch) -> None:
+    """A dictionary holds their image once."""
+    monkeypatch.setattr(parquet, "MAX_BYTES", 1 << 20)
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    image = pa.array([bytes(200_000)], pa.binary())
+    for rows, path in ((20, "x.parquet"), (10_000, "y.parquet")):
+        table = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), image)
+        pq.write_table(pa.table({"image": table}), path, compression="zstd", store_schema=False)
+    line = refusal(Parquet(path="x.parquet", size=16, classes=0), BadImageError)
+    assert "bytes, more than the 3,20" in line
+    line = refusal(Parquet(path="y.parquet", size=16, classes=0))
+    assert "y.parquet has 10,000 rows by its footer, and " in line
+
+
+def test_columns_that_are_compressed_are_refused_before_they_are_unpacked() -> None:
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"image": [bytes(20_000_000)] * 4})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream("x.arrow", table.schema, options=options) as stream:
+        stream.write_table(table)
+    before = pa.total_allocated_bytes()
+    assert "x.arrow is compressed within" in refusal(Arrow(path="x.arrow", size=16, classes=0))
+    assert pa.total_allocated_bytes() <= before
+
+
+def test_json_in_a_tar_that_is_nested_too_deeply_is_said() -> None:
+    for text in (b"[" * 100_000, b'{"label":' + b"[" * 100_000, b"[1]"):
+        Path("x.tar").write_bytes(tar_bytes([("a.jpg", b"x"), ("a.json", text)]))
+        line = refusal(TarShards(path="x.tar", size=16, classes=2))
+        assert "x.tar/a.json: no label (it is " in line
+
+
+# Damage at random
+
+
+def _first(folder: str, suffix: str) -> bytes:
+    return min(Path(folder).glob(f"*{suffix}")).read_bytes()
+
+
+def _seed(kind: str) -> bytes:
+    """A sound file of a kind."""
+    tree = Path("tree")
+    if kind == "x.npz":
+        return as_npz(PIXELS, np.arange(20) % 2, Path(kind)).read_bytes()
+    if kind == "x.zip":
+        return as_zip(tree, Path(kind)).read_bytes()
+    if kind == "x.tar":
+        return as_class_tars(tree, Path(kind)).read_bytes()
+    if kind == "shard.tar":
+        as_shards(tree, Path("shards"), 100, "json")
+        return _first("shards", ".tar")
+    pytest.importorskip("pyarrow")
+    if kind == "x.parquet":
+        as_parquet(tree, Path("parquet"))
+        return _first("parquet", ".parquet")
+    as_arrow(tree, Path("arrow"))
+    return _first("arrow", ".arrow")
+
+
+KINDS = {
+    "x.npz": (Arrays, "images"),
+    "x.zip": (Archive, "path"),
+    "x.tar": (ClassTars, "path"),
+    "shard.tar": (TarShards, "path"),
+    "x.parquet": (Parquet, "path"),
+    "x.arrow": (Arrow, "path"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_refused_with_an_error_of_ours(kind: str) -> None:
+    config, option = KINDS[kind]
+    seed = _seed(kind)
+    Path("damaged").mkdir()
+
+    def read(path: str) -> None:
+        source = config(**{option: path}, size=16, classes=2).open()
+        source.labels()
+        source.read(range(len(source)))
+
+    _, refused = outcomes(seed, Path("damaged", kind), read, 30)
+    assert refused > 10

@@ -16,6 +16,7 @@ from e2ediff.evaluate.passport import Card, Score, parse_card, write_card
 from e2ediff.evaluate.reference import ReferenceSet, reference_features
 from e2ediff.evaluate.request import Request
 from e2ediff.evaluate.subject import run_subject
+from e2ediff.limits import json_object
 from e2ediff.model.build import choose_device
 from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.model.inference import Model, denoise_once
@@ -75,7 +76,7 @@ class Search:
         present = [name for name in self.store.list() if not name.startswith(".")]
         if present:
             try:
-                there = json.loads(self.store.read(SPEC, 1 << 20))
+                there = json_object(self.store.read(SPEC, 1 << 20))
                 apart = differences(there, spec)
             except (OSError, ValueError, AttributeError, TypeError):
                 apart = [f"holds no {SPEC} of a sweep"]
