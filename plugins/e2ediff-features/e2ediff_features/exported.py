@@ -19,6 +19,7 @@ from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork, read_file
 from e2ediff_features.torch_export import Program
+from e2ediff_features.trial import tried
 
 Layout = Literal["vectors", "maps", "tokens"]
 _FORMS = {"vectors": "(B, K)", "maps": "(B, K, h, w)", "tokens": "(B, N, K)"}
@@ -52,15 +53,22 @@ class Exported(FeatureConfig):
     skip: int = attrs.field(default=0, validator=validators.ge(0))
 
     def build(self) -> FeatureNetwork:
-        """The network, fixed, after a first batch has shown that its outputs are as said."""
+        """The network, fixed, after a first batch has shown that its outputs are as said.
+
+        That batch, two images of zeros, is computed in a process of its own.
+        """
         data, _ = read_file(self.weights, self.sha256)
         try:
             network = _Exported(self, Program(data))
+        except ValueError as error:
+            raise DataError(f"feature network: {self.weights}: {error}") from error
+
+        def first_batch() -> None:
             with torch.no_grad():
                 network(torch.zeros(2, 3, self.size, self.size))
-        except (ValueError, LookupError, TypeError, RuntimeError) as error:
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"feature network: {self.weights}: {what}") from error
+
+        if what := tried(first_batch):
+            raise DataError(f"feature network: {self.weights}: {what}")
         return network
 
 

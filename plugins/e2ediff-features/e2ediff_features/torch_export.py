@@ -5,16 +5,19 @@ hands expressions to `sympify` and guards to `exec`. The graph itself is JSON an
 raw bytes, so nothing of this is needed: here the graph is interpreted, and what would have to be
 unpickled, or is no plain operation on tensors, is refused.
 
+What a graph may do is limited too: `operations.py` lists what it may call, a graph has no more
+than `MOST_NODES` of these, and its shapes are computed before any of its numbers.
+
 Written for schema 8 of torch._export.serde.schema, that of torch 2.9 to 2.14.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import operator
+import math
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +25,27 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from e2ediff.limits import MAX_GRAPH, check_unpacked, json_object
+from e2ediff_features.operations import (
+    MOST_ITEMS,
+    check_call,
+    check_written,
+    makes_tensors,
+    operation,
+    products_of,
+    size_of,
+    writes,
+)
+
 _SCHEMA = 8
+MOST_NODES = 20_000
+"""Operations of a graph; Swin-V2 has 1,044, and a ViT of 100 blocks some 4,000."""
+MOST_BYTES = 1 << 28
+"""Bytes of any one result, for each image of the batch."""
+MOST_WORK = 1 << 36
+"""Bytes of all results together, for each image of the batch."""
+MOST_PRODUCTS = 1 << 41
+"""Products of numbers in all, for each image; a ViT-g of 518 pixels has 1.8e12."""
 # Numbers of the file format's own enumerations, which are none of torch's.
 _DTYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64,
@@ -36,9 +59,6 @@ _STRIDED = 7
 _PLAIN = frozenset(
     f"as_{kind}{many}" for kind in ("int", "float", "bool", "string") for many in ("", "s")
 )
-# What tracing writes about sizes that depend on the batch.
-_SIZES = frozenset({"add", "sub", "mul", "floordiv", "mod", "neg", "getitem"})
-_INNER = frozenset({"_to_copy", "_assert_tensor_metadata", "_unsafe_view"})
 
 
 @attrs.frozen
@@ -48,9 +68,11 @@ class _Node:
     `last` are the names that no later operation reads.
     """
 
+    target: str
     call: Callable[..., Any]
     inputs: Sequence[tuple[str, int, Mapping[str, Any]]]
     outputs: Sequence[str] | str
+    makes_tensors: bool
     last: Sequence[str] = ()
 
 
@@ -70,19 +92,22 @@ class Program(nn.Module):
     def __init__(self, data: bytes) -> None:
         super().__init__()
         try:
-            self._read(zipfile.ZipFile(io.BytesIO(data)))
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                check_unpacked(archive, len(data))
+                self._read(archive, len(data))
         except (zipfile.BadZipFile, LookupError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"it is no archive of torch.export.save ({what})") from error
-        except (RuntimeError, RecursionError) as error:
-            raise ValueError(f"it cannot be read ({str(error).splitlines()[0]})") from error
+        except (RuntimeError, OSError, ArithmeticError, RecursionError, zlib.error) as error:
+            what = str(error).partition("\n")[0]
+            raise ValueError(f"it cannot be read ({what})") from error
 
-    def _read(self, archive: zipfile.ZipFile) -> None:
+    def _read(self, archive: zipfile.ZipFile, stored_bytes: int) -> None:
         names = [name for name in archive.namelist() if re.search(r"/models/[^/]+\.json$", name)]
         if len(names) != 1:
             raise ValueError(f"it has {len(names)} graphs instead of one")
         root, _, model = names[0].removesuffix(".json").partition("/models/")
-        program = json.loads(archive.read(names[0]))
+        program = json_object(archive.read(names[0]), MAX_GRAPH)
         if (version := program["schema_version"]["major"]) != _SCHEMA:
             raise ValueError(f"its schema is {version}, and {_SCHEMA} is read here; export anew")
         if archive.read(f"{root}/byteorder") != b"little":
@@ -92,16 +117,22 @@ class Program(nn.Module):
             kind: _tensors(archive, f"{root}/data/{kind}/", f"{model}_{kind}_config.json")
             for kind in ("weights", "constants")
         }
+        total = sum(size_of(t) for tensors in stored.values() for t in tensors.values())
+        if total > 2 * stored_bytes:
+            raise ValueError(f"it has tensors of {total:,} bytes in a file of {stored_bytes:,}")
         given = [self._bind(spec, stored) for spec in module["signature"]["input_specs"]]
         inputs = [name for name in given if name]
         if len(inputs) != 1:
             raise ValueError(f"its graph takes {len(inputs)} inputs instead of one batch")
         (self.input,) = inputs
         graph = module["graph"]
+        if (count := len(graph["nodes"])) > MOST_NODES:
+            raise ValueError(f"its graph has {count:,} operations, more than {MOST_NODES:,}")
         sizes = graph["tensor_values"][self.input]["sizes"]
         self.shape = tuple(int(size.get("as_int", 0)) for size in sizes)
         self.results = [_result(spec) for spec in module["signature"]["output_specs"]]
         self.nodes = _without_unread([_node(node) for node in graph["nodes"]], self.results)
+        self.judged = set[int]()  # sizes of batches
 
     def _bind(self, spec: Mapping[str, Any], stored: Mapping[str, Mapping[str, Tensor]]) -> str:
         """Keep a stored tensor under its name in the graph; the name of an input from outside."""
@@ -120,12 +151,49 @@ class Program(nn.Module):
         return ""
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The outputs for one batch, of which gradients reach x."""
-        values: dict[str, Any] = {**dict(self.named_buffers()), self.input: x}
+        """The outputs for one batch, of which gradients reach x.
+
+        Before the first batch of any size its shapes are computed, without numbers.
+
+        Raises:
+            ValueError: A result would be larger than `MOST_BYTES`, all of them together than
+                `MOST_WORK`, they would take more than `MOST_PRODUCTS`, or the graph changes its
+                own tensors.
+        """
+        if x.device.type != "meta" and len(x) not in self.judged:
+            own = {name: tensor.to("meta") for name, tensor in self.named_buffers()}
+            with torch.no_grad():
+                self._run(x.to("meta"), own)
+            self.judged.add(len(x))
+        return self._run(x, dict(self.named_buffers()))
+
+    def _run(self, x: Tensor, own: Mapping[str, Tensor]) -> list[Tensor]:
+        values: dict[str, Any] = {**own, self.input: x}
+        kept = {b.untyped_storage()._cdata for b in own.values()}
+        images, work, products = max(1, len(x)), 0, 0
         for node in self.nodes:
             args = [_value(arg, values, x) for _, kind, arg in node.inputs if kind != 2]
             named = {name: _value(arg, values, x) for name, kind, arg in node.inputs if kind == 2}
+            check_call(node.target, args, named)
+            if node.makes_tensors:
+                named["device"] = x.device  # also where the graph does not say so
+            if writes(node.target) and args[0].untyped_storage()._cdata in kept:
+                raise ValueError("its graph writes to its own buffers; export it in eval mode")
             out = node.call(*args, **named)
+            size = size_of(out)
+            work += size
+            products += products_of(node.target, args, out)
+            if products > MOST_PRODUCTS * images:
+                raise ValueError(
+                    f"it multiplies {products:.2g} numbers for {images} images; expected no more "
+                    f"than {MOST_PRODUCTS:.2g} for each"
+                )
+            if size > MOST_BYTES * images or work > MOST_WORK * images:
+                raise ValueError(
+                    f"{node.target} makes {size:,} bytes of {images} images, after "
+                    f"{work - size:,}; expected no more than {MOST_BYTES:,} at once and "
+                    f"{MOST_WORK:,} in all for each image"
+                )
             if isinstance(node.outputs, str):
                 values[node.outputs] = out
             elif node.outputs:
@@ -136,16 +204,22 @@ class Program(nn.Module):
 
 
 def _tensors(archive: zipfile.ZipFile, folder: str, config: str) -> dict[str, Tensor]:
-    """Tensors by name, from raw bytes."""
-    found = {}
-    for key, entry in json.loads(archive.read(folder + config))["config"].items():
+    """Tensors by name, from raw bytes; those that have a file in common share its bytes."""
+    found, read = {}, dict[str, bytearray]()
+    for key, entry in json_object(archive.read(folder + config), MAX_GRAPH)["config"].items():
         path, meta = entry["path_name"], entry["tensor_meta"]
         if entry["use_pickle"] or meta is None or not re.fullmatch(r"[a-z]+_\d+", path):
             raise ValueError(f"{key!r} is pickled, and nothing is unpickled here")
-        data, dtype = bytearray(archive.read(folder + path)), _dtype(meta["dtype"])
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        if path not in read:
+            read[path] = bytearray(archive.read(folder + path))
+        data, dtype = read[path], _dtype(meta["dtype"])
+        raw = torch.uint8 if dtype == torch.bool else dtype  # a bool is 0 or 1, and a byte is not
+        flat = torch.frombuffer(data, dtype=raw) if data else torch.empty(0, dtype=raw)
         sizes, strides = ([s["as_int"] for s in meta[k]] for k in ("sizes", "strides"))
-        found[key] = flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"]).clone()
+        if math.prod(sizes) > len(flat):
+            raise ValueError(f"{key!r} has the shape {sizes} and {len(flat):,} numbers")
+        view = flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"])
+        found[key] = view != 0 if dtype == torch.bool else view
     return found
 
 
@@ -157,29 +231,15 @@ def _dtype(number: int) -> torch.dtype:
 
 def _node(node: Mapping[str, Any]) -> _Node:
     """One operation, if it is one of torch's on tensors, or arithmetic of sizes."""
-    target, outs = node["target"], node["outputs"]
-    call = _operation(target)
+    target, outs = str(node["target"]), node["outputs"]
+    call = operation(target)
     inputs = [(i["name"], i["kind"], i["arg"]) for i in node["inputs"]]
-    if len(outs) == 1 and "as_tensors" in outs[0]:
-        return _Node(call, inputs, [o["name"] for o in outs[0]["as_tensors"]])
-    names = [_name(o) for o in outs]
-    return _Node(call, inputs, names[0] if len(names) == 1 else names)
-
-
-def _operation(target: str) -> Callable[..., Any]:
-    family, _, name = target.partition(".")
-    if family == "_operator" and name in _SIZES:
-        found: Callable[..., Any] = getattr(operator, name)
-        return found
-    match = re.fullmatch(r"torch\.ops\.aten\.(\w+)\.(\w+)", target)
-    packet = getattr(torch.ops.aten, match[1], None) if match else None
-    overload: Any = getattr(packet, match[2], None) if match else None
-    if match is None or overload is None or (match[1][0] == "_" and match[1] not in _INNER):
-        raise ValueError(f"its graph calls {target}, which is not among the operations run here")
-    if any("file" in argument.name for argument in overload._schema.arguments):
-        raise ValueError(f"its graph calls {target}, which opens files")
-    run: Callable[..., Any] = overload
-    return run
+    if any(isinstance(v, list) and len(v) > MOST_ITEMS for _, _, a in inputs for v in a.values()):
+        raise ValueError(f"{target} has an argument of more than {MOST_ITEMS:,} items")
+    several = len(outs) == 1 and "as_tensors" in outs[0]
+    names = [o["name"] for o in outs[0]["as_tensors"]] if several else [_name(o) for o in outs]
+    single = len(names) == 1 and not several
+    return _Node(target, call, inputs, names[0] if single else names, makes_tensors(call))
 
 
 def _name(out: Mapping[str, Any]) -> str:
@@ -201,7 +261,8 @@ def _value(written: Mapping[str, Any], values: Mapping[str, Any], like: Tensor) 
     """An argument as the operation takes it; what it names is looked up."""
     ((kind, what),) = written.items()
     if kind in _PLAIN:
-        return what
+        check_written(kind, what)
+        return float(what) if kind == "as_float" else what  # "Infinity" is written as text
     if kind == "as_none":
         return None
     if kind == "as_tensor":

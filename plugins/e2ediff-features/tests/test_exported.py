@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import e2ediff
+from e2ediff_features import trial
 from e2ediff_features.exported import Exported
 from torch import nn
 from torch.nn import functional
@@ -206,8 +209,8 @@ FILE = [{"name": "filename", "arg": {"as_string": "/etc/passwd"}, "kind": 1}]
         (pickled, "is pickled, and nothing is unpickled here"),
         (of_another_schema, "its schema is 9, and 8 is read here; export anew"),
         (without_weights, "it is no archive of torch.export.save (KeyError: "),
-        (graph_with(target="torch.ops.aten.from_file.default", inputs=FILE), "opens files"),
-        (graph_with(target="torch.ops.aten.save.default", inputs=FILE), "opens files"),
+        (graph_with(target="torch.ops.aten.from_file.default", inputs=FILE), "which is not among"),
+        (graph_with(target="torch.ops.aten.save.default", inputs=FILE), "which is not among"),
         (graph_with(target="torch.load"), "calls torch.load, which is not among the operations"),
         (graph_with(target="_operator.attrgetter"), "calls _operator.attrgetter, which is not"),
         (graph_with(target="torch.ops.higher_order.cond"), "which is not among the operations"),
@@ -272,3 +275,174 @@ def test_a_network_for_one_size_of_batch_says_how_to_export_it(tmp_path) -> None
         DataError, match=r"batches of 2 alone; export it with dynamic_shapes=\(\{0:"
     ):
         Exported(weights=str(tmp_path / "fixed.pt2"), size=SIDE, output="maps").build()
+
+
+# What would crash, hang or fill the process
+
+
+def hostile(place: Path, archive: Path, *nodes: dict[str, object]) -> Exported:
+    """The network `maps` with other operations before its own."""
+
+    def change(name: str, data: bytes) -> bytes:
+        if name != "models/model.json":
+            return data
+        program = json.loads(data)
+        graph = program["graph_module"]["graph"]
+        graph["nodes"] = [*nodes, *graph["nodes"]]
+        return json.dumps(program).encode()
+
+    return Exported(weights=rewritten(place, archive, change), size=SIDE, output="maps")
+
+
+def tensor(name: str) -> dict[str, object]:
+    return {"as_tensor": {"name": name}}
+
+
+def sizes(*values: int) -> dict[str, object]:
+    return {"as_ints": list(values)}
+
+
+def node(call: str, *args: dict[str, object], out: str = "h", **named: dict[str, object]):
+    """An operation of aten, or one with its whole name."""
+    given = [{"name": f"a{i}", "arg": arg, "kind": 1} for i, arg in enumerate(args)]
+    given += [{"name": name, "arg": arg, "kind": 2} for name, arg in named.items()]
+    target = call if call.startswith("_operator") else f"torch.ops.aten.{call}"
+    return {"target": target, "inputs": given, "outputs": [tensor(out)]}
+
+
+def conv(stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1):
+    pairs = (sizes(n, n) for n in (stride, padding, dilation))
+    weight, none = tensor("p_one_0_weight"), {"as_none": True}
+    return [node("conv2d.default", X, weight, none, *pairs, {"as_int": groups})]
+
+
+def attended(*lengths: int):
+    made = [node("zeros.default", sizes(2, 4, n, 8), out=f"s{n}") for n in lengths]
+    return [
+        *made,
+        node("scaled_dot_product_attention.default", *(tensor(f"s{n}") for n in lengths)),
+    ]
+
+
+FREE = ({"as_bool": False}, {"as_none": True})
+X, NUMBER = tensor("x"), {"as_int": 10**9}
+PLACES = node("full.default", sizes(4), {"as_int": 1000}, dtype={"as_scalar_type": 5}, out="i")
+MATRIX = node("zeros.default", sizes(8192, 8192), out="m")
+HOSTILE = {
+    "lengths unchecked": (
+        [node("segment_reduce.default", X, {"as_string": "sum"}, unsafe={"as_bool": True})],
+        "calls torch.ops.aten.segment_reduce.default, which is not among",
+    ),
+    "strides": ([node("as_strided.default", X, sizes(9), sizes(1))], "which is not among"),
+    "seed": ([node("manual_seed.default", NUMBER)], "which is not among"),
+    "data say how many": ([node("nonzero.default", X)], "which is not among"),
+    "huge repeat": ([node("repeat.default", X, sizes(9**6, 9**3, 1, 1))], "repeat.default makes "),
+    "huge expand": ([node("expand.default", X, sizes(9**9, 2, 3, 16, 16))], "expand.default"),
+    "huge zeros": ([node("zeros.default", sizes(9**5, 9**5))], "zeros.default makes "),
+    "huge range": ([node("arange.default", NUMBER)], "arange.default makes 8,000,000,000 bytes"),
+    "huge image": (
+        [node("upsample_bilinear2d.vec", X, sizes(10**6, 10**6), *FREE)],
+        "upsample_bilinear2d.vec makes ",
+    ),
+    "no sizes": ([node("zeros.default", sizes(2**40))], "has the number 1.1e+12, larger than any"),
+    "negative": ([node("zeros.default", sizes(-5))], "negative"),
+    "text for a size": (
+        [node("_operator.mul", {"as_string": "x" * 50}, NUMBER)], "computes a size from str"),
+    "long text": ([node("_operator.mul", {"as_string": "x" * 1000}, NUMBER)], "of 1,000 letters"),
+    "powers": ([node("_operator.pow", NUMBER, NUMBER)], "calls _operator.pow, which is not among"),
+    "by zero": ([node("_operator.floordiv", NUMBER, {"as_int": 0})], "divides a size by zero"),
+    "many": ([{**node("relu.default", X), "inputs": []}] * 20_000, "operations, more than 20,000"),
+    "many tensors": (
+        [node("cat.default", {"as_tensors": [{"name": "x"}] * 5000})], "of more than 4,096 items"),
+    "many parts": (
+        [
+            node("zeros.default", sizes(10**7), out="z"),
+            node("unbind.int", tensor("z")),
+        ],
+        "it takes 10,000,000 tensors apart",
+    ),
+    "many products": ([MATRIX, *[node("mm.default", tensor("m"), tensor("m"), out="m")] * 20],
+                      "numbers for 2 images; expected no more than "),
+    "embedding": ([PLACES, node("embedding.default", tensor("p_one_0_bias"), tensor("i"))],
+                  "must be 2-D"),
+    "gather": (
+        [PLACES, node("gather.default", tensor("p_one_0_bias"), {"as_int": 0}, tensor("i"))],
+        "index 1000 is out of bounds",
+    ),
+    "index_select": (
+        [PLACES, node("index_select.default", X, {"as_int": 0}, tensor("i"))],
+        "index out of range",
+    ),
+    "groups": (conv(groups=0), "Invalid channel dimensions"),
+    "stride": (conv(stride=0), "zero"),
+    "dilation": (conv(dilation=2**30), "Kernel size can't be greater than actual input size"),
+    "padding": (conv(padding=2**20), "it multiplies 1.4e+15 numbers for 2 images"),
+    "keys without values": (attended(9, 9, 5), "attends with shapes that do not match"),
+    "training": (
+        [node("dropout.default", X, {"as_float": 0.5}, {"as_bool": True})],
+        "has train of dropout",
+    ),
+    "own weights": (
+        [node("mul_.Scalar", tensor("p_one_0_weight"), {"as_int": 0})],
+        "writes to its own buffers",
+    ),
+    "no such tensor": ([node("relu.default", tensor("nowhere"))], "KeyError: 'nowhere'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_graph_that_would_harm_the_process_is_refused(kind: str, archives, tmp_path) -> None:
+    nodes, what = HOSTILE[kind]
+    with pytest.raises(DataError) as caught:
+        hostile(tmp_path / "x.pt2", archives / "maps.pt2", *nodes).build()
+    assert what in str(caught.value)
+
+
+def test_a_batch_that_would_become_enormous_is_refused_before_it_is_computed(
+    archives, tmp_path
+) -> None:
+    """A graph may behave for the two images of the trial alone."""
+    count = node("sym_size.int", X, {"as_int": 0})
+    count["outputs"] = [{"as_sym_int": {"as_name": "s"}}]
+    less = node("_operator.sub", {"as_sym_int": {"as_name": "s"}}, {"as_int": 2})
+    less["outputs"] = [{"as_sym_int": {"as_name": "t"}}]
+    some = node("zeros.default", {"as_sym_ints": [{"as_name": "t"}, {"as_int": 10**9}]})
+    net = hostile(tmp_path / "x.pt2", archives / "maps.pt2", count, less, some).build()
+    with pytest.raises(ValueError, match=r"zeros\.default makes 12,000,000,000 bytes of 5 images"):
+        net(torch.zeros(5, 3, SIDE, SIDE))
+
+
+def with_lying_shapes(name: str, data: bytes) -> bytes:
+    return data.replace(b'"sizes": [{"as_int": 6}', b'"sizes": [{"as_int": 60000000}')
+
+
+@pytest.mark.parametrize("change", [with_lying_shapes])
+def test_a_tensor_has_no_more_numbers_than_are_stored(archives, tmp_path, change) -> None:
+    place = rewritten(tmp_path / "x.pt2", archives / "maps.pt2", change)
+    with pytest.raises(DataError, match=r"has the shape \[60000000, 3, 3, 3\] and 162 numbers"):
+        Exported(weights=place, size=SIDE, output="maps").build()
+
+
+def test_an_archive_that_is_packed_is_refused_unread(archives, tmp_path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt2", "w", zipfile.ZIP_DEFLATED) as new:
+        new.writestr("x/data/weights/weight_0", bytes(1 << 26))
+    with pytest.raises(DataError, match=r"67,108,864 bytes unpacked from 6\d,\d+, and torch"):
+        Exported(weights=str(tmp_path / "x.pt2")).build()
+
+
+CRASHED = "it crashed the process that tried it (SIGSEGV)"
+
+
+@pytest.mark.parametrize(("way", "said"), [
+    (lambda: os.kill(os.getpid(), signal.SIGSEGV), CRASHED),
+    (lambda: bytearray(1 << 50), "MemoryError"),
+    (lambda: [][0], "IndexError: list index out of range"),
+    (lambda: None, ""),
+])  # fmt: skip
+def test_a_trial_that_crashes_leaves_this_process_alone(way, said) -> None:
+    assert trial.tried(way) == said
+
+
+def test_a_trial_that_hangs_is_ended(monkeypatch) -> None:
+    monkeypatch.setattr(trial, "WAIT", 0.3)
+    assert trial.tried(lambda: signal.pause()) == "it took longer than 0.3 seconds, for two images"
