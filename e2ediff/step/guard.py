@@ -69,8 +69,11 @@ class Guard:
         norm: Tensor,
         *,
         skip: bool = False,
-    ) -> None:
+    ) -> Tensor:
         """Have an optimizer make its update, unless the step's numbers are bad.
+
+        Returns:
+            1 if it made none, else 0; on the device.
 
         Args:
             optimizer: That of the phase.
@@ -90,6 +93,7 @@ class Guard:
         judged = Judged(phase, images, shares, flag, seen, bounds, skip)
         if skip:
             self._judged.append(judged)
+            flag = torch.ones_like(flag)
         elif self.waits or not takes_flag(optimizer):
             if bool(bad):
                 self._judged.append(judged)
@@ -103,6 +107,7 @@ class Guard:
                 optimizer.step()
             finally:
                 del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        return flag
 
     def _compared(
         self, phase: str, seen: Tensor, bad: Tensor, *, skip: bool

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e2ediff.data import Batch
 from e2ediff.distributed.tensors import clip_gradients
@@ -100,6 +100,7 @@ class Update:
                 record[rate_name(group)] = rate
 
             draw_of = partial(training_draw, r, phase, images, attempt)
+            buffers = [(buffer, buffer.clone()) for buffer in self._buffers]
             for pieces in self.splitting.tries(batch, phase, draw_of):  # once, if memory suffices
                 with contextlib.suppress(torch.OutOfMemoryError):
                     # Of all parameters, as gradients of another phase must not remain.
@@ -117,10 +118,23 @@ class Update:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             norm = clip_gradients(trained, config.clip, self.world, wait=self.guard.waits)
             record["grad_norm"] = norm
-            self.guard.update(optimizer, phase, images, shares, norm, skip=skip)
+            bad = self.guard.update(optimizer, phase, images, shares, norm, skip=skip)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(torch.where(bad > 0, before, buffer))
         for average in self.parts.averages.values():
             average.update()
         return record
+
+    @cached_property
+    def _buffers(self) -> list[Tensor]:
+        """Return the buffers that are saved with the trained networks.
+
+        A forward pass may update statistics there, which a bad step would ruin.
+        """
+        nets = (self.parts.step.online, self.parts.step.heads)
+        found = [value for net in nets for value in net.state_dict(keep_vars=True).values()]
+        return [value for value in found if not isinstance(value, nn.Parameter)]
 
     def phases(self, images: int) -> list[str]:
         """Return the objective's phases that are active after this many images, in order."""

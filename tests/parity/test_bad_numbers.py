@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2ediff import hookimpl
 from e2ediff.data import Batch, DataSource, ImageSpec, SourceConfig
+from e2ediff.distributed.signals import Stop
+from e2ediff.distributed.tensors import clip_gradients
 from e2ediff.distributed.world import World
 from e2ediff.errors import DivergedError
 from e2ediff.host.plugins import load
@@ -232,10 +234,26 @@ def test_a_step_on_a_gpu_waits_for_nothing(changes, waits, expected, tiny_text) 
     assert reads.count == expected
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["cpu", "as on a gpu"])
+def test_statistics_that_a_forward_pass_keeps_in_buffers_are_put_back(waits, tiny_text) -> None:
+    update, good, bad = updates(tiny_text)
+    update.guard.waits = waits
+    net = update.parts.step.online
+    net.register_buffer("seen", torch.zeros(()))
+
+    def keep(module, given, z) -> None:
+        net.seen.add_(z.detach().mean())
+
+    net.embed_pixels.register_forward_hook(keep)
+    update(good, 0)
+    seen = net.seen.clone()
+    assert seen != 0
+    update(bad, 8)
+    assert net.seen == seen
+
+
 def test_a_finite_gradient_whose_squares_exceed_float32_has_a_norm(tiny_text) -> None:
     update, _, _ = updates(tiny_text)
-    from e2ediff.distributed.tensors import clip_gradients
-
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3e25, 4e25])
     assert float(clip_gradients([p], 0.0, update.world)) == pytest.approx(5e25)
@@ -307,8 +325,7 @@ def test_a_run_with_one_bad_image_goes_on_without_the_steps_that_read_it(poisone
     assert [m["step"] for m in run.figures() if "lr" in m] == [5, 10, 12]
 
 
-@pytest.mark.parametrize("policy", ["skip", "rewind"])
-@pytest.mark.parametrize("cuts", [(3,), (4,), (5, 8, 11)], ids=str)
+@pytest.mark.parametrize(("policy", "cuts"), [("skip", (4,)), ("rewind", (5, 11))])
 def test_a_run_with_a_bad_image_resumes_bit_for_bit(policy, cuts, poisoned) -> None:
     guards = f"guards={{non_finite: {policy}, spike: skip, window: 4, factor: 1.5, limit: 9}}"
     whole, run = poisoned("whole"), poisoned()
@@ -412,13 +429,9 @@ def test_a_run_as_on_a_gpu_learns_of_bad_steps_where_it_waits_anyway(
             shown = Progress(run.said)
             engine = Engine(run.host(), recipe, directory, CPU, sources, shown)
             engine.update.guard.waits = waits
-            from e2ediff.distributed.signals import Stop
-
             engine.run(Stop())
         prints.append(run.fingerprint())
         assert [e["step"] for e in run.events("skipped_step")] == [4, 12]
-        logged = [e["kind"] for e in run.events("skipped_step")]
-        assert len(logged) == 2
     assert prints[0] == prints[1]
 
 
