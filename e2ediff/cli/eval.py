@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 @options.threads
 @click.option("--cache", metavar="DIR", help="Features of references. Default: $E2EDIFF_CACHE.")
 @click.option("--out", metavar="DIR", help="Default: RUN/scores, or TARGET.scores.")
-@keeping("features of references that were computed are kept, and the same command starts again")
+@keeping("features of references in the cache are kept, and the same command starts again")
 def command(ref: ModelRef, out: str | None, threads: int | None, **given: Any) -> None:
     """Score a RUN's samples, or the images of a FOLDER or NPZ, against a reference.
 
