@@ -14,6 +14,7 @@ import fsspec
 import pytest
 from command_line import e2ediff, needs, trained
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 from tiny_recipe import tiny
 
 from e2ediff import addresses
@@ -390,3 +391,89 @@ def test_reading_the_recipe_is_enough(run: str, host, seen: list[str]) -> None:
     with pytest.raises(RecipeError):
         recipe_of(host, RunDirectory.open(run))
     assert seen == []
+
+
+# Records that lie beside images
+
+
+@pytest.fixture
+def everything(seen: list[str]) -> Iterator[list[str]]:
+    """Uses of `watched`, and of the protocols of the web too."""
+    watched = fsspec.get_filesystem_class("watched")
+    for protocol in ("http", "https"):
+        fsspec.register_implementation(protocol, watched, clobber=True)
+    yield seen
+    for protocol in ("http", "https"):
+        import_module("fsspec.registry")._registry.pop(protocol)
+
+
+LED_AWAY = (
+    "watched://x/a.png",
+    "reference://::watched://x/a.png",
+    "filecache::watched://x/a.png",
+    "simplecache::https://host/a.png",
+    "http://169.254.169.254/latest/a.png",
+    "file://::watched://x/a.png",
+    "zip://a.png::http://host/x.zip",
+)
+
+
+def replaced(value: object, address: str) -> object:
+    """The same JSON with this address for every text in it, and keys that might name one."""
+    if isinstance(value, dict):
+        kept = {key: replaced(one, address) for key, one in value.items()}
+        return kept | dict.fromkeys(("run", "path", "file", "source", "reference"), address)
+    if isinstance(value, list):
+        return [replaced(one, address) for one in value]
+    return address if isinstance(value, str) else value
+
+
+def test_the_records_of_a_set_lead_nowhere(run: str, everything: list[str]) -> None:
+    words = ("--set", "guidance=null", "--count", 1, "--out", "set")
+    assert e2ediff("sample", run, *words).code == 0
+    records = {path: json.loads(path.read_text()) for path in Path("set").glob("*.json")}
+    assert len(records) == 2
+    score = ("eval", "set", *FEATURES, "--reference", "set", "--metrics", "kid", "--count", 8)
+    for address in LED_AWAY:
+        for path, content in records.items():
+            path.write_text(json.dumps(replaced(content, address)))
+        e2ediff(*score)
+        e2ediff("reconstruct", run, "set", "--set", "guidance=null", "--out", "again")
+        assert e2ediff("sample", run, *words).code in (0, 6)
+    assert everything == []
+
+
+def test_the_manifest_and_state_of_a_checkpoint_lead_nowhere(
+    run: str, everything: list[str]
+) -> None:
+    (place,) = Path(run, "checkpoints").iterdir()
+    records = {path: json.loads(path.read_text()) for path in place.glob("*.json")}
+    for path, content in records.items():
+        for address in LED_AWAY[:3]:
+            path.write_text(json.dumps(replaced(content, address)))
+            assert e2ediff("sample", run, "--set", "guidance=null").code == 6
+        path.write_text(json.dumps(content))
+    assert everything == []
+
+
+def test_a_label_file_and_scores_lead_nowhere(tmp_path: Path, everything: list[str]) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (16, 16)).save(images / name)
+    rows = "".join(f"{address},0\n" for address in LED_AWAY)
+    (tmp_path / "labels.csv").write_text(f"a.png,0\nb.png,1\n{rows}")
+    block = {"name": "image_folder", "root": str(images), "size": 16, "classes": 2}
+    (tmp_path / "tiny.yaml").write_text(
+        tiny(data=json.dumps({**block, "labels": str(tmp_path / "labels.csv")}))
+    )
+    assert e2ediff("run", tmp_path / "tiny.yaml", "--out", tmp_path / "out").code in (3, 5)
+    score = {"value": 1.0, "error": None, "warnings": [], "metric": {}, "better": "low"}
+    for address in LED_AWAY:
+        section = {"network": address, "reference": address, address: address}
+        passport = {"protocol": section, "subject": section, "machine": section}
+        card = {"e2ediff_scores": 1, "passport": passport, "scores": {"fid": score}}
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.json").write_text(json.dumps(card))
+        assert e2ediff("compare", tmp_path / "a.json", tmp_path / "b.json").code == 0
+    assert everything == []
