@@ -149,9 +149,8 @@ def _check(trial: Trial, ended: runs.Ended, out: Path, place: Path, story: str) 
         trial.fail("traceback", f"{ended.last} ({story})")
     elif ended.code not in (0, 8):
         trial.fail("code", f"exit {ended.code}: {ended.last} ({story})")
-    elif ended.code == 8:
-        if str(place) not in ended.said or not re.search(r"needed: .*free: ", ended.said):
-            trial.fail("code", f"does not say it all: {ended.last} ({story})")
+    elif ended.code == 8 and not _told(ended.said, place):
+        trial.fail("code", f"does not say it all: {ended.last} ({story})")
     for name in runs.names_of(out):
         if what := runs.damage(out / "checkpoints" / name):
             trial.fail("torn", f"{name}: {what} ({story})")
@@ -166,6 +165,11 @@ def _check(trial: Trial, ended: runs.Ended, out: Path, place: Path, story: str) 
             trial.fail("torn", f"{log} has a torn line ({story})")
     if left := runs.leftovers(place):
         trial.fail("leftovers", f"{left} ({story})")
+
+
+def _told(said: str, place: Path) -> bool:
+    """Return whether the path, what was needed and what is free are said."""
+    return str(place) in said and bool(re.search(r"needed: .*free: ", said))
 
 
 def _continue(setup: Setup, trial: Trial, out: Path, story: str) -> None:

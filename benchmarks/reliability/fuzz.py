@@ -26,7 +26,7 @@ from pathlib import Path
 import attrs
 
 from . import runs
-from .trials import Skipped, Suite, Trial, command
+from .trials import Suite, Trial, command
 
 PROMISES = {
     "traceback": "no recipe and no file leads to a traceback",
@@ -39,6 +39,7 @@ PROMISES = {
 }
 MOST_MEMORY = 400
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
+MISTYPED = ("[]", "{a: 1}", "'x'", "1.5", "-1", "no", "null", ".nan", "[[1]]")
 CODES = {0, 2, 3, 4, 5, 6, 7, 8, 9}
 PLACE = re.compile(r":\d+:\d+$|^--set \d+$")
 KEY = re.compile(r"(?m)(?:^[ ]*(?:- )?|[{,] ?)([a-z][a-z0-9_]*):(?= |$)")
@@ -63,6 +64,8 @@ class Door:
     content: bytes
     words: Callable[[Path], list[str]]
     run: Path | None = None
+    fits: bool = True
+    """Whether the command ends with 0 where the file is whole."""
 
 
 def prepare(place: Path) -> Setup:
@@ -99,7 +102,7 @@ def _read(text: str, name: str, overrides: tuple[str, ...] = ()) -> object:
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import parse_recipe
 
-    global _HOST  # noqa: PLW0603 (plugins are loaded once)
+    global _HOST
     _HOST = _HOST or load()
     return parse_recipe(_HOST, text, f"{name}.yaml", overrides)
 
@@ -136,7 +139,9 @@ def _single_change(setup: Setup, trial: Trial, turn: int) -> None:
     elif how == "misspelt":
         new = text[:start] + _misspelt(key, trial.chance) + text[end:]
     else:
-        odd = trial.chance.choice(["[]", "{a: 1}", "'x'", "1.5", "-1", "no", "null", ".nan", "[[1]]"])
+        odd = trial.chance.choice(
+            ["[]", "{a: 1}", "'x'", "1.5", "-1", "no", "null", ".nan", "[[1]]"]
+        )
         stop = re.compile(r"[\n,}]").search(text, end)
         new = text[: end + 1] + f" {odd}" + text[stop.start() if stop else len(text) :]
     said = _parse(trial, new, name, (), f"{name}: {key} {how}")
@@ -297,8 +302,9 @@ def _doors(place: Path) -> list[Door]:
         return ["eval", *words, *network, "--metrics", "[fid]", "--threads", "1",
                 "--cache", str(place / "cache"), "--out", str(place / "scores")]  # fmt: skip
 
-    def train(data: str) -> list[str]:
-        return ["run", str(recipe), "--set", f"data={data}", "--threads", "1"]
+    def train(data: str, path: Path) -> list[str]:
+        words = ["run", str(recipe), "--set", f"data={data.format(path)}", "--threads", "1"]
+        return [*words, "--out", f"{path}.run"]
 
     pixels = np.random.default_rng(0).integers(0, 255, (12, 8, 8, 3), np.uint8)
     labels = np.arange(12) % 2
@@ -310,7 +316,7 @@ def _doors(place: Path) -> list[Door]:
 
     image = Image.fromarray(pixels[0])
     npz = written(lambda f: np.savez(f, arr_0=pixels, arr_1=labels))
-    statistics = written(lambda f: np.savez(f, mu=np.zeros(2048), sigma=np.eye(2048, 4)))
+    statistics = written(lambda f: np.savez_compressed(f, mu=np.zeros(2048), sigma=np.eye(2048)))
     npy = written(lambda f: np.save(f, pixels))
     idx = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (12, 8, 8))
     idx += pixels[..., 0].tobytes()
@@ -325,18 +331,20 @@ def _doors(place: Path) -> list[Door]:
         ),
         Door("npz", "x.npz", npz, lambda p: score(str(p), "--reference", str(good))),
         Door("npz", "x.npz", npz, lambda p: score(str(good), "--reference", str(p))),
-        Door("statistics", "x.npz", statistics, lambda p: score(str(good), "--reference", str(p))),
+        Door("statistics", "x.npz", statistics,
+             lambda p: score(str(good), "--reference", str(p)), fits=False),
         Door("weights", "x.pt", written(lambda f: torch.save(state, f)),
-             lambda p: [*weights, "--weights-file", str(p)]),
-        Door("weights", "x.safetensors", save(state), lambda p: [*weights, "--weights-file", str(p)]),
+             lambda p: [*weights, "--weights-file", str(p)], fits=False),
+        Door("weights", "x.safetensors", save(state),
+             lambda p: [*weights, "--weights-file", str(p)], fits=False),
     ]  # fmt: skip
     if find_spec("e2ediff_sources"):
-        arrays = "{{name: arrays, images: {}, classes: 2, size: 8}}"
+        arrays = "{{name: arrays, images: {}, classes: 0, size: 8}}"
         doors += [
-            Door("npy", "x.npy", npy, lambda p: train(arrays.format(p))),
-            Door("idx", "x-idx3-ubyte", idx, lambda p: train(arrays.format(p))),
+            Door("npy", "x.npy", npy, lambda p: train(arrays, p)),
+            Door("idx", "x-idx3-ubyte", idx, lambda p: train(arrays, p)),
             Door("tars", "x.tar", tar,
-                 lambda p: train(f"{{name: tar_shards, path: {p}, size: 8, classes: 2}}")),
+                 lambda p: train("{{name: tar_shards, path: {}, size: 8, classes: 2}}", p)),
         ]  # fmt: skip
     if find_spec("e2ediff_features"):
         program = _program()
@@ -384,7 +392,11 @@ def _program() -> bytes:
         file = Path(folder, "x.pt2")
 
         def act() -> int:
-            torch.export.save(torch.export.export(Network(), (torch.zeros(2, 3, 8, 8),)), file)
+            batches = ({0: torch.export.Dim("batch")},)
+            example = (torch.zeros(2, 3, 8, 8),)
+            torch.export.save(
+                torch.export.export(Network(), example, dynamic_shapes=batches), file
+            )
             return 0
 
         log = Path(folder, "log")
@@ -392,24 +404,37 @@ def _program() -> bytes:
         return file.read_bytes()
 
 
-def _file(setup: Setup, trial: Trial) -> None:
-    door = setup.door[trial.number // 4 % len(setup.door)]
-    chance, folder = trial.chance, trial.place / "file"
+def check_doors(setup: Setup) -> None:
+    """Check that each command reads its file where it is whole: else nothing would be tried."""
+    for number, door in enumerate(setup.door):
+        path = _entry(setup, door, setup.place / f"door{number}")
+        ended = runs.fork(door.words(path), setup.place / "log", runs.without_drawing)
+        if (ended.code == 0) != door.fits:
+            raise RuntimeError(f"{door.kind} {door.name}: exit {ended.code}: {ended.last}")
+
+
+def _entry(setup: Setup, door: Door, folder: Path) -> Path:
+    """Make a folder with a whole file of a kind, and what belongs beside it; return its path."""
     if door.run:
         shutil.copytree(door.run, folder)
     else:
         folder.mkdir()
     if door.kind == "images":
         shutil.copy(next((setup.place / "good").rglob("*.png")), folder / "first.png")
-    path = folder / door.name
+    (folder / door.name).write_bytes(door.content)
+    return folder / door.name
+
+
+def _file(setup: Setup, trial: Trial) -> None:
+    door = setup.door[trial.number // 4 % len(setup.door)]
+    chance = trial.chance
+    path = _entry(setup, door, trial.place / "file")
     if path.suffix in (".json", ".jsonl") and chance.random() < 0.7:
         data = _odd_json(door.content, chance)
     else:
         data = _damaged(door, chance)
     path.write_bytes(data)
     words = door.words(path)
-    if words[0] == "run" and "--resume" not in words:
-        words += ["--out", str(trial.place / "run")]
     story = f"{door.kind} {door.name}: {' '.join(words[:3])}"
     memory = trial.place / "memory"
     before = _resident()
@@ -453,7 +478,9 @@ def _damaged(door: Door, chance: random.Random) -> bytes:
             case 3:
                 data = data[: max(1, place)]
             case 4:
-                data[place : place + 4] = chance.choice((b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff"))
+                data[place : place + 4] = chance.choice(
+                    (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff")
+                )
             case 5:
                 data[place:place] = data[: chance.randrange(1, 64)]
             case 6:
@@ -497,11 +524,26 @@ def _odd_zip(door: Door, chance: random.Random) -> bytes:
 
 def _odd_json(content: bytes, chance: random.Random) -> bytes:
     """Give values of other kinds to some keys, in one line or all."""
-    odd = [None, -1, 1e999, float("nan"), "x", [], {}, True, 2**70, [[[]]], "\x1b[31mred", -(2**63)]
+    odd = [
+        None,
+        -1,
+        1e999,
+        float("nan"),
+        "x",
+        [],
+        {},
+        True,
+        2**70,
+        [[[]]],
+        "\x1b[31mred",
+        -(2**63),
+    ]
     lines = content.splitlines() or [b"{}"]
     whole = chance.random() < 0.1
     if whole:
-        return chance.choice((b"[]", b"null", b"{", b"[" * 100_000, b"\xff\xfe", b'{"a":' * 9999, b""))
+        return chance.choice(
+            (b"[]", b"null", b"{", b"[" * 100_000, b"\xff\xfe", b'{"a":' * 9999, b"")
+        )
     try:
         documents = [json.loads(line) for line in lines]
     except ValueError:
@@ -518,7 +560,14 @@ def _odd_json(content: bytes, chance: random.Random) -> bytes:
     return b"".join(json.dumps(d).encode() + b"\n" for d in documents)
 
 
-SUITE = Suite("fuzz", "Odd recipes and files", PROMISES, prepare, trial)
+def prepared(place: Path) -> Setup:
+    """Prepare, and check that every door is open."""
+    setup = prepare(place)
+    check_doors(setup)
+    return setup
+
+
+SUITE = Suite("fuzz", "Odd recipes and files", PROMISES, prepared, trial)
 
 if __name__ == "__main__":
     sys.exit(command(SUITE))

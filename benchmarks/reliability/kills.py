@@ -123,9 +123,7 @@ def _stride(operations: int) -> int:
     return stride
 
 
-def _at_operation(
-    words: list[str], log: Path, number: int, moment: str
-) -> tuple[str, runs.Ended]:
+def _at_operation(words: list[str], log: Path, number: int, moment: str) -> tuple[str, runs.Ended]:
     def first() -> None:
         runs.without_drawing()
         Faults(number, moment).install()

@@ -111,7 +111,7 @@ class Objects(AbstractFileSystem):  # type: ignore[misc]
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         if mode != "rb":
             raise NotImplementedError("objects are written whole")
-        return NOW.around(lambda: open(self._path(path), "rb"))  # noqa: SIM115
+        return NOW.around(lambda: open(self._path(path), "rb"))
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
         """Store an object; a lying store keeps the first half of it and reports success."""
@@ -211,7 +211,7 @@ def prepare(place: Path) -> Setup:
 
 
 def _use(weather: Weather) -> None:
-    global NOW  # noqa: PLW0603 (of a fork, which has one store)
+    global NOW
     NOW = weather
 
 

@@ -1,7 +1,8 @@
 """Cut a run of 60 steps at every step, and continue it: per objective, 60 of 60.
 
 All installed objectives are cut, each with what its class says that it needs (`trial`), and
-further recipes with micro-shards, averages, snapshots and data workers. Some are cut twice.
+further recipes with micro-shards, averages, snapshots, another optimizer, and diagnoses. Half are
+cut again, one in six four times.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ BASE = {
     "cadence": "{log: 1, diagnose: 1000, preview: 1000, checkpoint: 1000}",
     "probe": "{images: 8, times: [0.5], calibration: 8}",
 }
+AUGMENTED = "objective={name: dsd, augmentation: {jitter: 0.2}, decode_noise: {probability: 1.0}}"
 VARIANTS = {
     "micro-shards and averages": (
         *("objective=coupled", "microshards=2", "optimizer.warmup_images=80"),
@@ -44,9 +46,18 @@ VARIANTS = {
         *("objective=coupled", "diagnostics=[latent_health]"),
         "cadence={log: 3, diagnose: 11, preview: 13, checkpoint: 9}",
     ),
-    "another optimizer": (
+    "muon": (
         "objective=detached",
-        "optimizer={name: muon, schedule: wsd, cooldown: 0.5}",
+        "optimizer={name: muon, schedule: wsd, cooldown: 0.5, adamw: {weight_decay: 0.1}}",
+    ),
+    "several draws": (
+        *("objective={name: detached, draws: 2}", "backbone.latent_norm=layer"),
+        *("microshards=2", "ema=[{name: slow, decay: 0.99}]", "optimizer.warmup_images=40"),
+        "post_hoc={every: 4}",
+    ),
+    "two optimizers": (
+        *("objective=two_stage", "backbone.trunks=denoiser_apart"),
+        "optimizers={denoiser: {name: sgd, lr: 0.01, schedule: linear}}",
     ),
 }
 
@@ -62,10 +73,11 @@ class Straight:
 
 @attrs.frozen
 class Setup:
-    """The recipe that all share, and the straight runs."""
+    """The recipe that all share, the straight runs, and their steps."""
 
     recipe: Path
     cases: tuple[Straight, ...]
+    steps: int = STEPS
 
 
 def cases() -> dict[str, tuple[str, ...]]:
@@ -78,25 +90,26 @@ def cases() -> dict[str, tuple[str, ...]]:
         needs = getattr(registry.get(name), "trial", ())
         more = ("backbone.trunks=denoiser_apart",) if name == "two_stage" else ()
         found[name] = (f"objective={name}", *more, *needs)
+    if "dsd" in found:
+        found["dsd with augmentation"] = (AUGMENTED, "optimizer.schedule=cosine")
+        found["dsd with augmentation"] += ("backbone.latent_norm=position",)
     return found | VARIANTS
 
 
-def prepare(place: Path, only: tuple[str, ...] = ()) -> Setup:
-    """Train the straight run of each case, or of `only` these."""
-    text = runs.recipe(BASE)
+def prepare(place: Path, steps: int = STEPS) -> Setup:
+    """Train the straight run of each case."""
+    text = runs.recipe({**BASE, "steps": f"{steps}"})
     runs.warm(place, text)
     file = place / "tiny.yaml"
     file.write_text(text)
     found = []
     for number, (name, changes) in enumerate(cases().items()):
-        if only and name not in only:
-            continue
         out = place / f"straight{number}"
         ended = _train(file, changes, out, place / "log")
         if ended.code != 0:
             raise RuntimeError(f"{name}: the straight run failed: {ended.said}")
         found.append(Straight(name, changes, out))
-    return Setup(file, tuple(found))
+    return Setup(file, tuple(found), steps)
 
 
 def _train(
@@ -127,16 +140,18 @@ def trial(setup: Setup, trial: Trial) -> None:
     """Cut one case at one step; numbers go through the cases, and then through the cuts."""
     case = setup.cases[trial.number % len(setup.cases)]
     turn = trial.number // len(setup.cases)
-    cut = 1 + (turn * 37 + trial.number % len(setup.cases) * 11) % STEPS
+    cut = 1 + (turn * 37 + trial.number % len(setup.cases) * 11) % setup.steps
     cuts = [cut]
-    if cut < STEPS - 1 and (turn >= STEPS or trial.chance.random() < 0.25):
-        cuts.append(trial.chance.randint(cut + 1, STEPS - 1))
+    more = trial.chance.choice((0, 0, 0, 1, 1, 3)) if cut < setup.steps - 4 else 0
+    cuts += sorted(trial.chance.sample(range(cut + 1, setup.steps), more))
     out, log = trial.place / "run", trial.place / "log"
     story = f"{case.name} cut after {cuts}"
     for step in cuts:
         ended = _train(setup.recipe, case.changes, out, log, step)
         newest = runs.names_of(out)[-1:]
-        if ended.code != (130 if step < STEPS else 0) or newest != [f"images-{4 * step:012d}"]:
+        if ended.code != (130 if step < setup.steps else 0) or newest != [
+            f"images-{4 * step:012d}"
+        ]:
             trial.fail("stopped", f"exit {ended.code}, {newest}: {ended.last} ({story})")
             return
     ended = _train(setup.recipe, case.changes, out, log)
@@ -147,7 +162,7 @@ def trial(setup: Setup, trial: Trial) -> None:
         trial.fail("identical", f"{'; '.join(found)} ({story})")
     else:
         trial.facts[f"{case.name}: identical"] += 1
-    trial.facts["cut twice"] += len(cuts) > 1
+    trial.facts["cut more than once"] += len(cuts) > 1
 
 
 SUITE = Suite(
@@ -156,7 +171,7 @@ SUITE = Suite(
     PROMISES,
     prepare,
     trial,
-    every=lambda setup: STEPS * len(setup.cases),
+    every=lambda setup: setup.steps * len(setup.cases),
 )
 
 if __name__ == "__main__":

@@ -65,8 +65,9 @@ def recipe(changes: Mapping[str, str] | None = None) -> str:
 
 @attrs.frozen
 class Ended:
-    """How a command in a fork ended: its exit code, minus the signal that killed it, or None if
-    it had to be given up; what it said; and the seconds that it took.
+    """How a command in a fork ended: its exit code, what it said, and its seconds.
+
+    The code is negative for the signal that killed it, and None if it had to be given up.
     """
 
     code: int | None
@@ -179,6 +180,10 @@ def fork(
     return wait(begin(lambda: command(texts), log, first), log, since, seconds)
 
 
+_WARM: set[str] = set()
+"""Recipes whose modules this process has."""
+
+
 def warm(place: Path, *recipes: str) -> None:
     """Import what runs of these recipes import, so that no fork has to.
 
@@ -189,7 +194,9 @@ def warm(place: Path, *recipes: str) -> None:
 
     torch.set_num_threads(1)
     place.mkdir(parents=True, exist_ok=True)
-    for number, text in enumerate(recipes):
+    new = [text for text in recipes if text not in _WARM]
+    _WARM.update(new)
+    for number, text in enumerate(new):
         file, names = place / f"warm{number}.yaml", place / "modules"
         file.write_text(text)
         out = place / f"warm{number}"
@@ -313,7 +320,9 @@ def differences(out: Path, straight: Path) -> list[str]:
         wrong = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
         if wrong:
             found.append(f"{len(wrong)} of {len(theirs)} tensors differ, as {wrong[0]}")
-        states = [_timeless(json.loads((d / "state.json").read_text())) for d in (newest, expected)]
+        states = [
+            _timeless(json.loads((d / "state.json").read_text())) for d in (newest, expected)
+        ]
         keys = states[0].keys() | states[1].keys()
         found += [f"state.json: {k}" for k in keys if states[0].get(k) != states[1].get(k)]
         if figures(out) != figures(straight):

@@ -23,6 +23,7 @@ from .trials import Suite, Trial, command
 PROMISES = {
     "code": "a command ends with 75 after TERM and USR1, with 130 after INT, or with 0 if it was "
     "done; from the moment on at which its own code runs",
+    "told": "a run that is stopped says how to continue it",
     "status": "the run's status.json has the same code",
     "prompt": "it ends within ten seconds",
     "orphan": "no process is left",
@@ -32,6 +33,7 @@ PROMISES = {
 PATIENCE = 10.0
 START = {"fork": 0.03, "own": 0.4}
 """CPU seconds before a command's own code runs: the fork's, or the interpreter's start."""
+RUNS = ("run", "workers", "own")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CYCLE = ("run", "sample", "run", "eval", "run", "workers", "run", "sample", "eval", "run",
          "ablate", "own")  # fmt: skip
@@ -47,7 +49,9 @@ class Setup:
     seconds: dict[str, float]
 
 
-def prepare(place: Path) -> Setup:
+def prepare(
+    place: Path, kinds: tuple[str, ...] = ("run", "workers", "sample", "eval", "ablate")
+) -> Setup:
     """Carry out each command once, undisturbed."""
     place.mkdir(parents=True, exist_ok=True)
     _images(place / "tree")
@@ -59,7 +63,7 @@ def prepare(place: Path) -> Setup:
     workers.write_text(runs.recipe({**changes, "data": folder}))
     runs.warm(place, recipe.read_text(), workers.read_text())
     setup = Setup(recipe, workers, {}, {})
-    for kind in ("run", "workers", "sample", "eval", "ablate"):
+    for kind in kinds:
         out = place / kind
         setup.straight[kind] = out
         ended = runs.fork(_words(setup, kind, out), place / "log", runs.without_drawing, 180)
@@ -137,11 +141,16 @@ def trial(setup: Setup, trial: Trial) -> None:
         expected |= {-first, -(second or first), 1}
     if ended.code not in expected:
         trial.fail("code", f"exit {ended.code}: {ended.last} ({story})")
+    saved = f"continue with: e2ediff run --resume {out}\n"
+    if kind in RUNS and ended.code in (75, 130) and not second and " saved" in ended.said:
+        trial.facts["stopped and saved"] += 1
+        if not ended.said.endswith(saved):
+            trial.fail("told", f"{ended.last} ({story})")
     if ended.crashed and ready:
         trial.fail("traceback", f"{ended.last} ({story})")
     if left := orphans(PATIENCE):
         trial.fail("orphan", f"{left} ({story})")
-    if kind in ("run", "workers", "own") and (out / "status.json").exists():
+    if kind in RUNS and (out / "status.json").exists():
         status = json.loads((out / "status.json").read_text())
         if status.get("exit_code") not in (ended.code, None) or status["state"] == "running":
             trial.fail("status", f"{status} after exit {ended.code} ({story})")
@@ -156,7 +165,7 @@ def trial(setup: Setup, trial: Trial) -> None:
 
 def _differences(setup: Setup, kind: str, out: Path) -> list[str]:
     straight = setup.straight[kind]
-    if kind in ("run", "workers", "own"):
+    if kind in RUNS:
         return runs.differences(out, straight)
     if kind == "ablate":
         names = sorted(path.parent.name for path in straight.glob("runs/*/run.json"))
@@ -177,7 +186,7 @@ def _differences(setup: Setup, kind: str, out: Path) -> list[str]:
     return found[:3]
 
 
-SUITE = Suite("signals", "Signals at random moments", PROMISES, prepare, trial)
+SUITE = Suite("signals", "Signals at random moments", PROMISES, prepare, trial, seconds=400)
 
 if __name__ == "__main__":
     sys.exit(command(SUITE))

@@ -360,7 +360,12 @@ def readable(found: Mapping[str, Any]) -> str:
 def options(name: str) -> argparse.ArgumentParser:
     """Return the options that all suites share."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.reliability.{name}")
-    parser.add_argument("--count", type=int, default=100, help="trials 0 to COUNT - 1")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=100,
+        help="trials 0 to COUNT - 1; 0: each kind once, where kinds can be counted",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="repeat this trial, and keep its files")
     parser.add_argument("--jobs", type=int, default=2, help="trials at once")
@@ -411,6 +416,7 @@ def _summed(
     minutes: float,
     result: Path | None,
 ) -> dict[str, Any]:
+    count = count or suite.every(setup) or 100
     journal = result and result.with_name(f"{result.name}l")
     before = _read(journal, seed) if journal else {}
     numbers = [n for n in range(count) if n not in before]

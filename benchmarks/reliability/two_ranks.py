@@ -89,7 +89,9 @@ def _begin(setup: Setup, kind: str, out: Path, place: Path) -> list[int]:
     ]
 
 
-def _both(setup: Setup, kind: str, out: Path, place: Path, seconds: float = 90) -> list[runs.Ended]:
+def _both(
+    setup: Setup, kind: str, out: Path, place: Path, seconds: float = 90
+) -> list[runs.Ended]:
     since = time.monotonic()
     pids = _begin(setup, kind, out, place)
     return [runs.wait(pid, place / f"log{i}", since, seconds) for i, pid in enumerate(pids)]
@@ -157,6 +159,8 @@ def _kill_ranks(setup: Setup, trial: Trial, kind: str, out: Path) -> str:
         trial.facts[f"survivor: exit {ended.code}"] += 1
         if ended.code in expected:
             trial.figures["seconds to the survivor's end"] = time.monotonic() - killed
+        if ended.code == 8 and "continue with --resume" not in ended.said:
+            trial.fail("survivor", f"does not say what to do: {ended.last} ({story})")
         if ended.crashed:
             trial.fail("traceback", f"survivor: {ended.last} ({story})")
         elif ended.code not in expected:
@@ -218,7 +222,9 @@ def _far(out: Path, straight: Path) -> list[str]:
     return found[:3]
 
 
-SUITE = Suite("two_ranks", "One or both of two processes killed", PROMISES, prepare, trial)
+SUITE = Suite(
+    "two_ranks", "One or both of two processes killed", PROMISES, prepare, trial, seconds=300
+)
 
 if __name__ == "__main__":
     sys.exit(command(SUITE))
