@@ -33,13 +33,14 @@ def die() -> None:
 class Faults:
     """Counts the file operations of a process from `install` on, and ends it at one of them.
 
-    `at` is the operation, from 1 on, and 0 to count only.
+    `at` is the operation, from 1 on, and 0 to count only; `writes` are those that have a middle.
     """
 
     def __init__(self, at: int = 0, moment: str = "before", end: Callable[[], None] = die) -> None:
         self.at, self.moment, self.end = at, moment, end
         self._numbers = itertools.count(1)  # its next() is atomic, whichever thread calls
         self.count = 0
+        self.writes: set[int] = set()
 
     def around(self, act: Callable[..., Any], *given: Any, **options: Any) -> Any:
         """Carry out one operation."""
@@ -54,6 +55,7 @@ class Faults:
     def write(self, act: Callable[..., int], *before: Any, data: Any, **options: Any) -> int:
         """Write, or half of it."""
         mine = self._next()
+        self.writes.add(self.count)
         if mine and self.moment == "before":
             self.end()
         if mine and self.moment == "middle":

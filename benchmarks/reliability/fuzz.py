@@ -196,7 +196,7 @@ ODD = ("", "=", "a", "a=", "=1", "..=1", "optimizer.lr=", "steps=1e999", "steps=
        "data=null", "backbone=[]", "ema={}", "ema=[{}]", "seed=-1", "seed=1_0", "batch=0x10",
        "objective.name=dsd", "objective..weight=1", "cadence=5", "steps=true", "name=../x",
        "name='\x1b[31m'", "requires=[e2ediff-nothing]", "optimizer={name: adamw, lr: {a: 1}}",
-       "probe.times=[2]", "microshards=3", "images=8", "data.size=0", "data={name: [1]}")  # fmt: skip
+       "probe.times=[2]", "microshards=3", "images=8", "data.size=0", "data={a: [1]}")  # fmt: skip
 
 
 def _override(setup: Setup, trial: Trial) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,14 +97,16 @@ def cases() -> dict[str, tuple[str, ...]]:
     return found | VARIANTS
 
 
-def prepare(place: Path, steps: int = STEPS) -> Setup:
-    """Train the straight run of each case."""
+def prepare(place: Path, steps: int = STEPS, only: Collection[str] = ()) -> Setup:
+    """Train the straight run of each case, or of `only` these."""
     text = runs.recipe({**BASE, "steps": f"{steps}"})
     runs.warm(place, text)
     file = place / "tiny.yaml"
     file.write_text(text)
     found = []
     for number, (name, changes) in enumerate(cases().items()):
+        if only and name not in only:
+            continue
         out = place / f"straight{number}"
         ended = _train(file, changes, out, place / "log")
         if ended.code != 0:

@@ -6,6 +6,7 @@ repeated by `python -m benchmarks.reliability.NAME --only NUMBER`.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -76,9 +77,9 @@ def attack(place: Path) -> Run:
 
 def test_a_run_killed_at_any_moment_ends_as_the_straight_run(attack: Run) -> None:
     """Every second trial at a file operation, all kinds of moments, up to five in a row."""
-    facts = attack(kills.SUITE, range(12))
-    assert facts["finished"] == 12
-    assert facts["kills"] > 12
+    facts = attack(kills.SUITE, range(9))
+    assert facts["finished"] == 9
+    assert facts["kills"] > 9
 
 
 FILES = ("online", "optimizer-joint")
@@ -101,26 +102,30 @@ def test_a_kill_at_any_operation_of_a_save_loses_no_committed_checkpoint(
     first = place / "first"
     saved(Store(str(first)), 100)
 
-    def kill(number: int, moment: str, out: Path) -> tuple[runs.Ended, int]:
+    def kill(number: int, moment: str, out: Path) -> runs.Ended:
         shutil.copytree(first, out)
         counter = faults.Faults(number, moment)
 
         def act() -> int:
             counter.install()
             saved(Store(str(out)), then)
-            return counter.count if number == 0 else 0
+            (place / "count").write_text(f"{counter.count} {sorted(counter.writes)}")
+            return 0
 
         log = place / "log"
-        return runs.wait(runs.begin(act, log), log, 0, 60), number
+        return runs.wait(runs.begin(act, log), log, 0, 60)
 
-    counted, _ = kill(0, "", place / "counted")
-    count = counted.code or 0
-    assert count > 30, counted.said
-    older = 0
+    counted = kill(0, "", place / "counted")
+    assert counted.code == 0, counted.said
+    text, _, writes = (place / "count").read_text().partition(" ")
+    count, older = int(text), 0
+    assert count > 30
     for number in range(1, count + 1):
         for moment in faults.MOMENTS:
+            if moment == "middle" and number not in json.loads(writes):
+                continue
             out = place / f"{then}-{number}-{moment}"
-            ended, _ = kill(number, moment, out)
+            ended = kill(number, moment, out)
             assert ended.code == -9, (number, moment, ended.said)
             store = Store(str(out))
             for name in ck.list_checkpoints(store):
@@ -136,7 +141,7 @@ def test_a_kill_at_any_operation_of_a_save_loses_no_committed_checkpoint(
             assert not runs.leftovers(out)
             assert ck.list_checkpoints(store) == ["images-000000000300"]
             shutil.rmtree(out)
-    assert older > count, "the kills missed the save"
+    assert older > count / 2, "the kills missed the save"
     shutil.rmtree(first)
     shutil.rmtree(place / "counted")
 
@@ -147,46 +152,51 @@ def test_no_damaged_checkpoint_is_accepted(attack: Run) -> None:
     assert facts["resumed by command"] == 800 // mutations.COMMANDS
 
 
+# The others are cut in test_resume.py, as are three of these with further options.
+CUT = {"pixel", "kl", "tweedie", "repa_e", "unified_latents", "unite", "variance_floor"}
+CUT |= {"micro-shards and averages", "diagnoses and pictures"}
+
+
 def test_every_objective_continues_bit_for_bit_wherever_it_is_cut(attack: Run) -> None:
-    """One cut each here, of a third of the steps; some are cut again."""
-    cases = resume_cuts.cases()
-    facts = attack(resume_cuts.SUITE, range(len(cases)), steps=20)
+    """One cut of each here, and of fewer steps; some are cut again and again."""
+    cases = [name for name in resume_cuts.cases() if name in CUT]
+    facts = attack(resume_cuts.SUITE, range(len(cases)), steps=16, only=cases)
     assert all(facts[f"{name}: identical"] == 1 for name in cases)
-    assert facts["cut more than once"] > 2
+    assert facts["cut more than once"] > 1
 
 
 def test_a_full_disk_takes_nothing_away(attack: Run) -> None:
-    facts = attack(full_disk.SUITE, range(6))
+    facts = attack(full_disk.SUITE, range(4))
     assert facts["exit 8"] > 1
 
 
 # `sample`, `eval` and `ablate` have their codes in tests/parity/test_signals.py.
-SIGNALLED = [n for n in range(3 * len(signals.CYCLE)) if signals.CYCLE[n % 12] == "workers"]
-SIGNALLED += [n for n in range(12) if signals.CYCLE[n] == "run"] + [11, 23]
+SIGNALLED = (0, 2, 12, 24, 5, 11, 23)
+"""TERM, INT and USR1 to forks, one with data workers, TERM and INT to processes of their own."""
 
 
 def test_signals_end_a_run_as_documented_and_it_continues(attack: Run) -> None:
     """Also while it starts, with data workers, twice, and in processes of their own."""
     facts = attack(signals.SUITE, SIGNALLED, kinds=("run", "workers"))
-    assert facts["stopped and saved"] > 2
+    assert facts["stopped and saved"] > 1
 
 
 def test_the_survivor_of_two_processes_ends_and_the_run_continues(attack: Run) -> None:
     """By DDP and FSDP2, in two processes and in one."""
-    facts = attack(two_ranks.SUITE, range(4))
+    facts = attack(two_ranks.SUITE, range(3))
     assert facts["kills"] > 2
 
 
 def test_a_killed_run_on_an_object_store_is_taken_up(attack: Run) -> None:
     numbers = [n for n in range(10) if object_store.KINDS[n] == "kill"]
-    assert attack(object_store.SUITE, numbers)["kill: exit -9"] > 4
+    assert attack(object_store.SUITE, numbers)["kill: exit -9"] > 3
 
 
 def test_odd_recipes_are_read_or_refused_with_their_place(attack: Run) -> None:
     """And files of these kinds: images, arrays, tars, and records of runs."""
-    facts = attack(fuzz.SUITE, [n for n in range(400) if n % 4 != 3])
-    assert facts["recipes refused"] > 200
-    assert facts["misspelt keys named"] > 40
+    facts = attack(fuzz.SUITE, [n for n in range(320) if n % 4 != 3])
+    assert facts["recipes refused"] > 160
+    assert facts["misspelt keys named"] > 30
 
 
 def test_the_page_of_guarantees_has_the_tables_of_the_kept_results() -> None:
