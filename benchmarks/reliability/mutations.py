@@ -104,8 +104,9 @@ def _by_reader(trial: Trial, out: Path, damaged: list[str], older: str, story: s
         try:
             found = open_checkpoint(store, name)
             trial.fail("accepted", f"{name} ({story}) is opened as {found.name}")
-        except CheckpointError:
-            pass
+        except CheckpointError as error:
+            if older not in str(error):
+                trial.fail("fallback", f"{error} does not name {older} ({story})")
         except Exception:
             trial.fail("foreign", f"{traceback.format_exc(limit=-2)} ({story})")
     told: list[str] = []

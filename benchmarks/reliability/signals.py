@@ -152,7 +152,8 @@ def trial(setup: Setup, trial: Trial) -> None:
         trial.fail("orphan", f"{left} ({story})")
     if kind in RUNS and (out / "status.json").exists():
         status = json.loads((out / "status.json").read_text())
-        if status.get("exit_code") not in (ended.code, None) or status["state"] == "running":
+        states = {0: "done", 75: "preempted", 130: "interrupted"}
+        if (status["exit_code"], status["state"]) != (ended.code, states.get(ended.code or 0)):
             trial.fail("status", f"{status} after exit {ended.code} ({story})")
     if kind != "eval" or trial.number % 2:
         again = runs.fork(_words(setup, kind, out), log, runs.without_drawing, 120)

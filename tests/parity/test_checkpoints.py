@@ -1,4 +1,7 @@
-"""A checkpoint is whole or absent: after kills, full disks, flipped bits and aliases."""
+"""A checkpoint is whole or absent: after full disks, odd manifests and aliases.
+
+Kills and damaged files are in `test_guarantees.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,9 @@ import contextlib
 import errno
 import json
 import os
-import random
 import resource
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,63 +61,6 @@ def leftovers(path: Path) -> list[str]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "run"))
-
-
-@contextlib.contextmanager
-def child(work: Callable[[], None]) -> Iterator[int]:
-    """Fork, work there until killed or done, and never return into pytest."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    try:
-        yield pid
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
-@pytest.mark.parametrize("counts", [range(1, 10_000), [7] * 10_000], ids=["growing", "replacing"])
-def test_kill_at_any_moment_loses_no_committed_checkpoint(
-    tmp_path: Path, counts: list[int]
-) -> None:
-    """50 kills each, at keep=1: the last save that returned, or the one in flight, verifies."""
-    torch.set_num_threads(1)
-    chance = random.Random(0)
-    reached = 0
-    for trial in range(50):
-        store = Store(str(tmp_path / f"{trial}"))
-        reader, writer = os.pipe()
-
-        def work(store: Store = store, writer: int = writer) -> None:
-            for images in counts:
-                put(store, images, keep=1)
-                os.write(writer, images.to_bytes(4, "big"))
-
-        with child(work):
-            os.close(writer)
-            os.read(reader, 4)  # the first save has returned
-            time.sleep(chance.uniform(0, 0.06))
-        done = os.read(reader, 1 << 16)
-        os.close(reader)
-        last = int.from_bytes(done[-4:], "big") if done else counts[0]
-        for name in (names := ck.list_checkpoints(store)):
-            # Commits are renames, so a kill leaves no damaged one to be skipped either.
-            assert_whole(ck.open_checkpoint(store, name))
-        newest = ck.open_checkpoint(store)
-        assert newest.images >= last
-        assert newest.name == names[-1]
-        reached += bool(leftovers(tmp_path / f"{trial}"))
-        put(store, 20_000, keep=1)
-        assert not leftovers(tmp_path / f"{trial}")
-        assert ck.list_checkpoints(store) == ["images-000000020000"]
-        shutil.rmtree(tmp_path / f"{trial}")
-    assert reached > 10  # else the kills missed the saves
 
 
 def test_a_file_size_limit_anywhere_in_a_save_keeps_the_older_checkpoint(tmp_path: Path) -> None:
@@ -184,76 +127,6 @@ def test_a_full_disk_keeps_the_older_checkpoint(small_disk: Path) -> None:
     for told in refused:
         assert str(small_disk) in told
         assert "No space left on device (needed: " in told
-
-
-KINDS = ["flip", "flip", "flip", "cut", "grow", "zero", "missing", "extra", "swap", "exchange"]
-KINDS += ["empty", "newline", "stranger"]
-
-
-def mutate(folder: Path, other: Path, chance: random.Random) -> str:
-    """Damage one file of a checkpoint in one of eleven ways; says which."""
-    files = sorted(folder.iterdir())
-    file = chance.choice(files)
-    data = bytearray(file.read_bytes())
-    place = chance.randrange(len(data))
-    kind = chance.choice(KINDS)
-    match kind:
-        case "flip":
-            data[place] ^= 1 << chance.randrange(8)
-            file.write_bytes(data)
-        case "cut":
-            file.write_bytes(data[:place])
-        case "grow":
-            file.write_bytes(data + bytes(chance.randrange(1, 5000)))
-        case "zero":
-            end = place + chance.choice([1, 16, 512, 4096])
-            zeroed = data[:place] + bytes(len(data[place:end])) + data[end:]
-            if zeroed == data:
-                zeroed[place] ^= 255
-            file.write_bytes(zeroed)
-        case "missing":
-            file.unlink()
-        case "extra":
-            (folder / chance.choice(["stale.safetensors", ".hidden", "x.bin"])).write_bytes(data)
-        case "swap":
-            first, second = chance.sample(files, 2)
-            a, b = first.read_bytes(), second.read_bytes()
-            first.write_bytes(b)
-            second.write_bytes(a)
-        case "exchange":  # the same file of another checkpoint
-            file.write_bytes((other / file.name).read_bytes())
-        case "empty":
-            file.write_bytes(b"")
-        case "newline":
-            file.write_bytes(data + b"\n")
-        case "stranger":  # another whole checkpoint under this name
-            shutil.rmtree(folder)
-            shutil.copytree(other, folder)
-    return f"{kind} in {file.name} at {place}"
-
-
-def test_no_mutation_is_ever_accepted(tmp_path: Path) -> None:
-    """800 mutations: the named checkpoint is refused, and the newest falls back to the older."""
-    store = Store(str(tmp_path))
-    older, newer = put(store, 100, size=8), put(store, 200, size=8)
-    folder, saved = tmp_path / "checkpoints" / newer, tmp_path / "saved"
-    shutil.copytree(folder, saved)
-    chance = random.Random(1)
-    for _ in range(800):
-        what = mutate(folder, tmp_path / "checkpoints" / older, chance)
-        told: list[str] = []
-        try:
-            with pytest.raises(CheckpointError, match=f"use --checkpoint {older}"):
-                ck.open_checkpoint(store, newer)
-            assert ck.open_checkpoint(store, warn=told.append).name == older
-        except BaseException as error:
-            error.add_note(what)
-            raise
-        assert len(told) == 1
-        assert str(folder) in told[0]
-        shutil.rmtree(folder)
-        shutil.copytree(saved, folder)
-    assert_whole(ck.open_checkpoint(store, newer))
 
 
 def test_content_that_changes_after_opening_is_refused(store: Store) -> None:

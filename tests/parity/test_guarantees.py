@@ -77,9 +77,9 @@ def attack(place: Path) -> Run:
 
 def test_a_run_killed_at_any_moment_ends_as_the_straight_run(attack: Run) -> None:
     """Every second trial at a file operation, all kinds of moments, up to five in a row."""
-    facts = attack(kills.SUITE, range(9))
-    assert facts["finished"] == 9
-    assert facts["kills"] > 9
+    facts = attack(kills.SUITE, range(6))
+    assert facts["finished"] == 6
+    assert facts["kills"] > 6
 
 
 FILES = ("online", "optimizer-joint")
@@ -171,12 +171,12 @@ def test_a_full_disk_takes_nothing_away(attack: Run) -> None:
 
 
 # `sample`, `eval` and `ablate` have their codes in tests/parity/test_signals.py.
-SIGNALLED = (0, 2, 12, 24, 5, 11, 23)
-"""TERM, INT and USR1 to forks, one with data workers, TERM and INT to processes of their own."""
+SIGNALLED = (0, 2, 12, 24, 5)
+"""TERM, INT and USR1 to forks, one with data workers; test_resume.py has whole processes."""
 
 
 def test_signals_end_a_run_as_documented_and_it_continues(attack: Run) -> None:
-    """Also while it starts, with data workers, twice, and in processes of their own."""
+    """Also while it starts, with data workers, and twice."""
     facts = attack(signals.SUITE, SIGNALLED, kinds=("run", "workers"))
     assert facts["stopped and saved"] > 1
 
@@ -185,6 +185,7 @@ def test_the_survivor_of_two_processes_ends_and_the_run_continues(attack: Run) -
     """By DDP and FSDP2, in two processes and in one."""
     facts = attack(two_ranks.SUITE, range(3))
     assert facts["kills"] > 2
+    assert facts["survivor: exit 8"] > 0
 
 
 def test_a_killed_run_on_an_object_store_is_taken_up(attack: Run) -> None:
@@ -193,10 +194,9 @@ def test_a_killed_run_on_an_object_store_is_taken_up(attack: Run) -> None:
 
 
 def test_odd_recipes_are_read_or_refused_with_their_place(attack: Run) -> None:
-    """And files of these kinds: images, arrays, tars, and records of runs."""
-    facts = attack(fuzz.SUITE, [n for n in range(320) if n % 4 != 3])
-    assert facts["recipes refused"] > 160
-    assert facts["misspelt keys named"] > 30
+    facts = attack(fuzz.SUITE, [n for n in range(160) if n % 4 != 3])
+    assert facts["recipes refused"] > 80
+    assert facts["misspelt keys named"] > 15
 
 
 def test_the_page_of_guarantees_has_the_tables_of_the_kept_results() -> None:
