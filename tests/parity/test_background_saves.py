@@ -132,13 +132,15 @@ def test_where_memory_is_short_training_waits_and_says_so_once(
 def test_a_failed_save_ends_the_run_at_the_next_step_and_keeps_the_older_one(recipe, url) -> None:
     steps = []
 
+    def checkpoint_saved(run, path):  # of step 2; the next save is that of step 4
+        FAULTS.full = True
+
     def step_ended(run, step):
         steps.append(step)
-        FAULTS.full = step >= 4
 
     with pytest.raises(ResourceError, match=r"cannot write: No space left .*needed: [1-9].*free"):
-        run(recipe, url, step_ended=step_ended)
-    assert steps[-1] in (4, 5)
+        run(recipe, url, step_ended=step_ended, checkpoint_saved=checkpoint_saved)
+    assert steps[-1] < 8
     assert list_checkpoints(Store(url), finished=True) == ["images-000000000016"]
     status = RunDirectory.open(url).status()
     assert (status["state"], status["exit_code"]) == ("failed", 8)
@@ -222,11 +224,13 @@ def test_of_several_processes_the_first_one_writes_and_all_end_when_it_cannot(
         world = World.join()
 
         @hookimpl
-        def step_ended(run, step):
-            if step == 3:  # in the first process
-                resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+        def checkpoint_saved(run, path):  # in the first process
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
 
-        host, quiet = load(SimpleNamespace(__name__="full", step_ended=step_ended)), io.StringIO()
+        host, quiet = (
+            load(SimpleNamespace(__name__="full", checkpoint_saved=checkpoint_saved)),
+            io.StringIO(),
+        )
         try:
             train(host, recipe, ["microshards=2"], place, progress=Progress(quiet), world=world)
         except E2EDiffError as error:
