@@ -133,7 +133,7 @@ class NpzImages(ImageSet):
                 shape, order, dtype = npy_header(file)
                 promised = file.tell() + math.prod(shape) * dtype.itemsize
             if promised > member.file_size and not large_images(shape):
-                raise EOFError(f"its header promises {promised:,} of {member.file_size:,} bytes")
+                raise EOFError(f"it ends {promised - member.file_size} bytes early")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or order:
             raise DataError(f"{place}: arr_0 is {dtype} {shape}, expected {_IMAGES}")
         if min(shape) < 1:

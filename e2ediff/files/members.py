@@ -52,7 +52,8 @@ class Members:
             what = "is no plain file"  # a device, by the modes of Unix
         elif info.flag_bits & 1:
             what = "is encrypted"
-        return self._named(info.orig_filename, what, folder=info.is_dir())
+        # Not by `is_dir`, which fails for an empty name.
+        return self._named(info.orig_filename, what, folder=info.filename.endswith("/"))
 
     def of_tar(self, info: tarfile.TarInfo) -> str | None:
         """Return a member's path, as `of_zip` does.

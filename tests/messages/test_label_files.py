@@ -319,7 +319,7 @@ def test_what_may_be_another_image_is_refused_with_its_lines(images, rows, why: 
 @pytest.mark.parametrize(
     ("told", "why"),
     [
-        ("[]", "has no key 'labels'"),
+        ("[]", "it is list, expected an object of JSON"),
         ("{}", "has no key 'labels'"),
         ('{"labels": {"0.jpg": 1}}', "the value of 'labels' is {\"0.jpg\": 1}, no list"),
         ('{"labels": "0.jpg"}', "the value of 'labels' is \"0.jpg\", no list"),

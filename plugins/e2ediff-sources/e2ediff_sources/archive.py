@@ -117,7 +117,7 @@ def _members(location: Location, inside: str) -> tuple[dict[str, str], list[str]
                 seen = Members(where, inside)
                 for info in archive.infolist():
                     name = seen.of_zip(info)
-                    if name and info.is_dir():
+                    if name and info.filename.endswith("/"):
                         folders.add(name.partition("/")[0])
                     elif name:
                         files[name] = info.filename

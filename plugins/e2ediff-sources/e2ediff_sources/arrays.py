@@ -131,7 +131,7 @@ class Arrays(SourceConfig):
                 f"{options[0]}: {images} holds {tuple(x.shape)} of {x.dtype}; expected bytes of "
                 "shape (images, height, width) or (images, height, width, 1 or 3)"
             )
-        if not len(x):
+        if not x.numel():
             raise DataError(f"{options[0]}: {images} holds no images; expected one or more")
         if large := large_images(x.shape, height_width(self.size)):
             raise DataError(f"{options[0]}: {images} holds {large}; write others")
