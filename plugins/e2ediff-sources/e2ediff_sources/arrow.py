@@ -208,7 +208,10 @@ def _opened(arrow: Any, location: Location, file: File) -> Iterator[tuple[Any, A
         ) as source:
             if source.read(len(_RANDOM_ACCESS)) != _RANDOM_ACCESS:
                 source.seek(0)
-            yield source, arrow.ipc.read_schema(arrow.ipc.read_message(source))
+            message = arrow.ipc.read_message(source)
+            if message.type != "schema":  # of another kind pyarrow reads it all the same, and dies
+                raise OSError(f"it begins with a message of type {message.type}, not a schema")
+            yield source, arrow.ipc.read_schema(message)
     except (arrow.ArrowException, OSError, EOFError, ValueError, struct.error) as error:
         said = str(error) or "it is empty"
         raise DataError(
