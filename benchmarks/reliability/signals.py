@@ -109,6 +109,7 @@ def trial(setup: Setup, trial: Trial) -> None:
     moment = chance.uniform(0, 1.1 * setup.seconds[kind])
     if chance.random() < 0.25:
         moment *= 0.1  # in the start
+    story = f"{kind}: {first.name} after {moment:.3f} s"
     out, log = trial.place / "out", trial.place / "log"
     words, since = _words(setup, kind, out), time.monotonic()
     if kind == "own":
@@ -119,12 +120,17 @@ def trial(setup: Setup, trial: Trial) -> None:
         pid = process.pid
     else:
         pid = runs.begin(lambda: runs.command(words), log, runs.without_drawing)
-    time.sleep(moment)
+    if lines := chance.choice((0, 0, 1, 2, 4, 8)) if kind in RUNS else 0:
+        story = f"{kind}: {first.name} after {lines} logged steps"
+        limit = time.monotonic() + 30
+        while len(runs.json_lines(out / "metrics.jsonl")) < lines and time.monotonic() < limit:
+            time.sleep(0.002)
+    else:
+        time.sleep(moment)
     own_code = cpu_seconds(pid) > START["own" if kind == "own" else "fork"]
     ready = own_code or handles(pid, signal.SIGTERM)
     sent = time.monotonic()
     os.kill(pid, first)
-    story = f"{kind}: {first.name} after {moment:.3f} s"
     if second:
         pause = chance.uniform(0, 0.3)
         time.sleep(pause)
