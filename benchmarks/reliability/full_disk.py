@@ -17,8 +17,8 @@ from pathlib import Path
 
 import attrs
 
-from . import runs
-from .trials import Skipped, Suite, Trial, command
+from benchmarks.reliability import runs
+from benchmarks.reliability.trials import Skipped, Suite, Trial, command
 
 PROMISES = {
     "code": "the command ends with 8 and says the path, what was needed and what is free",

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import attrs
 
-from . import runs
-from .trials import Suite, Trial, command
+from benchmarks.reliability import runs
+from benchmarks.reliability.trials import Suite, Trial, command
 
 PROMISES = {
     "traceback": "no recipe and no file leads to a traceback",

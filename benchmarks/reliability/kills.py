@@ -14,9 +14,9 @@ from pathlib import Path
 
 import attrs
 
-from . import runs
-from .faults import MOMENTS, Faults
-from .trials import Suite, Trial, command
+from benchmarks.reliability import runs
+from benchmarks.reliability.faults import MOMENTS, Faults
+from benchmarks.reliability.trials import Suite, Trial, command
 
 PROMISES = {
     "lost": "a saved checkpoint stays, and at most one interval of steps is lost "

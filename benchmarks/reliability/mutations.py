@@ -18,8 +18,8 @@ from pathlib import Path
 
 import attrs
 
-from . import runs
-from .trials import Suite, Trial, command
+from benchmarks.reliability import runs
+from benchmarks.reliability.trials import Suite, Trial, command
 
 PROMISES = {
     "accepted": "no damaged checkpoint is ever used",

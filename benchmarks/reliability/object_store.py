@@ -24,10 +24,10 @@ import attrs
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
-from . import runs
-from .faults import die
-from .processes import free_port
-from .trials import Skipped, Suite, Trial, command
+from benchmarks.reliability import runs
+from benchmarks.reliability.faults import die
+from benchmarks.reliability.processes import free_port
+from benchmarks.reliability.trials import Skipped, Suite, Trial, command
 
 PROMISES = {
     "lost": "a saved checkpoint stays",

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import attrs
 
-from . import runs
-from .trials import Suite, Trial, command
+from benchmarks.reliability import runs
+from benchmarks.reliability.trials import Suite, Trial, command
 
 PROMISES = {
     "stopped": "a run that is interrupted after a step has saved it, and ends with 130, or with 0 "

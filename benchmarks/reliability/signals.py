@@ -16,9 +16,9 @@ from pathlib import Path
 
 import attrs
 
-from . import runs
-from .processes import cpu_seconds, handles, orphans
-from .trials import Suite, Trial, command
+from benchmarks.reliability import runs
+from benchmarks.reliability.processes import cpu_seconds, handles, orphans
+from benchmarks.reliability.trials import Suite, Trial, command
 
 PROMISES = {
     "code": "a command ends with 75 after TERM and USR1, with 130 after INT, or with 0 if it was "

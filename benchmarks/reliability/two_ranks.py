@@ -16,9 +16,9 @@ from pathlib import Path
 import attrs
 import numpy as np
 
-from . import runs
-from .processes import free_port, orphans
-from .trials import Suite, Trial, command
+from benchmarks.reliability import runs
+from benchmarks.reliability.processes import free_port, orphans
+from benchmarks.reliability.trials import Suite, Trial, command
 
 PROMISES = {
     "survivor": "the survivor of two processes ends within 15 seconds, with code 8",

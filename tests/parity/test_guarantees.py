@@ -22,9 +22,9 @@ from e2ediff.store import checkpoint as ck
 from e2ediff.store.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))  # last, so that nothing there hides another module
+sys.path.append(str(ROOT))  # last, so that nothing there hides another module
 
-from reliability import (  # noqa: E402
+from benchmarks.reliability import (  # noqa: E402
     faults,
     full_disk,
     fuzz,
