@@ -151,7 +151,11 @@ class Guard:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned, and drop what was not taken."""
+        """Restore what `state` returned, and drop what was not taken.
+
+        Raises:
+            TypeError, ValueError: It is nothing that `state` returns.
+        """
         self._judged.clear()
         self._windows.clear()
         if self.guards.spike == "off":
@@ -159,7 +163,10 @@ class Guard:
         for phase, rows in state.items():
             window = self._window(phase)
             if rows := rows[-len(window) :]:
-                window[-len(rows) :] = torch.tensor(rows, dtype=window.dtype)
+                found = torch.tensor(rows, dtype=window.dtype)
+                if found.shape[1:] != window.shape[1:] or not (found >= 0).all():
+                    raise ValueError(f"windows: {phase!r} is not pairs of numbers from 0 on")
+                window[-len(rows) :] = found
 
 
 def takes_flag(optimizer: torch.optim.Optimizer) -> bool:

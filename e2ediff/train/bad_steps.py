@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -16,6 +16,7 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.loading.batches import order_of
 from e2ediff.loading.order import Order
 from e2ediff.step.guard import Guard, Judged
+from e2ediff.store.manifest import block, count
 from e2ediff.store.storage import JSON
 from e2ediff.train.continuation import continue_command
 from e2ediff.train.recorder import Recorder
@@ -200,12 +201,20 @@ class BadSteps:
         windows: dict[str, JSON] = {**self.guard.state()}
         return {**{name: getattr(self, name) for name in kept}, "windows": windows}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned; nothing was bad in checkpoints from before the guards."""
-        for name, value in {**_NONE, **state}.items():
-            if name in _NONE:
-                setattr(self, name, [*value] if isinstance(value, list) else value)
-        self.guard.restore(state.get("windows", {}))
+    def restore(self, state: object) -> None:
+        """Restore what `state` returned; nothing was bad in checkpoints from before the guards.
+
+        Raises:
+            TypeError, ValueError: It is nothing that `state` returns.
+        """
+        held = {**_NONE, **block(state, dict, "it")}
+        windows = held.pop("windows", {})
+        for name, value in held.items():
+            if name not in _NONE:
+                raise ValueError(f"{str(name)[:40]!r} is unknown, expected {', '.join(_NONE)}")
+            read = _counts if isinstance(_NONE[name], list) else count
+            setattr(self, name, read(value, name))
+        self.guard.restore(windows)
 
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
@@ -223,3 +232,7 @@ _NONE: dict[str, Any] = {
     "returns": 0,
     "known": [],
 }
+
+
+def _counts(value: object, what: str) -> list[int]:
+    return [count(one, what) for one in block(value, list, what)]
