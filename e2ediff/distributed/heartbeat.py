@@ -253,13 +253,13 @@ def _position(frame: FrameType | None) -> tuple[list[tuple[int, int]], str, bool
 
     The place is the innermost one in this package or a plugin's, outside of torch.
     """
-    code, place, waits = [], "", False
+    stack, place, waits = [], "", False
     while frame is not None:
         file = frame.f_code.co_filename
-        code.append((id(frame.f_code), frame.f_lasti))
+        stack.append((id(frame.f_code), frame.f_lasti))
         waits = waits or any(part in file for part in _WAITS)
         if not place and os.path.join("site-packages", "torch", "") not in file:
             short = os.path.join(*file.split(os.sep)[-3:])
             place = f"{short}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
-    return code, place or "the interpreter", waits
+    return stack, place or "the interpreter", waits

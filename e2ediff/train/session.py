@@ -174,10 +174,10 @@ def train(
         return data_block(directory) if resume else None
 
     recipe = load_recipe(host, recipe_path, overrides, named=resumed, progress=progress)
-    if own and not is_sealed(Store(own_recipe(str(out))), RESOLVED):
+    if own and out is not None and not is_sealed(Store(own_recipe(out)), RESOLVED):
         # Its data have to be read; networks are only what it says that it needs.
         found = [(path, one) for path, one in addresses_in(recipe) if not path.startswith("data.")]
-        refuse_networks(str(out), found, overrides, trust=trust)
+        refuse_networks(addresses.plain(out), found, overrides, trust=trust)
     check_fits(recipe, recipe_path)
     check_shares(recipe, world, recipe_path)
     device = choose_device(recipe.device, world.local if world.size > 1 else None)

@@ -206,6 +206,10 @@ def test_a_user_may_allow_a_protocol_but_never_reference(
     write("guidance", guided("watched://x"))
     done = e2ediff("sample", run)
     assert done.code == 6
+    assert "names other files to open: guidance ('watched://x')" in done.err
+    assert seen == []
+    done = e2ediff("sample", run, "--trust")
+    assert done.code == 6
     assert "watched://x: not a run directory" in done.err
     assert seen
     for address in ("reference://::watched://x", "generic://watched://x"):
