@@ -18,8 +18,8 @@ from torch.nn import functional
 from e2ediff import addresses
 from e2ediff.errors import DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork, read_file
+from e2ediff.files.trial import tried
 from e2ediff_features.torch_export import Program
-from e2ediff_features.trial import tried
 
 Layout = Literal["vectors", "maps", "tokens"]
 _FORMS = {"vectors": "(B, K)", "maps": "(B, K, h, w)", "tokens": "(B, N, K)"}

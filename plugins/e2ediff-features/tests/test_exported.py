@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import e2ediff
-from e2ediff_features import trial
 from e2ediff_features.exported import Exported
 from torch import nn
 from torch.nn import functional
 
 from e2ediff.errors import DataError
+from e2ediff.files import trial
 
 SIDE = 16
 
@@ -445,4 +445,4 @@ def test_a_trial_that_crashes_leaves_this_process_alone(way, said) -> None:
 
 def test_a_trial_that_hangs_is_ended(monkeypatch) -> None:
     monkeypatch.setattr(trial, "WAIT", 0.3)
-    assert trial.tried(lambda: signal.pause()) == "it took longer than 0.3 seconds, for two images"
+    assert trial.tried(lambda: signal.pause()) == "it took longer than 0.3 seconds"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import attrs
@@ -15,6 +16,7 @@ from e2ediff.errors import DataError
 from e2ediff.files.index import Index, stored_index
 from e2ediff.files.listing import Listing
 from e2ediff.files.location import File, Location, fingerprint
+from e2ediff.files.trial import tried
 from e2ediff.limits import MAX_BYTES, check_memory, check_size
 from e2ediff_sources.beside import files_of_one_split, left_out_with
 from e2ediff_sources.columns import Columns, Rows, TableConfig, files_of_kind, no_bytes, pyarrow
@@ -128,6 +130,7 @@ class Parquet(TableConfig):
     ) -> Index:
         """For each row: its file, its row group (as `start`), its place there (as `size`)."""
         rows, option = Rows(), location.option
+        _refuse_crashing(arrow, location, files)
         for number, found in enumerate(files):
             with _opened(arrow, location, found) as file:
                 chosen = self.chosen(arrow, file.schema_arrow, found.path, option)
@@ -151,6 +154,30 @@ class Parquet(TableConfig):
                 rows.start += [group] * count
                 rows.size += range(count)
         return rows.index(files, columns, option)
+
+
+def _refuse_crashing(arrow: Any, location: Location, files: Sequence[File]) -> None:
+    """Read the footers in a process of their own: pyarrow ends the process for some damage.
+
+    Raises:
+        DataError: It did, and for which file.
+    """
+
+    def footer(found: File) -> None:
+        # What can be caught is reported where the file is read.
+        with suppress(DataError), _opened(arrow, location, found) as file:
+            for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+                for part in map(group.column, range(group.num_columns)):
+                    _ = part.path_in_schema, part.statistics and part.statistics.null_count
+
+    if not tried(lambda: [footer(found) for found in files]):
+        return
+    for found in files:
+        if why := tried(partial(footer, found)):
+            raise DataError(
+                f"{location.option}: {found.path} cannot be read as Parquet (its footer: {why}); "
+                "fetch it again"
+            )
 
 
 @contextmanager

@@ -371,3 +371,12 @@ def test_damage_is_refused_with_an_error_of_ours(kind: str) -> None:
 
     _, refused = outcomes(seed, Path("damaged", kind), read, 30)
     assert refused > 10
+
+
+def test_a_parquet_file_at_which_pyarrow_ends_the_process_is_refused() -> None:
+    """Its footer was damaged at random; pyarrow 26 calls `terminate` where its columns are read."""
+    pytest.importorskip("pyarrow.parquet")
+    path = Path(__file__).with_name("aborting.parquet")
+    line = refusal(Parquet(path=str(path), size=16, classes=0), DataError)
+    assert "aborting.parquet" in line
+    assert "fetch it again" in line
