@@ -163,17 +163,18 @@ def _refuse_crashing(arrow: Any, location: Location, files: Sequence[File]) -> N
         DataError: It did, and for which file.
     """
 
-    def footer(found: File) -> None:
-        # What can be caught is reported where the file is read.
-        with suppress(DataError), _opened(arrow, location, found) as file:
-            for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
-                for part in map(group.column, range(group.num_columns)):
-                    _ = part.path_in_schema, part.statistics and part.statistics.null_count
+    def footers(*several: File) -> None:
+        for found in several:
+            # What can be caught is reported where the file is read.
+            with suppress(DataError), _opened(arrow, location, found) as file:
+                for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+                    for part in map(group.column, range(group.num_columns)):
+                        _ = part.path_in_schema, part.statistics and part.statistics.null_count
 
-    if not tried(lambda: [footer(found) for found in files]):
+    if not tried(partial(footers, *files)):
         return
     for found in files:
-        if why := tried(partial(footer, found)):
+        if why := tried(partial(footers, found)):
             raise DataError(
                 f"{location.option}: {found.path} cannot be read as Parquet (its footer: {why}); "
                 "fetch it again"

@@ -374,7 +374,7 @@ def test_damage_is_refused_with_an_error_of_ours(kind: str) -> None:
 
 
 def test_a_parquet_file_at_which_pyarrow_ends_the_process_is_refused() -> None:
-    """Its footer was damaged at random; pyarrow 26 calls `terminate` where its columns are read."""
+    """Damage at random; pyarrow 26 calls `terminate` where the columns of its footer are read."""
     pytest.importorskip("pyarrow.parquet")
     path = Path(__file__).with_name("aborting.parquet")
     line = refusal(Parquet(path=str(path), size=16, classes=0), DataError)
