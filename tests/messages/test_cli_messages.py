@@ -139,8 +139,8 @@ def test_an_unknown_command_suggests_the_one_that_was_meant(monkeypatch) -> None
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith(
         "Error: unknown command 'sampel'. Did you mean 'sample'? "
-        "Known: ablate, check, compare, eval, interpolate, parts, plugins, reconstruct, "
-        "report, run, sample."
+        "Known: ablate, check, ckpt, compare, doctor, eval, interpolate, parts, plugins, "
+        "reconstruct, report, run, sample."
     )
 
 
@@ -517,18 +517,16 @@ def test_a_diverging_run_names_the_loss_and_the_last_good_checkpoint() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cadence", "what"),
+    ("cadence", "policy", "what"),
     [
-        (
-            "log: 1, diagnose: 1000}, guards={non_finite: stop",
-            "loss/reconstruction, loss/denoising are not finite.",
-        ),
-        ("log: 1000, diagnose: 1", "of the probe images: not finite."),
+        ("log: 1, diagnose: 1000", "stop", "loss/reconstruction, loss/denoising are not finite."),
+        ("log: 1000, diagnose: 1", "skip", "of the probe images: not finite."),
     ],
 )
-def test_divergence_is_told_by_whoever_looks_first(cadence: str, what: str) -> None:
-    """The losses where they are logged, the probe where it is measured."""
-    (line,) = refused(7, *WILD, f"cadence={{{cadence}}}", "--set", "steps=1000")
+def test_divergence_is_told_by_whoever_looks_first(cadence: str, policy: str, what: str) -> None:
+    """The losses of a bad step where the guards stop, or the probe where it is measured."""
+    words = (f"cadence={{{cadence}}}", f"guards.non_finite={policy}", "steps=1000")
+    (line,) = refused(7, *WILD[:-1], *(word for one in words for word in ("--set", one)))
     assert what in line
     assert "There is no checkpoint yet." in line
 
