@@ -89,6 +89,7 @@ class Stop:
         self._since = 0.0
         self._old: dict[int, object] = {}
         self._process = 0
+        self._over = False
 
     @property
     def asked(self) -> bool:
@@ -98,6 +99,10 @@ class Stop:
     def defer(self) -> None:
         """Record signals from now on, because there is something to finish or save."""
         self.at_once = False
+
+    def finish(self) -> None:
+        """Ignore signals from now on, because how the work ended is being recorded."""
+        self._over = True
 
     def note(self, number: int) -> None:
         """Record a signal, of this process or of another one of the run, as a request to stop."""
@@ -164,7 +169,11 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             self._restore()
+            if signal.getsignal(number) == self._handle:  # forked while it was being set
+                signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        elif self._over:
+            pass
         elif self.asked:
             self._ask_again(number)
         else:

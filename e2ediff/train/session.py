@@ -495,6 +495,7 @@ def _place(engine: Engine) -> str:
 
 def _end(directory: RunDirectory, engine: Engine, stop: Stop) -> Outcome:
     """Record the end of a run that did not fail."""
+    stop.finish()
     if engine.position.step >= engine.recipe.total_steps:
         state: State = "done"
         code, reason = 0, "all steps done"
