@@ -230,7 +230,7 @@ def test_another_set_in_out_is_refused_field_by_field_and_replaced_when_told(run
         "s: holds another set of images:",
         "  sampler.steps: 2 there, 1 here",
         "  seed: 0 there, 7 here",
-        "Choose another --out, or give --overwrite.",
+        "  Choose another --out, or give --overwrite.",
     ]
     before = Path("s/images/000000.png").read_bytes()
     assert e2ediff(*sample, "--seed", 7, "--overwrite").code == 0

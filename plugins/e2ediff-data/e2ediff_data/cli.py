@@ -129,11 +129,9 @@ def prepare_command(
         f"classes: {image.classes}, "
         f"channels: {image.channels}}}"
     )
-    echo(
-        f"{done.images:,} images in {done.shards} shards{kept}; {len(done.left_out)} left out\n"
-        f"read them with: --set {shlex.quote(block)}",
-        err=True,
-    )
+    left_out = f"{len(done.left_out)} left out"
+    echo(f"{done.images:,} images in {done.shards} shards{kept}; {left_out}", err=True)
+    echo(f"read them with: --set {shlex.quote(block)}", err=True)
     echo_path(dst)
 
 
