@@ -89,7 +89,7 @@ class Basis:
                 "recipe to have all widths."
             )
         found, place = list[Checkpoint](), snapshots(store)
-        for name in list_checkpoints(place, finished=True):
+        for name in list_checkpoints(place):
             try:
                 found.append(open_one(place, name, verify=False))
             except CheckpointError as error:

@@ -127,7 +127,8 @@ def test_a_run_killed_at_any_file_operation_of_its_beginning_is_taken_up(begin, 
         assert RunDirectory.never_began(str(out)), moment
         copies = [shutil.copytree(out, out.parent / name) for name in ("run0", "run1")]
         begin(out)
-        assert {*os.listdir(out)} == {".lock", "recipe.yaml", "resolved.yaml", "run.json"}
+        ours = {".lock", "recipe.yaml", "resolved.yaml", "run.json", "seal"}
+        assert {*os.listdir(out)} == ours
         if (found := state(copies[0])) in seen:
             continue
         seen.add(found)

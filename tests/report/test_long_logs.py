@@ -147,7 +147,7 @@ def test_lines_are_the_same_whatever_the_size_of_pieces(
     (tmp_path / "log").write_bytes(content)
     store = Store(str(tmp_path))
     for size in (1, 2, 3, 5, 64, 1 << 22):
-        monkeypatch.setattr("e2ediff.store.storage._CHUNK", size)
+        monkeypatch.setattr("e2ediff.store.storage.PIECE", size)
         found = list(store.lines("log", torn=True))
         assert [line for _, line in found] == content.split(b"\n")
         assert [content[:end] for end, _ in found][-2:] == [content[:-3], content]
