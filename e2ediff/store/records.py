@@ -59,14 +59,17 @@ def refuse_vanished(directory: RunDirectory, recipe: Recipe, changes: Mapping[st
     due = max(_cadences([changes, *(e.get("changes") for e in events)], recipe))
     steps = chain([directory.former_status()], directory.store.json_lines(METRICS))
     step = max((s for line in steps if isinstance(s := line.get("step"), int)), default=0)
-    later = later_files(directory.store, due * recipe.batch, due)
+    # The first save may have waited for a good step, and is complete when the second one begins.
+    # Without any event it cannot be told whether one was complete.
+    limit = 2 * due if events or not directory.store.local else due
+    later = later_files(directory.store, limit * recipe.batch, limit)
     if bad := sorted(quarantined(directory.store)):
         why = f"{bad[-1]} was one, and did not verify"
     elif name := newest_saved(directory):
         saved = any(e.get("kind") in (*SAVES, "rewound", "lost") for e in events)
         why = f"{EVENTS if saved else STATUS} says that {name} was saved"
-    elif step > due or later:
-        seen = f"the run was at step {step}" if step > due else f"{later[-1]} exists"
+    elif step > limit or later:
+        seen = f"the run was at step {step}" if step > limit else f"{later[-1]} exists"
         why = f"{seen}, and a checkpoint was due at step {due}"
     else:
         return

@@ -320,7 +320,7 @@ def test_skipping_keeps_labels_and_all_other_images_where_they_are(place, broken
     config, bad = broken
     told: list = []
     source = open_source(config)
-    options = {"workers": workers, "report": told.extend}
+    options = {"workers": workers, "report": lambda found, seen: told.extend(found)}
     skipped, whole = seen(config, source, **options), seen(folder(place))
     order = torch.tensor(Order(TOTAL, 1).indices(0, 180)).reshape(9, 20)
     for a, b, indices in zip(skipped, whole, order, strict=True):

@@ -417,7 +417,7 @@ def test_a_restart_killed_between_any_two_moves_is_finished_by_another(place, st
                 assert "If --restart was interrupted here, repeat it" in done.err
         RunDirectory.create("run", "tiny", TEXT, "resolved", {}, restart=True).unlock()
         assert {path.name for path in Path("run").iterdir()} == {
-            ".lock", "attempts", "recipe.yaml", "resolved.yaml", "run.json", "events.jsonl"
+            ".lock", "attempts", "recipe.yaml", "resolved.yaml", "run.json", "events.jsonl", "seal"
         }  # fmt: skip
         assert content("run/attempts/1") == before
         assert ("2" in os.listdir("run/attempts")) == (count == len(names))
