@@ -1,5 +1,42 @@
 """What the tests of core share."""
 
-from fixtures import host, tiny_recipe, tiny_text
+from __future__ import annotations
 
-__all__ = ["host", "tiny_recipe", "tiny_text"]
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fixtures import host, tiny_recipe, tiny_text
+from forked import forked_runs
+
+__all__ = ["forks", "host", "tiny_recipe", "tiny_text"]
+
+# Files whose tests take a minute or more, longest first. A process that runs tests takes one file
+# after another, and the others would wait for the last of these.
+_LONG = (
+    "test_compiling",
+    "test_tutorial",
+    "test_guarantees",
+    "test_conditions",
+    "test_quickstart_quality",
+    "test_resume",
+    "test_ablation",
+    "test_hangs",
+    "test_processes",
+    "test_forecast",
+    "test_killed_beginnings",
+    "test_signals",
+)
+
+
+@pytest.fixture
+def forks() -> Iterator[None]:
+    """Start the runs of an ablation as forks of this process."""
+    with forked_runs():
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest."""
+    order = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(Path(item.path).stem, len(_LONG)))

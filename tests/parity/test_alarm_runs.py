@@ -238,6 +238,7 @@ def test_since_when_latents_are_collapsed_outlives_a_stop(trapped) -> None:
     assert [e["step"] for e in run.events("collapse")] == [6]
 
 
+@pytest.mark.usefixtures("forks")
 def test_an_ablation_says_which_of_its_runs_ended_collapsed(tiny_recipe, tmp_path) -> None:
     words = ("ablate", tiny_recipe, "--vary", "objective=coupled", "--seeds", "0")
     done = e2ediff(*words, "--set", STRICT, "--threads", "1", "--out", tmp_path / "group")

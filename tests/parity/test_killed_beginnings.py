@@ -282,6 +282,7 @@ def test_an_empty_directory_is_no_run_that_was_killed(tmp_path) -> None:
     assert not any((tmp_path / "mount").iterdir())
 
 
+@pytest.mark.usefixtures("forks")
 def test_an_ablation_killed_at_its_beginning_is_taken_up(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(TEXT)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
 import pytest
 from command_line import Done, e2ediff
+from forked import forked_runs
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -20,6 +22,13 @@ class Made:
     path: Path
     words: tuple[str, ...]
     done: Done
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> Iterator[None]:
+    """Runs of ablations are forks here; `test_lost_checkpoints` starts them as a user does."""
+    with forked_runs():
+        yield
 
 
 @pytest.fixture(scope="session")
