@@ -245,6 +245,7 @@ def run(recipe, out, *changes, world=None):
     return {f"{file}:{k}": t for file in opened.files for k, t in opened.tensors(file).items()}
 
 
+ONE = "backbone.depth=1"  # a whole step takes long to trace, and as long again for each block
 WIDE = ["backbone.width=192"]  # a block has more than the megabyte that DDP sends first
 
 
@@ -252,12 +253,12 @@ WIDE = ["backbone.width=192"]  # a block has more than the megabyte that DDP sen
     ("kind", "changes"),
     [
         ("one", ["compile=blocks"]),
-        pytest.param("one", ["compile=step"], marks=pytest.mark.slow),
+        pytest.param("one", ["compile=step", ONE], marks=pytest.mark.slow),
         ("ddp", ["compile=blocks"]),
         ("ddp", ["compile=blocks", *WIDE]),
-        pytest.param("ddp", ["compile=step"], marks=pytest.mark.slow),
+        pytest.param("ddp", ["compile=step", ONE], marks=pytest.mark.slow),
         ("fsdp2", ["compile=blocks"]),
-        pytest.param("fsdp2", ["compile=step"], marks=pytest.mark.slow),
+        pytest.param("fsdp2", ["compile=step", ONE], marks=pytest.mark.slow),
     ],
     ids=str,
 )
