@@ -16,6 +16,7 @@ import attrs
 import pytest
 import torch
 from command_line import e2ediff
+from saves import await_checkpoint
 
 from e2ediff import hookimpl
 from e2ediff.data import ImageSpec
@@ -364,11 +365,14 @@ def test_a_run_that_goes_back_resumes_bit_for_bit(cuts, trapped) -> None:
 
 
 def test_a_return_to_a_checkpoint_that_is_gone_is_an_error_that_names_it(trapped) -> None:
-    run = trapped(3, 4)
+    run, signs = trapped(3, 4), []
 
     def verdict(self, values):
         if not values.get("trap"):
             return []
+        if not signs:
+            await_checkpoint(run.out, "images-000000000032")
+        signs.append("it snapped shut")
         for name in list_checkpoints(Store(str(run.out))):
             (run.out / "checkpoints" / name / "MANIFEST.json").unlink(missing_ok=True)
         return ["it snapped shut"]
@@ -385,6 +389,7 @@ def test_a_damaged_checkpoint_to_return_to_is_said_with_what_a_run_can_do(trappe
     def verdict(self, values):
         if not values.get("trap"):
             return []
+        await_checkpoint(run.out, "images-000000000032")
         (run.out / "checkpoints/images-000000000032/online.safetensors").write_bytes(b"")
         return ["it snapped shut"]
 

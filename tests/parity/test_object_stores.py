@@ -17,6 +17,7 @@ import fsspec
 import pytest
 import torch
 from faulty_store import FAULTS, faults, without_faults
+from saves import await_checkpoint
 from tiny_recipe import tiny
 
 from e2ediff import hookimpl
@@ -248,6 +249,7 @@ def test_a_run_whose_lease_was_taken_ends_with_6_and_leaves_its_files_to_the_oth
     @hookimpl
     def step_ended(run, step):
         if step == 3:
+            await_checkpoint(url, "images-000000000016")
             leased(url)
 
     host = load(SimpleNamespace(__name__="other", step_ended=step_ended))

@@ -19,12 +19,13 @@ from types import SimpleNamespace
 
 import pytest
 from pictures import write_tree
+from saves import await_checkpoint
 
 from e2ediff import hookimpl
 from e2ediff.errors import RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, load_recipe
-from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint, save
+from e2ediff.store.checkpoint import open_checkpoint, save
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 from e2ediff.train.continuation import refuse_other_recipe
@@ -143,9 +144,7 @@ def test_a_crash_loses_only_what_came_after_the_last_checkpoint(
     @hookimpl
     def step_ended(run, step):
         if step == 7:
-            until = time.monotonic() + 30  # step 4 is saved beside training
-            while not list_checkpoints(Store(out)) and time.monotonic() < until:
-                time.sleep(0.01)
+            await_checkpoint(out, "images-000000000032")
             shutil.copytree(out, copy, ignore=shutil.ignore_patterns(".lock"))
 
     changes = RUNS["coupled"]
