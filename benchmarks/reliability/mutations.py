@@ -241,7 +241,8 @@ def stale(folder: Path, other: Path, chance: random.Random) -> str:
     if left_out == "state.json" and other.name == folder.name:
         return ""  # runs of one recipe share it: that would be another run's, whole
     files = sorted(other.iterdir()) if left_out != "one" else [_file(other, chance)]
-    for file in files:
+    # The other checkpoint may have been damaged before, and a link to a device has no end.
+    for file in filter(Path.is_file, files):
         if file.name != left_out and (left_out != "all" or file.name == "MANIFEST.json"):
             shutil.copy(file, folder / file.name)
     return f"{left_out} of {other.name}"
@@ -252,8 +253,12 @@ def directory(folder: Path, other: Path, chance: random.Random) -> str:
     if other.name == folder.name:
         return ""  # whole, of another run: by its files nothing tells
     shutil.rmtree(folder)
-    shutil.copytree(other, folder)
+    shutil.copytree(other, folder, ignore=lambda _, names: _no_files(other, names))
     return other.name
+
+
+def _no_files(folder: Path, names: list[str]) -> list[str]:
+    return [name for name in names if not (folder / name).is_file()]
 
 
 def fifo(folder: Path, other: Path, chance: random.Random) -> str:
