@@ -193,10 +193,12 @@ class Structurer:
         if flat:
             assert isinstance(flat.hint, type)
             chosen = self._chosen(node, flat.hint, where, entries)
-            if not isinstance(chosen, type):
-                return _FAILED
-            known, inner = {k: o for k, o in known.items() if o is not flat}, chosen
-            known |= options(inner)
+            known = {k: o for k, o in known.items() if o is not flat}
+            if isinstance(chosen, type):
+                inner = chosen
+                known |= options(inner)
+            else:  # other entries may be options of the part
+                entries = {k: v for k, v in entries.items() if k in known}
         words = {*known, "kind"} if issubclass(inner, (*DEFAULTS,)) else {*known}
         values: dict[str, object] = {}
         meant: set[str] = set()
@@ -212,24 +214,24 @@ class Structurer:
         for option in known.values():
             if option.name in values:
                 continue
-            if option.part is not None:
+            if option.name in meant:
+                # Do not report an option twice that is given, but misspelt.
+                values[option.name] = _FAILED
+            elif option.part is not None:
                 named = Node(option.part, node.place)
                 values[option.name] = self._value(
                     named, option.hint, path_join(where, option.name)
                 )
             elif option.required:
-                # Do not report an option twice that is given, but misspelt.
-                if option.name not in meant:
-                    way_out = f"Add `{option.name}:` with {describe(option.hint)}."
-                    self._complain(where, f"{option.name!r} is missing.", node.place, way_out)
+                way_out = f"Add `{option.name}:` with {describe(option.hint)}."
+                self._complain(where, f"{option.name!r} is missing.", node.place, way_out)
                 values[option.name] = _FAILED
-        if any(v is _FAILED for v in values.values()):
-            return _FAILED
-        if flat:
+        if flat and inner is cls:
+            values[flat.attribute] = _FAILED
+        elif flat:
             own = {name: values.pop(name) for name in options(inner) if name in values}
             values[flat.attribute] = self._built(inner, own, node, where, entries)
-        made = self._built(cls, values, node, where, entries)
-        return _FAILED if any(v is _FAILED for v in values.values()) else made
+        return self._built(cls, values, node, where, entries)
 
     def _built(
         self,
@@ -239,13 +241,17 @@ class Structurer:
         where: str,
         entries: Mapping[str, Node],
     ) -> object:
-        try:
-            return cls(**values)
-        except Exception as exc:  # a plugin's validator; ours and attrs' raise ValueError
-            for key, cause in list(_refusals(cls, values)) or [("", exc)]:
-                place = entries[key].place if key in entries else node.place
-                self._complain(path_join(where, key) if key else where, _text(cause), place)
-            return _FAILED
+        error: Exception | None = None
+        if not any(value is _FAILED for value in values.values()):
+            try:
+                return cls(**values)
+            except Exception as exc:  # a plugin's validator; ours and attrs' raise ValueError
+                error = exc
+        refused = [*_refusals(cls, values)] or ([("", error)] if error else [])
+        for key, cause in refused:
+            place = entries[key].place if key in entries else node.place
+            self._complain(path_join(where, key) if key else where, _text(cause), place)
+        return _FAILED
 
 
 def structured(
@@ -264,25 +270,57 @@ def structured(
     """
     structurer = Structurer(host, excused=excused)
     value = structurer.read(node, cls)
-    if found := [*problems, *structurer.problems]:
+    if found := [*problems, *sorted(structurer.problems, key=_position)]:
         raise RecipeError(source, found)
     assert isinstance(value, cls)
     return value
 
 
+def _position(problem: Problem) -> tuple[bool, list[int]]:
+    """Return the order of a problem: by line and column, those of overrides after the file's."""
+    numbers = [int(part) for part in problem.line.split(":")[1:] if part.isdecimal()]
+    return not numbers, numbers[-2:]
+
+
 def _refusals(cls: type, values: Mapping[str, object]) -> Iterator[tuple[str, Exception]]:
-    """Yield each option that its validator refuses, as attrs stops at the first."""
-    try:
-        with attrs.validators.disabled():
-            instance = cls(**values)
-    except Exception:  # of a converter or __attrs_post_init__, which the caller reports
-        return
-    for field in attrs.fields(cls):
-        if field.validator is not None:
-            try:
-                field.validator(instance, field, getattr(instance, field.name))
-            except Exception as exc:  # as above
+    """Yield each option that its validator refuses, as attrs stops at the first.
+
+    An option that failed before is left out, and so is what a validator says that asks for it.
+    """
+    fields = attrs.fields(cls)
+    partial: Any = object.__new__(cls)
+    for field in fields:
+        try:
+            value = _converted(field, values.get(field.alias, field.default), partial)
+        except Exception as exc:  # of a converter
+            yield field.alias, exc
+            continue
+        if value is not _FAILED and value is not attrs.NOTHING:
+            object.__setattr__(partial, field.name, value)
+    lacking = [field.name for field in fields if not hasattr(partial, field.name)]
+    for field in fields:
+        if field.validator is None or field.name in lacking:
+            continue
+        try:
+            field.validator(partial, field, getattr(partial, field.name))
+        except AttributeError as exc:
+            if not lacking:
                 yield field.alias, exc
+        except Exception as exc:  # as above
+            yield field.alias, exc
+
+
+def _converted(field: attrs.Attribute[Any], value: Any, instance: object) -> object:
+    """Return the value of a field as attrs would set it, of an option or of its default."""
+    if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
+        value = value.factory(instance) if value.takes_self else value.factory()
+    converter: Any = field.converter
+    if converter is None or value is _FAILED or value is attrs.NOTHING:
+        return value
+    if hasattr(converter, "takes_self"):  # an attrs.Converter
+        more = [instance] * converter.takes_self + [field] * converter.takes_field
+        return converter.converter(value, *more)
+    return converter(value)
 
 
 def _text(exc: Exception) -> str:

@@ -8,6 +8,8 @@ import attrs
 import pytest
 from tiny_parts import part, plugin
 
+from e2ediff import addresses
+from e2ediff.data import Size, as_size, positive_size
 from e2ediff.errors import RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe, parse_recipe
@@ -40,7 +42,18 @@ HOST = load(
                 ),
             )
         ],
-        sources=[("shapes", part("sources"))],
+        sources=[
+            ("shapes", part("sources")),
+            (
+                "sized",
+                part(
+                    "sources",
+                    path=(str, attrs.field(converter=addresses.plain)),
+                    size=(Size, attrs.field(converter=as_size, validator=positive_size)),
+                    count=(int, attrs.field(default=1, validator=attrs.validators.gt(0))),
+                ),
+            ),
+        ],
         optimizers=[("sgd", part("optimizers", lr=(float, attrs.field())))],
         samplers=[("euler", part("samplers", steps=(int, 10)))],
         averages=[("constant", Constant)],
@@ -221,6 +234,30 @@ def test_every_refused_option_of_a_part_is_named_in_plain_words():
         "r.yaml:9:52: objective.roof: 'roof' must be < 9: 10.0",
         "r.yaml:9:63: objective.shape: 'shape' must be in ('a', 'b') (got 'c')",
     ]
+
+
+def test_one_wrong_option_of_a_block_hides_no_other_one():
+    """Neither one of a wrong type, nor an unknown, a missing or a misspelt one."""
+    text = (
+        swap("batch: 16", "batch: many\nmicroshards: 0\nseed: -1")
+        .replace("optimizer: {name: sgd, lr: 0.1}", "optimizer: sgd")
+        .replace("variance_floor", "{name: variance_floor, floor: -1, kind: round, roof: 10}")
+    )
+    text += "guards: {non_finite: never, limit: -1, facto: 0.5, window: 0}\n"
+    text += "ema: [{name: A b, kind: other}, {name: ok, decay: 3, warmup: 1}]\n"
+    text += "data: {name: sized, path: 5, size: [0, 8], count: -1}\n"
+    found = [line.split(": ")[1] for line in lines(text.replace("data: shapes\n", ""))[1:]]
+    assert found == [
+        *("batch", "microshards", "seed", "objective.floor", "objective.kind", "objective.roof"),
+        *("optimizer", "guards.non_finite", "guards.limit", "guards", "guards.window"),
+        *("ema.0.name", "ema.0", "ema.1.decay", "ema.1.warmup"),
+        *("data.path", "data.size", "data.count"),
+    ]
+
+
+def test_a_length_that_cannot_be_read_is_not_called_missing_too():
+    assert lines(swap("steps: 100", "steps: many"))[0] == "r.yaml: 1 problem"
+    assert lines(swap("steps: 100", "step: 100"))[0] == "r.yaml: 1 problem"
 
 
 @pytest.mark.parametrize(
