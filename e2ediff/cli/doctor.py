@@ -15,7 +15,6 @@ from e2ediff.terminal import echo
 if TYPE_CHECKING:
     from e2ediff.doctor.finding import Finding
 
-_COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 _NARROWEST = 20
 
 
@@ -65,7 +64,7 @@ def _table(findings: list[Finding], width: int) -> Iterator[str]:
         margin = 4
     room = max(_NARROWEST, width - margin)
     for finding in findings:
-        state = click.style(f"{finding.state:<9}", fg=_COLOURS[finding.state])
+        state = f"{finding.state:<9}"
         words = textwrap.wrap(finding.what, room, break_on_hyphens=False)
         if finding.hint:
             words += textwrap.wrap(f"-> {finding.hint}", room, break_on_hyphens=False)
