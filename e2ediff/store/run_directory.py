@@ -153,6 +153,8 @@ class RunDirectory:
         found = directory.store.list()
         if RUN not in found:
             what = f"it has no {RUN}" if found else "no such directory, or it is empty"
+            if os.path.isfile(directory.store.local_path() or ""):
+                what = "it is a file"
             way_out = _run_meant(path)
             if numbers(directory.store):
                 way_out = "If --restart was interrupted here, repeat it."
@@ -297,11 +299,11 @@ class RunDirectory:
 
     def recipe(self) -> str:
         """Read the recipe as given."""
-        return self._read(RECIPE).decode()
+        return self._read_text(RECIPE)
 
     def resolved(self) -> str:
         """Read the recipe with every default spelled out."""
-        return self._read(RESOLVED).decode()
+        return self._read_text(RESOLVED)
 
     def replace_resolved(self, text: str) -> None:
         """Replace the recipe with every default, by the one with which the run goes on."""
@@ -453,17 +455,16 @@ class RunDirectory:
             names = dict.fromkeys(name for line in self.stream_metrics() for name in line)
             return [figure for name in names if (figure := earlier_figure(name))]
         known = {field.name for field in attrs.fields(Figure)}
+        way_out = "Remove it to judge figures by their names."
         try:
             rows = [{k: v for k, v in r.items() if k in known}
-                    for r in self._read_json(FIGURES).values()]  # fmt: skip
+                    for r in self._read_json(FIGURES, way_out).values()]  # fmt: skip
             for row in rows:
                 _check_texts(row)
             return [Figure(**{**row, "shown_on": tuple(row["shown_on"])}) for row in rows]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             where = self.store.where(FIGURES)
-            raise RunDirectoryError(
-                f"{where}: is damaged ({error}). Remove it to judge figures by their names."
-            ) from error
+            raise RunDirectoryError(f"{where}: is damaged ({error}). {way_out}") from error
 
     def event(self, kind: str, **fields: JSON) -> None:
         """Add one event: a save, a rollback, an alarm, a signal."""
@@ -520,7 +521,15 @@ class RunDirectory:
             return
         self.store.write(file, json.dumps(value, indent=1).encode() + b"\n")
 
-    def _read_json(self, file: str) -> dict[str, Any]:
+    def _read_text(self, file: str) -> str:
+        try:
+            return self._read(file).decode()
+        except UnicodeDecodeError as error:
+            where = self.store.where(file)
+            what = f"is damaged: it is not UTF-8 text ({error.reason} at byte {error.start})"
+            raise RunDirectoryError(f"{where}: {what}. Restore it from a copy.") from error
+
+    def _read_json(self, file: str, way_out: str = "Restore it from a copy.") -> dict[str, Any]:
         try:
             value = json.loads(self._read(file))
             if isinstance(value, dict):
@@ -528,7 +537,8 @@ class RunDirectory:
             problem = "holds no JSON object"
         except (ValueError, RecursionError) as error:
             problem = f"is damaged: {error}"
-        raise RunDirectoryError(f"{self.store.where(file)}: {problem}.")
+        where = self.store.where(file)
+        raise RunDirectoryError(f"{where}: {problem}. {way_out}")
 
     def _typed(
         self, file: str, kinds: Mapping[str, Callable[[Any, str], object]]

@@ -203,4 +203,6 @@ def test_damaged_logs_and_files_of_a_run_are_told() -> None:
         run.store.write("run.json", b"[]")
         with pytest.raises(RunDirectoryError) as caught:
             RunDirectory.open("runs/x")
-        assert str(caught.value) == "runs/x/run.json: holds no JSON object."
+        assert str(caught.value) == (
+            "runs/x/run.json: holds no JSON object. Restore it from a copy."
+        )

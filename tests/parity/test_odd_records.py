@@ -134,6 +134,28 @@ def test_records_of_another_kind_are_refused_in_a_line(host, run, file, text) ->
     assert done.code == (6 if file == "run.json" else 0)
 
 
+@pytest.mark.parametrize("file", ["resolved.yaml", "run.json", "figures.json", "status.json"])
+def test_a_record_that_is_no_text_is_refused_in_a_line_with_the_way_out(run, file) -> None:
+    """By every command that reads it."""
+    (run / file).write_bytes(b"\xff\xfename: x\n")
+    way_out = "Remove it" if file == "figures.json" else "Restore it from a copy"
+    refused = 0
+    for words in (
+        ["report", run], ["compare", run, RUN], ["ckpt", "info", run],
+        ["ckpt", "export", run, run.parent / "w.safetensors"],
+        ["sample", run, "--out", run.parent / "set"],
+    ):  # fmt: skip
+        done = e2ediff(*words)
+        if done.code != 0:
+            refused += 1
+            assert done.code == 6, done.err
+            assert f"{file}: is damaged" in done.err
+            assert way_out in done.err
+    assert (
+        refused == {"resolved.yaml": 5, "run.json": 5, "figures.json": 2, "status.json": 2}[file]
+    )
+
+
 @pytest.mark.parametrize("count", ["-5", "1e999", "true", '"x"', "1000000000000000000000"])
 def test_a_number_of_threads_that_is_none_is_chosen_anew(run, count) -> None:
     hardware = f'{{"cpus": {os.cpu_count()}, "threads": {count}}}'
