@@ -29,7 +29,7 @@ def put_aside(
     """Rename the checkpoints after the newest intact one that do not verify.
 
     Checkpoints of a newer format, and files that the system does not read, stay as they are; so
-    does everything in stores that are not local, where a renaming would copy.
+    do objects without a manifest in other stores, where a save that was interrupted leaves them.
 
     Args:
         store: The run's, locked by this process.
@@ -39,7 +39,7 @@ def put_aside(
     Yields:
         The name of each, why it does not verify, and the name under which it is kept.
     """
-    names = list_checkpoints(store) if store.local else [newest]
+    names = list_checkpoints(store, finished=not store.local)
     for name in names[names.index(newest) + 1 :]:
         try:
             open_one(store, name, verify=True)

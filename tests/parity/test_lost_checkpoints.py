@@ -290,6 +290,28 @@ def test_a_run_that_goes_on_puts_checkpoints_that_do_not_verify_aside(place) -> 
     assert not Store("run/post_hoc").list("checkpoints")[0].startswith(".")
 
 
+def test_on_an_object_store_what_does_not_verify_is_put_aside_too(place) -> None:
+    """It would be replaced by the next save of as many images; a save that never finished goes."""
+    damage()
+    url = f"memory://{place}/aside"
+    store = Store(url)
+    for path in Path("run").rglob("*"):
+        if path.is_file() and path.name != ".lock":
+            store.write(str(path.relative_to("run")), path.read_bytes())
+    store.write("checkpoints/images-000000000056/online.safetensors", b"half")
+    half = store.read(f"checkpoints/{LAST}/online.safetensors")
+    done = e2ediff("run", "--resume", url)
+    assert done.code == 0, done.err
+    (kept,) = (name for name in store.list("checkpoints") if name.startswith("."))
+    assert kept.startswith(f".bad-{LAST}-")
+    assert store.read(f"checkpoints/{kept}/online.safetensors") == half
+    (event,) = [e for e in RunDirectory.open(url).read_events() if e["kind"] == "quarantined"]
+    assert (event["name"], event["kept"]) == (LAST, kept)
+    assert e2ediff("ckpt", "verify", url, LAST).code == 0
+    assert e2ediff("ckpt", "prune", url, "--bad").code == 0
+    assert kept not in store.list("checkpoints")
+
+
 def test_a_quarantined_checkpoint_shows_that_there_was_one(place) -> None:
     only()()
     Path(f"run/checkpoints/.bad-{LAST}-0123abcd").mkdir(parents=True)
