@@ -52,10 +52,10 @@ def list_(run: str, *, as_json: bool) -> None:
     import attrs
 
     from e2ediff.host.listing import aligned
-    from e2ediff.store.audit import survey
+    from e2ediff.store.audit import missing, survey
 
-    store = _open(run).store
-    found = survey(store, verify=False)
+    directory = _open(run)
+    found = [*survey(directory.store, verify=False), *missing(directory)]
     if as_json:
         echo(json.dumps([attrs.asdict(one) for one in found], indent=1), lines=True)
         return
@@ -73,7 +73,7 @@ def list_(run: str, *, as_json: bool) -> None:
         echo(line.rstrip())
     for one in found:
         if one.reason and one.state != "quarantined":
-            echo(one.reason, err=True, lines=True)
+            _say(one.reason)
 
 
 @command.command("verify", short_help="Hash every file of the checkpoints.")
@@ -84,22 +84,24 @@ def verify(run: str, names: tuple[str, ...], *, as_json: bool) -> int:
     """Read every file of RUN's checkpoints and compare its SHA-256; or only those of NAMEs.
 
     Snapshots of `post_hoc` count too.
-    Exit code 6 if a checkpoint does not verify.
+    Exit code 6 if a checkpoint does not verify, or the newest that was saved is not there.
     """
     import attrs
 
     from e2ediff.errors import CheckpointError
     from e2ediff.host.listing import aligned
     from e2ediff.host.registry import did_you_mean
-    from e2ediff.store.audit import survey
+    from e2ediff.store.audit import missing, survey
 
-    places = _places(_open(run))
+    directory = _open(run)
+    places = _places(directory)
     found = {
         prefix + one.name: one
         for prefix, store in places.items()
         for one in survey(store, verify=True)
         if one.state != "quarantined"
     }
+    found |= {one.name: one for one in missing(directory)}
     for name in names:
         if name not in found:
             raise CheckpointError(f"{run}: no checkpoint '{name}'. {did_you_mean(name, found)}")
@@ -237,7 +239,8 @@ def export(run: str, file: str, weights: str | None, checkpoint: str | None) -> 
     from e2ediff.errors import CheckpointError
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import parse_recipe
-    from e2ediff.sample.post_hoc import stored_weights
+    from e2ediff.sample.load import ModelRef
+    from e2ediff.sample.post_hoc import stored_weights, width_of
     from e2ediff.store.checkpoint import open_checkpoint
     from e2ediff.store.exporting import export as export_
     from e2ediff.store.run_directory import RESOLVED
@@ -247,9 +250,19 @@ def export(run: str, file: str, weights: str | None, checkpoint: str | None) -> 
         place = directory.store.where(RESOLVED)
         weights = parse_recipe(load(), directory.resolved(), place).default_weights
     found = open_checkpoint(directory.store, checkpoint, warn=_say)
-    if weights not in (known := stored_weights(found)):
+    known = stored_weights(found)
+    if width_of(weights) is not None:
+        reference = ModelRef(
+            run=run, weights=weights, checkpoint=found.name, device="cpu",
+            overrides=["guidance=null"],
+        )  # fmt: skip
+        model = reference.load(warn=_say)
+        tensors, contract = model.net.state_dict(), model.latent
+    elif weights in known:
+        tensors, contract = dict(found.tensors(weights)), found.latent(weights)
+    else:
         raise CheckpointError(f"{found.path}: no weights '{weights}'; it has {', '.join(known)}.")
-    sha256 = export_(directory, found, weights, file)
+    sha256 = export_(directory, found, weights, tensors, contract, file)
     _say(f"{weights} of {found.path}; sha256 {sha256}")
     echo_path(file)
 

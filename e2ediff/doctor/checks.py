@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import time
@@ -24,6 +25,7 @@ from e2ediff.host.checkout import install_command
 from e2ediff.host.discovery import missing
 from e2ediff.host.plugins import Host
 from e2ediff.nn.attention import choose_attention
+from e2ediff.store.audit import missing as missing_checkpoints
 from e2ediff.store.audit import survey
 from e2ediff.store.environment import versions
 from e2ediff.store.lock import acquire
@@ -374,16 +376,17 @@ def _run(run: str) -> Iterator[Finding]:
     try:
         directory = RunDirectory.open(run)
         status, found = directory.status(), survey(directory.store, verify=False)
+        found += missing_checkpoints(directory)
     except E2EDiffError as error:
         yield Finding("run", "problem", str(error), "Give the directory of a run.")
         return
     state = f"{run}: {status.get('state', 'no status')}, step {status.get('step', 0)}"
-    bad = [one.name for one in found if one.state == "damaged"]
+    bad = [f"{one.name} is {one.state}" for one in found if one.state in ("damaged", "missing")]
     intact = sum(one.state == "intact" for one in found)
     what = f"{state}; checkpoints intact by names and sizes of their files: {intact}"
     if bad:
-        hint = f"e2ediff ckpt verify {run} says why."
-        yield Finding("run", "warning", f"{what}; damaged: {', '.join(bad)}", hint)
+        hint = f"e2ediff ckpt verify {shlex.quote(run)} says why."
+        yield Finding("run", "warning", f"{what}; {', '.join(bad)}", hint)
     else:
         yield Finding("run", "ok", what)
     yield from _versions(directory.environment())

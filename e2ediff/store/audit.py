@@ -11,9 +11,11 @@ from e2ediff.errors import CheckpointError
 from e2ediff.store.checkpoint import checkpoint_at, discard, list_checkpoints
 from e2ediff.store.manifest import FOLDER, NAME, Checkpoint, NewerFormatError, open_one
 from e2ediff.store.quarantine import quarantined
+from e2ediff.store.records import images_of, newest_saved
+from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 
-State = Literal["intact", "damaged", "newer format", "quarantined", "abandoned"]
+State = Literal["intact", "damaged", "newer format", "quarantined", "abandoned", "missing"]
 
 
 @attrs.frozen(kw_only=True)
@@ -58,6 +60,28 @@ def survey(store: Store, *, verify: bool) -> list[Listed]:
         one = _listed(store, kept, verify=False)
         found.append(attrs.evolve(one, state="quarantined"))
     return found
+
+
+def missing(directory: RunDirectory) -> list[Listed]:
+    """Describe the newest checkpoint that a run recorded, if neither it nor a later one is there.
+
+    Raises:
+        CheckpointError: The directory cannot be read.
+    """
+    store, name = directory.store, newest_saved(directory)
+    there = [*list_checkpoints(store), *quarantined(store).values()]
+    if images_of(name) <= max(map(images_of, there), default=-1):
+        return []
+    reason = (
+        f"{store.where(f'{FOLDER}/{name}')}: is not there, though the records of the run say that "
+        "it was saved. Restore it from a copy (is a disk not mounted?)."
+    )
+    return [
+        Listed(
+            name=name, state="missing", reason=reason, bytes=0, images=None, step=None,
+            created=None, format=None,
+        )
+    ]  # fmt: skip
 
 
 def prune(

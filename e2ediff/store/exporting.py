@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import attrs
 import safetensors
-from safetensors.torch import save as encode
+from torch import Tensor
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
@@ -18,30 +18,38 @@ from e2ediff.latent import LatentContract
 from e2ediff.store.manifest import Checkpoint, finite_json
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
+from e2ediff.store.tensor_file import pieces, size_of
 
 
-def export(directory: RunDirectory, checkpoint: Checkpoint, weights: str, place: Address) -> str:
+def export(
+    directory: RunDirectory,
+    checkpoint: Checkpoint,
+    weights: str,
+    tensors: Mapping[str, Tensor],
+    contract: LatentContract | None,
+    place: Address,
+) -> str:
     """Write a set of weights to a file that safetensors' `load_file` reads, by names of tensors.
 
     Args:
         directory: The run's.
         checkpoint: The run's checkpoint.
-        weights: `online`, `target`, or the name of an average.
+        weights: What they are called: `online`, `target`, an average, or a width as `ema:0.08`.
+        tensors: The weights, by their names in the network.
+        contract: What their latents are; None where the checkpoint does not say.
         place: The file, replaced if it exists; its name ends with `.safetensors`.
 
     Returns:
         The file's sha256.
 
     Raises:
-        CheckpointError: The checkpoint has no such weights, or they are damaged, or the file has
-            another suffix.
+        CheckpointError: The file has another suffix.
         ResourceError: The file cannot be written.
     """
     text = addresses.plain(place)
     folder, _, file = text.rpartition("/")
     if not file.endswith(".safetensors"):
         raise CheckpointError(f"{text}: expected a name that ends with .safetensors.")
-    contract = checkpoint.latent(weights) if weights in checkpoint.files else None
     metadata = {
         "format": "pt",
         "run": str(directory.environment().get("name", "")),
@@ -52,11 +60,17 @@ def export(directory: RunDirectory, checkpoint: Checkpoint, weights: str, place:
         "images": str(checkpoint.images),
         "latent": json.dumps(attrs.asdict(contract)) if contract else "",
     }
+    digest = hashlib.sha256()
+
     # Names that share memory in the network are several tensors in the file.
-    tensors = {name: t.clone() for name, t in checkpoint.tensors(weights).items()}
-    data = encode(tensors, metadata)
-    Store(folder or ("/" if text.startswith("/") else os.curdir), "FILE").write(file, data)
-    return hashlib.sha256(data).hexdigest()
+    def hashed() -> Iterator[bytes | memoryview]:
+        for piece in pieces(tensors, metadata):
+            digest.update(piece)
+            yield piece
+
+    store = Store(folder or ("/" if text.startswith("/") else os.curdir), "FILE")
+    store.write(file, hashed(), size_of(tensors))
+    return digest.hexdigest()
 
 
 def latent_of(place: Address) -> LatentContract | None:

@@ -18,9 +18,12 @@ def size_of(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def pieces(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     """Yield the content of a safetensors file of these tensors, byte for byte as the library.
 
+    Of `metadata` the library changes the order from file to file; here it stays.
     A tensor that is contiguous and on the CPU is not copied, any other one only while its own
     bytes are yielded. Views that share memory are stored separately.
 
@@ -34,7 +37,8 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         size = tensors[name].numel() * tensors[name].element_size()
         entry["shape"], entry["data_offsets"] = [*tensors[name].shape], [at, at + size]
         at += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    about = {"__metadata__": {**metadata}} if metadata else {}
+    text = json.dumps({**about, **header}, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in header:

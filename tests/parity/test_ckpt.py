@@ -84,6 +84,35 @@ def test_verify_hashes_every_file_and_ends_with_6_if_one_is_bad(run) -> None:
     assert (done.code, f"or '{NAME}'" in done.err) == (6, True), done.err
 
 
+def test_a_checkpoint_that_was_saved_and_is_not_there_is_named(run) -> None:
+    """By `list`, `verify` and `doctor`; `run --resume` refuses to begin again."""
+    snapshot = Path(f"run/post_hoc/checkpoints/{EARLIER}")
+    shutil.copytree(run / EARLIER, snapshot)
+    Path("run/events.jsonl").write_text(f'{{"kind": "committed", "name": "{NAME}"}}\n')
+    for name in (LATER, NAME):
+        shutil.rmtree(run / name)
+    shutil.rmtree(run / f".bad-{LATER}-0123abcd")
+    for words in (("list", "run"), ("verify", "run")):
+        done = ckpt(*words)
+        assert done.code == (6 if "verify" in words else 0)
+        assert f"{NAME}: is not there, though the records" in done.err
+    assert json.loads(ckpt("verify", "run", "--json").out)[NAME]["state"] == "missing"
+    assert ckpt("verify", "run", EARLIER).code == 0
+    shutil.rmtree(run)
+    assert ckpt("verify", "run").code == 6, "though the snapshot is intact"
+    done = e2ediff("doctor", "run", "--json")
+    (about,) = [one for one in json.loads(done.out) if one["name"] == "run"]
+    assert (about["state"], f"{NAME} is missing" in about["what"]) == ("warning", True), about
+
+
+def test_a_name_in_a_damaged_checkpoint_begins_no_line_of_its_own(run) -> None:
+    (run / NAME / "x\nerror: all is well").write_text("")
+    for words in (("list", "run"), ("verify", "run"), ("info", "run")):
+        done = ckpt(*words)
+        assert "all is well" in done.err
+        assert not [line for line in done.err.splitlines() if line.startswith("error: all")]
+
+
 def test_info_tells_what_a_checkpoint_holds(run) -> None:
     done = ckpt("info", "run", "--json")
     assert "skipped" in done.err
@@ -140,6 +169,8 @@ def test_exported_weights_load_by_name_and_make_the_same_images_when_imported(ru
         said = file.metadata()
     assert (said["run"], said["weights"], said["step"]) == ("format-1", "slow", "3"), said
     assert json.loads(said["latent"])["tokens"] == 4
+    assert ckpt("export", "run", "again.safetensors").code == 0
+    assert Path("again.safetensors").read_bytes() == Path("w.safetensors").read_bytes()
     done = ckpt("export", "run", "x.safetensors", "--weights", "optimizer-joint")
     assert (done.code, "it has online, slow, target." in done.err) == (6, True), done.err
     done = ckpt("import", "run/recipe.yaml", "w.safetensors", "new")

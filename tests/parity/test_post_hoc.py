@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import e2ediff
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from e2ediff.host.plugins import load
 from e2ediff.sample.load import load_model
@@ -73,6 +75,18 @@ def test_an_untracked_width_is_that_of_a_run_that_tracked_it(trained, recipe, tm
     near = weights(trained, "ema:0.1")
 
     assert apart(tracked, made) < 0.02 * apart(tracked, near)
+
+
+def test_a_width_is_exported_as_it_is_sampled(trained, tmp_path) -> None:
+    place = tmp_path / "w.safetensors"
+    done = e2ediff("ckpt", "export", trained, place, "--weights", "ema:0.08")
+    assert done.code == 0, done.err
+    exported, made = load_file(place), weights(trained, "ema:0.08")
+    assert all(torch.equal(exported[name], made[name]) for name in made)
+    assert apart(made, weights(trained, "ema:0.1")) > 0
+    with safe_open(place, "pt") as file:
+        said = file.metadata()
+    assert (said["weights"], json.loads(said["latent"])["tokens"] > 0) == ("ema:0.08", True)
 
 
 def test_a_width_belongs_to_its_checkpoint(trained) -> None:
