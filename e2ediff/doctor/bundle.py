@@ -68,7 +68,7 @@ def write_bundle(
         ),
     }
     if run is not None:
-        members |= _of_run(scrubber, RunDirectory.open(run).store)
+        members |= _of_run(scrubber, run)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in members.items():
@@ -90,8 +90,13 @@ def _packages() -> list[str]:
     return sorted(found, key=str.lower)
 
 
-def _of_run(scrubber: Scrubber, store: Store) -> dict[str, str]:
-    found = {}
+def _of_run(scrubber: Scrubber, run: str) -> dict[str, str]:
+    """Return the records of a run; also of one that cannot be opened, as one of them is damaged.
+
+    Raises:
+        RunDirectoryError: There is none.
+    """
+    store, found = Store(run), dict[str, str]()
     for file in (RECIPE, RESOLVED, RUN, STATUS, EVENTS, METRICS):
         if not store.exists(file):
             continue
@@ -106,6 +111,8 @@ def _of_run(scrubber: Scrubber, store: Store) -> dict[str, str]:
         except OSError as error:
             text = f"cannot be read: {error.strerror}\n"
         found[f"run/{file}"] = text
+    if not found:
+        RunDirectory.open(run)  # says what is there instead
     return found
 
 

@@ -165,7 +165,7 @@ def _fitted(
     own = net.state_dict()
     missing = [name for name in own if name not in found]
     wrong = [f"missing: {name} {tuple(own[name].shape)}" for name in missing]
-    for name, tensor in found.items():
+    for name, tensor in sorted(found.items()):
         if name not in own:
             near = closest(name, missing)
             meant = f"; did you mean {near[0]}?" if near else ""

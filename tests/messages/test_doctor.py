@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -22,7 +23,7 @@ USER, HOST = "annikaexample", "boxexample"
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     """A home with a run in it, whose user and host have names."""
-    home = tmp_path / "people" / USER
+    home = tmp_path / "all people" / USER
     shutil.copytree(RUN, home / "run")
     monkeypatch.chdir(tmp_path)
     for name, value in {
@@ -72,7 +73,7 @@ def test_problems_end_with_8_and_say_what_to_do(home, monkeypatch, tmp_path) -> 
     assert findings["plugin broken"].state == "problem"
     assert "out of order" in findings["plugin broken"].what
     assert findings["run"].state == "warning"
-    assert "ckpt verify" in findings["run"].hint
+    assert f"ckpt verify {shlex.quote(str(home / 'run'))} says" in findings["run"].hint
     code, findings = found("nowhere")
     assert (code, findings["run"].state) == (8, "problem")
 
@@ -120,6 +121,18 @@ def test_a_bundle_names_neither_person_nor_machine_and_has_no_secret(home) -> No
     assert "dir: ~/logs" in texts["run/recipe.yaml"]
     assert "backbone:" in texts["run/recipe.yaml"]
     assert len(texts["run/metrics.jsonl"].splitlines()) > 3
+
+
+def test_a_bundle_of_a_run_that_cannot_be_opened_has_what_is_there(home) -> None:
+    for text in ("{", None):
+        path = home / "run" / "run.json"
+        path.write_text(text) if text else path.unlink()
+        e2ediff("doctor", home / "run", "--bundle", "b.zip")
+        with zipfile.ZipFile("b.zip") as archive:
+            assert ("run/run.json" in archive.namelist()) == (text is not None)
+            assert "backbone:" in archive.read("run/resolved.yaml").decode()
+    done = e2ediff("doctor", home / "nothing", "--bundle", "c.zip")
+    assert (done.code, "not a run directory" in done.err) == (6, True), done.err
 
 
 def test_of_long_records_the_last_lines_are_packed(home) -> None:
