@@ -96,7 +96,9 @@ def restore_optimizer(
             now = _given(group)
             then = {key: value for key, value in saved["values"].items() if key in _OPTIONS}
             then = saved["values"].get("given", then)
-            kept = {key for key in now.keys() & then.keys() if now[key] != then[key]}
+            # Of the rate the saved one stays, which the last step had: each step sets its own.
+            both = now.keys() & then.keys() - {"lr"}
+            kept = {key for key in both if now[key] != then[key]}
             options |= {key: group["given"][key] for key in kept}
             for key, value in saved["values"].items():
                 if key not in _KERNELS | kept | {"given"}:

@@ -36,9 +36,16 @@ def trained(place: Path, changes: list[str], *, stop_at: int = 0, resume: bool =
             signal.raise_signal(signal.SIGTERM)
 
     (place / "tiny.yaml").write_text(tiny(**FEW))
+    allow = ["optimizer.lr"] * any("optimizer.lr" in change for change in changes)
     said, host = io.StringIO(), load(SimpleNamespace(__name__="stopper", step_ended=step_ended))
     train(
-        host, place / "tiny.yaml", changes, place / "run", resume=resume, progress=Progress(said)
+        host,
+        place / "tiny.yaml",
+        changes,
+        place / "run",
+        resume=resume,
+        progress=Progress(said),
+        allow=allow,
     )
     return said.getvalue()
 
@@ -156,3 +163,13 @@ def test_what_the_last_step_had_counts_where_the_recipe_was_changed_since(tmp_pa
         f"step 6: with 9 steps instead of 3 the learning rate was {rates[6]:.4g} in the last step "
         f"and is {rates[7]:.4g} in the next. A schedule"
     ) in said
+
+
+def test_what_the_last_step_had_counts_where_the_rate_itself_is_changed(tmp_path) -> None:
+    block = optimizer(schedule="linear")
+    trained(tmp_path, [block, "steps=4"])
+    trained(tmp_path, [block, "steps=8", "optimizer.lr=0.1"], resume=True)
+    rates = logged(tmp_path)
+    assert rates[4] == pytest.approx(0.00025)
+    (event,) = events(tmp_path)
+    assert event["rates"]["lr"] == [rates[4], rates[5]]
