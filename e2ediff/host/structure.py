@@ -278,8 +278,9 @@ def structured(
 
 def _position(problem: Problem) -> tuple[bool, list[int]]:
     """Return the order of a problem: by line and column, those of overrides after the file's."""
-    numbers = [int(part) for part in problem.line.split(":")[1:] if part.isdecimal()]
-    return not numbers, numbers[-2:]
+    override = problem.line.startswith("--set ")
+    parts = problem.line.split(" " if override else ":")[1:]
+    return override, [int(part) for part in parts if part.isdecimal()][-2:]
 
 
 def _refusals(cls: type, values: Mapping[str, object]) -> Iterator[tuple[str, Exception]]:

@@ -50,8 +50,9 @@ def survey(store: Store, *, verify: bool) -> list[Listed]:
     """
     names = list_checkpoints(store)
     found = [_listed(store, name, verify=verify) for name in names]
-    newest = max((i for i, one in enumerate(found) if one.state == "intact"), default=-1)
-    if newest >= 0:
+    readable = [i for i, one in enumerate(found) if one.state in ("intact", "newer format")]
+    newest = readable[-1] if readable else -1
+    if newest >= 0 and found[newest].state == "intact":  # else a run refuses to go on
         found[newest] = attrs.evolve(found[newest], resumed=True)
     for name in _abandoned(store):
         one = _listed(store, name, verify=verify)

@@ -23,13 +23,30 @@ def quarantined(store: Store) -> dict[str, str]:
     return {name: match[1] for name, match in found if match}
 
 
+def refuse_newer(store: Store, newest: str) -> None:
+    """Refuse to go on from a checkpoint if a later one has a newer format: saves would replace it.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    names = list_checkpoints(store)
+    for name in names[names.index(newest) + 1 :]:
+        try:
+            open_one(store, name, verify=False)
+        except NewerFormatError as error:
+            way_out = f"To go on from {newest} instead, move it to another place first."
+            raise CheckpointError(f"{error} {way_out}") from error
+        except CheckpointError:
+            continue
+
+
 def put_aside(
     store: Store, newest: str, warn: Callable[[str], None]
 ) -> Iterator[tuple[str, str, str]]:
     """Rename the checkpoints after the newest intact one that do not verify.
 
-    Checkpoints of a newer format, and files that the system does not read, stay as they are; so
-    do objects without a manifest in other stores, where a save that was interrupted leaves them.
+    Files that the system does not read stay as they are, and so do objects without a manifest in
+    stores that are not local, where a save that was interrupted leaves them.
 
     Args:
         store: The run's, locked by this process.
@@ -43,8 +60,6 @@ def put_aside(
     for name in names[names.index(newest) + 1 :]:
         try:
             open_one(store, name, verify=True)
-        except NewerFormatError:
-            continue
         except CheckpointError as error:
             if isinstance(error.__cause__, OSError):
                 continue

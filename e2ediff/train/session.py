@@ -55,7 +55,7 @@ from e2ediff.store.environment import describe_environment
 from e2ediff.store.manifest import FOLDER, Checkpoint
 from e2ediff.store.plugin_files import copies, refuse_other_plugin_files
 from e2ediff.store.provenance import is_sealed, refuse_networks
-from e2ediff.store.quarantine import put_aside
+from e2ediff.store.quarantine import put_aside, refuse_newer
 from e2ediff.store.records import images_of, newest_saved, refuse_vanished
 from e2ediff.store.run_directory import (
     RECIPE,
@@ -415,6 +415,7 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
                 f"{error}\n  Restore an intact one, or start again with --restart, which "
                 f"keeps this attempt in {ATTEMPTS}/."
             ) from error
+        refuse_newer(directory.store, found.name)
         _keep_figures(directory, found, progress)
         for bad, reason, kept in put_aside(directory.store, found.name, progress.say):
             directory.event("quarantined", name=bad, reason=reason, kept=kept)

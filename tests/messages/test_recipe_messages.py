@@ -281,6 +281,13 @@ def test_a_problem_in_an_override_names_its_number(override, message):
     assert message in found
 
 
+def test_problems_of_overrides_come_after_those_of_the_file_and_in_their_order():
+    found = lines(TEXT + "guards: {limit: x}\n", "seed=-1", "batch=x", "guards.window=0")
+    assert [line.split(": ")[0] for line in found[1:]] == [
+        "r.yaml:12:17", "--set 1", "--set 2", "--set 3"
+    ]  # fmt: skip
+
+
 def test_an_item_that_a_list_lacks_is_counted_from_0():
     text = TEXT + "trackers: [odd]\n"
     assert "--set 1: trackers: has no item '3'; its length is 1. Items are counted from 0." in (

@@ -320,14 +320,20 @@ def test_a_quarantined_checkpoint_shows_that_there_was_one(place) -> None:
     assert f".bad-{LAST}-0123abcd was one, and did not verify" in done.err
 
 
-def test_a_checkpoint_of_a_newer_format_is_left_as_it_is(place) -> None:
+def test_a_run_does_not_go_on_before_a_checkpoint_of_a_newer_format(place, straight) -> None:
+    """It would replace it, when it comes to its step; `list` says of none that it is taken."""
     edit_json(Path("run/checkpoints", LAST), "MANIFEST.json", lambda b: b.update(format_version=9))
-    before = content(f"run/checkpoints/{LAST}")
-    done = again("--resume", "--set", "steps=5", "--set", "checkpoint.keep=9")
-    assert done.code == 0
-    assert f"skipped run/checkpoints/{LAST}: was written by a newer e2ediff" in done.err
-    assert not [name for name in os.listdir("run/checkpoints") if name.startswith(".bad")]
-    assert before in [content(p) for p in Path("run/checkpoints").iterdir()]
+    before = content("run")
+    done = again("--resume")
+    assert done.code == 6
+    assert f"checkpoints/{LAST}: was written by a newer e2ediff" in done.err
+    assert "To go on from images-000000000032 instead, move it" in done.err
+    kept = content("run")
+    assert all(kept[name] == before[name] for name in before if name != "status.json")
+    assert "--resume takes it" not in e2ediff("ckpt", "list", "run").out
+    Path("run/checkpoints", LAST).rename("newer")
+    assert again("--resume").code == 0
+    assert_same_run("run", straight)
 
 
 def test_a_checkpoint_that_was_set_aside_by_a_return_was_not_lost(place, straight) -> None:
