@@ -367,15 +367,16 @@ def _parse_manifest(store: Store, name: str, raw: bytes, newest: int) -> Manifes
         version = body["format_version"]
         if type(version) is not int or version < 1:
             raise ValueError(f"format_version is {version!r}")
+        del body["sha256"]
+        # Compare the text, not only the hash, so that nothing in the file is left unchecked; first
+        # of all, as a flipped bit can make the version a later one. Every format is sealed so.
+        if sealed(body) != raw:
+            raise _damaged(store, name, f"{MANIFEST} does not match its own hash")
         if version > newest:
             raise NewerFormatError(
                 f"{store.where(f'{FOLDER}/{name}')}: was written by a newer e2ediff (checkpoint "
                 f"format {version}, this one reads {newest}). Upgrade e2ediff."
             )
-        del body["sha256"]
-        # Compare the text, not only the hash, so that nothing in the file is left unchecked.
-        if sealed(body) != raw:
-            raise _damaged(store, name, f"{MANIFEST} does not match its own hash")
         files = {f: _entry(f, e) for f, e in block(body["files"], dict, "files").items()}
         aliases = {str(file): dict(names) for file, names in body["aliases"].items()}
         latent = {str(file): dict(found) for file, found in body.get("latent", {}).items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from resealing import edit_json
 
 from e2ediff.errors import CheckpointError, DivergedError, ResourceError, RunDirectoryError
 from e2ediff.store import checkpoint as ck
@@ -61,7 +62,8 @@ def test_damage_is_told_with_its_place_and_the_way_out(store: Store) -> None:
     text = manifest.read_text()
     manifest.write_text(text.replace('"images": 200', '"images": 201'))
     assert told(store, B) == f"{where}MANIFEST.json does not match its own hash{out}"
-    manifest.write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    manifest.write_text(text)
+    edit_json(manifest.parent, "MANIFEST.json", lambda body: body.update(format_version=2))
     assert told(store, B) == (
         f"runs/x/checkpoints/{B}: was written by a newer e2ediff (checkpoint format 2, "
         f"this one reads 1). Upgrade e2ediff. {A} is intact: use --checkpoint {A}."

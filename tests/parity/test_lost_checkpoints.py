@@ -336,6 +336,16 @@ def test_a_run_does_not_go_on_before_a_checkpoint_of_a_newer_format(place, strai
     assert_same_run("run", straight)
 
 
+def test_a_bit_that_makes_the_format_a_later_one_is_damage(place, straight) -> None:
+    manifest = Path("run/checkpoints", LAST, "MANIFEST.json")
+    text = manifest.read_text()
+    assert '"format_version": 1' in text
+    manifest.write_text(text.replace('"format_version": 1', '"format_version": 9'))
+    done = again("--resume")
+    assert done.code == 0, done.err
+    assert f"{LAST} is kept as run/checkpoints/.bad-{LAST}-" in done.err
+
+
 def test_a_checkpoint_that_was_set_aside_by_a_return_was_not_lost(place, straight) -> None:
     """A kill after the earlier one was saved anew, and before that was noted."""
     with Path("run/events.jsonl").open("a") as file:
