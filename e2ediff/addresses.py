@@ -16,9 +16,16 @@ import zipfile
 from importlib.util import find_spec
 from typing import Any, BinaryIO
 
+from fsspec.core import open as fsspec_open
 from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import available_protocols, known_implementations, registry
+from fsspec.implementations.tar import TarFileSystem
+from fsspec.registry import (
+    available_protocols,
+    known_implementations,
+    register_implementation,
+    registry,
+)
 
 Address = str | os.PathLike[str]
 
@@ -33,6 +40,83 @@ ARCHIVES = ("zip", "tar")
 
 NEVER = ("reference", "generic")
 """Protocols whose content, or rest, names further addresses that nobody could check."""
+
+
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+"""How files of gzip, bzip2, xz and zstd begin."""
+
+_LONGEST_HEADER = 1 << 20
+
+
+class TarHeaders:
+    """A file for `tarfile`, which believes what headers say, while it looks for members in it.
+
+    Names of gigabytes are refused, and members of negative size, after which some versions of
+    Python look at the same member for ever; set `trusted` to read the members themselves.
+
+    Raises:
+        tarfile.ReadError: It is compressed.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.trusted = False
+        start = file.tell()
+        if file.read(6).startswith(COMPRESSED):
+            raise tarfile.ReadError("not a plain tar")
+        file.seek(start)
+
+    def tell(self) -> int:
+        """Return the position, as of any file."""
+        return self._file.tell()
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        """Move to a position, as of any file.
+
+        Raises:
+            tarfile.ReadError: It leads back to what was read.
+        """
+        if not self.trusted and place < self._file.tell() - 1:  # tarfile looks at a byte before
+            raise tarfile.ReadError("a member has a negative size")
+        return self._file.seek(place, whence)
+
+    def read(self, count: int = -1) -> bytes:
+        """Read bytes, as of any file.
+
+        Raises:
+            tarfile.ReadError: They are more than any header has.
+        """
+        if not self.trusted and not 0 <= count <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {count:,} bytes")
+        return self._file.read(count)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class _PlainTar(TarFileSystem):  # type: ignore[misc]
+    """A tar without compression as a file system, whose headers are not believed."""
+
+    def __init__(
+        self,
+        fo: str = "",
+        *,
+        target_protocol: str | None = None,
+        target_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.of = fsspec_open(fo, protocol=target_protocol, **(target_options or {}))
+        headers = TarHeaders(self.of.open())
+        try:
+            super().__init__(headers, **options)
+        except (ValueError, ArithmeticError, LookupError) as error:
+            raise tarfile.ReadError(f"damaged header: {error}") from error
+        headers.trusted = True
+
+
+# So that every tar of an address is opened as one.
+register_implementation("tar", _PlainTar, clobber=True)
 
 
 def plain(address: Address) -> str:
@@ -181,6 +265,19 @@ def open_file(address: Address, *, typed: bool = False) -> BinaryIO:
         raise OSError(f"{plain(address)} is a pipe or a device; expected a file")
     file: BinaryIO = fs.open(path, "rb")
     return file
+
+
+def own_file(path: str, flags: int) -> int:
+    """Open a file of our own to write, as the `opener` of `open`, and never through a link.
+
+    A folder that somebody else packed may have links to files of this machine under the names
+    that are appended to, and pipes, at which writing would wait for ever.
+
+    Raises:
+        OSError: It cannot be opened, or is a link or a pipe.
+    """
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # none on Windows
+    return os.open(path, flags | safe | getattr(os, "O_CLOEXEC", 0), 0o666)
 
 
 def readable_stores() -> dict[str, str]:

@@ -6,13 +6,12 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, cast
 
+from e2ediff.addresses import COMPRESSED, TarHeaders
 from e2ediff.errors import DataError
 from e2ediff.files.members import Members, check_tar_end
 
 RULES = 4
 """Changes with what counts in a tar: an index that was made by other rules is made again."""
-
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
 class _Part:
@@ -50,7 +49,7 @@ def members(file: BinaryIO, place: str, option: str) -> Iterator[tarfile.TarInfo
     """
     where = f"{option}: {place}"
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=cast(BinaryIO, TarHeaders(file)), mode="r:") as tar:
             seen = Members(where)
             for member in tar:
                 name = seen.of_tar(member)
@@ -58,9 +57,9 @@ def members(file: BinaryIO, place: str, option: str) -> Iterator[tarfile.TarInfo
                     member.name = name
                     yield member
             check_tar_end(file, tar, where)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError) as error:
         file.seek(0)
-        squeezed = file.read(6).startswith(_COMPRESSED)
+        squeezed = file.read(6).startswith(COMPRESSED)
         advice = "it is compressed: decompress it" if squeezed else "fetch it again"
         raise DataError(f"{where} cannot be read as a plain tar ({error}); {advice}") from error
 
