@@ -14,7 +14,8 @@ import re
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import IO, Literal
 
 import numpy as np
@@ -22,15 +23,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from typing_extensions import override
 
-from e2ediff.errors import ResourceError
-from e2ediff.files.images import opened
+from e2ediff.errors import DataError, ResourceError
+from e2ediff.files.damage import DAMAGED_ARRAY
+from e2ediff.files.images import Limit, opened
+from e2ediff.limits import MAX_BYTES
 from e2ediff.store.storage import Store
 
 Format = Literal["png", "npz", "zip", "tar"]
 Pixels = NDArray[np.uint8]
 Shape = tuple[int, int, int]
 
-_BLOCK = re.compile(r"(\d{9,})-(\d{9,})\.\w+")
+_BLOCK = re.compile(r"(\d{9,18})-(\d{9,18})\.\w+")
 _PART = "parts"
 
 
@@ -70,6 +73,36 @@ class ImageOutput(ABC):
         """Return the file that holds this image alone; None if there is no such file."""
         return None
 
+    def checked(self, path: str, read: Callable[[], Iterable[Pixels]], count: int) -> Pixels:
+        """Return images (count, H, W, C) that were stored before, by whomever.
+
+        Raises:
+            DataError: They are not those of this set, or damaged.
+        """
+        place = self.store.where(path)
+        try:
+            x = np.stack([*read()])
+            if x.shape != (count, *self.shape) or x.dtype != np.uint8:
+                raise ValueError(f"{x.dtype} of {x.shape}, expected {(count, *self.shape)}")
+        except (*DAMAGED_ARRAY, tarfile.TarError) as error:
+            raise DataError(
+                f"{place}: is damaged: {error}. Remove it, and its images are made again"
+            ) from error
+        except DataError as error:
+            raise DataError(f"{place}: {error}, and its images are made again") from error
+        return x
+
+    def pixels(self, data: bytes) -> Pixels:
+        """Decode a PNG that `png_bytes` made to an image (H, W, C).
+
+        Raises:
+            DataError: It is none, or larger than the images of this set.
+        """
+        limit = Limit(self.shape[0] * self.shape[1])
+        with opened(data, "a PNG of this set", limit=limit, formats=("PNG",)) as image:
+            x = np.array(image)
+        return x[..., None] if x.ndim == 2 else x
+
     def bytes_needed(self, missing: int) -> int:
         """Return the bytes that this many more images and closing take; None if unknown."""
         return 0
@@ -96,7 +129,11 @@ class PNGs(ImageOutput):
 
     @override
     def first(self, count: int) -> Pixels:
-        return np.stack([pixels_of(self.store.read(self.file_of(i))) for i in range(count)])
+        images = [self.checked(self.file_of(i), partial(self._read, i), 1) for i in range(count)]
+        return np.concatenate(images)
+
+    def _read(self, number: int) -> list[Pixels]:
+        return [self.pixels(self.store.read(self.file_of(number), MAX_BYTES))]
 
     @override
     def file_of(self, number: int) -> str:
@@ -111,7 +148,8 @@ class _Blocks(ImageOutput):
 
     def blocks(self) -> list[range]:
         found = (_BLOCK.fullmatch(name) for name in self.store.list(self.folder))
-        return [range(int(match[1]), int(match[2])) for match in found if match]
+        blocks = [range(int(match[1]), int(match[2])) for match in found if match]
+        return [block for block in blocks if block.start < block.stop <= len(self.labels)]
 
     def path_of(self, block: range) -> str:
         return f"{self.folder}/{block.start:09d}-{block.stop:09d}.{self.suffix}"
@@ -131,8 +169,17 @@ class _Blocks(ImageOutput):
         found: dict[int, Pixels] = {}
         for block in self.blocks():
             if block.start < count:
-                found.update(zip(block, self.decode(self.read(block), block), strict=True))
+                found.update(zip(block, self.images(block), strict=True))
         return np.stack([found[i] for i in range(count)])
+
+    def images(self, block: range) -> Pixels:
+        """Return the images of a block.
+
+        Raises:
+            DataError: It is damaged.
+        """
+        path = self.path_of(block)
+        return self.checked(path, lambda: self.decode(self.read(block), block), len(block))
 
     def read(self, block: range) -> IO[bytes]:
         return io.BytesIO(self.store.read(self.path_of(block)))
@@ -170,11 +217,12 @@ class Tars(_Blocks):
 
     @override
     def decode(self, file: IO[bytes], numbers: range) -> Iterable[Pixels]:
-        with tarfile.open(fileobj=file) as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for i in numbers:
                 member = tar.extractfile(f"{i:09d}.png")
-                assert member is not None
-                yield pixels_of(member.read())
+                if member is None:
+                    raise tarfile.ReadError(f"{i:09d}.png is no file")
+                yield self.pixels(member.read())
 
 
 class _Assembled(_Blocks):
@@ -202,9 +250,11 @@ class _Assembled(_Blocks):
         """Read from the blocks, or from the merged file once they are removed."""
         if not self.store.exists(self.name):
             return super().first(count)
+        return self.checked(self.name, lambda: self._first(count), count)
+
+    def _first(self, count: int) -> Pixels:
         local = self.store.local_path(self.name)
-        file = local if local is not None else io.BytesIO(self.store.read(self.name))
-        with zipfile.ZipFile(file) as archive:
+        with _unpacked(local or io.BytesIO(self.store.read(self.name))) as archive:
             return self.first_of(archive, count)
 
     @abstractmethod
@@ -241,8 +291,7 @@ class NPZ(_Assembled):
             with archive.open(_entry("arr_0.npy"), "w", force_zip64=True) as array:
                 np.lib.format.write_array_header_2_0(array, header)
                 for block, own in self.in_order():
-                    x = np.load(self.read(block), allow_pickle=False)
-                    array.write(x[own.start - block.start :].tobytes())
+                    array.write(self.images(block)[own.start - block.start :].tobytes())
             with archive.open(_entry("arr_1.npy"), "w") as array:
                 np.save(array, np.array(self.labels, dtype=np.int64), allow_pickle=False)
 
@@ -266,21 +315,22 @@ class Zip(_Assembled):
         return f"{self.labels[number]:05d}/{number:06d}.png"
 
     def encode(self, file: IO[bytes], numbers: range, x: Pixels) -> None:
-        """Write a zip of PNGs, which `assemble` copies without decoding them."""
+        """Write a zip of PNGs, which `assemble` copies as they are."""
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for i, pixels in zip(numbers, x, strict=True):
                 archive.writestr(_entry(self.member(i)), png_bytes(pixels))
 
     @override
     def decode(self, file: IO[bytes], numbers: range) -> Iterable[Pixels]:
-        with zipfile.ZipFile(file) as archive:
-            return [pixels_of(archive.read(self.member(i))) for i in numbers]
+        with _unpacked(file) as archive:
+            return [self.pixels(archive.read(self.member(i))) for i in numbers]
 
     def assemble(self, file: IO[bytes]) -> None:
         """Merge block by block, and add the labels at the end."""
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for block, own in self.in_order():
-                with zipfile.ZipFile(self.read(block)) as part:
+                self.images(block)  # only what is whole is copied
+                with _unpacked(self.read(block)) as part:
                     for i in own:
                         archive.writestr(_entry(self.member(i)), part.read(self.member(i)))
             listed = [[self.member(i), label] for i, label in enumerate(self.labels)]
@@ -288,7 +338,19 @@ class Zip(_Assembled):
 
     @override
     def first_of(self, archive: zipfile.ZipFile, count: int) -> Pixels:
-        return np.stack([pixels_of(archive.read(self.member(i))) for i in range(count)])
+        return np.stack([self.pixels(archive.read(self.member(i))) for i in range(count)])
+
+
+def _unpacked(file: str | IO[bytes]) -> zipfile.ZipFile:
+    """Open a zip of a set, which is written without packing, so that none unpacks to more.
+
+    Raises:
+        zipfile.BadZipFile: It is damaged, or packed.
+    """
+    archive = zipfile.ZipFile(file)
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        raise zipfile.BadZipFile("its members are packed, which those of a set are not")
+    return archive
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
@@ -300,10 +362,3 @@ def png_bytes(x: Pixels) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def pixels_of(data: bytes) -> Pixels:
-    """Decode a PNG that `png_bytes` made to an image (H, W, C)."""
-    with opened(data, "a PNG of this set", formats=("PNG",)) as image:
-        x = np.array(image)
-    return x[..., None] if x.ndim == 2 else x
