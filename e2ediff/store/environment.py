@@ -20,6 +20,12 @@ from e2ediff.store.storage import JSON
 SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
 """What the names of secrets have in them."""
 
+# Settings of the repository itself, rather than of its user, by which git starts programs as it
+# compares files, or as it fetches objects that are not there.
+_STARTS_PROGRAMS = re.compile(
+    r"(?im)^(local|worktree)\t(filter\.|extensions\.partialclone|remote\..*\.promisor)"
+)
+
 
 def describe_environment(
     seeds: Mapping[str, int] | None = None,
@@ -83,16 +89,25 @@ def masked(argv: Sequence[str]) -> list[str]:
 
 
 def _git() -> dict[str, JSON] | None:
-    """Return the commit of the working directory, and whether files differ from it."""
+    """Return the commit of the working directory, and whether files differ from it.
+
+    Somebody else may have packed the folder with its `.git`, whose configuration can name programs
+    that `git status` starts: where it has some that cannot be disabled, `dirty` is None.
+    """
 
     def ask(*words: str) -> str:
-        command = ["git", "--no-optional-locks", *words]
-        return subprocess.run(  # noqa: S603 - the arguments are the two lines below
+        command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", *words]
+        return subprocess.run(  # noqa: S603 - the arguments are the lines below
             command, capture_output=True, text=True, timeout=5, check=True
         ).stdout.strip()
 
     try:
         commit = ask("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(ask("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
+        settings = ask("config", "--list", "--name-only", "--show-scope")
+        if _STARTS_PROGRAMS.search(settings):
+            return {"commit": commit, "dirty": None}
+        # A submodule's own configuration is not seen here, so git must not look into its files.
+        words = ("status", "--porcelain", "-uno", "--ignore-submodules=dirty")
+        return {"commit": commit, "dirty": bool(ask(*words))}
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
