@@ -21,6 +21,8 @@ from e2ediff.store.lock import LOCK, acquire
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 
+_MOST_RUNS = 100_000  # each is looked for, and a short list of cells and seeds means billions
+
 SPEC, OUTCOMES, RECIPE = "spec.json", "outcomes.json", "recipe.yaml"
 
 
@@ -226,6 +228,7 @@ def _whole(spec: Mapping[str, Any]) -> bool:
         and all(re.fullmatch(r"[A-Za-z0-9._=-]+", name) for name in cells)
         and isinstance(spec.get("seeds"), list)
         and all(isinstance(seed, int) for seed in spec["seeds"])
+        and len(cells) * len(spec["seeds"]) <= _MOST_RUNS
         and spec.get("baseline") in cells
         and {"vary", "set", "match", "command", "name", "created"} <= {*spec}
         and isinstance(spec.get("environment"), dict)

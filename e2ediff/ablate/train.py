@@ -141,7 +141,7 @@ def _start(group: Group, job: Job, threads: int | None, share: int) -> _Active:
         "OMP_NUM_THREADS": str(threads or share),
         LAUNCHER: str(os.getpid()),  # if this process is killed, the run saves and ends
     }
-    with log.open("ab") as file:
+    with open(log, "ab", opener=addresses.own_file) as file:
         process = subprocess.Popen(  # noqa: S603 - our own command
             command,
             stdin=subprocess.DEVNULL,

@@ -245,7 +245,9 @@ class Heartbeat:
             return Path(os.devnull)
         folder = Path(self.folder)
         folder.mkdir(exist_ok=True)
-        return folder / f"rank-{rank}.txt"
+        file = folder / f"rank-{rank}.txt"
+        file.unlink(missing_ok=True)  # of an earlier attempt, or a link that a stranger packed
+        return file
 
 
 def _position(frame: FrameType | None) -> tuple[list[tuple[int, int]], str, bool]:

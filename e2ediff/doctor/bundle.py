@@ -118,8 +118,4 @@ def _of_run(scrubber: Scrubber, run: str) -> dict[str, str]:
 
 def _last_lines(store: Store, file: str) -> list[bytes]:
     """Return the last lines of a file of any length."""
-    kept, rest = deque[bytes](maxlen=_LINES), b""
-    for chunk in store.chunks(file):
-        *lines, rest = (rest + chunk).split(b"\n")
-        kept.extend(lines)
-    return [*kept, rest] if rest else [*kept]
+    return [*deque((line for _, line in store.lines(file, torn=True)), _LINES)]

@@ -107,7 +107,7 @@ def read_card(place: Address) -> Card:
     place = addresses.plain(place)
     parent, _, name = place.rpartition("/")
     try:
-        return parse_card(Store(parent or ".").read(name), place)
+        return parse_card(Store(parent or ".").read(name, MAX_GRAPH), place)
     except OSError as error:
         raise DataError(f"{place}: cannot be read: {error}") from error
 

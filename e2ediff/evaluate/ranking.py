@@ -8,6 +8,7 @@ from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, UnlikeScoresError
 from e2ediff.evaluate.passport import Card, Score, parse_card
 from e2ediff.figure import Better
+from e2ediff.limits import MAX_GRAPH
 from e2ediff.store.storage import JSON, Store
 
 FOLDER = "scores"
@@ -21,7 +22,7 @@ def cards_of(run: Address) -> list[Card]:
         if name.endswith(".json"):
             try:
                 path = f"{FOLDER}/{name}"
-                found.append(parse_card(store.read(path), store.where(path)))
+                found.append(parse_card(store.read(path, MAX_GRAPH), store.where(path)))
             except (OSError, E2EDiffError):
                 continue
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,11 @@ from e2ediff.errors import DataError
 from e2ediff.files.images import read_file
 from e2ediff.files.names import is_hidden
 from e2ediff.limits import check_memory
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_MOST_BRACES = 16
+_MOST_BYTES = 1 << 27  # of all texts that a pattern stands for
+_TEXT = 50  # bytes that a text needs besides its letters
 
 
 class Location:
@@ -154,7 +160,7 @@ class Location:
 
     def is_pattern(self) -> bool:
         """Return whether the address has braces or `*` and is not itself the name of anything."""
-        plain = "*" not in self.url and expand(self.url) == [self.url]
+        plain = "*" not in self.url and not _BRACES.search(self.url)
         return not (plain or self.is_file() or self.is_folder())
 
     def matching(self, folder: str, pattern: str) -> list[str]:
@@ -166,20 +172,36 @@ class Location:
         Raises:
             DataError: The store refuses to say.
         """
+        return sorted(self._matching(folder, re.sub(r"(\*\*/)+", "**/", pattern), {}))
+
+    def _matching(
+        self, folder: str, pattern: str, known: dict[tuple[str, str], set[str]]
+    ) -> set[str]:
+        """Return the paths; those `known` already are not looked for again.
+
+        Else there would be as many ways to a folder as `**` can be divided among those above it.
+        """
+        if (folder, pattern) not in known:
+            known[folder, pattern] = self._looked_up(folder, pattern, known)
+        return known[folder, pattern]
+
+    def _looked_up(
+        self, folder: str, pattern: str, known: dict[tuple[str, str], set[str]]
+    ) -> set[str]:
         here, _, rest = pattern.partition("/")
         entries = self._entries(folder)
         if here in entries:
             entries = {here: entries[here]}
         elif "*" in here:
             entries = {name: entry for name, entry in entries.items() if not is_hidden(name)}
-        known = re.compile(".*".join(map(re.escape, here.split("*"))), re.DOTALL)
-        found = self.matching(folder, rest) if here == "**" and rest else []
+        fits = _pattern(here)
+        found = {*self._matching(folder, rest, known)} if here == "**" and rest else set[str]()
         for name, (path, kind) in entries.items():
             if here == "**":
-                found += self.matching(path, pattern) if kind == "directory" else []
-            elif known.fullmatch(name):
-                found += self.matching(path, rest) if rest else [path]
-        return sorted(found)
+                found |= self._matching(path, pattern, known) if kind == "directory" else set()
+            elif fits.fullmatch(name):
+                found |= self._matching(path, rest, known) if rest else {path}
+        return found
 
     def _entries(self, folder: str) -> dict[str, tuple[str, str]]:
         """Return path and type, by name, of all that lies in a folder; empty if there is none."""
@@ -231,19 +253,40 @@ class File:
         return f"{self.path.rpartition('/')[0]}/{name}"
 
 
+def _pattern(name: str) -> re.Pattern[str]:
+    """Return what a name with `*` fits.
+
+    Each part is looked for once, where it comes first: to try all places would take ages.
+    """
+    first, *others = map(re.escape, name.split("*"))
+    middle = "".join(f"(?>.*?{part})" for part in others[:-1])
+    return re.compile(first + middle + (f".*{others[-1]}" if others else ""), re.DOTALL)
+
+
 def expand(pattern: str) -> list[str]:
-    """List the texts that a pattern with braces stands for: `{0000..0003}`, `{a,b}`, in order."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
-        return [pattern]
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if span:
-        width, first, last = len(span[1]), int(span[1]), int(span[2])
-        inner = [f"{i:0{width}}" for i in range(first, last + 1)]
-    else:
-        inner = found[1].split(",")
-    return [text for one in inner for text in expand(f"{head}{one}{tail}")]
+    """List the texts that a pattern with braces stands for: `{0000..0003}`, `{a,b}`, in order.
+
+    Raises:
+        DataError: They are more than any data set has.
+    """
+    many = pattern.count("{") > _MOST_BRACES
+    texts = [pattern]
+    while texts and not many and _BRACES.search(texts[0]):
+        before, texts = texts, []
+        for text in before:
+            head, inner, tail = _BRACES.split(text, maxsplit=1)
+            span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inner)
+            numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
+            words = [] if span else inner.split(",")
+            count = len(texts) + len(numbers) + len(words)
+            if many := count * (len(pattern) + _TEXT) > _MOST_BYTES:
+                break
+            words += [f"{i:0{len(span[1])}}" for i in numbers] if span else []
+            texts += [f"{head}{word}{tail}" for word in words]
+    if many:
+        short = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
+        raise DataError(f"{short}: these braces stand for more files than any data set has")
+    return texts
 
 
 def find_files(pattern: Address, option: str, suffix: str) -> tuple[Location, list[File]]:
@@ -353,9 +396,9 @@ class SidecarFile:
 
 def _replace(path: str, data: bytes) -> None:
     """Write it whole or not at all, also when several processes write the same."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"  # nobody can have put a link there
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
         os.replace(temporary, path)
     except OSError:

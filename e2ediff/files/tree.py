@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,11 @@ from e2ediff.files.names import Tally, below, images_of, is_hidden, is_readable
 SET_RECORDS = frozenset({"set.json", "psnr.json"})
 """What `sample` and `reconstruct` write beside the folder of their images and their grid."""
 _GRIDS = ("grid.png", "reconstructions.png")
+_MOST_LINKS = 100
+"""How often links to one folder are followed.
+
+Two in each of 40 folders, to the next one, make a trillion ways.
+"""
 _RUN = ("run.json", "resolved.yaml")
 
 
@@ -42,7 +48,7 @@ def tree(fs: Any, root: str, where: str) -> Tree:
     """Walk a folder of a file system of fsspec.
 
     On this machine links to files and folders are followed, except to a folder that leads back
-    to one above it.
+    to one above it, or that many others have led to.
 
     Args:
         fs: The file system.
@@ -84,6 +90,7 @@ def _local(root: str) -> Tree:
     """Walk a folder of this machine directly, which is much faster than by fsspec."""
     files, folders, tally = list[str](), list[str](), Tally()
     waiting = [(root, "", _above(root))]
+    times = Counter[tuple[int, int]]()
     while waiting:
         folder, inside, above = waiting.pop()
         with os.scandir(folder) as scanned:
@@ -99,6 +106,10 @@ def _local(root: str) -> Tree:
                 place = _place(entry.path)
                 if entry.is_symlink() and place in above:
                     tally.add("that link to a folder above them", path)
+                    continue
+                times[place] += entry.is_symlink()
+                if times[place] > _MOST_LINKS:
+                    tally.add(f"that link to a folder as {_MOST_LINKS} others do", path)
                     continue
                 folders += [] if inside else [entry.name]
                 waiting.append((entry.path, f"{path}/", above | {place}))

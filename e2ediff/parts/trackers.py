@@ -11,6 +11,7 @@ import attrs
 from torch import Tensor
 from typing_extensions import override
 
+from e2ediff.addresses import own_file
 from e2ediff.tracker import Tracker, TrackerConfig
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ class CSV(TrackerConfig):
 class _CSVFile(Tracker):
     def __init__(self, path: str) -> None:
         new = not os.path.exists(path)
-        self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - until close()
+        self.file = open(  # noqa: SIM115 - until close()
+            path, "a", newline="", encoding="utf-8", opener=own_file
+        )
         self.rows = csv.writer(self.file)
         if new:
             self.rows.writerow(["images", "name", "value"])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from e2ediff.errors import DataError
 from e2ediff.files.images import opened
+from e2ediff.limits import MAX_BYTES
 from e2ediff.report.gather import Run
 from e2ediff.report.summary import number
 
@@ -123,7 +124,7 @@ def _sheet(run: Run, step: int, kind: str, most: int) -> Sheet:
     assert run.store is not None
     file, uri, problem = run.previews[kind][step], "", ""
     try:
-        uri = data_uri(run.store.read(file), most, f"{file} cannot be shown")
+        uri = data_uri(run.store.read(file, MAX_BYTES), most, f"{file} cannot be shown")
     except OSError as error:
         problem = f"{file} cannot be shown: {error}"
     except DataError as error:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from e2ediff import terminal
+from e2ediff.addresses import own_file
 from e2ediff.errors import RunDirectoryError
 from e2ediff.store.environment import machine
 from e2ediff.store.lease import Lease
@@ -48,7 +49,7 @@ def acquire(store: Store, shown: str) -> Callable[[], None] | None:
         return None  # the address is a file: the caller reports that
     while True:
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = own_file(str(path), os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise store.refusal(LOCK, 0, error) from error
         try:

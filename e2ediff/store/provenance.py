@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from e2ediff.errors import RunDirectoryError
 from e2ediff.host.leaves import texts_in
+from e2ediff.limits import MAX_GRAPH
 from e2ediff.store.storage import Store
 
 SEAL = "seal"
@@ -45,7 +46,7 @@ def is_sealed(store: Store, file: str) -> bool:
     if not (key := _key(make=False)):
         return False
     try:
-        text, seals = store.read(file), store.read(SEAL, _LONGEST).split()
+        text, seals = store.read(file, MAX_GRAPH), store.read(SEAL, _LONGEST).split()
     except OSError:
         return False
     own = hmac.new(key, text, hashlib.sha256).hexdigest().encode()

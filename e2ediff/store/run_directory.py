@@ -29,6 +29,7 @@ from e2ediff.errors import RecipeError, RunDirectoryError
 from e2ediff.figure import Figure
 from e2ediff.host.suggestions import similar_paths
 from e2ediff.host.yaml import parse_yaml
+from e2ediff.limits import MAX_GRAPH
 from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, next_place, numbers
 from e2ediff.store.earlier import earlier_figure
 from e2ediff.store.lock import LOCK, acquire
@@ -55,6 +56,8 @@ _WRITTEN = {
 
 _FORMAT = re.compile(r"[-+ ]?[#0,]{0,2}\d{0,2}[,_]?(\.\d{1,2})?[a-zA-Z%]?")
 """Formats of figures, as in `format(value, ".2f")`."""
+
+_FOLDERS = (FOLDER, "samples", ATTEMPTS, PLUGINS, STACKS, "post_hoc")  # that are written in
 
 _HAS_SPECIAL = re.compile(rb'"(nan|-?inf)"').search
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -176,6 +179,7 @@ class RunDirectory:
         """
         if self._lock is not None:
             return
+        self._refuse_links()
         self._lock = acquire(self.store, self.path)
         self.store.holds_back = True
         if self._lock is None:
@@ -190,6 +194,22 @@ class RunDirectory:
                     self.store.remove_dir(f"{folder}/{name}")
         for log in (METRICS, EVENTS):
             self.store.truncate_lines(log)
+
+    def _refuse_links(self) -> None:
+        """Refuse to write in a run of someone else that has a link where folders of ours are.
+
+        It might lead to the checkpoints of another run, which would be deleted as old ones.
+
+        Raises:
+            RunDirectoryError: There is one.
+        """
+        for folder in (*_FOLDERS, f"post_hoc/{FOLDER}"):
+            place = self.store.local_path(folder)
+            if place and os.path.islink(place) and not self.is_made_here():
+                raise RunDirectoryError(
+                    f"{self.store.where(folder)}: is a link to {os.readlink(place)}, and this run "
+                    "was not made here by you. Put the folder itself in its place, or remove it."
+                )
 
     def unlock(self) -> None:
         """Release the lock; no-op if not held."""
@@ -557,7 +577,7 @@ class RunDirectory:
 
     def _read(self, file: str) -> bytes:
         try:
-            return self.store.read(file)
+            return self.store.read(file, MAX_GRAPH)
         except OSError as error:
             raise self._unreadable(file, error) from error
 
@@ -660,7 +680,7 @@ def _is_run_of(path: str, name: str) -> bool:
     elif not numbers(store) and not RunDirectory.never_began(path):
         return False
     try:
-        recipe, _ = parse_yaml(store.read(RESOLVED).decode(), store.where(RESOLVED))
+        recipe, _ = parse_yaml(store.read(RESOLVED, MAX_GRAPH).decode(), store.where(RESOLVED))
     except (OSError, UnicodeDecodeError, RecipeError):
         return True  # killed before the file was written, or after it was moved
     block = recipe.value if recipe else None

@@ -26,6 +26,7 @@ from typing import IO, Any, TypeAlias
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.errors import E2EDiffError, ResourceError, RunDirectoryError
+from e2ediff.limits import OversizedError, check_memory, check_size
 from e2ediff.store.remote import PIECE, Log, Retrying
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
@@ -88,9 +89,15 @@ class Store:
         return self._full(path) if self.local else None
 
     def read(self, path: str, limit: int | None = None) -> bytes:
-        """Read the whole content; OSError if it is missing, or longer than `limit` bytes."""
-        if limit is not None and self.size(path) > limit:
-            raise OSError(errno.EFBIG, f"longer than {limit} bytes", self.where(path))
+        """Read the whole content; OSError if it is missing, or longer than `limit` bytes.
+
+        Without a limit it must fit into the memory that is free.
+        """
+        try:
+            size = self.size(path)
+            check_memory(size) if limit is None else check_size(size, "such a file", limit)
+        except OversizedError as error:
+            raise OSError(errno.EFBIG, str(error), self.where(path)) from error
         return b"".join(self.chunks(path))
 
     def chunks(self, path: str) -> Iterator[bytes]:
@@ -310,7 +317,7 @@ class Store:
                 return
             full = self._full(path)
             _make_dirs(os.path.dirname(full))
-            file = os.open(full, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            file = addresses.own_file(full, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
                 before = os.fstat(file).st_size
                 try:
@@ -547,6 +554,9 @@ class Store:
             )
         elif code in _DENIED:
             advice = f"Choose another {self.option}, one that you may write to."
+        elif code == errno.ELOOP:
+            reason = "it is a link, and nothing is written through one"
+            advice = "Put a copy of the file that it leads to in its place, or remove it."
         else:
             advice = f"Check that the disk or store is reachable, or choose another {self.option}."
         return ResourceError(

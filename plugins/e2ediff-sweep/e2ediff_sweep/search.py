@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import attrs
 
 from e2ediff.ablate.grid import Axis, Value
-from e2ediff.errors import RunDirectoryError
+from e2ediff.errors import DataError, RunDirectoryError
 from e2ediff.evaluate.evaluate import passport_of
 from e2ediff.evaluate.passes import Pass, View, feature_pass
 from e2ediff.evaluate.passport import Card, Score, parse_card, write_card
 from e2ediff.evaluate.reference import ReferenceSet, reference_features
 from e2ediff.evaluate.request import Request
 from e2ediff.evaluate.subject import run_subject
-from e2ediff.limits import json_object
+from e2ediff.limits import MAX_GRAPH, json_object
 from e2ediff.model.build import choose_device
 from e2ediff.model.image_features import network_title, weights_sha256
 from e2ediff.model.inference import Model, denoise_once
@@ -91,15 +91,18 @@ class Search:
         for name in self.store.list(SCORES):
             path = f"{SCORES}/{name}"
             if name.endswith(".json"):
-                self._take(parse_card(self.store.read(path), self.store.where(path)))
+                self._take(parse_card(self.store.read(path, MAX_GRAPH), self.store.where(path)))
         if self.found:
             self.say(f"{self.store.where()}: {len(self.found)} candidates are scored already")
 
     def _take(self, card: Card) -> Result:
         notes: Mapping[str, JSON] = card.notes
-        candidate = Candidate(str(notes["weights"]), tuple(map(str, notes["overrides"])))  # type: ignore[arg-type]
-        result = Result(candidate, card, tuple(notes["shares"]))  # type: ignore[arg-type]
-        self.found[str(notes["candidate"])] = result
+        try:
+            candidate = Candidate(str(notes["weights"]), tuple(map(str, notes["overrides"])))  # type: ignore[arg-type]
+            result = Result(candidate, card, tuple(map(float, notes["shares"])))  # type: ignore[arg-type]
+            self.found[str(notes["candidate"])] = result
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"{card.place}: not the scores of a candidate ({error!r})") from error
         return result
 
     def _spec(self) -> dict[str, JSON]:
