@@ -33,6 +33,7 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NOTHING = {errno.ELOOP, errno.ENAMETOOLONG}  # a link to itself; a name that none can have
 _LONGEST = 1 << 20  # bytes of a line in a log
 _TEMPORARY = re.compile(r"\.tmp-(.+)-[0-9a-f]{8}")
 
@@ -181,6 +182,10 @@ class Store:
                 found = self._fs.ls(full, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            if error.errno in _NOTHING:
+                return []
+            raise
         # Some object stores list the prefix itself as an empty object.
         inside = [str(name).rstrip("/") for name in found]
         return sorted({n.rpartition("/")[2] for n in inside if n.strip("/") != full.strip("/")})

@@ -186,5 +186,11 @@ def test_a_report_of_a_bug_reads_a_log_without_lines_in_little_time(strange):
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.parametrize("name", ["loop", "x" * 5000])
+def test_a_folder_that_is_a_link_to_itself_holds_nothing(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    assert Store(tmp_path).list(name) == []
+
+
 def test_the_run_of_these_tests_was_made_here(finished):
     assert RunDirectory.open(finished).is_made_here()
