@@ -222,7 +222,7 @@ def missing(folder: Path, other: Path, chance: random.Random) -> str:
 def extra(folder: Path, other: Path, chance: random.Random) -> str:
     """A file too many: a stale shard of another checkpoint, or anything."""
     name = chance.choice(["stale.safetensors", "online-2.safetensors", ".hidden", "x.bin"])
-    shutil.copy(_file(other, chance), folder / name)
+    _copy(_file(other, chance), folder / name)
     return name
 
 
@@ -241,10 +241,9 @@ def stale(folder: Path, other: Path, chance: random.Random) -> str:
     if left_out == "state.json" and other.name == folder.name:
         return ""  # runs of one recipe share it: that would be another run's, whole
     files = sorted(other.iterdir()) if left_out != "one" else [_file(other, chance)]
-    # The other checkpoint may have been damaged before, and a link to a device has no end.
-    for file in filter(Path.is_file, files):
+    for file in files:
         if file.name != left_out and (left_out != "all" or file.name == "MANIFEST.json"):
-            shutil.copy(file, folder / file.name)
+            _copy(file, folder / file.name)
     return f"{left_out} of {other.name}"
 
 
@@ -253,12 +252,27 @@ def directory(folder: Path, other: Path, chance: random.Random) -> str:
     if other.name == folder.name:
         return ""  # whole, of another run: by its files nothing tells
     shutil.rmtree(folder)
-    shutil.copytree(other, folder, ignore=lambda _, names: _no_files(other, names))
+    folder.mkdir()
+    for file in other.iterdir():
+        _copy(file, folder / file.name)
     return other.name
 
 
-def _no_files(folder: Path, names: list[str]) -> list[str]:
-    return [name for name in names if not (folder / name).is_file()]
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, or what an earlier damage of that checkpoint has put in its place.
+
+    A pipe or a device is made again, as reading it would never end.
+    """
+    if source.is_file():
+        shutil.copy(source, target)
+        return
+    target.unlink(missing_ok=True)
+    if source.is_symlink():
+        target.symlink_to(os.readlink(source))
+    elif source.is_fifo():
+        os.mkfifo(target)
+    else:
+        target.mkdir()
 
 
 def fifo(folder: Path, other: Path, chance: random.Random) -> str:

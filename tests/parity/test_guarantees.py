@@ -138,7 +138,8 @@ def test_a_kill_at_any_operation_of_a_save_loses_no_committed_checkpoint(
 
 
 def test_no_damaged_checkpoint_is_accepted(attack: Run) -> None:
-    facts = attack(mutations.SUITE, range(1, 801))
+    # In the last ones the files of one damaged checkpoint are put into another.
+    facts = attack(mutations.SUITE, [*range(1, 801), 1641, 2084, 3878, 6553])
     assert {kind.__name__ for kind in mutations.KINDS} <= {*facts}
     assert facts["resumed by command"] == 800 // mutations.COMMANDS
 
