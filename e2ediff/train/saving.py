@@ -125,7 +125,10 @@ class Saver:
         at, detector, recorder = self.recorder.position, self.detector, self.recorder
         with self.recorder.clock.paused():
             began = time.perf_counter()
-            regular = at.step % self.recipe.cadence.checkpoint == 0 or detector.anchor is None
+            # Weights after which a step was bad may be what is wrong: a run that is stopped there
+            # saves them, and does not return to them.
+            due = at.step % self.recipe.cadence.checkpoint == 0 and not self.bad_steps.is_last
+            regular = due or detector.anchor is None
             if self.anchored and regular and (detector.clean or not self._alarm_returns):
                 detector.anchor = at.images
             with uncompiled(self.recipe):

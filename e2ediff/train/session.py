@@ -437,8 +437,9 @@ def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> Non
         if engine.position.step >= (total := engine.recipe.total_steps):
             progress.say(f"{directory.path}: all {total} steps are done; nothing is left to train")
     else:
-        engine.saver.rewind(-1)
         progress.say(f"{directory.path} has no checkpoint yet, so it starts again")
+    if engine.position.step == 0:
+        engine.saver.rewind(-1)  # what is measured before the first step is measured again
 
 
 def _keep_figures(directory: RunDirectory, found: Checkpoint, progress: Progress) -> None:

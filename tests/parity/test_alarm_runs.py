@@ -364,6 +364,17 @@ def test_a_run_that_goes_back_resumes_bit_for_bit(cuts, trapped) -> None:
     assert len(run.events("rewound")) == 1
 
 
+def test_a_run_taken_up_at_its_beginning_has_its_first_figures_once(trapped) -> None:
+    """It is stopped as it returns there, from step 4."""
+    whole, run = trapped(1, 2, name="whole"), trapped(1, 2)
+    whole.train("alarm.policy=rollback")
+    assert run.train("alarm.policy=rollback", stop_after=4).exit_code == 130
+    assert fingerprint(run.out)["step"] == 0
+    assert run.train("alarm.policy=rollback", resume=True).exit_code == 0
+    assert run.figures() == whole.figures()
+    assert fingerprint(whole.out) == fingerprint(run.out)
+
+
 def test_a_return_to_a_checkpoint_that_is_gone_is_an_error_that_names_it(trapped) -> None:
     run, signs = trapped(3, 4), []
 

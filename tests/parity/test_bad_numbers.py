@@ -337,6 +337,21 @@ def test_a_run_with_a_bad_image_resumes_bit_for_bit(policy, cuts, poisoned) -> N
     assert whole.figures() == run.figures()
 
 
+def test_a_run_stopped_after_a_bad_step_does_not_return_to_it(poisoned) -> None:
+    """Steps 4, at which a checkpoint is due, and 6 are bad: both go back to the beginning."""
+    changes = ("guards={non_finite: rewind, limit: 9}", "cadence={log: 1, checkpoint: 4}",
+               "data.images=[29, 17]")  # fmt: skip
+    whole, run = poisoned("whole"), poisoned()
+    whole.train(*changes)
+    assert run.train(*changes, stop_at=4).exit_code == 130
+    assert run.train(*changes, resume=True).exit_code == 0
+    returns = [[(e["step"], e["to"]) for e in r.events("rewound")] for r in (whole, run)]
+    assert returns[0][:2] == [(4, "images-000000000000"), (6, "images-000000000000")]
+    assert returns[0] == returns[1]
+    assert whole.fingerprint() == run.fingerprint()
+    assert whole.figures() == run.figures()
+
+
 def test_a_run_that_stops_says_how_to_go_on_and_does(poisoned) -> None:
     run, other = poisoned(), poisoned("other")
     with pytest.raises(DivergedError) as caught:
