@@ -123,7 +123,10 @@ def read_file(fs: Any, path: str, what: str = "an image") -> bytes:
     """
     own = fs.protocol
     if {"file", "zip", "tar", "libarchive"} & {*((own,) if isinstance(own, str) else own)}:
-        check_size(fs.info(path)["size"], what)
+        found = fs.info(path)
+        if found["type"] == "other":  # a pipe might never end, nor begin
+            raise OSError(f"{path} is a pipe or a device; expected a file")
+        check_size(found["size"], what)
     data: bytes = fs.cat_file(path)
     return data
 

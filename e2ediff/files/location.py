@@ -337,7 +337,12 @@ def _listed(location: Location, paths: Sequence[str]) -> dict[str, File]:
             path = str(entry["name"])
             path = path if path in wanted else f"/{path.lstrip('/')}"
             if path in wanted and entry.get("islink"):
-                entry = location.fs.info(path)  # a list tells of the link, not of the file
+                try:
+                    entry = location.fs.info(path)  # a list tells of the link, not of the file
+                except FileNotFoundError:
+                    continue
+                except OSError as error:  # a link to itself
+                    raise DataError(_refused(location.option, path, error)) from error
             if path in wanted and entry["type"] == "file":
                 # Of a local file "created" is the time of its inode, which nobody can set.
                 arrived = str(entry.get("created") or "")

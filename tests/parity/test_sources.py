@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import attrs
@@ -11,7 +12,7 @@ from pictures import write_tree
 from source_kinds import COUNTS, KINDS, SIZE, TOTAL, folder, make, prepared, source_of
 
 from e2ediff.errors import DataError
-from e2ediff.files.location import expand
+from e2ediff.files.location import Location, expand, find_files
 from e2ediff.loading.order import Order
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -101,3 +102,20 @@ def test_files_may_be_links_and_are_noticed_when_what_they_point_to_changes(
     files[0].write_bytes(b"x" * 1024)
     with pytest.raises(DataError, match=r"cannot be read as"):
         linked.open()
+
+
+def test_a_pipe_or_a_device_in_place_of_a_small_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "labels.csv")
+    (tmp_path / "labels.txt").symlink_to("/dev/zero")
+    for name in ("labels.csv", "labels.txt"):
+        with pytest.raises(OSError, match=f"{name} is a pipe or a device"):
+            Location(f"{tmp_path}", "data").read_labels(f"{tmp_path / name}")
+
+
+@pytest.mark.parametrize(
+    ("target", "said"), [("x.tar", "cannot open .*x.tar"), ("nowhere", "no file")]
+)
+def test_a_link_that_leads_nowhere_is_said_where_it_is(target, said, tmp_path: Path) -> None:
+    (tmp_path / "x.tar").symlink_to(target)
+    with pytest.raises(DataError, match=rf"data\.path: {said}"):
+        find_files(f"{tmp_path}", "data.path", ".tar")
