@@ -13,11 +13,15 @@ SUITES = {
     "kills": (60, 8000),  # about 1.3 kills each
     "mutations": (600, 10_000),
     "resume_cuts": (36, 0),
+    "returns": (30, 0),
     "full_disk": (24, 300),
     "signals": (24, 500),
+    "command_signals": (24, 500),
     "two_ranks": (12, 250),
     "object_store": (40, 1000),
+    "s3_server": (12, 250),
     "fuzz": (800, 10_000),
+    "files": (136, 3000),
 }
 
 

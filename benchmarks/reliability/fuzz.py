@@ -430,9 +430,9 @@ def _file(setup: Setup, trial: Trial) -> None:
     chance = trial.chance
     path = _entry(setup, door, trial.place / "file")
     if path.suffix in (".json", ".jsonl") and chance.random() < 0.7:
-        data = _odd_json(door.content, chance)
+        data = odd_json(door.content, chance)
     else:
-        data = _damaged(door, chance)
+        data = damaged(door.content, chance)
     path.write_bytes(data)
     words = door.words(path)
     story = f"{door.kind} {door.name}: {' '.join(words[:3])}"
@@ -465,11 +465,12 @@ def _resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
 
-def _damaged(door: Door, chance: random.Random) -> bytes:
-    data = bytearray(door.content)
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """Change bytes anywhere, or a member of a zip."""
+    data = bytearray(content)
     kind = chance.randrange(9)
-    if kind == 8 and path_is_zip(door):
-        return _odd_zip(door, chance)
+    if kind == 8 and content[:2] == b"PK":
+        return odd_zip(content, chance)
     for _ in range(chance.choice((1, 1, 3, 20))):
         place = chance.randrange(min(len(data), chance.choice((64, 512, 1 << 30))) or 1)
         match kind:
@@ -492,15 +493,10 @@ def _damaged(door: Door, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def path_is_zip(door: Door) -> bool:
-    """Return whether a file is a zip inside."""
-    return door.content[:2] == b"PK"
-
-
-def _odd_zip(door: Door, chance: random.Random) -> bytes:
+def odd_zip(content: bytes, chance: random.Random) -> bytes:
     """Rewrite a zip with one member replaced: by nothing, by zeros that pack well, by others'."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(door.content)) as old:
+    with zipfile.ZipFile(io.BytesIO(content)) as old:
         names = old.namelist()
         victim = chance.choice(names)
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
@@ -522,7 +518,7 @@ def _odd_zip(door: Door, chance: random.Random) -> bytes:
     return buffer.getvalue()
 
 
-def _odd_json(content: bytes, chance: random.Random) -> bytes:
+def odd_json(content: bytes, chance: random.Random) -> bytes:
     """Give values of other kinds to some keys, in one line or all."""
     odd = [
         None,

@@ -214,11 +214,7 @@ def warm(place: Path, *recipes: str) -> None:
         ended = wait(begin(act, log), log, time.monotonic(), 120)
         if ended.code != 0:
             raise RuntimeError(f"the recipe does not train: {ended.said}")
-        for name in names.read_text().splitlines():
-            if name not in sys.modules and name != "__main__":
-                with contextlib.suppress(Exception), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    importlib.import_module(name)
+        import_all(names.read_text().splitlines())
         shutil.rmtree(out)
     from e2ediff.host.plugins import load
 
@@ -226,6 +222,15 @@ def warm(place: Path, *recipes: str) -> None:
     _warm_registries()
     gc.collect()
     gc.freeze()  # so that collections in forks do not copy the pages of all that was imported
+
+
+def import_all(names: Sequence[str]) -> None:
+    """Import what a fork has imported, so that the next one need not."""
+    for name in names:
+        if name not in sys.modules and name != "__main__":
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(name)
 
 
 def _warm_registries() -> None:

@@ -17,8 +17,8 @@ RESULTS = ROOT / "docs/results/reliability"
 PAGE = ROOT / "docs/guarantees.md"
 BEGIN = "<!-- made by `python -m benchmarks.reliability.table`; do not edit -->"
 END = "<!-- end -->"
-ORDER = ("kills", "mutations", "resume_cuts", "full_disk", "signals", "two_ranks",
-         "object_store", "fuzz")  # fmt: skip
+ORDER = ("kills", "mutations", "resume_cuts", "returns", "full_disk", "signals",
+         "command_signals", "two_ranks", "object_store", "s3_server", "fuzz", "files")  # fmt: skip
 
 
 def results(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -32,6 +32,9 @@ def tables(found: list[dict[str, Any]]) -> str:
     lines = ["| attack | trials | promise | broken |", "|---|---|---|---|"]
     for one in found:
         title, trials = one["title"], f"{one['trials']:,}"
+        if why := one.get("skipped"):
+            lines.append(f"| {title} | 0 | not tried: {why} | |")
+            continue
         promises = [*one["promises"].values()]
         if one["aborted"]:
             promises.append(["every trial comes to its end", one["aborted"]])

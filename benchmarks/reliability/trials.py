@@ -392,6 +392,10 @@ def command(suite: Suite, words: Sequence[str] | None = None) -> int:
         )  # fmt: skip
     except Skipped as why:
         print(f"{suite.name}: skipped: {why}", file=sys.stderr)
+        if given.json:
+            words = _command(suite, given.count, given.seed)
+            found = {**summary(suite, (), given.count, given.seed, words), "skipped": str(why)}
+            _write(Path(given.json), found)
         return 0
     print(readable(found), file=sys.stderr)
     return int(found["failed"] > 0)
@@ -420,8 +424,6 @@ def _summed(
     journal = result and result.with_name(f"{result.name}l")
     before = _read(journal, seed) if journal else {}
     numbers = [n for n in range(count) if n not in before]
-    words = ["python", "-m", f"benchmarks.reliability.{suite.name}"]
-    words += ["--count", str(count), "--seed", str(seed)]
     shown = time.monotonic()
 
     def done(line: dict[str, Any]) -> None:
@@ -440,10 +442,19 @@ def _summed(
         journal.parent.mkdir(parents=True, exist_ok=True)
     carry_out(suite, setup, numbers, seed, place, jobs, minutes, done)
     lines = [line for number, line in before.items() if number < count]
-    found = summary(suite, lines, count, seed, " ".join(words))
+    found = summary(suite, lines, count, seed, _command(suite, count, seed))
     if result:
-        result.write_text(json.dumps(found, indent=1) + "\n")
+        _write(result, found)
     return found
+
+
+def _command(suite: Suite, count: int, seed: int) -> str:
+    return f"python -m benchmarks.reliability.{suite.name} --count {count} --seed {seed}"
+
+
+def _write(result: Path, found: dict[str, Any]) -> None:
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _read(journal: Path, seed: int) -> dict[int, dict[str, Any]]:

@@ -6,6 +6,7 @@ repeated by `python -m benchmarks.reliability.NAME --only NUMBER`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ from benchmarks.reliability import (  # noqa: E402
     trials,
     two_ranks,
 )
+from benchmarks.reliability.__main__ import SUITES  # noqa: E402
 
 Run = Callable[..., Counter[str]]
 
@@ -194,6 +196,27 @@ def test_odd_recipes_are_read_or_refused_with_their_place(attack: Run) -> None:
 def test_the_page_of_guarantees_has_the_tables_of_the_kept_results() -> None:
     text = table.PAGE.read_text()
     assert text == table.page(text, table.results())
+
+
+def test_every_suite_is_a_command_with_a_place_on_the_page() -> None:
+    assert {*SUITES} == {*table.ORDER}
+    for name in SUITES:
+        suite = importlib.import_module(f"benchmarks.reliability.{name}").SUITE
+        assert (suite.name, bool(suite.title and suite.promises)) == (name, True)
+
+
+def test_a_suite_that_a_machine_cannot_run_says_so_in_its_result_and_on_the_page(
+    place: Path,
+) -> None:
+    def prepare(place: Path) -> None:
+        raise trials.Skipped("no server here")
+
+    suite = trials.Suite("made_up", "Made up", {"kept": "kept"}, prepare, lambda setup, one: None)
+    result = place / "skipped.json"
+    assert trials.command(suite, ["--json", str(result)]) == 0
+    found = json.loads(result.read_text())
+    assert (found["trials"], found["skipped"]) == (0, "no server here")
+    assert "| Made up | 0 | not tried: no server here | |" in table.tables([found])
 
 
 # The attacks find what they look for
