@@ -293,3 +293,13 @@ def test_no_path_leaves_the_store(tmp_path: Path, path: str) -> None:
     for act in (store.read, store.list, lambda p: store.write(p, b"")):
         with pytest.raises(ValueError, match="not a plain relative path"):
             act(path)
+
+
+@pytest.mark.parametrize("file", ["run.json", "status.json", "resolved.yaml"])
+def test_a_record_that_is_longer_than_any_is_refused_unread(file: str, tmp_path: Path) -> None:
+    run = RunDirectory.create(str(tmp_path / "run"), "x", "name: x", "name: x", {})
+    (tmp_path / "run" / file).touch()
+    os.truncate(tmp_path / "run" / file, 1 << 40)  # takes no space, and more memory than there is
+    read = {"run.json": run.environment, "status.json": run.status, "resolved.yaml": run.resolved}
+    with pytest.raises(RunDirectoryError, match=rf"{file}: cannot be read"):
+        read[file]()
