@@ -11,11 +11,11 @@ import atexit
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,9 +56,7 @@ def prepare(place: Path) -> Setup:
         )
     text = runs.recipe({"post_hoc": "{every: 3}"})
     runs.warm(place, text)
-    import boto3  # noqa: F401 (so that forks need not)
-    import s3fs  # noqa: F401
-
+    runs.import_all(("boto3", "s3fs"))
     file, straight = place / "tiny.yaml", place / "straight"
     file.write_text(text)
     ended = runs.fork(runs.train_words(file, straight), place / "log", runs.without_drawing)
@@ -89,7 +87,7 @@ def _serve(place: Path) -> None:
                       AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")  # fmt: skip
     for _ in range(600):
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=2).close()
+            socket.create_connection(("127.0.0.1", port), timeout=2).close()
         except OSError:
             if process.poll() is not None:
                 break
