@@ -26,7 +26,7 @@ from typing_extensions import override
 from e2ediff.errors import DataError, ResourceError
 from e2ediff.files.damage import DAMAGED_ARRAY
 from e2ediff.files.images import Limit, opened
-from e2ediff.limits import MAX_BYTES
+from e2ediff.limits import MAX_BYTES, check_size
 from e2ediff.store.storage import Store
 
 Format = Literal["png", "npz", "zip", "tar"]
@@ -182,7 +182,13 @@ class _Blocks(ImageOutput):
         return self.checked(path, lambda: self.decode(self.read(block), block), len(block))
 
     def read(self, block: range) -> IO[bytes]:
-        return io.BytesIO(self.store.read(self.path_of(block)))
+        """Read a block's file; OSError if it is longer than any that `encode` makes."""
+        limit = 65536 + len(block) * self.longest()
+        return io.BytesIO(self.store.read(self.path_of(block), limit))
+
+    def longest(self) -> int:
+        """Return more bytes than an image takes with its label and headers, as PNG or pixels."""
+        return 8192 + 2 * int(np.prod(self.shape))
 
     def in_order(self) -> Iterable[tuple[range, range]]:
         """Yield each block with those of its numbers that no earlier block holds."""
@@ -323,7 +329,7 @@ class Zip(_Assembled):
     @override
     def decode(self, file: IO[bytes], numbers: range) -> Iterable[Pixels]:
         with _unpacked(file) as archive:
-            return [self.pixels(archive.read(self.member(i))) for i in numbers]
+            return [self.image(archive, i) for i in numbers]
 
     def assemble(self, file: IO[bytes]) -> None:
         """Merge block by block, and add the labels at the end."""
@@ -338,7 +344,13 @@ class Zip(_Assembled):
 
     @override
     def first_of(self, archive: zipfile.ZipFile, count: int) -> Pixels:
-        return np.stack([self.pixels(archive.read(self.member(i))) for i in range(count)])
+        return np.stack([self.image(archive, i) for i in range(count)])
+
+    def image(self, archive: zipfile.ZipFile, number: int) -> Pixels:
+        """Decode an image; DataError if its file is longer than any that `encode` makes."""
+        entry = archive.getinfo(self.member(number))
+        check_size(entry.file_size, "a PNG of this set", self.longest())
+        return self.pixels(archive.read(entry))
 
 
 def _unpacked(file: str | IO[bytes]) -> zipfile.ZipFile:

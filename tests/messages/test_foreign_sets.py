@@ -77,6 +77,23 @@ def test_a_merged_set_that_is_packed_is_not_unpacked(tmp_path, kind):
         output.first(4)
 
 
+@pytest.mark.parametrize(("kind", "file"), [*PARTS.items(), ("tar", FILES["tar"])])
+def test_a_part_longer_than_any_that_is_written_is_not_read(tmp_path, kind, file):
+    output = stored(tmp_path, kind)
+    with (tmp_path / file).open("r+b") as part:
+        part.truncate(1 << 40)  # of zeros that take no space
+    with pytest.raises(DataError, match=rf"{file}: .*more than the"):
+        output.first(4)
+
+
+def test_a_member_of_a_merged_zip_longer_than_any_that_is_written_is_not_read(tmp_path):
+    output = stored(tmp_path, "zip", merged=True)
+    with zipfile.ZipFile(tmp_path / MERGED["zip"], "w") as archive:
+        archive.writestr(output.member(0), bytes(1 << 20))
+    with pytest.raises(DataError, match="a PNG of this set"):
+        output.first(4)
+
+
 def test_a_part_with_other_images_is_refused(tmp_path):
     output = stored(tmp_path, "npz")
     np.save(tmp_path / PARTS["npz"], np.zeros((4, 2, 2, 3), np.uint8))
