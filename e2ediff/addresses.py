@@ -16,16 +16,11 @@ import zipfile
 from importlib.util import find_spec
 from typing import Any, BinaryIO
 
-from fsspec.core import open as fsspec_open
 from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.tar import TarFileSystem
-from fsspec.registry import (
-    available_protocols,
-    known_implementations,
-    register_implementation,
-    registry,
-)
+from fsspec.implementations.zip import ZipFileSystem
+from fsspec.registry import available_protocols, known_implementations, registry
 
 Address = str | os.PathLike[str]
 
@@ -52,7 +47,7 @@ class TarHeaders:
     """A file for `tarfile`, which believes what headers say, while it looks for members in it.
 
     Names of gigabytes are refused, and members of negative size, after which some versions of
-    Python look at the same member for ever; set `trusted` to read the members themselves.
+    Python look at the same member for ever.
 
     Raises:
         tarfile.ReadError: It is compressed.
@@ -60,7 +55,6 @@ class TarHeaders:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.trusted = False
         start = file.tell()
         if file.read(6).startswith(COMPRESSED):
             raise tarfile.ReadError("not a plain tar")
@@ -76,7 +70,7 @@ class TarHeaders:
         Raises:
             tarfile.ReadError: It leads back to what was read.
         """
-        if not self.trusted and place < self._file.tell() - 1:  # tarfile looks at a byte before
+        if place < self._file.tell() - 1:  # tarfile looks at a byte before
             raise tarfile.ReadError("a member has a negative size")
         return self._file.seek(place, whence)
 
@@ -86,7 +80,7 @@ class TarHeaders:
         Raises:
             tarfile.ReadError: They are more than any header has.
         """
-        if not self.trusted and not 0 <= count <= _LONGEST_HEADER:
+        if not 0 <= count <= _LONGEST_HEADER:
             raise tarfile.ReadError(f"a header of {count:,} bytes")
         return self._file.read(count)
 
@@ -98,25 +92,14 @@ class TarHeaders:
 class _PlainTar(TarFileSystem):  # type: ignore[misc]
     """A tar without compression as a file system, whose headers are not believed."""
 
-    def __init__(
-        self,
-        fo: str = "",
-        *,
-        target_protocol: str | None = None,
-        target_options: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        self.of = fsspec_open(fo, protocol=target_protocol, **(target_options or {}))
-        headers = TarHeaders(self.of.open())
+    cachable = False  # it is of one open file
+
+    def __init__(self, file: BinaryIO) -> None:
         try:
-            super().__init__(headers, **options)
+            super().__init__(TarHeaders(file))
         except (ValueError, ArithmeticError, LookupError) as error:
             raise tarfile.ReadError(f"damaged header: {error}") from error
-        headers.trusted = True
-
-
-# So that every tar of an address is opened as one.
-register_implementation("tar", _PlainTar, clobber=True)
+        self.fo = self.tar.fileobj = file
 
 
 def plain(address: Address) -> str:
@@ -215,13 +198,27 @@ def file_system(address: Address, *, typed: bool = False) -> tuple[Any, str]:
     text = plain(address)
     if what := refusal(text, typed=typed):
         raise ValueError(what)
-    fs, path = url_to_fs(text)
+    fs, path = _opened(text, typed=typed)
     packed = archive(fs)
     if isinstance(packed, zipfile.ZipFile) and any(map(_says_no_letters, packed.infolist())):
         fs.zip = open_zip(fs.fo)
     if packed and not path and fs.ls("", detail=False) == ["."]:
         path = "."  # packed from within its folder: `tar -cf x.tar .`
     return fs, str(path)
+
+
+def _opened(text: str, *, typed: bool) -> tuple[Any, str]:
+    """Open a file system as fsspec does, but each tar in its chain as a plain one."""
+    first, _, rest = text.partition("::")
+    protocols = [link.partition("://")[0] for link in text.split("::")[:-1]]
+    if "tar" not in protocols or protocols[0] not in ARCHIVES:
+        fs, path = url_to_fs(text)
+        return fs, path
+    around, place = file_system(rest, typed=typed)
+    kind = _PlainTar if protocols[0] == "tar" else ZipFileSystem
+    fs = kind(_content(around, place, rest, typed=typed))
+    fs.around = around  # it would close its file, were it forgotten
+    return fs, first.partition("://")[2].strip("/")
 
 
 def archive(fs: object) -> zipfile.ZipFile | tarfile.TarFile | None:
@@ -261,8 +258,12 @@ def open_file(address: Address, *, typed: bool = False) -> BinaryIO:
             end; a person may type these.
     """
     fs, path = file_system(address, typed=typed)
+    return _content(fs, path, plain(address), typed=typed)
+
+
+def _content(fs: Any, path: str, address: str, *, typed: bool) -> BinaryIO:
     if not typed and is_local(fs) and fs.exists(path) and fs.info(path)["type"] == "other":
-        raise OSError(f"{plain(address)} is a pipe or a device; expected a file")
+        raise OSError(f"{address} is a pipe or a device; expected a file")
     file: BinaryIO = fs.open(path, "rb")
     return file
 
