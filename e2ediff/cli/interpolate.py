@@ -52,7 +52,7 @@ def command(
     from e2ediff.model.labels import without_images
     from e2ediff.monitor.grids import Group, class_title, grid_png
     from e2ediff.parts.sources.own_images import list_images, read_images
-    from e2ediff.store.run_directory import name_of_run
+    from e2ediff.store.known_runs import name_of_run
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 

@@ -55,7 +55,7 @@ def command(
     from e2ediff.monitor.grids import Group, grid_png
     from e2ediff.monitor.pictures import png
     from e2ediff.parts.sources.own_images import list_images, read_images
-    from e2ediff.store.run_directory import name_of_run
+    from e2ediff.store.known_runs import name_of_run
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 

@@ -22,7 +22,8 @@ from e2ediff.host.leaves import leaves_of
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.store.curves import Curve, Figures
-from e2ediff.store.run_directory import RESOLVED, RunDirectory, name_of_run
+from e2ediff.store.known_runs import name_of_run
+from e2ediff.store.run_directory import RESOLVED, RunDirectory
 from e2ediff.store.storage import Store
 
 _DIFFERENCES = 3  # of recipes, in a name

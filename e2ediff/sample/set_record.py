@@ -24,7 +24,7 @@ from e2ediff.sample.outputs import ImageOutput
 from e2ediff.sample.request import SampleCost, SampleRequest
 from e2ediff.sampler import Sampler
 from e2ediff.store.environment import versions
-from e2ediff.store.run_directory import name_of_run
+from e2ediff.store.known_runs import name_of_run
 from e2ediff.store.storage import JSON, Store
 
 SET, ENTRIES, GRID = "set.json", "samples.json", "grid.png"

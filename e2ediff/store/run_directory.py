@@ -10,11 +10,8 @@ Nothing in it is absolute: it may be copied, packed or deleted as a whole.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
-import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -25,15 +22,24 @@ import attrs
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.errors import RecipeError, RunDirectoryError
+from e2ediff.errors import RunDirectoryError
 from e2ediff.figure import Figure
 from e2ediff.host.suggestions import similar_paths
-from e2ediff.host.yaml import parse_yaml
 from e2ediff.limits import MAX_GRAPH
 from e2ediff.store.attempts import ATTEMPTS, PICTURE, later_files, next_place, numbers
 from e2ediff.store.earlier import earlier_figure
+from e2ediff.store.entries import (
+    RUN_KINDS,
+    STATUS_KINDS,
+    check_position,
+    check_texts,
+    is_figure,
+    is_until,
+    with_specials,
+    without_specials,
+)
 from e2ediff.store.lock import LOCK, acquire
-from e2ediff.store.manifest import FOLDER, MOST, block, count
+from e2ediff.store.manifest import FOLDER
 from e2ediff.store.provenance import SEAL, is_sealed, seal
 from e2ediff.store.storage import JSON, Store
 
@@ -54,13 +60,7 @@ _WRITTEN = {
     "curves.png",
 }  # only by the process that holds the lock
 
-_FORMAT = re.compile(r"[-+ ]?[#0,]{0,2}\d{0,2}[,_]?(\.\d{1,2})?[a-zA-Z%]?")
-"""Formats of figures, as in `format(value, ".2f")`."""
-
 _FOLDERS = (FOLDER, "samples", ATTEMPTS, PLUGINS, STACKS, "post_hoc")  # that are written in
-
-_HAS_SPECIAL = re.compile(rb'"(nan|-?inf)"').search
-_SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class RunDirectory:
@@ -108,7 +108,7 @@ class RunDirectory:
             RunDirectoryError: `out` is not empty, or another process uses it.
         """
         if out is None:
-            runs = Store(_runs())
+            runs = Store(runs_folder())
             out = runs.where(runs.create_unique_dir(name, LOCK))
         directory = cls(Store(out), addresses.plain(out))
         texts = {RECIPE: recipe_text.encode(), RESOLVED: resolved.encode()}
@@ -302,7 +302,7 @@ class RunDirectory:
             return ""
         later = later_files(self.store, images, step)
         there = self.store.lines(METRICS) if self.store.exists(METRICS) else ()
-        if not later and all(_is_until(images, line) for _, line in there):
+        if not later and all(is_until(images, line) for _, line in there):
             return ""
         place = next_place(self.store)
         for file in _RECORDS:
@@ -348,7 +348,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: It is damaged, or an entry is of another kind than `create` writes.
         """
-        return self._typed(RUN, _RUN_KINDS)
+        return self._typed(RUN, RUN_KINDS)
 
     def class_names(self) -> tuple[str, ...]:
         """Read the names of the classes, by label, that the training images had at the start.
@@ -388,7 +388,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: It is damaged, or an entry is of another kind than is written.
         """
-        return self._typed(STATUS, _STATUS_KINDS) if self.store.exists(STATUS) else {}
+        return self._typed(STATUS, STATUS_KINDS) if self.store.exists(STATUS) else {}
 
     def former_status(self) -> dict[str, Any]:
         """Read the last status; empty if there is none, or it cannot be read."""
@@ -427,7 +427,7 @@ class RunDirectory:
         """Add one line of figures; `images` among them is the position in training."""
         if self.silent:
             return
-        self.store.append(METRICS, json.dumps(_without_specials(values), allow_nan=False))
+        self.store.append(METRICS, json.dumps(without_specials(values), allow_nan=False))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read all figures logged so far, without an unfinished last line.
@@ -447,11 +447,11 @@ class RunDirectory:
         """
         for number, line in enumerate(self._read_lines(METRICS), 1):
             try:
-                _check_position(line)
+                check_position(line)
             except ValueError as error:
                 where = f"{self.store.where(METRICS)}:{number}"
                 raise RunDirectoryError(f"{where}: {error}. Delete that line.") from error
-            yield {name: value for name, value in line.items() if _is_figure(value)}
+            yield {name: value for name, value in line.items() if is_figure(value)}
 
     def declare(self, figures: Iterable[Figure]) -> None:
         """Record declarations of figures; those of other names recorded before stay."""
@@ -480,7 +480,7 @@ class RunDirectory:
             rows = [{k: v for k, v in r.items() if k in known}
                     for r in self._read_json(FIGURES, way_out).values()]  # fmt: skip
             for row in rows:
-                _check_texts(row)
+                check_texts(row)
             return [Figure(**{**row, "shown_on": tuple(row["shown_on"])}) for row in rows]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             where = self.store.where(FIGURES)
@@ -491,7 +491,7 @@ class RunDirectory:
         if self.silent:
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        entry = _without_specials({"time": now, "kind": kind, **fields})
+        entry = without_specials({"time": now, "kind": kind, **fields})
         self.store.append(EVENTS, json.dumps(entry, allow_nan=False))
 
     def read_events(self) -> list[dict[str, Any]]:
@@ -504,7 +504,7 @@ class RunDirectory:
 
     def rewind(self, images: int) -> int:
         """Drop figures after this many images, and damaged lines; return how many were dropped."""
-        keep = partial(_is_until, images)
+        keep = partial(is_until, images)
         return 0 if self.silent else self.store.truncate_lines(METRICS, keep)
 
     def write_picture(self, relative_path: str, png_bytes: bytes) -> str:
@@ -520,8 +520,7 @@ class RunDirectory:
                 values = json.loads(line)
                 if not isinstance(values, dict):
                     raise TypeError("no JSON object")
-                if _HAS_SPECIAL(line):
-                    values = {k: _special(v) for k, v in values.items()}
+                values = with_specials(values, line)
             except (ValueError, TypeError, RecursionError) as error:
                 raise RunDirectoryError(
                     f"{self.store.where(file)}:{number}: not a line of JSON. Delete that line."
@@ -585,131 +584,10 @@ class RunDirectory:
         return RunDirectoryError(f"{self.store.where(file)}: cannot be read: {error.strerror}.")
 
 
-def _kind(kind: type) -> Callable[[Any, str], object]:
-    return lambda value, name: block(value, kind, name)
-
-
-_RUN_KINDS: Mapping[str, Callable[[Any, str], object]] = {
-    **dict.fromkeys(("name", "created"), _kind(str)),
-    "argv": _kind(list),
-    **dict.fromkeys(("versions", "plugins", "git", "hardware", "seeds"), _kind(dict)),
-}
-"""By entry of `run.json`, what refuses a value of another kind; null counts as left out."""
-
-_STATUS_KINDS: Mapping[str, Callable[[Any, str], object]] = {
-    **dict.fromkeys(("state", "reason", "collapsed", "last_checkpoint"), _kind(str)),
-    **dict.fromkeys(("images", "step", "exit_code"), count),
-}
-"""The same for `status.json`."""
-
-
-def _check_texts(row: Mapping[str, Any]) -> None:
-    """Refuse texts of a declared figure that are none, and formats that could fill the memory.
-
-    Raises:
-        TypeError, ValueError: One is.
-    """
-    for name in {"name", "title", "panel", "short", "form"} & {*row}:
-        block(row[name], str, name)
-    if not _FORMAT.fullmatch(row.get("form", "")):
-        raise ValueError(f"form is {row['form'][:20]!r}, expected a format such as .2f")
-    for name in ("dead_below", "dead_above"):
-        if row.get(name) is not None and not _is_figure(row[name]):
-            raise TypeError(f"{name} is {str(row[name])[:20]}, expected a number")
-
-
 def is_run(place: Address) -> bool:
     """Return whether there is a run at this address."""
     place = addresses.plain(place)
     return not place.endswith(".npz") and Store(place).exists("run.json")
-
-
-def name_of_run(place: Address) -> str:
-    """Return what a run's directory or URL is called: its last part.
-
-    An attempt that a restart set aside is called NAME/attempts/N.
-    """
-    text = addresses.plain(place).rstrip("/")
-    if os.path.basename(text) in ("", ".", ".."):
-        text = os.path.abspath(text)
-    parts = text.split("/")
-    count = 3 if parts[-2:-1] == [ATTEMPTS] and parts[-1].isdecimal() else 1
-    return "/".join(parts[-count:])
-
-
-def own_recipe(place: Address) -> str:
-    """Return the folder that holds the recipe of the run at this address, as text.
-
-    That is the address itself, or one of its attempts where a restart was interrupted.
-
-    Raises:
-        RunDirectoryError: There is no run.
-    """
-    store = Store(place)
-    folders = ["", *(f"{ATTEMPTS}/{number}" for number in reversed(numbers(store)))]
-    for folder in folders:
-        if store.exists(f"{folder}/{RESOLVED}".lstrip("/")):
-            return store.where(folder)
-    directory = RunDirectory.open(place)
-    raise RunDirectoryError(f"{directory.store.where(RESOLVED)}: there is no such file.")
-
-
-def latest_run(name: str) -> str | None:
-    """Find the newest run of this name in $E2EDIFF_RUNS, or `runs`; None if there is none.
-
-    A run killed before it began, or during a restart, counts.
-    """
-    runs = Store(_runs())
-    pattern = re.compile(re.escape(name) + r"(?:-(\d{1,9}))?")
-    numbered = [(pattern.fullmatch(found), found) for found in runs.list()]
-    for _, found in sorted(((int(m[1] or 1), n) for m, n in numbered if m), reverse=True):
-        path = runs.where(found)
-        # The second run of `flow` and the first of a recipe called `flow-2` have the same path.
-        if _is_run_of(path, name):
-            return path
-    return None
-
-
-def _is_run_of(path: str, name: str) -> bool:
-    """Return whether this is a run of this name, or may have been about to become one."""
-    store = Store(path)
-    if store.exists(RUN):
-        # Don't fall back on an older run if this one is damaged: opening it reports that.
-        with contextlib.suppress(RunDirectoryError):
-            return RunDirectory.open(path).environment().get("name") == name
-    elif not numbers(store) and not RunDirectory.never_began(path):
-        return False
-    try:
-        recipe, _ = parse_yaml(store.read(RESOLVED, MAX_GRAPH).decode(), store.where(RESOLVED))
-    except (OSError, UnicodeDecodeError, RecipeError):
-        return True  # killed before the file was written, or after it was moved
-    block = recipe.value if recipe else None
-    return isinstance(block, dict) and "name" in block and block["name"].value == name
-
-
-def _is_until(images: int, line: bytes) -> bool:
-    """Return whether a line of figures is valid, and of at most this many training images."""
-    try:
-        values = json.loads(line)
-        _check_position(values)
-        return bool(values.get("images", 0) <= images)
-    except (ValueError, AttributeError, RecursionError):
-        return False
-
-
-def _check_position(line: Mapping[str, Any]) -> None:
-    """Refuse a line of figures that says of no step that it is from there.
-
-    Raises:
-        ValueError: Its `step` or `images` is no count.
-    """
-    for name in ("step", "images"):
-        count(line.get(name, 0), name)
-
-
-def _is_figure(value: object) -> bool:
-    """Return whether a value is a number that arithmetic in floats can take."""
-    return type(value) is float or (type(value) is int and abs(value) < MOST)
 
 
 def _run_meant(path: str) -> str:
@@ -717,25 +595,11 @@ def _run_meant(path: str) -> str:
     way_out = "Give the directory that e2ediff printed when the run began."
     if path.endswith((".yaml", ".yml")):
         return f"A recipe is trained first: e2ediff run {shlex.quote(path)}. {way_out}"
-    inside = similar_paths(os.path.join(_runs(), os.path.basename(path.rstrip("/"))))
+    inside = similar_paths(os.path.join(runs_folder(), os.path.basename(path.rstrip("/"))))
     near = [place for place in (*inside, *similar_paths(path)) if is_run(place)]
     return f"Did you mean {' or '.join(dict.fromkeys(near))}? {way_out}" if near else way_out
 
 
-def _runs() -> str:
+def runs_folder() -> str:
+    """Return where runs are put that are given no place: $E2EDIFF_RUNS, or `runs`."""
     return os.environ.get("E2EDIFF_RUNS") or "runs"
-
-
-def _without_specials(value: Any) -> Any:
-    """Replace nan and inf, which JSON does not have, by text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _without_specials(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_specials(item) for item in value]
-    return value
-
-
-def _special(value: Any) -> Any:
-    return _SPECIAL.get(value, value) if isinstance(value, str) else value

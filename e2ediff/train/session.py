@@ -52,21 +52,13 @@ from e2ediff.step.parallel import check_shares
 from e2ediff.store.attempts import ATTEMPTS
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.environment import describe_environment
+from e2ediff.store.known_runs import latest_run, own_recipe
 from e2ediff.store.manifest import FOLDER, Checkpoint
 from e2ediff.store.plugin_files import copies, refuse_other_plugin_files
 from e2ediff.store.provenance import is_sealed, refuse_networks
 from e2ediff.store.quarantine import put_aside, refuse_newer
 from e2ediff.store.records import images_of, newest_saved, refuse_vanished
-from e2ediff.store.run_directory import (
-    RECIPE,
-    RESOLVED,
-    STACKS,
-    RunDirectory,
-    State,
-    is_run,
-    latest_run,
-    own_recipe,
-)
+from e2ediff.store.run_directory import RECIPE, RESOLVED, STACKS, RunDirectory, State, is_run
 from e2ediff.store.storage import JSON, Store
 from e2ediff.train.continuation import (
     class_names,

@@ -41,7 +41,8 @@ from e2ediff.sample.load import ModelRef, load_model
 from e2ediff.sample.pipeline import Pipeline
 from e2ediff.sample.request import SampleRequest
 from e2ediff.sample.sample_set import make_set
-from e2ediff.store.run_directory import RunDirectory, is_run, own_recipe
+from e2ediff.store.known_runs import own_recipe
+from e2ediff.store.run_directory import RunDirectory, is_run
 from e2ediff.store.storage import Store
 from e2ediff.train.continuation import continue_command
 from e2ediff.train.progress import Progress

@@ -17,7 +17,8 @@ import pytest
 
 from e2ediff.errors import ResourceError, RunDirectoryError
 from e2ediff.store.environment import describe_environment
-from e2ediff.store.run_directory import RunDirectory, latest_run
+from e2ediff.store.known_runs import latest_run
+from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 
 
