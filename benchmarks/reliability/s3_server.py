@@ -1,7 +1,7 @@
 """Runs on a local server of the S3 protocol: killed, stopped, met by a second writer.
 
 The server is moto's, in a process of its own that this suite starts on a free port and stops;
-the client is s3fs. Both come with `pip install s3fs 'moto[server]'`; without them nothing is run,
+the client is s3fs. Both come with `pip install '.[reliability]'`; without them nothing is run,
 and the result says so.
 """
 
@@ -52,7 +52,7 @@ def prepare(place: Path) -> Setup:
     """Start the server, and train on the disk undisturbed."""
     if missing := [name for name in ("s3fs", "moto", "flask") if find_spec(name) is None]:
         raise Skipped(
-            f"no S3 server: {', '.join(missing)} not installed; `pip install s3fs 'moto[server]'`"
+            f"no S3 server: {', '.join(missing)} not installed; `pip install '.[reliability]'`"
         )
     text = runs.recipe({"post_hoc": "{every: 3}"})
     runs.warm(place, text)

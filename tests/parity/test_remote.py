@@ -1,7 +1,7 @@
 """Every kind of source, and `data prepare`, on stores that are not the disk.
 
 `memory://` needs nothing. `s3://` is a real server of S3's protocol on this machine (moto), read
-by the real client: it needs `pip install s3fs 'moto[s3]' flask flask-cors`.
+by the real client: it needs `pip install '.[reliability]'`.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from e2ediff.host.checkout import pip_install, uninstalled_plugins
 ROOT = Path(__file__).parents[2]
 # click's, git's, docker's, and variables of a report's style
 FOREIGN = {"--help", "--no-optional-locks", "--porcelain", "--shm-size"}
+FOREIGN |= {"--list", "--name-only", "--show-scope", "--ignore-submodules"}
 FOREIGN |= {"--ink", "--soft", "--line"}
 NO_INDEX = (
     "in the folder that contains it; plugins of e2ediff itself are in plugins/ of its "
