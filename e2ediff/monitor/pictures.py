@@ -47,7 +47,13 @@ def curves_png(
         if found is not None and "charts" in found.shown_on:
             shared.setdefault(found.panel, []).append(found)
     columns = -(-(1 + len(shared)) // 2)
-    sheet = Sheet(figsize=(5.5 * columns, 6.5), layout="constrained")
+    width, height = 5.5 * columns, 6.5  # inches
+    sheet = Sheet(figsize=(width, height))
+    # A layout engine draws everything a second time, to measure it.
+    sheet.subplots_adjust(
+        left=0.75 / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.7 / height,
+        wspace=0.19, hspace=0.38,
+    )  # fmt: skip
     panels = list(sheet.subplots(2, columns, squeeze=False).flat)
     for name in sorted(name for name in curves if name.startswith("loss/")):
         _curve(panels[0], curves[name], name.removeprefix("loss/"))

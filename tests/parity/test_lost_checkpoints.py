@@ -511,6 +511,7 @@ def test_the_launcher_hands_on_that_a_run_begins_again(place) -> None:
     assert done.stderr.count("the former content of run is kept in run/attempts/1") == 1
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_run_of_an_ablation_whose_checkpoints_vanished_fails_and_says_why(place) -> None:
     words = ("ablate", "tiny.yaml", "--vary", "optimizer.lr=0.001,0.002", "--seeds", "0")
     assert e2ediff(*words, "--out", "group").code == 0

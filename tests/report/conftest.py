@@ -26,7 +26,7 @@ class Made:
 
 @pytest.fixture(scope="session", autouse=True)
 def warm() -> Iterator[None]:
-    """Runs of ablations are forks here; `test_lost_checkpoints` starts them as a user does."""
+    """Runs of ablations are forks here; `test_plugin_files` starts them as a user does."""
     with forked_runs():
         yield
 
