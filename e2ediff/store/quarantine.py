@@ -45,8 +45,9 @@ def put_aside(
 ) -> Iterator[tuple[str, str, str]]:
     """Rename the checkpoints after the newest intact one that do not verify.
 
-    Files that the system does not read stay as they are, and so do objects without a manifest in
-    stores that are not local, where a save that was interrupted leaves them.
+    Those that cannot be read are too, since the next save of as many images would replace them.
+    Objects without a manifest stay in stores that are not local, where a save that was
+    interrupted leaves them.
 
     Args:
         store: The run's, locked by this process.
@@ -61,8 +62,6 @@ def put_aside(
         try:
             open_one(store, name, verify=True)
         except CheckpointError as error:
-            if isinstance(error.__cause__, OSError):
-                continue
             kept = f".bad-{name}-{secrets.token_hex(4)}"
             if failed := store.rename_dir(f"{FOLDER}/{name}", f"{FOLDER}/{kept}"):
                 warn(f"{store.where(f'{FOLDER}/{name}')}: cannot be put aside: {failed}")

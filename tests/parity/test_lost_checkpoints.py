@@ -290,6 +290,18 @@ def test_a_run_that_goes_on_puts_checkpoints_that_do_not_verify_aside(place) -> 
     assert not Store("run/post_hoc").list("checkpoints")[0].startswith(".")
 
 
+def test_a_checkpoint_that_cannot_be_read_is_put_aside_before_it_could_be_replaced(place) -> None:
+    file = Path("run/checkpoints", LAST, "online.safetensors")
+    data = file.read_bytes()
+    file.unlink()
+    file.symlink_to(file.name)  # the system refuses to open it
+    done = again("--resume")
+    assert done.code == 0, done.err
+    (kept,) = (p for p in Path("run/checkpoints").iterdir() if p.name.startswith(".bad-"))
+    assert (kept / "online.safetensors").is_symlink()
+    assert file.read_bytes() == data, "trained again"
+
+
 def test_on_an_object_store_what_does_not_verify_is_put_aside_too(place) -> None:
     """It would be replaced by the next save of as many images; a save that never finished goes."""
     damage()
