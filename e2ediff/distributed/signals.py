@@ -22,6 +22,7 @@ UNSAVED = "a second time, without saving"
 SAVED = "a second time, after saving"
 _NOTHING = "stopping: there is nothing to save yet"
 _CHANCE = 0.3  # seconds for the main thread to answer, if it can
+_AGAIN = 0.01  # seconds after which an error that was discarded is raised again
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Those that ask a run to stop."""
 
@@ -88,6 +89,8 @@ class Stop:
         self.write: Callable[[str], None] = lambda line: write_now(sys.stderr, f"{line}\n")
         self._since = 0.0
         self._old: dict[int, object] = {}
+        self._hook = sys.unraisablehook
+        self._discarded: Stopped | None = None
         self._process = 0
         self._over = False
 
@@ -160,8 +163,11 @@ class Stop:
             self._process = os.getpid()
             for number in SIGNALS:
                 self._old[number] = signal.signal(number, self._handle)
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
 
     def _restore(self) -> None:
+        if self._old:
+            sys.unraisablehook = self._hook
         for number, old in self._old.items():
             signal.signal(number, old)  # type: ignore[arg-type]
         self._old.clear()
@@ -174,12 +180,27 @@ class Stop:
             signal.raise_signal(number)
         elif self._over:
             pass
+        elif error := self._discarded:
+            self._discarded = None
+            raise error
         elif self.asked:
             self._ask_again(number)
         else:
             self.note(number)
             if self.at_once:
                 raise Stopped(number, self.when)
+
+    def _unraisable(self, found: sys.UnraisableHookArgs) -> None:
+        """Raise `Stopped` again, which Python discards where a finalizer or callback ran."""
+        error = found.exc_value
+        if not isinstance(error, Stopped):
+            self._hook(found)
+            return
+        self._discarded = Stopped(error.number, error.when)
+        signal.signal(error.number, self._handle)  # a second one has set it back
+        # A little later, as it would be discarded again in this function.
+        where = threading.get_ident()  # the main thread, which may be waiting by then
+        threading.Timer(_AGAIN, signal.pthread_kill, (where, error.number)).start()
 
     def _ask_again(self, number: int) -> None:
         if time.monotonic() - self._since >= self.grace:

@@ -29,7 +29,7 @@ import e2ediff
 from e2ediff import hookimpl
 from e2ediff.cli import main
 from e2ediff.data import DataSource, SourceConfig
-from e2ediff.distributed.signals import SAVING, Stop, Stopped
+from e2ediff.distributed.signals import SAVING, UNSAVED, Stop, Stopped
 from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
 from e2ediff.parts.sources import Synthetic
@@ -96,6 +96,59 @@ def plugin(**hooks: object) -> SimpleNamespace:
     return SimpleNamespace(
         __name__="signals", **{name: hookimpl(act) for name, act in hooks.items()}
     )
+
+
+class Closing:
+    """Is signalled while it is finalized."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+def close_and_work(number: int) -> None:
+    closing = Closing(number)
+    del closing
+    time.sleep(30)
+
+
+@each_signal
+def test_a_signal_during_a_finalizer_is_answered_soon_after_it(number, code, state) -> None:
+    """Python discards what is raised there."""
+    since = time.monotonic()
+    with pytest.raises(Stopped) as caught, Stop(at_once=True, quiet=True):
+        close_and_work(number)
+    assert caught.value.exit_code == code
+    assert time.monotonic() - since < 10
+
+
+@each_signal
+def test_so_is_a_second_one(number, code, state) -> None:
+    since = time.monotonic()
+    with Stop(quiet=True) as stop:
+        signal.raise_signal(number)
+        assert stop.asked
+        with pytest.raises(Stopped, match=UNSAVED) as caught:
+            close_and_work(number)
+    assert caught.value.exit_code == code
+    assert time.monotonic() - since < 10
+
+
+def test_what_else_a_finalizer_raises_goes_where_it_went_before(monkeypatch) -> None:
+    class Failing:
+        def __del__(self) -> None:
+            raise ValueError("not ours")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    before = sys.unraisablehook
+    with Stop(quiet=True):
+        failing = Failing()
+        del failing
+    assert [str(one.exc_value) for one in told] == ["not ours"]
+    assert sys.unraisablehook is before
 
 
 # While training
