@@ -12,8 +12,11 @@ from forked import forked_runs
 __all__ = ["forks", "host", "tiny_recipe", "tiny_text"]
 
 # Files whose tests take a minute or more, longest first. A process that runs tests takes one file
-# after another, and the others would wait for the last of these.
+# after another, and the others would wait for the last of these. Before them come two that fork
+# runs: forks of a process that has compiled have ended in torch, with "std::system_error".
 _LONG = (
+    "test_signals",
+    "test_hangs",
     "test_compiling",
     "test_tutorial",
     "test_guarantees",
@@ -21,11 +24,9 @@ _LONG = (
     "test_quickstart_quality",
     "test_resume",
     "test_ablation",
-    "test_hangs",
     "test_processes",
     "test_forecast",
     "test_killed_beginnings",
-    "test_signals",
 )
 
 
