@@ -8,8 +8,6 @@ before the command is repeated.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,8 +18,8 @@ from typing import Any
 import attrs
 
 from benchmarks.reliability import runs
-from benchmarks.reliability.processes import cpu_seconds, handles, orphans
-from benchmarks.reliability.signals import PATIENCE, SIGNALS, START
+from benchmarks.reliability.processes import orphans
+from benchmarks.reliability.signals import PATIENCE, SIGNALS, answered
 from benchmarks.reliability.trials import Suite, Trial, command
 
 PROMISES = {
@@ -109,7 +107,7 @@ def trial(setup: Setup, trial: Trial) -> None:
     how = "own process" if own else "fork"
     story = f"{name}, {how}: {first.name} after {moment:.3f} s"
     out, log = trial.place / "out", trial.place / "log"
-    words, since = _words(setup, name, out), time.monotonic()
+    words = _words(setup, name, out)
     if own:
         with log.open("wb") as file:
             call = [sys.executable, "-m", "e2ediff", *words]
@@ -117,29 +115,8 @@ def trial(setup: Setup, trial: Trial) -> None:
     else:
         pid = runs.begin(lambda: runs.command(words), log, runs.without_drawing)
     time.sleep(moment)
-    ready = cpu_seconds(pid) > START["own" if own else "fork"] or handles(pid, signal.SIGTERM)
-    sent = time.monotonic()
-    os.kill(pid, first)
-    if second:
-        pause = chance.uniform(0, 0.3)
-        time.sleep(pause)
-        os.kill(pid, second)  # not yet waited for, so the number is still its own
-        story += f", {second.name} {pause:.3f} s later"
-    ended = runs.wait(pid, log, since, moment + 6 * PATIENCE)
-    took = time.monotonic() - sent
-    trial.facts[f"{name}: exit {ended.code}" + ("" if ready else " before its code ran")] += 1
-    trial.figures["seconds to the end"] = round(took, 3)
-    if took > PATIENCE * (3 if own else 1):
-        trial.fail("prompt", f"{took:.1f} s ({story})")
-    expected = {0, 130 if first == signal.SIGINT else 75}
-    if not ready:
-        expected |= {-first, -(second or first), 1}
-    if ended.code not in expected:
-        trial.fail("code", f"exit {ended.code}: {ended.last} ({story})")
-    if ended.crashed and ready:
-        trial.fail("traceback", f"{ended.last} ({story})")
-    if left := orphans(PATIENCE):
-        trial.fail("orphan", f"{left} ({story})")
+    patience = PATIENCE * (3 if own else 1)
+    ended, story = answered(trial, name, pid, log, (first, second), story, own, patience)
     if out.exists() and ended.code in (75, 130) and not any(
         text in ended.said for text in ("the same command", "continue with")
     ):  # fmt: skip

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import sys
 import tarfile
@@ -25,7 +24,14 @@ from pathlib import Path
 import attrs
 
 from benchmarks.reliability import runs
-from benchmarks.reliability.fuzz import CODES, MISTYPED, MOST_MEMORY, damaged, odd_json
+from benchmarks.reliability.fuzz import (
+    CODES,
+    MISTYPED,
+    MOST_MEMORY,
+    damaged,
+    odd_json,
+    with_memory,
+)
 from benchmarks.reliability.trials import Suite, Trial, command
 
 PROMISES = {
@@ -296,18 +302,7 @@ def trial(setup: Setup, trial: Trial) -> None:
     before = _content(tree)
     words = thing.commands[name](tree, trial.place / "out")
     words += _threads(words[0])
-    memory, resident = trial.place / "memory", _resident()
-
-    def act() -> int:
-        os.environ["E2EDIFF_CACHE"] = str(trial.place / "cache")
-        try:
-            return runs.command(words)
-        finally:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            memory.write_text(f"{peak - resident}")
-
-    log, since = trial.place / "log", time.monotonic()
-    ended = runs.wait(runs.begin(act, log, runs.without_drawing), log, since, PATIENCE)
+    ended = with_memory(trial, words, story, PATIENCE)
     trial.facts[f"{thing.kind}: exit {ended.code}"] += 1
     if ended.code is None:
         trial.fail("slow", f"{ended.last} ({story})")
@@ -321,15 +316,6 @@ def trial(setup: Setup, trial: Trial) -> None:
         after = _content(tree)
         if changed := [path for path in before if after.get(path) != before[path]]:
             trial.fail("kept", f"{changed} ({story})")
-    if memory.exists():
-        used = float(memory.read_text())
-        trial.figures["MB of memory for a file"] = round(used, 1)
-        if used > MOST_MEMORY:
-            trial.fail("memory", f"{used:.0f} MB ({story})")
-
-
-def _resident() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
 
 def _content(tree: Path) -> dict[str, tuple[int, int]]:

@@ -436,8 +436,17 @@ def _file(setup: Setup, trial: Trial) -> None:
     path.write_bytes(data)
     words = door.words(path)
     story = f"{door.kind} {door.name}: {' '.join(words[:3])}"
-    memory = trial.place / "memory"
-    before = _resident()
+    ended = with_memory(trial, words, f"{len(data):,} bytes, {story}", 60)
+    trial.facts[f"{door.kind}: exit {ended.code}"] += 1
+    if ended.crashed:
+        trial.fail("traceback", f"{ended.last} ({story})")
+    elif ended.code not in CODES:
+        trial.fail("code", f"exit {ended.code}: {ended.last} ({story})")
+
+
+def with_memory(trial: Trial, words: list[str], story: str, seconds: float) -> runs.Ended:
+    """Run a command in a fork, with a cache of its own, and check the memory that it takes."""
+    memory, log, before = trial.place / "memory", trial.place / "log", _resident()
 
     def act() -> int:
         os.environ["E2EDIFF_CACHE"] = str(trial.place / "cache")
@@ -447,18 +456,14 @@ def _file(setup: Setup, trial: Trial) -> None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             memory.write_text(f"{peak - before}")
 
-    log = trial.place / "log"
-    ended = runs.wait(runs.begin(act, log, runs.without_drawing), log, time.monotonic(), 60)
-    trial.facts[f"{door.kind}: exit {ended.code}"] += 1
-    if ended.crashed:
-        trial.fail("traceback", f"{ended.last} ({story})")
-    elif ended.code not in CODES:
-        trial.fail("code", f"exit {ended.code}: {ended.last} ({story})")
+    since = time.monotonic()
+    ended = runs.wait(runs.begin(act, log, runs.without_drawing), log, since, seconds)
     if memory.exists():
         used = float(memory.read_text())
         trial.figures["MB of memory for a file"] = round(used, 1)
         if used > MOST_MEMORY:
-            trial.fail("memory", f"{used:.0f} MB for {len(data):,} bytes ({story})")
+            trial.fail("memory", f"{used:.0f} MB ({story})")
+    return ended
 
 
 def _resident() -> float:

@@ -158,14 +158,25 @@ def trial(setup: Setup, trial: Trial) -> None:
             trial.fail("stopped", f"exit {ended.code}, {newest}: {ended.last} ({story})")
             return
     ended = _train(setup.recipe, case.changes, out, log)
+    if not went_on(trial, ended, story):
+        return
+    compare(trial, case.name, out, case.run, story)
+    trial.facts["cut more than once"] += len(cuts) > 1
+
+
+def went_on(trial: Trial, ended: runs.Ended, story: str) -> bool:
+    """Return whether the continued run came to its end, which is promised."""
     if ended.code != 0:
         trial.fail("continued", f"exit {ended.code}: {ended.last} ({story})")
-        return
-    if found := runs.differences(out, case.run):
+    return ended.code == 0
+
+
+def compare(trial: Trial, name: str, out: Path, straight: Path, story: str) -> None:
+    """Check that a continued run equals the straight one."""
+    if found := runs.differences(out, straight):
         trial.fail("identical", f"{'; '.join(found)} ({story})")
     else:
-        trial.facts[f"{case.name}: identical"] += 1
-    trial.facts["cut more than once"] += len(cuts) > 1
+        trial.facts[f"{name}: identical"] += 1
 
 
 SUITE = Suite(

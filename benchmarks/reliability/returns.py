@@ -22,7 +22,7 @@ import attrs
 import torch
 
 from benchmarks.reliability import runs
-from benchmarks.reliability.resume_cuts import BASE
+from benchmarks.reliability.resume_cuts import BASE, compare, went_on
 from benchmarks.reliability.trials import Suite, Trial, command
 from e2ediff.data import DataSource, ImageSpec, SourceConfig
 from e2ediff.diagnostic import Diagnostic, Probe
@@ -243,13 +243,9 @@ def trial(setup: Setup, trial: Trial) -> None:
         if ended.code == 130 and (what := _unsaved(out)):
             trial.fail("stopped", f"{what} ({story})")
     ended = _train(setup.recipe, case.changes, out, log)
-    if ended.code != 0:
-        trial.fail("continued", f"exit {ended.code}: {ended.last} ({story})")
+    if not went_on(trial, ended, story):
         return
-    if found := runs.differences(out, case.run):
-        trial.fail("identical", f"{'; '.join(found)} ({story})")
-    else:
-        trial.facts[f"{case.name}: identical"] += 1
+    compare(trial, case.name, out, case.run, story)
     if (mine := _returns(out)) != case.returns:
         trial.fail("returns", f"{mine} instead of {case.returns} ({story})")
     if left := runs.leftovers(trial.place):

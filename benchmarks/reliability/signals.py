@@ -111,7 +111,7 @@ def trial(setup: Setup, trial: Trial) -> None:
         moment *= 0.1  # in the start
     story = f"{kind}: {first.name} after {moment:.3f} s"
     out, log = trial.place / "out", trial.place / "log"
-    words, since = _words(setup, kind, out), time.monotonic()
+    words = _words(setup, kind, out)
     if kind == "own":
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -127,35 +127,13 @@ def trial(setup: Setup, trial: Trial) -> None:
             time.sleep(0.002)
     else:
         time.sleep(moment)
-    own_code = cpu_seconds(pid) > START["own" if kind == "own" else "fork"]
-    ready = own_code or handles(pid, signal.SIGTERM)
-    sent = time.monotonic()
-    os.kill(pid, first)
-    if second:
-        pause = chance.uniform(0, 0.3)
-        time.sleep(pause)
-        os.kill(pid, second)  # not yet waited for, so the number is still its own
-        story += f", {second.name} {pause:.3f} s later"
-    ended = runs.wait(pid, log, since, moment + 4 * PATIENCE)
-    took = time.monotonic() - sent
-    trial.facts[f"{kind}: exit {ended.code}" + ("" if ready else " before its code ran")] += 1
-    trial.figures["seconds to the end"] = round(took, 3)
-    if took > PATIENCE:
-        trial.fail("prompt", f"{took:.1f} s ({story})")
-    expected = {0, 130 if first == signal.SIGINT else 75}
-    if not ready:
-        expected |= {-first, -(second or first), 1}
-    if ended.code not in expected:
-        trial.fail("code", f"exit {ended.code}: {ended.last} ({story})")
+    signals, own = (first, second), kind == "own"
+    ended, story = answered(trial, kind, pid, log, signals, story, own, PATIENCE)
     saved = f"continue with: e2ediff run --resume {out}\n"
     if kind in RUNS and ended.code in (75, 130) and not second and " saved" in ended.said:
         trial.facts["stopped and saved"] += 1
         if saved not in ended.said:
             trial.fail("told", f"{ended.last} ({story})")
-    if ended.crashed and ready:
-        trial.fail("traceback", f"{ended.last} ({story})")
-    if left := orphans(PATIENCE):
-        trial.fail("orphan", f"{left} ({story})")
     if kind in RUNS and (out / "status.json").exists():
         status = json.loads((out / "status.json").read_text())
         states = {0: "done", 75: "preempted", 130: "interrupted"}
@@ -168,6 +146,48 @@ def trial(setup: Setup, trial: Trial) -> None:
         elif found := _differences(setup, kind, out):
             trial.fail("identical", f"{'; '.join(found)} ({story})")
     orphans(PATIENCE)
+
+
+def answered(
+    trial: Trial,
+    name: str,
+    pid: int,
+    log: Path,
+    signals: tuple[signal.Signals, signal.Signals | None],
+    story: str,
+    own: bool,
+    patience: float,
+) -> tuple[runs.Ended, str]:
+    """Send one signal or two, wait for the end, and check its time and its exit code.
+
+    Returns:
+        The end, and the story so far.
+    """
+    first, second = signals
+    ready = cpu_seconds(pid) > START["own" if own else "fork"] or handles(pid, signal.SIGTERM)
+    sent = time.monotonic()
+    os.kill(pid, first)
+    if second:
+        pause = trial.chance.uniform(0, 0.3)
+        time.sleep(pause)
+        os.kill(pid, second)  # not yet waited for, so the number is still its own
+        story += f", {second.name} {pause:.3f} s later"
+    ended = runs.wait(pid, log, sent, 4 * patience)
+    took = time.monotonic() - sent
+    trial.facts[f"{name}: exit {ended.code}" + ("" if ready else " before its code ran")] += 1
+    trial.figures["seconds to the end"] = round(took, 3)
+    if took > patience:
+        trial.fail("prompt", f"{took:.1f} s ({story})")
+    expected = {0, 130 if first == signal.SIGINT else 75}
+    if not ready:
+        expected |= {-first, -(second or first), 1}
+    if ended.code not in expected:
+        trial.fail("code", f"exit {ended.code}: {ended.last} ({story})")
+    if ended.crashed and ready:
+        trial.fail("traceback", f"{ended.last} ({story})")
+    if left := orphans(PATIENCE):
+        trial.fail("orphan", f"{left} ({story})")
+    return ended, story
 
 
 def _differences(setup: Setup, kind: str, out: Path) -> list[str]:
