@@ -1,11 +1,13 @@
 """Every error that a user can cause, one class for each thing that can be done wrong.
 
 The command line prints these without a traceback and exits with the class's `exit_code`.
-An error that is not listed here is a bug of e2ediff and keeps its traceback (exit code 1).
+An OSError by which the system refuses a file ends as a ResourceError does (`is_refusal`). Any
+other error is a bug of e2ediff and keeps its traceback (exit code 1).
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -136,3 +138,15 @@ class KernelError(ResourceError):
     def __init__(self, what: str) -> None:
         self.what = what
         super().__init__(f"{what}. Set backbone.attention: auto")
+
+
+_REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN),
+    *(errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ENOMEM),
+}
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether the system refused a file for a reason that lies in the machine."""
+    return isinstance(error, OSError) and error.errno in _REFUSALS

@@ -93,7 +93,8 @@ def read_file(place: Address, sha256: str | None = None) -> tuple[bytes, str]:
         with addresses.open_file(place) as file:
             data = read_whole(file)
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"feature network: cannot read the weights at {place}: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"feature network: cannot read the weights at {place}: {why}") from error
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256.lower():
         raise DataError(
@@ -159,6 +160,8 @@ def _is_weight(name: object, value: object) -> bool:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, LookupError | EOFError | TypeError | AttributeError):
+        return "it is damaged, or of another format"  # a parser that met what it did not expect
     said = str(error).partition("\n")[0]
     return said[:200] if said else type(error).__name__
 

@@ -20,7 +20,7 @@ import click
 from e2ediff import __version__
 from e2ediff.distributed.parent import follow_launcher
 from e2ediff.distributed.signals import Stop, Stopped, exit_code_of
-from e2ediff.errors import E2EDiffError, PluginError
+from e2ediff.errors import E2EDiffError, PluginError, ResourceError, is_refusal
 from e2ediff.terminal import echo, printable
 
 # Command, its module below this package, and its line in the overview.
@@ -214,6 +214,17 @@ def _interrupted(error: BaseException, words: list[str]) -> int:
     return exit_code_of(cause) if isinstance(cause, KeyboardInterrupt) else 130
 
 
+def _refused(error: Exception) -> ResourceError | None:
+    """Return what to say of a file that the system refused; None for any other error."""
+    if not isinstance(error, OSError) or not is_refusal(error):
+        return None
+    place = f"{error.filename}: " if error.filename else ""
+    return ResourceError(
+        f"{place}{error.strerror}. The system refused to read or write there; mend that, and give "
+        "the same command again."
+    )
+
+
 def _exit_code(words: list[str]) -> int:
     """Run a command, and return the exit code; print what went wrong."""
     # Images have a limit of their own (`e2ediff.files.images`), whose message names the file.
@@ -231,12 +242,15 @@ def _exit_code(words: list[str]) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         return _interrupted(error, words)
-    except Exception:
+    except Exception as error:
         from e2ediff.host.discovery import broken_distribution
 
-        if not (why := broken_distribution()):
-            echo(traceback.format_exc(), err=True, lines=True, end="")
-            return 1
-        echo(f"error: {why}", err=True)
-        return PluginError.exit_code
+        if why := broken_distribution():
+            echo(f"error: {why}", err=True)
+            return PluginError.exit_code
+        if refused := _refused(error):
+            print_error(refused)
+            return refused.exit_code
+        echo(traceback.format_exc(), err=True, lines=True, end="")
+        return 1
     return code if isinstance(code, int) else 0

@@ -29,6 +29,22 @@ def _open(run: str) -> RunDirectory:
     return RunDirectory.open(run)
 
 
+def _open_damaged(run: str) -> tuple[RunDirectory, str]:
+    """Open a run; where that fails, a folder with checkpoints, and say what is wrong with it."""
+    from e2ediff.errors import RunDirectoryError
+    from e2ediff.store.manifest import FOLDER
+    from e2ediff.store.run_directory import RunDirectory
+    from e2ediff.store.storage import Store
+
+    try:
+        return RunDirectory.open(run), ""
+    except RunDirectoryError as error:
+        store = Store(run)
+        if not store.list(FOLDER):
+            raise
+        return RunDirectory(store, run), str(error)
+
+
 def _say(line: str) -> None:
     echo(line, err=True)
 
@@ -47,15 +63,20 @@ def size_text(size: int) -> str:
 def list_(run: str, *, as_json: bool) -> None:
     """Print a line on each checkpoint of RUN.
 
-    Names and sizes of files are checked; `verify` hashes them.
+    Names and sizes of files are checked; `verify` hashes them. A run that cannot be opened is
+    listed too.
     """
     import attrs
 
     from e2ediff.host.listing import aligned
     from e2ediff.store.audit import missing, survey
 
-    directory = _open(run)
+    directory, wrong = _open_damaged(run)
+    if wrong:
+        _say(wrong)
     found = [*survey(directory.store, verify=False), *missing(directory)]
+    if wrong:
+        found = [attrs.evolve(one, resumed=False) for one in found]
     if as_json:
         echo(json.dumps([attrs.asdict(one) for one in found], indent=1), lines=True)
         return
@@ -84,7 +105,8 @@ def verify(run: str, names: tuple[str, ...], *, as_json: bool) -> int:
     """Read every file of RUN's checkpoints and compare its SHA-256; or only those of NAMEs.
 
     Snapshots of `post_hoc` count too.
-    Exit code 6 if a checkpoint does not verify, or the newest that was saved is not there.
+    Exit code 6 if a checkpoint does not verify, if the newest that was saved is not there, or if
+    the run itself cannot be opened.
     """
     import attrs
 
@@ -93,7 +115,9 @@ def verify(run: str, names: tuple[str, ...], *, as_json: bool) -> int:
     from e2ediff.host.registry import did_you_mean
     from e2ediff.store.audit import missing, survey
 
-    directory = _open(run)
+    directory, wrong = _open_damaged(run)
+    if wrong:
+        _say(wrong)
     places = _places(directory)
     found = {
         prefix + one.name: one
@@ -101,6 +125,8 @@ def verify(run: str, names: tuple[str, ...], *, as_json: bool) -> int:
         for one in survey(store, verify=True)
         if one.state != "quarantined"
     }
+    if wrong:
+        found = {name: attrs.evolve(one, resumed=False) for name, one in found.items()}
     found |= {one.name: one for one in missing(directory)}
     for name in names:
         if name not in found:
@@ -114,7 +140,7 @@ def verify(run: str, names: tuple[str, ...], *, as_json: bool) -> int:
             json.dumps({name: attrs.asdict(one) for name, one in found.items()}, indent=1),
             lines=True,
         )
-        return CheckpointError.exit_code if bad else 0
+        return CheckpointError.exit_code if bad or wrong else 0
     rows = [(n, "BAD" if n in bad else "ok", size_text(one.bytes)) for n, one in found.items()]
     for line in aligned(rows, right=(2,)):
         echo(line)
@@ -124,7 +150,7 @@ def verify(run: str, names: tuple[str, ...], *, as_json: bool) -> int:
         f"{len(found) - len(bad)} of {len(found)} verify. SHA-256 beside the data shows that "
         "nothing changed since it was written, not who wrote it"
     )
-    return CheckpointError.exit_code if bad else 0
+    return CheckpointError.exit_code if bad or wrong else 0
 
 
 def _places(directory: RunDirectory) -> dict[str, Store]:

@@ -91,15 +91,15 @@ def command(ref: ModelRef, out: str | None, threads: int | None, **given: Any) -
     from e2ediff.evaluate.evaluate import evaluate
     from e2ediff.evaluate.passport import write_card
     from e2ediff.host.plugins import load
+    from e2ediff.store.known_runs import folder_in
     from e2ediff.store.run_directory import is_run
     from e2ediff.train.progress import Progress
 
-    host = load()
+    host, plain = load(), ref.run.rstrip("/")
+    folder = out or (folder_in(plain, "scores") if is_run(ref.run) else f"{plain}.scores")
     with Progress() as progress:
         request = _request(host, ref, choose_threads=threads is None, **given)
         cards = evaluate(host, request, progress.update, progress.say)
-    plain = ref.run.rstrip("/")
-    folder = out or (f"{plain}/scores" if is_run(ref.run) else f"{plain}.scores")
     for card in cards:
         _show(card)
         echo_path(write_card(folder, card))

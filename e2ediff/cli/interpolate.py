@@ -52,7 +52,7 @@ def command(
     from e2ediff.model.labels import without_images
     from e2ediff.monitor.grids import Group, class_title, grid_png
     from e2ediff.parts.sources.own_images import list_images, read_images
-    from e2ediff.store.known_runs import name_of_run
+    from e2ediff.store.known_runs import folder_in, name_of_run
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 
@@ -62,6 +62,7 @@ def command(
         raise click.UsageError("--label and --set concern sampling; images are only decoded")
     with Progress() as progress:
         model = ref.load(warn=progress.say)
+        own = "" if out else folder_in(ref.run, "samples")
         if images:
             paths = list_images(images, progress.say)
             if len(paths) != 2:
@@ -88,7 +89,7 @@ def command(
                 Group(x, class_title(label, model.image))
                 for x, label in zip(strips, labels, strict=True)
             ]
-    folder, _, name = (out or f"{ref.run}/samples/interpolation-{title}.png").rpartition("/")
+    folder, _, name = (out or f"{own}/interpolation-{title}.png").rpartition("/")
     store = Store(folder or ".")
     between = f"seeds {seeds[0]} and {seeds[1]}" if seeds else " and ".join(images)
     store.write(name, grid_png(groups, f"{name_of_run(ref.run)}: between {between}", in_rows=True))

@@ -55,13 +55,14 @@ def command(
     from e2ediff.monitor.grids import Group, grid_png
     from e2ediff.monitor.pictures import png
     from e2ediff.parts.sources.own_images import list_images, read_images
-    from e2ediff.store.known_runs import name_of_run
+    from e2ediff.store.known_runs import folder_in, name_of_run
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
 
     with Progress() as progress:
         model = ref.load(warn=progress.say)
-        store = Store(out or (f"{ref.run}/reconstructions" if images else f"{ref.run}/samples"))
+        own = ("reconstructions", "images") if images else ("samples",)
+        store = Store(out or folder_in(ref.run, *own))
         places, size = list_images(images, progress.say), model.rows
         entries: list[dict[str, Any]] = []
         shown: list[Group] = []

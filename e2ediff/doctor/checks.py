@@ -20,7 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from e2ediff import addresses
 from e2ediff.doctor.finding import Finding
-from e2ediff.errors import E2EDiffError
+from e2ediff.errors import E2EDiffError, is_refusal
 from e2ediff.host.checkout import install_command
 from e2ediff.host.discovery import missing
 from e2ediff.host.plugins import Host
@@ -77,7 +77,10 @@ def examine(host: Host, run: str | None = None) -> list[Finding]:
         except Exception as error:  # drivers and file systems raise errors of any kind
             name = getattr(check, "__name__", "check").strip("_<>")
             what = f"the check failed: {type(error).__name__}: {_first_line(error)}"
-            found.append(Finding(name, "warning", what, "Tell us, with --bundle."))
+            hint = "Tell us, with --bundle."
+            if is_refusal(error):
+                what, hint = str(error), "Mend that: the system refused to read or write there."
+            found.append(Finding(name, "warning", what, hint))
     return found
 
 

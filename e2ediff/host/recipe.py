@@ -417,8 +417,8 @@ def _unreadable(source: str, error: Exception) -> Problem:
         run = os.path.join(source, "resolved.yaml")
         if os.path.isfile(run):
             hint = (
-                f"Give the recipe in it, {run}, to train anew with all its settings; to continue "
-                f"the run, add --resume --out {shlex.quote(source)}."
+                f"Give the recipe in it, {run}, which has all its settings; to continue the run: "
+                f"e2ediff run --resume {shlex.quote(source)}."
             )
             return Problem("recipe", "is the directory of a run, not a recipe.", source, hint)
         hint = _meant(recipes_in(source) or similar_recipes(source))

@@ -24,7 +24,7 @@ from e2ediff.sample.outputs import ImageOutput
 from e2ediff.sample.request import SampleCost, SampleRequest
 from e2ediff.sampler import Sampler
 from e2ediff.store.environment import versions
-from e2ediff.store.known_runs import name_of_run
+from e2ediff.store.known_runs import folder_in, name_of_run
 from e2ediff.store.storage import JSON, Store
 
 SET, ENTRIES, GRID = "set.json", "samples.json", "grid.png"
@@ -90,10 +90,14 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "
 
 
 def own_place(run: str, seed: int, spec: Mapping[str, JSON]) -> str:
-    """Return `RUN/samples/seed-<seed>`, with a number appended if another set has that name."""
-    base, number = f"{run.rstrip('/')}/samples/seed-{seed}", 1
+    """Return `RUN/samples/seed-<seed>`, with a number appended if another set has that name.
+
+    Raises:
+        RunDirectoryError: The run is someone else's, and a link is there.
+    """
+    base, number = f"samples/seed-{seed}", 1
     while True:
-        place = base if number == 1 else f"{base}-{number}"
+        place = folder_in(run, base if number == 1 else f"{base}-{number}", *FOLDERS)
         store = Store(place)
         if store.is_vacant() or not differences(_read(store) or {}, spec):
             return place

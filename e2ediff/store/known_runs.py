@@ -46,6 +46,20 @@ def own_recipe(place: Address) -> str:
     raise RunDirectoryError(f"{directory.store.where(RESOLVED)}: there is no such file.")
 
 
+def folder_in(run: Address, folder: str, *inner: str) -> str:
+    """Return the address of a run's folder in which a command writes results of its own.
+
+    `inner` are folders in it, in which it writes too.
+
+    Raises:
+        RunDirectoryError: There is no run, or it is someone else's and one of these is a link.
+    """
+    directory, words = RunDirectory.open(run), folder.split("/")
+    above = ["/".join(words[: i + 1]) for i in range(len(words))]
+    directory.refuse_links(*above, *(f"{folder}/{name}" for name in inner))
+    return directory.store.where(folder)
+
+
 def latest_run(name: str) -> str | None:
     """Find the newest run of this name in $E2EDIFF_RUNS, or `runs`; None if there is none.
 

@@ -179,11 +179,17 @@ class RunDirectory:
         """
         if self._lock is not None:
             return
-        self._refuse_links()
+        self.refuse_links(*_FOLDERS, f"post_hoc/{FOLDER}")
         self._lock = acquire(self.store, self.path)
         self.store.holds_back = True
-        if self._lock is None:
-            return
+        if self._lock is not None:
+            try:
+                self._repair()
+            except BaseException:
+                self.unlock()
+                raise
+
+    def _repair(self) -> None:
         self.store.sweep("", _WRITTEN.__contains__)
         self.store.sweep("samples", lambda name: PICTURE.fullmatch(name) is not None)
         for number in numbers(self.store):
@@ -195,15 +201,16 @@ class RunDirectory:
         for log in (METRICS, EVENTS):
             self.store.truncate_lines(log)
 
-    def _refuse_links(self) -> None:
-        """Refuse to write in a run of someone else that has a link where folders of ours are.
+    def refuse_links(self, *folders: str) -> None:
+        """Refuse to write in a run of someone else that has a link where one of `folders` is.
 
-        It might lead to the checkpoints of another run, which would be deleted as old ones.
+        It might lead to the checkpoints of another run, which would be deleted as old ones, or to
+        pictures of the user, which would be replaced by others of their names.
 
         Raises:
             RunDirectoryError: There is one.
         """
-        for folder in (*_FOLDERS, f"post_hoc/{FOLDER}"):
+        for folder in folders:
             place = self.store.local_path(folder)
             if place and os.path.islink(place) and not self.is_made_here():
                 raise RunDirectoryError(
@@ -596,7 +603,8 @@ def _run_meant(path: str) -> str:
     if path.endswith((".yaml", ".yml")):
         return f"A recipe is trained first: e2ediff run {shlex.quote(path)}. {way_out}"
     inside = similar_paths(os.path.join(runs_folder(), os.path.basename(path.rstrip("/"))))
-    near = [place for place in (*inside, *similar_paths(path)) if is_run(place)]
+    above = os.path.dirname(path.rstrip("/"))
+    near = [place for place in (above, *inside, *similar_paths(path)) if place and is_run(place)]
     return f"Did you mean {' or '.join(dict.fromkeys(near))}? {way_out}" if near else way_out
 
 

@@ -25,7 +25,7 @@ from typing import IO, Any, TypeAlias
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.errors import E2EDiffError, ResourceError, RunDirectoryError
+from e2ediff.errors import E2EDiffError, ResourceError, RunDirectoryError, is_refusal
 from e2ediff.limits import OversizedError, check_memory, check_size
 from e2ediff.store.remote import PIECE, Log, Retrying
 
@@ -163,9 +163,18 @@ class Store:
         return int(info["size"])
 
     def exists(self, path: str) -> bool:
-        """Return whether there is a file or directory of this name."""
+        """Return whether there is a file or directory of this name.
+
+        OSError where that cannot be told, as in a folder that may not be searched.
+        """
         if self.local:
-            return os.path.lexists(self._full(path))
+            try:
+                os.lstat(self._full(path))
+            except (OSError, ValueError) as error:
+                if is_refusal(error) and getattr(error, "errno", None) not in _NOTHING:
+                    raise
+                return False
+            return True
         self._settle(path)
         self._fs.invalidate_cache()
         with _as_oserror():

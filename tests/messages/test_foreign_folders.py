@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from command_line import e2ediff, trained
+from PIL import Image
 from tiny_recipe import tiny
 
 from e2ediff.ablate.group import Group
@@ -96,6 +97,37 @@ def test_checkpoints_of_an_own_run_may_lie_behind_a_link(finished, tmp_path):
     shutil.move(tmp_path / "own/checkpoints", tmp_path / "scratch")
     (tmp_path / "own/checkpoints").symlink_to(tmp_path / "scratch")
     assert e2ediff("ckpt", "prune", tmp_path / "own", "--keep", "1").code == 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("samples", ["sample", "--count", "2"]),
+        ("samples/seed-0", ["sample", "--count", "2"]),
+        ("samples/seed-0/images", ["sample", "--count", "2"]),
+        ("samples", ["interpolate", "--seeds", "0", "1"]),
+        ("samples", ["reconstruct", "--count", "2"]),
+        ("reconstructions", ["reconstruct", "mine"]),
+        ("reconstructions/images", ["reconstruct", "mine"]),
+        ("scores", ["eval", "--count", "8", "--features", "random_projection"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_no_results_are_written_behind_a_link(
+    strange, finished, tmp_path, monkeypatch, folder, words
+):
+    """Where a picture of the user could have the name of a reconstruction of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "mine/photo.png")
+    before = (tmp_path / "mine/photo.png").read_bytes()
+    shutil.rmtree(strange / folder, ignore_errors=True)
+    (strange / folder).parent.mkdir(parents=True, exist_ok=True)
+    (strange / folder).symlink_to(tmp_path / "mine")
+    done = e2ediff(words[0], "strange", *words[1:])
+    assert (done.code, os.listdir("mine")) == (6, ["photo.png"]), done.err
+    assert f"strange/{folder}: is a link to {tmp_path}/mine, and this run was not made" in done.err
+    assert (tmp_path / "mine/photo.png").read_bytes() == before
 
 
 @pytest.mark.parametrize("file", ["run.json", "status.json", "figures.json", "resolved.yaml"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,38 @@ def test_a_checkpoint_that_was_saved_and_is_not_there_is_named(run) -> None:
     done = e2ediff("doctor", "run", "--json")
     (about,) = [one for one in json.loads(done.out) if one["name"] == "run"]
     assert (about["state"], f"{NAME} is missing" in about["what"]) == ("warning", True), about
+
+
+@pytest.mark.parametrize("content", [b'{"a": ', None], ids=["damaged", "missing"])
+def test_checkpoints_of_a_run_that_cannot_be_opened_are_listed_and_verified(run, content) -> None:
+    Path("run/run.json").unlink()
+    if content:
+        Path("run/run.json").write_bytes(content)
+    names = sorted(path.name for path in run.iterdir())
+    listed, verified = ckpt("list", "run"), ckpt("verify", "run")
+    assert (listed.code, verified.code) == (0, 6)
+    assert all(f"{name} " in listed.out for name in names)
+    assert re.search(r"^images-000000000024 +ok ", verified.out, re.MULTILINE)
+    assert re.search(r"^images-000000000032 +BAD ", verified.out, re.MULTILINE)
+    assert "--resume takes it" not in listed.out
+    assert "run.json" in listed.err
+    assert "run.json" in verified.err
+    assert [one["resumed"] for one in json.loads(ckpt("list", "run", "--json").out)] == [
+        False for _ in names
+    ]
+
+
+def test_the_folder_of_checkpoints_leads_to_its_run(run) -> None:
+    done = ckpt("list", run)
+    assert (done.code, "Did you mean run?" in done.err) == (6, True)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"e2ediff: 1\nname: x\n", b"", b"\x80\x02."])
+def test_a_file_that_holds_no_weights_is_called_so(run, content) -> None:
+    Path("other.pt").write_bytes(content)
+    done = ckpt("import", "run/resolved.yaml", "other.pt", "new")
+    assert done.code == 5
+    assert re.search(r"other.pt is not a file of tensors: [a-zA-Z ,]{20}", done.err), done.err
 
 
 def test_a_name_in_a_damaged_checkpoint_begins_no_line_of_its_own(run) -> None:

@@ -108,6 +108,7 @@ def command(
     from e2ediff.host.plugins import load
     from e2ediff.model.build import choose_device
     from e2ediff.sample.load import ModelRef
+    from e2ediff.store.known_runs import folder_in
     from e2ediff.store.storage import Store
     from e2ediff.train.progress import Progress
     from e2ediff_sweep.axes import check, default_axes, parse_axes
@@ -149,7 +150,7 @@ def command(
             cache=cache or cache_folder(),
             choose_threads=number is None,
         )
-        store = Store(out or f"{run.rstrip('/')}/sweep")
+        store = Store(out or folder_in(run, "sweep", "scores"))
         real = open_subset(swept, reference, 10 * count, seed)
         search = Search(swept, request, real, store, progress.say, progress.update)
         search.begin()

@@ -220,9 +220,10 @@ def half_precision(trial: Trial) -> None:
 
 
 def compiled(trial: Trial) -> None:
-    """Check that a step compiled, whole or by blocks, has the plain one's losses and gradients.
+    """Check that a compiled step has the plain one's losses and gradients.
 
-    Compiled blocks are tried with activations that are kept and that are computed again.
+    The step is compiled whole, and where the part has blocks or heads of its own, by these; a
+    backbone's blocks are tried with activations that are kept and that are computed again.
     """
     losses, parts = dict[str, Tensor](), assemble(trial.recipe, torch.device("cpu"))
     gradients(trial.recipe, parts)  # constants may be computed once, and be kept
@@ -230,7 +231,11 @@ def compiled(trial: Trial) -> None:
     # Frames that torch cannot trace run as they are, and would not be seen to ask.
     found = gradients(trial.recipe, parts, others, around=_as_if_compiling)
     compare({**losses, **plain}, {**others, **found}, "torch.compiler.is_compiling()")
-    for whole, again in ((False, False), (False, True), (True, False)):
+    by_block, again_by_block, as_whole = (False, False), (False, True), (True, False)
+    ways = [by_block, as_whole] if parts.nets.heads else [as_whole]
+    if trial.plural == "backbones":
+        ways = [by_block, again_by_block, as_whole]
+    for whole, again in ways:
         parts, others = assemble(trial.recipe, torch.device("cpu")), dict[str, Tensor]()
         nets = parts.nets
         if again:
