@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,22 +12,24 @@ from forked import forked_runs
 
 __all__ = ["forks", "host", "tiny_recipe", "tiny_text"]
 
-# Files whose tests take a minute or more, longest first. A process that runs tests takes one file
-# after another, and the others would wait for the last of these. Before them come two that fork
-# runs: forks of a process that has compiled have ended in torch, with "std::system_error".
+# Files whose tests take a minute or more. A process that runs tests takes one file after another,
+# and the others would wait for the last of these. First come those that fork runs: forks of a
+# process that has compiled have ended in torch, with "std::system_error".
 _LONG = (
     "test_signals",
     "test_hangs",
-    "test_compiling",
-    "test_tutorial",
     "test_guarantees",
+    "test_killed_beginnings",
+    "test_ablation",
+    "test_lost_checkpoints",
+    "test_compiling",
+    "test_forecast",
+    "test_tutorial",
     "test_conditions",
     "test_quickstart_quality",
     "test_resume",
-    "test_ablation",
     "test_processes",
-    "test_forecast",
-    "test_killed_beginnings",
+    "test_alarm_runs",
 )
 
 
@@ -38,6 +41,12 @@ def forks() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest."""
+    """Begin with the files that fork and that take longest."""
     order = {name: place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: order.get(Path(item.path).stem, len(_LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported so far out of every later search for cycles."""
+    gc.collect()
+    gc.freeze()

@@ -60,14 +60,15 @@ def size_text(size: int) -> str:
 @command.command("list", short_help="Print a line on each checkpoint.")
 @_run
 @_as_json
-def list_(run: str, *, as_json: bool) -> None:
+def list_(run: str, *, as_json: bool) -> int:
     """Print a line on each checkpoint of RUN.
 
-    Names and sizes of files are checked; `verify` hashes them. A run that cannot be opened is
-    listed too.
+    Names and sizes of files are checked; `verify` hashes them. Exit code 6 if the run itself
+    cannot be opened; its checkpoints are listed all the same.
     """
     import attrs
 
+    from e2ediff.errors import RunDirectoryError
     from e2ediff.host.listing import aligned
     from e2ediff.store.audit import missing, survey
 
@@ -75,14 +76,15 @@ def list_(run: str, *, as_json: bool) -> None:
     if wrong:
         _say(wrong)
     found = [*survey(directory.store, verify=False), *missing(directory)]
+    code = RunDirectoryError.exit_code if wrong else 0
     if wrong:
         found = [attrs.evolve(one, resumed=False) for one in found]
     if as_json:
         echo(json.dumps([attrs.asdict(one) for one in found], indent=1), lines=True)
-        return
+        return code
     if not found:
         _say(f"{run} has no checkpoint")
-        return
+        return code
     rows = [("name", "step", "images", "created", "size", "state", "")]
     for one in found:
         created = (one.created or "-").replace("T", " ").partition("+")[0]
@@ -95,6 +97,7 @@ def list_(run: str, *, as_json: bool) -> None:
     for one in found:
         if one.reason and one.state != "quarantined":
             _say(one.reason)
+    return code
 
 
 @command.command("verify", short_help="Hash every file of the checkpoints.")

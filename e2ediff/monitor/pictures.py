@@ -55,24 +55,25 @@ def curves_png(
         wspace=0.19, hspace=0.38,
     )  # fmt: skip
     panels = list(sheet.subplots(2, columns, squeeze=False).flat)
+    losses: list[float] = []
     for name in sorted(name for name in curves if name.startswith("loss/")):
-        _curve(panels[0], curves[name], name.removeprefix("loss/"))
-    panels[0].set(title="losses", yscale="log")
+        losses += _curve(panels[0], curves[name], name.removeprefix("loss/"))
+    _scale(panels[0], losses)
+    panels[0].set_title("losses", y=1.0)
     for axes, (panel, figures) in zip(panels[1:], shared.items(), strict=False):
         values: list[float] = []
         for figure in figures:
             values += _curve(axes, curves[figure.name], figure.title)
         ways = {figure.better for figure in figures}
         better = ways.pop() if len(ways) == 1 else None
-        axes.set_title(f"{panel} ({better} is better)" if better else panel)
-        if values and min(values) > 0 and max(values) > 10 * min(values):
-            axes.set_yscale("log")
-        elif values and min(values) >= 0:
-            axes.set_ylim(0, None)
+        # A title without a place is moved up until it is clear of all labels, which are measured.
+        axes.set_title(f"{panel} ({better} is better)" if better else panel, y=1.0)
+        _scale(axes, values)
     for axes in panels[1 + len(shared) :]:
         axes.remove()
     for axes in panels[: 1 + len(shared)]:
         axes.set_xlabel("images seen")
+        axes.locator_params("x", nbins=4)
         axes.grid(visible=True, alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
@@ -88,3 +89,23 @@ def _curve(axes: Any, curve: Curve, label: str) -> list[float]:
     if points:
         axes.plot(*zip(*points, strict=True), label=label)
     return [value for _, value in points if math.isfinite(value)]
+
+
+def _scale(axes: Any, values: Sequence[float]) -> None:
+    """Choose a linear or logarithmic axis for these values, with few labels.
+
+    Most of the time that a picture takes is that of its labels, above all of formulas such as
+    powers of ten.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    if low > 0 and high > 10 * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.locator_params("y", nbins=5)
+        if low >= 0:
+            axes.set_ylim(0, None)

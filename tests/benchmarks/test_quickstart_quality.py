@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from click.testing import CliRunner
 from command_line import needs_dsd
 from PIL import Image
 
@@ -169,7 +170,7 @@ def test_a_summary_has_mean_deviation_and_range(score: ModuleType) -> None:
 
 @needs_dsd
 def test_the_script_ends_in_a_table_of_figures_from_the_runs(
-    score: ModuleType, tmp_path: Path
+    score: ModuleType, quality: ModuleType, tmp_path: Path
 ) -> None:
     """Trains two tiny runs; done ones are not trained again, and figures are what files say."""
     out = tmp_path / "out"
@@ -204,12 +205,11 @@ def test_the_script_ends_in_a_table_of_figures_from_the_runs(
     assert score.final_health(run)["rank"] == 12.34
 
     before = (run / "run.json").stat().st_mtime_ns, (run / "status.json").stat().st_mtime_ns
-    again = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert again.returncode == 0, again.stderr
+    again = CliRunner().invoke(quality.main, command[2:])
+    assert again.exit_code == 0, again.stderr
     assert "coupled-seed0: done before" in again.stderr
-    other = [*command, "--set", "optimizer.lr=0.5"]
-    refused = subprocess.run(other, capture_output=True, text=True, env=environment)
-    assert refused.returncode == 1
+    refused = CliRunner().invoke(quality.main, [*command[2:], "--set", "optimizer.lr=0.5"])
+    assert refused.exit_code == 1
     assert re.search(r"--set: was .* is .*optimizer.lr=0.5", refused.stderr)
     after = (run / "run.json").stat().st_mtime_ns, (run / "status.json").stat().st_mtime_ns
     assert before == after
