@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -141,6 +142,34 @@ class _Loader(yaml.SafeLoader):
         return root
 
 
+def _place(mark: yaml.Mark, source: str, marks: bool) -> str:
+    return f"{source}:{mark.line + 1}:{mark.column + 1}" if marks else source
+
+
+@lru_cache(maxsize=16)
+def _composed(text: str, source: str, marks: bool) -> yaml.Node | None:
+    """Return the nodes of a text, which nobody changes; a sweep reads its run's hundreds of times.
+
+    Raises:
+        RecipeError: The text is not YAML, or uses more of YAML than recipes do.
+    """
+
+    def refuse(mark: yaml.Mark, what: str, hint: str) -> NoReturn:
+        raise RecipeError(source, [Problem("recipe", what, _place(mark, source, marks), hint)])
+
+    if len(text) > MAX_BYTES:
+        start = yaml.Mark("", 0, 0, 0, None, 0)
+        refuse(start, f"is longer than {MAX_BYTES:,} characters.", "Is this a recipe?")
+    try:
+        return _Loader(text, refuse).document()
+    except yaml.reader.ReaderError as exc:
+        before = text[: exc.position]
+        column = exc.position - (before.rfind("\n") + 1)
+        what = f"contains the character U+{ord(text[exc.position]):04X}, which YAML forbids."
+        mark = yaml.Mark("", exc.position, before.count("\n"), column, None, 0)
+        refuse(mark, what, "Remove it, or check whether the file is damaged.")
+
+
 def parse_yaml(text: str, source: str, *, marks: bool = True) -> tuple[Node | None, list[Problem]]:
     """Return the tree of a text, `None` if it is empty, and its duplicate keys.
 
@@ -152,25 +181,11 @@ def parse_yaml(text: str, source: str, *, marks: bool = True) -> tuple[Node | No
     Raises:
         RecipeError: The text is not YAML, or uses more of YAML than recipes do.
     """
+    root = _composed(text, source, marks)
+    problems: list[Problem] = []
 
     def place(mark: yaml.Mark) -> str:
-        return f"{source}:{mark.line + 1}:{mark.column + 1}" if marks else source
-
-    def refuse(mark: yaml.Mark, what: str, hint: str) -> NoReturn:
-        raise RecipeError(source, [Problem("recipe", what, place(mark), hint)])
-
-    if len(text) > MAX_BYTES:
-        start = yaml.Mark("", 0, 0, 0, None, 0)
-        refuse(start, f"is longer than {MAX_BYTES:,} characters.", "Is this a recipe?")
-    try:
-        root = _Loader(text, refuse).document()
-    except yaml.reader.ReaderError as exc:
-        before = text[: exc.position]
-        column = exc.position - (before.rfind("\n") + 1)
-        what = f"contains the character U+{ord(text[exc.position]):04X}, which YAML forbids."
-        mark = yaml.Mark("", exc.position, before.count("\n"), column, None, 0)
-        refuse(mark, what, "Remove it, or check whether the file is damaged.")
-    problems: list[Problem] = []
+        return _place(mark, source, marks)
 
     def tree(node: yaml.Node, where: str) -> Node:
         here = place(node.start_mark)
