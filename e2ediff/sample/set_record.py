@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,9 +109,15 @@ def prepare(store: Store, spec: Mapping[str, JSON], *, overwrite: bool) -> None:
     """Begin a set, or continue the same one.
 
     Raises:
-        RunDirectoryError: The directory holds something else.
+        RunDirectoryError: The directory holds something else, or a link where images go.
         ResourceError: The disk or store refused.
     """
+    for folder in FOLDERS:  # who packed the set may have chosen where a link leads
+        if (place := store.local_path(folder)) and os.path.islink(place):
+            raise RunDirectoryError(
+                f"{store.where(folder)}: is a link to {os.readlink(place)}. Put the folder itself "
+                "in its place, or choose another --out."
+            )
     present = not store.is_vacant()
     found = _read(store)
     wrong = [] if found is None else differences(found, spec)

@@ -130,6 +130,20 @@ def test_no_results_are_written_behind_a_link(
     assert (tmp_path / "mine/photo.png").read_bytes() == before
 
 
+def test_images_of_a_set_are_not_written_behind_a_link(finished, tmp_path):
+    """Of a set that a stranger began, though the run is the user's own."""
+    place, mine = tmp_path / "set", tmp_path / "mine"
+    words = ("sample", finished, "--count", "2", "--out", place)
+    assert e2ediff(*words).code == 0
+    shutil.rmtree(place / "images")
+    mine.mkdir()
+    (place / "images").symlink_to(mine)
+    for more in ((), ("--overwrite", "--seed", "1")):
+        done = e2ediff(*words, *more)
+        assert (done.code, os.listdir(mine)) == (6, []), done.err
+        assert f"{place}/images: is a link to {mine}. Put the folder itself" in done.err
+
+
 @pytest.mark.parametrize("file", ["run.json", "status.json", "figures.json", "resolved.yaml"])
 def test_a_record_of_gigabytes_is_not_read(strange, file):
     os.truncate(strange / file, 1 << 40)  # a file with a hole, which takes no space
