@@ -73,11 +73,10 @@ def list_(run: str, *, as_json: bool) -> int:
     from e2ediff.store.audit import missing, survey
 
     directory, wrong = _open_damaged(run)
-    if wrong:
-        _say(wrong)
     found = [*survey(directory.store, verify=False), *missing(directory)]
     code = RunDirectoryError.exit_code if wrong else 0
     if wrong:
+        _say(wrong)
         found = [attrs.evolve(one, resumed=False) for one in found]
     if as_json:
         echo(json.dumps([attrs.asdict(one) for one in found], indent=1), lines=True)

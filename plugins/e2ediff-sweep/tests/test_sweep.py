@@ -262,6 +262,22 @@ def test_a_run_trained_with_a_plugin_file_asks_for_it(
 # What is refused
 
 
+@pytest.mark.parametrize("folder", ["sweep", "sweep/scores"])
+def test_scores_in_a_run_of_someone_else_are_not_written_behind_a_link(
+    run: str, folder: str, tmp_path
+) -> None:
+    place = Path("strange")
+    shutil.copytree(run, place)
+    (place / "seal").unlink()
+    shutil.rmtree(place / "sweep", ignore_errors=True)
+    (place / folder).parent.mkdir(exist_ok=True)
+    (tmp_path / "mine").mkdir()
+    (place / folder).symlink_to(tmp_path / "mine")
+    done = e2ediff("sweep", place, "--vary", "sampler.steps=1,2", *FEW)
+    assert (done.code, [*(tmp_path / "mine").iterdir()]) == (6, []), done.err
+    assert f"strange/{folder}: is a link to {tmp_path}/mine" in done.err
+
+
 @pytest.mark.parametrize(
     "address", ["reference://::memory://x", "simplecache::reference://x", "REFERENCE://x"]
 )
