@@ -9,29 +9,55 @@ Shapes: B batch, N tokens, H heads, K head width.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
 import math
+import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, get_args
 
 import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from e2ediff.errors import KernelError, ResourceError
 
-Backend = Literal["auto", "sdpa", "xformers", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"]
+Backend = Literal[
+    "auto",
+    "sdpa",
+    "xformers",
+    "sdpa_flash",
+    "sdpa_cudnn",
+    "sdpa_efficient",
+    "sdpa_fa3",
+    "sdpa_fa4",
+]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 Timer = Callable[[Callable[[], object], torch.device], float]
 """Seconds that a call takes on a device."""
+
+GAIN = 1.05
+"""How many times as fast as `sdpa` a kernel must be for `auto` to take it.
+
+Two kernels round differently. Where their times are close, noise would decide at each start which
+bits a run has.
+"""
+
+_FLASH = {"sdpa_fa3": "FA3", "sdpa_fa4": "FA4"}
+"""Kernels that replace torch's own flash attention in the whole process while they are active."""
+
+_FLASH_MODULES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute.interface"}
 
 
 @attrs.frozen
@@ -41,6 +67,7 @@ class Attention:
     `attend` maps q, k, v, each (B, N, H, K), to (B, N, H, K), with softmax scale 1/sqrt(K).
     `milliseconds` has the time of every candidate that was measured, forward and backward, and
     `refused` why each of the others was not used.
+    `reached` names the operators that `sdpa` or xformers chose in turn; "" for any other kernel.
     """
 
     name: str
@@ -48,10 +75,13 @@ class Attention:
     attend: Attend
     milliseconds: Mapping[str, float] = attrs.field(factory=dict)
     refused: Mapping[str, str] = attrs.field(factory=dict)
+    reached: str = ""
 
     def record(self) -> dict[str, str]:
         """The choice in words, by topic, as a run records it."""
         found = {"attention": f"{self.name} ({self.reason})"}
+        if self.reached:
+            found["attention reached"] = self.reached
         if self.milliseconds:
             times = sorted(self.milliseconds.items(), key=lambda pair: pair[1])
             found["attention times"] = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times)
@@ -101,6 +131,48 @@ def _load_xformers() -> Attend:
     return attend
 
 
+def _load_flash(implementation: str) -> Attend:
+    """Torch's flash attention, for which `_active` has put FlashAttention 3 or 4 in place.
+
+    Raises:
+        ImportError: This torch cannot replace its flash attention, or the package is missing.
+    """
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        raise ImportError(f"torch {torch.__version__} cannot replace its flash attention")
+    module, found = _FLASH_MODULES[implementation], None
+    with contextlib.suppress(ImportError):  # where the package around it is missing
+        found = importlib.util.find_spec(module)
+    if found is None:
+        raise ImportError(f"{implementation} is not installed: there is no module {module}")
+    return _pinned(SDPBackend.FLASH_ATTENTION)
+
+
+def _activate(name: str) -> None:
+    """Put the flash attention that a kernel needs in place, or torch's own for any other kernel.
+
+    The backward pass finds it through torch's dispatcher, where it has to stay.
+    """
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    wanted = _FLASH.get(name)
+    if current == wanted:
+        return
+    if wanted is None:
+        torch.nn.attention.restore_flash_attention_impl()
+    else:
+        torch.nn.attention.activate_flash_attention_impl(wanted)
+
+
+@contextlib.contextmanager
+def _active(name: str) -> Iterator[None]:
+    """Put the flash attention that a kernel needs in place inside the block."""
+    before = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    try:
+        _activate(name)
+        yield
+    finally:
+        _activate(next((known for known, flash in _FLASH.items() if flash == before), ""))
+
+
 def candidates() -> dict[str, Callable[[], Attend]]:
     """What `auto` chooses from: a loader of each kernel, by name."""
     return {
@@ -109,6 +181,8 @@ def candidates() -> dict[str, Callable[[], Attend]]:
         "sdpa_flash": lambda: _pinned(SDPBackend.FLASH_ATTENTION),
         "sdpa_cudnn": lambda: _pinned(SDPBackend.CUDNN_ATTENTION),
         "sdpa_efficient": lambda: _pinned(SDPBackend.EFFICIENT_ATTENTION),
+        "sdpa_fa3": lambda: _load_flash("FA3"),
+        "sdpa_fa4": lambda: _load_flash("FA4"),
     }
 
 
@@ -122,12 +196,16 @@ def choose_attention(
     heads: int = 4,
     known: Mapping[str, Callable[[], Attend]] | None = None,
     timer: Timer | None = None,
+    kept: str = "",
 ) -> Attention:
     """The attention kernel for this device, compute type and shape.
 
     A kernel must run, forward and backward, and agree with the formula computed in float64; that
     it can be imported is not enough.
-    On CUDA, `auto` takes the fastest kernel that does; on a CPU, torch's.
+    On CUDA, `auto` takes the fastest kernel that does, and `sdpa` unless that is `GAIN` times as
+    fast; on a CPU, torch's.
+    Under `torch.use_deterministic_algorithms` a kernel must also give the same bits twice, and
+    nothing is timed: `auto` takes `sdpa` if it can.
 
     Args:
         backend: A kernel's name, or `auto`.
@@ -138,6 +216,8 @@ def choose_attention(
         heads: H.
         known: Loaders by name; by default `candidates()`.
         timer: What measures; by default events on CUDA and the clock elsewhere.
+        kept: The kernel that `auto` chose before, for a run that goes on or a model of it: it is
+            taken again where it runs, as another one would round differently.
 
     Raises:
         KernelError: The kernel that was asked for by name does not run here, or disagrees.
@@ -150,18 +230,30 @@ def choose_attention(
         known = candidates()
         if not asked and device.type != "cuda":
             known = {"sdpa": known["sdpa"]}
-    names = [backend] if asked else list(known)
-    attends: dict[str, Attend] = {}
+    deterministic = torch.are_deterministic_algorithms_enabled()
     refused: dict[str, str] = {}
+    if not asked and kept in known and len(known) > 1:
+        found = _tried(kept, known[kept], device, dtype, head_dim, tokens, heads)
+        if not isinstance(found, str):
+            reached = reached_by(kept, found, device, dtype, head_dim, tokens, heads)
+            return Attention(kept, "as the run had it", found, reached=reached)
+        refused[kept] = f"{found}, although the run had it"
+    names = [backend] if asked else [name for name in known if name not in refused]
+    if deterministic and "sdpa" in names:
+        # Not timed, as another start would find other times. Torch's own is fast and repeats.
+        names = ["sdpa", *(name for name in names if name != "sdpa")]
+    attends: dict[str, Attend] = {}
     for name in names:
-        found = _tried(known[name], device, dtype, head_dim, tokens, explained=asked)
+        found = _tried(name, known[name], device, dtype, head_dim, tokens, heads)
         if isinstance(found, str):
             refused[name] = found
-        else:
-            attends[name] = found
+            continue
+        attends[name] = found
+        if deterministic:
+            break
     if not attends and not asked:
         # `auto` must not end a run for which torch's own kernel works.
-        found = _tried(lambda: sdpa, device, dtype, head_dim, tokens)
+        found = _tried("sdpa", lambda: sdpa, device, dtype, head_dim, tokens, heads)
         if not isinstance(found, str):
             return Attention("sdpa", "no other kernel runs here", sdpa, refused=refused)
     if not attends:
@@ -172,20 +264,32 @@ def choose_attention(
         if backend == "sdpa":
             raise ResourceError(f"{what}. Set backbone.attention: auto")
         raise KernelError(what)
+
+    def chosen(name: str, reason: str, times: Mapping[str, float] | None = None) -> Attention:
+        attend = attends[name]
+        reached = reached_by(name, attend, device, dtype, head_dim, tokens, heads)
+        return Attention(name, reason, attend, times or {}, {} if asked else refused, reached)
+
     if asked:
-        return Attention(backend, "asked for", attends[backend])
+        return chosen(backend, "asked for")
     if len(known) == 1:
         (name,) = known
         return Attention(name, f"xformers has no kernels for {device.type}", attends[name])
+    if deterministic:
+        (name,) = attends
+        return chosen(name, "the first whose bits repeat, as deterministic asks")
     timer = timer or seconds_of
     inputs = random_inputs(max(1, 16384 // tokens), tokens, heads, head_dim, device, dtype)
-    times = {
-        name: 1e3 * timer(lambda attend=attend: both_ways(attend, *inputs), device)  # type: ignore[misc]
-        for name, attend in attends.items()
-    }
+    times = {}
+    for name, attend in attends.items():
+        with _active(name):
+            times[name] = 1e3 * timer(lambda attend=attend: both_ways(attend, *inputs), device)  # type: ignore[misc]
     best = min(times, key=times.__getitem__)
     reason = f"the fastest of {len(times)} that agree with the formula"
-    return Attention(best, reason, attends[best], times, refused)
+    if best != "sdpa" and times.get("sdpa", math.inf) <= GAIN * times[best]:
+        reason = f"none of {len(times)} that agree is over {GAIN - 1:.0%} faster"
+        best = "sdpa"
+    return chosen(best, reason, times)
 
 
 def use_attention(
@@ -202,6 +306,8 @@ def use_attention(
     kernel if it runs and agrees there too, and otherwise `sdpa`; for any other type, and on
     another kind of device, `sdpa`, which supports them all.
     Only `dtype` is timed, because speed matters in the training step alone.
+    Where `net.kernels` has what this function returned for the run before, `auto` takes the same
+    kernels, if they run.
 
     Returns:
         What was chosen and why, for each type, as `Backbone.prepare` returns it.
@@ -212,6 +318,8 @@ def use_attention(
     said: dict[str, str] = {}
     chosen: dict[tuple[int, int], Attend] = {}
     found: list[tuple[nn.Module, Attend]] = []
+    earlier: Mapping[str, str] = getattr(net, "kernels", {})
+    flash = ""
     for module in net.modules():
         head_dim, heads = getattr(module, "head_dim", None), getattr(module, "heads", None)
         if not (
@@ -220,32 +328,55 @@ def use_attention(
             continue
         if (head_dim, heads) not in chosen:
             where = f" of {heads} heads of width {head_dim}" if chosen else ""
-            kernel = choose_attention(backend, device, dtype, head_dim, tokens=tokens, heads=heads)
+            kernel = choose_attention(
+                backend, device, dtype, head_dim,
+                tokens=tokens, heads=heads, kept=_kept(earlier, where, dtype),
+            )  # fmt: skip
+            flash = kernel.name if kernel.name in _FLASH else flash
             said |= {f"{topic}{where}": text for topic, text in kernel.record().items()}
             kernels = {dtype: kernel.attend}
             if dtype != torch.float32 and _computes(device):
-                other = _in_float32(kernel, dtype, device, head_dim, tokens)
+                other = _in_float32(kernel, dtype, device, head_dim, tokens, heads)
                 said[f"attention in float32{where}"] = f"{other.name} ({other.reason})"
                 kernels[torch.float32] = other.attend
             chosen[head_dim, heads] = _by_type(kernels, device.type)
         found.append((module, chosen[head_dim, heads]))
     for module, attend in found:
         module.attend = attend  # type: ignore[assignment]
+    if found and device.type == "cuda":
+        _activate(flash)
     return said
 
 
+def _kept(record: Mapping[str, str], where: str, dtype: torch.dtype) -> str:
+    """The kernel that an earlier record of `use_attention` names for a type; "" if it has none.
+
+    For a type in which the run did not compute it is that of the other type, so that nothing is
+    timed for a trained network.
+    """
+    steps, float32 = record.get(f"attention{where}"), record.get(f"attention in float32{where}")
+    text = (float32 if dtype == torch.float32 else steps) or steps or ""
+    return text.partition(" (")[0]
+
+
 def _in_float32(
-    chosen: Attention, dtype: torch.dtype, device: torch.device, head_dim: int, tokens: int
+    chosen: Attention,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    tokens: int,
+    heads: int,
 ) -> Attention:
     """The kernel chosen for another type if it serves float32 too, or else `sdpa`.
 
     Raises:
         ResourceError: Not even that one does.
     """
-    why = _tried(lambda: chosen.attend, device, torch.float32, head_dim, tokens)
+    shape = (device, torch.float32, head_dim, tokens, heads)
+    why = _tried(chosen.name, lambda: chosen.attend, *shape)
     if not isinstance(why, str):
         return Attention(chosen.name, f"as in {_name(dtype)}", chosen.attend)
-    refused = _tried(lambda: sdpa, device, torch.float32, head_dim, tokens)
+    refused = _tried("sdpa", lambda: sdpa, *shape)
     if isinstance(refused, str):
         raise ResourceError(
             f"attention on {device.type} in float32 with head width {head_dim}: 'sdpa' does not "
@@ -267,27 +398,100 @@ def _by_type(kernels: Mapping[torch.dtype, Attend], device: str) -> Attend:
 
 
 def _tried(
+    name: str,
     load: Callable[[], Attend],
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
     tokens: int,
-    *,
-    explained: bool = False,
+    heads: int,
 ) -> Attend | str:
     """A kernel that runs and agrees, or why it cannot be used.
 
-    Torch warns of each reason why one of its kernels does not run; `explained` shows these.
+    Torch says in warnings why one of its kernels does not run, and in the error only that none
+    does; both are in the answer, and nothing is shown.
     """
-    with warnings.catch_warnings():
-        if not explained:
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         try:
             attend = load()
-            check_agreement(attend, device, dtype, head_dim, tokens)
+            with _active(name):
+                check_agreement(attend, device, dtype, head_dim, tokens)
+                if torch.are_deterministic_algorithms_enabled():
+                    _check_repeats(attend, device, dtype, head_dim, tokens, heads)
         except Exception as error:  # kernels fail with all kinds of exceptions
-            return str(error).strip().partition("\n")[0] or repr(error)
+            said = str(error).strip().partition("\n")[0] or repr(error)
+            reasons = (_NOISE.sub("", str(one.message)).strip() for one in warned)
+            return "; ".join(dict.fromkeys([said, *filter(None, reasons)]))
     return attend
+
+
+_NOISE = re.compile(r"\(Triggered internally at .*", re.DOTALL)
+
+
+@torch.enable_grad()
+def _check_repeats(
+    attend: Attend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    tokens: int,
+    heads: int,
+) -> None:
+    """Refuse a kernel whose answer or gradients differ in two equal calls.
+
+    Raises:
+        ValueError: A bit differs.
+    """
+    inputs = random_inputs(max(1, 16384 // tokens), tokens, heads, head_dim, device, dtype)
+
+    def answer() -> list[Tensor]:
+        out = attend(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+    first, again = answer(), answer()
+    for what, a, b in zip(("answer", *3 * ("gradient",)), first, again, strict=True):
+        if not torch.equal(a, b):
+            raise ValueError(f"its {what} differs between two equal calls")
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the names of the operators called inside the block that compute attention."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        name = str(func).removesuffix(".default")
+        if re.search("attention|flash|fmha|cutlass", name):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def reached_by(
+    name: str,
+    attend: Attend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    tokens: int,
+    heads: int,
+) -> str:
+    """The operators through which a kernel computes attention, forward and backward.
+
+    Empty for a kernel that does not choose among several itself, as `sdpa` and xformers do.
+    """
+    if name not in ("sdpa", "xformers"):
+        return ""
+    inputs = random_inputs(2, tokens, heads, head_dim, device, dtype)
+    with _active(name), warnings.catch_warnings(), _Operators() as seen:
+        warnings.simplefilter("ignore")
+        both_ways(attend, *inputs)
+    return ", ".join(dict.fromkeys(seen.names))
 
 
 def _computes(device: torch.device) -> bool:

@@ -72,9 +72,11 @@ class ViTConfig(PatchConfig):
     together, which smooth the seams; 0 leaves them out.
     `norm_prediction` normalises the denoiser's output as the encoder's; off by default, because
     a posterior mean has less variance than the latents.
-    `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `auto` takes the
-    fastest that runs and agrees with the formula on CUDA, and `sdpa` elsewhere. Where a kernel
-    supports half precision only, `sdpa` computes in float32.
+    `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `sdpa_fa3` and
+    `sdpa_fa4` are FlashAttention 3 and 4, where they are installed, in the place of torch's own.
+    `auto` takes the fastest that runs and agrees with the formula on CUDA, if it is over 5 %
+    faster than `sdpa`, and `sdpa` elsewhere; a run that goes on, and a model of it, keep what the
+    run chose first. Where a kernel supports half precision only, `sdpa` computes in float32.
 
     Source: DSD (arXiv 2511.14716) uses one ViT for the three roles; its inner shape is not
     public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748).

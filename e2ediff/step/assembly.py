@@ -33,12 +33,21 @@ class Assembly:
         return self.step.nets
 
 
-def assemble(recipe: Recipe, device: torch.device, world: World | None = None) -> Assembly:
-    """Build all that a run trains, on its device, spread over the processes of `world`."""
+def assemble(
+    recipe: Recipe,
+    device: torch.device,
+    world: World | None = None,
+    kernels: Mapping[str, str] | None = None,
+) -> Assembly:
+    """Build all that a run trains, on its device, spread over the processes of `world`.
+
+    `kernels` are the `choices` of the run so far, for a run that goes on.
+    """
     world = world or World()
     online, heads, frozen = fresh_nets(recipe, device)
     precision = DTYPES[recipe.precision]
     # Before copying, so that the averages use the kernels that are chosen here.
+    online.kernels = kernels or {}
     choices = dict(online.prepare(device, precision))
     averages = {name: Average(online, law) for name, law in averagings(recipe).items()}
     target = averages["target"].net

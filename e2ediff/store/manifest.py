@@ -191,6 +191,17 @@ class Checkpoint:
             what = f"{STATE}: {name}: {_words(error)}"
             raise _damaged(self._store, self.name, what) from error
 
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Return the kernels that the run computed with, by topic, as `Backbone.prepare` did.
+
+        Raises:
+            CheckpointError: They are no text.
+        """
+        return self.read(
+            "choices", lambda found: {key: block(text, str, key) for key, text in found.items()}
+        )
+
     def damaged(self, what: str) -> CheckpointError:
         """Return the error that says what is wrong with this checkpoint."""
         return _damaged(self._store, self.name, what)

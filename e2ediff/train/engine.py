@@ -53,13 +53,16 @@ class Prepared:
         sources: tuple[DataSource, DataSource],
         device: torch.device,
         world: World,
+        kernels: Mapping[str, str] | None = None,
     ) -> Self:
         """Build the networks, and read the images on which they are measured.
+
+        `kernels` are those of a run that goes on, as its checkpoint records them.
 
         Raises:
             DataError, ResourceError: A file, a package or memory for it is missing.
         """
-        parts = assemble(recipe, device, world)
+        parts = assemble(recipe, device, world, kernels)
         return cls(parts, Monitor.open(host, recipe, parts, world, sources, device))
 
 

@@ -104,7 +104,7 @@ def _content(
     state: dict[str, JSON] = {
         "averages": dict.fromkeys(parts.averages, 0),
         "optimizers": optimizers,
-        "choices": dict(parts.choices),
+        "choices": {},  # the run has not been on its device yet
         "alarm": CollapseDetector(recipe.alarm).state(),
     }
     net = parts.nets.online

@@ -231,6 +231,9 @@ def train(
     with directory, progress as shown, restored_threads():
         engine = None
         try:
+            if prepared is None:
+                kernels = dict(world.on_leader(partial(_kernels, directory, device)))
+                prepared = Prepared.build(host, recipe, sources, device, world, kernels)
             ready = Engine(
                 host, recipe, directory, device, sources, shown, world,
                 choose_threads=choose_threads, prepared=prepared,
@@ -392,6 +395,17 @@ def _naming_the_folder(recipe: Recipe, *, again: bool) -> Iterator[None]:
         raise DataError(
             f"{error} Relative paths of a run count from the current folder, now {os.getcwd()}."
         ) from error
+
+
+def _kernels(directory: RunDirectory, device: torch.device) -> list[tuple[str, str]]:
+    """Return the kernels of a run that goes on here, by topic; none where it may choose anew."""
+    try:
+        found = open_checkpoint(directory.store, verify=False, warn=lambda text: None).kernels
+    except CheckpointError:
+        return []  # it is reported when the run is restored, or the run starts again
+    # A CPU has one kernel: for a GPU that was no choice.
+    moved = device.type == "cuda" and found.get("attention", "").endswith("for cpu)")
+    return [] if moved else [*found.items()]
 
 
 def _restore(engine: Engine, directory: RunDirectory, progress: Progress) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from e2ediff_testing import make_nets
 
-from e2ediff.errors import ResourceError
+from e2ediff.errors import KernelError, ResourceError
 from e2ediff.nn.attention import candidates, check_agreement, choose_attention, sdpa
 from e2ediff.parts.backbones import ViTConfig
 
@@ -50,10 +52,18 @@ def test_asking_a_cpu_for_xformers_is_refused_in_one_line() -> None:
     assert str(caught.value).endswith("Set backbone.attention: auto")
 
 
-def chosen_from(timer=None, **attends):
+def chosen_from(timer=None, kept="", **attends):
     """The choice of `auto` among these functions, on the CPU."""
     known = {name: lambda attend=attend: attend for name, attend in attends.items()}
-    return choose_attention("auto", CPU, torch.float32, 8, tokens=16, known=known, timer=timer)
+    return choose_attention(
+        "auto", CPU, torch.float32, 8, tokens=16, known=known, timer=timer, kept=kept
+    )
+
+
+def seconds(*taken):
+    """A clock that runs what it times and says these seconds, one after another."""
+    left = iter(taken)
+    return lambda work, device: (work(), next(left))[1]
 
 
 def raises(*inputs):
@@ -78,13 +88,12 @@ class Blind(torch.autograd.Function):
 
 def test_auto_takes_the_fastest_of_those_that_run_and_agree() -> None:
     """`wrong` would be the fastest; the clock is the test's, for machines that stall."""
-    seconds = iter([0.003, 0.002])
 
     def also(q, k, v):
         return sdpa(q, k, v)
 
     made = chosen_from(
-        lambda work, device: (work(), next(seconds))[1],
+        seconds(0.003, 0.002),
         slow=sdpa,
         wrong=scaled,
         quick=also,
@@ -104,14 +113,162 @@ def test_auto_takes_the_fastest_of_those_that_run_and_agree() -> None:
     assert made.refused["blind"].startswith("its gradient differs from the formula by ")
 
 
+@pytest.mark.parametrize(
+    ("other", "name", "reason"),
+    [
+        (0.00190, "other", "the fastest of 2 that agree with the formula"),
+        (0.00191, "sdpa", "none of 2 that agree is over 5% faster"),
+        (0.00300, "sdpa", "the fastest of 2 that agree with the formula"),
+    ],
+)
+def test_auto_leaves_torchs_own_only_for_a_kernel_that_is_over_5_percent_faster(
+    other, name, reason
+) -> None:
+    made = chosen_from(seconds(0.0020, other), sdpa=sdpa, other=lambda q, k, v: sdpa(q, k, v))
+    assert (made.name, made.reason) == (name, reason)
+
+
+def test_a_run_that_goes_on_keeps_its_kernel_without_timing_anything() -> None:
+    """The clock has no time to tell: whatever asks it fails."""
+    made = chosen_from(seconds(), kept="own", sdpa=sdpa, own=lambda q, k, v: sdpa(q, k, v))
+    assert (made.name, made.reason, made.milliseconds) == ("own", "as the run had it", {})
+
+
+@pytest.mark.parametrize("kept", ["broken", "wrong"])
+def test_a_kernel_of_the_run_that_does_not_run_here_is_chosen_anew_and_said(kept) -> None:
+    made = chosen_from(seconds(0.002), kept=kept, sdpa=sdpa, **{kept: {
+        "broken": raises, "wrong": scaled}[kept]})  # fmt: skip
+    assert made.name == "sdpa"
+    assert made.refused[kept].endswith(", although the run had it")
+
+
+def test_a_kernel_of_the_run_that_is_not_known_here_is_chosen_anew() -> None:
+    made = chosen_from(seconds(0.002, 0.003), kept="gone", sdpa=sdpa, other=sdpa)
+    assert (made.name, made.refused) == ("sdpa", {})
+
+
+def test_a_kernel_asked_for_by_name_is_taken_whatever_the_run_had() -> None:
+    known = {"sdpa": lambda: sdpa, "own": lambda: sdpa}
+    made = choose_attention("sdpa", CPU, torch.float32, 8, known=known, kept="own")
+    assert (made.name, made.reason) == ("sdpa", "asked for")
+
+
+def test_what_torchs_own_attention_chose_in_turn_is_recorded() -> None:
+    made = choose_attention("sdpa", CPU, torch.float32, 8, tokens=16)
+    forward, backward = made.reached.split(", ")
+    assert forward.startswith("aten._scaled_dot_product_")
+    assert backward.startswith(f"{forward.removesuffix('_for_cpu')}")
+    assert made.record()["attention reached"] == made.reached
+
+
+class Unsteady(torch.autograd.Function):
+    """The right answer, and a gradient of k whose last bits are those of no other call."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = sdpa(*inputs)
+        ctx.graph = (out, inputs)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx, pull):
+        out, inputs = ctx.graph
+        found = list(torch.autograd.grad(out, inputs, pull))
+        Unsteady.calls += 1
+        found[1] = found[1] + 1e-6 * Unsteady.calls
+        return tuple(found)
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_with_deterministic_algorithms_a_kernel_whose_bits_differ_is_refused(
+    deterministic,
+) -> None:
+    known = {"odd": lambda: Unsteady.apply}
+    with pytest.raises(KernelError, match="its gradient differs between two equal calls"):
+        choose_attention("odd", CPU, torch.float32, 8, known=known)
+    made = chosen_from(seconds(), odd=Unsteady.apply, own=lambda q, k, v: sdpa(q, k, v))
+    assert made.name == "own"
+    assert made.refused == {"odd": "its gradient differs between two equal calls"}
+
+
+def test_with_deterministic_algorithms_nothing_is_timed_and_torchs_own_is_first(
+    deterministic,
+) -> None:
+    made = chosen_from(seconds(), other=lambda q, k, v: sdpa(q, k, v), sdpa=sdpa)
+    assert made.name == "sdpa"
+    assert made.reason == "the first whose bits repeat, as deterministic asks"
+
+
+def test_without_them_bits_that_differ_refuse_no_kernel() -> None:
+    known = {"odd": lambda: Unsteady.apply}
+    assert choose_attention("odd", CPU, torch.float32, 8, known=known).name == "odd"
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.nn.attention, "activate_flash_attention_impl"),
+    reason="this torch cannot replace its flash attention",
+)
+def test_another_flash_attention_is_in_place_while_it_is_tried_and_timed_and_not_after(
+    monkeypatch,
+) -> None:
+    current = torch.nn.attention.current_flash_attention_impl
+    monkeypatch.setattr(
+        torch.nn.attention._registry,
+        "_FLASH_ATTENTION_IMPLS",
+        {"FA3": lambda: SimpleNamespace(remove=lambda: None)},
+    )
+    seen: dict[str, set[str | None]] = {"sdpa": set(), "sdpa_fa3": set()}
+
+    def watched(name):
+        def attend(q, k, v):
+            seen[name].add(current())
+            return sdpa(q, k, v)
+
+        return attend
+
+    made = chosen_from(seconds(0.002, 0.001), **{name: watched(name) for name in seen})
+    assert made.name == "sdpa_fa3"
+    assert seen == {"sdpa": {None}, "sdpa_fa3": {"FA3"}}
+    assert current() is None
+
+
+@pytest.mark.parametrize("kernel", ["sdpa_fa3", "sdpa_fa4"])
+def test_flash_attention_that_is_not_installed_is_refused_with_the_missing_module(kernel) -> None:
+    with pytest.raises(KernelError, match="there is no module flash_attn|cannot replace"):
+        choose_attention(kernel, CPU, torch.bfloat16, 8)
+
+
+def test_a_build_of_xformers_without_the_function_counts_as_absent(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ModuleType("xformers.ops"))
+    with pytest.raises(KernelError, match="cannot import name 'memory_efficient_attention'"):
+        choose_attention("xformers", CPU, torch.float32, 8)
+    known = {"xformers": candidates()["xformers"], "sdpa": lambda: sdpa}
+    made = choose_attention(
+        "auto", CPU, torch.float32, 8, tokens=16, known=known, timer=seconds(0.001)
+    )
+    assert made.name == "sdpa"
+    assert "memory_efficient_attention" in made.refused["xformers"]
+
+
 def test_auto_measures_with_a_clock_of_its_own() -> None:
     def slow(q, k, v):
-        time.sleep(0.005)
+        time.sleep(0.02)
         return sdpa(q, k, v)
 
     made = chosen_from(slow=slow, quick=sdpa)
     assert made.name == "quick"
-    assert made.milliseconds["slow"] > 5
+    assert made.milliseconds["slow"] > 20
 
 
 def test_a_kernel_asked_for_by_name_is_refused_where_it_disagrees() -> None:

@@ -12,6 +12,8 @@ from e2ediff.nn.attention import candidates, sdpa
 
 HALF = (torch.bfloat16, torch.float16)
 REFUSAL = "No available kernel. Aborting execution."
+IN_FLOAT32 = f"{REFUSAL}; expected Half or BFloat16, got torch.float32"
+"""What the choice says of the kernel: torch's error, and the warning that has the reason."""
 
 
 class HalfOnly:
