@@ -5,6 +5,7 @@ Shapes: B batch, C H W image, N tokens, W trunk width (image width is spelled ou
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -110,8 +111,25 @@ class TimeEmbedding(nn.Module):
     @override
     def forward(self, t: Tensor) -> Tensor:
         angles = t.float()[..., None] * self.frequencies
-        embedded: Tensor = self.layers(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        first, *others = self.layers
+        # Half precision cannot tell late times apart by the slow waves, which hardly move there.
+        with uncast(angles.device):
+            embedded: Tensor = first(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        for layer in others:
+            embedded = layer(embedded)
         return embedded
+
+
+def uncast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Compute in the types of the tensors inside the block, also under autocast."""
+    if device.type == "meta":  # which has no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Tokens or vectors that autocast made half precision, in float32; others as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class MLP(nn.Module):
@@ -170,8 +188,12 @@ class SelfAttention(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, W) scaled by 1 + scale and shifted, both (B, W), or (B, N, W) for each token."""
-    return x * (1 + of_tokens(scale)) + of_tokens(shift)
+    """x (B, N, W) scaled by 1 + scale and shifted, both (B, W), or (B, N, W) for each token.
+
+    The sum is taken in float32 at least: in bfloat16, whose steps at 1 are 2^-7, a scale of 0.05
+    would be a few per cent off.
+    """
+    return x * (1 + of_tokens(widened(scale))) + of_tokens(shift)
 
 
 def of_tokens(vectors: Tensor) -> Tensor:
@@ -267,7 +289,10 @@ def context_problems(context: int, start: int, depth: int) -> list[tuple[str, st
 
 
 class Trunk(nn.Module):
-    """A stack of blocks, ended by a modulated norm; takes any number of tokens."""
+    """A stack of blocks, ended by a modulated norm; takes any number of tokens.
+
+    The residual stream, to which every block adds, is float32, also under autocast.
+    """
 
     def __init__(
         self, blocks: Sequence[Block], width: int, *, shared: bool, norm: TokenNorm = "layer"
@@ -291,7 +316,7 @@ class Trunk(nn.Module):
         Conditioning c is (B, W), or (B, N, W) where there is no context.
         Context tokens take part in attention, and are in neither of the two results.
         """
-        c = functional.silu(c)
+        x, c = widened(x), functional.silu(c)
         common = self.common(c) if self.common is not None else None
         features, extra = {}, 0
         for i, block in enumerate(self.blocks, start=1):

@@ -1,11 +1,24 @@
-"""Layers that transformers share: rotary positions, and context that joins late."""
+"""Layers that transformers share: rotary positions, late context, and what stays float32."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from e2ediff_testing import make_nets
 
-from e2ediff.nn.layers import MLP, Block, Context, Rotary, Trunk, rotary_angles, rotate
+from e2ediff.backbone import Decode, Denoise, Encode
+from e2ediff.nn.layers import (
+    MLP,
+    Block,
+    Context,
+    Rotary,
+    TimeEmbedding,
+    Trunk,
+    modulate,
+    rotary_angles,
+    rotate,
+)
+from e2ediff.parts.backbones import ViTConfig
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -65,3 +78,56 @@ def test_rotary_gives_the_turns_of_its_first_places_and_keeps_them_out_of_checkp
     assert [part.shape for part in rotary(5)] == [(5, 1, 8), (5, 1, 8)]
     assert torch.equal(rotary(5)[1], sin[:5])
     assert not rotary.state_dict()
+
+
+# Half precision
+
+
+def test_a_small_scale_modulates_by_itself_and_not_by_a_step_of_bfloat16() -> None:
+    """1 + s keeps steps of 2^-7: summed there, a scale of 0.05 would be 3.5 % off."""
+    g = torch.Generator().manual_seed(0)
+    scale = (0.05 * torch.randn(64, 256, generator=g)).bfloat16()
+    x, shift = torch.ones(64, 3, 256), torch.zeros(64, 256, dtype=torch.bfloat16)
+    found = modulate(x, shift, scale)[:, 0] - 1
+    wanted = scale.double()
+    assert found.dtype == torch.float32
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+    rounded = (1 + scale).double() - 1
+    assert (rounded - wanted).norm() / wanted.norm() > 0.03
+
+
+def test_modulation_keeps_the_type_of_wider_numbers() -> None:
+    x, vector = torch.ones(2, 3, 4, dtype=torch.float64), torch.full((2, 4), 1e-12).double()
+    assert torch.equal(modulate(x, vector, vector), x * (1 + 1e-12) + 1e-12)
+
+
+@pytest.mark.parametrize("position", ["sincos", "learned", "rope"])
+def test_every_block_adds_to_a_float32_residual_under_autocast(position) -> None:
+    config = ViTConfig(
+        width=16, depth=2, heads=2, patch=8, latent_dim=4, position=position, trunks="three"
+    )
+    net = make_nets(config).online
+    seen: list[torch.dtype] = []
+    for block in net.blocks():
+        block.register_forward_hook(
+            lambda module, given, out: seen.extend([given[0].dtype, out.dtype])
+        )
+    image, spec = net.image, net.latent
+    x = torch.zeros(2, image.channels, image.height, image.width)
+    z, null = torch.randn(2, spec.tokens, spec.dim), image.conditioning.null(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        net.run(Encode(x=x), Decode(z=z), Denoise(z_t=z, t=torch.full((2,), 0.5), condition=null))
+    assert len(seen) == 2 * 2 * 3
+    assert set(seen) == {torch.float32}
+
+
+def test_a_time_is_embedded_from_waves_in_float32_under_autocast() -> None:
+    embed, t = TimeEmbedding(8), torch.tensor([0.996, 0.9965])
+    waves: list[torch.Tensor] = []
+    embed.layers[0].register_forward_hook(lambda module, given, out: waves.append(out))
+    embed(t)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = embed(t)
+    assert waves[1].dtype == torch.float32
+    assert torch.equal(*waves)
+    assert out.dtype == torch.bfloat16  # the second layer is a product like any other
