@@ -61,17 +61,18 @@ def clip_gradients(
     if not with_gradient:
         return torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     grads = mine(with_gradient)
-    cpu = wait and grads[0].device.type == "cpu" and type(grads[0]) is Tensor  # not fake tensors
+    cpu = grads[0].device.type == "cpu" and type(grads[0]) is Tensor  # not fake tensors
     squares = _squares(grads) if cpu else _squares_at_once(grads)
-    if cpu and not squares.isfinite():
-        squares = _squares_at_once(grads)  # a finite gradient whose squares exceed float32
+    if cpu and not (wait and squares.isfinite()):
+        # A finite gradient may have squares that exceed float32.
+        squares = squares.where(squares.isfinite(), _squares_at_once(grads))
     if any(is_split(g) for g in with_gradient):
         squares = world.total(squares)
     norm = squares.sqrt()
     if largest <= 0:
         return norm
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    if not (cpu and factor >= 1):
+    if not (wait and cpu and factor >= 1):
         torch._foreach_mul_(grads, factor.to(grads[0].dtype))
     return norm
 
@@ -79,17 +80,18 @@ def clip_gradients(
 def _squares(gradients: Sequence[Tensor]) -> Tensor:
     """Sum all squares in float64, on a CPU.
 
-    Pieces are summed in float32 and added in float64: a float32 sum over millions of elements
-    has four correct digits, and converting all of them to float64 takes three times as long.
+    Norms of pieces are taken in float32 and added in float64: a float32 sum over millions of
+    elements has four correct digits, and converting all of them to float64 takes three times as
+    long. Norms and not products of vectors: the last bits of `torch.dot` depend on where in memory
+    a vector begins, which differs between one process and the buckets of several.
     """
-    sums = []
+    pieces: list[Tensor] = []
     for gradient in gradients:
         flat = gradient.flatten()
         if gradient.dtype.itemsize < 4:
             flat = flat.float()
-        pieces = torch.split(flat, _PIECE) if len(flat) > _PIECE else (flat,)
-        sums += [torch.dot(piece, piece) for piece in pieces]
-    return torch.stack(sums).double().sum()
+        pieces += torch.split(flat, _PIECE) if len(flat) > _PIECE else (flat,)
+    return torch.stack(list(torch._foreach_norm(pieces))).double().square().sum()
 
 
 def _squares_at_once(gradients: list[Tensor]) -> Tensor:

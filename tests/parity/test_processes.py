@@ -37,17 +37,24 @@ from e2ediff.train.session import train
 STEPS = 4
 EVERY = ["microshards=2", f"steps={STEPS}", "cadence.diagnose=3", "probe.images=8"]
 PROFILES = "post_hoc={every: 2, precision: float16}"
+# The latents' norm cancels the bias before it: without this, Adam makes steps of its rounding.
+DAMPED = "optimizer.eps=0.001"
 RUNS = {
     # statistics of a micro-shard, a further average, a loss of the latents
-    "coupled": ["ema=[{name: slow, decay: 0.99}]", "regularizers=[vicreg]", "batch=12", PROFILES],
+    "coupled": [
+        "ema=[{name: slow, decay: 0.99}]",
+        "regularizers=[vicreg]",
+        "batch=12",
+        PROFILES,
+        DAMPED,
+    ],
     # a phase that leaves most parameters without a gradient
     "two_stage": ["objective=two_stage", "backbone.trunks=denoiser_apart"],
     # heads, a target encoder, augmentation, noise before decoding
     "dsd": [
         "objective={name: dsd, augmentation: {jitter: 0.2}, decode_noise: {probability: 1.0}}",
         "backbone.latent_norm=position",
-        # the norm cancels the bias before it: without this, Adam makes steps of its rounding
-        "optimizer.eps=0.001",
+        DAMPED,
     ],
     # two optimizers as one, of which one multiplies whole matrices
     "muon": ["optimizer={name: muon, lr: 0.01, exclude: [embed, head, modulation]}", "steps=1"],
