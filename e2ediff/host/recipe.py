@@ -271,7 +271,8 @@ class Recipe:
     `trackers` receive figures and pictures besides the run's directory.
     `scores` measures distances of reconstructions and samples while training; off by default.
     `cadence`, `preview` and `checkpoint` say how often and how much is recorded.
-    `precision` is the network's; losses, averages and conversions are always float32.
+    `precision` is the network's; losses, averages and conversions are always float32. In float32
+    products of matrices use no TF32 unless torch was told so, and convolutions on CUDA use it.
     `compile` has torch.compile work on the backbone's blocks, or on the whole step.
     `checkpoint_activations` computes the blocks' activations again in the backward pass instead
     of keeping them: less memory, about a third more time, the same gradients. Both go together:
@@ -279,6 +280,10 @@ class Recipe:
     `parallel` is how several processes share the work: `ddp` keeps all weights in each, `fsdp2`
     splits weights, averages and optimizer state over them; one process needs neither.
     `device` is where the run takes place; `auto` takes a GPU if there is one.
+    `deterministic` has the same run give the same bits again on CUDA too, slower: torch then uses
+    algorithms that add in a fixed order, and what has none is refused by name. Kernels and the
+    number of CPU threads are not chosen by timing: attention is torch's own, and a CPU uses one
+    thread unless `--threads` says how many.
     """
 
     e2ediff: int = attrs.field(validator=_one_version)
@@ -318,6 +323,7 @@ class Recipe:
     checkpoint_activations: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
 
     @images.validator
     @steps.validator

@@ -23,6 +23,7 @@ from e2ediff.guidance import Guidance
 from e2ediff.host.recipe import Recipe
 from e2ediff.latent import LatentContract, Latents
 from e2ediff.model.labels import class_of, label_of, without_images
+from e2ediff.model.repeatable import repeatable
 from e2ediff.sampler import Noise
 from e2ediff.seeds import generator
 
@@ -112,7 +113,8 @@ class Model:
         """Return the same model on another device; the weights are moved, not copied."""
         for net in (self.net, *(other.denoiser.net for other in self.others)):
             net.to(device)
-            choose_kernels(net, self.device, self.precision)
+            with repeatable(deterministic=self.recipe.deterministic):
+                choose_kernels(net, self.device, self.precision)
         return self
 
     def denoiser(self) -> Denoiser:
@@ -266,7 +268,7 @@ class Model:
         plain = Plain(self.net, self.recipe.interpolant, self.recipe.predicts)
         asked, spec = [plain, *(other.denoiser for other in self.others)], self.net.latent
         calls, rows = sum(p.calls for p in asked), sum(p.rows for p in asked)
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._computing():
             start = noise(torch.empty(len(condition), spec.tokens, spec.dim, device=self.device))
             condition = condition.to(self.device)
             z = self.recipe.sampler.sample(self._guided(plain), start, condition, noise)
@@ -274,10 +276,15 @@ class Model:
         calls, rows = sum(p.calls for p in asked) - calls, sum(p.rows for p in asked) - rows
         return x, calls, rows / len(condition)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[None]:
-        if self.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.precision))
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Compute in the model's precision, and repeatably if its recipe asks for that."""
+        half = self.precision != "float32"
+        with (
+            repeatable(deterministic=self.recipe.deterministic),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=half),
+        ):
+            yield
 
     def encode(self, x: Tensor) -> Tensor:
         """Encode images (M, C, H, W) in [-1, 1] to latents (M, N, D), on the CPU."""
@@ -303,7 +310,7 @@ class Model:
         for part in torch.split(x, self.rows):
             missing = self.rows - len(part)
             whole = torch.cat([part, part[:1].expand(missing, *part.shape[1:])])
-            with self._autocast():
+            with self._computing():
                 made.append(mode(whole.to(self.device))[: len(part)].cpu())
         return torch.cat(made)
 
@@ -353,14 +360,14 @@ def denoise_once(model: Model) -> None:
     image, spec = model.recipe.data.image, model.net.latent
     z_t = torch.zeros(model.rows, spec.tokens, spec.dim, device=model.device)
     condition = image.conditioning.null(model.rows, model.device)
-    with model._autocast():
+    with model._computing():
         model.denoiser()(z_t, 0.5, condition)
 
 
 @torch.no_grad()
 def reconstruct_once(model: Model, x: Tensor) -> None:
     """Pass images (M, C, H, W) through encoder and decoder, to be timed."""
-    with model._autocast():
+    with model._computing():
         model.net.decode(model.net.encode(x.to(model.device)))
 
 

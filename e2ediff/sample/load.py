@@ -22,6 +22,7 @@ from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.loading.classes import other_name
 from e2ediff.model.build import build_nets, choose_device, guidance_problems
 from e2ediff.model.inference import ROWS, Model, Origin, Other, Precision, choose_kernels
+from e2ediff.model.repeatable import repeatable
 from e2ediff.model.weights import load_weights
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.sample.post_hoc import Basis, reconstruct, stored_weights, width_of
@@ -161,7 +162,8 @@ def _open(
     nets, _ = build_nets(recipe, device, frozen=False)
     net = nets.online.eval().requires_grad_(requires_grad=False)
     net.kernels = opened.kernels or {"attention": "sdpa"}  # so that no two calls differ in bits
-    choose_kernels(net, device, ref.precision, warn)
+    with repeatable(deterministic=recipe.deterministic):
+        choose_kernels(net, device, ref.precision, warn)
     if width is None:
         load_weights(net, opened, name)
         sha256, latent = opened.sha256(name), opened.latent(name)

@@ -116,7 +116,8 @@ class Guard:
         window = self._window(phase)
         sizes = seen.abs()
         # The median of a window that is not full is NaN, and nothing is above it.
-        bounds = self.guards.factor * window.median(dim=0).values
+        middle = window.sort(dim=0).values[(len(window) - 1) // 2]
+        bounds = self.guards.factor * middle.where(~window.isnan().any(dim=0), torch.nan)
         bad = bad | (sizes > bounds).any()
         if not skip:
             self._windows[phase] = torch.where(bad, window, torch.cat([window[1:], sizes[None]]))

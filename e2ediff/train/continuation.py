@@ -48,6 +48,7 @@ _MAY_CHANGE = (
     "compile",
     "checkpoint_activations",
     "parallel",
+    "deterministic",
     "diagnostics",
     "requires",
 )

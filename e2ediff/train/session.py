@@ -46,6 +46,7 @@ from e2ediff.loading.batches import LostReaderError, check_enough
 from e2ediff.loading.classes import check_same_classes, empty_classes
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
 from e2ediff.model.labels import without_images
+from e2ediff.model.repeatable import repeatable
 from e2ediff.monitor.alarm import alarm_blind_spot
 from e2ediff.objective import Objective
 from e2ediff.step.parallel import check_shares
@@ -189,13 +190,16 @@ def train(
     sources = (training, held_out)
     names, empty = class_names(recipe, training), empty_classes(training, recipe.data.image)
     image = attrs.evolve(recipe.data.image, class_names=names, empty_classes=empty)
+    exact = recipe.deterministic
+    computing = partial(repeatable, deterministic=exact, compiled=recipe.compile != "off")
     prepared = None
     if not resume:
         # For the same reason build all that can be built: packages and weights may be missing.
         if out is not None:
             world.on_leader(partial(RunDirectory.refuse_taken, out, restart=restart))
         try:
-            prepared = Prepared.build(host, recipe, sources, device, world)
+            with computing():
+                prepared = Prepared.build(host, recipe, sources, device, world)
         except BaseException as caught:
             error = _in_words(host, caught)
             if error is caught:
@@ -231,23 +235,26 @@ def train(
     with directory, progress as shown, restored_threads():
         engine = None
         try:
-            if prepared is None:
-                kernels = dict(world.on_leader(partial(_kernels, directory, device)))
-                prepared = Prepared.build(host, recipe, sources, device, world, kernels)
-            ready = Engine(
-                host, recipe, directory, device, sources, shown, world,
-                choose_threads=choose_threads, prepared=prepared,
-            )  # fmt: skip
-            if begun_before:
-                _restore(ready, directory, shown)
-            engine = ready
-            world.watch(directory.store.local_path(STACKS), lambda: ready.position.step)
-            _greet(shown, engine, image)
-            _name_left_out(shown, directory, recipe, sources)
-            for before in former:
-                report_schedule(engine.recorder, before, engine.parts.optimizers)
-            stop.defer()
-            engine.run(stop)
+            with computing():
+                if exact and choose_threads and device.type == "cpu":
+                    torch.set_num_threads(1)  # timing would decide about bits
+                if prepared is None:
+                    kernels = dict(world.on_leader(partial(_kernels, directory, device)))
+                    prepared = Prepared.build(host, recipe, sources, device, world, kernels)
+                ready = Engine(
+                    host, recipe, directory, device, sources, shown, world,
+                    choose_threads=choose_threads and not exact, prepared=prepared,
+                )  # fmt: skip
+                if begun_before:
+                    _restore(ready, directory, shown)
+                engine = ready
+                world.watch(directory.store.local_path(STACKS), lambda: ready.position.step)
+                _greet(shown, engine, image)
+                _name_left_out(shown, directory, recipe, sources)
+                for before in former:
+                    report_schedule(engine.recorder, before, engine.parts.optimizers)
+                stop.defer()
+                engine.run(stop)
         except BaseException as caught:
             error = world.attribute_error(_in_words(host, caught))
             saved = engine is not None and engine.saver.is_saved

@@ -244,7 +244,7 @@ def test_another_flash_attention_is_in_place_while_it_is_tried_and_timed_and_not
 
 @pytest.mark.parametrize("kernel", ["sdpa_fa3", "sdpa_fa4"])
 def test_flash_attention_that_is_not_installed_is_refused_with_the_missing_module(kernel) -> None:
-    with pytest.raises(KernelError, match="there is no module flash_attn|cannot replace"):
+    with pytest.raises(KernelError, match=r"there is no module flash_attn|cannot replace"):
         choose_attention(kernel, CPU, torch.bfloat16, 8)
 
 

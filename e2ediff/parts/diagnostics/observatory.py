@@ -57,7 +57,9 @@ def neighbour_accuracy(rows: Tensor, label: Tensor, k: int) -> float:
     cosine = (rows @ rows.T).fill_diagonal_(-torch.inf)
     near, who = cosine.topk(min(k, len(rows) - 1), dim=1)  # (n, k)
     votes = torch.zeros(len(rows), int(label.max()) + 1, dtype=rows.dtype, device=rows.device)
-    votes.scatter_add_(1, label[who], (near / 0.07).exp())
+    own = torch.arange(len(rows), device=rows.device)[:, None].expand_as(who)
+    # Unlike `scatter_add_` this has an order of additions on CUDA too.
+    votes.index_put_((own, label[who]), (near / 0.07).exp(), accumulate=True)
     return float((votes.argmax(dim=1) == label).double().mean())
 
 
@@ -75,10 +77,10 @@ class Spectrum(Diagnostic):
     def measure(self, probe: Probe) -> Mapping[str, float]:
         """spectrum_95 and spectrum/i."""
         variances = token_variances(probe.z)
-        shares = variances / variances.sum().clamp_min(1e-300)
+        shares = (variances / variances.sum().clamp_min(1e-300)).cpu()  # summed up in order there
         # A rounding error must not count as a mode.
         held = shares.cumsum(dim=0) < 0.95 * (1 - 1e-12) * shares.sum()
-        count = int(held.sum()) + 1 if variances.sum() > 0 else 0
+        count = int(held.sum()) + 1 if float(variances.sum()) > 0 else 0
         figures = {"spectrum_95": float(count)}
         for i, share in enumerate(shares[: self.top].tolist(), start=1):
             figures[f"spectrum/{i}"] = share
