@@ -273,10 +273,12 @@ class Recipe:
     `cadence`, `preview` and `checkpoint` say how often and how much is recorded.
     `precision` is the network's; losses, averages and conversions are always float32. In float32
     products of matrices use no TF32 unless torch was told so, and convolutions on CUDA use it.
-    `compile` has torch.compile work on the backbone's blocks, or on the whole step.
+    `compile` has torch.compile work on the backbone's `blocks`, or make one graph of the whole
+    `step`, for which the objective's draws are made beforehand; what cannot be compiled ends the
+    run. Graphs, breaks and later compilations are recorded.
     `checkpoint_activations` computes the blocks' activations again in the backward pass instead
     of keeping them: less memory, about a third more time, the same gradients. Both go together:
-    a compiled block is one graph, activations computed again or not.
+    a compiled block, or step, is one graph, activations computed again or not.
     `parallel` is how several processes share the work: `ddp` keeps all weights in each, `fsdp2`
     splits weights, averages and optimizer state over them; one process needs neither.
     `device` is where the run takes place; `auto` takes a GPU if there is one.

@@ -13,6 +13,7 @@ from e2ediff.model.averages import Average
 from e2ediff.model.build import DTYPES, averagings, fresh_nets
 from e2ediff.objective import Nets
 from e2ediff.step.compiling import compile_blocks, compile_step, recompute
+from e2ediff.step.one_graph import Tracing
 from e2ediff.step.parallel import Parallel
 from e2ediff.step.step import Step
 
@@ -54,12 +55,13 @@ def assemble(
     nets = Nets(online, target, recipe.interpolant, recipe.predicts, heads, frozen)
     copies = {name: average.net for name, average in averages.items()}
     step = Step(recipe.objective, nets, precision, recipe.regularizers, copies)
+    tracing = Tracing()
     if recipe.checkpoint_activations:
-        recompute(online.blocks(), compiled=recipe.compile != "off")
+        recompute(online.blocks(), compiled=recipe.compile == "blocks", tracing=tracing)
     if recipe.compile == "blocks":
         compile_blocks(step, [*online.blocks(), *target.blocks()])
     elif recipe.compile == "step":
-        compile_step(step)
+        compile_step(step, tracing)
     parallel = Parallel(step, recipe.parallel if world.size > 1 else "one", world, device)
     for average in averages.values():
         average.bind()

@@ -7,71 +7,143 @@ includes the recomputation.
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.fx import traceback
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from e2ediff.host.recipe import Recipe
+from e2ediff.step.one_graph import Losses, OneGraph, Tracing
 from e2ediff.step.step import Step
 
 
-def recompute(blocks: Sequence[nn.Module], *, compiled: bool = False) -> None:
+def recompute(
+    blocks: Sequence[nn.Module], *, compiled: bool = False, tracing: Tracing | None = None
+) -> None:
     """Recompute the activations of blocks in the backward pass.
 
-    `compiled` means that the blocks, or a step around them, are compiled afterwards. The compiler
-    then takes `checkpoint` and the block in it as one; a block that it cannot trace as a whole is
-    compiled in pieces, and the `checkpoint` around it is not.
+    `compiled` means that the blocks are compiled afterwards. The compiler then takes `checkpoint`
+    and the block in it as one; a block that it cannot trace as a whole is compiled in pieces, and
+    the `checkpoint` around it is not.
+    `tracing` says when a whole step is traced; its graph then has marks in place of `checkpoint`.
     """
+    tracing = tracing or Tracing()
     for block in blocks:
         forward = block.forward
-        block.forward = _again(torch.compile(forward) if compiled else forward)
+        block.forward = _again(torch.compile(forward) if compiled else forward, tracing)
 
 
-def _again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _again(forward: Callable[..., Tensor], tracing: Tracing) -> Callable[..., Tensor]:
     # A function of its own: torch never compiles `checkpoint` by itself, nor a partial of it.
     def again(*args: Any, **options: Any) -> Tensor:
+        if tracing.active:
+            return _marked(forward, *args, **options)
         out: Tensor = checkpoint(forward, *args, use_reentrant=False, **options)
         return out
 
     return again
 
 
+_CALLS = itertools.count()
+
+
+def _marked(forward: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    """Trace a block with the mark by which the compiler knows what to compute again.
+
+    What `checkpoint` does would be traced as equal operations, of which the compiler keeps one.
+    """
+    mark = torch.fx.Graph().placeholder("block")
+    mark.meta = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_CALLS)}
+    with traceback.preserve_node_meta(), traceback.set_current_meta(mark):
+        return forward(*args, **options)
+
+
 def compile_blocks(step: Step, blocks: Sequence[nn.Module]) -> None:
     """Compile blocks when they are first called, each as a whole, also under DDP."""
     for block in blocks:
         block.compile()
-    # Under DDP the compiler would cut every block where a bucket of gradients is full, the first
+    step.forward = _whole_under_ddp(step.forward)  # type: ignore[method-assign]
+
+
+def compile_step(step: Step, tracing: Tracing, **options: Any) -> None:
+    """Compile a step as one graph for each phase and shape when it is first called.
+
+    `options` are those of `torch.compile`.
+    """
+    step.forward = _whole_under_ddp(OneGraph(step, tracing, **options))  # type: ignore[method-assign]
+
+
+def _whole_under_ddp(forward: Callable[..., Losses]) -> Callable[..., Losses]:
+    # Under DDP the compiler would cut every graph where a bucket of gradients is full, the first
     # at 1 MB. In a whole network that sends gradients early; within a block it prevents fusion.
-    whole = torch._dynamo.config.patch(optimize_ddp=False)
-    step.forward = whole(step.forward)  # type: ignore[method-assign]
+    whole: Callable[..., Losses] = torch._dynamo.config.patch(optimize_ddp=False)(forward)
+    return whole
 
 
-def compile_step(step: Step) -> None:
-    """Compile what can be traced of a step when it is first called.
+def compile_failure(recipe: Recipe, error: BaseException) -> str:
+    """Describe an error of the compiler, and what to set; "" for any other error."""
+    raised = type(error).__module__
+    if recipe.compile == "off" or not raised.startswith(("torch._dynamo", "torch._inductor")):
+        return ""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = " ".join([line for line in lines if line][:2])
+    other = "blocks" if recipe.compile == "step" else "off"
+    return (
+        f"compile: {recipe.compile}: the compiler failed: {said[:400]}. What was saved is intact; "
+        f"set `compile: {other}`, or TORCHDYNAMO_VERBOSE=1 to see more"
+    )
 
-    Code that reads values or uses generators cannot be traced; it runs uncompiled in between.
+
+@attrs.frozen
+class Compiled:
+    """What the compiler did: graphs, places where it gave up within a function, and seconds.
+
+    `reasons` say why functions were compiled again that had a graph already.
     """
-    step.terms = untraced()(torch.compile(step.terms))  # type: ignore[method-assign]
+
+    graphs: int
+    breaks: int
+    seconds: float
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return it as a sentence."""
+        text = f"compiled {self.graphs} graph{'s' * (self.graphs != 1)} in {self.seconds:.1f} s"
+        return text + (f", with {self.breaks} breaks" if self.breaks else "")
 
 
-@contextlib.contextmanager
-def untraced(*, allowed: bool = True) -> Iterator[None]:
-    """Run code that cannot be traced uncompiled inside the block; unless `allowed`, raise.
+class CompileLog:
+    """Tells what the compiler has done in this process since it was asked last."""
 
-    torch._dynamo logs none of it, as a step has many such places, all of them known.
-    """
-    logger = logging.getLogger("torch._dynamo")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with torch._dynamo.config.patch(suppress_errors=allowed):
-            yield
-    finally:
-        logger.setLevel(level)
+    def __init__(self) -> None:
+        self._graphs, self._breaks = _counts()
+        self._metrics = {id(m) for m in torch._dynamo.utils.get_compilation_metrics()}
+
+    def new(self) -> Compiled | None:
+        """Return what was compiled since the last call; None if nothing was."""
+        graphs, breaks = _counts()
+        if (graphs, breaks) == (self._graphs, self._breaks):
+            return None
+        known = torch._dynamo.utils.get_compilation_metrics()
+        fresh = [m for m in known if id(m) not in self._metrics]
+        made = Compiled(
+            graphs - self._graphs,
+            breaks - self._breaks,
+            sum((m.duration_us or 0) for m in fresh) / 1e6,
+            tuple(filter(None, (getattr(m, "recompile_reason", None) for m in fresh))),
+        )
+        self._graphs, self._breaks, self._metrics = graphs, breaks, set(map(id, known))
+        return made
+
+
+def _counts() -> tuple[int, int]:
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def uncompiled(recipe: Recipe) -> contextlib.AbstractContextManager[object]:

@@ -36,11 +36,16 @@ Kind = Literal["one", "ddp", "fsdp2"]
 
 
 def check_shares(recipe: Recipe, world: World, source: str) -> None:
-    """Refuse micro-shards that the processes cannot share equally.
+    """Refuse micro-shards that the processes cannot share equally, and a split whole step.
 
     Raises:
-        RecipeError: They cannot; the error proposes a number that they can.
+        RecipeError: They cannot, and the error proposes a number that they can; or the step is to
+            be one graph although its weights are gathered block by block.
     """
+    if world.size > 1 and recipe.parallel == "fsdp2" and recipe.compile == "step":
+        what = "step makes one graph, in the middle of which FSDP2 cannot gather blocks' weights."
+        hint = "Set compile: blocks, or parallel: ddp."
+        raise RecipeError(source, [Problem("compile", what, hint=hint)])
     shards, size = recipe.microshards, world.size
     if shards % size == 0:
         return

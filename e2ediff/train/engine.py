@@ -24,6 +24,7 @@ from e2ediff.loading.batches import batches
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.monitor import Monitor
 from e2ediff.step.assembly import Assembly, assemble
+from e2ediff.step.compiling import CompileLog
 from e2ediff.step.update import Update
 from e2ediff.store.run_directory import RunDirectory, State
 from e2ediff.train.bad_steps import BadSteps, RewindError
@@ -107,6 +108,7 @@ class Engine:
         self.saver = Saver(recipe, self.parts, detector, recorder, images, data, self.bad_steps)
         self._overdue = False  # whether a save waits for a step that makes an update
         self.threads = StepThreads(self._rehearse, recorder, choose=choose_threads)
+        self._compiler = CompileLog() if recipe.compile != "off" else None
         self.began = time.monotonic()
 
     def run(self, stop: Stop) -> None:
@@ -156,6 +158,7 @@ class Engine:
                 known = at.step + 1 in self.bad_steps.known
                 record = self.update(batch, at.images, self._attempt, skip=known)
                 at.step, at.images = at.step + 1, at.images + r.batch
+                self._report_compiled()
                 if at.step < r.total_steps and not self.saver.in_flight:
                     self.threads.done()
                 self._after_step(record)
@@ -197,6 +200,21 @@ class Engine:
             self.saver.begin()
         if r.snapshot_steps and step % r.snapshot_steps == 0 and not last:
             self.saver.snapshot()
+
+    def _report_compiled(self) -> None:
+        """Record what was compiled in a step: usually all in the first, and nothing later."""
+        if self._compiler is None or (made := self._compiler.new()) is None:
+            return
+        step, reasons = self.position.step, list(made.reasons)
+        self.recorder.report(
+            "compiled",
+            f"step {step}: {made}",
+            step=step,
+            graphs=made.graphs,
+            breaks=made.breaks,
+            seconds=round(made.seconds, 1),
+            reasons=reasons,
+        )
 
     def _first_save_due(self) -> bool:
         """Return whether the run has trained for a minute and has no checkpoint, in any process.

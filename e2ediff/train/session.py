@@ -49,6 +49,7 @@ from e2ediff.model.labels import without_images
 from e2ediff.model.repeatable import repeatable
 from e2ediff.monitor.alarm import alarm_blind_spot
 from e2ediff.objective import Objective
+from e2ediff.step.compiling import compile_failure
 from e2ediff.step.parallel import check_shares
 from e2ediff.store.attempts import ATTEMPTS
 from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
@@ -201,7 +202,7 @@ def train(
             with computing():
                 prepared = Prepared.build(host, recipe, sources, device, world)
         except BaseException as caught:
-            error = _in_words(host, caught)
+            error = _in_words(host, recipe, caught)
             if error is caught:
                 raise
             raise error from caught
@@ -256,7 +257,7 @@ def train(
                 stop.defer()
                 engine.run(stop)
         except BaseException as caught:
-            error = world.attribute_error(_in_words(host, caught))
+            error = world.attribute_error(_in_words(host, recipe, caught))
             saved = engine is not None and engine.saver.is_saved
             if isinstance(error, Stopped) and error.when == UNSAVED and saved:
                 # The second signal may come when the checkpoint is written, during a preview.
@@ -292,10 +293,12 @@ def _recipe_files(recipe_path: Address | None, out: Address | None) -> tuple[str
     return store.where(RESOLVED), store.where(written)
 
 
-def _in_words(host: Host, error: BaseException) -> BaseException:
+def _in_words(host: Host, recipe: Recipe, error: BaseException) -> BaseException:
     """Turn failures of the machine or of a plugin outside a training step into user errors."""
     if isinstance(error, LostReaderError):
         return ResourceError(f"{error}. What was saved is intact: continue with --resume")
+    if said := compile_failure(recipe, error):
+        return ResourceError(said)
     if not isinstance(error, torch.OutOfMemoryError):
         known = isinstance(error, E2EDiffError) or is_broken_collective(error)
         if known or not (owner := host.owner_of(error)):

@@ -28,8 +28,9 @@ from e2ediff.loading.batches import fixed_images
 from e2ediff.model.build import check_fits
 from e2ediff.sample.load import load_model
 from e2ediff.step.assembly import Assembly, assemble
-from e2ediff.step.compiling import recompute, untraced
+from e2ediff.step.compiling import compile_step, recompute
 from e2ediff.step.draws import draw_for
+from e2ediff.step.one_graph import Tracing, UnforeseenDrawError
 from e2ediff.step.step import Step
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
@@ -228,7 +229,7 @@ def compiled(trial: Trial) -> None:
     losses, parts = dict[str, Tensor](), assemble(trial.recipe, torch.device("cpu"))
     gradients(trial.recipe, parts)  # constants may be computed once, and be kept
     plain, others = gradients(trial.recipe, parts, losses, around=_NoNumbers), dict[str, Tensor]()
-    # Frames that torch cannot trace run as they are, and would not be seen to ask.
+    # What is traced once would not be seen to ask.
     found = gradients(trial.recipe, parts, others, around=_as_if_compiling)
     compare({**losses, **plain}, {**others, **found}, "torch.compiler.is_compiling()")
     by_block, again_by_block, as_whole = (False, False), (False, True), (True, False)
@@ -240,12 +241,16 @@ def compiled(trial: Trial) -> None:
         nets = parts.nets
         if again:
             recompute(nets.online.blocks())
-        modules = [parts.step] if whole else [*nets.online.blocks(), *nets.heads.values()]
-        for module in modules:
-            module.compile(backend="aot_eager")  # traces as on a GPU, without a C++ compiler
+        backend = "aot_eager"  # traces as on a GPU, without a C++ compiler
+        if whole:
+            compile_step(parts.step, Tracing(), backend=backend)
+        else:
+            for module in (*nets.online.blocks(), *nets.heads.values()):
+                module.compile(backend=backend)
         try:
-            with untraced(allowed=whole):
-                found = gradients(trial.recipe, parts, others)
+            found = gradients(trial.recipe, parts, others)
+        except UnforeseenDrawError:
+            continue  # it may use the generator itself, but for `compile: step`, which says so
         finally:
             torch._dynamo.reset()
         where = "torch.compile with checkpoint_activations" if again else "torch.compile"
