@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import attrs
+import torch
 from attrs import validators
 
 from e2ediff.backbone import Decode
@@ -139,7 +140,8 @@ class TwoStage(AutoencoderObjective):
             x_hat = nets.online.decode(self.decode_noise(z, draw, nets.path))
             losses = {"reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen)}
             return Terms(losses, {"reconstruction": 1.0}, z)
-        z = sg(nets.online.encode(batch.x))
+        with torch.no_grad():  # no graph of an encoder that this stage leaves alone
+            z = nets.online.encode(batch.x)
         levels = noise_levels(z, draw, nets.path, self.draws)
         outs = nets.online.run(*(n.denoise() for n in levels))
         losses = {"denoising": mean_clean_loss(outs, levels, z, nets, self.weight, self.clamp)}

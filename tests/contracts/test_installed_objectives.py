@@ -86,6 +86,42 @@ def test_an_installed_objective_keeps_its_contract(name) -> None:
     check_objective(recipe.objective, recipe.backbone)
 
 
+def passes_with_a_graph(recipe: Recipe) -> list[tuple[Tensor, list[list[Tensor]]]]:
+    """The weighted loss of every phase, and what each of its passes that have a graph gave."""
+    objective, (nets, _) = recipe.objective, build_nets(recipe, torch.device("cpu"))
+    g, outputs = torch.Generator().manual_seed(0), nets.online.outputs
+    with torch.no_grad():  # weights of zero would stop gradients
+        for p in [*nets.online.parameters(), *nets.heads.parameters()]:
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+    found, batch = [], make_batch(recipe.data.image)
+
+    def recorded(*passes):
+        outs = outputs(*passes)
+        given = ([out.value, *out.features.values()] for out in outs)
+        found[-1].extend(values for values in given if values[0].requires_grad)
+        return outs
+
+    nets.online.outputs = recorded
+    totals = []
+    for phase in objective.phases:
+        found.append([])
+        totals.append(objective.terms(nets, batch, make_draw(batch), phase).total)
+    return list(zip(totals, found, strict=True))
+
+
+ONLINE = ("objective.target=online", "objective.regress=v", "objective.input_gradient=0")
+WASTEFUL = [pytest.param(name, (), id=name) for name in NAMES]
+WASTEFUL += [pytest.param("dsd", ONLINE, id="dsd online", marks=needs("e2ediff-dsd"))]
+
+
+@pytest.mark.parametrize(("name", "changes"), WASTEFUL)
+def test_a_pass_builds_a_graph_only_if_a_loss_trains_it(name, changes) -> None:
+    for total, passes in passes_with_a_graph(recipe_of(name, *changes)):
+        for values in passes:
+            grads = torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
+            assert any(grad is not None and grad.any() for grad in grads)
+
+
 # Cells of an ablation differ in their objective and share their seed.
 
 

@@ -148,7 +148,11 @@ class DSD(AutoencoderObjective):
         """
         if self.target == "ema":
             return sg(averaged.value)
-        z2 = nets.online.encode(batch.x) if self.augmentation.changes else z1
+        if not self.augmentation.changes:
+            z2 = z1
+        else:
+            with torch.set_grad_enabled(self.target_gradient > 0):
+                z2 = nets.online.encode(batch.x)
         return self.target_gradient * z2 + (1 - self.target_gradient) * sg(z2)
 
     def _denoising(self, answer: Output, level: Noised, target: Tensor, nets: Nets) -> Tensor:
