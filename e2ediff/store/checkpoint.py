@@ -211,11 +211,6 @@ def _deduplicated(
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             kind = type(tensor).__name__
             raise CheckpointError(f"{file}: {name}: only dense tensors are saved, not {kind}.")
-        if bad := count_not_finite(tensor):
-            raise DivergedError(
-                f"{file}: {name} holds nan or inf ({bad:,} of {tensor.numel():,} values); "
-                "this checkpoint was not written, the older ones are intact."
-            )
         # Views of the same memory that differ in shape are stored separately: values are kept.
         place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in seen:
@@ -223,6 +218,11 @@ def _deduplicated(
         else:
             seen[place] = name
             stored[name] = tensor
+    for name, bad in count_not_finite(stored).items():
+        raise DivergedError(
+            f"{file}: {name} holds nan or inf ({bad:,} of {stored[name].numel():,} values); "
+            "this checkpoint was not written, the older ones are intact."
+        )
     return stored, aliases
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 
 import torch
 from safetensors.torch import save as encode
@@ -48,23 +49,33 @@ def pieces(
             yield data[start : start + _PIECE]
 
 
-def count_not_finite(tensor: Tensor) -> int:
-    """Return how many values are nan or inf; fast where there are none.
+def count_not_finite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return how many values are nan or inf in each tensor that has any, in order.
 
     A sum is finite only if all its terms are, so values are counted one by one only where a sum
-    is not, which large finite values can cause too. Works in one thread on a CPU.
+    is not, which large finite values can cause too. Works in one thread on a CPU, and waits once
+    for another device if there is nothing to count.
     """
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return 0
-    flat = tensor.detach().reshape(-1)
-    summed = _SUMMED if flat.device.type == "cpu" else flat.numel()
-    if all(_wide(part).sum().isfinite() for part in _parts(flat, summed)):
-        return 0
-    return sum(part.numel() - int(_wide(part).isfinite().sum()) for part in _parts(flat, 1 << 20))
+    sums: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex():
+            size = _SUMMED if tensor.device.type == "cpu" else tensor.numel()
+            total = reduce(torch.add, (_wide(part).sum() for part in _parts(tensor, size)))
+            sums.setdefault(tensor.device, []).append((name, total))
+    suspects: set[str] = set()
+    for found in sums.values():
+        finite = torch.stack([total for _, total in found]).isfinite().tolist()
+        suspects |= {name for (name, _), sound in zip(found, finite, strict=True) if not sound}
+    counts = {
+        name: sum(part.numel() - int(_wide(part).isfinite().sum()) for part in _parts(t, 1 << 20))
+        for name, t in tensors.items()
+        if name in suspects
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
-def _parts(flat: Tensor, size: int) -> Iterator[Tensor]:
-    return (flat[start : start + size] for start in range(0, flat.numel(), size))
+def _parts(tensor: Tensor, size: int) -> Sequence[Tensor]:
+    return torch.split(tensor.detach().reshape(-1), max(1, size))
 
 
 def _wide(part: Tensor) -> Tensor:

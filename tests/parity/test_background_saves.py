@@ -18,6 +18,7 @@ from pictures import write_tree
 from processes import together
 from safetensors.torch import save as encode
 from tiny_recipe import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2ediff import hookimpl
 from e2ediff.distributed.background import AbandonedError, Background
@@ -278,12 +279,29 @@ def test_a_file_written_in_pieces_is_the_librarys_byte_for_byte() -> None:
 def test_values_that_are_not_finite_are_counted_and_large_ones_are_not(kind: str) -> None:
     dtype = getattr(torch, kind)
     x = torch.full((70_000,), 5e4).to(dtype)
-    assert count_not_finite(x) == 0
-    assert count_not_finite(torch.full((70_000,), 3e38)) == 0
+    whole = {"large": torch.full((70_000,), 3e38), "counts": torch.ones(3, dtype=torch.int64)}
+    whole |= {"one": torch.ones(()), "empty": torch.empty(0, 3)}
+    assert count_not_finite({"x": x, **whole}) == {}
     for at, value in ((0, "inf"), (1, "-inf"), (69_999, "nan")):
         x[at] = float(value)
-    assert count_not_finite(x) == 3
-    assert count_not_finite(torch.ones(3, dtype=torch.int64)) == 0
+    bad = torch.tensor([1.0, float("nan")], dtype=torch.float64)
+    assert count_not_finite({"x": x, **whole, "y": bad}) == {"x": 3, "y": 1}
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that are read from tensors one by one, for which a GPU would be waited."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_finite_tensors_are_not_waited_for_one_by_one() -> None:
+    with Reads() as reads:
+        assert count_not_finite({f"t{i}": torch.randn(40_000) for i in range(20)}) == {}
+    assert reads.count == 0
 
 
 def test_a_task_gives_its_result_or_its_error_and_stops_when_it_is_abandoned() -> None:
