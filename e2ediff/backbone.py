@@ -204,6 +204,10 @@ class Backbone(nn.Module, ABC):
 
         They are what is compiled, recomputed in the backward pass, and split over processes one
         by one; each is called as a module and returns a tensor.
+
+        With `parallel: fsdp2` in bfloat16, the weights of their `nn.Linear` and convolutions
+        arrive in bfloat16, as autocast would cast them. A block that computes with such a weight
+        in float32 gives the layer a class of its own, derived from theirs.
         """
         return ()
 

@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -21,16 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from e2ediff.backbone import Backbone
 from e2ediff.data import Batch
 from e2ediff.distributed.world import World
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
+from e2ediff.step.sharding import shard, sharded
 from e2ediff.step.step import Step
-
-if TYPE_CHECKING:  # takes half a second to import, and only FSDP2 needs it
-    from torch.distributed.fsdp import FSDPModule
 
 Kind = Literal["one", "ddp", "fsdp2"]
 
@@ -87,7 +84,7 @@ class Parallel:
         self.world = world
         self._ddp: DistributedDataParallel | None = None
         if kind == "fsdp2":
-            _shard(step, world, device)
+            shard(step, world, device)
         elif kind == "ddp":
             # Phases and stages leave parameters without gradients. Statistics in buffers belong
             # to one set of weights and are calibrated, not averaged.
@@ -113,7 +110,7 @@ class Parallel:
         """
         divisor = piece.divisor
         if self.kind == "fsdp2":
-            _sharded(self.step).set_requires_gradient_sync(piece.last)
+            sharded(self.step).set_requires_gradient_sync(piece.last)
             divisor /= self.world.size  # FSDP2 averages over the processes
         module: nn.Module = self._ddp or self.step
         silent = self._ddp is not None and not piece.last
@@ -142,7 +139,7 @@ class Parallel:
         if self.kind != "fsdp2":
             yield
             return
-        root = _sharded(self.step)
+        root = sharded(self.step)
         self.step.gather()  # the first forward call makes it the root of all shards
         root.unshard()  # all but the blocks, which gather themselves when they are called
         root.set_reshard_after_backward(False, recurse=False)
@@ -159,24 +156,3 @@ def _sum(state, bucket):  # type: ignore[no-untyped-def]
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])
-
-
-def _shard(step: Step, world: World, device: torch.device) -> None:
-    """Split every parameter over the processes, block by block; the rest is one more group."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh(device.type, (world.size,))
-    for net in (step.online, *step.averages.values()):
-        assert isinstance(net, Backbone)
-        for block in net.blocks():
-            fully_shard(block, mesh=mesh)
-    fully_shard(step, mesh=mesh)
-    register_fsdp_forward_method(step, "gather")
-
-
-def _sharded(step: nn.Module) -> FSDPModule:
-    from torch.distributed.fsdp import FSDPModule
-
-    assert isinstance(step, FSDPModule)
-    return step

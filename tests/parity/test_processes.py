@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import attrs
 import pytest
 import torch
 from processes import together
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2ediff import hookimpl
 from e2ediff.distributed.signals import Stop
@@ -27,8 +29,11 @@ from e2ediff.distributed.world import World
 from e2ediff.errors import E2EDiffError, RecipeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
+from e2ediff.parts.objectives import Coupled
 from e2ediff.sample.load import load_model
+from e2ediff.step.assembly import assemble
 from e2ediff.step.parallel import check_shares
+from e2ediff.step.sharding import cast_layers
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 from e2ediff.train.progress import Progress
@@ -59,6 +64,9 @@ RUNS = {
     # two optimizers as one, of which one multiplies whole matrices
     "muon": ["optimizer={name: muon, lr: 0.01, exclude: [embed, head, modulation]}", "steps=1"],
 }
+
+# Two micro-shards a process, in bfloat16, and blocks that a phase does not use.
+HALF = ["precision=bfloat16", "microshards=4", *RUNS["two_stage"], "steps=2"]
 
 
 def needs(objective: str) -> None:
@@ -115,7 +123,7 @@ def alone(tmp_path_factory, tiny_text):
         if name not in made:
             recipe = folder / f"{name}.yaml"
             recipe.write_text(tiny_text)
-            run(str(recipe), folder / name, *RUNS[name])
+            run(str(recipe), folder / name, *(RUNS | {"half": HALF})[name])
             made[name] = folder / name
         return made[name]
 
@@ -133,14 +141,14 @@ def test_two_processes_equal_one_with_two_micro_shards_bit_for_bit(
     assert files(tmp_path / "run") == files(alone(name))
 
 
-@pytest.mark.parametrize("name", ["coupled", "dsd", "muon"])
+@pytest.mark.parametrize("name", ["coupled", "dsd", "muon", "half"])
 def test_fsdp2_equals_one_process_and_saves_whole_tensors(
     name, alone, tiny_recipe, tmp_path
 ) -> None:
     needs(name)
     out = tmp_path / "run"
     more = ["parallel=fsdp2", "checkpoint_activations=true"]
-    assert run_in_two(tiny_recipe, out, *RUNS[name], *more) == [0, 0]
+    assert run_in_two(tiny_recipe, out, *(RUNS | {"half": HALF})[name], *more) == [0, 0]
     ours, theirs = tensors(out), tensors(alone(name))
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
@@ -153,6 +161,77 @@ def test_fsdp2_equals_one_process_and_saves_whole_tensors(
         # blocks that are called twice add their gradients in another order
         torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6, msg=key)
     assert load_model(str(out), device="cpu").sample([0], seed=1).shape == (1, 3, 16, 16)
+
+
+class Gathered(TorchDispatchMode):
+    """Type and size of everything that FSDP2 gathers in one message."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[tuple[str, int]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_allgather_base" in str(func):
+            self.sizes.add((str(args[0].dtype), args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def test_fsdp2_sends_the_layers_of_blocks_in_bfloat16_and_the_rest_in_float32(
+    tiny_recipe, tmp_path
+) -> None:
+    """Of the network and of its average, also where diagnoses compute in float32."""
+    changes = ["precision=bfloat16", "parallel=fsdp2", "steps=1"]
+
+    def act(rank):
+        world = World.join()
+        with Gathered() as gathered:
+            run(tiny_recipe, tmp_path / "run", *changes, world=world)
+        world.shutdown()
+        return sorted(gathered.sizes)
+
+    def sent(parameters):
+        """Elements of two equal shares of rows."""
+        return sum(p[0].numel() * (len(p) + len(p) % 2) for p in parameters)
+
+    step = assemble(load_recipe(load(), tiny_recipe, changes), torch.device("cpu")).step
+    blocks = [b for net in (step.online, *step.averages.values()) for b in net.blocks()]
+    layers = [[p for m in cast_layers(b) for p in m.parameters()] for b in blocks]
+    rest = set(step.parameters()).difference(*layers)
+    expected = {("torch.bfloat16", sent(p)) for p in layers} | {("torch.float32", sent(rest))}
+    assert together(act) == [[list(pair) for pair in sorted(expected)]] * 2
+
+
+@attrs.frozen(kw_only=True)
+class WithoutAutocast(Coupled):
+    """Disables autocast around the network."""
+
+    def terms(self, nets, batch, draw, phase):
+        with torch.autocast("cpu", enabled=False):
+            return super().terms(nets, batch, draw, phase)
+
+
+def test_fsdp2_in_bfloat16_refuses_to_train_a_block_without_autocast(
+    tiny_recipe, tmp_path
+) -> None:
+    """Its weights would come in bfloat16, and the objective asks for float32."""
+
+    def act(rank):
+        @hookimpl
+        def register(add):
+            add("objectives", "exact", WithoutAutocast)
+
+        world = World.join()
+        changes = ["precision=bfloat16", "parallel=fsdp2", "objective=exact"]
+        host = load(SimpleNamespace(__name__="exact", register=register))
+        try:
+            run(tiny_recipe, tmp_path / "run", *changes, "diagnostics=[]", world=world, host=host)
+        except E2EDiffError as error:
+            return str(error)
+        return "ended well"
+
+    first, second = together(act)
+    assert first == second
+    assert first.startswith("Block: trained without autocast, but with `parallel: fsdp2` and")
 
 
 @pytest.mark.parametrize("order", [(2, 1), (1, 2)], ids=str)

@@ -31,7 +31,7 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
     fixed = {**nets.target.state_dict(), **nets.frozen.state_dict(), "x": batch.x}
     before = {k: v.clone() for k, v in {**fixed, **nets.online.state_dict(prefix="on.")}.items()}
     learned = {**dict(nets.online.named_parameters()), **dict(nets.heads.named_parameters())}
-    shaken = _shaken(make_nets(backbone, objective))
+    shaken = shake(make_nets(backbone, objective))
     for phase in objective.phases:
         start, end = objective.span(phase)
         assert 0 <= start < end <= 1, f"{name}: span({phase!r}) is no part of [0, 1]"
@@ -76,7 +76,7 @@ def _wide_images(objective: Objective, backbone: BackboneConfig) -> None:
             is_float32(loss, (), f"{what}: loss {key!r}")
 
 
-def _shaken(nets: Nets) -> Nets:
+def shake(nets: Nets) -> Nets:
     """Move weights from their initial values, whose zeros stop gradients that flow later."""
     g = torch.Generator().manual_seed(11)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import re
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.compiling import compile_step, recompute
 from e2ediff.step.draws import draw_for
 from e2ediff.step.one_graph import Tracing, UnforeseenDrawError
+from e2ediff.step.sharding import cast_layers
 from e2ediff.step.step import Step
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 from e2ediff_testing.kinds import kind_of
+from e2ediff_testing.networks import shake
 
 RECIPE = """\
 e2ediff: 1
@@ -210,7 +213,10 @@ def latent_contract(trial: Trial) -> None:
 
 
 def half_precision(trial: Trial) -> None:
-    """Check for finite losses and gradients of a run in bfloat16, and of every phase's step."""
+    """Check for finite losses and gradients of a run in bfloat16, and of every phase's step.
+
+    A backbone's blocks must take the weights of their layers as autocast casts them.
+    """
     trial.train("bfloat16", precision="bfloat16", steps=1)
     recipe, losses = attrs.evolve(trial.recipe, precision="bfloat16"), dict[str, Tensor]()
     found = gradients(recipe, assemble(recipe, torch.device("cpu")), losses)
@@ -218,6 +224,26 @@ def half_precision(trial: Trial) -> None:
         assert value.isfinite().all(), (
             f"in bfloat16 {_title(key)} is not finite; take losses in float32, with .float()"
         )
+    if trial.plural == "backbones":
+        plain, rounded = _rounded(recipe, layers=False), _rounded(recipe, layers=True)
+        changed = [key for key, value in plain.items() if not torch.equal(value, rounded[key])]
+        assert not changed, (
+            f"in bfloat16 {_title(changed[0])} depends on digits of a block's weights that FSDP2 "
+            "does not send: compute its nn.Linear and convolutions under autocast, or derive a "
+            "class from theirs"
+        )
+
+
+def _rounded(recipe: Recipe, *, layers: bool) -> dict[str, Tensor]:
+    """Return the losses of moved weights, those of blocks' `layers` rounded to bfloat16 or not."""
+    losses, parts = dict[str, Tensor](), assemble(recipe, torch.device("cpu"))
+    shake(parts.nets)  # blocks that start as identities would depend on no weight
+    if layers:
+        for block in parts.nets.online.blocks():
+            for p in chain.from_iterable(layer.parameters() for layer in cast_layers(block)):
+                p.data = p.data.bfloat16().float()
+    gradients(recipe, parts, losses)
+    return losses
 
 
 def compiled(trial: Trial) -> None:

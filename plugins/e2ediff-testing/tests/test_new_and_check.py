@@ -29,7 +29,9 @@ from e2ediff.host import discovery
 from e2ediff.host.discovery import Plugin
 from e2ediff.host.plugins import load
 from e2ediff.host.registry import KINDS as REGISTRIES
+from e2ediff.nn.layers import MLP
 from e2ediff.objective import Terms
+from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.objectives import Detached, TwoStage
 from e2ediff.parts.optimizers.scheduled import SGD
 
@@ -164,6 +166,29 @@ class OverflowsLate(TwoStage):
         return terms
 
 
+class InFloat32(MLP):
+    """A perceptron that is computed in float32 under autocast."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+@attrs.frozen(kw_only=True)
+class UsesEveryDigit(ViTConfig):
+    """Its blocks have layers that look like those that autocast casts."""
+
+    trial: ClassVar[Sequence[str]] = tuple(
+        f"backbone.{key}" for key in ("width=16", "depth=1", "heads=2", "patch=8", "latent_dim=6")
+    )
+
+    def build(self, image):
+        net = super().build(image)
+        for block in net.blocks():
+            block.mlp = InFloat32(self.width, 4.0, "gelu")
+        return net
+
+
 @attrs.frozen(kw_only=True)
 class Reads(Detached):
     """Reads a number from a tensor in every step."""
@@ -206,6 +231,7 @@ class TakesLess(Detached):
             "bfloat16",
             "in bfloat16 the loss of denoiser: denoising is",
         ),
+        (UsesEveryDigit, "backbones", "bfloat16", "that FSDP2 does not send: compute"),
         (Reads, "objectives", "compile", "(test_new_and_check.py:1"),
         (Asks, "objectives", "compile", "is_compiling() changes the loss of joint: "),
         (TakesLess, "objectives", "contract", "it is called as docs/reference/contracts.md says"),
