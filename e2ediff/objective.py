@@ -116,9 +116,13 @@ class Objective(ABC):
     `phases` names the parts of training.
     Phases whose spans overlap alternate within a step, in order, each with its own optimizer;
     phases whose spans follow one another are stages.
+    `static_graph` says that a phase gives gradients to the same parameters in every step and in
+    every process. DDP then looks for unused parameters in the first step alone; a step that uses
+    others ends the run. Where draws decide which parameters are used, set it to False.
     """
 
     phases: ClassVar[tuple[str, ...]] = ("joint",)
+    static_graph: ClassVar[bool] = True
 
     @abstractmethod
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:

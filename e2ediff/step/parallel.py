@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from e2ediff.data import Batch
 from e2ediff.distributed.world import World
-from e2ediff.errors import Problem, RecipeError
+from e2ediff.errors import PluginError, Problem, RecipeError
 from e2ediff.host.recipe import Recipe
 from e2ediff.objective import Draw
 from e2ediff.step.sharding import shard, sharded
@@ -76,62 +76,147 @@ class Piece:
 
 
 class Parallel:
-    """The step, spread over the processes of a run."""
+    """The step, spread over the processes of a run.
+
+    DDP sums the gradients of the parameters that got one in a rehearsal, if these are the same in
+    every step, which is checked. Otherwise it `searches` the graph of every step for unused ones.
+    """
 
     def __init__(self, step: Step, kind: Kind, world: World, device: torch.device) -> None:
         self.step = step
         self.kind = kind
         self.world = world
         self._ddp: DistributedDataParallel | None = None
+        self.searches = True
+        self._left_out: dict[str, nn.Parameter] = {}
+        self._summed = False
         if kind == "fsdp2":
             shard(step, world, device)
-        elif kind == "ddp":
-            # Phases and stages leave parameters without gradients. Statistics in buffers belong
-            # to one set of weights and are calibrated, not averaged.
-            known = inspect.signature(DistributedDataParallel).parameters
-            buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in known)
-            options: dict[str, Any] = {buffers: False}  # torch renamed it in 2.14
-            self._ddp = DistributedDataParallel(
-                step,
-                find_unused_parameters=True,
-                gradient_as_bucket_view=True,
-                **options,
-            )
-            self._ddp.register_comm_hook(None, _sum)
+        self._trained = {n: p for n, p in step.named_parameters() if p.requires_grad}
+        self._rehearsed = dict.fromkeys(self._trained, False)  # whether it got a gradient
 
     def backward(
         self, piece: Piece, phase: str
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Add the gradients of the loss of some images, divided by their divisor, to those held.
 
+        Under DDP call `wrap` before.
+
         Returns:
             The weighted loss, the loss terms and further figures of these images, without
             gradients.
+
+        Raises:
+            PluginError: Other parameters got gradients than in the rehearsal.
         """
         divisor = piece.divisor
         if self.kind == "fsdp2":
             sharded(self.step).set_requires_gradient_sync(piece.last)
             divisor /= self.world.size  # FSDP2 averages over the processes
+        assert (self.kind == "ddp") == (self._ddp is not None), "not wrapped"
         module: nn.Module = self._ddp or self.step
         silent = self._ddp is not None and not piece.last
+        self._summed = False
         with self._ddp.no_sync() if silent and self._ddp else contextlib.nullcontext():
             total, losses, info = module(piece.batch, piece.draw, phase)
             with warnings.catch_warnings():
                 # In a phase that uses every parameter, DDP advises against the search for others.
                 warnings.filterwarnings("ignore", message="find_unused_parameters=True was")
                 (total / divisor).backward()
+        if piece.last and not self.searches:
+            self._check_sums()
         return total.detach(), losses, info
 
     def rehearse(self, piece: Piece, phase: str) -> None:
         """Run forward and backward on some images to measure memory or time; nothing changes."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.step.buffers()]
-        with torch.random.fork_rng():
+        unwrapped = self.kind == "ddp" and self._ddp is None
+        # The buckets in which DDP will hold gradients are in memory during a whole step.
+        buckets = [torch.empty_like(p) for p in self._trained.values() if unwrapped]
+        with self._kept():
             total, _, _ = self.step(piece.batch, piece.draw, phase)
             total.backward()
+            self._rehearsed = {n: p.grad is not None for n, p in self._trained.items()}
+        del buckets
+
+    def wrap(self, piece: Piece, phase: str) -> None:
+        """Let DDP sum gradients from now on, as a rehearsal has shown it; a collective call.
+
+        Runs forward and backward on some images; nothing changes.
+        """
+        if self.kind != "ddp" or self._ddp is not None:
+            return
+        used = self.world.total(torch.tensor([*self._rehearsed.values()]).int()).tolist()
+        objective = self.step.objective
+        fixed = objective.static_graph and len(objective.phases) == 1
+        self.searches = not fixed or not set(used) <= {0, self.world.size}
+        if not self.searches:
+            pairs = zip(self._trained.items(), used, strict=True)
+            self._left_out = dict(pair for pair, count in pairs if not count)
+        # Statistics in buffers belong to one set of weights and are calibrated, not averaged.
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in known)
+        options: dict[str, Any] = {buffers: False}  # torch renamed it in 2.14
+        for p in self._left_out.values():
+            p.requires_grad = False  # DDP waits for the gradients of all others
+        self._ddp = DistributedDataParallel(
+            self.step,
+            find_unused_parameters=self.searches,
+            gradient_as_bucket_view=True,
+            **options,
+        )
+        for p in self._left_out.values():
+            p.requires_grad = True
+        self._ddp.register_comm_hook(None, self._sum)
+        if not self.searches:
+            # In its first pass DDP finds the order in which gradients come, and sorts its buckets
+            # by it: the order of additions, and with it the last bits of more than two processes,
+            # would be another one in the first step of a run and of each continuation.
+            with self._kept():
+                total, _, _ = self._ddp(piece.batch, piece.draw, phase)
+                total.backward()
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Restore randomness and buffers after a pass, and drop its gradients."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.step.buffers()]
+        with torch.random.fork_rng():
+            yield
         self.step.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+    # Without types: DDP compares annotations with classes, and here they are text.
+    def _sum(self, state, bucket):  # type: ignore[no-untyped-def]
+        """Add a bucket of gradients over the processes; DDP's own hook divides by their number."""
+        self._summed = bucket.is_last()  # they come in order, each when it is full
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        assert work is not None
+        return work.get_future().then(lambda done: done.value()[0])
+
+    def _check_sums(self) -> None:
+        """Refuse a step of which a gradient was not added over the processes.
+
+        Raises:
+            PluginError: There is one. Others of this step may wait for this process; its end
+                ends them.
+        """
+        late = [name for name, p in self._left_out.items() if p.grad is not None]
+        if self._summed and not late:
+            return
+        missed = [
+            name
+            for name, p in self._trained.items()
+            if p.grad is None and name not in self._left_out
+        ]
+        named = ", ".join((late or missed)[:3]) or "a parameter"
+        what = "a gradient, and none" if late else "no gradient, and one"
+        kind = type(self.step.objective).__name__
+        raise PluginError(
+            f"objective {kind}: {named} got {what} when the run began; set `static_graph = "
+            f"False` in the class {kind}, so that DDP looks for unused parameters in every step, "
+            "or let every step use the same ones"
+        )
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -148,11 +233,3 @@ class Parallel:
         finally:
             root.set_reshard_after_backward(True, recurse=False)
             root.reshard()
-
-
-# Without types: DDP compares annotations with classes, and here they are text.
-def _sum(state, bucket):  # type: ignore[no-untyped-def]
-    """Add a bucket of gradients over the processes; DDP's own hook divides by their number."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda done: done.value()[0])

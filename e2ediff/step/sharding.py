@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from e2ediff.backbone import Backbone
 from e2ediff.distributed.tensors import whole
 from e2ediff.distributed.world import World
-from e2ediff.errors import ShapeError
+from e2ediff.errors import PluginError
 from e2ediff.step.step import Step
 
 if TYPE_CHECKING:  # takes half a second to import, and only FSDP2 needs it
@@ -108,7 +108,7 @@ class HalfLayers:
         for layer in self.layers:
             for name, p in layer.named_parameters(recurse=False):
                 if p.requires_grad and torch.is_grad_enabled():
-                    raise ShapeError(
+                    raise PluginError(
                         f"{type(block).__name__}: trained without autocast, but with `parallel: "
                         "fsdp2` and `precision: bfloat16` blocks are trained under autocast; do "
                         "not disable it around the network, or set parallel: ddp"

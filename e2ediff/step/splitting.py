@@ -61,7 +61,7 @@ class Splitting:
         Raises:
             ResourceError: A micro-shard does not fit into memory and cannot be split.
         """
-        if self.world.size > 1 and self._rehearsals[phase]:
+        if self.parts.parallel.kind != "one" and self._rehearsals[phase]:
             self._rehearsals[phase] -= 1
             self._rehearse(batch, phase, draw_of)
         yield self.pieces(batch, phase, draw_of)
@@ -99,6 +99,7 @@ class Splitting:
             except torch.OutOfMemoryError:
                 fits = 0
             if self.world.lowest(fits):
+                self.parts.parallel.wrap(next(self.pieces(batch, phase, draw_of)), phase)
                 return
             self._split(batch, phase, draw_of)
 

@@ -16,11 +16,14 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import attrs
 import pytest
 import torch
+import torch.distributed as dist
 from processes import together
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2ediff import hookimpl
@@ -28,17 +31,20 @@ from e2ediff.distributed.signals import Stop
 from e2ediff.distributed.world import World
 from e2ediff.errors import E2EDiffError, RecipeError
 from e2ediff.host.plugins import load
-from e2ediff.host.recipe import load_recipe
+from e2ediff.host.recipe import load_recipe, parse_recipe
+from e2ediff.loading.batches import fixed_images
 from e2ediff.parts.objectives import Coupled
 from e2ediff.sample.load import load_model
 from e2ediff.step.assembly import assemble
 from e2ediff.step.parallel import check_shares
 from e2ediff.step.sharding import cast_layers
+from e2ediff.step.update import Update
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 
+CPU = torch.device("cpu")
 STEPS = 4
 EVERY = ["microshards=2", f"steps={STEPS}", "cadence.diagnose=3", "probe.images=8"]
 PROFILES = "post_hoc={every: 2, precision: float16}"
@@ -193,7 +199,7 @@ def test_fsdp2_sends_the_layers_of_blocks_in_bfloat16_and_the_rest_in_float32(
         """Elements of two equal shares of rows."""
         return sum(p[0].numel() * (len(p) + len(p) % 2) for p in parameters)
 
-    step = assemble(load_recipe(load(), tiny_recipe, changes), torch.device("cpu")).step
+    step = assemble(load_recipe(load(), tiny_recipe, changes), CPU).step
     blocks = [b for net in (step.online, *step.averages.values()) for b in net.blocks()]
     layers = [[p for m in cast_layers(b) for p in m.parameters()] for b in blocks]
     rest = set(step.parameters()).difference(*layers)
@@ -262,6 +268,149 @@ def test_fsdp2_goes_on_from_one_process_and_back(alone, tiny_recipe, tmp_path) -
     ours, theirs = tensors(out), tensors(alone("coupled"))
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6, msg=key)
+
+
+# Parameters that a step does not use
+
+
+@attrs.frozen(kw_only=True)
+class Changing(Coupled):
+    """From the middle of training on, the second process uses a head no longer, or only then.
+
+    With `only_last` it does so in the second micro-shard of a step alone.
+    """
+
+    at_first: bool = True
+    only_last: bool = False
+    pieces: list[float] = attrs.field(factory=list, init=False, eq=False)  # of the second half
+
+    def heads(self, backbone):
+        return nn.ModuleDict({"extra": nn.Linear(1, 1)})
+
+    def terms(self, nets, batch, draw, phase):
+        terms = super().terms(nets, batch, draw, phase)
+        progress = float(draw.progress)
+        changed = dist.get_rank() == 1 and progress >= 0.5
+        if changed and self.only_last:
+            self.pieces.append(progress)
+            changed = self.pieces.count(progress) == 2
+        one = terms.z.new_ones(1)
+        loss = one.sum() if self.at_first == changed else nets.heads["extra"](one).square().sum()
+        losses, weights = {**terms.losses, "extra": loss}, {**terms.weights, "extra": 1.0}
+        return attrs.evolve(terms, losses=losses, weights=weights)
+
+
+@attrs.frozen(kw_only=True)
+class SaidToChange(Changing):
+    """The same, and it says so."""
+
+    static_graph: ClassVar[bool] = False
+
+
+def changing():
+    """The parts of a session, and the two above."""
+
+    @hookimpl
+    def register(add):
+        add("objectives", "changing", Changing)
+        add("objectives", "said_to_change", SaidToChange)
+
+    return load(SimpleNamespace(__name__="changing", register=register))
+
+
+@pytest.mark.parametrize(
+    ("objective", "searches"),
+    [("coupled", False), ("two_stage", True), ("changing", False), ("said_to_change", True)],
+)
+def test_ddp_searches_for_unused_parameters_only_where_steps_may_differ(
+    objective, searches, tiny_text
+) -> None:
+    """The token of hidden patches is never used by the first, which has no search either."""
+    changes = [f"objective={objective}", "backbone.trunks=denoiser_apart", "microshards=2"]
+
+    def act(rank):
+        world = World.join()
+        recipe = parse_recipe(changing(), tiny_text, "tiny", changes)
+        update = Update(recipe, assemble(recipe, CPU, world), world, lambda *a, **k: None)
+        kind = recipe.data.image.conditioning
+        batch = fixed_images(recipe.data.open(), kind, recipe.batch, 0, "trial", CPU)
+        for step in range(2):
+            update(batch.rows(update.rows), recipe.batch * step)
+        unused = [n for n, p in update.parts.step.named_trained("joint") if p.grad is None]
+        world.shutdown()
+        return [update.parts.parallel.searches, "online.mask_token" in unused]
+
+    assert together(act) == [[searches, True]] * 2
+
+
+MISSED = "no gradient, and one when the run began"
+LATE = "a gradient, and none when the run began"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], f"heads.extra.weight, heads.extra.bias got {MISSED}"),
+        (["objective.at_first=false"], f"heads.extra.weight, heads.extra.bias got {LATE}"),
+        (["microshards=4", "steps=3"], f"heads.extra.weight, heads.extra.bias got {MISSED}"),
+        (
+            ["microshards=4", "steps=3", "objective.only_last=true"],
+            f"a parameter got {MISSED}",
+        ),
+    ],
+    ids=["missed", "late", "in both micro-shards", "in the last micro-shard"],
+)
+def test_a_gradient_that_ddp_would_not_sum_ends_the_run_with_what_to_do(
+    words, says, tiny_recipe, tmp_path
+) -> None:
+    """In one process alone, while the other waits for it."""
+
+    def act(rank):
+        world = World.join()
+        changes = ["objective=changing", "diagnostics=[]", "steps=2", *words]
+        try:
+            run(tiny_recipe, tmp_path / "run", *changes, world=world, host=changing())
+        except E2EDiffError as error:
+            return [error.exit_code, str(error)]
+        return "ended well"
+
+    first, second = together(act)
+    assert first == second
+    assert first[0] == 4
+    assert first[1].startswith(f"objective Changing: {says}")
+    assert "set `static_graph = False` in the class Changing" in first[1]
+
+
+def test_processes_that_may_change_what_they_use_train_on_if_they_say_so(
+    tiny_recipe, tmp_path
+) -> None:
+    def act(rank):
+        world = World.join()
+        changes = ["objective=said_to_change", "diagnostics=[]"]
+        ended = run(tiny_recipe, tmp_path / "run", *changes, world=world, host=changing())
+        world.shutdown()
+        return ended.exit_code
+
+    assert together(act) == [0, 0]
+
+
+def test_three_processes_that_continue_equal_three_that_were_not_stopped(
+    tiny_recipe, tmp_path
+) -> None:
+    """The order of three numbers in a sum counts, and with it the place in DDP's buckets."""
+    changes = ["microshards=3", "batch=12"]
+
+    def act(rank):
+        world = World.join()
+        for name, steps in (("whole", "3"), ("half", "1"), ("half", "3")):
+            out, resume = tmp_path / name, (name, steps) == ("half", "3")
+            run(tiny_recipe, out, *changes, f"steps={steps}", world=world, resume=resume)
+        world.shutdown()
+
+    assert together(act, size=3) == [None] * 3
+    whole, half = tensors(tmp_path / "whole"), tensors(tmp_path / "half")
+    assert whole.keys() == half.keys()
+    assert [key for key, value in whole.items() if not torch.equal(value, half[key])] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -54,7 +54,27 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
         found = torch.autograd.grad(terms.total, list(learned.values()), allow_unused=True)
         for key, grad in zip(learned, found, strict=True):
             assert grad is None or grad.isfinite().all(), f"{name}: gradient of {key} not finite"
+        if objective.static_graph:
+            _same_parameters(objective, phase, nets, batch, learned)
     _wide_images(objective, backbone or TinyBackbone())
+
+
+def _same_parameters(
+    objective: Objective, phase: str, nets: Nets, batch: Batch, learned: Mapping[str, Tensor]
+) -> None:
+    """Check that steps with other draws, early and late, give gradients to the same parameters."""
+    used = list[set[str]]()
+    for seed in range(4):
+        draw = attrs.evolve(make_draw(batch, seed=seed), progress=torch.tensor(seed / 4))
+        total = objective.terms(nets, batch, draw, phase).total
+        grads = torch.autograd.grad(total, list(learned.values()), allow_unused=True)
+        used.append({key for key, g in zip(learned, grads, strict=True) if g is not None})
+    odd = sorted(used[0].union(*used) - used[0].intersection(*used))
+    assert not odd, (
+        f"{type(objective).__name__}: {odd[0]} gets a gradient in some steps of phase {phase!r} "
+        "and in others none, but DDP looks for such parameters only if the class says "
+        "`static_graph = False`; say so, or use it in every step"
+    )
 
 
 def _wide_images(objective: Objective, backbone: BackboneConfig) -> None:

@@ -166,29 +166,6 @@ class OverflowsLate(TwoStage):
         return terms
 
 
-class InFloat32(MLP):
-    """A perceptron that is computed in float32 under autocast."""
-
-    def forward(self, x):
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float())
-
-
-@attrs.frozen(kw_only=True)
-class UsesEveryDigit(ViTConfig):
-    """Its blocks have layers that look like those that autocast casts."""
-
-    trial: ClassVar[Sequence[str]] = tuple(
-        f"backbone.{key}" for key in ("width=16", "depth=1", "heads=2", "patch=8", "latent_dim=6")
-    )
-
-    def build(self, image):
-        net = super().build(image)
-        for block in net.blocks():
-            block.mlp = InFloat32(self.width, 4.0, "gelu")
-        return net
-
-
 @attrs.frozen(kw_only=True)
 class Reads(Detached):
     """Reads a number from a tensor in every step."""
@@ -218,6 +195,39 @@ class TakesLess(Detached):
         return None
 
 
+@attrs.frozen(kw_only=True)
+class TossesACoin(Detached):
+    """Decodes only with some draws, and does not say so."""
+
+    def terms(self, nets, batch, draw, phase):
+        terms = super().terms(nets, batch, draw, phase)
+        decodes = float(draw.t[0]) < 0.5
+        return Terms(terms.losses, {"reconstruction": float(decodes), "denoising": 1.0}, terms.z)
+
+
+class InFloat32(MLP):
+    """A perceptron that is computed in float32 under autocast."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+@attrs.frozen(kw_only=True)
+class UsesEveryDigit(ViTConfig):
+    """Its blocks have layers that look like those that autocast casts."""
+
+    trial: ClassVar[Sequence[str]] = tuple(
+        f"backbone.{key}" for key in ("width=16", "depth=1", "heads=2", "patch=8", "latent_dim=6")
+    )
+
+    def build(self, image):
+        net = super().build(image)
+        for block in net.blocks():
+            block.mlp = InFloat32(self.width, 4.0, "gelu")
+        return net
+
+
 @pytest.mark.parametrize(
     ("part", "plural", "check", "says"),
     [
@@ -231,6 +241,7 @@ class TakesLess(Detached):
             "bfloat16",
             "in bfloat16 the loss of denoiser: denoising is",
         ),
+        (TossesACoin, "objectives", "contract", "or use it in every step"),
         (UsesEveryDigit, "backbones", "bfloat16", "that FSDP2 does not send: compute"),
         (Reads, "objectives", "compile", "(test_new_and_check.py:1"),
         (Asks, "objectives", "compile", "is_compiling() changes the loss of joint: "),
