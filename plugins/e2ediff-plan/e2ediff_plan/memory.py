@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -210,31 +209,29 @@ class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         return self
 
 
-class _LikeCUDA(TorchFunctionMode):
-    """Saves for RMS norms what CUDA's kernel saves: the input in float32 and one number a row.
+@contextlib.contextmanager
+def _norms_of_cuda() -> Iterator[None]:
+    """Save for RMS norms what CUDA's kernel saves: the input in float32 and one number a row.
 
     On a CPU torch composes the norm of several operations, each of which saves its input.
+    The function itself is replaced: in a backward pass, where blocks may be computed again, torch
+    leaves every mode that would intercept it.
     """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is functional.rms_norm:
-            return _rms_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    usual = functional.rms_norm
+    functional.rms_norm = _rms_norm
+    try:
+        yield
+    finally:
+        functional.rms_norm = usual
 
 
 def _rms_norm(
-    x: Tensor,
-    normalized_shape: list[int],
+    input: Tensor,
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    out: Tensor = _RMSNorm.apply(x.float(), weight, len(normalized_shape))
+    out: Tensor = _RMSNorm.apply(input.float(), weight, len(normalized_shape))
     return out
 
 
@@ -256,7 +253,7 @@ class _RMSNorm(torch.autograd.Function):
 @contextlib.contextmanager
 def _fake(*, like_cuda: bool) -> Iterator[_Live]:
     """Create fake tensors inside the block: shapes and storages without values."""
-    norms = _LikeCUDA() if like_cuda else contextlib.nullcontext()
+    norms = _norms_of_cuda() if like_cuda else contextlib.nullcontext()
     with warnings.catch_warnings(), _FakeMode(), norms, _Live() as live:
         # Copying a fake tensor asks for its address; bfloat16 norms say which kernel they miss.
         warnings.simplefilter("ignore")

@@ -152,6 +152,19 @@ def test_an_rms_norm_on_cuda_keeps_its_input_in_float32_and_one_number_a_row() -
         assert norm.weight.grad.shape == (8,)
 
 
+@needs_dsd
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_for_a_gpu_too_recomputed_activations_are_not_kept(recipe_of, precision: str) -> None:
+    """The norms that a block computes again in the backward pass are those of CUDA as well."""
+    recipe = recipe_of("dsd", f"precision={precision}")
+    kept, again = (
+        follow(attrs.evolve(recipe, checkpoint_activations=value), like_cuda=True)
+        for value in (False, True)
+    )
+    assert sum(again.saved.values()) < 0.5 * sum(kept.saved.values())
+    assert again.peak < kept.peak
+
+
 def test_fsdp2_splits_what_stays_and_gathers_blocks_and_ddp_adds_its_buckets(recipe_of) -> None:
     """On four devices; of several micro-shards on a device the gradients are whole as well."""
     recipe = recipe_of("detached", "microshards=4")
