@@ -1,0 +1,24 @@
+"""The devices that these tests run on: the CPU, which shows that a test is sound, and CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[CUDA])
+def cuda(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
