@@ -1,0 +1,1 @@
+"""The parts of the check: each module has a function `run`, which `part.py` calls."""
