@@ -27,6 +27,7 @@ _LONG = (
     "test_tutorial",
     "test_conditions",
     "test_quickstart_quality",
+    "test_gpu_check",
     "test_resume",
     "test_processes",
     "test_alarm_runs",
