@@ -214,7 +214,7 @@ class Backbone(nn.Module, ABC):
     def prepare(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
         """Choose kernels for this device and compute type; called after each move.
 
-        Training steps compute in `dtype`; diagnosis, previews, calibration and scoring run the
+        Training steps, previews and scores compute in `dtype`; diagnosis and calibration run the
         same network in float32, without autocast. `e2ediff.nn.attention.use_attention` chooses
         for both.
 

@@ -79,6 +79,8 @@ class Observer:
         """Measure diagnostics on the target network; no weight or gradient changes.
 
         A few images also pass through the online network, as a slow average shows collapse late.
+        Both compute in float32 in any run: the rounding of bfloat16 would look like modes of
+        latents that have lost theirs.
 
         Args:
             step: The networks, and how a training step uses them.
@@ -196,7 +198,8 @@ class Observer:
     def samples(self, net: Backbone) -> tuple[Tensor, Condition]:
         """Sample a sheet (rows * columns, C, H, W) in [-1, 1] with fixed noise; also conditions.
 
-        Each column has one condition: a class or, for other kinds, that of a probe image.
+        Each column has one condition: a class or, for other kinds, that of a probe image. The
+        network computes in the run's precision.
         """
         r, columns = self.recipe, preview_columns(self.recipe)
         each = r.data.image.conditioning.in_turn(columns, self.probe.condition)
@@ -205,14 +208,21 @@ class Observer:
         # Guiding networks of other runs are for finished models, and may not exist yet.
         guidance = None if r.guidance is None or r.guidance.references else r.guidance
         with in_use(net, self.calibration) as ready:
-            model = Model(r, ready, guidance, rows=len(condition))
+            model = Model(r, ready, guidance, rows=len(condition), precision=r.precision)
             return model.sample(condition, seed=r.seed), condition
 
     @torch.no_grad()
     def reconstructions(self, net: Backbone, count: int) -> Tensor:
-        """Return probe images, each followed by its reconstruction, (2 count, C, H, W)."""
+        """Return probe images, each followed by its reconstruction, (2 count, C, H, W).
+
+        In the run's precision, as steps and samples are.
+        """
         x = self.probe.x[:count]
-        with in_use(net, self.calibration) as ready:
+        half = self.recipe.precision == "bfloat16"
+        with (
+            in_use(net, self.calibration) as ready,
+            torch.autocast(x.device.type, torch.bfloat16, enabled=half),
+        ):
             x_hat = ready.decode(ready.encode(x))
         return torch.stack([x, x_hat], dim=1).flatten(0, 1)
 

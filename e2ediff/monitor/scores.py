@@ -92,13 +92,15 @@ class Scorer:
     def measure(self, net: Backbone) -> dict[str, float]:
         """Measure figures of reconstructions, `rFD-...`, and of samples, `gFD-...`, by name.
 
+        The network computes in the run's precision.
+
         Args:
             net: In eval mode, with norm statistics of its own weights.
         """
         r = self.recipe
         # As in previews: guiding networks of other runs may not exist yet.
         guidance = None if r.guidance is None or r.guidance.references else r.guidance
-        model = Model(r, net, guidance)
+        model = Model(r, net, guidance, precision=r.precision)
         x, of_images = self.held_out.x, self.held_out.condition
         condition = r.data.image.conditioning.in_turn(len(x), of_images)
         found: dict[str, float] = {}

@@ -1,8 +1,8 @@
 """Attention by xformers or by torch, chosen by running and timing a small one.
 
-A network computes in more than one type: training steps use the recipe's precision, while
-diagnosis, calibration, scoring and sampling use float32. Some kernels support half precision
-only, so a kernel is chosen for each type.
+A network computes in more than one type: training steps and previews use the recipe's precision,
+diagnosis and calibration float32, and sampling either. Some kernels support half precision only,
+so a kernel is chosen for each type.
 
 Shapes: B batch, N tokens, H heads, K head width.
 """
@@ -302,7 +302,7 @@ def use_attention(
     `tokens` is the number of tokens that it usually attends to.
 
     The new `attend` depends on the type of q: for `dtype` it is the kernel that
-    `choose_attention` finds; for float32, which all work outside the training step uses, the same
+    `choose_attention` finds; for float32, which much work outside the training step uses, the same
     kernel if it runs and agrees there too, and otherwise `sdpa`; for any other type, and on
     another kind of device, `sdpa`, which supports them all.
     Only `dtype` is timed, because speed matters in the training step alone.

@@ -300,11 +300,7 @@ WIDE = ["backbone.width=192"]  # a block has more than the megabyte that DDP sen
         ("ddp", ["compile=blocks", *WIDE]),
         ("ddp", ["compile=step", ONE]),
         ("fsdp2", ["compile=blocks"]),
-<<<<<<< HEAD
-=======
         pytest.param("fsdp2", ["compile=blocks", "precision=bfloat16"], marks=pytest.mark.slow),
-        pytest.param("fsdp2", ["compile=step", ONE], marks=pytest.mark.slow),
->>>>>>> c9b1e1b (Gather in bfloat16 with FSDP2 what autocast casts to it)
     ],
     ids=str,
 )
