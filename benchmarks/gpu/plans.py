@@ -15,7 +15,7 @@ class Part:
 
 PARTS = {
     "environment": Part(50, "versions, plugins, rates of products and of copies"),
-    "traps": Part(100, "small runs as a user starts them: every kernel, precision and switch"),
+    "traps": Part(115, "small runs as a user starts them: every kernel, precision and switch"),
     "use": Part(75, "sample, reconstruct and eval in both types, of runs in both types"),
     "agreement": Part(60, "a step's losses and gradients on the CPU and on the device"),
     "memory": Part(60, "steps that the device has no memory for: split, or refused"),

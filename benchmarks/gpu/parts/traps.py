@@ -26,7 +26,7 @@ _SMALL = (
 
 
 def run(look: Look) -> None:
-    """Train all cases for four steps each, the compiled one last."""
+    """Train all cases for four steps each, the compiled ones last."""
     plain, in256 = list(FEW), [*FEW[1:], *_SMALL, "backbone.depth=3"]
     deep = [*FEW[1:], *_SMALL, "backbone.depth=6"]
     kernels = BACKENDS if look.device == "cuda" else ("auto",)
@@ -48,7 +48,12 @@ def run(look: Look) -> None:
         ("in256_s augmented", "dsd_in256_s", [*in256, "objective.augmentation.jitter=0.3"]),
         ("unite_in256", "unite_in256", deep),
         ("jit_in256", "jit_in256", deep),
+        ("deterministic", "quickstart", [*plain, _HALF, "deterministic=true"]),
+        ("deterministic in256_s", "dsd_in256_s", [*in256, "deterministic=true"]),
+        ("deterministic unite_in256", "unite_in256", [*deep, "deterministic=true"]),
+        ("deterministic jit_in256", "jit_in256", [*deep, "deterministic=true"]),
         ("compiled", "quickstart", [*plain, _HALF, "compile=blocks"]),
+        ("compiled step", "quickstart", [*plain, _HALF, "compile=step"]),
     ]  # fmt: skip
     if look.tiny:
         cases[1][2].extend(["backbone.width=64", "backbone.heads=1"])
