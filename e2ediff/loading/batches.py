@@ -9,26 +9,30 @@ Shapes: B batch, C H W image.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from e2ediff.condition import ClassLabels, Condition, ConditionSpec
-from e2ediff.data import Batch, DataSource, Sampling, from_pixels
+from e2ediff.condition import ClassLabels, Condition, ConditionSpec, concatenate
+from e2ediff.data import Batch, DataSource, ImageSpec, Sampling, from_pixels
 from e2ediff.distributed.parent import follow, leave_signals_to_parent
 from e2ediff.distributed.signals import blocked
 from e2ediff.errors import DataError, ResourceError
 from e2ediff.loading.bad_images import Skipped, newly_skipped
 from e2ediff.loading.order import Order
+from e2ediff.loading.shared_memory import divide, remedy, usable
 from e2ediff.seeds import generator
 
 __all__ = ["Order", "batches", "check_enough", "fixed_images", "order_of", "to_batch"]
@@ -36,10 +40,11 @@ __all__ = ["Order", "batches", "check_enough", "fixed_images", "order_of", "to_b
 _T = TypeVar("_T")
 _CPU = torch.device("cpu")
 _ALL = slice(None)
+_print_traceback = Queue._on_queue_feeder_error  # type: ignore[attr-defined]
 
 
 class _Item(NamedTuple):
-    """A batch as bytes; `mirrored` (B,), bool, is applied on the device."""
+    """A batch or a part of it, as bytes; `mirrored` (B,), bool, is applied on the device."""
 
     x: Tensor
     condition: Condition
@@ -47,11 +52,11 @@ class _Item(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
-class _Steps(Dataset[_Item | str]):
-    """Item s is the batch of optimizer step s, as bytes; copied to worker processes.
+class _Parts(Dataset[_Item | str]):
+    """Item i is part i mod n of the batch of step i div n; copied to worker processes.
 
-    An item that cannot be read is returned as its error message, since an exception from a
-    worker process would arrive with a page of traceback.
+    `parts` are the rows of each of the n. An item that cannot be read is returned as its error
+    message, since an exception from a worker process would arrive with a page of traceback.
     """
 
     def __init__(
@@ -60,25 +65,28 @@ class _Steps(Dataset[_Item | str]):
         conditioning: ConditionSpec,
         order: Order,
         batch: int,
+        parts: Sequence[slice],
         *,
         flip: bool,
-        rows: slice,
     ) -> None:
         self.source = source
         self.conditioning = conditioning
         self.order = order
         self.batch = batch
-        self.rows = rows
+        self.parts = parts
         self.flip = flip
 
-    def __getitem__(self, step: int) -> _Item | str:
+    def __getitem__(self, i: int) -> _Item | str:
+        step, part = divmod(i, len(self.parts))
+        rows = self.parts[part]
         indices, mirrored = self.order.seen(step * self.batch, self.batch)
         try:
-            x, given = self.source.read(indices[self.rows])
+            x, given = self.source.read(indices[rows])
             condition = self.conditioning.accept(given, "data")
         except DataError as error:
             return str(error)
-        flips = mirrored[self.rows] if self.flip else None
+        # A view would be handed over with the flips of the whole batch.
+        flips = mirrored[rows].clone() if self.flip else None
         return _Item(x, condition, flips, newly_skipped(self.source))
 
 
@@ -117,7 +125,7 @@ def order_of(source: DataSource, seed: int, sampling: Sampling = "natural") -> O
 
 def batches(
     source: DataSource,
-    conditioning: ConditionSpec,
+    image: ImageSpec,
     *,
     batch: int,
     seed: int,
@@ -127,6 +135,7 @@ def batches(
     workers: int,
     device: torch.device,
     rows: slice = _ALL,
+    microshards: int = 1,
     sampling: Sampling = "natural",
     report: Callable[[Sequence[Skipped], int], None] | None = None,
 ) -> Iterator[Batch]:
@@ -134,7 +143,7 @@ def batches(
 
     Args:
         source: The images.
-        conditioning: The kind of their conditions.
+        image: Their shape, and the kind of their conditions.
         batch: Images in a whole batch.
         seed: The run's seed.
         first: First step.
@@ -143,6 +152,7 @@ def batches(
         workers: Number of worker processes; 0 reads in this process.
         device: Device of the batches; on CUDA copies overlap with computation.
         rows: Rows to read of each batch.
+        microshards: Parts in which a batch is computed, of which workers read at most one at once.
         sampling: How often each class is shown.
         report: Called with images skipped for the first time, separately in each worker
             process, and the number of images in all batches up to theirs.
@@ -153,58 +163,89 @@ def batches(
         LostReaderError: A worker process died.
     """
     check_enough(source, batch)
+    conditioning = image.conditioning
     if sampling == "class_balanced" and not isinstance(conditioning, ClassLabels):
         raise DataError(
             f"data.sampling: class_balanced needs class labels, and conditions are "
             f"{conditioning.title}; set sampling: natural"
         )
-    order = order_of(source, seed, sampling)
-    steps = _Steps(source, conditioning, order, batch, flip=flip, rows=rows)
+    order, own = order_of(source, seed, sampling), range(batch)[rows]
+    division = divide(image, batch, microshards, usable(workers), batch // len(own))
+    parts = [own[k : k + division.rows] for k in range(0, len(own), division.rows)]
     items = read(
-        steps,
-        range(first, last),
+        _Parts(
+            source, conditioning, order, batch, [slice(p.start, p.stop, p.step) for p in parts],
+            flip=flip,
+        ),
+        range(first * len(parts), last * len(parts)),
         workers,
         option="data.workers",
+        ahead=division.ahead,
+        needed=division.needed,
         pin_memory=device.type == "cuda",
-    )
+    )  # fmt: skip
     read_so_far = range(batch * (first + 1), batch * (last + 1), batch)
-    yield from _ahead(_whole(items, read_so_far, report), device)
+    yield from _ahead(_joined(items, len(parts), len(own), read_so_far, report, device), device)
 
 
-def _whole(
-    items: Iterable[_Item | str],
+def _joined(
+    items: Iterator[_Item | str],
+    parts: int,
+    rows: int,
     read_so_far: Iterable[int],
     report: Callable[[Sequence[Skipped], int], None] | None,
-) -> Iterator[_Item]:
-    for item, images in zip(items, read_so_far, strict=False):
-        if isinstance(item, str):
-            raise DataError(item)
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Join the parts of each batch, and move it to the device."""
+    for images in read_so_far:
+        item = _join(islice(items, parts), rows, device)
         if item.skipped and report:
             report(item.skipped, images)
-        yield item
+        yield to_batch(item.x, item.condition, device, item.mirrored)
 
 
-def _ahead(items: Iterator[_Item], device: torch.device) -> Iterator[Batch]:
-    """Move batches to the device; on CUDA the next one is copied during work on this one."""
+def _join(parts: Iterable[_Item | str], rows: int, device: torch.device) -> _Item:
+    """Copy each part to its rows on the device as it comes, which frees shared memory."""
+    whole: Tensor | None = None
+    conditions, mirrored, end = [], [], 0
+    skipped: list[Skipped] = []
+    for part in parts:
+        if isinstance(part, str):
+            raise DataError(part)
+        if len(part.x) == rows:
+            return part
+        if whole is None:
+            whole = part.x.new_empty((rows, *part.x.shape[1:]), device=device)
+        start, end = end, end + len(part.x)
+        whole[start:end].copy_(part.x, non_blocking=True)
+        # Of a single condition this is a copy, also on the CPU.
+        conditions.append(concatenate([part.condition.to(device, non_blocking=True)]))
+        if part.mirrored is not None:
+            mirrored.append(part.mirrored.to(device, non_blocking=True, copy=True))
+        skipped.extend(part.skipped)
+    assert whole is not None
+    flips = torch.cat(mirrored) if mirrored else None
+    return _Item(whole, concatenate(conditions), flips, tuple(skipped))
+
+
+def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches; on CUDA the next one is copied to the device during work on this one."""
     if device.type != "cuda":
-        for item in items:
-            yield to_batch(item.x, item.condition, device, item.mirrored)
+        yield from batches
         return
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def start(item: _Item) -> Batch:
+    def start() -> Batch | None:
         with torch.cuda.stream(copies):
-            return to_batch(item.x, item.condition, device, item.mirrored)
+            return next(batches, None)
 
-    ready = next(items, None)
-    batch = start(ready) if ready else None
+    batch = start()
     while batch is not None:
         current = torch.cuda.current_stream(device)
         current.wait_stream(copies)
         for tensor in (batch.x, *batch.condition.tensors().values()):
             tensor.record_stream(current)
-        given, ready = batch, next(items, None)
-        batch = start(ready) if ready else None
+        given, batch = batch, start()
         yield given
 
 
@@ -214,17 +255,27 @@ def read(
     workers: int,
     *,
     option: str,
+    ahead: int = 2,
+    needed: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[_T]:
     """Read these items in order, with at most as many worker processes as there are cores.
 
     Their number affects only the speed; with 0 items are read in this process, on demand.
-    `option` is the option that sets their number, for messages.
+
+    Args:
+        items: What is read.
+        indices: Which of them.
+        workers: The number of processes.
+        option: The option that sets it, for messages.
+        ahead: Items that each process reads ahead.
+        needed: Bytes of shared memory that they need, for messages; 0 if that is unknown.
+        pin_memory: Whether the items are pinned, for copies to a GPU.
 
     Raises:
         LostReaderError: A worker process died, which is noticed within five seconds.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    processes = min(usable(workers), len(indices))
     others = multiprocessing.active_children()
     handler = signal.getsignal(signal.SIGCHLD)
     started: list[BaseProcess] = []
@@ -244,7 +295,8 @@ def read(
         items,
         sampler=order(),
         batch_size=None,
-        num_workers=min(workers, cores, len(indices)),
+        num_workers=processes,
+        prefetch_factor=ahead if processes else None,
         pin_memory=pin_memory,
         worker_init_fn=partial(
             _begin, os.getpid(), threading.current_thread() is threading.main_thread()
@@ -264,20 +316,33 @@ def read(
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
-        raise _lost(_cause(started) or str(error), option) from error
+        raise _lost(_cause(started) or str(error), option, needed) from error
 
 
 def _begin(parent: int, by_kernel: bool, worker: int) -> None:
     """Use one thread in a worker, leave signals to the main process, and end with it."""
     torch.set_num_threads(1)
+    # Python's own, which prints alone, drops the item; the main process would wait for ever.
+    Queue._on_queue_feeder_error = staticmethod(_not_handed_over)  # type: ignore[attr-defined]
     leave_signals_to_parent()
     follow(parent, by_kernel=by_kernel)
 
 
+def _not_handed_over(error: Exception, item: object) -> None:
+    """End a worker that cannot hand over an item, with a code that says whether memory lacks."""
+    if f"({errno.ENOSPC})" in str(error):  # torch gives the number in its text alone
+        os._exit(errno.ENOSPC)
+    _print_traceback(error, item)
+    os._exit(1)
+
+
 def _cause(workers: Iterable[BaseProcess]) -> str:
-    """Name the worker that a signal killed, in torch's words; empty if there is none."""
+    """Name the worker that a signal or full memory ended; empty if there is none."""
     for worker in workers:
-        if (code := worker.exitcode or 0) < 0:
+        code = worker.exitcode or 0
+        if code == errno.ENOSPC:
+            return f"DataLoader worker (pid {worker.pid}): {os.strerror(code)}"
+        if code < 0:
             name = signal.strsignal(-code) or f"signal {-code}"
             return f"DataLoader worker (pid {worker.pid}) is killed by signal: {name}"
     return ""
@@ -287,20 +352,21 @@ class LostReaderError(ResourceError):
     """A worker process that reads images died."""
 
 
-def _lost(what: str, option: str) -> LostReaderError:
+def _lost(what: str, option: str, needed: int) -> LostReaderError:
     """Return the error for a worker that died of `what`; `option` sets their number."""
     what = " ".join(what.split()).rstrip(".")
-    if "Bus error" in what:
+    if "Bus error" in what or os.strerror(errno.ENOSPC) in what:
+        up_to = f"up to {needed / 1e6:,.0f} MB are needed; " if needed else ""
         why = (
-            "the shared memory through which images are passed is full: provide more (docker run "
-            f"--shm-size=8g), or lower {option}"
+            "the shared memory through which images are passed is full: "
+            f"{up_to}{remedy(needed, option)}"
         )
     elif "Segmentation fault" in what or "Aborted" in what:
         why = f"with {option} 0 this process reads the images itself, which shows the bad one"
     else:
         why = (
-            "the system kills processes when memory runs out, and each of these holds images for "
-            f"two batches: lower {option}, or provide more memory"
+            "the system kills processes when memory runs out, and each of these holds images: "
+            f"lower {option}, or provide more memory"
         )
     return LostReaderError(f"a process that reads images died ({what}): {why}")
 

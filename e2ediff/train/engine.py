@@ -248,7 +248,7 @@ class Engine:
         r = self.recipe
         return batches(
             self.source,
-            r.data.image.conditioning,
+            r.data.image,
             batch=r.batch,
             seed=r.seed,
             first=self.position.step,
@@ -259,6 +259,7 @@ class Engine:
             sampling=r.data.sampling,
             report=self._skipped,
             rows=self.update.rows,
+            microshards=r.microshards,
         )
 
     def _skipped(self, found: Sequence[Skipped], seen: int) -> None:

@@ -44,6 +44,7 @@ from e2ediff.host.yaml import Node
 from e2ediff.loading.bad_images import BAD_IMAGES, open_source
 from e2ediff.loading.batches import LostReaderError, check_enough
 from e2ediff.loading.classes import check_same_classes, empty_classes
+from e2ediff.loading.shared_memory import divide, remedy, shortage, usable
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
 from e2ediff.model.labels import without_images
 from e2ediff.model.repeatable import repeatable
@@ -486,9 +487,21 @@ def _greet(progress: Progress, engine: Engine, image: ImageSpec) -> None:
     if missing := without_images(image, range(image.classes)):
         progress.say(f"warning: {missing} ({len(image.empty_classes)} of {image.classes} classes)")
         engine.directory.event("empty_classes", classes=list(image.empty_classes))
+    if warning := _shared_memory_warning(engine):
+        progress.say(f"warning: {warning}")
     warning = alarm_blind_spot(engine.recipe, engine.monitor.observer.diagnostics)
     if warning and engine.parts.nets.online.latent.learned:
         progress.say(f"warning: {warning}")
+
+
+def _shared_memory_warning(engine: Engine) -> str:
+    """Warn of less shared memory than the data workers of all processes here need."""
+    r, world = engine.recipe, engine.world
+    workers, here = usable(r.data.workers), world.highest(world.local) + 1
+    division = divide(r.data.image, r.batch, r.microshards, workers, world.size)
+    needed = division.needed * here // world.size
+    found = shortage(needed)
+    return found and f"{found}; the run ends if it is full: {remedy(needed, 'data.workers')}"
 
 
 def _name_left_out(

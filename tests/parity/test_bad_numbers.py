@@ -133,8 +133,7 @@ def updates(text: str, *changes: str):
     recipe = parse_recipe(load(), text, "tiny", list(changes))
     parts = assemble(recipe, CPU)
     options = {"seed": 0, "first": 0, "last": 1, "flip": False, "workers": 0, "device": CPU}
-    kind = recipe.data.image.conditioning
-    good = next(batches(recipe.data.open(), kind, batch=recipe.batch, **options))
+    good = next(batches(recipe.data.open(), recipe.data.image, batch=recipe.batch, **options))
     x = good.x.clone()
     x[3, 0, 0, 0] = torch.inf
     return Update(recipe, parts, World(), lambda *a, **k: None), good, Batch(x, good.condition)
@@ -486,9 +485,8 @@ def test_the_flag_on_the_device_works_on_what_processes_share(parallel, tiny_tex
         world = World.join()
         found = []
         recipe = parse_recipe(load(), tiny_text, "tiny", changes)
-        kind = recipe.data.image.conditioning
         options = {"seed": 0, "first": 0, "last": 1, "flip": False, "workers": 0, "device": CPU}
-        whole = next(batches(recipe.data.open(), kind, batch=recipe.batch, **options))
+        whole = next(batches(recipe.data.open(), recipe.data.image, batch=recipe.batch, **options))
         for waits in (True, False):
             torch.manual_seed(0)
             update = Update(recipe, assemble(recipe, CPU, world), world, lambda *a, **k: None)

@@ -24,7 +24,6 @@ from source_kinds import COUNTS, SIZE, TOTAL, folder, make
 from tiny_recipe import tiny
 
 from e2ediff import hookimpl
-from e2ediff.condition import ClassLabels
 from e2ediff.data import DataSource, SourceConfig
 from e2ediff.errors import BadImageError, DataError, ResourceError
 from e2ediff.host.plugins import load
@@ -47,13 +46,18 @@ def seen(config: SourceConfig, source: DataSource | None = None, **options: obje
     return list(
         batches(
             source or config.open(),
-            config.image.conditioning,
+            config.image,
             flip=config.flip,
             device=CPU,
             sampling=config.sampling,
             **given,
         )
     )
+
+
+def nine_batches(config: SourceConfig, workers: int):
+    return batches(config.open(), config.image, batch=20, seed=1, first=0, last=9, flip=False,
+                   workers=workers, device=CPU)  # fmt: skip
 
 
 def assert_same(these, those) -> None:
@@ -151,8 +155,7 @@ def test_reading_leaves_the_handler_of_dying_processes_as_it_was(place, handler)
     """torch's own raises wherever the main thread is when a process dies."""
     before = signal.signal(signal.SIGCHLD, handler)
     try:
-        items = batches(folder(place).open(), ClassLabels(2), batch=20, seed=1, first=0, last=9,
-                        flip=False, workers=1, device=CPU)  # fmt: skip
+        items = nine_batches(folder(place), workers=1)
         next(items)
         assert signal.getsignal(signal.SIGCHLD) is handler
     finally:
@@ -163,8 +166,7 @@ def test_reading_leaves_the_handler_of_dying_processes_as_it_was(place, handler)
 def test_a_kill_at_the_worst_moment_is_reported_and_hangs_nothing(place) -> None:
     """When the main thread has just taken a queue's lock to hand out the next index."""
     others = multiprocessing.active_children()
-    items = batches(folder(place).open(), ClassLabels(2), batch=20, seed=1, first=0, last=9,
-                    flip=False, workers=1, device=CPU)  # fmt: skip
+    items = nine_batches(folder(place), workers=1)
     next(items)
     (worker,) = (p for p in multiprocessing.active_children() if p not in others)
     taken, put = threading.Condition.__enter__.__code__, Queue.put.__code__
@@ -193,8 +195,7 @@ def fail_at_first(items) -> None:
 @pytest.mark.parametrize("end", ["closed", "dropped", "error"])
 def test_reading_that_ends_early_takes_its_processes_along(place, end) -> None:
     others = multiprocessing.active_children()
-    items = batches(folder(place).open(), ClassLabels(2), batch=20, seed=1, first=0, last=9,
-                    flip=False, workers=2, device=CPU)  # fmt: skip
+    items = nine_batches(folder(place), workers=2)
     if end == "error":
         with pytest.raises(ZeroDivisionError):
             fail_at_first(items)

@@ -87,7 +87,7 @@ def collect(first: int, last: int, workers: int, batch: int = 7):
     return list(
         batches(
             source,
-            KIND,
+            Synthetic(size=8).image,
             batch=batch,
             seed=1,
             first=first,
@@ -119,7 +119,15 @@ def test_batches_from_the_middle_are_those_of_the_whole_run(workers) -> None:
 def test_batches_lie_in_minus_one_to_one_and_some_are_mirrored() -> None:
     source = Synthetic(size=8, count=30).open()
     (batch,) = batches(
-        source, KIND, batch=30, seed=1, first=0, last=1, flip=True, workers=0, device=CPU
+        source,
+        Synthetic(size=8).image,
+        batch=30,
+        seed=1,
+        first=0,
+        last=1,
+        flip=True,
+        workers=0,
+        device=CPU,
     )
     x, _ = source.read(Order(30, 1).indices(0, 30))
     plain = x.float() / 127.5 - 1

@@ -176,8 +176,7 @@ def test_if_one_of_two_processes_lacks_memory_both_compute_in_parts(tiny_recipe,
 
 def first_batch(recipe):
     options = {"seed": 0, "first": 0, "last": 1, "flip": False, "workers": 0, "device": CPU}
-    kind = recipe.data.image.conditioning
-    return next(batches(recipe.data.open(), kind, batch=recipe.batch, **options))
+    return next(batches(recipe.data.open(), recipe.data.image, batch=recipe.batch, **options))
 
 
 @pytest.mark.parametrize("changes", [DSD, ["objective={name: detached, draws: 2}"]])
