@@ -60,7 +60,7 @@ ROOMS = {
 TOOLS = {
     "e2ediff-data": ("contracts files host store distributed loading train",
                      "torch attrs numpy PIL click"),
-    "e2ediff-plan": ("contracts host store distributed model step monitor train",
+    "e2ediff-plan": ("contracts host store distributed loading model step monitor train",
                      "torch attrs click"),
     "e2ediff-sweep": ("contracts host store distributed loading model train sample evaluate "
                       "ablate", "torch attrs numpy click"),

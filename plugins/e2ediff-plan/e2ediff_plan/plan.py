@@ -11,6 +11,7 @@ import torch
 from e2ediff.errors import Problem, RecipeError
 from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
+from e2ediff.loading.shared_memory import divide
 from e2ediff.model.build import averagings, build_nets, tracked
 from e2ediff.model.inference import ROWS
 from e2ediff.monitor.probe import GRADIENT_IMAGES, chosen_diagnostics, preview_columns
@@ -133,6 +134,12 @@ class Plan:
             if batch % shards == 0 and batch // shards <= self.rows_that_fit:
                 return shards
         return None
+
+    @property
+    def shared_memory(self) -> int:
+        """Return bytes of shared memory that the data workers of all devices need together."""
+        r = self.recipe
+        return divide(r.data.image, r.batch, r.microshards, r.data.workers, self.gpus).needed
 
     @property
     def checkpoints(self) -> int:

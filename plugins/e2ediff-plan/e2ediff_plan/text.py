@@ -30,6 +30,9 @@ def lines(plan: Plan) -> Iterator[str]:
     )
     if plan.snapshot_bytes:
         yield f"            {plan.snapshot_bytes / _GB:.2f} GB: snapshots of post_hoc"
+    workers = f"{r.data.workers}" + f" for each of {plan.gpus} devices" * (plan.gpus > 1)
+    shared = plan.shared_memory / _GB
+    yield f"workers     {workers}, which need up to {shared:.2f} GB of shared memory, /dev/shm"
     yield "assumptions"
     for i, text in enumerate(assumptions(plan), start=1):
         yield f"  {i:>2}. {text}"
@@ -206,6 +209,7 @@ def as_json(plan: Plan) -> dict[str, JSON]:
         "evaluation_seconds": plan.evaluation_seconds,
         "checkpoint_bytes": memory.checkpoint,
         "disk_bytes": memory.checkpoint * plan.checkpoints + plan.snapshot_bytes,
+        "shared_memory_bytes": plan.shared_memory,
         "measured": None
         if plan.measured is None
         else {

@@ -34,6 +34,20 @@ def test_a_plan_prints_its_bill_and_every_assumption(tiny_recipe: str) -> None:
     assert "2 devices are 2 times as fast" in said
 
 
+def test_a_plan_says_how_much_shared_memory_the_data_workers_of_all_devices_need(
+    tiny_recipe: str,
+) -> None:
+    """An item of 2 images of 256 pixels, five times for each of two devices with two workers."""
+    data = "data={name: image_folder, root: x, size: 256, classes: 2, workers: 2}"
+    words = ("plan", tiny_recipe, "--device", "cpu", "--gpus", 2, "--set", data)
+    words += ("--set", "microshards=4", "--set", "batch=48")
+    needed = 2 * (2 * 2 + 1) * (12 * 3 * 256**2 + 2 * 4096)
+    done = e2ediff(*words)
+    assert done.code == 0, done.err
+    assert "workers     2 for each of 2 devices, which need up to 0.02 GB of shared m" in done.out
+    assert json.loads(e2ediff(*words, "--json").out)["shared_memory_bytes"] == needed
+
+
 def test_a_plan_in_json_is_made_of_numbers(tiny_recipe: str) -> None:
     done = e2ediff("plan", tiny_recipe, "--device", "cpu", "--json")
     found = json.loads(done.out)
