@@ -24,17 +24,18 @@ from e2ediff.errors import E2EDiffError, is_refusal
 from e2ediff.host.checkout import install_command
 from e2ediff.host.discovery import missing
 from e2ediff.host.plugins import Host
+from e2ediff.host.recipe import parse_recipe
+from e2ediff.loading.shared_memory import SHARED, divide, remedy, shortage, usable
 from e2ediff.nn.attention import choose_attention
 from e2ediff.store.audit import missing as missing_checkpoints
 from e2ediff.store.audit import survey
 from e2ediff.store.environment import versions
 from e2ediff.store.lock import acquire
-from e2ediff.store.run_directory import RunDirectory
+from e2ediff.store.run_directory import RESOLVED, RunDirectory
 from e2ediff.store.storage import Store
 
 _GB = 10**9
 _DRIVER = Path("/proc/driver/nvidia/version")
-_SHARED = Path("/dev/shm")  # noqa: S108 - looked at, not written
 _TIMEOUT = timedelta(seconds=5)
 # Installed by choice: what each is for, and how to install it.
 _OPTIONAL = {
@@ -69,7 +70,7 @@ def examine(host: Host, run: str | None = None) -> list[Finding]:
         _optional,
     ]
     if run is not None:
-        checks.append(lambda: _run(run))
+        checks.append(lambda: _run(host, run))
     found: list[Finding] = []
     for check in checks:
         try:
@@ -201,16 +202,15 @@ def _other_torch(name: str) -> str:
 
 
 def _shared_memory() -> Iterator[Finding]:
-    if not _SHARED.is_dir():
-        yield Finding("shared memory", "ok", f"no {_SHARED} on this system")
+    if not SHARED.is_dir():
+        yield Finding("shared memory", "ok", f"no {SHARED} on this system")
         return
-    disk = shutil.disk_usage(_SHARED)
-    what = f"{disk.free / _GB:.1f} of {disk.total / _GB:.1f} GB free in {_SHARED}"
-    hint = "Workers of data and processes share batches there: docker run --shm-size=8g, or "
-    hint += "data.workers: 0."
-    writable = os.access(_SHARED, os.W_OK)
+    disk = shutil.disk_usage(SHARED)
+    what = f"{disk.free / _GB:.1f} of {disk.total / _GB:.1f} GB free in {SHARED}"
+    hint = f"Workers pass images through it: {remedy(0, 'data.workers')}."
+    writable = os.access(SHARED, os.W_OK)
     if not writable or disk.free < _GB / 8:
-        what = what if writable else f"{_SHARED} is not writable"
+        what = what if writable else f"{SHARED} is not writable"
         yield Finding("shared memory", "problem", what, hint)
     else:
         yield Finding("shared memory", "ok" if disk.free >= _GB else "warning", what,
@@ -374,8 +374,8 @@ def _optional() -> Iterator[Finding]:
         yield Finding(module, "ok", what)
 
 
-def _run(run: str) -> Iterator[Finding]:
-    """Look at the directory of a run: its state, its checkpoints, and the versions it had."""
+def _run(host: Host, run: str) -> Iterator[Finding]:
+    """Look at the directory of a run: its state, checkpoints, the versions it had, its workers."""
     try:
         directory = RunDirectory.open(run)
         status, found = directory.status(), survey(directory.store, verify=False)
@@ -393,6 +393,7 @@ def _run(run: str) -> Iterator[Finding]:
     else:
         yield Finding("run", "ok", what)
     yield from _versions(directory.environment())
+    yield from _workers(host, directory)
 
 
 def _versions(environment: dict[str, object]) -> Iterator[Finding]:
@@ -408,3 +409,22 @@ def _versions(environment: dict[str, object]) -> Iterator[Finding]:
         yield Finding("run's versions", "warning", "; ".join(differ), hint)
     else:
         yield Finding("run's versions", "ok", "as in this installation")
+
+
+def _workers(host: Host, directory: RunDirectory) -> Iterator[Finding]:
+    """Compare the shared memory that a run's data workers need with what is free."""
+    name, processes = "run's workers", directory.environment().get("processes")
+    processes = processes if isinstance(processes, int) and processes > 0 else 1
+    try:
+        r = parse_recipe(host, directory.resolved(), directory.store.where(RESOLVED))
+    except E2EDiffError as error:
+        hint = "Install the plugins of the run, or name their files with --plugin."
+        yield Finding(name, "warning", f"what they need is not known: {_first_line(error)}", hint)
+        return
+    workers = usable(r.data.workers)
+    needed = divide(r.data.image, r.batch, r.microshards, workers, processes).needed
+    if lacking := shortage(needed):
+        yield Finding(name, "warning", lacking, f"{remedy(needed, 'data.workers').capitalize()}.")
+    else:
+        what = f"{workers} in each process; all need up to {needed / 1e6:,.0f} MB of {SHARED}"
+        yield Finding(name, "ok", what)

@@ -51,7 +51,7 @@ ROOMS = {
     "ablate": ("contracts host store distributed model step train", "attrs yaml"),
     "report": ("contracts files host store evaluate ablate",
                "attrs PIL scipy matplotlib jinja2 markupsafe"),
-    "doctor": ("contracts nn host store", "torch attrs packaging"),
+    "doctor": ("contracts nn host store loading", "torch attrs packaging"),
     "cli": ("contracts parts host store distributed loading model step monitor train sample "
             "evaluate ablate report doctor", "torch attrs click"),
 }  # fmt: skip

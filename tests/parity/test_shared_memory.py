@@ -274,7 +274,7 @@ def test_what_cannot_be_handed_over_ends_the_reading_with_its_cause(capfd) -> No
 
 @pytest.mark.timeout(240)
 def test_a_run_warns_of_too_little_shared_memory_and_ends_with_the_remedy(tmp_path) -> None:
-    """Torch drops what does not fit, for which the run waited for ever."""
+    """Torch drops what does not fit, for which the run waited for ever; `doctor` compares, too."""
     root = write_tree(tmp_path / "tree", [20, 20])
     data = f"{{name: image_folder, root: {root}, size: 64, classes: 2, workers: 1}}"
     (tmp_path / "x.yaml").write_text(tiny(batch="32", data=data, steps="50"))
@@ -294,3 +294,9 @@ def test_a_run_warns_of_too_little_shared_memory_and_ends_with_the_remedy(tmp_pa
     assert "Traceback" not in done.stderr
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 8)
+    for size, state in (("800k", "warning"), ("80m", "ok")):
+        done = with_shared_memory(size, "doctor", run, "--json")
+        (found,) = (one for one in json.loads(done.stdout) if one["name"] == "run's workers")
+        assert found["state"] == state
+        assert f"up to {up_to} of " in found["what"]
+        assert ("--shm-size=2g" in found["hint"]) == (state == "warning")
