@@ -18,6 +18,19 @@ from e2ediff.step.parallel import Parallel
 from e2ediff.step.step import Step
 
 
+def tf32() -> str:
+    """Say which float32 operations torch may compute in TF32 on CUDA, of 10 bits in place of 23.
+
+    Both are torch's settings: off for products of matrices and on for convolutions, unless a user
+    or a package has set them.
+    """
+    allowed = {
+        "products of matrices": torch.get_float32_matmul_precision() != "highest",
+        "convolutions": torch.backends.cudnn.allow_tf32,
+    }
+    return ", ".join(f"{what}: {'yes' if used else 'no'}" for what, used in allowed.items())
+
+
 @attrs.frozen(eq=False)
 class Assembly:
     """What a run trains: the step, one optimizer for each phase, and the averages by name."""
@@ -50,6 +63,8 @@ def assemble(
     # Before copying, so that the averages use the kernels that are chosen here.
     online.kernels = kernels or {}
     choices = dict(online.prepare(device, precision))
+    if device.type == "cuda":
+        choices["TF32 where float32 is asked for"] = tf32()
     averages = {name: Average(online, law) for name, law in averagings(recipe).items()}
     target = averages["target"].net
     nets = Nets(online, target, recipe.interpolant, recipe.predicts, heads, frozen)
