@@ -12,6 +12,8 @@ from torch import Tensor
 from e2ediff.distributed.tensors import whole
 
 _SPARE = 1.2  # times the size of a copy that must be free before it is made
+_CHUNK = 1 << 28  # bytes
+_ALIGNED = 64  # bytes
 
 Files = Mapping[str, Mapping[str, Tensor]]
 
@@ -31,6 +33,47 @@ def free_memory() -> int | None:
     return min(found, default=None)
 
 
+class _Room:
+    """Host memory for many tensors, in chunks that are kept.
+
+    Torch rounds each piece of pinned memory up to a power of two, which for tensors of their own
+    would be a third more than they need, and asks the driver for each.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._chunks: list[Tensor] = []
+        self._chunk = self._used = self.given = 0
+
+    def begin(self) -> None:
+        """Give out all of it again, from the beginning."""
+        self._chunk = self._used = self.given = 0
+
+    def clear(self) -> None:
+        """Free it; what was given out stays until it is dropped."""
+        self._chunks.clear()
+        self.begin()
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the host of the type and shape of another one.
+
+        `given` is the number of bytes that were given out since the beginning.
+        """
+        size = tensor.numel() * tensor.element_size()
+        if not size:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        while self._chunk < len(self._chunks):
+            chunk = self._chunks[self._chunk]
+            if self._used + size <= len(chunk):
+                start, self._used = self._used, self._used + size + -size % _ALIGNED
+                self.given += size
+                return chunk[start : start + size].view(tensor.dtype).view(tensor.shape)
+            self._chunk, self._used = self._chunk + 1, 0
+        needed = max(size, _CHUNK)
+        self._chunks.append(torch.empty(needed, dtype=torch.uint8, pin_memory=self._pinned))
+        return self.like(tensor)
+
+
 class Staging:
     """Host memory for one copy of a checkpoint, which later steps cannot change.
 
@@ -43,7 +86,7 @@ class Staging:
 
     def __init__(self, free: Callable[[], int | None] = free_memory) -> None:
         self._free = free
-        self._held: dict[tuple[str, str], Tensor] = {}
+        self._rooms = {pinned: _Room(pinned=pinned) for pinned in (False, True)}
         self._done: torch.cuda.Event | None = None
         self.fits = True
         self.size = 0
@@ -56,10 +99,10 @@ class Staging:
         """
         self.size = sum(map(_bytes, files.values()))
         free = self._free()
-        kept = sum(t.nbytes for t in self._held.values())
+        kept = sum(room.given for room in self._rooms.values())
         self.fits = free is None or free + kept >= _SPARE * self.size
-        if not self.fits:
-            self._held.clear()
+        for room in self._rooms.values():
+            room.begin() if self.fits else room.clear()
         copies: dict[str, dict[str, Tensor]] = {}
         same: dict[object, Tensor] = {}
         for file, tensors in files.items():
@@ -75,22 +118,14 @@ class Staging:
                 if full is tensor and full.numel():  # gathered ones lie at one place in turn
                     place = (full.data_ptr(), full.device, full.dtype, full.shape, full.stride())
                 if place not in same:
-                    same[place] = self._copied(file, name, full)
+                    held = self._rooms[full.device.type == "cuda"].like(full)
+                    same[place] = held.copy_(full.detach(), non_blocking=True)
                 copies[file][name] = same[place]
         self._done = None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
         return copies
-
-    def _copied(self, file: str, name: str, tensor: Tensor) -> Tensor:
-        """Copy a tensor into the memory that it had in the last save."""
-        held = self._held.get((file, name))
-        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-            pinned = tensor.device.type == "cuda"
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self._held[file, name] = held
-        return held.copy_(tensor.detach(), non_blocking=True)
 
     def wait(self) -> None:
         """Wait until the device has made the copies."""
@@ -101,7 +136,8 @@ class Staging:
         """Free the memory once the copy is written, unless as much again is free."""
         free = self._free()
         if free is not None and free < self.size:
-            self._held.clear()
+            for room in self._rooms.values():
+                room.clear()
 
 
 def _is_dense(tensor: object) -> bool:

@@ -1,0 +1,85 @@
+"""The copy of a run's tensors from which a checkpoint is written while training goes on."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from e2ediff.train import staging
+from e2ediff.train.staging import Staging
+
+TYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64)
+
+
+def tensors(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    """Of many types and shapes, one of them empty, one a number, one transposed, one twice."""
+    g = torch.Generator().manual_seed(seed)
+    found = {
+        f"{dtype} {shape}": (100 * torch.randn(shape, generator=g)).to(dtype)
+        for dtype in TYPES
+        for shape in ((), (0, 3), (3,), (5, 7), (64, 33))
+    }
+    found["turned"] = torch.randn(6, 4, generator=g).mT
+    found["tied"] = found["torch.float32 (5, 7)"]
+    return {"one": found, "other": {"w": torch.randn(9, generator=g)}}
+
+
+@pytest.fixture(params=[1 << 28, 256], ids=["one chunk", "many chunks"])
+def place(request, monkeypatch) -> Staging:
+    monkeypatch.setattr(staging, "_CHUNK", request.param)
+    return Staging()
+
+
+def test_a_copy_has_every_value_and_no_memory_of_the_original(place) -> None:
+    given = tensors()
+    copies = place.copy(given, keep=True)
+    place.wait()
+    wanted = {file: {k: t.clone() for k, t in held.items()} for file, held in given.items()}
+    for held in given.values():
+        for tensor in held.values():
+            tensor.zero_()
+    for file, held in wanted.items():
+        assert copies[file].keys() == held.keys()
+        for key, value in held.items():
+            assert torch.equal(copies[file][key], value), key
+            assert copies[file][key].dtype == value.dtype
+            assert copies[file][key].is_contiguous()
+    assert copies["one"]["tied"] is copies["one"]["torch.float32 (5, 7)"]
+
+
+def test_no_two_tensors_of_a_copy_overlap_and_all_are_aligned(place) -> None:
+    copies = place.copy(tensors(), keep=True)
+    spans = sorted(
+        {(t.data_ptr(), t.nbytes) for held in copies.values() for t in held.values() if t.numel()}
+    )
+    assert all(start % 16 == 0 for start, _ in spans)
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(spans))
+
+
+def test_the_next_copy_takes_the_same_memory_and_other_sizes_fit_it_too(place) -> None:
+    first = place.copy(tensors(), keep=True)["one"]
+    again = place.copy(tensors(1), keep=True)["one"]
+    assert all(again[key].data_ptr() == value.data_ptr() for key, value in first.items())
+    assert torch.equal(again["turned"], tensors(1)["one"]["turned"])
+    more = {"one": {"large": torch.arange(1000.0)}}
+    assert torch.equal(place.copy(more, keep=True)["one"]["large"], torch.arange(1000.0))
+
+
+def test_memory_is_freed_where_not_as_much_again_is_free(monkeypatch) -> None:
+    free = iter([None, 10**9, 0])
+    place = Staging(lambda: next(free))
+    place.copy(tensors(), keep=True)
+    size = place.size
+    place.release()
+    assert sum(room.given for room in place._rooms.values()) > 0.9 * size
+    place.release()
+    assert sum(room.given for room in place._rooms.values()) == 0
+
+
+def test_where_a_copy_does_not_fit_there_is_none(monkeypatch) -> None:
+    place, given = Staging(lambda: 100), tensors()
+    copies = place.copy(given, keep=True)
+    assert not place.fits
+    assert all(copies[file][key] is t for file, held in given.items() for key, t in held.items())
