@@ -10,10 +10,11 @@ import io
 import json
 import logging
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from command_line import e2ediff, needs_dsd
+from command_line import e2ediff, needs, needs_dsd
 from e2ediff_testing import make_batch
 from half_only import offer_half_only
 from processes import together
@@ -209,6 +210,49 @@ def test_a_block_that_is_compiled_in_pieces_is_so_when_computed_again(counter) -
         found.append((counter.graphs, block.one.weight.grad))
     assert found[0][0] == found[1][0] > 0
     assert torch.equal(found[0][1], found[1][1])
+
+
+NETWORKS = {
+    "dsd": ("quickstart", []),
+    "unite": ("unite_quickstart", ["backbone.context=2", "backbone.context_start=1"]),
+    "jit": ("jit_quickstart", ["backbone.context=2", "backbone.context_start=1"]),
+}
+GRAPHS = {"dsd": 3, "unite": 4, "jit": 2}
+"""Blocks are compiled once for each kind of pass that they are in: with gradients or without."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("dsd", marks=needs_dsd),
+        pytest.param("unite", marks=needs("e2ediff-unite")),
+        pytest.param("jit", marks=needs("e2ediff-jit")),
+    ],
+)
+def test_blocks_of_a_shipped_network_are_compiled_in_the_first_step_without_a_break(
+    name, counter, tmp_path
+) -> None:
+    """As its recipe trains it, at a small width; eight steps, with looks between them."""
+    recipe, own = NETWORKS[name]
+    sets = [
+        "compile=blocks",
+        "backbone.width=32",
+        "backbone.depth=2",
+        "backbone.heads=2",
+        "batch=8",
+        "steps=8",
+        "cadence={log: 4, diagnose: 4, preview: 8}",
+        "preview.rows=1",
+        "sampler.steps=2",
+        "probe={images: 8, calibration: 8}",
+        *own,
+    ]
+    path = Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml"
+    train(load(), str(path), sets, str(tmp_path / "run"), progress=Progress(io.StringIO()))
+    text = (tmp_path / "run" / "events.jsonl").read_text()
+    (event,) = [e for e in map(json.loads, text.splitlines()) if e["kind"] == "compiled"]
+    assert (event["step"], event["graphs"], event["breaks"]) == (1, GRAPHS[name], 0)
+    assert (counter.graphs, counter.breaks) == (GRAPHS[name], 0)
 
 
 # Settings of the compiler
