@@ -116,8 +116,8 @@ class Backbone(nn.Module, ABC):
     then take `z_t` and `t`.
     `token_times` is True where denoise passes take a time for each token, and `second_time` where
     they take a second time; `accept_times` refuses the others.
-    `kernels` is what `prepare` returned when the run was last started, set before `prepare` of a
-    run that goes on, or of a trained network; `use_attention` takes the same kernels again.
+    `kernels_before` is what `prepare` returned when the run was last started, set before `prepare`
+    of a run that goes on, or of a trained network; `use_attention` takes the same kernels again.
     """
 
     image: ImageSpec
@@ -130,7 +130,7 @@ class Backbone(nn.Module, ABC):
     encodes_from_noise: bool = False
     token_times: bool = False
     second_time: bool = False
-    kernels: Mapping[str, str] = MappingProxyType({})
+    kernels_before: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:

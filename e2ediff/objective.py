@@ -116,13 +116,19 @@ class Objective(ABC):
     `phases` names the parts of training.
     Phases whose spans overlap alternate within a step, in order, each with its own optimizer;
     phases whose spans follow one another are stages.
-    `static_graph` says that a phase gives gradients to the same parameters in every step and in
-    every process. DDP then looks for unused parameters in the first step alone; a step that uses
-    others ends the run. Where draws decide which parameters are used, set it to False.
+    `static_graph` declares that a phase gives gradients to the same parameters in every step and
+    in every process. DDP then looks for unused parameters before the first step alone, which is
+    faster; a step that uses others ends the run. A derived class declares it again, as what it
+    adds may depend on draws.
     """
 
     phases: ClassVar[tuple[str, ...]] = ("joint",)
-    static_graph: ClassVar[bool] = True
+    static_graph: ClassVar[bool] = False
+
+    @property
+    def uses_the_same(self) -> bool:
+        """Return whether the class itself declares `static_graph`."""
+        return bool(vars(type(self)).get("static_graph", False))
 
     @abstractmethod
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:

@@ -122,8 +122,7 @@ def _surroundings(part: str, look: dict[str, object]) -> dict[str, str]:
     """Return the environment of a part."""
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(str(look["work"]), "inductor")))
-    if part.partition(":")[0] in ("attention", "resume"):  # deterministic products need it
-        env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # `deterministic: true` needs it from the start
     if look["tiny"]:
         env["OMP_NUM_THREADS"] = "1"
     return env

@@ -79,7 +79,10 @@ def command(
                 progress.say(f"warning: {empty}")
             strips = []
             attempt, fixed = partial(denoise_once, model), threads is not None
-            with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
+            exact = model.recipe.deterministic
+            with threads_for(
+                attempt, progress.say, model.device, fixed=fixed, deterministic=exact
+            ) as finished:
                 for label in labels:
                     strips.append(model.interpolate(seeds, label, frames=frames))
                     progress.update(f"{len(strips)}/{len(labels)} strips")

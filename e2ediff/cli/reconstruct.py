@@ -77,7 +77,10 @@ def command(
         image = model.recipe.data.image
         blank = torch.zeros(size, image.channels, image.height, image.width)
         attempt, fixed = partial(reconstruct_once, model, blank), threads is not None
-        with threads_for(attempt, progress.say, model.device, fixed=fixed) as finished:
+        exact = model.recipe.deterministic
+        with threads_for(
+            attempt, progress.say, model.device, fixed=fixed, deterministic=exact
+        ) as finished:
             for x in parts:
                 x_hat = model.reconstruct(x)
                 error = ((x_hat - x) / 2).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)

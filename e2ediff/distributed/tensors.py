@@ -13,6 +13,7 @@ from e2ediff.distributed.world import World
 if TYPE_CHECKING:  # takes half a second to import, and only FSDP2 needs it
     from torch.distributed.tensor import DTensor
 
+_ALIGNED = 64  # bytes, as all memory is that torch allocates on a CPU
 _PIECE = 2**16  # elements whose squares are summed in float32 on a CPU
 
 
@@ -80,18 +81,21 @@ def clip_gradients(
 def _squares(gradients: Sequence[Tensor]) -> Tensor:
     """Sum all squares in float64, on a CPU.
 
-    Norms of pieces are taken in float32 and added in float64: a float32 sum over millions of
-    elements has four correct digits, and converting all of them to float64 takes three times as
-    long. Norms and not products of vectors: the last bits of `torch.dot` depend on where in memory
-    a vector begins, which differs between one process and the buckets of several.
+    Pieces are summed in float32 and added in float64: a float32 sum over millions of elements
+    has four correct digits, and converting all of them to float64 takes three times as long.
     """
-    pieces: list[Tensor] = []
+    sums = []
     for gradient in gradients:
         flat = gradient.flatten()
         if gradient.dtype.itemsize < 4:
             flat = flat.float()
-        pieces += torch.split(flat, _PIECE) if len(flat) > _PIECE else (flat,)
-    return torch.stack(list(torch._foreach_norm(pieces))).double().square().sum()
+        if flat.data_ptr() % _ALIGNED:
+            # On some processors the last bits of a product of vectors depend on where they begin.
+            # Gradients lie at such places in the buckets of several processes alone.
+            flat = flat.clone()
+        pieces = torch.split(flat, _PIECE) if len(flat) > _PIECE else (flat,)
+        sums += [torch.dot(piece, piece) for piece in pieces]
+    return torch.stack(sums).double().sum()
 
 
 def _squares_at_once(gradients: list[Tensor]) -> Tensor:

@@ -181,6 +181,7 @@ def threads_for(
     device: torch.device,
     *,
     fixed: bool = False,
+    deterministic: bool = False,
 ) -> Iterator[Callable[[float], None]]:
     """Use the fastest number of CPU threads inside the block, then restore the former one.
 
@@ -189,12 +190,16 @@ def threads_for(
         report: Called with a line whenever a number is chosen.
         device: Device of the work; unless it is the CPU, the number stays as it is.
         fixed: Leave the number as it is.
+        deterministic: Use one thread unless `fixed`, as timing would decide about bits.
 
     Yields:
         A function to call with the number of pieces finished so far.
     """
     with restored_threads():
         fixed = fixed or device.type != "cpu"
+        if deterministic and not fixed:
+            torch.set_num_threads(1)
+            fixed = True
         threads = Threads(attempt, lambda line, count, of: report(line), fixed=fixed)
         threads.begin()
         finished, since = 0.0, time.perf_counter()

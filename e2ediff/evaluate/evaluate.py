@@ -87,9 +87,10 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
     rows |= resampling.taps(request.metrics)
     rows |= {"pool"} if "memorisation" in request.sections else frozenset()
     several = request.processes > 1
+    exact = subject.model is not None and subject.model.recipe.deterministic
     work = Pass(
         request.network, moments, rows, request.batch, str(device),
-        choose_threads=request.choose_threads and several,
+        choose_threads=request.choose_threads and several and not exact,
     )  # fmt: skip
     views = {  # stored images are bytes already
         c.name: View(c.rounding if subject.model else "nearest", c.resize)
@@ -97,7 +98,9 @@ def evaluate(host: Host, request: Request, say: Say = quiet, report: Say = quiet
     }
     made: Mapping[View, FeatureSet] = {}
     fixed = several or not request.choose_threads
-    with threads_for(work.attempt(subject.images), report, device, fixed=fixed) as finished:
+    with threads_for(
+        work.attempt(subject.images), report, device, fixed=fixed, deterministic=exact
+    ) as finished:
 
         def progress(n: int) -> None:
             say(f"{n}/{subject.count} images")

@@ -284,8 +284,8 @@ class Recipe:
     `device` is where the run takes place; `auto` takes a GPU if there is one.
     `deterministic` has the same run give the same bits again on CUDA too, slower: torch then uses
     algorithms that add in a fixed order, and what has none is refused by name. Kernels and the
-    number of CPU threads are not chosen by timing: attention is torch's own, and a CPU uses one
-    thread unless `--threads` says how many.
+    number of CPU threads are not chosen by timing: a new run's attention is torch's own, and a CPU
+    uses one thread unless `--threads` says how many.
     """
 
     e2ediff: int = attrs.field(validator=_one_version)

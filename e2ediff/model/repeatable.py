@@ -15,6 +15,7 @@ from e2ediff.errors import ResourceError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _FIXED = (":4096:8", ":16:8")
+_UNSET = "because it uses CuBLAS"
 _REFUSAL = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
@@ -52,6 +53,12 @@ def repeatable(*, deterministic: bool, compiled: bool = False) -> Iterator[None]
         with _untuned() if compiled else contextlib.nullcontext():
             yield
     except RuntimeError as error:
+        if _UNSET in str(error):
+            raise ResourceError(
+                "deterministic: true: this process multiplied matrices on the GPU before "
+                f"{_WORKSPACE} was set, which torch reads once; start it with "
+                f"{_WORKSPACE}={_FIXED[0]}, as the command line does"
+            ) from error
         if not (found := _REFUSAL.search(str(error))):
             raise
         raise ResourceError(
@@ -74,8 +81,8 @@ def _untuned() -> contextlib.AbstractContextManager[object]:
 
 
 def _place(error: BaseException) -> str:
-    """Name the module and line outside torch that called an operator; "" in a backward pass."""
-    torch_folder = os.path.dirname(torch.__file__)
+    """Name the module and line outside torch that called an operator, or the backward pass."""
+    torch_folder = os.path.join(os.path.dirname(torch.__file__), "")
     frames = [
         (frame, number)
         for frame, number in traceback.walk_tb(error.__traceback__)
@@ -83,4 +90,6 @@ def _place(error: BaseException) -> str:
     ]
     frame, number = frames[-1]
     module = str(frame.f_globals.get("__name__", frame.f_code.co_filename))
+    if module.startswith("e2ediff.step."):  # no frame of a backward pass is that of the operator
+        return " in a backward pass"
     return "" if module == __name__ else f", called in {module} (line {number}),"

@@ -132,7 +132,7 @@ def _load_xformers() -> Attend:
 
 
 def _load_flash(implementation: str) -> Attend:
-    """Torch's flash attention, for which `_active` has put FlashAttention 3 or 4 in place.
+    """Torch's flash attention, while `in_place` has FlashAttention 3 or 4 in its place.
 
     Raises:
         ImportError: This torch cannot replace its flash attention, or the package is missing.
@@ -144,7 +144,20 @@ def _load_flash(implementation: str) -> Attend:
         found = importlib.util.find_spec(module)
     if found is None:
         raise ImportError(f"{implementation} is not installed: there is no module {module}")
-    return _pinned(SDPBackend.FLASH_ATTENTION)
+    flash = _pinned(SDPBackend.FLASH_ATTENTION)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and _current() != implementation:
+            raise RuntimeError(f"{implementation} is not in the place of torch's flash attention")
+        return flash(q, k, v)
+
+    return attend
+
+
+def _current() -> str | None:
+    """Return which flash attention is in the place of torch's own; None if that is in use."""
+    found: str | None = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    return found
 
 
 def _activate(name: str) -> None:
@@ -152,9 +165,8 @@ def _activate(name: str) -> None:
 
     The backward pass finds it through torch's dispatcher, where it has to stay.
     """
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
     wanted = _FLASH.get(name)
-    if current == wanted:
+    if _current() == wanted:
         return
     if wanted is None:
         torch.nn.attention.restore_flash_attention_impl()
@@ -163,9 +175,9 @@ def _activate(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _active(name: str) -> Iterator[None]:
-    """Put the flash attention that a kernel needs in place inside the block."""
-    before = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+def in_place(name: str) -> Iterator[None]:
+    """Have the flash attention that a kernel needs in place inside the block, or torch's own."""
+    before = _current()
     try:
         _activate(name)
         yield
@@ -232,13 +244,19 @@ def choose_attention(
             known = {"sdpa": known["sdpa"]}
     deterministic = torch.are_deterministic_algorithms_enabled()
     refused: dict[str, str] = {}
+    if (other := _current()) and dtype != torch.float32:
+        # What another network of this process has put there, these would compute by.
+        taken = f"{other} is in the place of torch's flash attention in this process"
+        gone = {"sdpa", "sdpa_flash", *(name for name, flash in _FLASH.items() if flash != other)}
+        refused |= dict.fromkeys(gone & known.keys(), taken)
+        known = {name: load for name, load in known.items() if name not in refused}
     if not asked and kept in known and len(known) > 1:
         found = _tried(kept, known[kept], device, dtype, head_dim, tokens, heads)
         if not isinstance(found, str):
             reached = reached_by(kept, found, device, dtype, head_dim, tokens, heads)
             return Attention(kept, "as the run had it", found, reached=reached)
         refused[kept] = f"{found}, although the run had it"
-    names = [backend] if asked else [name for name in known if name not in refused]
+    names = [name for name in ([backend] if asked else known) if name not in refused]
     if deterministic and "sdpa" in names:
         # Not timed, as another start would find other times. Torch's own is fast and repeats.
         names = ["sdpa", *(name for name in names if name != "sdpa")]
@@ -272,7 +290,7 @@ def choose_attention(
 
     if asked:
         return chosen(backend, "asked for")
-    if len(known) == 1:
+    if len(known) == 1 and not refused:
         (name,) = known
         return Attention(name, f"xformers has no kernels for {device.type}", attends[name])
     if deterministic:
@@ -282,7 +300,7 @@ def choose_attention(
     inputs = random_inputs(max(1, 16384 // tokens), tokens, heads, head_dim, device, dtype)
     times = {}
     for name, attend in attends.items():
-        with _active(name):
+        with in_place(name):
             times[name] = 1e3 * timer(lambda attend=attend: both_ways(attend, *inputs), device)  # type: ignore[misc]
     best = min(times, key=times.__getitem__)
     reason = f"the fastest of {len(times)} that agree with the formula"
@@ -306,8 +324,10 @@ def use_attention(
     kernel if it runs and agrees there too, and otherwise `sdpa`; for any other type, and on
     another kind of device, `sdpa`, which supports them all.
     Only `dtype` is timed, because speed matters in the training step alone.
-    Where `net.kernels` has what this function returned for the run before, `auto` takes the same
-    kernels, if they run.
+    Where `net.kernels_before` has what this function returned for the run before, `auto` takes the
+    same kernels, if they run.
+    FlashAttention 3 and 4 replace torch's own in the whole process: `auto` takes one of them only
+    for all shapes of heads, and no other network of the process then uses torch's.
 
     Returns:
         What was chosen and why, for each type, as `Backbone.prepare` returns it.
@@ -315,11 +335,38 @@ def use_attention(
     Raises:
         ResourceError: As `choose_attention`; the modules are as they were.
     """
+    said, found, names = _chosen(net, backend, device, dtype, tokens, candidates())
+    if len(names) > 1 and names & _FLASH.keys():  # one of them cannot serve two shapes of heads
+        known = {name: load for name, load in candidates().items() if name not in _FLASH}
+        said, found, names = _chosen(net, backend, device, dtype, tokens, known)
+    flash = next(iter(names & _FLASH.keys()), "")
+    for module, attend in found:
+        module.attend = attend  # type: ignore[assignment]
+    if flash:  # for good, as another network may be using it
+        _activate(flash)
+    return said
+
+
+def _chosen(
+    net: nn.Module,
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    known: Mapping[str, Callable[[], Attend]],
+) -> tuple[dict[str, str], list[tuple[nn.Module, Attend]], set[str]]:
+    """Choose a kernel for each shape of heads in a network.
+
+    Returns:
+        What was chosen and why, each module with its `attend`, and the names of the kernels.
+    """
     said: dict[str, str] = {}
     chosen: dict[tuple[int, int], Attend] = {}
     found: list[tuple[nn.Module, Attend]] = []
-    earlier: Mapping[str, str] = getattr(net, "kernels", {})
-    flash = ""
+    names: set[str] = set()
+    earlier: Mapping[str, str] = getattr(net, "kernels_before", {})
+    if backend == "auto" and device.type != "cuda":
+        known = {"sdpa": known["sdpa"]}
     for module in net.modules():
         head_dim, heads = getattr(module, "head_dim", None), getattr(module, "heads", None)
         if not (
@@ -329,10 +376,10 @@ def use_attention(
         if (head_dim, heads) not in chosen:
             where = f" of {heads} heads of width {head_dim}" if chosen else ""
             kernel = choose_attention(
-                backend, device, dtype, head_dim,
-                tokens=tokens, heads=heads, kept=_kept(earlier, where, dtype),
+                backend, device, dtype, head_dim, tokens=tokens, heads=heads,
+                known=known, kept=_kept(earlier, where, dtype),
             )  # fmt: skip
-            flash = kernel.name if kernel.name in _FLASH else flash
+            names.add(kernel.name)
             said |= {f"{topic}{where}": text for topic, text in kernel.record().items()}
             kernels = {dtype: kernel.attend}
             if dtype != torch.float32 and _computes(device):
@@ -341,21 +388,17 @@ def use_attention(
                 kernels[torch.float32] = other.attend
             chosen[head_dim, heads] = _by_type(kernels, device.type)
         found.append((module, chosen[head_dim, heads]))
-    for module, attend in found:
-        module.attend = attend  # type: ignore[assignment]
-    if found and device.type == "cuda":
-        _activate(flash)
-    return said
+    return said, found, names
 
 
 def _kept(record: Mapping[str, str], where: str, dtype: torch.dtype) -> str:
     """The kernel that an earlier record of `use_attention` names for a type; "" if it has none.
 
-    For a type in which the run did not compute it is that of the other type, so that nothing is
-    timed for a trained network.
+    For a type in which the run did not compute it is that of the other type, and for a shape that
+    has no record that of the first, so that nothing is timed for a trained network.
     """
-    steps, float32 = record.get(f"attention{where}"), record.get(f"attention in float32{where}")
-    text = (float32 if dtype == torch.float32 else steps) or steps or ""
+    steps = record.get(f"attention{where}") or record.get("attention")
+    text = (dtype == torch.float32 and record.get(f"attention in float32{where}")) or steps or ""
     return text.partition(" (")[0]
 
 
@@ -415,7 +458,7 @@ def _tried(
         warnings.simplefilter("always")
         try:
             attend = load()
-            with _active(name):
+            with in_place(name):
                 check_agreement(attend, device, dtype, head_dim, tokens)
                 if torch.are_deterministic_algorithms_enabled():
                     _check_repeats(attend, device, dtype, head_dim, tokens, heads)
@@ -488,9 +531,13 @@ def reached_by(
     if name not in ("sdpa", "xformers"):
         return ""
     inputs = random_inputs(2, tokens, heads, head_dim, device, dtype)
-    with _active(name), warnings.catch_warnings(), _Operators() as seen:
-        warnings.simplefilter("ignore")
-        both_ways(attend, *inputs)
+    seen = _Operators()
+    try:
+        with in_place(name), warnings.catch_warnings(), seen:
+            warnings.simplefilter("ignore")
+            both_ways(attend, *inputs)
+    except Exception as error:  # the kernel runs; that it cannot be watched must not end a run
+        return f"unknown: {error!r}"[:200]
     return ", ".join(dict.fromkeys(seen.names))
 
 

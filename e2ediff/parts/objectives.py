@@ -39,6 +39,8 @@ class Coupled(AutoencoderObjective):
     Source: the failing baseline of DSD (arXiv 2511.14716), "latent collapse".
     """
 
+    static_graph: ClassVar[bool] = True
+
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
 
@@ -80,6 +82,8 @@ class Detached(AutoencoderObjective):
 
     Source: the stop-gradients of UNITE (arXiv 2603.22283), section 3.
     """
+
+    static_graph: ClassVar[bool] = True
 
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     weight: Space = "x0"

@@ -161,7 +161,9 @@ def _open(
         )
     nets, _ = build_nets(recipe, device, frozen=False)
     net = nets.online.eval().requires_grad_(requires_grad=False)
-    net.kernels = opened.kernels or {"attention": "sdpa"}  # so that no two calls differ in bits
+    net.kernels_before = opened.kernels or {
+        "attention": "sdpa"
+    }  # so that no two calls differ in bits
     with repeatable(deterministic=recipe.deterministic):
         choose_kernels(net, device, ref.precision, warn)
     if width is None:

@@ -66,7 +66,10 @@ def make_blocks(
     attempt, fixed = partial(denoise_once, model), report is None or not blocks
     with restored_threads():
         torch.set_num_threads(threads)
-        with threads_for(attempt, report or quiet, model.device, fixed=fixed) as done:
+        exact = model.recipe.deterministic
+        with threads_for(
+            attempt, report or quiet, model.device, fixed=fixed, deterministic=exact
+        ) as done:
             images, conditions = 0, Conditions(model.recipe, request.labels)
             for block in blocks:
                 for cost in request.make(model, conditions, output, block):

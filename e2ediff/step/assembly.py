@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import torch
@@ -24,11 +24,17 @@ def tf32() -> str:
     Both are torch's settings: off for products of matrices and on for convolutions, unless a user
     or a package has set them.
     """
-    allowed = {
-        "products of matrices": torch.get_float32_matmul_precision() != "highest",
-        "convolutions": torch.backends.cudnn.allow_tf32,
+    asked: dict[str, Callable[[], bool]] = {
+        "products of matrices": lambda: torch.get_float32_matmul_precision() != "highest",
+        "convolutions": lambda: torch.backends.cudnn.allow_tf32,
     }
-    return ", ".join(f"{what}: {'yes' if used else 'no'}" for what, used in allowed.items())
+    said = []
+    for what, allowed in asked.items():
+        try:
+            said.append(f"{what}: {'yes' if allowed() else 'no'}")
+        except RuntimeError:  # torch cannot tell where its older and newer settings are mixed
+            said.append(f"{what}: as set by `fp32_precision`")
+    return ", ".join(said)
 
 
 @attrs.frozen(eq=False)
@@ -61,8 +67,11 @@ def assemble(
     online, heads, frozen = fresh_nets(recipe, device)
     precision = DTYPES[recipe.precision]
     # Before copying, so that the averages use the kernels that are chosen here.
-    online.kernels = kernels or {}
-    choices = dict(online.prepare(device, precision))
+    online.kernels_before = kernels or {}
+    choices = dict(world.on_leader(lambda: [*online.prepare(device, precision).items()]))
+    if not world.is_leader:  # timing would have each process choose for itself
+        online.kernels_before = choices
+        online.prepare(device, precision)
     if device.type == "cuda":
         choices["TF32 where float32 is asked for"] = tf32()
     averages = {name: Average(online, law) for name, law in averagings(recipe).items()}

@@ -122,22 +122,22 @@ class CompileLog:
 
     def __init__(self) -> None:
         self._graphs, self._breaks = _counts()
-        self._metrics = {id(m) for m in torch._dynamo.utils.get_compilation_metrics()}
+        self._known = torch._dynamo.utils.get_compilation_metrics()
 
     def new(self) -> Compiled | None:
         """Return what was compiled since the last call; None if nothing was."""
         graphs, breaks = _counts()
         if (graphs, breaks) == (self._graphs, self._breaks):
             return None
-        known = torch._dynamo.utils.get_compilation_metrics()
-        fresh = [m for m in known if id(m) not in self._metrics]
+        known, before = torch._dynamo.utils.get_compilation_metrics(), set(map(id, self._known))
+        fresh = [m for m in known if id(m) not in before]
         made = Compiled(
             graphs - self._graphs,
             breaks - self._breaks,
             sum((m.duration_us or 0) for m in fresh) / 1e6,
             tuple(filter(None, (getattr(m, "recompile_reason", None) for m in fresh))),
         )
-        self._graphs, self._breaks, self._metrics = graphs, breaks, set(map(id, known))
+        self._graphs, self._breaks, self._known = graphs, breaks, known
         return made
 
 

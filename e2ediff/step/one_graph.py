@@ -194,11 +194,19 @@ class OneGraph:
     def _learn(self, batch: Batch, draw: Draw, phase: str) -> _Tape:
         """Run the objective once, without effects, to see what it draws."""
         buffers = [(buffer, buffer.clone()) for buffer in self._whole.buffers()]
+        held = dict(self._whole.named_buffers())
         tape = _Tape(draw.generator)
         watched = _Watched(**_fields(draw), generator=draw.generator, inner=draw, tape=tape)
         with torch.random.fork_rng():
             self.step.terms(batch, watched, phase)
         tape.check()
+        after = dict(self._whole.named_buffers())
+        if moved := [name for name, buffer in held.items() if after.get(name) is not buffer]:
+            raise ResourceError(
+                f"compile: step: a step puts another tensor in the place of the buffer "
+                f"{moved[0].removeprefix('step.')}, which the graph would not see; let it change "
+                "the buffer in place, or set `compile: blocks`"
+            )
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

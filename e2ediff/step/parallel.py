@@ -147,7 +147,7 @@ class Parallel:
             return
         used = self.world.total(torch.tensor([*self._rehearsed.values()]).int()).tolist()
         objective = self.step.objective
-        fixed = objective.static_graph and len(objective.phases) == 1
+        fixed = objective.uses_the_same and len(objective.phases) == 1
         self.searches = not fixed or not set(used) <= {0, self.world.size}
         if not self.searches:
             pairs = zip(self._trained.items(), used, strict=True)
@@ -213,9 +213,9 @@ class Parallel:
         what = "a gradient, and none" if late else "no gradient, and one"
         kind = type(self.step.objective).__name__
         raise PluginError(
-            f"objective {kind}: {named} got {what} when the run began; set `static_graph = "
-            f"False` in the class {kind}, so that DDP looks for unused parameters in every step, "
-            "or let every step use the same ones"
+            f"objective {kind}: {named} got {what} when the run began; take `static_graph = True` "
+            f"out of the class {kind}, so that DDP looks for unused parameters in every step, or "
+            "let every step use the same ones"
         )
 
     @contextlib.contextmanager

@@ -70,8 +70,7 @@ def cast_layers(block: nn.Module) -> list[nn.Module]:
 class HalfLayers:
     """The layers of a block whose weights are gathered in bfloat16 under autocast.
 
-    Without autocast, as in calibration, previews and most of a diagnosis, they are gathered in
-    float32.
+    Without autocast, as in calibration and most of a diagnosis, they are gathered in float32.
     """
 
     def __init__(self, block: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh) -> None:

@@ -241,7 +241,8 @@ def train(
                 if exact and choose_threads and device.type == "cpu":
                     torch.set_num_threads(1)  # timing would decide about bits
                 if prepared is None:
-                    kernels = dict(world.on_leader(partial(_kernels, directory, device)))
+                    known = partial(_kernels, directory, device, recipe, former)
+                    kernels = dict(world.on_leader(known))
                     prepared = Prepared.build(host, recipe, sources, device, world, kernels)
                 ready = Engine(
                     host, recipe, directory, device, sources, shown, world,
@@ -408,8 +409,12 @@ def _naming_the_folder(recipe: Recipe, *, again: bool) -> Iterator[None]:
         ) from error
 
 
-def _kernels(directory: RunDirectory, device: torch.device) -> list[tuple[str, str]]:
+def _kernels(
+    directory: RunDirectory, device: torch.device, recipe: Recipe, former: Sequence[Recipe]
+) -> list[tuple[str, str]]:
     """Return the kernels of a run that goes on here, by topic; none where it may choose anew."""
+    if any(before.precision != recipe.precision for before in former):
+        return []
     try:
         found = open_checkpoint(directory.store, verify=False, warn=lambda text: None).kernels
     except CheckpointError:

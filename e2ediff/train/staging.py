@@ -43,16 +43,17 @@ class _Room:
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
         self._chunks: list[Tensor] = []
-        self._chunk = self._used = self.given = 0
+        self._chunk = self._used = self.given = self._most = 0
 
-    def begin(self) -> None:
-        """Give out all of it again, from the beginning."""
+    def begin(self, total: int) -> None:
+        """Give out all of it again, from the beginning, to tensors of so many bytes together."""
         self._chunk = self._used = self.given = 0
+        self._most = min(_CHUNK, total)
 
     def clear(self) -> None:
         """Free it; what was given out stays until it is dropped."""
         self._chunks.clear()
-        self.begin()
+        self.begin(0)
 
     def like(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the host of the type and shape of another one.
@@ -69,7 +70,7 @@ class _Room:
                 self.given += size
                 return chunk[start : start + size].view(tensor.dtype).view(tensor.shape)
             self._chunk, self._used = self._chunk + 1, 0
-        needed = max(size, _CHUNK)
+        needed = max(size, self._most)
         self._chunks.append(torch.empty(needed, dtype=torch.uint8, pin_memory=self._pinned))
         return self.like(tensor)
 
@@ -97,12 +98,13 @@ class Staging:
         Tensors that are the same memory, such as tied weights, are so in the copy too.
         A collective call; processes without `keep` get no tensors.
         """
-        self.size = sum(map(_bytes, files.values()))
+        sizes = [size for tensors in files.values() for size in _bytes(tensors)]
+        self.size, aligned = sum(sizes), sum(size + -size % _ALIGNED for size in sizes)
         free = self._free()
         kept = sum(room.given for room in self._rooms.values())
         self.fits = free is None or free + kept >= _SPARE * self.size
         for room in self._rooms.values():
-            room.begin() if self.fits else room.clear()
+            room.begin(aligned) if self.fits else room.clear()
         copies: dict[str, dict[str, Tensor]] = {}
         same: dict[object, Tensor] = {}
         for file, tensors in files.items():
@@ -144,5 +146,5 @@ def _is_dense(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
 
 
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values() if _is_dense(t))
+def _bytes(tensors: Mapping[str, Tensor]) -> list[int]:
+    return [t.numel() * t.element_size() for t in tensors.values() if _is_dense(t)]

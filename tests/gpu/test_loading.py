@@ -21,7 +21,7 @@ _BUSY = 20_000_000  # cycles, about ten milliseconds
 def stream(device: torch.device, workers: int):
     config = Synthetic(size=32, classes=4, count=64)
     return batches(
-        config.open(), config.image.conditioning, batch=16, seed=1, first=0, last=12, flip=True,
+        config.open(), config.image, batch=16, microshards=4, seed=1, first=0, last=12, flip=True,
         workers=workers, device=device,
     )  # fmt: skip
 

@@ -11,7 +11,14 @@ import torch
 from e2ediff_testing import make_nets
 
 from e2ediff.errors import KernelError, ResourceError
-from e2ediff.nn.attention import candidates, check_agreement, choose_attention, sdpa
+from e2ediff.nn import attention
+from e2ediff.nn.attention import (
+    candidates,
+    check_agreement,
+    choose_attention,
+    in_place,
+    sdpa,
+)
 from e2ediff.parts.backbones import ViTConfig
 
 CPU = torch.device("cpu")
@@ -161,6 +168,27 @@ def test_what_torchs_own_attention_chose_in_turn_is_recorded() -> None:
     assert made.record()["attention reached"] == made.reached
 
 
+def test_that_a_kernel_cannot_be_watched_ends_nothing(monkeypatch) -> None:
+    def refuses(self, *args):
+        raise NotImplementedError("cannot be watched")
+
+    monkeypatch.setattr(attention._Operators, "__torch_dispatch__", refuses)
+    made = choose_attention("sdpa", CPU, torch.float32, 8, tokens=16)
+    assert made.attend is sdpa
+    assert made.reached.startswith("unknown: NotImplementedError")
+
+
+def test_a_shape_of_heads_without_a_record_has_the_kernel_of_the_first() -> None:
+    record = {"attention": "one (as the run had it)", "attention in float32": "two (it runs)"}
+    kept = [
+        attention._kept(record, where, dtype)
+        for where in ("", " of 1 heads of width 16")
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    assert kept == ["one", "two", "one", "one"]
+    assert attention._kept({}, "", torch.float32) == ""
+
+
 class Unsteady(torch.autograd.Function):
     """The right answer, and a gradient of k whose last bits are those of no other call."""
 
@@ -242,6 +270,38 @@ def test_another_flash_attention_is_in_place_while_it_is_tried_and_timed_and_not
     assert current() is None
 
 
+@pytest.fixture
+def flash(monkeypatch):
+    """Both implementations, registered as if they were installed; torch's own afterwards."""
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        pytest.skip("this torch cannot replace its flash attention")
+    made = {name: lambda: SimpleNamespace(remove=lambda: None) for name in ("FA3", "FA4")}
+    monkeypatch.setattr(torch.nn.attention._registry, "_FLASH_ATTENTION_IMPLS", made)
+    yield torch.nn.attention
+    torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+
+
+def test_what_another_network_put_in_place_of_flash_attention_is_not_taken_for_torchs(
+    flash,
+) -> None:
+    known = {name: lambda: sdpa for name in ("sdpa", "sdpa_flash", "sdpa_fa3", "sdpa_fa4")}
+    known["mine"] = lambda: lambda q, k, v: sdpa(q, k, v)
+
+    def choose(name, dtype=torch.bfloat16):
+        return choose_attention(
+            name, CPU, dtype, 8, tokens=16, known=known, timer=seconds(0.001, 0.002)
+        )
+
+    flash.activate_flash_attention_impl("FA3")
+    made = choose("auto")
+    assert (made.name, set(made.milliseconds)) == ("sdpa_fa3", {"sdpa_fa3", "mine"})
+    taken = "FA3 is in the place of torch's flash attention in this process"
+    assert made.refused == dict.fromkeys(("sdpa", "sdpa_flash", "sdpa_fa4"), taken)
+    with pytest.raises(ResourceError, match=taken):
+        choose("sdpa")
+    assert choose("sdpa", torch.float32).name == "sdpa"  # flash attention has no float32
+
+
 @pytest.mark.parametrize("kernel", ["sdpa_fa3", "sdpa_fa4"])
 def test_flash_attention_that_is_not_installed_is_refused_with_the_missing_module(kernel) -> None:
     with pytest.raises(KernelError, match=r"there is no module flash_attn|cannot replace"):
@@ -298,13 +358,12 @@ def test_a_kernel_equals_sdpa(kernel, head_dim, dtype) -> None:
     except ResourceError as refused:
         pytest.skip(str(refused))
     inputs = queries(head_dim, dtype, "cuda")
-    ours, theirs = chosen.attend(*inputs), sdpa(*inputs)
+    with in_place(kernel):
+        ours = chosen.attend(*inputs)
+        own = torch.autograd.grad(ours.square().sum(), inputs)
+    theirs = sdpa(*inputs)
     # averages of unit normals, rounded to 2^-8 in bfloat16; TF32 products in float32
     near = {"rtol": 0.0, "atol": 0.03 if dtype == torch.bfloat16 else 2e-3}
     torch.testing.assert_close(ours, theirs, **near)
-    for a, b in zip(
-        torch.autograd.grad(ours.square().sum(), inputs),
-        torch.autograd.grad(theirs.square().sum(), inputs),
-        strict=True,
-    ):
+    for a, b in zip(own, torch.autograd.grad(theirs.square().sum(), inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=0.0, atol=3 * near["atol"])

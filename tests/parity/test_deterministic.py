@@ -115,6 +115,52 @@ def test_a_workspace_in_which_products_differ_is_refused(folder, monkeypatch) ->
     assert not (folder / "run").exists()
 
 
+def test_a_process_that_began_without_the_workspace_is_told_how_to_begin() -> None:
+    said = "Deterministic behavior was enabled, but it is not deterministic because it uses CuBLAS"
+    with (
+        pytest.raises(ResourceError, match="start it with CUBLAS_WORKSPACE_CONFIG=:4096:8"),
+        repeatable(deterministic=True),
+    ):
+        raise RuntimeError(said)
+
+
+def test_an_operator_that_fails_in_a_backward_pass_is_named_without_a_place(
+    folder, monkeypatch
+) -> None:
+    text = FILE.replace(
+        "torch.zeros(4).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))",
+        "class Put(torch.autograd.Function):\n"
+        "            @staticmethod\n"
+        "            def forward(ctx, x):\n"
+        "                return x.clone()\n"
+        "            @staticmethod\n"
+        "            def backward(ctx, pull):\n"
+        "                return pull.put_(torch.tensor([0, 0]), torch.zeros(2))\n"
+        "        batch = attrs.evolve(batch, x=Put.apply(batch.x.requires_grad_()))",
+    )
+    (folder / "mine.py").write_text(text)
+    words = ("run", "tiny.yaml", "--plugin", "mine.py", "--set", "objective=scattering")
+    done = e2ediff(*words, "--out", "run")
+    assert done.code == ResourceError.exit_code
+    assert re.search("the operator put_(, called in |  ?in a backward pass)", done.err), done.err
+
+
+@pytest.mark.parametrize("command", ["sample", "reconstruct", "eval"])
+def test_no_command_times_threads_for_a_deterministic_run(folder, command) -> None:
+    assert e2ediff("run", "tiny.yaml", "--out", "run").code == 0
+    own = {"eval": ("--count", 8, "--metrics", "latents", "--features", "random_projection")}.get(
+        command, ("--count", 2)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        done = e2ediff(command, "run", *own, "--threads", "auto")
+    finally:
+        torch.set_num_threads(before)
+    assert done.code == 0, done.err
+    assert "thread" not in done.out + done.err
+
+
 def test_without_it_nothing_is_set(folder) -> None:
     with repeatable(deterministic=False):
         assert not torch.are_deterministic_algorithms_enabled()

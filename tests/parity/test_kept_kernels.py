@@ -21,7 +21,7 @@ from e2ediff.parts.backbones import ViT, ViTConfig
 class Net(ViT):
     def prepare(self, device, dtype):
         with open("NOTE", "a") as file:
-            file.write(json.dumps(dict(self.kernels)) + "\\n")
+            file.write(json.dumps(dict(self.kernels_before)) + "\\n")
         return {**super().prepare(device, dtype), "attention": "mine (for a reason)"}
 
 

@@ -14,10 +14,12 @@ import torch
 from command_line import e2ediff, needs, needs_dsd
 from e2ediff_testing import make_batch
 from processes import together
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from e2ediff import hookimpl
 from e2ediff.distributed.world import World
+from e2ediff.errors import ResourceError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.parts.objectives import Detached
@@ -62,6 +64,22 @@ class Reading(Detached):
     def terms(self, nets, batch, draw, phase):
         float(batch.x.mean())
         return super().terms(nets, batch, draw, phase)
+
+
+class Rebinding(nn.Module):
+    """A network of which a step replaces a buffer, or changes it in place."""
+
+    def __init__(self, net, *, rebinds: bool) -> None:
+        super().__init__()
+        self.net, self.rebinds = net, rebinds
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, *args):
+        if self.rebinds:
+            self.count = self.count + 1
+        else:
+            self.count += 1
+        return self.net(*args)
 
 
 CALLS = []
@@ -164,6 +182,25 @@ def test_learning_what_is_drawn_leaves_no_trace(graphs, tiny_text) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(b, before[name]) for name, b in parts.step.named_buffers())
     assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_a_buffer_that_steps_change_in_place_counts_every_step(tiny_text) -> None:
+    recipe, parts = made(tiny_text, STEP)
+    net = parts.step.online
+    net.head_latent = Rebinding(net.head_latent, rebinds=False)
+    for number in range(3):
+        computed(recipe, parts, "joint", number)
+    assert net.head_latent.count == 3
+
+
+def test_a_buffer_that_a_step_replaces_is_refused(tiny_text) -> None:
+    recipe, parts = made(tiny_text, STEP)
+    net = parts.step.online
+    net.head_latent = Rebinding(net.head_latent, rebinds=True)
+    with pytest.raises(
+        ResourceError, match=r"place of the buffer online.head_latent.count, which"
+    ):
+        computed(recipe, parts, "joint")
 
 
 def test_an_objective_that_draws_from_the_generator_itself_is_refused(tiny_text) -> None:

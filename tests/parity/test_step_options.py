@@ -257,8 +257,8 @@ def test_compiling_changes_no_name_in_a_checkpoint(what, tiny_text) -> None:
         blocks = compiled.nets.online.blocks()
         assert all(block._compiled_call_impl is not None for block in blocks)
     else:
-        assert "terms" in vars(compiled.step)  # in the place of the class's own
-        assert "terms" not in vars(plain.step)
+        assert "forward" in vars(compiled.step)  # in the place of the class's own
+        assert "forward" not in vars(plain.step)
     assert compiled.step.state_dict().keys() == plain.step.state_dict().keys()
     ours, theirs = (parts.averages["target"].net.state_dict() for parts in (compiled, plain))
     assert ours.keys() == theirs.keys()
@@ -388,6 +388,20 @@ def test_the_norm_of_millions_of_gradients_has_seven_right_digits(transposed) ->
     p.grad = values.T if transposed else values
     norm = clip_gradients([p], 1e9, World())
     torch.testing.assert_close(norm, values.double().norm(), rtol=1e-7, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [16, 33, 1000, 36864, 70000])
+def test_a_norm_is_the_same_to_the_bit_wherever_gradients_lie_in_memory(size) -> None:
+    """In the buckets of DDP they follow one another without a gap."""
+    values = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    norms = set()
+    for offset in range(17):
+        memory = torch.empty(size + 32)
+        start = -(memory.data_ptr() // 4) % 16 + offset
+        p = nn.Parameter(torch.zeros(size))
+        p.grad = memory[start : start + size].copy_(values)
+        norms.add(float(clip_gradients([p], 0.0, World())))
+    assert len(norms) == 1
 
 
 def test_gradients_below_the_bound_are_left_and_others_are_not() -> None:

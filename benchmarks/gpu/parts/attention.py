@@ -14,6 +14,7 @@ from e2ediff.nn.attention import (
     both_ways,
     candidates,
     check_agreement,
+    in_place,
     random_inputs,
     seconds_of,
 )
@@ -33,17 +34,19 @@ def run(look: Look) -> None:
         for tokens in (16, 64) if look.tiny else (64, 256, 1024):
             shape = (max(1, work // tokens), tokens, heads, head_dim)
             for name, attend in kernels.items():
-                with look.attempt(kernel=name, dtype=str(dtype)[6:], tokens=tokens) as row:
+                row = {"kernel": name, "dtype": str(dtype)[6:], "tokens": tokens}
+                with in_place(name), look.attempt(**row) as row:
                     check_agreement(attend, device, dtype, head_dim, tokens)
                     look.note(**row, **_speed(attend, shape, device, dtype))
     for name, attend in kernels.items():
-        _repeats(look, name, attend, (8, 64 if look.tiny else 1024, heads, head_dim), device)
-        with look.attempt(kernel=name, asked="float32"):
+        with in_place(name):
+            _repeats(look, name, attend, (8, 64 if look.tiny else 1024, heads, head_dim), device)
+        with in_place(name), look.attempt(kernel=name, asked="float32"):
             inputs = random_inputs(2, 64, heads, head_dim, device, torch.float32)
             finite = bool(torch.isfinite(attend(*inputs)).all())
             look.note(kernel=name, asked="float32", ok=finite)
     for name, attend in kernels.items():  # last, as compiling takes seconds
-        with look.attempt(kernel=name, asked="compiled whole"):
+        with in_place(name), look.attempt(kernel=name, asked="compiled whole"):
             inputs = random_inputs(2, 64, heads, head_dim, device, torch.bfloat16)
             torch._dynamo.reset()
             backend = "aot_eager" if look.tiny else "inductor"

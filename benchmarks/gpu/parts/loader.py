@@ -51,8 +51,9 @@ def _rate(
     """Return images a second from the third batch on."""
     began, seen = time.perf_counter(), 0
     stream = batches(
-        open_source(recipe.data), recipe.data.image.conditioning, batch=recipe.batch, seed=0,
-        first=0, last=steps, flip=True, workers=recipe.data.workers, device=device,
+        open_source(recipe.data), recipe.data.image, batch=recipe.batch, seed=0,
+        first=0, last=steps, flip=True, workers=recipe.data.workers,
+        microshards=recipe.microshards, device=device,
     )  # fmt: skip
     for i, batch in enumerate(stream):
         if work is not None:

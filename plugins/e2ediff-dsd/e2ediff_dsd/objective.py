@@ -6,7 +6,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
 import torch
@@ -71,6 +71,8 @@ class DSD(AutoencoderObjective):
     method's steps have there, without numbers of sections. Ours is every number, and what
     `terms` says is ours.
     """
+
+    static_graph: ClassVar[bool] = True
 
     input_gradient: float = attrs.field(default=1.0, validator=_SHARE)
     target_gradient: float = attrs.field(default=0.0, validator=_SHARE)

@@ -31,6 +31,8 @@ class Pixel(Objective):
     predicts x; the clamp is its released code's.
     """
 
+    static_graph: ClassVar[bool] = True
+
     trial: ClassVar[tuple[str, ...]] = ("backbone=jit", *JiTConfig.trial)
 
     weight: Space = "v"

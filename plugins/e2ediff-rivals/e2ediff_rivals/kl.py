@@ -6,6 +6,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -45,6 +46,8 @@ class KL(AutoencoderObjective):
     with which pixels are averaged too (LDM sums both), the normalised mean, which leaves the KL
     little but s to act on unless `latent_norm` is none, and joint training.
     """
+
+    static_graph: ClassVar[bool] = True
 
     std: float | None = attrs.field(
         default=None, validator=validators.optional(validators.gt(0.0))

@@ -60,6 +60,8 @@ class RepaE(AutoencoderObjective):
     with the gradient into z_t scaled by the ratio of the two weights, which is the same.
     """
 
+    static_graph: ClassVar[bool] = True
+
     trial: ClassVar[tuple[str, ...]] = ("objective.features={name: random_projection, width: 16}",)
 
     features: FeatureConfig | None = None

@@ -6,7 +6,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
 from attrs import validators
@@ -42,6 +42,8 @@ class Tweedie(AutoencoderObjective):
     Ours: every weight, the weighting by t, pixels alone (SpeeDiff also aligns representations
     and has a VAE), and the estimate taken at the times of the velocity loss.
     """
+
+    static_graph: ClassVar[bool] = True
 
     tweedie_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     times_weight: Literal["t", "one"] = "t"

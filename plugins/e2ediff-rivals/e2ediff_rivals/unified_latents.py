@@ -50,6 +50,8 @@ class UnifiedLatents(AutoencoderObjective):
     was trained on), and no second stage with a prior trained anew.
     """
 
+    static_graph: ClassVar[bool] = True
+
     trial: ClassVar[tuple[str, ...]] = ("backbone.latent_norm=none",)
 
     logsnr: float = 5.0

@@ -54,7 +54,7 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
         found = torch.autograd.grad(terms.total, list(learned.values()), allow_unused=True)
         for key, grad in zip(learned, found, strict=True):
             assert grad is None or grad.isfinite().all(), f"{name}: gradient of {key} not finite"
-        if objective.static_graph:
+        if objective.uses_the_same:
             _same_parameters(objective, phase, nets, batch, learned)
     _wide_images(objective, backbone or TinyBackbone())
 
@@ -72,8 +72,8 @@ def _same_parameters(
     odd = sorted(used[0].union(*used) - used[0].intersection(*used))
     assert not odd, (
         f"{type(objective).__name__}: {odd[0]} gets a gradient in some steps of phase {phase!r} "
-        "and in others none, but DDP looks for such parameters only if the class says "
-        "`static_graph = False`; say so, or use it in every step"
+        "and in others none, but DDP does not look for such parameters where the class declares "
+        "`static_graph = True`; take that out, or use it in every step"
     )
 
 

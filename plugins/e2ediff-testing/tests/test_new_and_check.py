@@ -197,7 +197,9 @@ class TakesLess(Detached):
 
 @attrs.frozen(kw_only=True)
 class TossesACoin(Detached):
-    """Decodes only with some draws, and does not say so."""
+    """Decodes only with some draws, and declares the opposite."""
+
+    static_graph: ClassVar[bool] = True
 
     def terms(self, nets, batch, draw, phase):
         terms = super().terms(nets, batch, draw, phase)

@@ -6,7 +6,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
 from attrs import validators
@@ -56,6 +56,8 @@ class Unite(AutoencoderObjective):
     a shift of 0.5 (`times: shifted`); its reconstruction adds LPIPS
     (`reconstruction.perceptual`).
     """
+
+    static_graph: ClassVar[bool] = True
 
     draws: int = attrs.field(default=3, validator=validators.ge(1))
     reduce: Literal["sum", "mean"] = "sum"
