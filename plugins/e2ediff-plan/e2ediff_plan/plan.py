@@ -36,10 +36,14 @@ _RECONSTRUCTIONS = 20
 
 @attrs.frozen
 class Look:
-    """Work besides training: how often it happens, and FLOPs each time."""
+    """Work besides training: how often it happens, and FLOPs each time.
+
+    It is done in the recipe's precision, or in float32 whatever that is.
+    """
 
     times: int
     flops: float
+    float32: bool = False
 
 
 @attrs.frozen
@@ -100,7 +104,13 @@ class Plan:
     @property
     def looking_seconds(self) -> float:
         """Return seconds of diagnoses, scores and calibrations, during which others wait."""
-        return sum(look.times * look.flops for look in self.looks.values()) / self.pace
+        return sum(map(self.seconds_of, self.looks.values()))
+
+    def seconds_of(self, look: Look) -> float:
+        """Return seconds of one kind of work besides training."""
+        flops = self.device.flops
+        rate = flops.get("float32", self.pace / self.fraction) if look.float32 else None
+        return look.times * look.flops / (self.pace if rate is None else rate * self.fraction)
 
     @property
     def seconds(self) -> float:
@@ -229,10 +239,13 @@ def _looks(host: Host, plan: Plan) -> dict[str, Look]:
     weights = 1 + len(averagings(r))  # online and the averages
     every = r.cadence.survey_every
     found = {
-        "diagnose": Look(_diagnoses(r, every), _glance(r) * cost["encode"] + trained),
-        "survey": Look(_times(r, every) + 1, _survey(host, plan) + trained),  # and at first
+        "diagnose": Look(
+            _diagnoses(r, every), _glance(r) * cost["encode"] + trained, float32=True
+        ),
+        # and at first
+        "survey": Look(_times(r, every) + 1, _survey(host, plan) + trained, float32=True),
         "preview": Look(_times(r, r.cadence.preview), preview),
-        "checkpoint": Look(_times(r, r.cadence.checkpoint), weights * calibration),
+        "checkpoint": Look(_times(r, r.cadence.checkpoint), weights * calibration, float32=True),
     }
     if r.scores is not None:
         features = count_features(r.scores.features, r.data.image)

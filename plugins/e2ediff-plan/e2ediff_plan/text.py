@@ -31,8 +31,8 @@ def lines(plan: Plan) -> Iterator[str]:
     if plan.snapshot_bytes:
         yield f"            {plan.snapshot_bytes / _GB:.2f} GB: snapshots of post_hoc"
     workers = f"{r.data.workers}" + f" for each of {plan.gpus} devices" * (plan.gpus > 1)
-    shared = plan.shared_memory / _GB
-    yield f"workers     {workers}, which need up to {shared:.2f} GB of shared memory, /dev/shm"
+    need = f", which need up to {plan.shared_memory / _GB:.2f} GB of shared memory, /dev/shm"
+    yield f"workers     {workers}{need * (r.data.workers > 0)}"
     yield "assumptions"
     for i, text in enumerate(assumptions(plan), start=1):
         yield f"  {i:>2}. {text}"
@@ -91,8 +91,9 @@ def _time(plan: Plan) -> Iterator[str]:
     yield f"  {'training':<30} {duration(plan.training_seconds):>10}"
     for name, look in plan.looks.items():
         if look.flops:
-            spent, each = duration(look.times * look.flops / plan.pace), look.flops / 1e12
-            yield f"  {name:<30} {spent:>10}  {look.times} times, {each:,.4g} TFLOP each"
+            spent, each = duration(plan.seconds_of(look)), look.flops / 1e12
+            wide = ", in float32" * (look.float32 and plan.recipe.precision != "float32")
+            yield f"  {name:<30} {spent:>10}  {look.times} times, {each:,.4g} TFLOP each{wide}"
     yield (
         f"sampling    {plan.calls.denoise} network calls and {plan.calls.decode} decoding an "
         f"image, {plan.sample_flops / 1e9:,.4g} GFLOP; "
@@ -131,7 +132,8 @@ def assumptions(plan: Plan) -> list[str]:
     found = [
         f"A device multiplies matrices at {rate:,.4g} TFLOP/s in {plan.recipe.precision}: "
         f"{plan.device.source}.",
-        f"Of that ceiling, {reached}. Sampling and evaluation reach the same.",
+        f"Of that ceiling, {reached}. Sampling and evaluation reach the same, in this precision "
+        "(`--precision`); work in float32 reaches this share of float32's ceiling.",
         "FLOPs are those of matrix products, convolutions and attention, counted by torch's "
         "FlopCounterMode, two a multiply-add, without recomputation; all other work is in the "
         "share above.",
@@ -203,7 +205,10 @@ def as_json(plan: Plan) -> dict[str, JSON]:
         "looking_seconds": plan.looking_seconds,
         "seconds": plan.seconds,
         "device_hours": plan.seconds / 3600 * plan.gpus,
-        "looks": {n: {"times": x.times, "flops": x.flops} for n, x in plan.looks.items()},
+        "looks": {
+            n: {"times": x.times, "flops": x.flops, "seconds": plan.seconds_of(x)}
+            for n, x in plan.looks.items()
+        },
         "network_calls_per_sample": plan.calls.denoise,
         "flops_per_sample": plan.sample_flops,
         "evaluation_seconds": plan.evaluation_seconds,
