@@ -23,6 +23,7 @@ _LONG = (
     "test_ablation",
     "test_lost_checkpoints",
     "test_compiling",
+    "test_one_graph",
     "test_forecast",
     "test_tutorial",
     "test_conditions",

@@ -40,7 +40,7 @@ def test_a_plan_says_how_much_shared_memory_the_data_workers_of_all_devices_need
     """An item of 2 images of 256 pixels, five times for each of two devices with two workers."""
     data = "data={name: image_folder, root: x, size: 256, classes: 2, workers: 2}"
     words = ("plan", tiny_recipe, "--device", "cpu", "--gpus", 2, "--set", data)
-    words += ("--set", "microshards=4", "--set", "batch=48")
+    words += ("--set", "microshards=4", "--set", "batch=48", "--set", "backbone.patch=64")
     needed = 2 * (2 * 2 + 1) * (12 * 3 * 256**2 + 2 * 4096)
     done = e2ediff(*words)
     assert done.code == 0, done.err
