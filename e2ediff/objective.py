@@ -126,7 +126,7 @@ class Objective(ABC):
     static_graph: ClassVar[bool] = False
 
     @property
-    def uses_the_same(self) -> bool:
+    def declares_static_graph(self) -> bool:
         """Return whether the class itself declares `static_graph`."""
         return bool(vars(type(self)).get("static_graph", False))
 

@@ -253,7 +253,7 @@ def choose_attention(
     if not asked and kept in known and len(known) > 1:
         found = _tried(kept, known[kept], device, dtype, head_dim, tokens, heads)
         if not isinstance(found, str):
-            reached = reached_by(kept, found, device, dtype, head_dim, tokens, heads)
+            reached = _reached_by(kept, found, device, dtype, head_dim, tokens, heads)
             return Attention(kept, "as the run had it", found, reached=reached)
         refused[kept] = f"{found}, although the run had it"
     names = [name for name in ([backend] if asked else known) if name not in refused]
@@ -285,7 +285,7 @@ def choose_attention(
 
     def chosen(name: str, reason: str, times: Mapping[str, float] | None = None) -> Attention:
         attend = attends[name]
-        reached = reached_by(name, attend, device, dtype, head_dim, tokens, heads)
+        reached = _reached_by(name, attend, device, dtype, head_dim, tokens, heads)
         return Attention(name, reason, attend, times or {}, {} if asked else refused, reached)
 
     if asked:
@@ -515,7 +515,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def reached_by(
+def _reached_by(
     name: str,
     attend: Attend,
     device: torch.device,

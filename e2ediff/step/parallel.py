@@ -147,7 +147,7 @@ class Parallel:
             return
         used = self.world.total(torch.tensor([*self._rehearsed.values()]).int()).tolist()
         objective = self.step.objective
-        fixed = objective.uses_the_same and len(objective.phases) == 1
+        fixed = objective.declares_static_graph and len(objective.phases) == 1
         self.searches = not fixed or not set(used) <= {0, self.world.size}
         if not self.searches:
             pairs = zip(self._trained.items(), used, strict=True)

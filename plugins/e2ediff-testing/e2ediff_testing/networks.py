@@ -54,7 +54,7 @@ def check_objective(objective: Objective, backbone: BackboneConfig | None = None
         found = torch.autograd.grad(terms.total, list(learned.values()), allow_unused=True)
         for key, grad in zip(learned, found, strict=True):
             assert grad is None or grad.isfinite().all(), f"{name}: gradient of {key} not finite"
-        if objective.uses_the_same:
+        if objective.declares_static_graph:
             _same_parameters(objective, phase, nets, batch, learned)
     _wide_images(objective, backbone or TinyBackbone())
 
