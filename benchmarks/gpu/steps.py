@@ -16,13 +16,13 @@ from e2ediff.host.recipe import Recipe, load_recipe
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.update import Record, Update
 
-_TINY = ["backbone.width=32", "backbone.depth=2", "backbone.heads=2", "batch=8", "microshards=2"]
+TINY = ["backbone.width=32", "backbone.depth=2", "backbone.heads=2", "batch=8", "microshards=2"]
 _CONTEXT = ["backbone.context=2", "backbone.context_start=1"]
 
 
 def read_recipe(look: Look, name: str, *sets: str) -> Recipe:
     """Return a shipped recipe; in a rehearsal a tiny one of the same kind."""
-    small = _TINY if look.tiny else []
+    small = TINY if look.tiny else []
     if look.tiny and name.startswith(("jit", "unite")):
         small = [*small, *_CONTEXT]
     given = [*small, *sets, f"device={look.device}"]

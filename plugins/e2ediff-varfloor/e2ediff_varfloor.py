@@ -1,7 +1,5 @@
 """Variance floor: keep every latent channel's std above a floor, as VICReg's hinge."""
 
-from typing import ClassVar
-
 import attrs
 import torch
 
@@ -19,8 +17,6 @@ class VarianceFloor(Objective):
 
     Source: Bardes et al. 2022 (VICReg, arXiv 2105.04906), eq. 1.
     """
-
-    static_graph: ClassVar[bool] = True
 
     floor: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
     floor_weight: float = 0.1

@@ -6,6 +6,7 @@ import shutil
 
 from look import Look
 from processes import run_command
+from steps import TINY
 
 from e2ediff.store.run_directory import RunDirectory
 
@@ -17,7 +18,7 @@ def run(look: Look) -> None:
     out, sets = look.work / "quickstart", [f"device={look.device}"]
     if look.tiny:
         sets += ["steps=6", "cadence={log: 2, diagnose: 3, preview: 6, checkpoint: 6}"]
-        sets += ["sampler.steps=2"]
+        sets += [*TINY, "sampler.steps=2", "probe={images: 32, calibration: 32, glance: 16}"]
     words = [word for text in sets for word in ("--set", text)]
     recipe = look.recipe("quickstart")
     trained = run_command(

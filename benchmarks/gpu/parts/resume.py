@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from look import Look
-from steps import assignments
+from steps import TINY, assignments
 
 from e2ediff.host.plugins import load
 from e2ediff.store.checkpoint import list_checkpoints
@@ -21,7 +21,8 @@ def run(look: Look, *words: str) -> None:
     common = [
         f"device={look.device}", f"steps={2 * half}", "precision=bfloat16", "checkpoint.keep=9",
         f"cadence={{log: 1, diagnose: {half}, preview: {2 * half}, checkpoint: {half}}}",
-        "preview={rows: 1, classes: 2}", "sampler.steps=2", *assignments(words),
+        "preview={rows: 1, classes: 2}", "sampler.steps=2", *(TINY if look.tiny else ()),
+        *assignments(words),
     ]  # fmt: skip
     cuda = look.device == "cuda"
     for kernel in ("sdpa", "auto") if cuda else ("auto",):

@@ -9,6 +9,7 @@ from pathlib import Path
 from look import Look
 from measuring import seconds_of
 from processes import run_command
+from steps import TINY
 from torch import Tensor
 
 import e2ediff
@@ -29,7 +30,9 @@ def run(look: Look) -> None:
         with look.attempt(trained=kind):
             out = look.work / "use" / kind
             given = [*FEW, f"precision={kind}", f"device={look.device}"]
-            if not look.tiny:  # weights that make something of their input
+            if look.tiny:
+                given += TINY
+            else:  # weights that make something of their input
                 given += [
                     "steps=400",
                     "cadence={log: 50, diagnose: 200, preview: 400, checkpoint: 400}",
