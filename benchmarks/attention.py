@@ -20,10 +20,10 @@ from e2ediff.nn.attention import (
     both_ways,
     candidates,
     check_agreement,
-    in_place,
     random_inputs,
     seconds_of,
 )
+from e2ediff.nn.flash import in_place
 
 
 @click.command()

@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def carry_out(given: argparse.Namespace, names: Sequence[str]) -> list[Entry]:
     """Run the parts in order, as long as there is time."""
     began = time.monotonic()
     out, root = Path(given.out).resolve(), Path(given.root).resolve()
-    work = Path(given.work or f"/tmp/gpu-check-{os.getpid()}").resolve()
+    work = Path(given.work or tempfile.mkdtemp(prefix="gpu-check-")).resolve()
     for folder in (out, work):
         folder.mkdir(parents=True, exist_ok=True)
     look = {

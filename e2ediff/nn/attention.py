@@ -9,15 +9,13 @@ Shapes: B batch, N tokens, H heads, K head width.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import logging
 import math
 import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import attrs
@@ -29,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from e2ediff.errors import KernelError, ResourceError
+from e2ediff.nn.flash import FLASH, check_installed, in_place, in_use, put_in_place
 
 Backend = Literal[
     "auto",
@@ -53,11 +52,6 @@ GAIN = 1.05
 Two kernels round differently. Where their times are close, noise would decide at each start which
 bits a run has.
 """
-
-_FLASH = {"sdpa_fa3": "FA3", "sdpa_fa4": "FA4"}
-"""Kernels that replace torch's own flash attention in the whole process while they are active."""
-
-_FLASH_MODULES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute.interface"}
 
 
 @attrs.frozen
@@ -135,54 +129,17 @@ def _load_flash(implementation: str) -> Attend:
     """Torch's flash attention, while `in_place` has FlashAttention 3 or 4 in its place.
 
     Raises:
-        ImportError: This torch cannot replace its flash attention, or the package is missing.
+        ImportError: As `check_installed`.
     """
-    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
-        raise ImportError(f"torch {torch.__version__} cannot replace its flash attention")
-    module, found = _FLASH_MODULES[implementation], None
-    with contextlib.suppress(ImportError):  # where the package around it is missing
-        found = importlib.util.find_spec(module)
-    if found is None:
-        raise ImportError(f"{implementation} is not installed: there is no module {module}")
+    check_installed(implementation)
     flash = _pinned(SDPBackend.FLASH_ATTENTION)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and _current() != implementation:
+        if not torch.compiler.is_compiling() and in_use() != implementation:
             raise RuntimeError(f"{implementation} is not in the place of torch's flash attention")
         return flash(q, k, v)
 
     return attend
-
-
-def _current() -> str | None:
-    """Return which flash attention is in the place of torch's own; None if that is in use."""
-    found: str | None = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-    return found
-
-
-def _activate(name: str) -> None:
-    """Put the flash attention that a kernel needs in place, or torch's own for any other kernel.
-
-    The backward pass finds it through torch's dispatcher, where it has to stay.
-    """
-    wanted = _FLASH.get(name)
-    if _current() == wanted:
-        return
-    if wanted is None:
-        torch.nn.attention.restore_flash_attention_impl()
-    else:
-        torch.nn.attention.activate_flash_attention_impl(wanted)
-
-
-@contextlib.contextmanager
-def in_place(name: str) -> Iterator[None]:
-    """Have the flash attention that a kernel needs in place inside the block, or torch's own."""
-    before = _current()
-    try:
-        _activate(name)
-        yield
-    finally:
-        _activate(next((known for known, flash in _FLASH.items() if flash == before), ""))
 
 
 def candidates() -> dict[str, Callable[[], Attend]]:
@@ -244,10 +201,10 @@ def choose_attention(
             known = {"sdpa": known["sdpa"]}
     deterministic = torch.are_deterministic_algorithms_enabled()
     refused: dict[str, str] = {}
-    if (other := _current()) and dtype != torch.float32:
+    if (other := in_use()) and dtype != torch.float32:
         # What another network of this process has put there, these would compute by.
         taken = f"{other} is in the place of torch's flash attention in this process"
-        gone = {"sdpa", "sdpa_flash", *(name for name, flash in _FLASH.items() if flash != other)}
+        gone = {"sdpa", "sdpa_flash", *(name for name, flash in FLASH.items() if flash != other)}
         refused |= dict.fromkeys(gone & known.keys(), taken)
         known = {name: load for name, load in known.items() if name not in refused}
     if not asked and kept in known and len(known) > 1:
@@ -336,14 +293,14 @@ def use_attention(
         ResourceError: As `choose_attention`; the modules are as they were.
     """
     said, found, names = _chosen(net, backend, device, dtype, tokens, candidates())
-    if len(names) > 1 and names & _FLASH.keys():  # one of them cannot serve two shapes of heads
-        known = {name: load for name, load in candidates().items() if name not in _FLASH}
+    if len(names) > 1 and names & FLASH.keys():  # one of them cannot serve two shapes of heads
+        known = {name: load for name, load in candidates().items() if name not in FLASH}
         said, found, names = _chosen(net, backend, device, dtype, tokens, known)
-    flash = next(iter(names & _FLASH.keys()), "")
+    flash = next(iter(names & FLASH.keys()), "")
     for module, attend in found:
         module.attend = attend  # type: ignore[assignment]
     if flash:  # for good, as another network may be using it
-        _activate(flash)
+        put_in_place(flash)
     return said
 
 

@@ -254,8 +254,10 @@ def test_addresses_alone_opens_addresses_and_attention_alone_looks_for_kernels()
         "fsspec.registry.registry",
     ]
     # The kernel that is looked for, inside the function that looks.
-    kernels = strangers(tree_of(CORE / "nn" / "attention.py"), CONTRACTS, {"torch", "attrs"})
+    own = CONTRACTS | {"e2ediff.nn.flash."}
+    kernels = strangers(tree_of(CORE / "nn" / "attention.py"), own, {"torch", "attrs"})
     assert kernels == ["xformers.ops.memory_efficient_attention"]
+    assert strangers(tree_of(CORE / "nn" / "flash.py"), CONTRACTS, {"torch"}) == []
 
 
 def test_the_checks_for_authors_import_contracts_and_parts_alone() -> None:

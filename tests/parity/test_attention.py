@@ -16,9 +16,9 @@ from e2ediff.nn.attention import (
     candidates,
     check_agreement,
     choose_attention,
-    in_place,
     sdpa,
 )
+from e2ediff.nn.flash import in_place
 from e2ediff.parts.backbones import ViTConfig
 
 CPU = torch.device("cpu")
