@@ -28,7 +28,7 @@ from e2ediff.host.recipe import parse_recipe
 from e2ediff.loading.batches import batches
 from e2ediff.model.build import check_precision, choose_device, problems
 from e2ediff.parts.objectives import Detached
-from e2ediff.step.assembly import assemble
+from e2ediff.step.assembly import assemble, tf32
 from e2ediff.step.draws import draw_for
 from e2ediff.step.splitting import UnclearDrawError, part_of
 from e2ediff.step.update import Update
@@ -411,3 +411,14 @@ def test_gradients_below_the_bound_are_left_and_others_are_not() -> None:
         before = p.grad.clone()
         clip_gradients([p], bound, World())
         assert torch.equal(p.grad, before) == kept
+
+
+def test_what_is_said_of_tf32_ends_no_run_where_torchs_settings_are_mixed(monkeypatch) -> None:
+    """Torch raises where it is asked by its older settings and was told by its newer ones."""
+
+    def mixed():
+        raise RuntimeError("mix of the legacy and new APIs to set the TF32 status")
+
+    assert tf32() == "products of matrices: no, convolutions: yes"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert tf32() == "products of matrices: as set by `fp32_precision`, convolutions: yes"
