@@ -13,7 +13,21 @@ from torch_ema import ExponentialMovingAverage
 from e2ediff.averaging import Averaging
 from e2ediff.backbone import Backbone
 from e2ediff.distributed.tensors import mine
+from e2ediff.model.contiguous import Pairs
 from e2ediff.parts.averages import Constant
+
+
+def update_all(averages: Iterable[Average]) -> None:
+    """Move averages towards the weights of the networks that they follow.
+
+    All are updated piece by piece, so that averages of one network read its weights from memory
+    once.
+    """
+    with torch.no_grad():
+        counted = [(average._pairs.current(), average._count()) for average in averages]
+        for i in range(len(counted[0][0])):
+            for pairs, share in counted:
+                torch._foreach_lerp_(*pairs[i], share)
 
 
 class Average(ExponentialMovingAverage):  # type: ignore[misc]
@@ -27,7 +41,8 @@ class Average(ExponentialMovingAverage):  # type: ignore[misc]
       average has names and is sampled from in one copy. Its buffers are copied at each update,
       but for the latent norm's statistics, which belong to one set of weights and are calibrated
       before the copy is used.
-    - `update`, one operation on all tensors.
+    - `update`, one operation on all weights of a small network; `update_all` has several averages
+      share one pass over the weights.
     - `averaging`, the law of the decay. That of the kind `constant` is torch-ema's own, and only
       the state of such an average can be continued by torch-ema itself.
     """
@@ -55,23 +70,28 @@ class Average(ExponentialMovingAverage):  # type: ignore[misc]
         """Bind the current parameters of both networks; call after they were split."""
         self.shadow_params = list(self.net.parameters())
         # Each process averages the part that it holds.
-        self._mine, self._theirs = mine(self.shadow_params), mine([*self.online.parameters()])
+        self._pairs = Pairs(mine(self.shadow_params), mine([*self.online.parameters()]))
 
-    @torch.no_grad()
     def update(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Move towards the online weights, or towards `parameters`; call after each step.
 
-        The formula of torch-ema's own `update` as one operation on all tensors, which reads and
-        writes every number once and needs no memory of its own.
+        The formula of torch-ema's own `update` in an operation that reads and writes every number
+        once and needs no memory of its own.
         It rounds once less: after an update both agree to two units in the last place.
         """
-        theirs = self._theirs if parameters is None else mine([*parameters])
+        if parameters is None:
+            update_all([self])
+        else:
+            with torch.no_grad():
+                torch._foreach_lerp_(mine(self.shadow_params), mine([*parameters]), self._count())
+
+    def _count(self) -> float:
+        """Count an update and copy the buffers; return the share of the online weights in it."""
         if self.num_updates is not None:
             self.num_updates += 1
-        decay = self.averaging.decay_at(self.num_updates or 1)
-        torch._foreach_lerp_(self._mine, theirs, 1.0 - decay)
         for copied, buffer in self._buffers:
             copied.copy_(buffer)
+        return 1.0 - self.averaging.decay_at(self.num_updates or 1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an average, including the parameters of `net`.

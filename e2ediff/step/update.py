@@ -14,6 +14,7 @@ from e2ediff.data import Batch
 from e2ediff.distributed.tensors import clip_gradients
 from e2ediff.distributed.world import World
 from e2ediff.host.recipe import Recipe
+from e2ediff.model.averages import update_all
 from e2ediff.step.assembly import Assembly
 from e2ediff.step.compiling import uncompiled
 from e2ediff.step.draws import training_draw
@@ -122,8 +123,7 @@ class Update:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(torch.where(bad > 0, before, buffer))
-        for average in self.parts.averages.values():
-            average.update()
+        update_all(self.parts.averages.values())
         return record
 
     @cached_property

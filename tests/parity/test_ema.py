@@ -10,8 +10,9 @@ import torch
 from e2ediff_testing import TinyBackbone, make_batch, make_draw, make_nets
 from torch_ema import ExponentialMovingAverage
 
-from e2ediff.model.averages import Average
+from e2ediff.model.averages import Average, update_all
 from e2ediff.model.calibration import calibrate, in_use
+from e2ediff.model.contiguous import SMALL, Pairs
 from e2ediff.parts.averages import Constant, Power
 
 
@@ -136,6 +137,71 @@ def test_an_update_is_one_operation_that_allocates_nothing() -> None:
     calls = {event.key: event.count for event in events if "foreach" in event.key}
     assert calls == {"aten::_foreach_lerp_": 1}
     assert sum(max(0, event.self_cpu_memory_usage) for event in events) == 0
+
+
+def test_averages_of_one_network_move_together_as_each_would_alone() -> None:
+    net = make_nets().online
+    laws = Constant(decay=0.9), Constant(decay=0.99, warmup=False), Power(width=0.1)
+    together, alone = ([Average(net, law) for law in laws] for _ in range(2))
+    for _ in trained_steps(net, 5):
+        update_all(together)
+        for average in alone:
+            average.update()
+    for a, b in zip(together, alone, strict=True):
+        assert a.num_updates == b.num_updates
+        assert all(map(torch.equal, a.net.parameters(), b.net.parameters()))
+    assert not any(map(torch.equal, together[0].net.parameters(), together[1].net.parameters()))
+
+
+def large():
+    return [torch.randn(SMALL // 2 + 3), torch.randn(3, 5), torch.randn(2, SMALL // 4)]
+
+
+def turned():
+    return [torch.randn(4, 3), torch.randn(5, 7).t()]
+
+
+SHAPES = {
+    "small": lambda: [torch.randn(4, 3), torch.randn(()), torch.randn(0), torch.randn(17)],
+    "large": large,
+    "turned": turned,
+    "two types": lambda: [torch.randn(4), torch.randn(5).double()],
+    "half": lambda: [torch.randn(33).bfloat16(), torch.randn(2, 2).bfloat16()],
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_weights_of_every_layout_move_as_each_tensor_would(shapes) -> None:
+    ours, theirs = ([torch.nn.Parameter(v) for v in shapes()] for _ in range(2))
+    expected = [a.detach().lerp(b.detach(), 0.25) for a, b in zip(ours, theirs, strict=True)]
+    kept = [p.detach().clone() for p in theirs]
+    with torch.no_grad():
+        for mine, other in Pairs(ours, theirs).current():
+            torch._foreach_lerp_(mine, other, 0.25)
+    assert all(map(torch.equal, ours, expected))
+    assert all(map(torch.equal, theirs, kept))
+
+
+@pytest.mark.parametrize("shapes", [SHAPES["small"], large], ids=["small", "large"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_weights_that_were_put_elsewhere_are_followed_there(shapes, side) -> None:
+    sides = [[torch.nn.Parameter(v) for v in shapes()] for _ in range(2)]
+    pairs = Pairs(*sides)
+    moved = sides[side][-1]
+    moved.data = moved.data + 1
+    expected = [a.detach().lerp(b.detach(), 0.25) for a, b in zip(*sides, strict=True)]
+    with torch.no_grad():
+        for mine, other in pairs.current():
+            torch._foreach_lerp_(mine, other, 0.25)
+    assert all(map(torch.equal, sides[0], expected))
+
+
+def test_joined_weights_begin_where_torch_would_place_them() -> None:
+    """The last bits of products depend on where vectors begin on some processors."""
+    net = make_nets().online
+    Average(net, Constant())
+    assert len({p.untyped_storage().data_ptr() for p in net.parameters()}) == 1
+    assert not any(p.data_ptr() % 64 for p in net.parameters())
 
 
 def test_warm_up_follows_the_online_weights_closely_at_first() -> None:
