@@ -13,8 +13,8 @@ from e2ediff.distributed.world import World
 if TYPE_CHECKING:  # takes half a second to import, and only FSDP2 needs it
     from torch.distributed.tensor import DTensor
 
-_ALIGNED = 64  # bytes, as all memory is that torch allocates on a CPU
-_PIECE = 2**16  # elements whose squares are summed in float32 on a CPU
+_SHORT = 2**15  # elements of a gradient whose norm is taken at once in float32, on a CPU
+_PIECE = 2**13  # elements of the pieces of longer ones
 
 
 def is_split(value: Tensor) -> TypeGuard[DTensor]:
@@ -81,21 +81,23 @@ def clip_gradients(
 def _squares(gradients: Sequence[Tensor]) -> Tensor:
     """Sum all squares in float64, on a CPU.
 
-    Pieces are summed in float32 and added in float64: a float32 sum over millions of elements
-    has four correct digits, and converting all of them to float64 takes three times as long.
+    Norms of short pieces are taken in float32, and their squares added in float64: a float32 norm
+    of millions of elements has five correct digits, and converting all of them to float64 takes
+    three times as long.
     """
-    sums = []
+    short, norms = [], []
     for gradient in gradients:
-        flat = gradient.flatten()
         if gradient.dtype.itemsize < 4:
-            flat = flat.float()
-        if flat.data_ptr() % _ALIGNED:
-            # On some processors the last bits of a product of vectors depend on where they begin.
-            # Gradients lie at such places in the buckets of several processes alone.
-            flat = flat.clone()
-        pieces = torch.split(flat, _PIECE) if len(flat) > _PIECE else (flat,)
-        sums += [torch.dot(piece, piece) for piece in pieces]
-    return torch.stack(sums).double().sum()
+            gradient = gradient.float()
+        if gradient.numel() <= _SHORT:
+            short.append(gradient)
+            continue
+        flat = gradient.flatten()
+        end = len(flat) // _PIECE * _PIECE
+        norms.append(torch.linalg.vector_norm(flat[:end].view(-1, _PIECE), dim=1))
+        short.append(flat[end:])
+    norms.append(torch.stack(list(torch._foreach_norm(short))))
+    return torch.cat(norms).double().square().sum()
 
 
 def _squares_at_once(gradients: list[Tensor]) -> Tensor:
