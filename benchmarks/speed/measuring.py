@@ -33,13 +33,16 @@ def synchronize(device: torch.device) -> None:
 
 def seconds_of(work: Callable[[], object], device: torch.device, calls: int = 1) -> float:
     """Return the mean seconds of a call: CPU time on a CPU, else wall time with the device's."""
-    synchronize(device)
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    began = clock()
+    began = clock(device)
     for _ in range(calls):
         work()
+    return (clock(device) - began) / calls
+
+
+def clock(device: torch.device) -> float:
+    """Return the seconds that count: CPU time on a CPU, else wall time when the device is done."""
     synchronize(device)
-    return (clock() - began) / calls
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
 @attrs.frozen

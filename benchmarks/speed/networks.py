@@ -1,22 +1,69 @@
-"""Networks and recipes that several benchmarks time."""
+"""Recipes at the sizes that several benchmarks time, and their steps on random images."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+
+from e2ediff.data import Batch
+from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import Recipe, load_recipe
+from e2ediff.step.assembly import Assembly, assemble
+from e2ediff.step.update import Update
 
-SIZES = {
-    # name: recipe and what is changed; the parameters are those of the trained network
-    "quickstart": ("recipes/quickstart.yaml", ()),  # 0.44M
+_FULL = "recipes/dsd_in256.yaml"
+SIZES: dict[str, tuple[str, tuple[str, ...]]] = {
+    # name: recipe and what is changed
+    "quickstart": ("recipes/quickstart.yaml", ()),
+    "block": (
+        "recipes/quickstart.yaml",
+        ("backbone.depth=1", "backbone.width=16", "backbone.refine=0", "batch=2"),
+    ),
     "small": (
-        "recipes/dsd_in256.yaml",
-        ("backbone.width=384", "backbone.depth=6", "backbone.heads=6"),
-    ),  # 6 blocks of 384
-    "base": ("recipes/dsd_in256.yaml", ()),  # 205M
-}
+        _FULL,
+        ("backbone.width=384", "backbone.depth=6", "backbone.heads=6", "batch=4", "microshards=1",
+         "precision=float32"),
+    ),
+    "base": (_FULL, ()),
+}  # fmt: skip
+"""The quickstart, one with a single block, 6 blocks of 384 at 256 tokens, and the full recipe."""
 
 
 def read(size: str, *changes: str) -> Recipe:
     """Return a recipe by the name of its size, or by its path."""
     path, own = SIZES.get(size, (size, ()))
     return load_recipe(load(), path, [*own, *changes])
+
+
+def random_batch(recipe: Recipe, device: torch.device) -> Batch:
+    """Return a batch of random images on the device."""
+    image, g = recipe.data.image, torch.Generator().manual_seed(0)
+    x = torch.rand(recipe.batch, image.channels, image.height, image.width, generator=g) * 2 - 1
+    condition = image.conditioning.example(recipe.batch)
+    return Batch(x=x.to(device), condition=condition.to(device))
+
+
+def random_weights(net: torch.nn.Module) -> None:
+    """Replace weights that begin as zeros, whose products cost what others cost but round to 0."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            if not p.any():
+                p.copy_(0.02 * torch.randn(p.shape, generator=g))
+
+
+def stepper(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object], Assembly]:
+    """Return a function that takes the real training step again and again, and what it trains."""
+    parts = assemble(recipe, device)
+    random_weights(parts.step)
+    update = Update(recipe, parts, World(), _show)
+    batch = random_batch(recipe, device)
+    return lambda: update(batch, recipe.batch * 2), parts
+
+
+def _show(kind: str, text: str, **fields: Any) -> None:
+    click.echo(f"{kind}: {text}", err=True)

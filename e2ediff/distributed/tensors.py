@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -64,16 +65,17 @@ def clip_gradients(
     grads = mine(with_gradient)
     cpu = grads[0].device.type == "cpu" and type(grads[0]) is Tensor  # not fake tensors
     squares = _squares(grads) if cpu else _squares_at_once(grads)
-    if cpu and not (wait and squares.isfinite()):
+    read = float(squares) if cpu and wait else math.nan
+    if cpu and not math.isfinite(read):
         # A finite gradient may have squares that exceed float32.
         squares = squares.where(squares.isfinite(), _squares_at_once(grads))
     if any(is_split(g) for g in with_gradient):
-        squares = world.total(squares)
+        squares, read = world.total(squares), math.nan
     norm = squares.sqrt()
     if largest <= 0:
         return norm
-    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    if not (wait and cpu and factor >= 1):
+    if not math.isfinite(read) or math.sqrt(read) + 1e-6 > largest:
+        factor = (largest / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, factor.to(grads[0].dtype))
     return norm
 

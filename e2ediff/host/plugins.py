@@ -198,13 +198,18 @@ class Host:
             raise PluginError(f"{title}expected a click command, got {target!r}")
         return target
 
+    def observers(self, hook: str) -> list[Plugin]:
+        """Return the plugins that are used and observe this hook."""
+        used = self._used
+        return [p for p in self.plugins if hook in p.hooks and p.name in used]
+
     def observe(self, hook: str, **arguments: object) -> list[tuple[str, BaseException]]:
         """Call an observer hook of every plugin that is used, and return their errors by plugin.
 
         An error in one does not stop the others from being called.
         """
         failed: list[tuple[str, BaseException]] = []
-        for plugin in [p for p in self.used if hook in p.hooks]:
+        for plugin in self.observers(hook):
             try:
                 with contextlib.redirect_stdout(StdoutToStderr()):
                     self._call(hook, plugin, **arguments)

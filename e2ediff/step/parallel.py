@@ -119,10 +119,12 @@ class Parallel:
         self._summed = False
         with self._ddp.no_sync() if silent and self._ddp else contextlib.nullcontext():
             total, losses, info = module(piece.batch, piece.draw, phase)
-            with warnings.catch_warnings():
+            part = total if divisor == 1 else total / divisor
+            with warnings.catch_warnings() if self._ddp else contextlib.nullcontext():
                 # In a phase that uses every parameter, DDP advises against the search for others.
-                warnings.filterwarnings("ignore", message="find_unused_parameters=True was")
-                (total / divisor).backward()
+                if self._ddp:
+                    warnings.filterwarnings("ignore", message="find_unused_parameters=True was")
+                part.backward()
         if piece.last and not self.searches:
             self._check_sums()
         return total.detach(), losses, info

@@ -50,6 +50,28 @@ def rate_name(group: Mapping[str, Any]) -> str:
     return f"lr/{name}" if name else "lr"
 
 
+class Sums:
+    """Adds up the figures of a step's pieces, each divided by the piece's divisor."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor], divisor: float) -> None:
+        """Add the figures of a piece; of equal names in one operation."""
+        if divisor != 1:
+            shares = torch._foreach_div([*values.values()], divisor)
+            values = dict(zip(values, shares, strict=True))
+        if values.keys() == self._sums.keys():
+            torch._foreach_add_([self._sums[name] for name in values], [*values.values()])
+        else:
+            known = self._sums
+            self._sums = known | {n: known[n] + v if n in known else v for n, v in values.items()}
+
+    def named(self) -> Mapping[str, Tensor]:
+        """Return the sums by name."""
+        return self._sums
+
+
 class Update:
     """Takes training steps on the micro-shards of this process.
 
@@ -91,7 +113,7 @@ class Update:
         Raises:
             ResourceError: A micro-shard does not fit into memory and cannot be split.
         """
-        r, step, record = self.recipe, self.parts.step, Record()
+        r, record = self.recipe, Record()
         for phase in self.phases(images):
             optimizer, config = self.parts.optimizers[phase], r.optimizers.get(phase, r.optimizer)
             for group, rate in zip(
@@ -105,26 +127,33 @@ class Update:
             for pieces in self.splitting.tries(batch, phase, draw_of):  # once, if memory suffices
                 with contextlib.suppress(torch.OutOfMemoryError):
                     # Of all parameters, as gradients of another phase must not remain.
-                    step.zero_grad(set_to_none=True)
-                    sums, shares = Record(), list[Share]()
+                    for p in self._learned:
+                        p.grad = None
+                    sums, shares = Sums(), list[Share]()
                     for piece in pieces:
                         total, losses, info = self.parts.parallel.backward(piece, phase)
                         named = {f"loss/{name}": value for name, value in losses.items()} | info
-                        for name, value in named.items():
-                            sums[name] = sums.get(name, 0.0) + value / piece.divisor
-                        shares.append(Share(len(piece.batch.x), total / piece.divisor, losses))
+                        sums.add(named, piece.divisor)
+                        part = total if piece.divisor == 1 else total / piece.divisor
+                        shares.append(Share(len(piece.batch.x), part, losses))
                     break
-            record |= sums
+            record |= sums.named()
 
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             norm = clip_gradients(trained, config.clip, self.world, wait=self.guard.waits)
             record["grad_norm"] = norm
             bad = self.guard.update(optimizer, phase, images, shares, norm, skip=skip)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(torch.where(bad > 0, before, buffer))
+            if bad is not self.guard.sound:
+                with torch.no_grad():
+                    for buffer, before in buffers:
+                        buffer.copy_(torch.where(bad > 0, before, buffer))
         update_all(self.parts.averages.values())
         return record
+
+    @cached_property
+    def _learned(self) -> list[nn.Parameter]:
+        """Return all parameters that get gradients, of whatever phase."""
+        return [p for p in self.parts.step.parameters() if p.requires_grad]
 
     @cached_property
     def _buffers(self) -> list[Tensor]:

@@ -163,7 +163,7 @@ class Recorder:
 
     def notify(self, hook: str, **values: object) -> None:
         """Call a hook; an exception in one plugin stops neither the run nor other plugins."""
-        if not self.world.is_leader:
+        if not (self.world.is_leader and self.host.observers(hook)):
             return
         view = RunView(self.recipe, self.directory.path, str(self.device), self.position.images)
         with self.world.long():  # the others wait for what plugins do

@@ -220,7 +220,7 @@ class Reads(TorchDispatchMode):
         (["optimizer={name: sgd, clip: 0}"], False, 0),
         (["guards={spike: rewind, window: 3}"], False, 0),
         (["optimizer=muon"], False, 1),  # which cannot be told on the device
-        ([], True, 3),  # on a CPU: the norm for overflow and for clipping, and the verdict
+        ([], True, 3),  # on a CPU: the norm for clipping, and both numbers of the verdict
     ],
     ids=["adamw", "sgd", "spikes", "muon", "cpu"],
 )
