@@ -193,7 +193,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     The sum is taken in float32 at least: in bfloat16, whose steps at 1 are 2^-7, a scale of 0.05
     would be a few per cent off.
     """
-    return x * (1 + of_tokens(widened(scale))) + of_tokens(shift)
+    return added(of_tokens(shift), x, 1 + of_tokens(widened(scale)))
+
+
+def added(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a b; in one operation if all are of one type, which autocast's are not."""
+    if x.dtype == a.dtype == b.dtype:
+        return torch.addcmul(x, a, b)
+    return x + a * b
 
 
 def of_tokens(vectors: Tensor) -> Tensor:
@@ -258,9 +265,9 @@ class Block(nn.Module):
             vectors = common + vectors
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
         h = self.attention(modulate(self.norm1(x), shift1, scale1), turn)
-        x = x + of_tokens(gate1) * h
-        out: Tensor = x + of_tokens(gate2) * self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return out
+        x = added(x, of_tokens(gate1), h)
+        h = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return added(x, of_tokens(gate2), h)
 
 
 @attrs.frozen(eq=False)
