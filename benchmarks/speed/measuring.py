@@ -1,7 +1,8 @@
 """Time contestants by turns in one process, and report what was found.
 
-CPU time is that of the whole process, so with one thread it is what the work itself costs,
-whatever other processes do. On CUDA the wall time until the device is done counts.
+CPU time is that of the whole process and of the processes that it started and waited for, so with
+one thread it is what the work itself costs, whatever other processes do. On CUDA
+the wall time until the device is done counts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -31,6 +33,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def cpu_seconds() -> float:
+    """Return the CPU time of this process so far, and of those that it started and waited for."""
+    others = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + others.ru_utime + others.ru_stime
+
+
 def seconds_of(work: Callable[[], object], device: torch.device, calls: int = 1) -> float:
     """Return the mean seconds of a call: CPU time on a CPU, else wall time with the device's."""
     began = clock(device)
@@ -42,7 +50,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, calls: int = 1)
 def clock(device: torch.device) -> float:
     """Return the seconds that count: CPU time on a CPU, else wall time when the device is done."""
     synchronize(device)
-    return time.perf_counter() if device.type == "cuda" else time.process_time()
+    return time.perf_counter() if device.type == "cuda" else cpu_seconds()
 
 
 @attrs.frozen
