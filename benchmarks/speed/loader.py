@@ -33,7 +33,7 @@ from e2ediff.data import DataSource, SourceConfig
 from e2ediff.loading.batches import batches
 from e2ediff.parts.sources import ImageFolder
 
-IMAGES, BATCH, SIDE, CLASSES, STEPS = 64, 32, 256, 2, 8
+IMAGES, BATCH, SIDE, CLASSES, STEPS = 64, 32, 256, 2, 32
 FORMATS = ("jpeg", "png", "raw")
 
 

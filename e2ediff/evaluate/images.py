@@ -26,7 +26,7 @@ from e2ediff.distributed.threads import quiet
 from e2ediff.errors import DataError
 from e2ediff.files.arrays import large_images, npy_header
 from e2ediff.files.damage import DAMAGED_ARRAY
-from e2ediff.files.images import MAX_PIXELS, is_grey, opened, to_mode, to_tensor
+from e2ediff.files.images import MAX_PIXELS, copy_pixels, is_grey, opened, to_mode
 from e2ediff.files.tree import ImageFile, named_images
 from e2ediff.model.inference import Model
 from e2ediff.sample.conditions import Conditions
@@ -94,7 +94,7 @@ class FolderImages(_Indexed):
         with opened(file.read(), file.address) as image:
             return is_grey(image)
 
-    def _read(self, file: ImageFile) -> Tensor:
+    def _read_into(self, pixels: Tensor, file: ImageFile) -> None:
         with opened(file.read(), file.address) as image:
             if (image.height, image.width) != self.shape[1:]:
                 raise DataError(
@@ -103,11 +103,14 @@ class FolderImages(_Indexed):
                     "as a data source, which crops: --reference '{name: image_folder, root: ..., "
                     "size: ..., classes: ...}'"
                 )
-            return to_tensor(np.array(to_mode(image, self.shape[0])))
+            copy_pixels(to_mode(image, self.shape[0]), pixels)
 
     @override
     def read(self, numbers: range) -> Tensor:
-        return torch.stack([self._read(self.files[i]) for i in numbers])
+        x = torch.empty((len(numbers), *self.shape), dtype=torch.uint8)
+        for pixels, i in zip(x, numbers, strict=True):
+            self._read_into(pixels, self.files[i])
+        return x
 
     def sha256(self) -> str:
         """Hash the content of all files, in order, without their names."""

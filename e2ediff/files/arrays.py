@@ -20,7 +20,7 @@ from typing_extensions import override
 from e2ediff.data import DataSource, HeightWidth, Original
 from e2ediff.errors import DataError
 from e2ediff.files.damage import DAMAGED
-from e2ediff.files.images import MAX_PIXELS, centre_crop, to_tensor, too_many
+from e2ediff.files.images import MAX_PIXELS, centre_crop, copy_pixels, too_many
 from e2ediff.limits import OversizedError, check_array, check_size
 
 _PIECE = 1 << 20
@@ -102,14 +102,16 @@ class InMemory(DataSource):
         rows = torch.as_tensor(indices)
         x = self.x[rows]
         if self.size is not None:
-            x = torch.stack([self._cropped(one, self.size) for one in x])
+            stored, x = x, x.new_empty((*x.shape[:2], *self.size))
+            for one, pixels in zip(stored, x, strict=True):
+                copy_pixels(centre_crop(picture(one), self.size), pixels)
         return x, self.label[rows]
 
-    @staticmethod
-    def _cropped(x: Tensor, size: HeightWidth) -> Tensor:
-        pixels = x.permute(1, 2, 0).numpy()
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        return to_tensor(np.array(centre_crop(image, size)))
+
+def picture(pixels: Tensor) -> Image.Image:
+    """Return pixels (C, H, W), uint8, in one channel or three as a picture."""
+    bands = [Image.fromarray(plane) for plane in pixels.numpy()]
+    return bands[0] if len(bands) == 1 else Image.merge("RGB", bands)
 
 
 def read_idx(data: bytes, source: str, what: str = "") -> Tensor:

@@ -11,6 +11,8 @@ Shapes: C H W image.
 from __future__ import annotations
 
 import io
+import os
+import stat
 import struct
 import warnings
 import zlib
@@ -24,6 +26,7 @@ import torch
 from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
+from e2ediff.addresses import is_local
 from e2ediff.data import HeightWidth, Original
 from e2ediff.errors import BadImageError, DataError
 from e2ediff.limits import check_size
@@ -121,8 +124,15 @@ def read_file(fs: Any, path: str, what: str = "an image") -> bytes:
         OversizedError: It is longer than any image. Of a remote store nobody asks, since each
             answer would take as long as the image.
     """
+    if is_local(fs):
+        status = os.stat(path)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise OSError(f"{path} is a pipe or a device; expected a file")
+        check_size(status.st_size, what)
+        with open(path, "rb") as file:  # in a fraction of fsspec's time
+            return file.read()
     own = fs.protocol
-    if {"file", "zip", "tar", "libarchive"} & {*((own,) if isinstance(own, str) else own)}:
+    if {"zip", "tar", "libarchive"} & {*((own,) if isinstance(own, str) else own)}:
         found = fs.info(path)
         if found["type"] == "other":  # a pipe might never end, nor begin
             raise OSError(f"{path} is a pipe or a device; expected a file")
@@ -190,11 +200,13 @@ def _unknown_values(image: Image.Image) -> str:
     """
     if image.mode not in (*_GREY, *_COLOUR):
         return f"mode {image.mode}"
-    tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
     if image.mode == "I" and image.format != "PNG":
         return "mode I, grey of 32 bits,"
+    if image.format != "TIFF":
+        return ""
+    tags = image.tag_v2  # type: ignore[attr-defined]
     bits = tags.get(_BITS, (8,))
-    if image.mode.startswith("I") and tags and bits != (16,):
+    if image.mode.startswith("I") and bits != (16,):
         return f"grey of {bits[0]} bits{' and more' if len(bits) > 1 else ''}"
     if image.mode.startswith("I") and tags.get(_PHOTOMETRIC) == 0:
         return "grey of 16 bits with white as 0"
@@ -253,9 +265,27 @@ def decode(
     Raises:
         BadImageError, DataError: As `opened`.
     """
+    pixels = torch.empty((channels, *size), dtype=torch.uint8)
+    decode_into(pixels, data, place, limit, rendering)
+    return pixels
+
+
+def decode_into(
+    pixels: Tensor,
+    data: bytes,
+    place: str,
+    limit: Limit = Limit(),
+    rendering: Rendering = AS_STORED,
+) -> None:
+    """Decode an image as `decode` does, into `pixels` (C, H, W), uint8.
+
+    Raises:
+        BadImageError, DataError: As `opened`.
+    """
+    channels, *sides = pixels.shape
+    size = HeightWidth(*sides)
     with opened(data, place, size, limit, upright=rendering.upright) as image:
-        array = np.array(centre_crop(to_mode(image, channels, rendering), size))
-    return to_tensor(array)
+        copy_pixels(centre_crop(to_mode(image, channels, rendering), size), pixels)
 
 
 def described(
@@ -316,10 +346,13 @@ def to_mode(image: Image.Image, channels: int, rendering: Rendering = AS_STORED)
     Of 16 bits the upper eight are kept, as Pillow does by itself for colour; a palette's colours
     are looked up; transparency is left out unless a background is given.
 
+    A picture that needs none of this is returned as it is.
+
     Raises:
         ValueError: Grey values of more than 16 bits.
     """
     turn = _turn(image) if rendering.upright else None
+    image.load()  # only then are the mode and size of every format final
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -337,23 +370,31 @@ def to_mode(image: Image.Image, channels: int, rendering: Rendering = AS_STORED)
         image = Image.new("RGBA", above.size, (*colour(rendering.background), 255))
         image.alpha_composite(above)
     image.info.pop("transparency", None)  # Pillow would warn of what is left out
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
-def to_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor:
-    """Return pixels (H, W) or (H, W, C) as (C, H, W)."""
-    pixels = torch.from_numpy(array)
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+def copy_pixels(image: Image.Image, pixels: Tensor) -> None:
+    """Copy a picture of mode `L` or `RGB` to `pixels` (C, H, W), uint8."""
+    # Band by band, as Pillow takes one out faster than anything turns (H, W, C) into (C, H, W).
+    for band, plane in zip(image.getbands(), pixels.numpy(), strict=True):
+        plane[...] = np.frombuffer(image.tobytes("raw", band), np.uint8).reshape(plane.shape)
 
 
 def centre_crop(image: Image.Image, size: HeightWidth) -> Image.Image:
     """Crop height and width at the centre, after ADM's resize; ADM's own size is a square.
+
+    A picture of this size is returned as it is.
 
     Source: `center_crop_arr` of ADM (Dhariwal & Nichol 2021, released code), on which the
     ImageNet scores of DiT and SiT rest.
     """
     while image.width >= 2 * size.width and image.height >= 2 * size.height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = image.resize(covering(image.size, size), Image.Resampling.BICUBIC)
+    covers = covering(image.size, size)
+    if image.size != covers:
+        image = image.resize(covers, Image.Resampling.BICUBIC)
+    if covers == (size.width, size.height):
+        return image
     left, top = (image.width - size.width) // 2, (image.height - size.height) // 2
     return image.crop((left, top, left + size.width, top + size.height))

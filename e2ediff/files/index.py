@@ -131,10 +131,12 @@ class RangeBytes:
 
     def __call__(self, i: int) -> bytes:
         """Read one range of one file."""
-        start = int(self.index.start[i])
-        path, size = self.paths[int(self.index.file[i])], int(self.index.size[i])
+        file, start, size = (
+            int(column.numpy()[i])
+            for column in (self.index.file, self.index.start, self.index.size)
+        )
         check_size(size)
-        return self.location.read(path, start, start + size)
+        return self.location.read(self.paths[file], start, start + size)
 
 
 def column(values: Sequence[int]) -> Tensor:

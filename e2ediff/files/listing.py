@@ -42,9 +42,8 @@ from e2ediff.files.images import (
     Limit,
     Rendering,
     colour,
-    decode,
+    decode_into,
     described,
-    to_tensor,
 )
 
 MOST_CLASSES = 100_000_000
@@ -80,8 +79,9 @@ class Names(Sequence[str]):
             return [self[k] for k in range(*i.indices(len(self)))]
         if not 0 <= i < len(self):
             raise IndexError(i)
-        start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
-        return bytes(self.letters[start:end].numpy()).decode("utf-8", "surrogateescape")
+        ends = self.ends.numpy()  # whose numbers are read ten times faster than a tensor's
+        letters = self.letters.numpy()[ends[i - 1] if i else 0 : ends[i]]
+        return letters.tobytes().decode("utf-8", "surrogateescape")
 
 
 @attrs.frozen(eq=False)
@@ -227,7 +227,10 @@ class EncodedImages(DataSource):
 
     @override
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        x = torch.stack([self._image(i) for i in indices])
+        image = self.image
+        x = torch.empty((len(indices), image.channels, *self.size), dtype=torch.uint8)
+        for pixels, i in zip(x, indices, strict=True):
+            self._read_into(pixels, i)
         return x, self.listing.labels[torch.as_tensor(indices)]
 
     @property
@@ -255,15 +258,15 @@ class EncodedImages(DataSource):
         except (OSError, ValueError) as error:
             raise DataError(f"{self.listing.path(i)}: cannot be read: {error}") from error
 
-    def _image(self, i: int) -> Tensor:
+    def _read_into(self, pixels: Tensor, i: int) -> None:
         data = self._bytes(i)
         if self.listing.raw is None:
-            place, channels = self.listing.path(i), self.image.channels
-            return decode(data, place, channels, self.size, self.limit, self.rendering)
-        pixels = np.frombuffer(data, np.uint8)
-        if pixels.size != np.prod(self.listing.raw):
+            decode_into(pixels, data, self.listing.path(i), self.limit, self.rendering)
+        elif len(data) != pixels.numel():
             raise BadImageError(self.listing.path(i), "damaged image (its file is cut short)")
-        return to_tensor(pixels.reshape(self.listing.raw).copy())
+        else:
+            stored = np.frombuffer(data, np.uint8).reshape(self.listing.raw)
+            pixels.numpy()[...] = stored.transpose(2, 0, 1)
 
 
 @attrs.frozen(kw_only=True)

@@ -44,11 +44,10 @@ _print_traceback = Queue._on_queue_feeder_error  # type: ignore[attr-defined]
 
 
 class _Item(NamedTuple):
-    """A batch or a part of it, as bytes; `mirrored` (B,), bool, is applied on the device."""
+    """A batch or a part of it, as bytes."""
 
     x: Tensor
     condition: Condition
-    mirrored: Tensor | None
     skipped: tuple[Skipped, ...]
 
 
@@ -85,22 +84,19 @@ class _Parts(Dataset[_Item | str]):
             condition = self.conditioning.accept(given, "data")
         except DataError as error:
             return str(error)
-        # A view would be handed over with the flips of the whole batch.
-        flips = mirrored[rows].clone() if self.flip else None
-        return _Item(x, condition, flips, newly_skipped(self.source))
+        x = _flipped(x, mirrored[rows]) if self.flip else x
+        return _Item(x, condition, newly_skipped(self.source))
 
 
-def to_batch(
-    x: Tensor, condition: Condition, device: torch.device, mirrored: Tensor | None = None
-) -> Batch:
-    """Move bytes (B, C, H, W) to the device, and convert them to a batch in [-1, 1] there.
+def _flipped(x: Tensor, mirrored: Tensor) -> Tensor:
+    """Flip those images of x (B, C, H, W) horizontally for which `mirrored` (B,), bool, is set."""
+    pairs = zip(x, mirrored.tolist(), strict=True)
+    return torch.stack([image.flip(-1) if flip else image for image, flip in pairs])
 
-    `mirrored` (B,), bool, says which images are flipped horizontally.
-    """
+
+def to_batch(x: Tensor, condition: Condition, device: torch.device) -> Batch:
+    """Move bytes (B, C, H, W) to the device, and convert them to a batch in [-1, 1] there."""
     x = x.to(device, non_blocking=True)
-    if mirrored is not None:
-        mirrored = mirrored.to(device, non_blocking=True)
-        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
     return Batch(x=from_pixels(x), condition=condition.to(device, non_blocking=True))
 
 
@@ -201,13 +197,13 @@ def _joined(
         item = _join(islice(items, parts), rows, device)
         if item.skipped and report:
             report(item.skipped, images)
-        yield to_batch(item.x, item.condition, device, item.mirrored)
+        yield to_batch(item.x, item.condition, device)
 
 
 def _join(parts: Iterable[_Item | str], rows: int, device: torch.device) -> _Item:
     """Copy each part to its rows on the device as it comes, which frees shared memory."""
     whole: Tensor | None = None
-    conditions, mirrored, end = [], [], 0
+    conditions, end = [], 0
     skipped: list[Skipped] = []
     for part in parts:
         if isinstance(part, str):
@@ -220,12 +216,9 @@ def _join(parts: Iterable[_Item | str], rows: int, device: torch.device) -> _Ite
         whole[start:end].copy_(part.x, non_blocking=True)
         # Of a single condition this is a copy, also on the CPU.
         conditions.append(concatenate([part.condition.to(device, non_blocking=True)]))
-        if part.mirrored is not None:
-            mirrored.append(part.mirrored.to(device, non_blocking=True, copy=True))
         skipped.extend(part.skipped)
     assert whole is not None
-    flips = torch.cat(mirrored) if mirrored else None
-    return _Item(whole, concatenate(conditions), flips, tuple(skipped))
+    return _Item(whole, concatenate(conditions), tuple(skipped))
 
 
 def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -57,8 +57,7 @@ def divide(
     if not workers:
         return Division(rows, 1, 0, 0)
     condition = image.conditioning.null(1, "meta").tensors().values()
-    # Of an image: itself, its condition, and whether it is flipped.
-    sizes = [image.channels * image.height * image.width, *(t.nbytes for t in condition), 1]
+    sizes = [image.channels * image.height * image.width, *(t.nbytes for t in condition)]
     least = min(rows, max(_SMALL // sum(sizes), _up(rows, _ITEMS), 1))
     share = max(_up(rows, workers), least)
     each = _up(share, _up(share, max(_up(batch, microshards), least)))

@@ -114,7 +114,7 @@ def test_two_batches_and_an_item_lie_in_shared_memory_or_two_items_a_worker() ->
         ready = workers * found.ahead
         assert ready >= 2 * found.items, "two batches are read ahead"
         assert ready == 2 * workers or ready < 2 * found.items + workers
-        item = found.rows * (bytes_of(image) + 1)
+        item = found.rows * bytes_of(image)
         least = processes * (ready + 1) * item
         assert least <= found.needed <= least + processes * (ready + 1) * 4 * 4096
         assert divide(image, batch, microshards, 0, processes).needed == 0
