@@ -33,7 +33,7 @@ from e2ediff.data import DataSource, SourceConfig
 from e2ediff.loading.batches import batches
 from e2ediff.parts.sources import ImageFolder
 
-IMAGES, BATCH, SIDE, CLASSES, STEPS = 64, 32, 256, 2, 32
+IMAGES, BATCH, SIDE, CLASSES, STEPS = 128, 32, 256, 2, 32
 FORMATS = ("jpeg", "png", "raw")
 
 
@@ -43,7 +43,7 @@ def make_photos(root: Path) -> None:
     for i in range(IMAGES):
         coarse = Image.fromarray(g.integers(256, size=(26, 34, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
-        noisy = smooth + g.normal(scale=g.uniform(2, 12), size=smooth.shape)
+        noisy = smooth + g.normal(scale=g.uniform(4, 16), size=smooth.shape)
         folder = root / f"class_{i % CLASSES}"
         folder.mkdir(parents=True, exist_ok=True)
         pixels = noisy.clip(0, 255).astype(np.uint8)
@@ -162,7 +162,7 @@ def main(report: Report, rounds: int, only: str | None) -> None:
                     f"loaded {kind}, {n} workers": partial(loaded, config, source, n)
                     for n in (0, 2)
                 }
-                times = contest(whole | work, report.device, rounds, warm=1)
+                times = contest(whole | work, report.device, min(rounds, 3), warm=1)
                 for one in work:
                     say(report, times, one, f"read {kind}", BATCH * STEPS)
         if only in (None, "prepare"):

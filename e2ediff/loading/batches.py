@@ -289,6 +289,7 @@ def read(
         sampler=order(),
         batch_size=None,
         num_workers=processes,
+        collate_fn=_as_it_is,  # torch's would look into every list and tuple for arrays
         prefetch_factor=ahead if processes else None,
         pin_memory=pin_memory,
         worker_init_fn=partial(
@@ -310,6 +311,10 @@ def read(
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise _lost(_cause(started) or str(error), option, needed) from error
+
+
+def _as_it_is(item: _T) -> _T:
+    return item
 
 
 def _begin(parent: int, by_kernel: bool, worker: int) -> None:

@@ -12,14 +12,13 @@ import io
 import json
 import math
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import attrs
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,6 +26,7 @@ from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import DataSource, Size, height_width
 from e2ediff.errors import BadImageError, DataError, ResourceError
+from e2ediff.files.arrays import picture
 from e2ediff.files.index import Index, column
 from e2ediff.files.listing import Names
 from e2ediff.files.location import Location
@@ -47,6 +47,7 @@ Format = Literal["png", "jpeg", "raw"]
 SETTINGS = "parts/settings.json"
 _DST = "DST"  # the folder's argument on the command line
 _Part = dict[str, Any] | str | ResourceError  # record of a shard, or the error
+_Kept = list[tuple[int, bytes]]  # number in the source, and what is stored of it
 _HEADER = 512  # bytes of a tar member's header
 
 
@@ -200,22 +201,27 @@ class _Shards(Dataset[_Part]):
 
     def _made(self, k: int) -> dict[str, Any]:
         s, store = self.settings, Store(self.folder, _DST)
-        kept: list[tuple[int, Tensor]] = []
+        kept: _Kept = []
         left_out = []
         for i in range(k * s.each, min((k + 1) * s.each, s.images)):
             try:
-                kept.append((i, self.source.read([i])[0][0]))
+                x = self.source.read([i])[0][0]
             except BadImageError as error:
                 if not s.skip:
                     raise
                 left_out.append([error.place, error.what])
+            else:
+                kept.append((i, encode(x, s.format, s.quality)))
         write = self._array if s.format == "raw" else self._tar
-        name, data, rows = write(k, kept)
-        store.write(name, data)
+        name, pieces, rows = write(k, kept)
+        size, digest = sum(map(len, pieces)), hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        store.write(name, pieces, size)
         part = {
             "file": name,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": size,
+            "sha256": digest.hexdigest(),
             "images": rows,
             "left_out": left_out,
         }
@@ -226,47 +232,46 @@ class _Shards(Dataset[_Part]):
         label = int(self.labels[i]) if self.labels is not None else 0
         return [name, label, start, size, self.source.path_of(i)]
 
-    def _tar(self, k: int, kept: list[tuple[int, Tensor]]) -> tuple[str, bytes, list[Any]]:
-        s, out, rows = self.settings, io.BytesIO(), []
-        file, suffix = f"shard-{k:05}.tar", "jpg" if s.format == "jpeg" else "png"
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for i, x in kept:
-                data, name = encode(x, s.format, s.quality), f"{i:08}.{suffix}"
-                rows.append(self._row(i, f"{file}/{name}", out.tell() + _HEADER, len(data)))
-                _add(tar, name, data)
-                if self.labels is not None:
-                    _add(tar, f"{i:08}.cls", str(int(self.labels[i])).encode())
-        return file, out.getvalue(), rows
+    def _tar(self, k: int, kept: _Kept) -> tuple[str, list[bytes], list[Any]]:
+        pieces, rows, end = list[bytes](), [], 0
+        file, suffix = f"shard-{k:05}.tar", "jpg" if self.settings.format == "jpeg" else "png"
+        for i, data in kept:
+            members = [(f"{i:08}.{suffix}", data)]
+            rows.append(self._row(i, f"{file}/{members[0][0]}", end + _HEADER, len(data)))
+            if self.labels is not None:
+                members.append((f"{i:08}.cls", str(int(self.labels[i])).encode()))
+            for name, content in members:
+                info = tarfile.TarInfo(name)  # no time or owner: equal images give equal bytes
+                info.size = len(content)
+                pieces += info.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % 512)
+                end += sum(map(len, pieces[-3:]))
+        blank = 2 * _HEADER  # and as much as fills a record
+        pieces.append(bytes(blank + -(end + blank) % tarfile.RECORDSIZE))
+        return file, pieces, rows
 
-    def _array(self, k: int, kept: list[tuple[int, Tensor]]) -> tuple[str, bytes, list[Any]]:
+    def _array(self, k: int, kept: _Kept) -> tuple[str, list[bytes], list[Any]]:
         s, out, file = self.settings, io.BytesIO(), f"shard-{k:05}.npy"
-        pixels = [x.permute(1, 2, 0).contiguous() for _, x in kept]
-        shape = (0, *height_width(s.size), s.channels)
-        array = torch.stack(pixels).numpy() if pixels else np.zeros(shape, np.uint8)
-        np.save(out, array, allow_pickle=False)
-        each = math.prod(shape[1:])
-        first = len(out.getvalue()) - each * len(kept)
+        shape = (len(kept), *height_width(s.size), s.channels)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(out, header)
+        each, first = math.prod(shape[1:]), out.tell()
         rows = [
             self._row(i, f"{file}#{n}", first + n * each, each) for n, (i, _) in enumerate(kept)
         ]
-        return file, out.getvalue(), rows
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # no time or owner, so that equal images give equal bytes
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+        return file, [out.getvalue(), *(data for _, data in kept)], rows
 
 
 def encode(x: Tensor, format_: Format, quality: int) -> bytes:
-    """Encode an image (C, H, W), uint8, as PNG (lossless) or JPEG (4:4:4)."""
-    pixels = x.permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    out = io.BytesIO()
+    """Encode an image (C, H, W), uint8: as PNG, lossless, as JPEG (4:4:4), or its (H, W, C)."""
+    image, out = picture(x), io.BytesIO()
+    if format_ == "raw":
+        return image.tobytes()
     if format_ == "jpeg":
         image.save(out, "JPEG", quality=quality, subsampling=0)
     else:
-        image.save(out, "PNG")
+        # Filtered photos hardly repeat themselves but in runs: to look for more takes three times
+        # as long and saves little.
+        image.save(out, "PNG", compress_type=zlib.Z_RLE)
     return out.getvalue()
 
 
