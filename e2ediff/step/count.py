@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import attrs
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from e2ediff.backbone import LatentSpec
 from e2ediff.data import Batch
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import averagings, build_nets
 from e2ediff.objective import Draw
+from e2ediff.step.flops import FlopCounter
 from e2ediff.step.step import Step
 
 _META = torch.device("meta")
@@ -40,8 +40,8 @@ class Count:
 def count(recipe: Recipe) -> Count:
     """Build on the meta device and count.
 
-    FLOPs are counted over the real step by torch's FlopCounterMode, which counts matrix products,
-    convolutions and attention (two FLOPs a multiply-add), on a batch of two.
+    FLOPs are counted over the real step as torch's FlopCounterMode does, which counts matrix
+    products, convolutions and attention (two FLOPs a multiply-add), on a batch of two.
     Perceptual networks are left out, as their weights are not read here.
     """
     nets, _ = build_nets(recipe, _META)
@@ -68,11 +68,11 @@ def count(recipe: Recipe) -> Count:
     )
     flops = {}
     for phase in objective.phases:
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounter()
         with counter:
             step(batch, draw, phase)[0].backward()
         step.zero_grad()
-        flops[phase] = counter.get_total_flops() / two
+        flops[phase] = counter.total / two
     copies = 2 + len(averagings(recipe))
     return Count(
         parameters=parameters,

@@ -12,7 +12,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils.flop_counter import FlopCounterMode
 
 from e2ediff.backbone import Backbone, Decode, Denoise, Encode, Output, Pass
 from e2ediff.data import Batch, ImageSpec
@@ -20,6 +19,7 @@ from e2ediff.features import FeatureConfig, FeatureNetwork
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.build import build_nets
 from e2ediff.objective import Draw, Nets
+from e2ediff.step.flops import FlopCounter
 from e2ediff.step.step import Step
 from e2ediff_plan.rehearsal import blank_batch
 
@@ -143,10 +143,10 @@ def count_features(config: FeatureConfig, image: ImageSpec) -> float:
 
 def _flops(call: Callable[[], object]) -> float:
     """Return the FLOPs per image of a call on `_ROWS` images."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounter()
     with counter:
         call()
-    return counter.get_total_flops() / _ROWS
+    return counter.total / _ROWS
 
 
 def meta_nets(recipe: Recipe) -> Nets:
@@ -181,7 +181,7 @@ class _Ledger:
     """FLOPs by pass and direction; operations count for the pass selected last."""
 
     def __init__(self) -> None:
-        self.counter = FlopCounterMode(display=False)
+        self.counter = FlopCounter()
         self._flops: Counter[tuple[str, bool]] = Counter()
         self._mark = 0
         self.key = (OTHER, False)
@@ -190,7 +190,7 @@ class _Ledger:
 
     def turn_to(self, name: str, *, backward: bool = False) -> None:
         """Select the pass that counts from now on."""
-        total = self.counter.get_total_flops()
+        total = self.counter.total
         self._flops[self.key] += total - self._mark
         self._mark, self.key = total, (name, backward)
 
