@@ -620,3 +620,48 @@ def test_results_go_to_stdout_and_all_else_to_stderr(run: str) -> None:
     assert psnr.startswith("psnr ")
     assert psnr.endswith(" dB over 3 images")
     assert Path(path).exists()
+
+
+ENDING = """
+import atexit, sys, threading, time
+from e2ediff.__main__ import main
+
+def later():
+    time.sleep(0.3)
+    print("waited for")
+
+class Taken:
+    def __del__(self):
+        print("taken down")
+
+if {thread}:
+    threading.Thread(target=later).start()
+atexit.register(print, "registered")
+taken = Taken()
+sys.argv = ["e2ediff", *{words}]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "thread", "code", "last"),
+    [
+        (["--version"], False, 0, ["registered"]),
+        (["check", "nowhere.yaml"], False, 3, ["registered"]),
+        (["--version"], True, 0, ["waited for", "registered", "taken down"]),
+    ],
+)
+def test_a_command_ends_without_taking_the_interpreter_down(
+    words: list[str], thread: bool, code: int, last: list[str]
+) -> None:
+    """What is registered for the end is done, and threads are waited for."""
+    text = ENDING.format(thread=thread, words=words)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-len(last) :] == last
+
+
+def test_output_that_cannot_be_written_at_the_end_is_said() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "e2ediff", "--version"], stdout=full)
+    assert done.returncode != 0
