@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from typing import Any
 
 _MOST = 4096  # points of a curve; a run rarely logs as many
 _HUGE = 1e308  # of whole numbers in JSON, which a float cannot hold
+_BATCH = 512  # lines
 _SHARE = 10  # the tail of a series is its last tenth
 
 
@@ -22,36 +24,54 @@ class Curve:
     def __init__(self) -> None:
         self._xs, self._ys = array("d"), array("d")
         self._stride = 1
-        self._pending: list[tuple[float, float]] = []
+        self._pending: tuple[list[float], list[float]] = [], []
 
     def add(self, x: float, y: float) -> None:
         """Add a value."""
-        if self._stride > 1:
-            self._pending.append((x, y))
-            if len(self._pending) < self._stride:
-                return
-            x, y = _mean(self._pending)
-            self._pending.clear()
+        self.extend((x,), (y,))
+
+    def extend(self, xs: Sequence[float], ys: Sequence[float]) -> None:
+        """Add values."""
+        waiting, start = self._pending, 0
+        while start < len(xs):
+            if self._stride == 1:
+                stop = start + _MOST - len(self._xs)
+                self._xs.extend(xs[start:stop])
+                self._ys.extend(ys[start:stop])
+            else:
+                stop = start + self._stride - len(waiting[0])
+                waiting[0].extend(xs[start:stop])
+                waiting[1].extend(ys[start:stop])
+                if len(waiting[0]) == self._stride:
+                    self._append(*_mean(*waiting))
+                    waiting[0].clear()
+                    waiting[1].clear()
+            start = stop
+            if len(self._xs) == _MOST:
+                xs_before, ys_before = self._xs, self._ys
+                self._xs, self._ys = array("d"), array("d")
+                for i in range(0, _MOST, 2):
+                    self._append(*_mean(xs_before[i : i + 2], ys_before[i : i + 2]))
+                self._stride *= 2
+
+    def _append(self, x: float, y: float) -> None:
         self._xs.append(x)
         self._ys.append(y)
-        if len(self._xs) == _MOST:
-            points = list(self)
-            halved = [_mean(points[i : i + 2]) for i in range(0, _MOST, 2)]
-            self._xs, self._ys = (array("d", values) for values in zip(*halved, strict=True))
-            self._stride *= 2
 
     def __iter__(self) -> Iterator[tuple[float, float]]:
         yield from zip(self._xs, self._ys, strict=True)
-        if self._pending:
-            yield _mean(self._pending)
+        if self._pending[0]:
+            yield _mean(*self._pending)
 
 
-def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
-    if len(points) == 1:
-        return points[0]
-    finite = [y for _, y in points if math.isfinite(y)]
-    y = sum(finite) / len(finite) if finite else math.nan
-    return sum(x for x, _ in points) / len(points), y
+def _mean(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+    if len(xs) == 1:
+        return xs[0], ys[0]
+    total, count = sum(ys), len(ys)
+    if not math.isfinite(total):
+        finite = [y for y in ys if math.isfinite(y)]
+        total, count = (sum(finite), len(finite)) if finite else (math.nan, 1)
+    return sum(xs) / len(xs), total / count
 
 
 class Tail:
@@ -61,10 +81,10 @@ class Tail:
         self._values = array("d")
         self._count = self._start = 0
 
-    def add(self, value: float) -> None:
-        """Add a value."""
-        self._values.append(value)
-        self._count += 1
+    def extend(self, values: Sequence[float]) -> None:
+        """Add values."""
+        self._values.extend(values)
+        self._count += len(values)
         self._start = max(0, len(self._values) - max(1, self._count // _SHARE))
         if self._start > _MOST:
             del self._values[: self._start]
@@ -90,21 +110,47 @@ class Figures:
         self.last: dict[str, float] = {}
         self.tails: dict[str, Tail] = {}
         line: Mapping[str, Any] = {}
-        for line in lines:
-            images = _number(line.get("images"))
-            for name, found in line.items():
-                if (value := _number(found)) is None:
-                    continue
-                self.last[name] = value
-                if (curve := self.curves.get(name)) is None:
-                    curve = self.curves[name] = Curve()
-                    if name.startswith("loss/"):
-                        self.tails[name] = Tail()
-                if images is not None:
-                    curve.add(images, value)
-                if name in self.tails:
-                    self.tails[name].add(value)
+        rest = iter(lines)
+        while batch := [*islice(rest, _BATCH)]:
+            line = batch[-1]
+            for names, alike in groupby(batch, tuple):
+                self._add(names, [*alike])
         self.images, self.step = _count(line.get("images")), _count(line.get("step"))
+
+    def _add(self, names: tuple[str, ...], lines: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines of the same names: column by column, if all that they hold is numbers."""
+        columns = dict(
+            zip(names, zip(*(line.values() for line in lines), strict=True), strict=True)
+        )
+        if all(map(_are_numbers, columns.values())):
+            for name, column in columns.items():
+                self._take(name, column, columns.get("images", ()))
+        elif len(lines) > 1:
+            for line in lines:
+                self._add(names, [line])
+        else:
+            numbers = {n: (value,) for n in names if (value := _number(lines[0][n])) is not None}
+            for name, column in numbers.items():
+                self._take(name, column, numbers.get("images", ()))
+
+    def _take(self, name: str, values: Sequence[float], images: Sequence[float]) -> None:
+        self.last[name] = values[-1]
+        if name not in self.curves:
+            self.curves[name] = Curve()
+            if name.startswith("loss/"):
+                self.tails[name] = Tail()
+        if images:
+            self.curves[name].extend(images, values)
+        if name in self.tails:
+            self.tails[name].extend(values)
+
+
+def _are_numbers(column: Sequence[object]) -> bool:
+    kinds = {*map(type, column)}
+    if int not in kinds:
+        return kinds <= {float}
+    whole: list[Any] = [value for value in column if type(value) is int]
+    return kinds <= {float, int} and min(whole) > -_HUGE and max(whole) < _HUGE
 
 
 def _number(value: object) -> float | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from e2ediff.store.manifest import MOST, block, count
@@ -13,8 +14,10 @@ from e2ediff.store.manifest import MOST, block, count
 _FORMAT = re.compile(r"[-+ ]?[#0,]{0,2}\d{0,2}[,_]?(\.\d{1,2})?[a-zA-Z%]?")
 """Formats of figures, as in `format(value, ".2f")`."""
 
-_HAS_SPECIAL = re.compile(rb'"(nan|-?inf)"').search
+_BATCH = 1 << 17  # bytes of lines that are parsed at once
+
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_ENCODED = [b'"%b"' % name.encode() for name in _SPECIAL]
 
 
 def _kind(kind: type) -> Callable[[Any, str], object]:
@@ -60,6 +63,61 @@ def is_until(images: int, line: bytes) -> bool:
         return False
 
 
+def are_until(images: int, lines: Sequence[bytes]) -> bool:
+    """Return whether all lines are, as far as that can be told of them at once."""
+    found = parse_lines(lines) or [{"step": -1}]
+    return have_positions(found) and max(line.get("images", 0) for line in found) <= images
+
+
+def batches(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield lines in batches of some hundred."""
+    batch: list[bytes] = []
+    size = 0
+    for line in lines:
+        batch.append(line)
+        size += len(line)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def parse_lines(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
+    """Parse lines of JSON at once, in half of the time; None if each needs a look of its own.
+
+    If every line begins and ends with a brace and has no other, then joined lines can only be
+    read as single ones can.
+    """
+    text = b",\n".join(lines)
+    inner = len(lines) - 1
+    apart = text.count(b"},\n{") == inner and text[:1] == b"{" and text[-1:] == b"}"
+    if not apart or text.count(b"{") != len(lines) or text.count(b"}") != len(lines):
+        return None
+    try:
+        found: list[dict[str, Any]] = json.loads(b"[%b]" % text)
+    except (ValueError, RecursionError):
+        return None
+    if not _has_special(text):
+        return found
+    return [with_specials(values, line) for values, line in zip(found, lines, strict=True)]
+
+
+def are_figures(lines: Sequence[dict[str, Any]]) -> bool:
+    """Return whether every value is a figure, and every position a count."""
+    values = [*chain.from_iterable(map(dict.values, lines))]
+    if not {*map(type, values)} <= {float, int} or not have_positions(lines):
+        return False
+    whole = [value for value in values if type(value) is int]
+    return min(whole, default=0) > -MOST and max(whole, default=0) < MOST
+
+
+def have_positions(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether `check_position` accepts every line."""
+    found = [line.get(name, 0) for line in lines for name in ("step", "images")]
+    return {*map(type, found)} <= {int} and min(found) >= 0 and max(found) <= MOST
+
+
 def check_position(line: Mapping[str, Any]) -> None:
     """Refuse a line of figures that says of no step that it is from there.
 
@@ -88,7 +146,11 @@ def without_specials(value: Any) -> Any:
 
 def with_specials(values: dict[str, Any], line: bytes) -> dict[str, Any]:
     """Put nan and inf back into the entries of a line, where text replaced them."""
-    return {k: _special(v) for k, v in values.items()} if _HAS_SPECIAL(line) else values
+    return {k: _special(v) for k, v in values.items()} if _has_special(line) else values
+
+
+def _has_special(text: bytes) -> bool:
+    return any(name in text for name in _ENCODED)
 
 
 def _special(value: Any) -> Any:

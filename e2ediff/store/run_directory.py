@@ -31,10 +31,14 @@ from e2ediff.store.earlier import earlier_figure
 from e2ediff.store.entries import (
     RUN_KINDS,
     STATUS_KINDS,
+    are_figures,
+    are_until,
+    batches,
     check_position,
     check_texts,
     is_figure,
     is_until,
+    parse_lines,
     with_specials,
     without_specials,
 )
@@ -452,7 +456,13 @@ class RunDirectory:
         Raises:
             RunDirectoryError: a line in the middle is damaged, or its position is none.
         """
-        for number, line in enumerate(self._read_lines(METRICS), 1):
+        for first, lines in self._read_batches(METRICS):
+            yield from lines if are_figures(lines) else self._figures_in(lines, first)
+
+    def _figures_in(
+        self, lines: Iterable[Mapping[str, Any]], first: int
+    ) -> Iterator[dict[str, Any]]:
+        for number, line in enumerate(lines, first):
             try:
                 check_position(line)
             except ValueError as error:
@@ -507,12 +517,14 @@ class RunDirectory:
         Raises:
             RunDirectoryError: a line in the middle is damaged.
         """
-        return list(self._read_lines(EVENTS))
+        return [line for _, lines in self._read_batches(EVENTS) for line in lines]
 
     def rewind(self, images: int) -> int:
         """Drop figures after this many images, and damaged lines; return how many were dropped."""
-        keep = partial(is_until, images)
-        return 0 if self.silent else self.store.truncate_lines(METRICS, keep)
+        if self.silent:
+            return 0
+        keep, all_of = partial(is_until, images), partial(are_until, images)
+        return self.store.truncate_lines(METRICS, keep, all_of)
 
     def write_picture(self, relative_path: str, png_bytes: bytes) -> str:
         """Save a picture below `samples/`; return its path inside the run directory."""
@@ -521,18 +533,28 @@ class RunDirectory:
             self.store.write(path, png_bytes)
         return path
 
-    def _read_lines(self, file: str) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(self._lines(file), 1):
-            try:
-                values = json.loads(line)
-                if not isinstance(values, dict):
-                    raise TypeError("no JSON object")
-                values = with_specials(values, line)
-            except (ValueError, TypeError, RecursionError) as error:
-                raise RunDirectoryError(
-                    f"{self.store.where(file)}:{number}: not a line of JSON. Delete that line."
-                ) from error
-            yield values
+    def _read_batches(self, file: str) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Yield the objects of some hundred lines, and the number of the first one."""
+        first = 1
+        for lines in batches(self._lines(file)):
+            found = parse_lines(lines)
+            if found is not None:
+                yield first, found
+            else:
+                for number, line in enumerate(lines, first):
+                    yield number, [self._parsed(file, number, line)]
+            first += len(lines)
+
+    def _parsed(self, file: str, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict):
+                raise TypeError("no JSON object")
+            return with_specials(values, line)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RunDirectoryError(
+                f"{self.store.where(file)}:{number}: not a line of JSON. Delete that line."
+            ) from error
 
     def _lines(self, file: str) -> Iterator[bytes]:
         try:

@@ -35,6 +35,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NOTHING = {errno.ELOOP, errno.ENAMETOOLONG}  # a link to itself; a name that none can have
 _LONGEST = 1 << 20  # bytes of a line in a log
+_BATCH = 1 << 17  # bytes of lines that are looked at together
 _TEMPORARY = re.compile(r"\.tmp-(.+)-[0-9a-f]{8}")
 
 
@@ -367,10 +368,16 @@ class Store:
             with self._refusals(path, len(log.content)):
                 self._write_log(path)
 
-    def truncate_lines(self, path: str, keep: Callable[[bytes], bool] | None = None) -> int:
+    def truncate_lines(
+        self,
+        path: str,
+        keep: Callable[[bytes], bool] | None = None,
+        keep_all: Callable[[Sequence[bytes]], bool] = lambda lines: False,
+    ) -> int:
         """Drop an incomplete last line, and all lines that `keep` refuses; return their number.
 
         The file is copied in chunks, if anything is dropped. Without `keep` only its end is read.
+        `keep_all` is asked first, of many lines at once.
 
         Raises:
             ResourceError: the shortened file could not be written; the old one stays.
@@ -391,14 +398,16 @@ class Store:
                 kept[1] = self._whole_lines(path, size)
             else:
                 start = 0
-                for end, line in self.lines(path):
-                    if not keep(line):
-                        dropped += 1
-                    elif kept[-1] == start:
-                        kept[-1] = end
-                    else:
-                        kept.extend((start, end))
-                    start = end
+                for batch in _batched(self.lines(path)):
+                    all_stay = keep_all([line for _, line in batch])
+                    for end, line in batch[-1:] if all_stay else batch:
+                        if not all_stay and not keep(line):
+                            dropped += 1
+                        elif kept[-1] == start:
+                            kept[-1] = end
+                        else:
+                            kept.extend((start, end))
+                        start = end
                 dropped += size > start
         if keep is None:
             dropped = int(size > kept[1])
@@ -596,6 +605,20 @@ class Store:
         if any(part in {"", ".", ".."} or "\0" in part for part in parts):
             raise ValueError(f"not a plain relative path: {path!r}")
         return "/".join([self._root, *parts]) or "/"
+
+
+def _batched(lines: Iterator[tuple[int, bytes]]) -> Iterator[Sequence[tuple[int, bytes]]]:
+    """Yield lines in batches, none of which is large."""
+    batch: list[tuple[int, bytes]] = []
+    size = 0
+    for end, line in lines:
+        batch.append((end, line))
+        size += len(line)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _move_tree(fs: Any, old: str, new: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from e2ediff.errors import RunDirectoryError
 from e2ediff.report.gather import final_figures
 from e2ediff.store.curves import Curve, Figures
+from e2ediff.store.entries import parse_lines, with_specials
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 
@@ -65,6 +67,59 @@ def test_numbers_that_no_float_can_hold_are_infinite() -> None:
 def lines(count: int) -> Iterator[str]:
     for i in range(count):
         yield json.dumps({"images": i, "step": i, "loss/denoising": 0.123456789, "psnr": 12.5})
+
+
+ODD = [
+    b'{"a": 1}, {"b": 2}', b'{"c": [{}', b"{}]}", b'{"d": "x}', b'{"e": "y"}', b"[1]", b"7", b"",
+    b'{"f": {"g": 1}}', b'{"h": "}{"}', b'{"i": 1', b'"j": 2}', b'{"k": "nan", "l": "-inf"}',
+    b"{", b"}", b'{"m": ' + b"[" * 100_000 + b"}", b'{"n": 1e400}', b'{"o": 1, "o": 2}', b" {} ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_lines_that_are_parsed_together_are_those_that_are_parsed_alone(seed: int) -> None:
+    """Or none of them is: whatever lies in a line, it is never completed by another one."""
+    chosen = random.Random(seed).choices([*ODD, b'{"step": 1, "images": 8}', b"{}"], k=3)
+    found = parse_lines(chosen)
+    if found is not None:
+        alone = [with_specials(json.loads(line), line) for line in chosen]
+        assert str(found) == str(alone)  # nan is not equal to itself
+
+
+def test_usual_lines_are_parsed_together() -> None:
+    usual = [b'{"step": 1, "images": 8}', b'{"step": 2, "images": 16, "loss/a": "nan"}']
+    assert (
+        str(parse_lines(usual)) == "[{'step': 1, 'images': 8}, {'step': 2, 'images': 16, "
+        "'loss/a': nan}]"
+    )
+
+
+def test_a_damaged_line_is_named_after_those_before_it_were_read(
+    directory: RunDirectory,
+) -> None:
+    text = [*lines(5000), '{"step": 5000, "images": -1}']
+    Path(directory.path, "metrics.jsonl").write_text("\n".join([*text, '{"step": 1}', ""]))
+    found = []
+    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl:5001: images is -1"):
+        found += directory.stream_metrics()
+    assert len(found) == 5000
+    assert directory.rewind(10**9) == 1
+    assert len(directory.read_metrics()) == 5001
+
+
+def test_what_is_no_number_leaves_the_figures_of_other_lines_as_they_are() -> None:
+    rows = [{"images": i, "loss/a": float(i), "b": i} for i in range(3000)]
+    odd = [{"images": 1.5, "loss/a": True, "b": 2}, {"loss/a": 7.0}, {}, {"images": None, "b": 4}]
+    found = Figures(iter([*rows, *odd, *rows[:7]]))
+    assert [*found.curves["b"]] == [
+        *((i, i) for i in range(3000)),
+        (1.5, 2),
+        *((i, i) for i in range(7)),
+    ]
+    assert [*found.curves["loss/a"]] == [(i, i) for i in [*range(3000), *range(7)]]
+    tail = [*range(2708, 3000), 7.0, *range(7)]
+    assert found.tails["loss/a"].mean == sum(tail) / len(tail)
+    assert (found.last["b"], found.images, found.step) == (6, 6, 0)
 
 
 @pytest.fixture
