@@ -66,6 +66,8 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     echo(f"memory      {state / 2**30:.2f} GiB of weights, gradients and averages; activations,")
     echo("            the optimizer, time and disk are forecast by `e2ediff plan`,")
     echo("            a plugin in the repository of e2ediff")
+    if read.compile == "auto":
+        echo("compile     auto: the run decides at its first step, by the seconds that are left")
     warning = alarm_blind_spot(read, chosen_diagnostics(host, read))
     if warning and latent.learned:
         echo(f"warning: {warning}", err=True)

@@ -275,7 +275,10 @@ class Recipe:
     products of matrices use no TF32 unless torch was told so, and convolutions on CUDA use it.
     `compile` has torch.compile work on the backbone's `blocks`, or make one graph of the whole
     `step`, for which the objective's draws are made beforehand; what cannot be compiled ends the
-    run. Graphs, breaks and later compilations are recorded.
+    run. Graphs, breaks and later compilations are recorded. `auto` compiles as much as pays: it
+    times the first step, forecasts what the steps that are left would gain, and tries; where there
+    is no compiler or it fails, the run goes on uncompiled. The choice stays when a run resumes;
+    with `deterministic: true` it is `off`.
     `checkpoint_activations` computes the blocks' activations again in the backward pass instead
     of keeping them: less memory, about a third more time, the same gradients. Both go together:
     a compiled block, or step, is one graph, activations computed again or not.
@@ -321,7 +324,7 @@ class Recipe:
     preview: Preview = Preview()
     checkpoint: Retention = Retention()
     precision: Literal["float32", "bfloat16"] = "float32"
-    compile: Literal["off", "blocks", "step"] = "off"
+    compile: Literal["off", "auto", "blocks", "step"] = "off"
     checkpoint_activations: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     device: Literal["auto", "cpu", "cuda"] = "auto"

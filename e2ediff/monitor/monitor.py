@@ -28,7 +28,6 @@ from e2ediff.monitor.probe import Observer, chosen_diagnostics
 from e2ediff.monitor.scores import Scorer
 from e2ediff.sampler import Sampler
 from e2ediff.step.assembly import Assembly
-from e2ediff.step.compiling import uncompiled
 
 
 @attrs.frozen
@@ -167,5 +166,5 @@ class Monitor:
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
         """Gather split weights, and disable compilation, which is for the sizes of a step."""
-        with self.parts.parallel.whole(), uncompiled(self.recipe):
+        with self.parts.parallel.whole(), self.parts.compilation.disabled():
             yield

@@ -12,8 +12,7 @@ from e2ediff.host.recipe import Recipe
 from e2ediff.model.averages import Average
 from e2ediff.model.build import DTYPES, averagings, fresh_nets
 from e2ediff.objective import Nets
-from e2ediff.step.compiling import compile_blocks, compile_step, recompute
-from e2ediff.step.one_graph import Tracing
+from e2ediff.step.compiling import Compilation
 from e2ediff.step.parallel import Parallel
 from e2ediff.step.step import Step
 
@@ -39,13 +38,17 @@ def tf32() -> str:
 
 @attrs.frozen(eq=False)
 class Assembly:
-    """What a run trains: the step, one optimizer for each phase, and the averages by name."""
+    """What a run trains: the step, one optimizer for each phase, and the averages by name.
+
+    `choices` says how the machine computes it, by topic, and is kept in checkpoints.
+    """
 
     step: Step
     optimizers: Mapping[str, torch.optim.Optimizer]
     averages: Mapping[str, Average]
-    choices: Mapping[str, str]
+    choices: dict[str, str]
     parallel: Parallel
+    compilation: Compilation
 
     @property
     def nets(self) -> Nets:
@@ -62,6 +65,7 @@ def assemble(
     """Build all that a run trains, on its device, spread over the processes of `world`.
 
     `kernels` are the `choices` of the run so far, for a run that goes on.
+    With `compile: auto` nothing is compiled yet.
     """
     world = world or World()
     online, heads, frozen = fresh_nets(recipe, device)
@@ -74,18 +78,16 @@ def assemble(
         online.prepare(device, precision)
     if device.type == "cuda":
         choices["TF32 where float32 is asked for"] = tf32()
+    if recipe.compile == "auto" and kernels and "compile" in kernels:
+        choices["compile"] = kernels["compile"]
     averages = {name: Average(online, law) for name, law in averagings(recipe).items()}
     target = averages["target"].net
     nets = Nets(online, target, recipe.interpolant, recipe.predicts, heads, frozen)
     copies = {name: average.net for name, average in averages.items()}
     step = Step(recipe.objective, nets, precision, recipe.regularizers, copies)
-    tracing = Tracing()
-    if recipe.checkpoint_activations:
-        recompute(online.blocks(), compiled=recipe.compile == "blocks", tracing=tracing)
-    if recipe.compile == "blocks":
-        compile_blocks(step, [*online.blocks(), *target.blocks()])
-    elif recipe.compile == "step":
-        compile_step(step, tracing)
+    compilation = Compilation(step, again=recipe.checkpoint_activations)
+    if recipe.compile != "auto":
+        compilation.use(recipe.compile)
     parallel = Parallel(step, recipe.parallel if world.size > 1 else "one", world, device)
     for average in averages.values():
         average.bind()
@@ -98,4 +100,4 @@ def assemble(
             # What the recipe gave: a run may continue with other options (`optimizer_state.py`).
             group["given"] = {key: value for key, value in group.items() if key != "params"}
         optimizers[phase] = optimizer
-    return Assembly(step, optimizers, averages, choices, parallel)
+    return Assembly(step, optimizers, averages, choices, parallel, compilation)

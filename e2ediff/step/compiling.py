@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -17,9 +17,54 @@ from torch import Tensor, nn
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
+from e2ediff.errors import E2EDiffError
 from e2ediff.host.recipe import Recipe
-from e2ediff.step.one_graph import Losses, OneGraph, Tracing
+from e2ediff.step.one_graph import Losses, NotOneGraphError, OneGraph, Tracing
 from e2ediff.step.step import Step
+
+Extent = Literal["off", "blocks", "step"]
+"""How much of a step is compiled."""
+
+
+class Compilation:
+    """What of a step is compiled, which may change between two steps.
+
+    `kind` says what; with `again` the activations of the trained blocks are recomputed, too.
+    """
+
+    def __init__(self, step: Step, *, again: bool) -> None:
+        self.kind: Extent = "off"
+        self._step, self._again = step, again
+        self._trained = [*step.nets.online.blocks()]
+        self._blocks = [*self._trained, *step.nets.target.blocks()]
+        self._before = [(m, vars(m).get("forward")) for m in (step, *self._trained)]
+        self.use("off")
+
+    def use(self, kind: Extent) -> None:
+        """Compile this when it is next called, and nothing else."""
+        for module, forward in self._before:
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+        for block in self._blocks:
+            block._compiled_call_impl = None  # what `compile` sets
+        tracing = Tracing()
+        if self._again:
+            recompute(self._trained, compiled=kind == "blocks", tracing=tracing)
+        if kind == "blocks":
+            compile_blocks(self._step, self._blocks)
+        elif kind == "step":
+            compile_step(self._step, tracing)
+        self.kind = kind
+
+    def disabled(self) -> contextlib.AbstractContextManager[object]:
+        """Disable compilation inside the block, for sizes that no step has."""
+        if self.kind == "off":
+            return contextlib.nullcontext()  # the line below imports the compiler
+        stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance(
+            "force_eager"
+        )
+        return stance
 
 
 def recompute(
@@ -85,17 +130,43 @@ def _whole_under_ddp(forward: Callable[..., Losses]) -> Callable[..., Losses]:
     return whole
 
 
+def missing_compiler(device: torch.device) -> str:
+    """Say which compiler torch.compile would need on this device and does not find; "" if none."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "triton is not installed, or does not know this GPU"
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return "no C++ compiler is found; install one, or name it by CXX"
+    return ""
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Return whether the compiler failed, or found a step that it cannot compile."""
+    if isinstance(error, NotOneGraphError):
+        return True
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def said_by(error: BaseException) -> str:
+    """Return the first lines of a compiler's error as one."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = " ".join([line for line in lines if line][:2]) or type(error).__name__
+    return said[:400]
+
+
 def compile_failure(recipe: Recipe, error: BaseException) -> str:
     """Describe an error of the compiler, and what to set; "" for any other error."""
-    raised = type(error).__module__
-    if recipe.compile == "off" or not raised.startswith(("torch._dynamo", "torch._inductor")):
+    if recipe.compile == "off" or isinstance(error, E2EDiffError) or not is_compiler_error(error):
         return ""
-    lines = [line.strip() for line in str(error).splitlines()]
-    said = " ".join([line for line in lines if line][:2])
     other = "blocks" if recipe.compile == "step" else "off"
     return (
-        f"compile: {recipe.compile}: the compiler failed: {said[:400]}. What was saved is intact; "
-        f"set `compile: {other}`, or TORCHDYNAMO_VERBOSE=1 to see more"
+        f"compile: {recipe.compile}: the compiler failed: {said_by(error)}. What was saved is "
+        f"intact; set `compile: {other}`, or TORCHDYNAMO_VERBOSE=1 to see more"
     )
 
 
@@ -144,11 +215,3 @@ class CompileLog:
 def _counts() -> tuple[int, int]:
     counters = torch._dynamo.utils.counters
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-
-
-def uncompiled(recipe: Recipe) -> contextlib.AbstractContextManager[object]:
-    """Disable a recipe's compilation inside the block, for sizes that no step has."""
-    if recipe.compile == "off":
-        return contextlib.nullcontext()  # the line below imports the compiler
-    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance

@@ -39,8 +39,12 @@ class Tracing:
     active: bool = False
 
 
-class UnforeseenDrawError(ResourceError):
-    """An objective draws in a way that cannot be foreseen, so that its step is not one graph."""
+class NotOneGraphError(ResourceError):
+    """A step cannot be one graph."""
+
+
+class UnforeseenDrawError(NotOneGraphError):
+    """An objective draws in a way that cannot be foreseen."""
 
 
 class _Tape:
@@ -170,7 +174,7 @@ class OneGraph:
 
         Raises:
             UnforeseenDrawError: The objective draws in a way that cannot be foreseen.
-            ResourceError: It cannot be traced, as it reads numbers of tensors for example.
+            NotOneGraphError: It cannot be traced, as it reads numbers of tensors for example.
         """
         key = (phase, batch.x.shape, type(draw.condition), self.step.precision)
         graph = self._graphs.get(key)
@@ -202,7 +206,7 @@ class OneGraph:
         tape.check()
         after = dict(self._whole.named_buffers())
         if moved := [name for name, buffer in held.items() if after.get(name) is not buffer]:
-            raise ResourceError(
+            raise NotOneGraphError(
                 f"compile: step: a step puts another tensor in the place of the buffer "
                 f"{moved[0].removeprefix('step.')}, which the graph would not see; let it change "
                 "the buffer in place, or set `compile: blocks`"
@@ -265,7 +269,7 @@ class OneGraph:
         return compiled
 
 
-def _untraced(error: Exception) -> ResourceError:
+def _untraced(error: Exception) -> NotOneGraphError:
     """Say what an objective did that cannot be traced, and where."""
     frames = extract_tb(error.__traceback__)
     own = [
@@ -273,7 +277,7 @@ def _untraced(error: Exception) -> ResourceError:
     ]
     place = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}: " if own else ""
     said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ResourceError(
+    return NotOneGraphError(
         f"compile: step traces a step on tensors that hold no numbers, and this one fails there: "
         f"{place}{said[:300]}. Read no number of a tensor in a step, or set `compile: blocks`"
     )

@@ -181,12 +181,14 @@ class Parallel:
     def _kept(self) -> Iterator[None]:
         """Restore randomness and buffers after a pass, and drop its gradients."""
         buffers = [(buffer, buffer.clone()) for buffer in self.step.buffers()]
-        with torch.random.fork_rng():
-            yield
-        self.step.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        try:
+            with torch.random.fork_rng():
+                yield
+        finally:
+            self.step.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
     # Without types: DDP compares annotations with classes, and here they are text.
     def _sum(self, state, bucket):  # type: ignore[no-untyped-def]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,9 +16,9 @@ from e2ediff.distributed.world import World
 from e2ediff.host.recipe import Recipe
 from e2ediff.model.averages import update_all
 from e2ediff.step.assembly import Assembly
-from e2ediff.step.compiling import uncompiled
 from e2ediff.step.draws import training_draw
 from e2ediff.step.guard import Guard, Share
+from e2ediff.step.parallel import Piece
 from e2ediff.step.splitting import Splitting
 
 Record = dict[str, Tensor | float]
@@ -75,12 +75,19 @@ class Sums:
 class Update:
     """Takes training steps on the micro-shards of this process.
 
-    `report` is called with the kind of an event, its text and further fields.
+    `report` is called with the kind of an event, its text and further fields; `on_error` with an
+    error of a step that may be computed again from its start, and returns whether to do so.
     """
 
     def __init__(
-        self, recipe: Recipe, parts: Assembly, world: World, report: Callable[..., None]
+        self,
+        recipe: Recipe,
+        parts: Assembly,
+        world: World,
+        report: Callable[..., None],
+        on_error: Callable[[Exception], bool] = lambda error: False,
     ) -> None:
+        self.on_error = on_error
         self.recipe = recipe
         self.parts = parts
         self.world = world
@@ -124,19 +131,20 @@ class Update:
 
             draw_of = partial(training_draw, r, phase, images, attempt)
             buffers = [(buffer, buffer.clone()) for buffer in self._buffers]
-            for pieces in self.splitting.tries(batch, phase, draw_of):  # once, if memory suffices
+            tries, again = self.splitting.tries(batch, phase, draw_of), None
+            while True:  # once, if memory suffices
+                pieces, again = again or next(tries), None
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    # Of all parameters, as gradients of another phase must not remain.
-                    for p in self._learned:
-                        p.grad = None
-                    sums, shares = Sums(), list[Share]()
-                    for piece in pieces:
-                        total, losses, info = self.parts.parallel.backward(piece, phase)
-                        named = {f"loss/{name}": value for name, value in losses.items()} | info
-                        sums.add(named, piece.divisor)
-                        part = total if piece.divisor == 1 else total / piece.divisor
-                        shares.append(Share(len(piece.batch.x), part, losses))
-                    break
+                    try:
+                        sums, shares = self._backward(pieces, phase)
+                        break
+                    except Exception as error:
+                        if not self.on_error(error):
+                            raise
+                        with torch.no_grad():  # a part of the step was computed
+                            for buffer, before in buffers:
+                                buffer.copy_(before)
+                        again = self.splitting.pieces(batch, phase, draw_of)
             record |= sums.named()
 
             trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -149,6 +157,19 @@ class Update:
                         buffer.copy_(torch.where(bad > 0, before, buffer))
         update_all(self.parts.averages.values())
         return record
+
+    def _backward(self, pieces: Iterable[Piece], phase: str) -> tuple[Sums, list[Share]]:
+        """Compute the gradients of a step; return its figures and the shares of its loss."""
+        for p in self._learned:  # of all, as gradients of another phase must not remain
+            p.grad = None
+        sums, shares = Sums(), list[Share]()
+        for piece in pieces:
+            total, losses, info = self.parts.parallel.backward(piece, phase)
+            named = {f"loss/{name}": value for name, value in losses.items()} | info
+            sums.add(named, piece.divisor)
+            part = total if piece.divisor == 1 else total / piece.divisor
+            shares.append(Share(len(piece.batch.x), part, losses))
+        return sums, shares
 
     @cached_property
     def _learned(self) -> list[nn.Parameter]:
@@ -169,13 +190,15 @@ class Update:
         """Return the objective's phases that are active after this many images, in order."""
         return active_phases(self.recipe, images)
 
-    def rehearse(self, batch: Batch, images: int, attempt: int = 0) -> None:
+    def rehearse(
+        self, batch: Batch, images: int, attempt: int = 0, *, compiled: bool = False
+    ) -> None:
         """Compute the gradients of a step's first piece to time them; nothing changes.
 
-        Blocks run uncompiled, as a compiled block is made for one number of threads.
+        Unless `compiled`, it runs uncompiled: what is compiled is for one number of threads.
         """
         phase = self.phases(images)[0]
         draw_of = partial(training_draw, self.recipe, phase, images, attempt)
         first = next(self.splitting.pieces(batch, phase, draw_of))
-        with uncompiled(self.recipe):
+        with contextlib.nullcontext() if compiled else self.parts.compilation.disabled():
             self.parts.parallel.rehearse(first, phase)

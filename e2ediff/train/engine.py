@@ -24,10 +24,10 @@ from e2ediff.loading.batches import batches
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.monitor import Monitor
 from e2ediff.step.assembly import Assembly, assemble
-from e2ediff.step.compiling import CompileLog
 from e2ediff.step.update import Update
 from e2ediff.store.run_directory import RunDirectory, State
 from e2ediff.train.bad_steps import BadSteps, RewindError
+from e2ediff.train.compilation import StepCompilation
 from e2ediff.train.continuation import continue_command, describe
 from e2ediff.train.cpu_threads import StepThreads
 from e2ediff.train.measurements import Measurements
@@ -98,7 +98,8 @@ class Engine:
         self.parts: Assembly = prepared.parts
         self.recorder = recorder = Recorder(host, recipe, directory, device, progress, world)
         self.position = recorder.position
-        self.update = Update(recipe, self.parts, world, recorder.report)
+        self.compilation = StepCompilation(recipe, self.parts, recorder, self._rehearse)
+        self.update = Update(recipe, self.parts, world, recorder.report, self.compilation.gives_up)
         self.monitor = prepared.monitor
         self.detector = detector = CollapseDetector(recipe.alarm, self.monitor.observer.figures)
         recorder.skipped([bad for source in sources for bad in newly_skipped(source)])
@@ -108,7 +109,6 @@ class Engine:
         self.saver = Saver(recipe, self.parts, detector, recorder, images, data, self.bad_steps)
         self._overdue = False  # whether a save waits for a step that makes an update
         self.threads = StepThreads(self._rehearse, recorder, choose=choose_threads)
-        self._compiler = CompileLog() if recipe.compile != "off" else None
         self.began = time.monotonic()
 
     def run(self, stop: Stop) -> None:
@@ -155,10 +155,11 @@ class Engine:
         try:
             for batch in self._batches():
                 self.threads.begin(batch)
+                self.compilation.begin(batch)
                 known = at.step + 1 in self.bad_steps.known
                 record = self.update(batch, at.images, self._attempt, skip=known)
                 at.step, at.images = at.step + 1, at.images + r.batch
-                self._report_compiled()
+                self.compilation.done()
                 if at.step < r.total_steps and not self.saver.in_flight:
                     self.threads.done()
                 self._after_step(record)
@@ -201,21 +202,6 @@ class Engine:
         if r.snapshot_steps and step % r.snapshot_steps == 0 and not last:
             self.saver.snapshot()
 
-    def _report_compiled(self) -> None:
-        """Record what was compiled in a step: usually all in the first, and nothing later."""
-        if self._compiler is None or (made := self._compiler.new()) is None:
-            return
-        step, reasons = self.position.step, list(made.reasons)
-        self.recorder.report(
-            "compiled",
-            f"step {step}: {made}",
-            step=step,
-            graphs=made.graphs,
-            breaks=made.breaks,
-            seconds=round(made.seconds, 1),
-            reasons=reasons,
-        )
-
     def _first_save_due(self) -> bool:
         """Return whether the run has trained for a minute and has no checkpoint, in any process.
 
@@ -230,8 +216,8 @@ class Engine:
         phases = self.update.phases(self.position.images)
         self.measurements.diagnose(phases or self.recipe.objective.phases[-1:])
 
-    def _rehearse(self, batch: Batch) -> None:
-        self.update.rehearse(batch, self.position.images, self._attempt)
+    def _rehearse(self, batch: Batch, compiled: bool = False) -> None:
+        self.update.rehearse(batch, self.position.images, self._attempt, compiled=compiled)
 
     @property
     def _attempt(self) -> int:

@@ -14,7 +14,6 @@ from e2ediff.errors import DivergedError, E2EDiffError
 from e2ediff.host.recipe import Recipe
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.step.assembly import Assembly
-from e2ediff.step.compiling import uncompiled
 from e2ediff.store.checkpoint import (
     checkpoint_at,
     checkpoint_name,
@@ -131,7 +130,7 @@ class Saver:
             regular = due or detector.anchor is None
             if self.anchored and regular and (detector.clean or not self._alarm_returns):
                 detector.anchor = at.images
-            with uncompiled(self.recipe):
+            with self.parts.compilation.disabled():
                 leads = recorder.world.is_leader
                 held = take(self.parts, self.calibration, self.staging, keep=leads)
             state = {**held.state, "alarm": detector.state(), "data": self.data}

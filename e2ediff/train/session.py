@@ -192,8 +192,8 @@ def train(
     sources = (training, held_out)
     names, empty = class_names(recipe, training), empty_classes(training, recipe.data.image)
     image = attrs.evolve(recipe.data.image, class_names=names, empty_classes=empty)
-    exact = recipe.deterministic
-    computing = partial(repeatable, deterministic=exact, compiled=recipe.compile != "off")
+    exact, compiled = recipe.deterministic, recipe.compile in ("blocks", "step")
+    computing = partial(repeatable, deterministic=exact, compiled=compiled)
     prepared = None
     if not resume:
         # For the same reason build all that can be built: packages and weights may be missing.

@@ -160,6 +160,12 @@ def assumptions(plan: Plan) -> list[str]:
         )
         found.append(what)
         found.append(_PARALLEL[plan.recipe.parallel])
+    if plan.recipe.compile == "auto":
+        what = (
+            "`compile: auto` compiles where a compiler is found and a forecast says that it pays; "
+            "what it gains is not in these figures."
+        )
+        found.append(what)
     if plan.recipe.checkpoint_activations:
         what = (
             "Blocks are computed once more in the backward pass, which is in the memory and not "
