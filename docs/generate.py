@@ -123,8 +123,8 @@ def contracts_page() -> str:
     for cls in (*BUILT, *VALUES):
         lines += [f"### `{cls.__module__}.{cls.__name__}`", "", "```text", _doc(cls), "```", ""]
         if attrs.has(cls):
-            names = ", ".join(f"`{field.name}`" for field in attrs.fields(cls))
-            lines += [f"Fields: {names}.", ""]
+            own = [f"`{f.name}`" for f in attrs.fields(cls) if not f.name.startswith("_")]
+            lines += [f"Fields: {', '.join(own)}.", ""] if own else []
         lines += _methods(cls)
     return "\n".join(lines).rstrip() + "\n"
 

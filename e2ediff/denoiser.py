@@ -66,7 +66,7 @@ class Plain(Denoiser):
         else:
             ends = torch.full_like(times, r)
             (out,) = self.net.run(Denoise(z_t=z_t, t=times, condition=condition, r=ends))
-        return self.path.estimate(out, z_t, times, self.predicts)
+        return self.path.estimate(out, z_t, t, self.predicts)
 
     def for_step(self, t: float, s: float) -> Denoiser:
         """Return a denoiser that gives the step's end to a network with a second time."""

@@ -72,8 +72,7 @@ class GuidedDenoiser(Denoiser):
 
     def clean(self, x0: Tensor, z_t: Tensor, t: float) -> Estimate:
         """Return the estimate whose clean latent is x0 (B, N, D)."""
-        times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
-        return self.path.estimate(x0, z_t, times, "x0")
+        return self.path.estimate(x0, z_t, t, "x0")
 
 
 def conditional_and_unconditional(

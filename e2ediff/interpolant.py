@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, get_args
+from functools import lru_cache
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 import attrs
 import torch
@@ -26,19 +27,100 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _SMALLEST = 1e-6
 
 
-@attrs.frozen
+_W = TypeVar("_W", Tensor, float)
+
+
+class _Weights(NamedTuple, Generic[_W]):
+    """A path's coefficients at a time, and what is divided by; `determinant` is never 0."""
+
+    alpha: _W
+    sigma: _W
+    alpha_dot: _W
+    sigma_dot: _W
+    over_alpha: _W
+    over_sigma: _W
+    determinant: _W
+
+
+def _weights(path: Interpolant, t: Tensor) -> _Weights[Tensor]:
+    a, s, a_dot, s_dot = path.alpha(t), path.sigma(t), path.alpha_dot(t), path.sigma_dot(t)
+    over_a, over_s = a.clamp_min(_SMALLEST), s.clamp_min(_SMALLEST)
+    # The determinant is negative for every rising logSNR.
+    return _Weights(a, s, a_dot, s_dot, over_a, over_s, a * s_dot - a_dot * s)
+
+
+@lru_cache(maxsize=256)
+def _numbers(path: Interpolant, t: float, dtype: torch.dtype) -> _Weights[float]:
+    """Compute them on the CPU, once for all latents at this time."""
+    return _Weights(*map(float, _weights(path, torch.tensor([t], dtype=dtype))))
+
+
+@attrs.frozen(eq=False)
 class Estimate:
     """One guess about a noised latent, in its four equivalent forms, each (B, *).
 
     `x0` is the clean latent, `eps` the noise, `v` the velocity dz/dt and `score` the gradient
-    of the log-density of z_t.
+    of the log-density of z_t; each is computed when it is asked for, as most callers need one.
     The four are consistent: alpha x0 + sigma eps = z_t and alpha' x0 + sigma' eps = v.
+    `Interpolant.estimate` makes it.
     """
 
-    x0: Tensor
-    eps: Tensor
-    v: Tensor
-    score: Tensor
+    _path: Interpolant
+    _value: Tensor
+    _z_t: Tensor
+    _t: Tensor | float
+    _kind: Kind
+
+    @property
+    def x0(self) -> Tensor:
+        """Return the clean latent, (B, *)."""
+        return self._value if self._kind == "x0" else self._x0(self._weights())
+
+    @property
+    def eps(self) -> Tensor:
+        """Return the noise, (B, *)."""
+        return self._value if self._kind == "eps" else self._eps(self._weights())
+
+    @property
+    def v(self) -> Tensor:
+        """Return the velocity dz/dt, (B, *)."""
+        if self._kind == "v":
+            return self._value
+        w = self._weights()
+        return w.alpha_dot * self._x0(w) + w.sigma_dot * self._eps(w)
+
+    @property
+    def score(self) -> Tensor:
+        """Return the gradient of the log-density of z_t, (B, *)."""
+        if self._kind == "score":
+            return self._value
+        w = self._weights()
+        return -self._eps(w) / w.over_sigma
+
+    def _x0(self, w: _Weights[Tensor] | _Weights[float]) -> Tensor:
+        if self._kind == "x0":
+            return self._value
+        if self._kind == "v":
+            return (w.sigma_dot * self._z_t - w.sigma * self._value) / w.determinant
+        return (self._z_t - w.sigma * self._eps(w)) / w.over_alpha
+
+    def _eps(self, w: _Weights[Tensor] | _Weights[float]) -> Tensor:
+        if self._kind == "x0":
+            return (self._z_t - w.alpha * self._value) / w.over_sigma
+        if self._kind == "v":
+            return (w.alpha * self._value - w.alpha_dot * self._z_t) / w.determinant
+        return self._value if self._kind == "eps" else -w.sigma * self._value
+
+    def _weights(self) -> _Weights[Tensor] | _Weights[float]:
+        """Return numbers where all rows share a time, else tensors shaped like the latent."""
+        path, t = self._path, self._t
+        if isinstance(t, Tensor):
+            return _Weights(*(spread(one, self._z_t) for one in _weights(path, t)))
+        dtype = torch.float64 if self._z_t.dtype == torch.float64 else torch.float32
+        try:
+            return _numbers(path, t, dtype)
+        except TypeError:  # a plugin's path need not be hashable
+            return _numbers.__wrapped__(path, t, dtype)
 
 
 class Interpolant(ABC):
@@ -90,7 +172,7 @@ class Interpolant(ABC):
         """Velocity dz_t/dt = alpha' x0 + sigma' eps, (B, *), the target of a v-prediction."""
         return spread(self.alpha_dot(t), x0) * x0 + spread(self.sigma_dot(t), eps) * eps
 
-    def estimate(self, value: Tensor, z_t: Tensor, t: Tensor, kind: Kind) -> Estimate:
+    def estimate(self, value: Tensor, z_t: Tensor, t: Tensor | float, kind: Kind) -> Estimate:
         """Complete a prediction of one kind to all four, by one 2x2 solve.
 
         The unknowns are x0 and eps; the equations are alpha x0 + sigma eps = z_t and what
@@ -101,7 +183,7 @@ class Interpolant(ABC):
         Args:
             value: The network's output, (B, *), read as `kind`.
             z_t: The noised latent that the network saw, (B, *).
-            t: Time, (B,) or (B, N), in [0, 1].
+            t: Time in [0, 1], (B,) or (B, N), or one number for all rows.
             kind: What `value` is.
 
         Returns:
@@ -109,21 +191,10 @@ class Interpolant(ABC):
             Where a coefficient is zero (eps from x0 at t = 1, x0 from eps at t = 0 on the
             linear path) the answer is bounded and of no use.
         """
-        a, s = spread(self.alpha(t), z_t), spread(self.sigma(t), z_t)
-        a_dot, s_dot = spread(self.alpha_dot(t), z_t), spread(self.sigma_dot(t), z_t)
-        over_s = s.clamp_min(_SMALLEST)
-        if kind == "x0":
-            x0, eps = value, (z_t - a * value) / over_s
-        elif kind == "v":
-            det = a * s_dot - a_dot * s  # negative for every rising logSNR
-            x0 = (s_dot * z_t - s * value) / det
-            eps = (a * value - a_dot * z_t) / det
-        else:
-            eps = value if kind == "eps" else -s * value
-            x0 = (z_t - s * eps) / a.clamp_min(_SMALLEST)
-        v = value if kind == "v" else a_dot * x0 + s_dot * eps
-        score = value if kind == "score" else -eps / over_s
-        return Estimate(x0=x0, eps=eps, v=v, score=score)
+        if not isinstance(t, Tensor) and value.dtype != z_t.dtype:
+            # Numbers do not widen a type, as tensors do.
+            value = value.to(torch.promote_types(value.dtype, z_t.dtype))
+        return Estimate(self, value, z_t, t, kind)
 
 
 def spread(coefficient: Tensor, like: Tensor) -> Tensor:

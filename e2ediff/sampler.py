@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import ClassVar, Literal, Protocol
 
@@ -61,6 +62,14 @@ def times_of_levels(path: Interpolant | None, levels: Tensor) -> Tensor:
     if path is None:
         return 1 / (1 + levels)
     return last_time(lambda t: path.sigma(t) > levels * path.alpha(t), torch.zeros_like(levels))
+
+
+@lru_cache(maxsize=64)
+def _kept_times(
+    karras: Karras, steps: int, t_start: float, path: Interpolant | None
+) -> tuple[float, ...]:
+    """Return the times of `karras`, which are looked up for every batch of images."""
+    return tuple(karras.times(steps, t_start, path))
 
 
 Spacing = Literal["uniform", "karras"] | Karras
@@ -130,7 +139,10 @@ class Sampler(ABC):
         first, a, spacing = self.t_start, self.shift, self.spacing
         if spacing != "uniform":
             karras = Karras() if spacing == "karras" else spacing
-            return karras.times(self.steps, first, path)
+            try:
+                return [*_kept_times(karras, self.steps, first, path)]
+            except TypeError:  # a plugin's path need not be hashable
+                return karras.times(self.steps, first, path)
         uniform = [i / self.steps for i in range(self.steps + 1)]
         return [first + (1 - first) * (t / (t + (1 - t) / a)) for t in uniform]
 

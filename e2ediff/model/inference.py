@@ -393,8 +393,10 @@ def _own_noise(seed: int, numbers: Sequence[int]) -> Noise:
     generators = [generator(_CPU, seed, "image", i) for i in numbers]
 
     def noise(like: Tensor) -> Tensor:
-        rows = [torch.randn(like.shape[1:], generator=g) for g in generators]
-        return torch.stack(rows).to(like.device)
+        drawn = torch.empty(like.shape)
+        for row, g in zip(drawn, generators, strict=True):
+            row.normal_(generator=g)  # one by one, as each image has a generator of its own
+        return drawn.to(like.device)
 
     return noise
 

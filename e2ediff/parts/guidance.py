@@ -6,12 +6,13 @@ Shapes: B batch, N latent tokens, D latent channels.
 from __future__ import annotations
 
 import attrs
+import torch
 from attrs import validators
 from torch import Tensor
 
-from e2ediff.condition import Condition
+from e2ediff.condition import Condition, concatenate
 from e2ediff.denoiser import Denoiser
-from e2ediff.guidance import Guidance, GuidedDenoiser, conditional_and_unconditional
+from e2ediff.guidance import Guidance, GuidedDenoiser
 from e2ediff.interpolant import Estimate
 
 _TIME = [validators.ge(0.0), validators.le(1.0)]
@@ -41,14 +42,22 @@ class _Guided(GuidedDenoiser):
     def __init__(self, inner: Denoiser, guidance: ClassifierFree) -> None:
         super().__init__(inner)
         self.guidance = guidance
+        self._asked: tuple[Condition, Condition] | None = None
 
     def for_step(self, t: float, s: float) -> Denoiser:
-        return _Guided(self.inner.for_step(t, s), self.guidance)
+        inner = self.inner.for_step(t, s)
+        return self if inner is self.inner else _Guided(inner, self.guidance)
+
+    def _with_null(self, condition: Condition) -> Condition:
+        """Return rows with the condition and without; every call of a batch has the same."""
+        if self._asked is None or self._asked[0] is not condition:
+            self._asked = (condition, concatenate([condition, condition.null()]))
+        return self._asked[1]
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         g = self.guidance
         if not g.t_min <= t <= g.t_max:
             return self.inner(z_t, t, condition)
-        both = conditional_and_unconditional(self.inner, z_t, t, condition)
+        both = self.inner(torch.cat([z_t, z_t]), t, self._with_null(condition))
         conditional, unconditional = both.x0.chunk(2)
         return self.clean(unconditional + g.scale * (conditional - unconditional), z_t, t)

@@ -155,9 +155,8 @@ class _Rescaled(GuidedDenoiser):
         return _Rescaled(inner, self.guidance, waits=waits)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-        times = torch.full((len(z_t),), t, device=z_t.device, dtype=z_t.dtype)
         if self.waits:
-            return self.path.estimate(torch.zeros_like(z_t), z_t, times, "v")
+            return self.path.estimate(torch.zeros_like(z_t), z_t, t, "v")
         both = conditional_and_unconditional(self.inner, z_t, t, condition)
         conditional, unconditional = both.v.chunk(2)
         along = _dot(conditional, unconditional) / _dot(unconditional, unconditional).clamp_min(
@@ -165,7 +164,7 @@ class _Rescaled(GuidedDenoiser):
         )
         base = along * unconditional
         v = base + self.guidance.scale * (conditional - base)
-        return self.path.estimate(v, z_t, times, "v")
+        return self.path.estimate(v, z_t, t, "v")
 
 
 class _Projected(GuidedDenoiser):
