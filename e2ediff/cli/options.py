@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-_MODEL = ("run", "weights", "checkpoint", "device", "overrides", "rows", "precision", "trust")
+_MODEL = (
+    "run", "weights", "checkpoint", "device", "overrides", "rows", "precision", "compile", "trust",
+)  # fmt: skip
 
 
 weights = click.option(
@@ -70,8 +72,8 @@ def processes(help_: str | None = None) -> Callable[[Callable[..., Any]], Callab
 def model(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add options for what is loaded from a run, the command's argument `run`.
 
-    The command receives them and its options `overrides`, `rows` and `precision`, if it has any,
-    as `ref`, a `ModelRef`.
+    The command receives them and its options `overrides`, `rows`, `precision` and `compile`, if it
+    has any, as `ref`, a `ModelRef`.
     """
 
     @functools.wraps(command)

@@ -66,9 +66,14 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     default=32,
     show_default=True,
-    help="Images computed at once. Only this may change an image's last bits.",
+    help="Images computed at once; may change an image's last bits.",
 )
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option(
+    "--compile",
+    is_flag=True,
+    help="Compile the network's blocks, for many images; may change an image's last bits.",
+)
 @options.processes("Processes that compute, on all GPUs in turn.")
 @options.model
 @options.threads

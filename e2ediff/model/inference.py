@@ -85,6 +85,7 @@ class Model:
 
     `guidance` is the recipe's guidance with the networks that it uses, which are `others`.
     `precision` is that of the networks; samplers and guidance compute in float32.
+    `compiled` says that the networks' blocks are compiled when they are called.
     `latent` is the latent contract in its checkpoint.
     `image` is the images' shape and conditioning; `image.class_names` are those of the training
     data.
@@ -99,6 +100,7 @@ class Model:
     origin: Origin | None = None
     rows: int = attrs.field(default=ROWS, validator=attrs.validators.ge(1))
     precision: Precision = "float32"
+    compiled: bool = False
     latent: LatentContract | None = None
     image: ImageSpec = attrs.field(
         default=attrs.Factory(lambda self: self.recipe.data.image, takes_self=True)
@@ -281,7 +283,7 @@ class Model:
         """Compute in the model's precision, and repeatably if its recipe asks for that."""
         half = self.precision != "float32"
         with (
-            repeatable(deterministic=self.recipe.deterministic),
+            repeatable(deterministic=self.recipe.deterministic, compiled=self.compiled),
             torch.autocast(self.device.type, torch.bfloat16, enabled=half),
         ):
             yield

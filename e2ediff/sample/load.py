@@ -15,17 +15,26 @@ from e2ediff.addresses import Address
 from e2ediff.condition import ClassLabels
 from e2ediff.data import ImageSpec
 from e2ediff.denoiser import Denoiser, Plain
-from e2ediff.errors import CheckpointError, Problem, RecipeError
+from e2ediff.errors import CheckpointError, Problem, RecipeError, ResourceError
 from e2ediff.guidance import Reference
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.loading.classes import other_name
 from e2ediff.model.build import build_nets, choose_device, guidance_problems
-from e2ediff.model.inference import ROWS, Model, Origin, Other, Precision, choose_kernels
+from e2ediff.model.inference import (
+    ROWS,
+    Model,
+    Origin,
+    Other,
+    Precision,
+    choose_kernels,
+    denoise_once,
+)
 from e2ediff.model.repeatable import repeatable
 from e2ediff.model.weights import load_weights
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.sample.post_hoc import Basis, reconstruct, stored_weights, width_of
+from e2ediff.step.compiling import is_compiler_error, missing_compiler, said_by
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.plugin_files import refuse_other_plugin_files
@@ -51,6 +60,7 @@ class ModelRef:
     `overrides` are assignments as given to `--set`, to `sampler` and `guidance` alone.
     `rows` is the number of images computed at once; it may change their last bits.
     `precision` is the type that the networks compute in.
+    `compile` compiles the networks' blocks when they are first called, which may change last bits.
     `trust` opens the other runs that the recipe of a run names which was not made here.
     """
 
@@ -61,6 +71,7 @@ class ModelRef:
     overrides: tuple[str, ...] = attrs.field(default=(), converter=_listed)
     rows: int = ROWS
     precision: Precision = "float32"
+    compile: bool = False
     trust: bool = False
 
     def load(self, host: Host | None = None, warn: Callable[[str], None] | None = None) -> Model:
@@ -80,6 +91,7 @@ class ModelRef:
                 uses another run whose latents differ.
             RecipeError: An override is wrong, or guidance uses a network of another interpolant or
                 other classes.
+            ResourceError: The networks cannot be compiled, as there is no compiler for example.
         """
         host, warn = host or load(), warn or terminal.warn
         device = choose_device(self.device)
@@ -98,7 +110,8 @@ class ModelRef:
                 others[reference] = _other(own, other)
             given: Mapping[Reference, Denoiser] = {r: o.denoiser for r, o in others.items()}
             guidance = guidance.with_references(given)
-        return attrs.evolve(own, guidance=guidance, others=tuple(others.values()))
+        model = attrs.evolve(own, guidance=guidance, others=tuple(others.values()))
+        return _compiled(model) if self.compile else model
 
     def _refuse_strangers(self, references: Sequence[Reference]) -> None:
         named = [("guidance", r.run) for r in references if r.run not in ("", self.run)]
@@ -185,6 +198,32 @@ def _open(
         recipe, net, origin=origin, rows=ref.rows, precision=ref.precision, latent=latent,
         image=image,
     )  # fmt: skip
+
+
+def _compiled(model: Model) -> Model:
+    """Compile a model's networks by blocks, and call them once to see that it works.
+
+    Raises:
+        ResourceError: It does not.
+    """
+    nets = [model.net, *(other.denoiser.net for other in model.others)]
+    failed = missing_compiler(model.device)
+    if not all(net.blocks() for net in nets):
+        failed = "it needs a backbone whose `blocks` method names its blocks; one here names none"
+    if not failed:
+        for net in nets:
+            for block in net.blocks():
+                block.compile()
+        model = attrs.evolve(model, compiled=True)
+        try:
+            denoise_once(model)
+        except Exception as error:
+            if not is_compiler_error(error):
+                raise
+            failed = f"the compiler failed: {said_by(error)}"
+    if failed:
+        raise ResourceError(f"cannot compile: {failed}. Sample without --compile")
+    return model
 
 
 def _collapse(recipe: Recipe, checkpoint: Checkpoint) -> str:

@@ -64,6 +64,8 @@ def describe(request: SampleRequest, model: Model, host: Host) -> dict[str, JSON
         "format": request.format,
         "versions": dict(versions()),
     }
+    if request.model.compile:  # sets of earlier versions do not say so
+        spec["compile"] = True
     found: dict[str, JSON] = json.loads(json.dumps(spec))  # as it is read back: lists for tuples
     return found
 
