@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from drawing import drawn
 from fixtures import host, tiny_recipe, tiny_text
 from forked import forked_runs
 
-__all__ = ["forks", "host", "tiny_recipe", "tiny_text"]
+__all__ = ["drawn", "forks", "host", "tiny_recipe", "tiny_text"]
 
 # Files whose tests take a minute or more. A process that runs tests takes one file after another,
 # and the others would wait for the last of these. First come those that fork runs: forks of a
@@ -33,6 +36,12 @@ _LONG = (
     "test_processes",
     "test_alarm_runs",
 )
+
+
+# Runs wait for a disk whenever they save. Memory of this size holds what all tests leave.
+MEMORY = "/dev/shm"
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 
 
 @pytest.fixture

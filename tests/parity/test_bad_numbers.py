@@ -39,6 +39,8 @@ from e2ediff.train.engine import Engine
 from e2ediff.train.progress import Progress
 from e2ediff.train.session import train
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 CPU = torch.device("cpu")
 CADENCE = "cadence={log: 5, diagnose: 1000, preview: 1000, checkpoint: 3}"
 

@@ -19,6 +19,8 @@ from e2ediff.report.page import event_lines
 from e2ediff.store.records import newest_saved
 from e2ediff.store.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 RUN = Path(__file__).parents[1] / "golden" / "format_1"
 HUGE = f"1{'0' * 400}"
 

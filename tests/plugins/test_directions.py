@@ -20,6 +20,8 @@ from e2ediff.host.plugins import load
 from e2ediff.store.earlier import earlier_direction, earlier_figure
 from e2ediff.store.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 PLUGIN = """
 import attrs
 from e2ediff import hookimpl

@@ -20,6 +20,8 @@ from e2ediff.monitor.probe import figures_line
 from e2ediff.store.earlier import earlier_figure
 from e2ediff.store.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 PLUGIN = """
 from typing import ClassVar
 import attrs

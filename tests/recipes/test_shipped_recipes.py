@@ -36,7 +36,7 @@ STRUCTURAL = {
     "checkpoint", "device",
 }  # fmt: skip
 
-pytestmark = needs_dsd
+pytestmark = [needs_dsd, pytest.mark.usefixtures("drawn")]
 
 
 def required(path: Path) -> list[str]:

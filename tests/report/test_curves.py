@@ -7,6 +7,8 @@ import pytest
 from e2ediff.monitor.pictures import curves_png
 from e2ediff.parts.diagnostics.latent_health import LatentHealth
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 @pytest.mark.parametrize("own", [{}, {"rank": 0.0}, {"rank": 3.0}], ids=["fixed", "alike", "full"])
 def test_curves_are_drawn_of_latents_that_are_fixed_or_all_alike(own) -> None:

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from drawing import leave_blank
 from hypothesis import settings
 from tiny_recipe import tiny
 
@@ -18,6 +19,8 @@ from e2ediff.host.plugins import Host, load
 
 # Bit-for-bit claims are for one thread count, and small tensors are fastest on one.
 torch.set_num_threads(1)
+
+leave_blank()
 
 # Derandomised: a failure here is a failure everywhere. No deadline: CI machines stall.
 settings.register_profile("e2ediff", deadline=None, derandomize=True, max_examples=50)
