@@ -1,6 +1,8 @@
 """`compile: step` is one graph of what the objective computes, and draws as the plain step does.
 
-Graphs go to a backend that runs torch's own kernels, so that no C++ compiler is needed.
+Graphs go to a backend that runs torch's own kernels, so that no C++ compiler is needed. Most are
+run as they were traced; where a test asks for it, forward and backward pass are graphs of their
+own ("aot_eager"), as they are for a compiler, which takes three times as long.
 """
 
 from __future__ import annotations
@@ -38,10 +40,18 @@ SMALL = "backbone.depth=1"
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
 
 
+@pytest.fixture
+def backend() -> str:
+    return "eager"
+
+
+as_for_a_compiler = pytest.mark.parametrize("backend", ["aot_eager"])
+
+
 @pytest.fixture(autouse=True)
-def graphs(monkeypatch: pytest.MonkeyPatch):
+def graphs(backend: str, monkeypatch: pytest.MonkeyPatch):
     """Counts graphs."""
-    found = CompileCounterWithBackend("aot_eager")
+    found = CompileCounterWithBackend(backend)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=found))
     torch._dynamo.reset()
     yield found
@@ -129,19 +139,20 @@ def computed(recipe, parts, phase, number=0, rows=slice(None), size=4):
 
 
 OBJECTIVES = [
-    pytest.param(["objective=coupled", "regularizers=[vicreg]"], id="coupled"),
+    pytest.param(["objective=coupled", "regularizers=[vicreg]"], "eager", id="coupled"),
     pytest.param(["objective={name: detached, draws: 2, decode_noise: {probability: 1.0}}"],
-                 id="detached"),
-    pytest.param(["objective=two_stage", "backbone.trunks=denoiser_apart"], id="two_stage"),
+                 "aot_eager", id="detached"),
+    pytest.param(["objective=two_stage", "backbone.trunks=denoiser_apart"], "eager",
+                 id="two_stage"),
     pytest.param(
         ["objective={name: dsd, draws: 2, augmentation: {jitter: 0.2, mask_probability: 0.5}}",
-         "backbone.latent_norm=position"], id="dsd", marks=needs_dsd),
-    *(pytest.param([f"objective={name}"], id=name, marks=needs("e2ediff-rivals"))
+         "backbone.latent_norm=position"], "aot_eager", id="dsd", marks=needs_dsd),
+    *(pytest.param([f"objective={name}"], "eager", id=name, marks=needs("e2ediff-rivals"))
       for name in ("kl", "tweedie", "unified_latents")),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", OBJECTIVES)
+@pytest.mark.parametrize(("changes", "backend"), OBJECTIVES)
 def test_one_graph_a_phase_has_the_losses_and_gradients_of_the_plain_step(
     changes, graphs, tiny_text
 ) -> None:
@@ -184,6 +195,7 @@ def test_learning_what_is_drawn_leaves_no_trace(graphs, tiny_text) -> None:
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
+@as_for_a_compiler
 def test_a_buffer_that_steps_change_in_place_counts_every_step(tiny_text) -> None:
     recipe, parts = made(tiny_text, STEP)
     net = parts.step.online
