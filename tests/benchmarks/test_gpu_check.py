@@ -20,6 +20,7 @@ PARTS = [
 ]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("forks"),
     needs("e2ediff-dsd", "e2ediff-unite", "e2ediff-jit", "e2ediff-plan"),
 ]
 

@@ -515,6 +515,7 @@ def test_several_processes_refuse_and_begin_again_as_one_does(place) -> None:
     assert figures("two") == figures("two/attempts/1")
 
 
+@pytest.mark.usefixtures("forks")
 def test_the_launcher_hands_on_that_a_run_begins_again(place) -> None:
     command = [sys.executable, "-m", "e2ediff", "run", "tiny.yaml", "--out", "run", "--nproc", "2"]
     command += ["--threads", "1", "--restart", "--set", "microshards=2"]

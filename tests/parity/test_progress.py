@@ -59,6 +59,7 @@ def test_a_weight_may_be_a_function_of_the_share_of_training_that_is_done(folder
     assert [line["progress"] for line in figures(folder / "run")] == [0.0, 0.25, 0.5, 0.75]
 
 
+@pytest.mark.usefixtures("forks")
 def test_such_a_run_is_the_same_after_a_stop_and_in_another_number_of_processes(folder) -> None:
     assert e2ediff("run", *RISING, "--out", "whole").code == 0
     done = e2ediff("plugins", "check", "rising.py", "--part", "rising")

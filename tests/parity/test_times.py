@@ -111,6 +111,7 @@ def folder(tmp_path, tiny_text, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("name", ["forcing", "mean_flow"])
 def test_a_plugin_with_such_times_passes_every_check(folder, name) -> None:
     """Contract, resume bit for bit, bfloat16, compiled steps, two processes."""

@@ -218,6 +218,7 @@ def test_a_compiled_step_sees_through_conditions(folder, kind, monkeypatch) -> N
     assert len(found[0]) == 4
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("kind", ["tokens"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_processes_hand_conditions_on(folder, parallel, kind) -> None:

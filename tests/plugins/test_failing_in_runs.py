@@ -157,6 +157,7 @@ def test_what_is_part_of_the_loss_stops_the_run_and_names_its_plugin(
     assert "Traceback" in e2ediff("run", "tiny.yaml", "--set", change, "--out", "more").err
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_traceback_is_printed_by_several_processes_too(site, tiny_text) -> None:
     site.install("takes-part", TRAINED)
     (site.cwd / "tiny.yaml").write_text(tiny_text)

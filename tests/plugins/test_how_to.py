@@ -43,6 +43,7 @@ def test_the_command_of_the_page_trains_two_phases_with_an_optimizer_each(folder
     assert all(name.startswith("heads.") for name in saved.tensors("optimizer-critic"))
 
 
+@pytest.mark.usefixtures("forks")
 def test_it_passes_every_check(folder) -> None:
     done = e2ediff("plugins", "check", "adversarial.py")
     assert done.code == 0, done.out + done.err

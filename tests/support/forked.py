@@ -1,108 +1,134 @@
-"""Runs of an ablation as forks of this process, which has imported torch: a second, not six."""
+"""Commands as forks of this process, which has imported torch: what they import takes seconds."""
 
 from __future__ import annotations
 
 import contextlib
-import io
+import importlib
+import inspect
 import os
+import runpy
 import signal
 import subprocess
 import sys
-import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from types import SimpleNamespace
-from typing import IO
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import matplotlib.figure  # what every run imports, here and once
 import pytest
 import torch._dynamo
 
-from e2ediff.cli import main
+import e2ediff.cli
 
 assert matplotlib.figure
 assert torch._dynamo
+assert e2ediff.cli
+
+ROOT = Path(__file__).parents[2]
+MODULES = ("e2ediff", "e2ediff_testing.parallel")
+_PLACES = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 
 
-class Forked:
-    """What `subprocess.Popen` is for `python -m e2ediff WORDS`, in a session of its own."""
+class Forked(subprocess.Popen[Any]):
+    """`subprocess.Popen`, whose commands of ours and scripts of benchmarks are forks.
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        stdin: int,
-        stdout: IO[bytes],
-        stderr: IO[bytes],
-        env: Mapping[str, str],
-        start_new_session: bool,
-    ) -> None:
-        assert (*command[:3], stdin) == (sys.executable, "-m", "e2ediff", subprocess.DEVNULL)
-        assert start_new_session
+    They have a number, an exit code, signals and streams as any process, and the environment and
+    folder that they are given; modules stay imported, and what a test has replaced in them too.
+    """
+
+    def _execute_child(self, args: Any, *given: Any) -> None:
+        program = _program(args)
+        if program is None:
+            super()._execute_child(args, *given)  # type: ignore[misc]
+            return
+        at = _PLACES.bind(self, args, *given).arguments
         sys.stdout.flush()
         sys.stderr.flush()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
             self.pid = os.fork()
         if not self.pid:
-            _run(command[3:], stdout, stderr, env)
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        until = time.monotonic() + (300 if timeout is None else timeout)
-        while self.poll() is None:
-            if time.monotonic() > until:
-                raise subprocess.TimeoutExpired("a fork", timeout or 300)
-            time.sleep(0.01)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+            for stream in (self.stdin, self.stdout, self.stderr):
+                if stream is not None:  # the other end is this one's
+                    stream.close()
+            _run(program, at)
+        self._child_created = True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(at[end] for end in ends))  # type: ignore[attr-defined]
 
 
-def _run(
-    words: Sequence[str], stdout: IO[bytes], stderr: IO[bytes], env: Mapping[str, str]
-) -> None:
-    code = 1
+def _program(args: Any) -> tuple[str, list[str], bool] | None:
+    """A module or script, its words and whether Python's path begins with its folder; or None."""
+    if isinstance(args, str | bytes | os.PathLike):
+        return None
+    python, *words = map(str, args)
+    safe = words[:1] == ["-P"]
+    words = words[safe:]
+    if python != sys.executable or not words:
+        return None
+    if words[0] == "-m" and words[1] in MODULES:
+        return words[1], words[2:], not safe
+    if ROOT / "benchmarks" in Path(words[0]).parents:
+        return words[0], words[1:], not safe
+    return None
+
+
+def _run(program: tuple[str, list[str], bool], at: dict[str, Any]) -> None:
+    code: object = 1
     try:
-        os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        name, words, beside = program
+        if at["start_new_session"]:
+            os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        os.environ.clear()
-        os.environ.update(env)
-        os.dup2(stdout.fileno(), 1)
-        os.dup2(stderr.fileno(), 2)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(n, "wb", 0)) for n in (1, 2))
+        _streams(at["p2cread"], at["c2pwrite"], at["errwrite"])
+        if at["cwd"] is not None:
+            os.chdir(at["cwd"])
+        if at["env"] is not None:
+            os.environ.clear()
+            os.environ.update({str(k): os.fspath(v) for k, v in at["env"].items()})
+        module = name in MODULES
+        path = [os.getcwd() if module else str(Path(name).parent)] * beside
+        path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        sys.path[:0] = [entry for entry in path if entry not in sys.path]
+        importlib.invalidate_caches()
+        sys.argv = [name, *words]
         try:
-            main(words)
+            if module:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(name, run_name="__main__")
+            code = 0
         except SystemExit as ended:
-            code = int(ended.code or 0)
+            code = 0 if ended.code is None else ended.code
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:
         os.write(2, traceback.format_exc().encode())
     finally:
-        os._exit(code)
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def _streams(*files: int) -> None:
+    """Let these be the standard streams, where they are not -1."""
+    for number, file in enumerate([os.dup(f) if f >= 0 else -1 for f in files]):
+        if file >= 0:
+            os.dup2(file, number)
+            os.close(file)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 @contextlib.contextmanager
 def forked_runs() -> Iterator[None]:
-    """Start the runs of ablations as forks."""
-    forks = SimpleNamespace(
-        Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
-    )
+    """Start commands as forks, in ablations and for several processes of a run too."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("e2ediff.ablate.train.subprocess", forks)
+        patch.setattr(subprocess, "Popen", Forked)
+        patch.setattr(subprocess_handler, "Popen", Forked)
         yield

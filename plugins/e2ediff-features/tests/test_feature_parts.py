@@ -65,6 +65,7 @@ def test_clip_keeps_the_contract(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_plugins_check_passes_with_weights(tmp_path) -> None:
     """It trains with a perceptual loss in the features."""
     weights = f"objective.reconstruction.perceptual.weights={clip_file(tmp_path)}"

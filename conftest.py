@@ -1,4 +1,4 @@
-"""What the tests of core share."""
+"""How all tests are run, those of plugins too, and what they share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from forked import forked_runs
 
 __all__ = ["drawn", "forks", "host", "tiny_recipe", "tiny_text"]
 
+# Runs wait for a disk whenever they save. Memory of this size holds what all tests leave.
+MEMORY = "/dev/shm"
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
+
 # Files whose tests take a minute or more. A process that runs tests takes one file after another,
 # and the others would wait for the last of these. First come those that fork runs: forks of a
 # process that has compiled have ended in torch, with "std::system_error".
@@ -25,30 +30,31 @@ _LONG = (
     "test_killed_beginnings",
     "test_ablation",
     "test_lost_checkpoints",
+    "test_gpu_check",
+    "test_conditions",
+    "test_failing_in_runs",
     "test_compiling",
     "test_one_graph",
     "test_forecast",
     "test_tutorial",
-    "test_conditions",
     "test_quickstart_quality",
-    "test_gpu_check",
     "test_resume",
     "test_processes",
     "test_alarm_runs",
 )
 
 
-# Runs wait for a disk whenever they save. Memory of this size holds what all tests leave.
-MEMORY = "/dev/shm"
-if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
-
-
 @pytest.fixture
 def forks() -> Iterator[None]:
-    """Start the runs of an ablation as forks of this process."""
+    """Start commands as forks of this process."""
     with forked_runs():
         yield
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run all tests in one process more than there are cores, as some wait; a few in this one."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return (os.cpu_count() or 1) + 1 if whole else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
