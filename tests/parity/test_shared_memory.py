@@ -8,10 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -272,14 +273,21 @@ def test_what_cannot_be_handed_over_ends_the_reading_with_its_cause(capfd) -> No
     assert "cannot pickle" in capfd.readouterr().err
 
 
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    """A folder that a file system mounted on /dev/shm does not hide, as it may `tmp_path`."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.timeout(240)
-def test_a_run_warns_of_too_little_shared_memory_and_ends_with_the_remedy(tmp_path) -> None:
+def test_a_run_warns_of_too_little_shared_memory_and_ends_with_the_remedy(elsewhere) -> None:
     """Torch drops what does not fit, for which the run waited for ever; `doctor` compares, too."""
-    root = write_tree(tmp_path / "tree", [20, 20])
+    root = write_tree(elsewhere / "tree", [20, 20])
     data = f"{{name: image_folder, root: {root}, size: 64, classes: 2, workers: 1}}"
-    (tmp_path / "x.yaml").write_text(tiny(batch="32", data=data, steps="50"))
-    run = tmp_path / "run"
-    done = with_shared_memory("800k", "run", tmp_path / "x.yaml", "--out", run)
+    (elsewhere / "x.yaml").write_text(tiny(batch="32", data=data, steps="50"))
+    run = elsewhere / "run"
+    done = with_shared_memory("800k", "run", elsewhere / "x.yaml", "--out", run)
     assert done.returncode == 8, done.stderr
     up_to = f"{divide(ImageSpec(3, 64, 64, 2), 32, 1, 1).needed / 1e6:,.0f} MB"
     remedy = "provide more (docker run --shm-size=2g), or set data.workers to 0"

@@ -91,6 +91,7 @@ def test_parts_shows_a_stranger_s_options_as_ours(call) -> None:
     assert "brokenplug" not in done.stdout + done.stderr
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_stranger_s_objective_trains_and_samples_with_a_broken_plugin_beside_it(
     call, tmp_path: Path
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_stranger_s_objective_trains_and_samples_with_a_broken_plugin_beside_i
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("forks")
 def test_an_unknown_name_tells_of_the_plugin_that_was_not_loaded(call, tmp_path: Path) -> None:
     """Perhaps it would have brought the part."""
     done = call("run", "tiny.yaml", "--set", "objective=brokn")
