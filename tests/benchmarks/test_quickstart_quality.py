@@ -169,6 +169,7 @@ def test_a_summary_has_mean_deviation_and_range(score: ModuleType) -> None:
 
 
 @needs_dsd
+@pytest.mark.usefixtures("forks")
 def test_the_script_ends_in_a_table_of_figures_from_the_runs(
     score: ModuleType, quality: ModuleType, tmp_path: Path
 ) -> None:

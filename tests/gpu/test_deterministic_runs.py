@@ -72,8 +72,8 @@ def test_a_run_is_the_same_twice_and_after_a_stop(device, objective, precision, 
     first, again = run("first"), run("again")
     events = (tmp_path / "first" / "events.jsonl").read_text()
     assert "_off" not in events
-    straight = tensors(first)
-    assert all(torch.equal(tensors(again)[key], value) for key, value in straight.items())
+    straight, repeated = tensors(first), tensors(again)
+    assert all(torch.equal(repeated[key], value) for key, value in straight.items())
     last = list_checkpoints(first)[-1]
     shutil.rmtree(first.local_path(f"checkpoints/{last}"))
     resumed = tensors(run("first", resume=True))

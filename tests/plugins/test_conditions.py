@@ -129,6 +129,29 @@ def run(out: str, *words: object, parts: str = "vit and detached", **lines: str)
     assert done.code == 0, done.err
 
 
+@pytest.fixture(scope="module")
+def finished() -> dict[tuple[str, str], Path]:
+    """Runs by kind and parts, each trained for the first test that asks for it."""
+    return {}
+
+
+@pytest.fixture
+def copied(folder, finished, tmp_path_factory):
+    """Puts a run of these parts, and its recipe, into the working directory."""
+
+    def copy(out: str, parts: str) -> None:
+        key = (folder / "source.py").read_text(), parts
+        if key not in finished:
+            run("run", parts=parts)
+            finished[key] = tmp_path_factory.mktemp("finished")
+            shutil.move("run", finished[key])
+            shutil.copy("recipe.yaml", finished[key])
+        shutil.copytree(finished[key] / "run", out)
+        shutil.copy(finished[key] / "recipe.yaml", folder)
+
+    return copy
+
+
 def weights(out: str) -> dict[str, torch.Tensor]:
     found = open_checkpoint(Store(out))
     return {f"{f}:{k}": t for f in found.files for k, t in found.tensors(f).items()}
@@ -143,8 +166,8 @@ def model_of(out: str, **options: object) -> Model:
 
 @each_kind
 @each_parts
-def test_a_run_is_resumed_to_the_bit(folder, kind, parts) -> None:
-    run("whole", parts=parts)
+def test_a_run_is_resumed_to_the_bit(copied, kind, parts) -> None:
+    copied("whole", parts)
     run("cut", parts=parts, steps="16")
     run("cut", "--resume", parts=parts)
     whole, cut = weights("whole"), weights("cut")
@@ -154,9 +177,9 @@ def test_a_run_is_resumed_to_the_bit(folder, kind, parts) -> None:
 
 @each_kind
 @each_parts
-def test_what_is_trained_depends_on_the_condition(folder, kind, parts) -> None:
+def test_what_is_trained_depends_on_the_condition(copied, kind, parts) -> None:
     """Of single rows, and on average: the clean estimate is nearer with the condition."""
-    run("run", parts=parts)
+    copied("run", parts)
     model = model_of("run", overrides=["guidance=null"])
     data = model.recipe.data
     batch = fixed_images(data.open(held_out=True), data.image.conditioning, 32, 0, "t", "cpu")
@@ -238,8 +261,8 @@ def test_two_processes_hand_conditions_on(folder, parallel, kind) -> None:
         torch.testing.assert_close(two[name], value, **near)
 
 
-def test_workers_and_skipping_hand_conditions_on(folder) -> None:
-    run("alone")
+def test_workers_and_skipping_hand_conditions_on(copied) -> None:
+    copied("alone", "vit and detached")
     run("workers", data="{name: patches, workers: 2, on_bad_image: skip}")
     alone, workers = weights("alone"), weights("workers")
     assert all(torch.equal(alone[name], workers[name]) for name in alone)
@@ -248,22 +271,9 @@ def test_workers_and_skipping_hand_conditions_on(folder) -> None:
 # Samples
 
 
-@pytest.fixture(scope="module")
-def finished() -> dict[str, Path]:
-    """Runs by kind, each trained for the first test that asks for it."""
-    return {}
-
-
 @pytest.fixture
-def trained(folder, finished, tmp_path_factory) -> Path:
-    text = (folder / "source.py").read_text()
-    if text not in finished:
-        run("run")
-        finished[text] = tmp_path_factory.mktemp("finished") / "run"
-        shutil.copytree("run", finished[text])
-        shutil.copy("recipe.yaml", finished[text].parent)
-    shutil.copytree(finished[text], "run", dirs_exist_ok=True)
-    shutil.copy(finished[text].parent / "recipe.yaml", folder)
+def trained(copied, folder) -> Path:
+    copied("run", "vit and detached")
     return folder / "run"
 
 

@@ -85,6 +85,7 @@ def _run(program: tuple[str, list[str], bool], at: dict[str, Any]) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         _streams(at["p2cread"], at["c2pwrite"], at["errwrite"])
+        _warn_as_usual()
         if at["cwd"] is not None:
             os.chdir(at["cwd"])
         if at["env"] is not None:
@@ -121,6 +122,18 @@ def _streams(*files: int) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+
+
+def _warn_as_usual() -> None:
+    """Warn as Python does; in the tests themselves a warning is an error."""
+    warnings.resetwarnings()
+    for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", kind)
+    warnings.showwarning = _show  # which pytest lets collect them
+
+
+def _show(message: Any, category: Any, name: str, line: int, *_: object) -> None:
+    sys.stderr.write(warnings.formatwarning(message, category, name, line))
 
 
 @contextlib.contextmanager
