@@ -15,11 +15,11 @@ from PIL import Image
 _draw = Figure.savefig
 
 
-def _blank(sheet: Figure, file: IO[bytes], *, format: str, **options: Any) -> None:
-    if format == "svg":  # a chart of a report, which is read
-        return _draw(sheet, file, format=format, **options)
+def _blank(sheet: Figure, file: IO[bytes], **options: Any) -> None:
+    if options.get("format") != "png":  # a chart of a report, which is read
+        return _draw(sheet, file, **options)
     size = [round(inches * options["dpi"]) for inches in sheet.get_size_inches()]
-    return Image.new("L", size, 255).save(file, format)
+    return Image.new("L", size, 255).save(file, "PNG")
 
 
 def leave_blank() -> None:
