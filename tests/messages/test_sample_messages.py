@@ -334,6 +334,7 @@ def test_a_set_that_cannot_fit_is_refused_before_anything_is_computed(run: str) 
     check_space(output.store, output.bytes_needed(missing=4))
 
 
+@pytest.mark.usefixtures("forks")
 @needs("e2ediff-sampling")
 def test_what_fails_in_a_process_is_said_as_in_one(run: str) -> None:
     Path("s").mkdir()

@@ -106,8 +106,9 @@ def test_a_run_on_a_store_that_fails_is_the_run_on_the_disk(url: str, tmp_path: 
     one, other = (ck.open_checkpoint(x.store) for x in (a, b))
     assert one.state == other.state
     for file in one.files:
+        theirs = other.tensors(file)
         for name, tensor in one.tensors(file).items():
-            assert torch.equal(tensor, other.tensors(file)[name])
+            assert torch.equal(tensor, theirs[name])
 
 
 def test_refusals_are_not_tried_again_and_older_checkpoints_stay(url: str) -> None:

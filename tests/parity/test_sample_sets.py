@@ -173,6 +173,7 @@ def test_a_set_does_not_depend_on_the_batch(run, whole, tmp_path, batch):
     assert np.array_equal(found, pixels(whole))
 
 
+@pytest.mark.usefixtures("forks")
 def test_two_processes_make_the_set_of_one(run, whole, tmp_path):
     make(request_of(run, tmp_path / "two", batch=32, format="npz"), processes=2)
     with np.load(tmp_path / "two/samples.npz") as found:

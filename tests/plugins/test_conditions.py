@@ -320,6 +320,7 @@ def test_a_set_takes_the_conditions_of_held_out_images_in_order(kind, trained) -
             assert image.tobytes() == x.permute(1, 2, 0).numpy().tobytes()
 
 
+@pytest.mark.usefixtures("forks")
 def test_several_processes_make_the_same_set(trained) -> None:
     for out, more in (("one", ()), ("two", ("--processes", "2"))):
         words = ("--count", "40", "--batch", "32", "--rows", "8", "--threads", "1", "--out", out)

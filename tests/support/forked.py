@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import multiprocessing
 import os
 import runpy
 import signal
@@ -12,13 +13,14 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure  # what every run imports, here and once
 import pytest
 import torch._dynamo
+import torch.multiprocessing
 
 import e2ediff.cli
 
@@ -46,9 +48,7 @@ class Forked(subprocess.Popen[Any]):
         at = _PLACES.bind(self, args, *given).arguments
         sys.stdout.flush()
         sys.stderr.flush()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
-            self.pid = os.fork()
+        self.pid = _fork()
         if not self.pid:
             for stream in (self.stdin, self.stdout, self.stderr):
                 if stream is not None:  # the other end is this one's
@@ -57,6 +57,12 @@ class Forked(subprocess.Popen[Any]):
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(at[end] for end in ends))  # type: ignore[attr-defined]
+
+
+def _fork(fork: Callable[[], int] = os.fork) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        return fork()
 
 
 def _program(args: Any) -> tuple[str, list[str], bool] | None:
@@ -138,10 +144,13 @@ def _show(message: Any, category: Any, name: str, line: int, *_: object) -> None
 
 @contextlib.contextmanager
 def forked_runs() -> Iterator[None]:
-    """Start commands as forks, in ablations and for several processes of a run too."""
+    """Start commands as forks, those that share work as `ablate` and `--processes` do too."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "Popen", Forked)
         patch.setattr(subprocess_handler, "Popen", Forked)
+        patch.setattr(os, "fork", _fork)
+        context = multiprocessing.get_context("fork")
+        patch.setattr(torch.multiprocessing, "get_context", lambda method: context)
         yield
