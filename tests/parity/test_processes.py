@@ -531,8 +531,9 @@ def test_shares_that_do_not_come_out_even_are_refused_with_ones_that_do(
     assert str(problem).endswith(way_out)
 
 
+@pytest.mark.usefixtures("forks")
 def test_the_launcher_hands_on_a_signal_and_the_exit_code(tiny_recipe, tmp_path) -> None:
-    """`e2ediff run --nproc 2`, as a person starts it and a batch system warns it."""
+    """`e2ediff run --nproc 2`, as a batch system warns it; test_orphans.py starts whole ones."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "e2ediff", "run", tiny_recipe, "--nproc", "2"]
     command += ["--threads", "1", "--out", str(out), "--set", "microshards=2"]
