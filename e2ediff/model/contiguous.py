@@ -59,14 +59,14 @@ class Pairs:
     """The parameters of two networks of one architecture, in lists of corresponding pieces."""
 
     def __init__(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-        self._sides = ours, theirs
-        self._watched: Sequence[nn.Parameter] = []
+        self._sides = [*ours], [*theirs]
         self._pair()
 
     def _pair(self) -> None:
+        self._lists: list[tuple[list[Tensor], list[Tensor]]] = [self._sides]
+        self._watched: list[nn.Parameter] = []
         ours, theirs = ([p for p in side if _plain(p)] for side in self._sides)
         if len(ours) + len(theirs) < sum(map(len, self._sides)):
-            self._lists = [self._sides]
             return
         vectors = join(ours), join(theirs)
         if vectors[0] is not None and vectors[1] is not None:
@@ -75,11 +75,11 @@ class Pairs:
             pieces = zip(_pieces(ours), _pieces(theirs), strict=True)
             self._lists = [([a], [b]) for a, b in pieces]
         else:
-            self._lists = [(ours, theirs)]
+            return
         self._watched = [*ours, *theirs]
         self._addresses = [*map(Tensor.data_ptr, self._watched)]
 
-    def current(self) -> Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    def current(self) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Return the lists; those of the new places if the `data` of a parameter was replaced."""
         if self._watched and self._addresses != [*map(Tensor.data_ptr, self._watched)]:
             self._pair()
