@@ -24,9 +24,9 @@ class Made:
     done: Done
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def warm() -> Iterator[None]:
-    """Runs of ablations are forks here; `test_plugin_files` starts them as a user does."""
+    """Commands are forks here; `test_plugin_files` starts those of ablations as a user does."""
     with forked_runs():
         yield
 
