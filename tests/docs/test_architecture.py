@@ -85,11 +85,11 @@ def test_every_file_and_name_that_the_page_follows_is_there(title, lines) -> Non
     section = PAGE.read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
     steps = re.findall(r"^\d+\. (.*)$", section, re.MULTILINE)
     assert len(steps) == lines
+    everywhere = set[str]().union(*(defined_in(f) for f in CORE.rglob("*.py")))
     for step in steps:
         words = re.findall(r"`([^`]+)`", step)
         files = [CORE / word for word in words if word.endswith(".py")]
         assert files or "`Engine`" in step or "`Update.__call__`" in step, step
         assert all(file.is_file() for file in files), step
-        everywhere = set[str]().union(*(defined_in(f) for f in CORE.rglob("*.py")))
         names = [w for w in words if not w.endswith(".py")]
         assert [name for name in names if name not in everywhere] == [], step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -88,8 +89,16 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), name_of(path))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed() -> Iterator[None]:
+    """Files are parsed for the first test that reads them, and forgotten after the last."""
+    yield
+    tree_of.cache_clear()
 
 
 def imports(tree: ast.AST, *, top: bool = False) -> Iterator[str]:

@@ -69,10 +69,19 @@ WAYS = {
 FEATURES = "{name: random_projection, width: 4, side: 4}"
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """Where what `runs` has trained for the first test is kept for the others."""
+    return tmp_path_factory.mktemp("kept") / "runs"
+
+
 @pytest.fixture
-def runs(inside, tiny_text) -> list[str]:
+def runs(inside, tiny_text, kept) -> list[str]:
     """Two short runs that differ in what they learn, scored by a stranger's metrics."""
     inside.install("scores-it", PLUGIN)
+    if kept.exists():
+        shutil.copytree(kept, inside.cwd, dirs_exist_ok=True)
+        return ["slow", "fast"]
     (inside.cwd / "tiny.yaml").write_text(tiny_text)
     scores = f"{{every: 8, images: 8, features: {FEATURES}, metrics: [swd, ring, sideways]}}"
     for name, lr in (("slow", "1e-4"), ("fast", "1e-2")):
@@ -81,6 +90,7 @@ def runs(inside, tiny_text) -> list[str]:
             "--set", f"scores={scores}", "--set", f"optimizer.lr={lr}", "--out", name,
         )  # fmt: skip
         assert done.code == 0, done.err
+    shutil.copytree(inside.cwd, kept)
     return ["slow", "fast"]
 
 
