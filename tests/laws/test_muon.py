@@ -8,7 +8,7 @@ from torch import nn
 
 from e2ediff.data import ImageSpec
 from e2ediff.parts.backbones import ViTConfig
-from e2ediff.parts.optimizers.muon import Muon, MuonRest
+from e2ediff.parts.optimizers.muon import ByShape, Muon, MuonRest
 from e2ediff.parts.optimizers.scheduled import AdamW
 
 CONFIG = ViTConfig(
@@ -59,6 +59,35 @@ def test_a_step_moves_a_matrix_along_the_orthogonal_factor_of_its_gradient(rows,
     u, _, v = torch.linalg.svd(w.grad, full_matrices=False)
     cosine = nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0)
     assert cosine > 0.95
+
+
+@pytest.mark.parametrize("scale", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("batch", [2**20, 200])
+def test_matrices_of_a_shape_move_together_as_torch_moves_each(monkeypatch, scale, batch) -> None:
+    """By a hundredth of their way, bfloat16's rounding; one without a gradient stays."""
+    monkeypatch.setattr("e2ediff.parts.optimizers.muon._BATCH", batch)
+    shapes = [(8, 8), (24, 8), (8, 24), (24, 8), (24, 8), (8, 24), (6, 5)]
+
+    def train(kind: type[torch.optim.Muon]) -> tuple[list[torch.Tensor], torch.optim.Muon]:
+        g = torch.Generator().manual_seed(0)
+        matrices = [nn.Parameter(torch.randn(*shape, generator=g)) for shape in shapes]
+        optimizer = kind(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn=scale)
+        for i in range(4):
+            if i == 2:  # the state is torch's: either goes on with the other's
+                state, optimizer = optimizer.state_dict(), torch.optim.Muon(matrices)
+                optimizer.load_state_dict(state)
+            for p in matrices[:-1]:
+                p.grad = torch.randn(p.shape, generator=g)
+            optimizer.step()
+        return [p.detach() for p in matrices], optimizer
+
+    (mine, ours), (theirs, other) = train(ByShape), train(torch.optim.Muon)
+    before = torch.Generator().manual_seed(0)
+    for a, b in zip(mine, theirs, strict=True):
+        way = (b - torch.randn(b.shape, generator=before)).norm()
+        assert float((a - b).norm()) <= 0.01 * float(way)
+    assert torch.equal(mine[-1], theirs[-1])
+    assert len(ours.state_dict()["state"]) == len(other.state_dict()["state"]) == len(shapes) - 1
 
 
 def test_the_rest_moves_as_adamw_alone_moves_it() -> None:

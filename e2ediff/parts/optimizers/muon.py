@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import attrs
 import torch
 from attrs import validators
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from e2ediff.parts.optimizers.scheduled import Scheduled, grouped
@@ -74,7 +75,7 @@ class Muon(Scheduled):
         rest = [(name, p) for name, p in named if not self.hidden(name, p)]
         parts: list[torch.optim.Optimizer] = []
         if matrices:
-            muon = torch.optim.Muon(
+            muon = ByShape(
                 matrices,
                 lr=self.lr,
                 weight_decay=self.weight_decay,
@@ -89,6 +90,77 @@ class Muon(Scheduled):
             groups = grouped(self, rest, lr, own.weight_decay)
             parts.append(torch.optim.AdamW(groups, lr, own.betas, own.eps, fused=True))
         return Together(parts)
+
+
+# Numbers in a batch of matrices: larger ones keep the machine busy by themselves, and a batch is
+# copied.
+_BATCH = 2**20
+
+
+class ByShape(torch.optim.Muon):
+    """torch.optim.Muon with one iteration for all matrices of a shape.
+
+    State and options are torch's. A matrix moves as torch's moves it, to the rounding of bfloat16.
+    Matrices that are spread over processes go to torch's.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move each matrix that has a gradient."""
+        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)  # type: ignore[no-any-return,no-untyped-call]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alike: dict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault((p.shape, p.dtype, p.device), []).append((p, p.grad))
+            for matrices in alike.values():
+                count = max(1, _BATCH // matrices[0][0].numel())
+                for first in range(0, len(matrices), count):
+                    self._move(group, *zip(*matrices[first : first + count], strict=True))
+        return loss
+
+    def _move(
+        self, group: Mapping[str, Any], matrices: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+    ) -> None:
+        """Move matrices of one shape."""
+        for p, grad in zip(matrices, grads, strict=True):
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(grad)
+        momenta = tuple(self.state[p]["momentum_buffer"] for p in matrices)
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        if group["nesterov"]:
+            momenta = torch._foreach_lerp(grads, momenta, group["momentum"])
+        updates = orthogonal(
+            torch.stack(momenta), group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        rows, columns = matrices[0].shape
+        scale = max(1, rows / columns) ** 0.5
+        if group["adjust_lr_fn"] == "match_rms_adamw":
+            scale = 0.2 * max(rows, columns) ** 0.5
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * scale)
+
+
+def orthogonal(
+    x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """Matrices near the orthogonal factors of x (M, rows, columns), in x's type.
+
+    Source: the Newton-Schulz iteration of Jordan et al. 2024, in bfloat16 as there.
+    """
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    y = (x.mT if tall else x).bfloat16()
+    y = y / torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True).clamp_min(eps)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if tall else y).to(x.dtype)
 
 
 class Together(torch.optim.Optimizer):
