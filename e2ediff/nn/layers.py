@@ -353,6 +353,22 @@ def parted(
     ]
 
 
+class Residual(nn.Module):
+    """x + two 3x3 convolutions of it (B, C, H, W), a ReLU before each; starts as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(channels, channels, 3, padding=1)
+        self.outer = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)  # type: ignore[arg-type]
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.outer(functional.relu(self.inner(functional.relu(x))))
+        return out
+
+
 def initialise(net: nn.Module, small: Iterable[Tensor], zero: Iterable[nn.Linear] = ()) -> None:
     """Start a network as a DiT: every block leaves its tokens as they are.
 

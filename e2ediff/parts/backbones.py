@@ -22,6 +22,7 @@ from e2ediff.nn.layers import (
     Block,
     MLPKind,
     Modulation,
+    Residual,
     Rotary,
     TimeEmbedding,
     Trunk,
@@ -69,7 +70,9 @@ class ViTConfig(PatchConfig):
     `second_time` takes a second time r in denoise passes, as of an average velocity between t and
     r, by an embedding of r - t. Times of tokens are taken in any case.
     `refine` is the number of channels of two 3x3 convolutions after the patches are put
-    together, which smooth the seams; 0 leaves them out.
+    together, which smooth the seams; 0 leaves them out. They work on squares of `refine_stride`
+    pixels, where they reach further and have more channels for the same cost; `refine_depth`
+    residual blocks of two convolutions may stand in the place of the first.
     `norm_prediction` normalises the denoiser's output as the encoder's; off by default, because
     a posterior mean has less variance than the latents.
     `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `sdpa_fa3` and
@@ -94,6 +97,8 @@ class ViTConfig(PatchConfig):
     mode_conditioning: Literal["time", "own"] = "time"
     second_time: bool = False
     refine: int = attrs.field(default=0, validator=validators.ge(0))
+    refine_stride: int = attrs.field(default=1, validator=validators.gt(0))
+    refine_depth: int = attrs.field(default=0, validator=validators.ge(0))
     norm_prediction: bool = False
 
     def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
@@ -106,6 +111,13 @@ class ViTConfig(PatchConfig):
         if self.position == "rope" and (self.width // self.heads) % 4:
             found.append(
                 ("position", "rope needs a head width (width / heads) that is a multiple of 4")
+            )
+        if self.patch % self.refine_stride:
+            what = f"{self.refine_stride} does not divide the patch, {self.patch}"
+            found.append(("refine_stride", what))
+        if self.refine == 0 and (self.refine_stride, self.refine_depth) != (1, 0):
+            found.append(
+                ("refine", "0 refines nothing, so leave out refine_stride and refine_depth")
             )
         return found + norm_problems(self.latent_norm, self.latent_dim)
 
@@ -154,14 +166,18 @@ class ViT(PatchBackbone, FusedBackbone):
         self.trunks = nn.ModuleDict({name: self._trunk() for name in names})
         self.head_latent = nn.Linear(width, dim)
         self.head_denoise = nn.Linear(width, dim)
+        stride = config.refine_stride
+        self.side = config.patch // stride  # of a patch, in the places that are refined
         channels = config.refine or image.channels
-        self.head_pixels = nn.Linear(width, channels * config.patch**2)
+        self.head_pixels = nn.Linear(width, channels * self.side**2)
         self.refine: nn.Module = nn.Identity()
         if config.refine:
+            first: list[nn.Module] = [Residual(channels) for _ in range(config.refine_depth)]
             self.refine = nn.Sequential(
-                nn.Conv2d(channels, channels, 3, padding=1),
+                *(first or [nn.Conv2d(channels, channels, 3, padding=1)]),
                 nn.ReLU(),
-                nn.Conv2d(channels, image.channels, 3, padding=1),
+                nn.Conv2d(channels, image.channels * stride**2, 3, padding=1),
+                *([nn.PixelShuffle(stride)] if stride > 1 else []),
             )
         # The encoder's head must not start at zero: constant latents are a fixed point of
         # self-distillation.
@@ -259,5 +275,7 @@ class ViT(PatchBackbone, FusedBackbone):
         if isinstance(p, Denoise):
             out = self.head_denoise(h).float()
             return Output(self.latent_norm(out) if self.config.norm_prediction else out, features)
-        pixels = unpatchify(self.head_pixels(h), self.config.patch, self.grid)
-        return Output(self.refine(pixels).float(), features)
+        places = unpatchify(self.head_pixels(h), self.side, self.grid)
+        if self.config.refine_stride > 1:
+            places = places.contiguous(memory_format=torch.channels_last)
+        return Output(self.refine(places).float(), features)

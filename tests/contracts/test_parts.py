@@ -91,6 +91,7 @@ VARIANTS = {
     "relu2, raw q and k": {"mlp": "relu2", "qk_norm": False},
     "normed prediction": {"norm_prediction": True},
     "modes of their own": {"mode_conditioning": "own"},
+    "refined in squares": {"refine": 4, "refine_stride": 2, "refine_depth": 1},
 }
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
 from e2ediff_testing import make_nets
+from torch import nn
 
 from e2ediff.backbone import Decode, Denoise, Encode
+from e2ediff.data import ImageSpec
 from e2ediff.nn.layers import (
     MLP,
     Block,
     Context,
+    Residual,
     Rotary,
     TimeEmbedding,
     Trunk,
@@ -19,6 +23,8 @@ from e2ediff.nn.layers import (
     rotate,
 )
 from e2ediff.parts.backbones import ViTConfig
+
+PLAIN = ViTConfig(width=16, depth=1, heads=2, patch=8, latent_dim=4)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -131,3 +137,34 @@ def test_a_time_is_embedded_from_waves_in_float32_under_autocast() -> None:
     assert waves[1].dtype == torch.float32
     assert torch.equal(*waves)
     assert out.dtype == torch.bfloat16  # the second layer is a product like any other
+
+
+@pytest.mark.parametrize(("stride", "depth"), [(1, 0), (2, 1), (4, 0)])
+@pytest.mark.parametrize("size", [(8, 16), (24, 8)])
+def test_refinement_sees_past_the_seams_of_patches_and_not_further(stride, depth, size) -> None:
+    """Squares of `stride` pixels see one more of them to each side for each convolution."""
+    config = attrs.evolve(PLAIN, refine=4, refine_stride=stride, refine_depth=depth)
+    net = config.build(ImageSpec(1, *size, 0))
+    torch.manual_seed(0)
+    for block in (m for m in net.refine if isinstance(m, Residual)):
+        nn.init.normal_(block.outer.weight)  # which begins at 0, as the identity
+    places = torch.randn(1, 4, size[0] // stride, size[1] // stride, requires_grad=True)
+    out = net.refine(places)
+    assert out.shape == (1, 1, *size)
+    out[0, 0, 0, 0].backward()
+    rows, columns = places.grad.abs().amax(dim=(0, 1)).nonzero().amax(dim=0).tolist()
+    reach = 1 + max(1, 2 * depth)
+    assert (rows, columns) == tuple(min(reach, n // stride - 1) for n in size)
+
+
+def test_a_residual_block_begins_as_the_identity() -> None:
+    x = torch.randn(2, 4, 5, 7)
+    assert torch.equal(Residual(4)(x), x)
+
+
+def test_a_refinement_that_cannot_be_is_refused_with_its_option() -> None:
+    image = ImageSpec(1, 16, 16, 0)
+    said = attrs.evolve(PLAIN, refine=4, refine_stride=3).problems(image)
+    assert said == [("refine_stride", "3 does not divide the patch, 8")]
+    ((option, what),) = attrs.evolve(PLAIN, refine=0, refine_stride=2).problems(image)
+    assert (option, "leave out refine_stride" in what) == ("refine", True)
