@@ -12,6 +12,7 @@ import attrs
 import torch
 from attrs import validators
 from torch import Tensor, nn
+from torch.nn import functional
 
 from e2ediff.backbone import Decode, Denoise, Encode, FusedBackbone, LatentSpec, Output, Pass
 from e2ediff.data import ImageSpec
@@ -73,6 +74,8 @@ class ViTConfig(PatchConfig):
     together, which smooth the seams; 0 leaves them out. They work on squares of `refine_stride`
     pixels, where they reach further and have more channels for the same cost; `refine_depth`
     residual blocks of two convolutions may stand in the place of the first.
+    `denoise_skip` adds the noised latent to the denoiser's answer, each channel times a gate that
+    time and condition open from 0 on, so that what is already clean need not pass the trunk.
     `norm_prediction` normalises the denoiser's output as the encoder's; off by default, because
     a posterior mean has less variance than the latents.
     `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `sdpa_fa3` and
@@ -82,7 +85,8 @@ class ViTConfig(PatchConfig):
     run chose first. Where a kernel supports half precision only, `sdpa` computes in float32.
 
     Source: DSD (arXiv 2511.14716) uses one ViT for the three roles; its inner shape is not
-    public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748).
+    public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748). The skip is
+    a learned form of EDM's (Karras et al. 2022, arXiv 2206.00364, table 1).
     """
 
     latent_dim: int = attrs.field(validator=validators.gt(0))
@@ -100,6 +104,7 @@ class ViTConfig(PatchConfig):
     refine_stride: int = attrs.field(default=1, validator=validators.gt(0))
     refine_depth: int = attrs.field(default=0, validator=validators.ge(0))
     norm_prediction: bool = False
+    denoise_skip: bool = False
 
     def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
         """Sizes that do not divide one another."""
@@ -166,6 +171,8 @@ class ViT(PatchBackbone, FusedBackbone):
         self.trunks = nn.ModuleDict({name: self._trunk() for name in names})
         self.head_latent = nn.Linear(width, dim)
         self.head_denoise = nn.Linear(width, dim)
+        if config.denoise_skip:
+            self.embed_skip = nn.Linear(width, dim)
         stride = config.refine_stride
         self.side = config.patch // stride  # of a patch, in the places that are refined
         channels = config.refine or image.channels
@@ -184,6 +191,8 @@ class ViT(PatchBackbone, FusedBackbone):
         heads = [self.head_denoise] if config.refine else [self.head_denoise, self.head_pixels]
         own = self.embed_label.parameters(recurse=False)
         small = (*own, self.mask_token, *self.embed_mode.values())
+        if config.denoise_skip:
+            heads = [*heads, self.embed_skip]
         initialise(self, small, heads)
         if config.mode_conditioning == "own":
             for embedding in self.embed_mode.values():
@@ -264,16 +273,18 @@ class ViT(PatchBackbone, FusedBackbone):
             )
             parts = parted(x, features, [len(tokens[i]) for i in mine], taps)
             for i, (h, own) in zip(mine, parts, strict=True):
-                results[i] = self._head(passes[i], h, own)
+                results[i] = self._head(passes[i], h, own, conditions[i])
         return [r for r in results if r is not None]
 
-    def _head(self, p: Pass, h: Tensor, features: Mapping[int, Tensor]) -> Output:
+    def _head(self, p: Pass, h: Tensor, features: Mapping[int, Tensor], c: Tensor) -> Output:
         """Read one pass's result from its tokens h (B, N, W)."""
         if isinstance(p, Encode):
             raw = self.head_latent(h).float()
             return Output(self.latent_norm(raw), features, raw)
         if isinstance(p, Denoise):
             out = self.head_denoise(h).float()
+            if self.config.denoise_skip:
+                out = out + of_tokens(self.embed_skip(functional.silu(c)).float()) * p.z_t
             return Output(self.latent_norm(out) if self.config.norm_prediction else out, features)
         places = unpatchify(self.head_pixels(h), self.side, self.grid)
         if self.config.refine_stride > 1:

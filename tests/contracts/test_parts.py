@@ -92,6 +92,7 @@ VARIANTS = {
     "normed prediction": {"norm_prediction": True},
     "modes of their own": {"mode_conditioning": "own"},
     "refined in squares": {"refine": 4, "refine_stride": 2, "refine_depth": 1},
+    "skip": {"denoise_skip": True},
 }
 
 

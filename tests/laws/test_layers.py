@@ -162,6 +162,26 @@ def test_a_residual_block_begins_as_the_identity() -> None:
     assert torch.equal(Residual(4)(x), x)
 
 
+@pytest.mark.parametrize("times", [(3,), (3, 4)])
+def test_the_skip_adds_the_noised_latent_times_a_gate_that_begins_at_zero(times) -> None:
+    net = make_nets(attrs.evolve(PLAIN, denoise_skip=True)).online
+    z, t = torch.randn(3, 4, 4), torch.rand(times)
+    condition = net.image.conditioning.example(3)
+    ask = Denoise(z_t=z, t=t, condition=condition)
+    with torch.no_grad():
+        net.head_denoise.weight.normal_()
+        plain = net.run(ask)[0]
+        assert torch.equal(net.run(ask)[0], plain)
+        net.embed_skip.bias.copy_(torch.tensor([1.0, 2.0, 0.0, -1.0]))
+        assert torch.allclose(net.run(ask)[0], plain + net.embed_skip.bias * z, atol=1e-6)
+        net.embed_skip.weight.normal_()
+        gates = (net.run(ask)[0] - plain) / z
+    over = tuple(range(1, len(times)))
+    assert (gates[0] - gates[1]).abs().min() > 1e-3, "the gate depends on the time"
+    if not over:
+        assert torch.allclose(gates, gates[:, :1].expand_as(gates), atol=1e-2)
+
+
 def test_a_refinement_that_cannot_be_is_refused_with_its_option() -> None:
     image = ImageSpec(1, 16, 16, 0)
     said = attrs.evolve(PLAIN, refine=4, refine_stride=3).problems(image)
