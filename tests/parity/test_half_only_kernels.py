@@ -108,7 +108,8 @@ def test_a_run_in_bfloat16_is_stopped_and_resumed_with_the_same_kernels(
 
 @needs_dsd
 def test_the_quickstart_trains_and_is_used_in_bfloat16(half_only, tmp_path) -> None:
-    words = ["precision=bfloat16", "steps=2", "backbone.width=16", "backbone.depth=1",
+    words = ["precision=bfloat16", "steps=2",
+             "backbone.width=16", "backbone.depth=1", "backbone.heads=2",
              "cadence={log: 1, diagnose: 1, preview: 1, checkpoint: 1}", "preview.rows=1",
              "probe={images: 8, calibration: 8, times: [0.5]}"]  # fmt: skip
     given = [word for text in words for word in ("--set", text)]
