@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 from measuring import Report, benchmark, seconds_of
 
+from e2ediff.figure import Figure
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, load_recipe
 from e2ediff.loading.order import Order
@@ -82,6 +83,7 @@ def main(report: Report, rounds: int, lines: int, files: int, images: int, recip
     with tempfile.TemporaryDirectory() as place:
         text = dump_recipe(host, load_recipe(host, recipe, []))
         with RunDirectory.create(f"{place}/run", "long", text, text, {}) as run:
+            run.declare([Figure("rank", shown_on=("charts",))])
             log_lines(growth, run, lines)
             growth.measure("read_metrics", lines, run.read_metrics)
             growth.measure("curves", lines, lambda: curves_png(run.stream_metrics(), "", []))

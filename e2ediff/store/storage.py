@@ -397,9 +397,10 @@ class Store:
             if keep is None:
                 kept[1] = self._whole_lines(path, size)
             else:
-                start = 0
+                start, all_stay = 0, True
                 for batch in _batched(self.lines(path)):
-                    all_stay = keep_all([line for _, line in batch])
+                    # After the first line that goes, most do: they need not be parsed twice.
+                    all_stay = all_stay and keep_all([line for _, line in batch])
                     for end, line in batch[-1:] if all_stay else batch:
                         if not all_stay and not keep(line):
                             dropped += 1
