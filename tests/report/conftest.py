@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,12 +48,8 @@ def made(tmp_path_factory, tiny_text) -> Made:
         "--threads",
         "1",
     )
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with forked_runs(), contextlib.chdir(folder):
         done = e2ediff(*words)
-    finally:
-        os.chdir(before)
     return Made(folder / "groups" / "tiny", words, done)
 
 
