@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import inspect
 import multiprocessing
@@ -82,6 +83,7 @@ def _program(args: Any) -> tuple[str, list[str], bool] | None:
 
 
 def _run(program: tuple[str, list[str], bool], at: dict[str, Any]) -> None:
+    gc.freeze()  # to free what torch left in the other's memory would wait for its threads
     code: object = 1
     try:
         name, words, beside = program

@@ -5,6 +5,7 @@ They are forked, so that torch is imported once: two processes take a second and
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ def together(act: Callable[[int], Any], size: int = 2, seconds: float = 120) -> 
     with tempfile.TemporaryDirectory() as folder:
 
         def work(rank: int) -> None:
+            gc.freeze()  # to free what torch left in the other's memory would wait for its threads
             os.environ.update(environment(rank, size, port))
             try:
                 found = act(rank)
