@@ -21,6 +21,7 @@ from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.loading.classes import other_name
 from e2ediff.model.build import build_nets, choose_device, guidance_problems
+from e2ediff.model.compiler import is_compiler_error, missing_compiler, said_by
 from e2ediff.model.inference import (
     ROWS,
     Model,
@@ -34,7 +35,6 @@ from e2ediff.model.repeatable import repeatable
 from e2ediff.model.weights import load_weights
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.sample.post_hoc import Basis, reconstruct, stored_weights, width_of
-from e2ediff.step.compiling import is_compiler_error, missing_compiler, said_by
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.manifest import Checkpoint
 from e2ediff.store.plugin_files import refuse_other_plugin_files

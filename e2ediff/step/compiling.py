@@ -19,7 +19,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from e2ediff.errors import E2EDiffError
 from e2ediff.host.recipe import Recipe
-from e2ediff.step.one_graph import Losses, NotOneGraphError, OneGraph, Tracing
+from e2ediff.model.compiler import is_compiler_error, said_by
+from e2ediff.step.one_graph import Losses, OneGraph, Tracing
 from e2ediff.step.step import Step
 
 Extent = Literal["off", "blocks", "step"]
@@ -128,35 +129,6 @@ def _whole_under_ddp(forward: Callable[..., Losses]) -> Callable[..., Losses]:
     # at 1 MB. In a whole network that sends gradients early; within a block it prevents fusion.
     whole: Callable[..., Losses] = torch._dynamo.config.patch(optimize_ddp=False)(forward)
     return whole
-
-
-def missing_compiler(device: torch.device) -> str:
-    """Say which compiler torch.compile would need on this device and does not find; "" if none."""
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        return "" if has_triton() else "triton is not installed, or does not know this GPU"
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        return "no C++ compiler is found; install one, or name it by CXX"
-    return ""
-
-
-def is_compiler_error(error: BaseException) -> bool:
-    """Return whether the compiler failed, or found a step that it cannot compile."""
-    if isinstance(error, NotOneGraphError):
-        return True
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-
-
-def said_by(error: BaseException) -> str:
-    """Return the first lines of a compiler's error as one."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    said = " ".join([line for line in lines if line][:2]) or type(error).__name__
-    return said[:400]
 
 
 def compile_failure(recipe: Recipe, error: BaseException) -> str:

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from e2ediff.condition import Condition
 from e2ediff.data import Batch
 from e2ediff.errors import ResourceError
+from e2ediff.model.compiler import NotOneGraphError
 from e2ediff.objective import Draw
 from e2ediff.step.step import Step
 
@@ -37,10 +38,6 @@ class Tracing:
     """Whether a step is being traced, which its blocks must know to be computed again."""
 
     active: bool = False
-
-
-class NotOneGraphError(ResourceError):
-    """A step cannot be one graph."""
 
 
 class UnforeseenDrawError(NotOneGraphError):

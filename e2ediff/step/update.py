@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -56,10 +56,10 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, Tensor], divisor: float) -> None:
+    def add(self, values: Mapping[str, Tensor], piece: Piece) -> None:
         """Add the figures of a piece; of equal names in one operation."""
-        if divisor != 1:
-            shares = torch._foreach_div([*values.values()], divisor)
+        if piece.divisor != 1:
+            shares = torch._foreach_div([*values.values()], piece.divisor)
             values = dict(zip(values, shares, strict=True))
         if values.keys() == self._sums.keys():
             torch._foreach_add_([self._sums[name] for name in values], [*values.values()])
@@ -136,7 +136,14 @@ class Update:
                 pieces, again = again or next(tries), None
                 with contextlib.suppress(torch.OutOfMemoryError):
                     try:
-                        sums, shares = self._backward(pieces, phase)
+                        for p in self._learned:  # gradients of another phase must not remain
+                            p.grad = None
+                        sums, shares = Sums(), list[Share]()
+                        for piece in pieces:
+                            total, losses, info = self.parts.parallel.backward(piece, phase)
+                            sums.add({f"loss/{n}": v for n, v in losses.items()} | info, piece)
+                            part = total if piece.divisor == 1 else total / piece.divisor
+                            shares.append(Share(len(piece.batch.x), part, losses))
                         break
                     except Exception as error:
                         if not self.on_error(error):
@@ -157,19 +164,6 @@ class Update:
                         buffer.copy_(torch.where(bad > 0, before, buffer))
         update_all(self.parts.averages.values())
         return record
-
-    def _backward(self, pieces: Iterable[Piece], phase: str) -> tuple[Sums, list[Share]]:
-        """Compute the gradients of a step; return its figures and the shares of its loss."""
-        for p in self._learned:  # of all, as gradients of another phase must not remain
-            p.grad = None
-        sums, shares = Sums(), list[Share]()
-        for piece in pieces:
-            total, losses, info = self.parts.parallel.backward(piece, phase)
-            named = {f"loss/{name}": value for name, value in losses.items()} | info
-            sums.add(named, piece.divisor)
-            part = total if piece.divisor == 1 else total / piece.divisor
-            shares.append(Share(len(piece.batch.x), part, losses))
-        return sums, shares
 
     @cached_property
     def _learned(self) -> list[nn.Parameter]:

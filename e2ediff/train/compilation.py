@@ -10,14 +10,9 @@ import torch
 
 from e2ediff.data import Batch
 from e2ediff.host.recipe import Recipe
+from e2ediff.model.compiler import is_compiler_error, missing_compiler, said_by
 from e2ediff.step.assembly import Assembly
-from e2ediff.step.compiling import (
-    CompileLog,
-    Extent,
-    is_compiler_error,
-    missing_compiler,
-    said_by,
-)
+from e2ediff.step.compiling import CompileLog, Extent
 from e2ediff.train.progress import duration
 from e2ediff.train.recorder import Recorder
 

@@ -242,17 +242,17 @@ def test_processes_choose_the_same_also_if_the_compiler_fails_in_one(
 ) -> None:
     changes = [LONG, OWN, "microshards=2", f"parallel={parallel}"]
 
-    def act(rank):
+    def act(rank, name, changes=changes):
         compiler(Backend(fails if rank or parallel == "fsdp2" else -1))
         world = World.join()
-        run(recipe, tmp_path / "auto", *changes, world=world)
+        run(recipe, tmp_path / name, *changes, world=world)
         world.shutdown()
         return "done"
 
-    assert together(act) == ["done", "done"]
+    assert together(partial(act, name="auto")) == ["done", "done"]
     (event,) = events(tmp_path / "auto")
     assert event["choice"] == "off" if fails == 0 else "blocks"
     assert ("not step" in event["text"]) == (parallel == "ddp")  # FSDP2 does not try it
     if fails == 0:
-        one = run(recipe, tmp_path / "one", LONG, OWN, "microshards=2", "compile=off")
-        assert_same(opened(tmp_path / "auto")[1], one[1])
+        assert together(partial(act, name="off", changes=[*changes, "compile=off"]))
+        assert_same(*(opened(tmp_path / name)[1] for name in ("auto", "off")))

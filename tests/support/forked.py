@@ -30,6 +30,7 @@ assert torch._dynamo
 assert e2ediff.cli
 
 ROOT = Path(__file__).parents[2]
+_TESTS = str(Path(__file__).parent)
 MODULES = ("e2ediff", "e2ediff_testing.parallel")
 _PLACES = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 
@@ -104,6 +105,9 @@ def _run(program: tuple[str, list[str], bool], at: dict[str, Any]) -> None:
         path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         sys.path[:0] = [entry for entry in path if entry not in sys.path]
         importlib.invalidate_caches()
+        for known, loaded in [*sys.modules.items()]:  # a script may have modules of these names
+            if str(getattr(loaded, "__file__", None) or "").startswith(_TESTS):
+                del sys.modules[known]
         sys.argv = [name, *words]
         try:
             if module:

@@ -202,6 +202,14 @@ class Uphill(SGD):
         return torch.optim.SGD([p for _, p in named], lr=0.01, maximize=True)
 
 
+@attrs.frozen(eq=False)
+class _Mixed:
+    x0: torch.Tensor
+    eps: torch.Tensor
+    v: torch.Tensor
+    score: torch.Tensor
+
+
 class _Inconsistent(Denoiser):
     def __init__(self, inner):
         self.inner = inner
@@ -211,7 +219,9 @@ class _Inconsistent(Denoiser):
         return self.inner.path
 
     def __call__(self, z_t, t, condition):
-        return attrs.evolve(self.inner(z_t, t, condition), x0=torch.zeros_like(z_t))
+        found = self.inner(z_t, t, condition)
+        other = self.path.estimate(torch.zeros_like(z_t), z_t, t, "x0")
+        return _Mixed(x0=other.x0, eps=found.eps, v=found.v, score=found.score)
 
 
 @wrong(testing.check_guidance, "use path.estimate")
