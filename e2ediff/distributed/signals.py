@@ -5,6 +5,7 @@ Imports the standard library alone, because the command line does this first of 
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import shlex
@@ -22,7 +23,7 @@ UNSAVED = "a second time, without saving"
 SAVED = "a second time, after saving"
 _NOTHING = "stopping: there is nothing to save yet"
 _CHANCE = 0.3  # seconds for the main thread to answer, if it can
-_AGAIN = 0.01  # seconds after which an error that was discarded is raised again
+_AGAIN = 0.01  # seconds until an error that was discarded is raised again
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Those that ask a run to stop."""
 
@@ -92,7 +93,7 @@ class Stop:
         self._hook = sys.unraisablehook
         self._discarded: Stopped | None = None
         self._process = 0
-        self._over = False
+        self._over = self._discarding = False
 
     @property
     def asked(self) -> bool:
@@ -154,8 +155,11 @@ class Stop:
         self._install()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
+        late, self._discarded = self._discarded, None
         self._restore()
+        if late and kind is None:  # what was to be raised again soon
+            raise late
 
     def _install(self) -> None:
         # Only the main thread may set handlers; in other threads they are left as they are.
@@ -181,8 +185,9 @@ class Stop:
         elif self._over:
             pass
         elif error := self._discarded:
-            self._discarded = None
-            raise error
+            if not self._discarding:
+                self._discarded = None
+                raise error
         elif self.asked:
             self._ask_again(number)
         else:
@@ -196,11 +201,19 @@ class Stop:
         if not isinstance(error, Stopped):
             self._hook(found)
             return
-        self._discarded = Stopped(error.number, error.when)
+        self._discarding = True  # what is raised in this function is discarded again
+        again = self._discarded = Stopped(error.number, error.when)
         signal.signal(error.number, self._handle)  # a second one has set it back
-        # A little later, as it would be discarded again in this function.
-        where = threading.get_ident()  # the main thread, which may be waiting by then
-        threading.Timer(_AGAIN, signal.pthread_kill, (where, error.number)).start()
+        # The main thread may be waiting by then. A thread of `threading` would be waited for here.
+        _thread.start_new_thread(self._repeat, (threading.get_ident(), again))
+        self._discarding = False
+
+    def _repeat(self, thread: int, error: Stopped) -> None:
+        """Send a signal to a thread until it raises this error."""
+        time.sleep(_AGAIN)
+        while self._discarded is error:
+            signal.pthread_kill(thread, error.number)
+            time.sleep(_AGAIN)
 
     def _ask_again(self, number: int) -> None:
         if time.monotonic() - self._since >= self.grace:

@@ -108,10 +108,10 @@ class Closing:
         signal.raise_signal(self.number)
 
 
-def close_and_work(number: int) -> None:
+def close_and_work(number: int, seconds: float = 30) -> None:
     closing = Closing(number)
     del closing
-    time.sleep(30)
+    time.sleep(seconds)
 
 
 @each_signal
@@ -122,6 +122,24 @@ def test_a_signal_during_a_finalizer_is_answered_soon_after_it(number, code, sta
         close_and_work(number)
     assert caught.value.exit_code == code
     assert time.monotonic() - since < 10
+
+
+@each_signal
+def test_so_is_one_that_comes_again_while_it_is_being_discarded(
+    number, code, state, monkeypatch
+) -> None:
+    monkeypatch.setattr("e2ediff.distributed.signals._AGAIN", 0.0)
+    for _ in range(20):
+        with pytest.raises(Stopped) as caught, Stop(at_once=True, quiet=True):
+            close_and_work(number)
+        assert caught.value.exit_code == code
+
+
+@each_signal
+def test_so_is_one_at_the_very_end(number, code, state) -> None:
+    with pytest.raises(Stopped) as caught, Stop(at_once=True, quiet=True):
+        close_and_work(number, 0)
+    assert caught.value.exit_code == code
 
 
 @each_signal
