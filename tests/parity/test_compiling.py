@@ -3,7 +3,8 @@
 Graphs go to a backend that counts them and runs torch's own kernels, so that no C++ compiler is
 needed and values can be compared. What is computed again is decided where the backward pass
 becomes a graph of its own ("aot_eager"), which takes most of a compilation; graphs of a step that
-keeps its activations are the same without it ("eager"). The tests of bfloat16 and of memory take the first.
+keeps its activations are the same without it ("eager"). Tests of bfloat16 and of memory take the
+first.
 """
 
 from __future__ import annotations
