@@ -21,7 +21,7 @@ SIZES: dict[str, tuple[str, tuple[str, ...]]] = {
     "quickstart": ("recipes/quickstart.yaml", ()),
     "block": (
         "recipes/quickstart.yaml",
-        ("backbone.depth=1", "backbone.width=16", "backbone.refine=0", "batch=2"),
+        ("backbone.depth=1", "backbone.width=16", "backbone.heads=1", "batch=2"),
     ),
     "small": (
         _FULL,
