@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,6 @@ from e2ediff.store.manifest import MOST, block, count
 _FORMAT = re.compile(r"[-+ ]?[#0,]{0,2}\d{0,2}[,_]?(\.\d{1,2})?[a-zA-Z%]?")
 """Formats of figures, as in `format(value, ".2f")`."""
 
-_BATCH = 1 << 17  # bytes of lines that are parsed at once
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _ENCODED = [b'"%b"' % name.encode() for name in _SPECIAL]
@@ -67,20 +66,6 @@ def are_until(images: int, lines: Sequence[bytes]) -> bool:
     """Return whether all lines are, as far as that can be told of them at once."""
     found = parse_lines(lines) or [{"step": -1}]
     return have_positions(found) and max(line.get("images", 0) for line in found) <= images
-
-
-def batches(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yield lines in batches of some hundred."""
-    batch: list[bytes] = []
-    size = 0
-    for line in lines:
-        batch.append(line)
-        size += len(line)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def parse_lines(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:

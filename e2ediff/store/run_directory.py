@@ -33,7 +33,6 @@ from e2ediff.store.entries import (
     STATUS_KINDS,
     are_figures,
     are_until,
-    batches,
     check_position,
     check_texts,
     is_figure,
@@ -45,7 +44,7 @@ from e2ediff.store.entries import (
 from e2ediff.store.lock import LOCK, acquire
 from e2ediff.store.manifest import FOLDER
 from e2ediff.store.provenance import SEAL, is_sealed, seal
-from e2ediff.store.storage import JSON, Store
+from e2ediff.store.storage import JSON, Store, batches
 
 State = Literal["running", "done", "interrupted", "preempted", "failed"]
 
@@ -536,7 +535,7 @@ class RunDirectory:
     def _read_batches(self, file: str) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """Yield the objects of some hundred lines, and the number of the first one."""
         first = 1
-        for lines in batches(self._lines(file)):
+        for lines in batches(self._lines(file), len):
             found = parse_lines(lines)
             if found is not None:
                 yield first, found

@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, TypeAlias, TypeVar
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
@@ -35,6 +35,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NOTHING = {errno.ELOOP, errno.ENAMETOOLONG}  # a link to itself; a name that none can have
 _LONGEST = 1 << 20  # bytes of a line in a log
+_T = TypeVar("_T")
+
 _BATCH = 1 << 17  # bytes of lines that are looked at together
 _TEMPORARY = re.compile(r"\.tmp-(.+)-[0-9a-f]{8}")
 
@@ -398,7 +400,7 @@ class Store:
                 kept[1] = self._whole_lines(path, size)
             else:
                 start, all_stay = 0, True
-                for batch in _batched(self.lines(path)):
+                for batch in batches(self.lines(path), lambda found: len(found[1])):
                     # After the first line that goes, most do: they need not be parsed twice.
                     all_stay = all_stay and keep_all([line for _, line in batch])
                     for end, line in batch[-1:] if all_stay else batch:
@@ -608,16 +610,16 @@ class Store:
         return "/".join([self._root, *parts]) or "/"
 
 
-def _batched(lines: Iterator[tuple[int, bytes]]) -> Iterator[Sequence[tuple[int, bytes]]]:
-    """Yield lines in batches, none of which is large."""
-    batch: list[tuple[int, bytes]] = []
-    size = 0
-    for end, line in lines:
-        batch.append((end, line))
-        size += len(line)
-        if size >= _BATCH:
+def batches(lines: Iterable[_T], size: Callable[[_T], int]) -> Iterator[list[_T]]:
+    """Yield lines, whose sizes in bytes `size` gives, in batches of some hundred."""
+    batch: list[_T] = []
+    held = 0
+    for line in lines:
+        batch.append(line)
+        held += size(line)
+        if held >= _BATCH:
             yield batch
-            batch, size = [], 0
+            batch, held = [], 0
     if batch:
         yield batch
 
