@@ -225,6 +225,20 @@ def _refused(error: Exception) -> ResourceError | None:
     )
 
 
+def _failed(error: Exception) -> int:
+    """Print an error that no one expected, with its traceback; return the exit code."""
+    from e2ediff.host.discovery import broken_distribution
+
+    if why := broken_distribution():
+        echo(f"error: {why}", err=True)
+        return PluginError.exit_code
+    if refused := _refused(error):
+        print_error(refused)
+        return refused.exit_code
+    echo("".join(traceback.format_exception(error)), err=True, lines=True, end="")
+    return 1
+
+
 def _exit_code(words: list[str]) -> int:
     """Run a command, and return the exit code; print what went wrong."""
     # Images have a limit of their own (`e2ediff.files.images`), whose message names the file.
@@ -241,16 +255,9 @@ def _exit_code(words: list[str]) -> int:
         echo(message.getvalue(), err=True, lines=True, end="")
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__, EOFError):  # click takes the end of any file for Ctrl-D
+            return _failed(error.__cause__)
         return _interrupted(error, words)
     except Exception as error:
-        from e2ediff.host.discovery import broken_distribution
-
-        if why := broken_distribution():
-            echo(f"error: {why}", err=True)
-            return PluginError.exit_code
-        if refused := _refused(error):
-            print_error(refused)
-            return refused.exit_code
-        echo(traceback.format_exc(), err=True, lines=True, end="")
-        return 1
+        return _failed(error)
     return code if isinstance(code, int) else 0

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import NamedTuple, TypeVar
@@ -307,10 +308,13 @@ def read(
         for process in started:
             process.kill()  # it ignores SIGTERM, and may be at a long piece of work
         raise
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, EOFError, OSError) as error:
+        # Torch says so, or the memory of an item is fetched from a worker that is gone by now.
+        told = str(error).startswith("DataLoader worker (pid")
+        what = _cause(started, wait=not told) or (str(error) if told else "")
+        if not what:
             raise
-        raise _lost(_cause(started) or str(error), option, needed) from error
+        raise _lost(what, option, needed) from error
 
 
 def _as_it_is(item: _T) -> _T:
@@ -334,15 +338,21 @@ def _not_handed_over(error: Exception, item: object) -> None:
     os._exit(1)
 
 
-def _cause(workers: Iterable[BaseProcess]) -> str:
-    """Name the worker that a signal or full memory ended; empty if there is none."""
+def _cause(workers: Sequence[BaseProcess], *, wait: bool) -> str:
+    """Name the worker that died and of what; empty if there is none.
+
+    `wait` gives one that is just ending a second for it.
+    """
+    if wait:
+        connection.wait([worker.sentinel for worker in workers], timeout=1.0)
     for worker in workers:
-        code = worker.exitcode or 0
+        code, name = worker.exitcode or 0, f"DataLoader worker (pid {worker.pid})"
         if code == errno.ENOSPC:
-            return f"DataLoader worker (pid {worker.pid}): {os.strerror(code)}"
+            return f"{name}: {os.strerror(code)}"
         if code < 0:
-            name = signal.strsignal(-code) or f"signal {-code}"
-            return f"DataLoader worker (pid {worker.pid}) is killed by signal: {name}"
+            return f"{name} is killed by signal: {signal.strsignal(-code) or -code}"
+        if code:
+            return f"{name} exited with code {code}"
     return ""
 
 

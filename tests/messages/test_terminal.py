@@ -228,17 +228,21 @@ def test_a_plugin_that_prints_and_fails(tmp_path: Path) -> None:
     assert clean(e2ediff("parts", "--plugin", plugin)).code == 4
 
 
+@pytest.mark.parametrize("error", ["RuntimeError", "EOFError"])
 def test_an_unexpected_error_obeys_the_rule(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The second one, the end of a file, is not taken for Ctrl-D."""
     plugin = tmp_path / "broken.py"
     plugin.write_text(
         "import click\nfrom e2ediff import hookimpl\n"
         "@click.command()\n"
-        f"def command():\n    raise RuntimeError({HOSTILE!r})\n"
+        f"def command():\n    raise {error}({HOSTILE!r})\n"
         "@hookimpl\ndef register(add):\n    add('commands', 'break', command)\n"
     )
     monkeypatch.setenv("E2EDIFF_PLUGIN_FILES", str(plugin))
     done = clean(e2ediff("break"))
     assert done.code == 1
     assert "Traceback" in done.err
+    assert error in done.err
+    assert "interrupted" not in done.err

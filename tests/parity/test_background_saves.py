@@ -192,6 +192,10 @@ def test_a_second_signal_leaves_a_save_that_takes_long(recipe, url) -> None:
             FAULTS.slow = 1.5
             signal.raise_signal(signal.SIGTERM)
         if step == 3:
+            until = time.monotonic() + 60
+            while not list_checkpoints(Store(url), finished=True):  # that of step 2
+                assert time.monotonic() < until
+                time.sleep(0.01)
             signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
             signal.setitimer(signal.ITIMER_REAL, 1.0)
             began.append(time.monotonic())

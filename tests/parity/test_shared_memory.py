@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -271,6 +273,62 @@ def test_what_cannot_be_handed_over_ends_the_reading_with_its_cause(capfd) -> No
     with pytest.raises(ResourceError, match="a process that reads images died"):
         list(read(NoItem(), range(2), 1, option="--workers"))
     assert "cannot pickle" in capfd.readouterr().err
+
+
+class Ends(Dataset[Tensor]):
+    """Gives an item, and ends the process that gave it soon after."""
+
+    def __init__(self, end: Callable[[], object]) -> None:
+        self.end = end
+
+    def __getitem__(self, index: int) -> Tensor:
+        threading.Timer(0.2, self.end).start()
+        return torch.zeros(1000)
+
+
+class Later:
+    """Indices of which the second is given when the process that had the first is gone."""
+
+    def __init__(self) -> None:
+        self.others = multiprocessing.active_children()
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[int]:
+        (worker,) = (p for p in multiprocessing.active_children() if p not in self.others)
+        yield 0
+        worker.join()
+        yield 1
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [(partial(os._exit, errno.ENOSPC), "through which images are passed is full"),
+     (partial(os._exit, 3), "exited with code 3"),
+     (partial(signal.raise_signal, signal.SIGKILL), "is killed by signal: Killed")],
+    ids=["full", "code", "killed"],
+)  # fmt: skip
+def test_an_item_whose_process_is_gone_before_it_is_fetched_is_reported_as_such(end, said) -> None:
+    """Its memory is fetched from that process, which ends as an end of file or a lost connection.
+
+    The first is what the command line takes for Ctrl-D.
+    """
+    with pytest.raises(ResourceError, match="a process that reads images died") as caught:
+        list(read(Ends(end), Later(), 1, option="--workers"))
+    assert said in str(caught.value)
+
+
+class Raises(Dataset[Tensor]):
+    def __getitem__(self, index: int) -> Tensor:
+        raise FileNotFoundError("an image of a source")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_source_is_not_taken_for_a_process_that_died(workers) -> None:
+    with pytest.raises(FileNotFoundError, match="an image of a source"):
+        list(read(Raises(), range(2), workers, option="--workers"))
 
 
 @pytest.fixture
