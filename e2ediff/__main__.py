@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 
+from e2ediff.distributed.allocator import keep_freed_memory
 from e2ediff.distributed.signals import SIGNALS, Stop, Stopped, write_now
 
 # They end within seconds, and their garbage with them. Looking for it takes a fifth of the time of
@@ -23,6 +24,8 @@ def main() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if {*sys.argv[1:2]} <= _BRIEF:
         gc.disable()
+    else:
+        keep_freed_memory()
     try:
         with Stop(at_once=True, when="", quiet=True):
             from e2ediff.cli import main as command_line

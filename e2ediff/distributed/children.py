@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
+from e2ediff.distributed.allocator import keep_freed_memory
 from e2ediff.distributed.parent import follow, leave_signals_to_parent
 from e2ediff.distributed.signals import blocked
 from e2ediff.errors import E2EDiffError, ResourceError
@@ -92,6 +93,7 @@ def _compute(
     share: tuple[Any, ...],
     pipe: Connection,
 ) -> None:
+    keep_freed_memory()
     follow(parent, by_kernel=by_kernel)
     leave_signals_to_parent()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone
