@@ -17,8 +17,21 @@ from e2ediff.distributed.signals import SIGNALS, Stop, Stopped, write_now
 _BRIEF = {"check", "plan", "parts", "plugins", "doctor", "compare", "report"}
 
 
+def program() -> None:
+    """Run the command line as the whole of a process, which ends as soon as it is done."""
+    try:
+        main()
+    except SystemExit as ended:
+        _leave(ended.code)
+        raise
+
+
 def main() -> None:
-    """Answer signals, then import and run the command line."""
+    """Answer signals, then import and run the command line.
+
+    Raises:
+        SystemExit: Always; with the exit code.
+    """
     # Torch reads it at the first product on a GPU, and `deterministic: true` needs this value. Its
     # own default differs in size alone, and on an H100 in nothing.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -34,10 +47,6 @@ def main() -> None:
     except Stopped as error:  # during that import
         write_now(sys.stderr, f"{error.repeat(sys.argv[1:])}\n")
         sys.exit(error.exit_code)
-    except SystemExit as ended:
-        _ignore_signals()
-        _leave(ended.code)
-        raise
     finally:
         _ignore_signals()
 
@@ -53,7 +62,7 @@ def _leave(code: object) -> None:
     To take down the interpreter piece by piece, and with it what torch has registered, would take
     0.4 seconds, and memory that the command itself did not need.
     """
-    if threading.active_count() > 1 or not isinstance(code, int):
+    if threading.active_count() > 1 or not isinstance(code, int) or _observed():
         return
     try:
         atexit._run_exitfuncs()
@@ -64,5 +73,13 @@ def _leave(code: object) -> None:
     os._exit(code)
 
 
+def _observed() -> bool:
+    """Return whether a profiler or tracer watches, which writes what it saw at the very end."""
+    if sys.getprofile() is not None or sys.gettrace() is not None:
+        return True
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    return monitoring is not None and any(monitoring.get_tool(i) is not None for i in range(6))
+
+
 if __name__ == "__main__":
-    main()
+    program()

@@ -63,6 +63,9 @@ class Estimate:
     of the log-density of z_t; each is computed when it is asked for, as most callers need one.
     The four are consistent: alpha x0 + sigma eps = z_t and alpha' x0 + sigma' eps = v.
     `Interpolant.estimate` makes it.
+
+    Raises, where a form is asked for:
+        RuntimeError: z_t or the guess was changed in place since, so that its forms are lost.
     """
 
     _path: Interpolant
@@ -70,6 +73,10 @@ class Estimate:
     _z_t: Tensor
     _t: Tensor | float
     _kind: Kind
+    _made_at: tuple[int, int] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "_made_at", (_changes(self._value), _changes(self._z_t)))
 
     @property
     def x0(self) -> Tensor:
@@ -113,6 +120,11 @@ class Estimate:
 
     def _weights(self) -> _Weights[Tensor] | _Weights[float]:
         """Return numbers where all rows share a time, else tensors shaped like the latent."""
+        if (_changes(self._value), _changes(self._z_t)) != self._made_at:
+            raise RuntimeError(
+                "an estimate's z_t or its guess was changed in place before another of its forms "
+                "was asked for: ask for it before, or change a copy"
+            )
         path, t = self._path, self._t
         if isinstance(t, Tensor):
             return _Weights(*(spread(one, self._z_t) for one in _weights(path, t)))
@@ -121,6 +133,11 @@ class Estimate:
             return _numbers(path, t, dtype)
         except TypeError:  # a plugin's path need not be hashable
             return _numbers.__wrapped__(path, t, dtype)
+
+
+def _changes(x: Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 where torch does not count that."""
+    return 0 if x.is_inference() or torch.compiler.is_compiling() else x._version
 
 
 class Interpolant(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ def update_all(averages: Iterable[Average]) -> None:
     """
     with torch.no_grad():
         counted = [(average._pairs.current(), average._count()) for average in averages]
-        for i in range(len(counted[0][0])):
-            for pairs, share in counted:
-                torch._foreach_lerp_(*pairs[i], share)
+        for pieces in zip_longest(*(pairs for pairs, _ in counted)):
+            for pair, (_, share) in zip(pieces, counted, strict=True):
+                if pair is not None:
+                    torch._foreach_lerp_(pair[0], pair[1], share)
 
 
 class Average(ExponentialMovingAverage):  # type: ignore[misc]

@@ -9,6 +9,7 @@ On a CPU large ones are paired in pieces that fit its caches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeGuard
 
 import torch
@@ -28,8 +29,8 @@ def join(parameters: Sequence[nn.Parameter]) -> Tensor | None:
 
     Returns:
         The vector of them all, which shares their memory; None if they stay where they are, as
-        they are large, or of several types or devices. Parameters that were joined before stay,
-        too, and have the same vector.
+        they are large, of several types or devices, or share memory with one another. Parameters
+        that were joined before stay, too, and have the same vector.
     """
     first, starts, total = parameters[0], [], 0
     for p in parameters:
@@ -47,12 +48,20 @@ def join(parameters: Sequence[nn.Parameter]) -> Tensor | None:
     ]
     if memory.nbytes() == total * first.itemsize and all(placed):
         return first.new_empty(0).set_(memory, 0, (total,), (1,))
+    if _overlap(parameters):
+        return None
     vector = first.new_zeros(total)
     for p, start in zip(parameters, starts, strict=True):
         part = vector[start : start + p.numel()].view_as(p)
         part.copy_(p)
         p.data = part
     return vector
+
+
+def _overlap(parameters: Sequence[nn.Parameter]) -> bool:
+    """Return whether two of them have numbers in the same place, which each would lose here."""
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.itemsize) for p in parameters)
+    return any(end > begin for (_, end), (begin, _) in pairwise(spans))
 
 
 class Pairs:
@@ -63,10 +72,10 @@ class Pairs:
         self._pair()
 
     def _pair(self) -> None:
-        self._lists: list[tuple[list[Tensor], list[Tensor]]] = [self._sides]
+        self._lists: list[tuple[list[Tensor], list[Tensor]]] = [self._sides] * any(self._sides)
         self._watched: list[nn.Parameter] = []
         ours, theirs = ([p for p in side if _plain(p)] for side in self._sides)
-        if len(ours) + len(theirs) < sum(map(len, self._sides)):
+        if not ours or len(ours) + len(theirs) < sum(map(len, self._sides)):
             return
         vectors = join(ours), join(theirs)
         if vectors[0] is not None and vectors[1] is not None:

@@ -136,7 +136,7 @@ class Update:
                 pieces, again = again or next(tries), None
                 with contextlib.suppress(torch.OutOfMemoryError):
                     try:
-                        for p in self._learned:  # gradients of another phase must not remain
+                        for p in self._parameters:  # gradients of another phase must not remain
                             p.grad = None
                         sums, shares = Sums(), list[Share]()
                         for piece in pieces:
@@ -166,9 +166,9 @@ class Update:
         return record
 
     @cached_property
-    def _learned(self) -> list[nn.Parameter]:
-        """Return all parameters that get gradients, of whatever phase."""
-        return [p for p in self.parts.step.parameters() if p.requires_grad]
+    def _parameters(self) -> list[nn.Parameter]:
+        """Return all parameters; which ones get gradients may change from step to step."""
+        return [*self.parts.step.parameters()]
 
     @cached_property
     def _buffers(self) -> list[Tensor]:
@@ -186,13 +186,20 @@ class Update:
 
     def rehearse(
         self, batch: Batch, images: int, attempt: int = 0, *, compiled: bool = False
-    ) -> None:
-        """Compute the gradients of a step's first piece to time them; nothing changes.
+    ) -> float:
+        """Compute the gradients of the first piece in each active phase to time them.
 
-        Unless `compiled`, it runs uncompiled: what is compiled is for one number of threads.
+        Nothing changes. Unless `compiled`, it runs uncompiled: what is compiled is for one number
+        of threads.
+
+        Returns:
+            The share of this process's step that was computed; the smallest, if phases differ.
         """
-        phase = self.phases(images)[0]
-        draw_of = partial(training_draw, self.recipe, phase, images, attempt)
-        first = next(self.splitting.pieces(batch, phase, draw_of))
-        with contextlib.nullcontext() if compiled else self.parts.compilation.disabled():
-            self.parts.parallel.rehearse(first, phase)
+        share = 1.0
+        for phase in self.phases(images):
+            draw_of = partial(training_draw, self.recipe, phase, images, attempt)
+            first = next(self.splitting.pieces(batch, phase, draw_of))
+            with contextlib.nullcontext() if compiled else self.parts.compilation.disabled():
+                self.parts.parallel.rehearse(first, phase)
+            share = min(share, len(first.batch.x) / len(batch.x))
+        return share

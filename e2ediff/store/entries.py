@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
+
+import orjson
 
 from e2ediff.store.manifest import MOST, block, count
 
@@ -17,6 +20,10 @@ _FORMAT = re.compile(r"[-+ ]?[#0,]{0,2}\d{0,2}[,_]?(\.\d{1,2})?[a-zA-Z%]?")
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _ENCODED = [b'"%b"' % name.encode() for name in _SPECIAL]
+
+
+_LONG_INTEGER = b" " + 19 * b"0"
+_ALIKE = bytes.maketrans(b"123456789:,[-\n\r\t", b"000000000       ")  # digits, and what precedes
 
 
 def _kind(kind: type) -> Callable[[Any, str], object]:
@@ -80,12 +87,24 @@ def parse_lines(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     if not apart or text.count(b"{") != len(lines) or text.count(b"}") != len(lines):
         return None
     try:
-        found: list[dict[str, Any]] = json.loads(b"[%b]" % text)
+        found: list[dict[str, Any]] = _loads(b"[%b]" % text)
     except (ValueError, RecursionError):
         return None
     if not _has_special(text):
         return found
     return [with_specials(values, line) for values, line in zip(found, lines, strict=True)]
+
+
+def _loads(text: bytes) -> Any:
+    """Parse JSON as the standard library does, in a fifth of the time where both agree.
+
+    Both read every float alike, but orjson makes floats of integers beyond 64 bits, and refuses
+    nan, inf, what overflows to them, and halves of surrogates.
+    """
+    if _LONG_INTEGER not in text.translate(_ALIKE):
+        with contextlib.suppress(ValueError):
+            return orjson.loads(text)
+    return json.loads(text)
 
 
 def are_figures(lines: Sequence[dict[str, Any]]) -> bool:

@@ -34,16 +34,19 @@ class StepCompilation:
 
     The choice compares what would be saved in the steps that are left with what compiling costs.
     It is tried, compiled, on the first batch, before anything is trained: what fails or is no
-    faster is dropped, and the run goes on uncompiled.
-    `rehearse` computes a part of the next step without side effects, compiled or not.
+    faster is dropped, and the run goes on uncompiled. If even uncompiled memory does not suffice,
+    the choice waits for a step that has found how many images fit.
+    `rehearse` computes a part of the next step without side effects, compiled or not, and returns
+    which share of this process's step that is.
     """
 
     recipe: Recipe
     parts: Assembly
     recorder: Recorder
-    rehearse: Callable[[Batch, bool], None]
+    rehearse: Callable[[Batch, bool], float]
     _log: CompileLog | None = None
     _open: bool = attrs.field(init=False)
+    _waited: bool = attrs.field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
         self._open = self.recipe.compile == "auto"
@@ -100,11 +103,16 @@ class StepCompilation:
         if self.recipe.deterministic:
             self._settle("off", "deterministic: true leaves nothing to timing")
             return
+        if not self._fits(batch):
+            self._open, self._waited = not self._waited, True
+            if not self._open:
+                self._settle("off", "memory did not suffice to try it")
+            return
         left = self.recipe.total_steps - recorder.position.step
         gains: dict[Extent, float] = {}
-        for rounds in (1, _ROUNDS):  # the first call takes longest: mostly it is enough
+        for rounds in (1, _ROUNDS):  # mostly one is enough
             eager = self._seconds(batch, rounds)
-            seconds = left * self.recipe.microshards / world.size * eager
+            seconds = left * eager
             gains = {kind: SAVED[kind] * seconds - COLD[kind] for kind in self._possible()}
             if max(gains.values(), default=0.0) <= 0:
                 why = f"the {left:,} steps left take {duration(seconds)}, too little to gain by it"
@@ -123,7 +131,7 @@ class StepCompilation:
                 compiled = self._seconds(batch, _ROUNDS, compiled=True)
                 text = f"{1e3 * compiled:.3g} ms in place of {1e3 * eager:.3g} ms"
                 if compiled < eager:
-                    self._settle(kind, "; ".join([f"{text} a micro-shard", *tried]))
+                    self._settle(kind, "; ".join([f"{text} for gradients of a step", *tried]))
                     return
                 failed = text
             tried.append(f"not {kind}: {failed}")
@@ -143,15 +151,24 @@ class StepCompilation:
             return failed or "it failed in another process"
         return ""
 
+    def _fits(self, batch: Batch) -> bool:
+        """Compute uncompiled; return whether memory sufficed, in all processes."""
+        fits = 1
+        try:
+            self.rehearse(batch, False)
+        except torch.OutOfMemoryError:
+            fits = 0
+        return bool(self.recorder.world.lowest(fits))
+
     def _seconds(self, batch: Batch, rounds: int, *, compiled: bool = False) -> float:
-        """Return the seconds of the fastest of some rehearsals, in the slowest process."""
+        """Return the seconds of a step by the fastest rehearsal, in the slowest process."""
         device, found = self.recorder.device, []
         for _ in range(rounds):
             began = time.perf_counter()
-            self.rehearse(batch, compiled)
+            share = self.rehearse(batch, compiled)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            found.append(time.perf_counter() - began)
+            found.append((time.perf_counter() - began) / share)
         return self.recorder.world.highest(round(1e6 * min(found))) / 1e6
 
     def _settle(self, kind: Extent, why: str) -> None:

@@ -21,7 +21,7 @@ class StepThreads:
     number of threads stays.
     """
 
-    rehearse: Callable[[Batch], None]
+    rehearse: Callable[[Batch], object]
     recorder: Recorder
     choose: bool
     _threads: Threads | None = None

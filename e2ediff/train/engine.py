@@ -216,8 +216,8 @@ class Engine:
         phases = self.update.phases(self.position.images)
         self.measurements.diagnose(phases or self.recipe.objective.phases[-1:])
 
-    def _rehearse(self, batch: Batch, compiled: bool = False) -> None:
-        self.update.rehearse(batch, self.position.images, self._attempt, compiled=compiled)
+    def _rehearse(self, batch: Batch, compiled: bool = False) -> float:
+        return self.update.rehearse(batch, self.position.images, self._attempt, compiled=compiled)
 
     @property
     def _attempt(self) -> int:

@@ -53,6 +53,21 @@ def test_derivatives_are_those_of_autograd(path, t) -> None:
 
 
 @each_path
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changed", ["z_t", "guess"])
+def test_an_estimate_whose_latent_was_changed_in_place_is_no_wrong_number(
+    path, kind, changed
+) -> None:
+    x0, eps, z_t, t = latents(0, path, 0.4)
+    guess = exact(path, x0, eps, t)[kind].clone()
+    found = path.estimate(guess, z_t, 0.4, kind)
+    (z_t if changed == "z_t" else guess).mul_(2)
+    for other in set(KINDS) - {kind}:
+        with pytest.raises(RuntimeError, match="was changed in place"):
+            getattr(found, other)
+
+
+@each_path
 @given(a=inner_times, b=inner_times)
 def test_the_signal_to_noise_ratio_rises(path, a, b) -> None:
     a, b = sorted((a, b))

@@ -626,7 +626,7 @@ def test_results_go_to_stdout_and_all_else_to_stderr(run: str) -> None:
 
 ENDING = """
 import atexit, sys, threading, time
-from e2ediff.__main__ import main
+from e2ediff.__main__ import program
 
 def later():
     time.sleep(0.3)
@@ -641,7 +641,7 @@ if {thread}:
 atexit.register(print, "registered")
 taken = Taken()
 sys.argv = ["e2ediff", *{words}]
-main()
+program()
 """
 
 
@@ -661,6 +661,31 @@ def test_a_command_ends_without_taking_the_interpreter_down(
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-len(last) :] == last
+
+
+CALLED = """
+import sys
+from e2ediff.__main__ import main
+
+sys.argv = ["e2ediff", "--version"]
+try:
+    main()
+except SystemExit as ended:
+    print("ended with", ended.code)
+"""
+
+
+def test_a_script_that_calls_the_command_line_goes_on() -> None:
+    done = subprocess.run([sys.executable, "-c", CALLED], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "ended with 0"
+
+
+def test_a_command_can_be_profiled(tmp_path: Path) -> None:
+    file = tmp_path / "profile"
+    words = [sys.executable, "-m", "cProfile", "-o", file, "-m", "e2ediff", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert file.stat().st_size > 1000
 
 
 def test_output_that_cannot_be_written_at_the_end_is_said() -> None:

@@ -153,6 +153,44 @@ def test_averages_of_one_network_move_together_as_each_would_alone() -> None:
     assert not any(map(torch.equal, together[0].net.parameters(), together[1].net.parameters()))
 
 
+def test_averages_whose_weights_lie_in_other_ways_move_together_as_each_would_alone() -> None:
+    """Of two networks, a small and a large one, and of one whose average has a matrix turned."""
+    nets = [make_nets().online for _ in range(2)]
+    nets[1].more = torch.nn.Parameter(torch.randn(3, SMALL // 3 + 1))
+    together, alone = (
+        [Average(net, Constant(decay=0.9)) for net in (nets[0], nets[1], nets[1])]
+        for _ in range(2)
+    )
+    turned = together[1].net.more
+    turned.data = turned.data.t().contiguous().t()
+    together[1].bind()
+    for net in nets:
+        with torch.no_grad():
+            torch._foreach_add_([*net.parameters()], 1.0)
+    for order in ([0, 1, 2], [2, 1, 0]):
+        update_all([together[i] for i in order])
+        for average in alone:
+            average.update()
+    for a, b in zip(together, alone, strict=True):
+        assert all(map(torch.equal, a.net.parameters(), b.net.parameters()))
+    update_all([])
+
+
+def test_weights_that_share_memory_stay_shared() -> None:
+    first = torch.nn.Parameter(torch.randn(6))
+    second = torch.nn.Parameter(first.detach()[2:])
+    theirs = [torch.nn.Parameter(torch.randn(6)), torch.nn.Parameter(torch.randn(4))]
+    pieces = Pairs([first, second], theirs).current()
+    assert [len(mine) for mine, _ in pieces] == [1, 1]
+    assert [p.data_ptr() for mine, _ in pieces for p in mine] == [
+        first.data_ptr(), second.data_ptr()
+    ]  # fmt: skip
+    with torch.no_grad():
+        first.fill_(3.0)
+    assert torch.equal(second, torch.full((4,), 3.0))
+    assert Pairs([], []).current() == []
+
+
 def large():
     return [torch.randn(SMALL // 2 + 3), torch.randn(3, 5), torch.randn(2, SMALL // 4)]
 

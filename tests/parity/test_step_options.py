@@ -121,6 +121,22 @@ def test_without_memory_a_micro_shard_is_computed_in_parts_to_the_same_result(
     assert events(tmp_path / "all", "memory") == []
 
 
+@pytest.mark.parametrize("most", [3, 8])
+def test_a_choice_of_what_is_compiled_waits_until_it_is_known_how_much_fits(
+    tiny_recipe, tmp_path, most
+) -> None:
+    """A run whose memory does not suffice for a whole micro-shard goes on as without a choice."""
+    objective = f"objective={{name: hungry, most: {most}}}"
+    plain = run(tiny_recipe, tmp_path / "off", *HUNGRY, objective)
+    found = run(tiny_recipe, tmp_path / "auto", *HUNGRY, objective, "compile=auto")
+    assert_near(found, plain, 0.0)
+    sizes = [event["images_at_once"] for event in events(tmp_path / "auto", "memory")]
+    assert sizes == ([4, 2] if most == 3 else [])
+    (chosen,) = events(tmp_path / "auto", "compile")
+    assert chosen["choice"] == "off"
+    assert chosen["step"] == (1 if most == 3 else 0)
+
+
 def test_that_parts_change_nothing_is_found_in_float32_beside_a_kernel_for_half_types(
     tiny_recipe, tmp_path, monkeypatch
 ) -> None:
@@ -402,6 +418,20 @@ def test_a_norm_is_the_same_to_the_bit_wherever_gradients_lie_in_memory(size) ->
         p.grad = memory[start : start + size].copy_(values)
         norms.add(float(clip_gradients([p], 0.0, World())))
     assert len(norms) == 1
+
+
+def test_gradients_of_a_part_that_is_frozen_only_at_first_do_not_add_up(tiny_text) -> None:
+    """As a plugin may thaw it; the second gradient of the same batch is not the sum of both."""
+    still = ["optimizer={name: adamw, lr: 1e-30, clip: 0.0}"]
+    recipe = parse_recipe(load(), tiny_text, "tiny", still)
+    parts = assemble(recipe, CPU)
+    update = Update(recipe, parts, World(), lambda *_, **__: None)
+    part, batch = parts.nets.online.blocks()[0], first_batch(recipe)
+    part.requires_grad_(requires_grad=False)
+    update(batch, 0)
+    part.requires_grad_(requires_grad=True)
+    norms = [float(update(batch, 0)["grad_norm"]) for _ in range(3)]
+    assert norms[1:] == norms[:1] * 2
 
 
 def test_gradients_below_the_bound_are_left_and_others_are_not() -> None:

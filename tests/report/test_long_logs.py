@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from e2ediff.errors import RunDirectoryError
 from e2ediff.report.gather import final_figures
@@ -92,6 +94,25 @@ def test_usual_lines_are_parsed_together() -> None:
         str(parse_lines(usual)) == "[{'step': 1, 'images': 8}, {'step': 2, 'images': 16, "
         "'loss/a': nan}]"
     )
+
+
+@given(st.lists(st.floats() | st.integers() | st.text(max_size=4) | st.none() | st.booleans()))
+def test_every_value_is_that_of_the_standard_library(values) -> None:
+    """To the bit and the type, for integers of any length and texts that are none."""
+    line = json.dumps({str(i): value for i, value in enumerate(values)}).encode()
+    found = parse_lines([line, b'{"step": 1}'])
+    assert found is None or str(found[0]) == str(with_specials(json.loads(line), line))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["-0", "-0.0", "1e400", "-1e400", "1e-400", "18446744073709551616", "-9223372036854775809",
+     "9" * 400, "0." + "1" * 40, "2.2250738585072011e-308", "NaN", "-Infinity", r'"\ud800"',
+     "0.00012345678901234567", "1E5", "12345678901234567890.5"],
+)  # fmt: skip
+def test_numbers_that_parsers_read_in_different_ways_are_the_standard_library_s(text) -> None:
+    (found, _) = parse_lines([b'{"a": %b}' % text.encode(), b"{}"])
+    assert repr(found["a"]) == repr(json.loads(text))
 
 
 def test_a_damaged_line_is_named_after_those_before_it_were_read(

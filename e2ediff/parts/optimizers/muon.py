@@ -10,9 +10,9 @@ import attrs
 import torch
 from attrs import validators
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from e2ediff.distributed.tensors import is_split
 from e2ediff.parts.optimizers.scheduled import Scheduled, grouped
 
 
@@ -107,7 +107,7 @@ class ByShape(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Move each matrix that has a gradient."""
-        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+        if any(is_split(p) for group in self.param_groups for p in group["params"]):
             return super().step(closure)  # type: ignore[no-any-return,no-untyped-call]
         loss = None
         if closure is not None:
