@@ -5,25 +5,27 @@
 
 Builds the networks, averages and optimizers of a recipe, and saves them as a run does, without
 training; each round is a save. The first one allocates the copy, later ones reuse it. Then the
-newest checkpoint is verified, and loaded. `--in-place` writes while training waits.
+newest checkpoint is verified, and loaded. `--in-place` writes while training waits. The run lies
+in a new folder inside DIR, and is deleted in the end; whatever else is in DIR stays.
 """
 
 from __future__ import annotations
 
 import io
 import resource
-import shutil
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import click
 import torch
-from measuring import Report, benchmark, seconds_of
+from measuring import Report, benchmark, give_back_freed_memory, seconds_of
 
+from e2ediff.data import DataSource
 from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
-from e2ediff.host.recipe import dump_recipe, load_recipe
+from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.parts.sources import Synthetic
 from e2ediff.step.assembly import Assembly, assemble
@@ -71,59 +73,79 @@ def after_a_step(parts: Assembly) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-@benchmark(rounds=3)
-@click.argument("recipe")
-@click.option("--out", required=True, type=click.Path(path_type=Path))
-@click.option("--in-place", is_flag=True)
-def main(report: Report, rounds: int, recipe: str, out: Path, in_place: bool) -> None:
-    """Save some times, and print what each save took; then read."""
-    host = load()
-    read = load_recipe(host, recipe, [f"device={report.device.type}", "checkpoint.keep=1"])
-    parts = assemble(read, report.device, World())
-    after_a_step(parts)
-    shutil.rmtree(out, ignore_errors=True)
-    text = dump_recipe(host, read)
-    source = Synthetic(size=8, classes=2, count=2).open()  # no image is read from it
-    with RunDirectory.create(str(out), read.name, text, text, {}) as directory:
-        recorder = Recorder(host, read, directory, report.device, Progress(io.StringIO()), World())
-        image = read.data.image
-        nothing = torch.zeros(2, image.channels, image.height, image.width, device=report.device)
-        detector = CollapseDetector(read.alarm, ())
-        staging = Staging(free=lambda: 0) if in_place else Staging()
-        bad_steps = BadSteps(read, recorder, Guard(read, World(), report.device), source)
-        saver = Saver(read, parts, detector, recorder, nothing, [], bad_steps, staging)
-        before = resident()
-        for number in range(rounds):
-            recorder.position.images += read.batch
-            recorder.position.step += 1
-            began, cpu_before = time.perf_counter(), time.process_time()
-            own = time.thread_time()
-            with Peak() as peak:
-                saver.begin()
-                paused, own = time.perf_counter() - began, time.thread_time() - own
-                saver.finish()
-            wall, cpu = time.perf_counter() - began, time.process_time() - cpu_before
-            size = sum(file.stat().st_size for file in newest(out).iterdir())
-            kept = round((peak.most - before) / 1e9, 3)
-            report.row(
-                f"save {number + 1} of {size / 1e9:.2f} GB: training waits {paused:.2f} s "
-                f"({own:.2f} s of CPU), all of it {wall:.1f} s ({cpu:.1f} s of CPU), "
-                f"memory +{kept:.2f} GB",
-                what="save", number=number + 1, in_place=in_place, bytes=size, paused=paused,
-                paused_cpu=own, seconds=wall, cpu=cpu, peak_gigabytes=kept,
-            )  # fmt: skip
-        store = directory.store
-        verified = seconds_of(lambda: open_checkpoint(store), report.device)
-        found = open_checkpoint(store, verify=False)
-        loaded = seconds_of(lambda: put_back(parts, found, report.device, read), report.device)
-        report.row(f"verify {verified:.2f} s of CPU, then load {loaded:.2f} s",
-                   what="read", verify=verified, load=loaded)  # fmt: skip
-    shutil.rmtree(out)
+def measure(
+    report: Report,
+    rounds: int,
+    read: Recipe,
+    parts: Assembly,
+    source: DataSource,
+    directory: RunDirectory,
+    *,
+    in_place: bool,
+) -> None:
+    """Save some times, and report what each save took; then read."""
+    recorder = Recorder(load(), read, directory, report.device, Progress(io.StringIO()), World())
+    image = read.data.image
+    nothing = torch.zeros(2, image.channels, image.height, image.width, device=report.device)
+    detector = CollapseDetector(read.alarm, ())
+    staging = Staging(free=lambda: 0) if in_place else Staging()
+    bad_steps = BadSteps(read, recorder, Guard(read, World(), report.device), source)
+    saver = Saver(read, parts, detector, recorder, nothing, [], bad_steps, staging)
+    give_back_freed_memory()
+    before = resident()
+    for number in range(rounds):
+        recorder.position.images += read.batch
+        recorder.position.step += 1
+        began, cpu_before = time.perf_counter(), time.process_time()
+        own = time.thread_time()
+        with Peak() as peak:
+            saver.begin()
+            paused, own = time.perf_counter() - began, time.thread_time() - own
+            saver.finish()
+        wall, cpu = time.perf_counter() - began, time.process_time() - cpu_before
+        size = sum(file.stat().st_size for file in newest(Path(directory.path)).iterdir())
+        kept = round((peak.most - before) / 1e9, 3)
+        report.row(
+            f"save {number + 1} of {size / 1e9:.2f} GB: training waits {paused:.2f} s "
+            f"({own:.2f} s of CPU), all of it {wall:.1f} s ({cpu:.1f} s of CPU), "
+            f"memory +{kept:.2f} GB",
+            what="save", number=number + 1, in_place=in_place, bytes=size, paused=paused,
+            paused_cpu=own, seconds=wall, cpu=cpu, peak_gigabytes=kept,
+        )  # fmt: skip
+    store = directory.store
+    verified = seconds_of(lambda: open_checkpoint(store), report.device)
+    found = open_checkpoint(store, verify=False)
+    loaded = seconds_of(lambda: put_back(parts, found, report.device, read), report.device)
+    report.row(f"verify {verified:.2f} s of CPU, then load {loaded:.2f} s",
+               what="read", verify=verified, load=loaded)  # fmt: skip
 
 
 def newest(run: Path) -> Path:
     """Return the folder of the newest checkpoint."""
     return max((run / "checkpoints").iterdir())
+
+
+@benchmark(rounds=3)
+@click.argument("recipe")
+@click.option("--out", required=True, metavar="DIR", help="Of the disk to write to.",
+              type=click.Path(path_type=Path, file_okay=False, writable=True))  # fmt: skip
+@click.option("--in-place", is_flag=True)
+def main(report: Report, rounds: int, recipe: str, out: Path, in_place: bool) -> None:
+    """Save some times, and print what each save took; then read."""
+    host = load()
+    read = load_recipe(host, recipe, [f"device={report.device.type}", "checkpoint.keep=1"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"--out {out}: cannot be made: {error.strerror}.") from error
+    parts = assemble(read, report.device, World())
+    after_a_step(parts)
+    text = dump_recipe(host, read)
+    source = Synthetic(size=8, classes=2, count=2).open()  # no image is read from it
+    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=out) as folder:
+        place = Path(folder, "run")
+        with RunDirectory.create(str(place), read.name, text, text, {}) as directory:
+            measure(report, rounds, read, parts, source, directory, in_place=in_place)
 
 
 if __name__ == "__main__":

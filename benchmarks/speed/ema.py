@@ -22,12 +22,13 @@ from e2ediff.parts.averages import Constant
 
 @benchmark(rounds=9)
 @click.option("--size", "sizes", multiple=True, default=("quickstart", "small"), show_default=True)
-@click.option("--averages", default=1, show_default=True)
+@click.option("--averages", default=1, show_default=True, type=click.IntRange(1))
 def main(report: Report, rounds: int, sizes: tuple[str, ...], averages: int) -> None:
     """Time updates of networks of each size."""
+    recipes = {size: read(size) for size in sizes}
     report.probe()
-    for size in sizes:
-        net = build_nets(read(size), report.device)[0].online
+    for size, recipe in recipes.items():
+        net = build_nets(recipe, report.device)[0].online
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.02)
         law = Constant(decay=0.999)

@@ -22,8 +22,6 @@ from e2ediff.distances import frechet
 from e2ediff.metric import Accumulator, Moments
 from e2ediff.parts.features.inception import Inception2015
 
-_FEATURES = 2048
-
 
 def torch_fidelity(network: Inception2015) -> torch.nn.Module | None:
     """Return torch-fidelity's network with these weights, where it is installed."""
@@ -37,17 +35,19 @@ def torch_fidelity(network: Inception2015) -> torch.nn.Module | None:
         return FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(path))
 
 
-def moments(count: int) -> Moments:
+def moments(count: int, features: int) -> Moments:
     """Return the moments of random features."""
     seen = Accumulator()
-    seen.add(torch.randn(count, _FEATURES))
+    seen.add(torch.randn(count, features))
     return seen.moments()
 
 
 @benchmark(rounds=5)
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--size", default=256, show_default=True, type=click.IntRange(32))
-def main(report: Report, rounds: int, batch: int, size: int) -> None:
+@click.option("--features", default=2048, show_default=True, type=click.IntRange(1),
+              help="Numbers of a vector whose statistics are timed.")  # fmt: skip
+def main(report: Report, rounds: int, batch: int, size: int, features: int) -> None:
     """Measure each part on its own."""
     network = Inception2015().to(report.device)
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=report.device)
@@ -63,10 +63,10 @@ def main(report: Report, rounds: int, batch: int, size: int) -> None:
         report.row(f"metric network, {name}: {each:.1f} ms an image{beside}",
                    what="network", name=name, milliseconds_an_image=each,
                    ratio=times.ratio("e2ediff", name))  # fmt: skip
-    rows = {count: torch.randn(count, _FEATURES, device=report.device) for count in (50, 500)}
+    rows = {count: torch.randn(count, features, device=report.device) for count in (50, 500)}
     for count, part in rows.items():
         _row(report, rounds, f"accumulate a batch of {count}", partial(Accumulator().add, part))
-    a, b = moments(4000), moments(4000)
+    a, b = moments(4000, features), moments(4000, features)
     _row(report, min(rounds, 3), "Fréchet distance", partial(frechet, a, b))
 
 

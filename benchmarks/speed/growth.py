@@ -5,20 +5,22 @@
 
 Lines of nine figures are logged, read, drawn, reported and dropped again; a folder of empty files
 is opened, and the order of an epoch drawn. Memory is the most that a work needed beyond what the
-process had before, so it is read off Linux alone.
+process had before, so it is read off Linux alone; freed memory is given back before each work,
+so that none is reused unseen. The log is whole again before each round of dropping lines.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
-from measuring import Report, benchmark, seconds_of
+from measuring import Report, benchmark, give_back_freed_memory, seconds_of
 
 from e2ediff.figure import Figure
 from e2ediff.host.plugins import load
@@ -54,21 +56,33 @@ class Growth:
     def __init__(self, report: Report, rounds: int) -> None:
         self.report, self.rounds = report, rounds
 
-    def measure(self, what: str, size: int, work: Callable[[], object]) -> None:
-        """Report the seconds of CPU, those of a million of what it grows with, and the memory."""
-        taken, needed = [], []
+    def measure(
+        self, what: str, size: int, work: Callable[[], object],
+        first: Callable[[], object] = lambda: None, answer: str = "",
+    ) -> None:  # fmt: skip
+        """Report the seconds of CPU, those of a million of what it grows with, and the memory.
+
+        `first` is called before each round, outside the clock. What `work` returns in each round
+        is noted as the field `answer`, where that is given.
+        """
+        taken, needed, answers = [], [], list[object]()
         for _ in range(self.rounds):
+            first()
+            give_back_freed_memory()
             before = memory("VmRSS")
             if before:
                 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-            taken.append(seconds_of(work, self.report.device))
+            taken.append(seconds_of(lambda: answers.append(work()), self.report.device))
             needed.append((memory("VmHWM") - before) / 1024)
+            if not answer:
+                answers.clear()  # else what a round has read would stay
         seconds, most = statistics.median(taken), max(needed)
         each = seconds / size * 1e6
         self.report.row(
             f"{what:<22} {size:>9,}: {seconds:7.3f} s of CPU, {each:6.2f} us each, "
             f"+{most:.0f} MiB",
             what=what, size=size, seconds=seconds, microseconds_each=each, mebibytes=most,
+            **({answer: answers} if answer else {}),
         )  # fmt: skip
 
 
@@ -80,8 +94,8 @@ class Growth:
 def main(report: Report, rounds: int, lines: int, files: int, images: int, recipe: str) -> None:
     """Measure each in turn."""
     growth, host = Growth(report, rounds), load()
+    text = dump_recipe(host, load_recipe(host, recipe, []))
     with tempfile.TemporaryDirectory() as place:
-        text = dump_recipe(host, load_recipe(host, recipe, []))
         with RunDirectory.create(f"{place}/run", "long", text, text, {}) as run:
             run.declare([Figure("rank", shown_on=("charts",))])
             log_lines(growth, run, lines)
@@ -90,8 +104,13 @@ def main(report: Report, rounds: int, lines: int, files: int, images: int, recip
             growth.measure(
                 "report", lines, lambda: write_report(gather_runs(host, [f"{place}/run"]))
             )
-            growth.measure("rewind, nothing later", lines, lambda: run.rewind(16 * lines))
-            growth.measure("rewind to the middle", lines, lambda: run.rewind(8 * lines))
+            log, spare = Path(run.path, METRICS), Path(place, "spare")
+            shutil.copyfile(log, spare)
+            for what, images in {"nothing later": 16 * lines, "to the middle": 8 * lines}.items():
+                growth.measure(
+                    f"rewind, {what}", lines, lambda images=images: run.rewind(images),
+                    first=lambda: shutil.copyfile(spare, log), answer="dropped",
+                )  # fmt: skip
         for number in range(files):
             folder = Path(place, "images", f"class{number % 50}")
             folder.mkdir(parents=True, exist_ok=True)

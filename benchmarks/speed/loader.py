@@ -33,14 +33,14 @@ from e2ediff.data import DataSource, SourceConfig
 from e2ediff.loading.batches import batches
 from e2ediff.parts.sources import ImageFolder
 
-IMAGES, BATCH, SIDE, CLASSES, STEPS = 128, 32, 256, 2, 32
+BATCH, SIDE, CLASSES, STEPS = 32, 256, 2, 32
 FORMATS = ("jpeg", "png", "raw")
 
 
-def make_photos(root: Path) -> None:
+def make_photos(root: Path, count: int) -> None:
     """Smooth colours with the noise of a sensor, about 1.4 bits for each pixel."""
     g = np.random.default_rng(0)
-    for i in range(IMAGES):
+    for i in range(count):
         coarse = Image.fromarray(g.integers(256, size=(26, 34, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
         noisy = smooth + g.normal(scale=g.uniform(4, 16), size=smooth.shape)
@@ -105,8 +105,8 @@ def every_one(work: Callable[[bytes], object], files: Sequence[bytes]) -> Callab
 
 def read(source: DataSource) -> None:
     """Read all images, a batch at a time."""
-    for first in range(0, IMAGES, BATCH):
-        source.read(range(first, first + BATCH))
+    for first in range(0, len(source), BATCH):
+        source.read(range(first, min(first + BATCH, len(source))))
 
 
 def loaded(config: SourceConfig, source: DataSource, workers: int) -> None:
@@ -119,10 +119,15 @@ def loaded(config: SourceConfig, source: DataSource, workers: int) -> None:
         pass
 
 
-def say(report: Report, times: Times, name: str, other: str, images: int = IMAGES) -> None:
-    """Report images for each second of CPU time, as a share of another contestant's."""
+def say(
+    report: Report, times: Times, name: str, other: str, images: int, others: int | None = None
+) -> None:
+    """Report images for each second of CPU time, as a share of another contestant's.
+
+    A round of the other one takes `others` images, by default as many.
+    """
     rate = images / times.median(name)
-    shares = [images / IMAGES * share for share in times.ratios(other, name)]
+    shares = [images / (others or images) * share for share in times.ratios(other, name)]
     share = statistics.median(shares)
     report.row(
         f"{name:<24} {rate:7.0f} images/CPU-s, {share:.3f} of {other} "
@@ -133,11 +138,12 @@ def say(report: Report, times: Times, name: str, other: str, images: int = IMAGE
 
 @click.option("--only", type=click.Choice(["read", "loaded", "prepare"]))
 @benchmark(rounds=7)
-def main(report: Report, rounds: int, only: str | None) -> None:
+@click.option("--images", default=128, show_default=True, type=click.IntRange(CLASSES))
+def main(report: Report, rounds: int, only: str | None, images: int) -> None:
     """Time each reader against a bare decoder, and preparing against reading."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        make_photos(root / "folder")
+        make_photos(root / "folder", images)
         shape = {"size": SIDE, "classes": CLASSES}
         configs: dict[str, SourceConfig] = {
             "folder": ImageFolder(root=str(root / "folder"), **shape)
@@ -149,14 +155,14 @@ def main(report: Report, rounds: int, only: str | None) -> None:
         for kind, config in configs.items():
             report.probe()
             source = config.open()
-            files = [source.listing.fetch(i) for i in range(IMAGES)]
-            report.say(f"{kind}: {sum(map(len, files)) / IMAGES / 1000:.1f} kB an image")
+            files = [source.listing.fetch(i) for i in range(images)]
+            report.say(f"{kind}: {sum(map(len, files)) / images / 1000:.1f} kB an image")
             whole: dict[str, Callable[[], None]] = {f"read {kind}": partial(read, source)}
             if only in (None, "read"):
                 bare = {f"bare {kind}": every_one(BARE[kind], files)}
                 times = contest(bare | whole, report.device, rounds)
-                say(report, times, f"bare {kind}", f"bare {kind}")
-                say(report, times, f"read {kind}", f"bare {kind}")
+                say(report, times, f"bare {kind}", f"bare {kind}", images)
+                say(report, times, f"read {kind}", f"bare {kind}", images)
             if only in (None, "loaded"):
                 work = {
                     f"loaded {kind}, {n} workers": partial(loaded, config, source, n)
@@ -164,13 +170,13 @@ def main(report: Report, rounds: int, only: str | None) -> None:
                 }
                 times = contest(whole | work, report.device, min(rounds, 3), warm=1)
                 for one in work:
-                    say(report, times, one, f"read {kind}", BATCH * STEPS)
+                    say(report, times, one, f"read {kind}", BATCH * STEPS, images)
         if only in (None, "prepare"):
             work = {f"prepare {k}": partial(prepared, photos, k, root / "again") for k in FORMATS}
             work["read folder"] = partial(read, photos)
             times = contest(work, report.device, rounds, warm=1)
             for one in work:
-                say(report, times, one, "read folder")
+                say(report, times, one, "read folder", images)
         report.probe()
 
 

@@ -3,10 +3,14 @@
 CPU time is that of the whole process and of the processes that it started and waited for, so with
 one thread it is what the work itself costs, whatever other processes do. On CUDA
 the wall time until the device is done counts.
+Freed memory is kept for what is allocated next, as the project's commands keep it: page faults
+would otherwise take 3 to 8 % of a step on a CPU, and scatter. Where the environment says something
+of the allocator, that holds instead.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -22,6 +26,9 @@ from typing import Any
 import attrs
 import click
 import torch
+
+from e2ediff.distributed.allocator import keep_freed_memory
+from e2ediff.errors import E2EDiffError
 
 NOISY = 0.15  # spread of the ceiling above which only ratios are worth reading
 _LEAST = 0.02  # seconds of one measurement: several calls are timed as one if a call takes less
@@ -39,12 +46,35 @@ def cpu_seconds() -> float:
     return time.process_time() + others.ru_utime + others.ru_stime
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Return the mean seconds of a call: CPU time on a CPU, else wall time with the device's."""
-    began = clock(device)
+def give_back_freed_memory() -> None:
+    """Give freed memory back to the system, so that what work needs next shows as its own."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def seconds_of(
+    work: Callable[[], object],
+    device: torch.device,
+    calls: int = 1,
+    before: Callable[[], object] | None = None,
+) -> float:
+    """Return the mean seconds of a call: CPU time on a CPU, else wall time with the device's.
+
+    `before` is called before each of them, outside the clock, which is then read for each call;
+    that adds some two microseconds to it.
+    """
+    if before is None:
+        began = clock(device)
+        for _ in range(calls):
+            work()
+        return (clock(device) - began) / calls
+    total = 0.0
     for _ in range(calls):
+        before()
+        began = clock(device)
         work()
-    return (clock(device) - began) / calls
+        total += clock(device) - began
+    return total / calls
 
 
 def clock(device: torch.device) -> float:
@@ -84,6 +114,7 @@ def contest(
     rounds: int,
     *,
     warm: int = 2,
+    before: Callable[[], object] | None = None,
 ) -> Times:
     """Time functions by turns, in another order each round.
 
@@ -92,19 +123,20 @@ def contest(
         device: Where they work.
         rounds: How often each is measured; a measurement takes 20 ms at least.
         warm: Calls that are not measured.
+        before: Called before every call of each, outside the clock.
     """
     calls = {}
     for name, work in contestants.items():
         for _ in range(warm):
-            work()
-        once = seconds_of(work, device)
+            seconds_of(work, device, before=before)
+        once = seconds_of(work, device, before=before)
         calls[name] = max(1, round(_LEAST / max(once, 1e-7)))
     found: dict[str, list[float]] = {name: [] for name in contestants}
     names = [*contestants]
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            found[name].append(seconds_of(contestants[name], device, calls[name]))
+            found[name].append(seconds_of(contestants[name], device, calls[name], before))
     return Times(found)
 
 
@@ -133,7 +165,7 @@ class Report:
         self.threads = threads
         self._out = out
         self._rows: list[dict[str, Any]] = []
-        self._ceilings: list[float] = []
+        self._ceilings: dict[torch.dtype, list[float]] = {}
         self._machine = {
             "benchmark": name,
             "device": device_name(device),
@@ -151,9 +183,10 @@ class Report:
         click.echo(text, err=self._out == "-")
 
     def probe(self, dtype: torch.dtype = torch.float32) -> float:
-        """Measure the ceiling once more; return the best so far, in FLOP/s."""
-        self._ceilings.append(matmul(self.device, dtype))
-        return max(self._ceilings)
+        """Measure the ceiling of a type once more; return its best so far, in FLOP/s."""
+        found = self._ceilings.setdefault(dtype, [])
+        found.append(matmul(self.device, dtype))
+        return max(found)
 
     def row(self, text: str, **fields: Any) -> None:
         """Note a row, and print `text`."""
@@ -162,12 +195,13 @@ class Report:
 
     def end(self) -> None:
         """Say how steady the machine was, and write the JSON."""
-        if len(self._ceilings) > 1:
-            spread = 1 - min(self._ceilings) / max(self._ceilings)
-            self._machine |= {"ceiling_gflops": max(self._ceilings) / 1e9, "spread": spread}
+        for found in self._ceilings.values():
+            if len(found) < 2:
+                continue
+            spread = 1 - min(found) / max(found)
+            self._machine |= {"ceiling_gflops": max(found) / 1e9, "spread": spread}
             noise = ", noisy: read the ratios only" if spread > NOISY else ""
-            best = f"{max(self._ceilings) / 1e9:.1f} GFLOP/s"
-            self.say(f"ceiling {best}, spread {spread:.0%}{noise}")
+            self.say(f"ceiling {max(found) / 1e9:.1f} GFLOP/s, spread {spread:.0%}{noise}")
         if self._out is None:
             return
         text = json.dumps({**self._machine, "rows": self._rows})
@@ -188,21 +222,59 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def device_named(name: str) -> torch.device:
+    """Return the device of this name.
+
+    Raises:
+        click.UsageError: There is no such device here.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise click.UsageError(f"--device {name}: is cpu, cuda, or a GPU by number as cuda:0.")
+    if kind == "cuda" and int(number or 0) >= (count := torch.cuda.device_count()):
+        here = f"only {count}" if count else "none"
+        raise click.UsageError(f"--device {name}: torch sees {here} on this machine. Use cpu.")
+    return torch.device(name)
+
+
+def check_writable(path: str) -> None:
+    """Refuse a file that could not be written after measuring.
+
+    Raises:
+        click.UsageError: It is a folder, or its own folder is missing or may not be written.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise click.UsageError(f"--json {path}: is a folder; name a file in it.")
+    if not file.parent.is_dir():
+        raise click.UsageError(f"--json {path}: there is no folder {file.parent}; make it first.")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise click.UsageError(f"--json {path}: may not be written; name another file.")
+
+
 def benchmark(rounds: int) -> Callable[[Callable[..., None]], click.Command]:
     """Make a command of a function that takes a report and a number of rounds.
 
     It has `--device`, `--threads`, `--rounds` (by default `rounds`) and `--json [FILE]`. Further
-    options go below this decorator.
+    options go below this decorator. An error of e2ediff ends it with its message and exit code.
     """
 
     def made(work: Callable[..., None]) -> click.Command:
         def command(device: str, threads: int, json_out: str | None, **options: Any) -> None:
+            keep_freed_memory()
+            place = device_named(device)
+            if json_out not in (None, "-"):
+                check_writable(json_out)
             torch.set_num_threads(threads)
             torch.manual_seed(0)
-            place = torch.device(device)
             name = Path(work.__code__.co_filename).stem
             report = Report(name, place, threads, json_out)
-            work(report, **options)
+            try:
+                work(report, **options)
+            except E2EDiffError as error:
+                refused = click.ClickException(str(error))
+                refused.exit_code = error.exit_code
+                raise refused from error
             report.end()
 
         # Click would fill the examples as prose.

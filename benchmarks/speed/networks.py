@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from e2ediff.data import Batch
 from e2ediff.distributed.world import World
@@ -15,12 +18,13 @@ from e2ediff.host.recipe import Recipe, load_recipe
 from e2ediff.step.assembly import Assembly, assemble
 from e2ediff.step.update import Update
 
-_FULL = "recipes/dsd_in256.yaml"
+RECIPES = Path(__file__).parents[2] / "recipes"
+_QUICKSTART, _FULL = str(RECIPES / "quickstart.yaml"), str(RECIPES / "dsd_in256.yaml")
 SIZES: dict[str, tuple[str, tuple[str, ...]]] = {
     # name: recipe and what is changed
-    "quickstart": ("recipes/quickstart.yaml", ()),
+    "quickstart": (_QUICKSTART, ()),
     "block": (
-        "recipes/quickstart.yaml",
+        _QUICKSTART,
         ("backbone.depth=1", "backbone.width=16", "backbone.heads=1", "batch=2"),
     ),
     "small": (
@@ -33,8 +37,20 @@ SIZES: dict[str, tuple[str, tuple[str, ...]]] = {
 """The quickstart, one with a single block, 6 blocks of 384 at 256 tokens, and the full recipe."""
 
 
+SEEN = 2
+"""Steps of the run before the one that is timed."""
+
+
 def read(size: str, *changes: str) -> Recipe:
-    """Return a recipe by the name of its size, or by its path."""
+    """Return a recipe by the name of its size, or by its path.
+
+    Raises:
+        click.UsageError: It is neither.
+        RecipeError: The recipe is wrong.
+    """
+    if size not in SIZES and "://" not in size and not Path(size).exists():
+        known = ", ".join(SIZES)
+        raise click.UsageError(f"--size {size}: is no file of a recipe, and no size of {known}.")
     path, own = SIZES.get(size, (size, ()))
     return load_recipe(load(), path, [*own, *changes])
 
@@ -62,7 +78,14 @@ def stepper(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object],
     random_weights(parts.step)
     update = Update(recipe, parts, World(), _show)
     batch = random_batch(recipe, device)
-    return lambda: update(batch, recipe.batch * 2), parts
+    return lambda: update(batch, SEEN * recipe.batch), parts
+
+
+def counted(work: Callable[[], object]) -> float:
+    """Return the FLOPs of what is not compiled; torch counts attention in its written-out form."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
 
 
 def _show(kind: str, text: str, **fields: Any) -> None:

@@ -8,6 +8,7 @@ draws, networks and fused optimizer, torch's clipping, one `_foreach_lerp_` for 
 the schedule's rate: what a script would have. The engine's step is measured from the end of one
 to the end of the next: its loader, guards, hooks and checks for signals included, looks, logs and
 saves not. Half of the difference's spread is the place of a step in the caches.
+Neither is compiled, or both as `--set compile=blocks` or `step` says.
 """
 
 from __future__ import annotations
@@ -95,27 +96,36 @@ def hand_written(recipe: Recipe, device: torch.device, source: Any) -> Callable[
     return step
 
 
+def prepared(size: str, changes: tuple[str, ...], device: torch.device, steps: int) -> Recipe:
+    """Return the recipe of a size for this many steps, uncompiled unless `changes` say how."""
+    own = [*changes, f"device={device}"]
+    if SIZES.get(size, ("",))[0].endswith("in256.yaml"):
+        own.append("data={name: synthetic, size: 256}")
+    every = "cadence={log: 1000000, diagnose: 1000000, preview: 1000000, checkpoint: 1000000}"
+    recipe = read(size, "compile=off", *own, f"steps={steps + 2 * _WARM}", every)
+    if recipe.compile == "auto":  # the engine would decide, in the middle of what is timed
+        raise click.UsageError("--set compile=auto: name what both loops are, as compile=blocks.")
+    return recipe
+
+
 @benchmark(rounds=1)
 @click.option(
     "--size", "sizes", multiple=True, default=("quickstart", "block"), show_default=True,
     help="Of a recipe, or its path.",
 )  # fmt: skip
 @click.option("--set", "changes", multiple=True, help="As of `e2ediff run`.")
-@click.option("--steps", default=120, show_default=True)
+@click.option("--steps", default=120, show_default=True, type=click.IntRange(2))
 def main(
     report: Report, rounds: int, sizes: tuple[str, ...], changes: tuple[str, ...], steps: int
 ) -> None:
     """Time both loops at each size."""
-    report.probe()
     device = report.device
     seconds = partial(clock, device)
+    recipes = {size: prepared(size, changes, device, steps) for size in sizes}
+    opened = {n: (r.data.open(), r.data.open(held_out=True)) for n, r in recipes.items()}
+    report.probe()
     for size in sizes * rounds:
-        own = [*changes, f"device={device}"]
-        if SIZES.get(size, ("",))[0].endswith("in256.yaml"):
-            own.append("data={name: synthetic, size: 256}")
-        every = "cadence={log: 1000000, diagnose: 1000000, preview: 1000000, checkpoint: 1000000}"
-        recipe = read(size, *own, f"steps={steps + 2 * _WARM}", every)
-        sources = recipe.data.open(), recipe.data.open(held_out=True)
+        recipe, sources = recipes[size], opened[size]
         with tempfile.TemporaryDirectory() as folder:
             directory = RunDirectory.create(folder + "/run", recipe.name, "", "", {})
             quiet = Progress(io.StringIO())
@@ -130,7 +140,7 @@ def main(
             engine.begin(other, seconds)
             with directory, quiet, Stop() as stop:
                 engine.run(stop)
-        mine, theirs = engine.own[_WARM:-_WARM], engine.others[_WARM:-_WARM]
+        mine, theirs = (all_of[_WARM:][:steps] for all_of in (engine.own, engine.others))
         ratios = sorted(a / b for a, b in zip(mine, theirs, strict=True))
         gaps = [a - b for a, b in zip(mine, theirs, strict=True)]
         ratio, gap = statistics.median(ratios), statistics.median(gaps)
@@ -139,9 +149,10 @@ def main(
             f"{size}: engine {1e3 * statistics.median(mine):.2f} ms a step, hand-written "
             f"{1e3 * statistics.median(theirs):.2f} ms: {ratio:.3f} times (of least ones "
             f"{least:.3f}), {1e6 * gap:+.0f} us",
-            size=size, steps=len(mine), engine_ms=1e3 * statistics.median(mine),
-            hand_ms=1e3 * statistics.median(theirs), ratio=ratio, of_least=least,
-            difference_us=1e6 * gap, quartiles=statistics.quantiles(ratios, n=4),
+            size=size, compile=recipe.compile, steps=len(mine),
+            engine_ms=1e3 * statistics.median(mine), hand_ms=1e3 * statistics.median(theirs),
+            ratio=ratio, of_least=least, difference_us=1e6 * gap,
+            quartiles=statistics.quantiles(ratios, n=4),
         )  # fmt: skip
         report.probe()
 

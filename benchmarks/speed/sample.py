@@ -5,7 +5,8 @@
     python benchmarks/speed/sample.py --shape 6x384 --rows 4 --rounds 7
 
 The hand-written loop has the same network, times and solver on the linear path, and draws and
-decodes as well. `--shape` DEPTHxWIDTH compares a network of dsd_in256's options with diffusers'
+decodes as well. FLOPs are those of matrix products, convolutions and attention of a call.
+`--shape` DEPTHxWIDTH compares a network of dsd_in256's options with diffusers'
 `DiTTransformer2DModel` of the same shape, on 16 x 16 tokens of 32 channels, and needs diffusers.
 
 Shapes: B images, N latent tokens, D latent channels.
@@ -13,15 +14,15 @@ Shapes: B images, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import click
 import torch
 from measuring import Report, benchmark, contest
+from networks import RECIPES, counted
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from e2ediff.backbone import Backbone
 from e2ediff.condition import concatenate
@@ -30,7 +31,6 @@ from e2ediff.host.recipe import Recipe, load_recipe
 from e2ediff.model.build import build_nets
 from e2ediff.model.inference import Model
 
-_RECIPES = Path(__file__).parents[2] / "recipes"
 DIT = "diffusers' DiT"
 _CFG = "{name: classifier_free, scale: 1.5}"
 
@@ -66,17 +66,21 @@ def by_hand(model: Model, rows: int) -> Callable[[], Tensor]:
     return sample
 
 
+def sampled(path: str, guidance: str) -> Recipe:
+    """Return a recipe that samples with 25 steps of Euler."""
+    changes = ["sampler={name: euler, steps: 25, spacing: karras}", f"guidance={guidance}"]
+    return load_recipe(load(), path, changes)
+
+
 def compare_loops(
-    report: Report, recipe_path: str, rows: int, rounds: int, guidance: str, *, compiled: bool
+    report: Report, recipe: Recipe, rows: int, rounds: int, *, compiled: bool
 ) -> None:
     """Report the time of a network call in `Model.sample`, in a hand-written loop, and alone."""
-    device = report.device
-    recipe = load_recipe(load(), recipe_path, ["sampler={name: euler, steps: 25, spacing: karras}",
-                                               f"guidance={guidance}"])  # fmt: skip
+    device, guided = report.device, recipe.guidance is not None
     model = Model(recipe=recipe, net=built(recipe, device), rows=rows)
     for block in model.net.blocks() if compiled else ():
         block.compile()
-    passed = rows * (1 if guidance == "null" else 2)
+    passed = rows * (2 if guided else 1)
     spec, steps = model.net.latent, recipe.sampler.steps
     z = torch.randn(passed, spec.tokens, spec.dim, device=device)
     condition = model.image.conditioning.null(passed, device)
@@ -94,7 +98,7 @@ def compare_loops(
         rounds,
     )
     ms = {name: 1e3 * found.median(name) / steps for name in found.seconds}
-    kind = "guided" if guidance != "null" else "plain"
+    kind = "guided" if guided else "plain"
     report.row(
         f"{recipe.name} {rows:>3} images {kind:<7} {ms['sample']:8.3f} ms a call, network "
         f"{ms['network']:.3f}; {found.against('sample', 'hand')}",
@@ -103,16 +107,35 @@ def compare_loops(
     )  # fmt: skip
 
 
+def parsed(shape: str) -> tuple[int, int]:
+    """Return depth and width of a `--shape`, for which diffusers must be there.
+
+    Raises:
+        click.UsageError: It is no shape, or diffusers is missing.
+    """
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+    if found is None or int(found[2]) % 64:
+        raise click.UsageError(
+            f"--shape {shape}: is the number of blocks, x, and a width that 64 divides, as 6x384."
+        )
+    try:
+        from diffusers import DiTTransformer2DModel
+    except ImportError as error:
+        raise click.UsageError("--shape needs diffusers: pip install diffusers") from error
+    assert DiTTransformer2DModel
+    return int(found[1]), int(found[2])
+
+
 def compare_networks(
-    report: Report, shape: str, rows: int, rounds: int, *, compiled: bool
+    report: Report, depth: int, width: int, rows: int, rounds: int, *, compiled: bool
 ) -> None:
     """Report the time of one call of our network and of diffusers' DiT of the same shape."""
     from diffusers import DiTTransformer2DModel
 
-    depth, width = map(int, shape.split("x"))
+    shape = f"{depth}x{width}"
     heads, device = width // 64, report.device
     lines = [f"backbone.width={width}", f"backbone.depth={depth}", f"backbone.heads={heads}"]
-    recipe = load_recipe(load(), str(_RECIPES / "dsd_in256.yaml"), lines)
+    recipe = load_recipe(load(), str(RECIPES / "dsd_in256.yaml"), lines)
     net = built(recipe, device)
     spec = net.latent
     peer = DiTTransformer2DModel(
@@ -124,8 +147,6 @@ def compare_networks(
     image = z.transpose(1, 2).reshape(rows, spec.dim, 16, 16).contiguous()
     t, label = torch.full((rows,), 0.5, device=device), torch.zeros(rows, device=device).long()
     condition = recipe.data.image.conditioning.null(rows, device)
-    for block in [*net.blocks(), *peer.transformer_blocks] if compiled else ():
-        block.compile()
 
     @torch.no_grad()
     def ours() -> Tensor:
@@ -136,18 +157,16 @@ def compare_networks(
         found: Tensor = peer(image, t, label, return_dict=False)[0]
         return found
 
-    counted = {}
-    for name, call in (("ours", ours), (DIT, theirs)):
-        with FlopCounterMode(display=False) as counter:
-            call()
-        counted[name] = counter.get_total_flops() / 1e9
+    gflop = {name: counted(call) / 1e9 for name, call in (("ours", ours), (DIT, theirs))}
+    for block in [*net.blocks(), *peer.transformer_blocks] if compiled else ():
+        block.compile()
     found = contest({"ours": ours, DIT: theirs}, device, rounds)
     ms = {name: 1e3 * found.median(name) for name in found.seconds}
     report.probe()
     report.row(
-        f"{shape} {rows:>3} images, {counted['ours']:.1f} and {counted[DIT]:.1f} "
+        f"{shape} {rows:>3} images, {gflop['ours']:.1f} and {gflop[DIT]:.1f} "
         f"GFLOP: {ms['ours']:.1f} ms, {found.against('ours', DIT)}",
-        shape=shape, rows=rows, compiled=compiled, ms=ms, gflop=counted,
+        shape=shape, rows=rows, compiled=compiled, ms=ms, gflop=gflop,
         against=found.ratios("ours", DIT),
     )  # fmt: skip
 
@@ -166,13 +185,16 @@ def main(
     shape: str | None,
 ) -> None:
     """Compare at each number of images, without and with guidance."""
+    if shape is not None:
+        depth, width = parsed(shape)
+        for count in rows:
+            compare_networks(report, depth, width, count, rounds, compiled=compiled)
+        return
+    paths = recipes or (str(RECIPES / "quickstart.yaml"),)
+    read = [sampled(path, guidance) for path in paths for guidance in ("null", _CFG)]
     for count in rows:
-        if shape:
-            compare_networks(report, shape, count, rounds, compiled=compiled)
-            continue
-        for path in recipes or [str(_RECIPES / "quickstart.yaml")]:
-            for guidance in ("null", _CFG):
-                compare_loops(report, path, count, rounds, guidance, compiled=compiled)
+        for recipe in read:
+            compare_loops(report, recipe, count, rounds, compiled=compiled)
 
 
 if __name__ == "__main__":
