@@ -3,16 +3,18 @@
 All get six blocks of width 384, 256 tokens and 1,000 classes, torch's fused AdamW, and their own
 losses, conditioning and averages. Images or latents are random.
 What needs weights or packages that are not part of a step is left out: UNITE's LPIPS is 0, and
-solvers, downloads and model parallelism of fairscale are empty modules.
+solvers, downloads and model parallelism of fairscale are empty modules. On a CPU JiT's tables stay
+there, and torch's attention is in place of its own, which puts a mask on a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,11 @@ class Peer:
     clip: float
 
 
-def load_peer(path: str, batch: int, device: torch.device, *, compiled: bool) -> Peer:
-    """Import a project from its checkout, and build its network at our size.
+def find_peer(path: str) -> Callable[[int, torch.device], Peer]:
+    """Return what builds the network of the project in this checkout.
 
     Raises:
-        click.UsageError: The folder is none of the projects that are known here, or a package
-            that its network needs is missing.
+        click.UsageError: The folder is missing, or none of the projects that are known here.
     """
     root = Path(path)
     known = {
@@ -50,27 +51,70 @@ def load_peer(path: str, batch: int, device: torch.device, *, compiled: bool) ->
         "model_jit.py": _jit,
         "models.py": _sit,
     }
+    if not root.is_dir():
+        raise click.UsageError(f"--peer {path}: there is no such folder.")
     found = next((build for file, build in known.items() if (root / file).exists()), None)
     if found is None:
-        raise click.UsageError(f"{path}: neither UNITE, LightningDiT, JiT nor SiT")
-    sys.path.insert(0, str(root))
+        raise click.UsageError(
+            f"--peer {path}: is no checkout of UNITE, LightningDiT, JiT or SiT."
+        )
+    return found
+
+
+def load_peer(path: str, batch: int, device: torch.device, *, compiled: bool) -> Peer:
+    """Import a project from its checkout, and build its network at our size.
+
+    Each call imports it anew: some compile functions as they define them, which is done if
+    `compiled` and not otherwise.
+
+    Raises:
+        click.UsageError: The folder is none of the projects that are known here, or a package
+            that its network needs is missing.
+    """
+    build, root = find_peer(path), Path(path).resolve()
+    for name, module in [*sys.modules.items()]:
+        file = Path(getattr(module, "__file__", None) or "/")
+        if root in file.parents and "site-packages" not in file.parts:
+            del sys.modules[name]
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
     for name in _ABSENT:
         _stand_in(name)
-    decorator = torch.compile
-    if not compiled:  # some compile their blocks as they define them
-        torch.compile = lambda fn=None, **_: fn if fn is not None else (lambda f: f)
     try:
-        peer = found(batch, device)
+        with _as_it_is(not compiled), _on_a_cpu(device):
+            peer = build(batch, device)
     except ModuleNotFoundError as error:
         raise click.UsageError(f"{path} needs {error.name}: pip install {error.name}") from error
-    finally:
-        torch.compile = decorator
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in peer.net.parameters():
             if p.requires_grad and not p.any():
                 p.copy_(0.02 * torch.randn(p.shape, generator=g))
     return peer
+
+
+@contextlib.contextmanager
+def _as_it_is(wanted: bool) -> Iterator[None]:
+    """Let `torch.compile` leave what is defined inside `with` as it is."""
+    decorator = torch.compile
+    if wanted:
+        torch.compile = lambda fn=None, **_: fn if fn is not None else (lambda f: f)
+    try:
+        yield
+    finally:
+        torch.compile = decorator
+
+
+@contextlib.contextmanager
+def _on_a_cpu(device: torch.device) -> Iterator[None]:
+    """Let tensors stay where they are inside `with`, if that is a CPU."""
+    move = torch.Tensor.cuda
+    if device.type == "cpu":
+        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = move  # type: ignore[method-assign]
 
 
 def stepper(peer: Peer) -> Callable[[], None]:
@@ -104,10 +148,13 @@ def _stand_in(name: str) -> None:
     try:
         importlib.import_module(name)
     except ImportError:
-        inner = ("", ".nn", ".nn.model_parallel", ".nn.model_parallel.layers",
-                 ".nn.model_parallel.initialize")  # fmt: skip
-        for suffix in inner if name == "fairscale" else inner[:1]:
-            sys.modules[name + suffix] = _Nothing(name + suffix)
+        inner = ("nn", "nn.model_parallel", "nn.model_parallel.layers",
+                 "nn.model_parallel.initialize")  # fmt: skip
+        for full in (name, *(f"{name}.{one}" for one in inner if name == "fairscale")):
+            sys.modules[full] = module = _Nothing(full)
+            above, _, last = full.rpartition(".")
+            if above:
+                setattr(sys.modules[above], last, module)
 
 
 def _plain_average(net: nn.Module, decay: float) -> Callable[[], None]:

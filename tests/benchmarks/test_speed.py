@@ -22,6 +22,7 @@ from e2ediff.distributed.world import World
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
 from e2ediff.parts.optimizers.muon import Muon
+from e2ediff.step.count import count
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEED = ROOT / "benchmarks" / "speed"
@@ -165,6 +166,164 @@ def test_freed_memory_is_kept_from_before_a_device_is_used(measuring, monkeypatc
 
     CliRunner().invoke(measuring.benchmark(rounds=1)(work), catch_exceptions=False)
     assert done == ["kept", "device", "measured"]
+
+
+# ---- FLOPs
+
+
+@needs_dsd
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["optimizer={name: adamw}"],
+        ["optimizer={name: muon}"],
+        ["optimizer={name: adamw}", "checkpoint_activations=true"],
+    ],
+    ids=["adamw", "muon", "recomputed"],
+)
+def test_flops_of_a_step_are_those_of_check(module, changes) -> None:
+    sets = [word for line in changes for word in ("--set", line)]
+    (row, *_) = measured("train_step", "--size", "block", *sets)["rows"]
+    flops = count(module("networks").read("block")).flops
+    assert row["gflop_per_image"] == pytest.approx(sum(flops.values()) / 1e9)
+    assert row["name"] == "ours, off"
+    assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["ms"])
+    assert 0 < row["share_of_ceiling"] < 1
+
+
+@needs_dsd
+def test_flops_of_check_are_those_of_the_gradients_of_a_step(module) -> None:
+    networks = module("networks")
+    read = networks.read("block", "optimizer={name: adamw}")
+    step, _ = networks.stepper(read, CPU)
+    assert networks.counted(step) / read.batch == sum(count(read).flops.values())
+
+
+def test_attention_is_counted_on_a_cpu(module) -> None:
+    q = torch.randn(2, 3, 5, 8)
+    found = module("networks").counted(lambda: nn.functional.scaled_dot_product_attention(q, q, q))
+    assert found == 2 * (2 * 2 * 3 * 5 * 5 * 8)
+
+
+# ---- peers
+
+SIT = """
+import timm_stand_in
+import torch
+from torch import nn
+
+class SiT(nn.Module):
+    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads,
+                 num_classes):
+        super().__init__()
+        self.patch_size = patch_size
+        self.first = nn.Linear(in_channels, in_channels)
+        self.built = torch.compile(lambda x: 2 * x)
+
+    def forward(self, x, t, y):
+        return self.built(self.first(x.movedim(1, -1)).movedim(-1, 1))
+"""
+TRANSPORT = """
+class Transport:
+    def training_losses(self, net, z, options):
+        return {"loss": (net(z, None, options["y"]) ** 2).mean(dim=(1, 2, 3))}
+
+def create_transport():
+    return Transport()
+"""
+
+
+@pytest.fixture
+def sit(tmp_path: Path) -> Path:
+    """A project that looks like SiT, of one layer."""
+    root = tmp_path / "sit"
+    (root / "transport").mkdir(parents=True)
+    (root / "models.py").write_text(SIT)
+    (root / "timm_stand_in.py").touch()
+    (root / "transport" / "__init__.py").write_text(TRANSPORT)
+    return root
+
+
+def test_a_peer_takes_part_uncompiled_and_compiled_against_steps_alike(
+    sit, recipe, monkeypatch
+) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **k | {"backend": "eager"}))
+    kinds = ["--compile", "off", "--compile", "blocks"]
+    found = measured("train_step", "--size", recipe, "--peer", sit, *kinds)["rows"]
+    rows = {row["name"]: row for row in found if "ms" in row}
+    assert [*rows] == ["ours, off", "ours, blocks", "sit, off", "sit, compiled"]
+    assert rows["ours, off"]["peer"] == "sit, off"
+    assert rows["ours, blocks"]["peer"] == "sit, compiled"
+    # A layer of 4 x 4 at 32 x 32 places: two FLOPs each forward and for the layer's gradient; no
+    # gradient of the images is needed.
+    flops = 2 * 2 * 4 * 4 * 32 * 32
+    assert rows["sit, off"]["gflop_per_image"] == pytest.approx(flops / 1e9)
+    assert rows["sit, compiled"]["gflop_per_image"] == pytest.approx(flops / 1e9)
+    ours, theirs = rows["ours, off"], rows["sit, off"]
+    each = [row["ms"] / row["gflop_per_image"] for row in (theirs, ours)]
+    assert ours["per_flop_of_peer"] == pytest.approx(each[0] / each[1])  # of the only round
+
+
+def test_a_peer_is_defined_as_it_is_or_compiled(module, sit, monkeypatch) -> None:
+    asked: list[object] = []
+
+    def compiles(what: Any) -> Any:
+        asked.append(what)
+        return what
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    known = {*sys.modules}
+    peers = module("peers")
+    try:
+        plain = peers.load_peer(str(sit), 2, CPU, compiled=False)
+        assert not asked
+        compiled = peers.load_peer(str(sit), 2, CPU, compiled=True)
+        assert len(asked) == 1
+        assert type(plain.net) is not type(compiled.net)  # imported anew
+        assert torch.compile is compiles
+    finally:
+        for name in {*sys.modules} - known:
+            del sys.modules[name]
+
+
+def test_what_a_peer_moves_to_a_gpu_stays_on_a_cpu_while_it_is_built(module, sit) -> None:
+    (sit / "models.py").write_text(SIT + "\nassert torch.zeros(2).cuda().device.type == 'cpu'\n")
+    move, path, known = torch.Tensor.cuda, [*sys.path], {*sys.modules}
+    peers = module("peers")
+    try:
+        assert peers.load_peer(str(sit), 2, CPU, compiled=False).name == "sit"
+        assert torch.Tensor.cuda is move
+    finally:
+        sys.path[:] = path
+        for name in {*sys.modules} - known:
+            del sys.modules[name]
+
+
+def test_a_package_of_modules_that_is_missing_resolves_as_written(module, monkeypatch) -> None:
+    stand_in = module("peers")._stand_in
+    monkeypatch.setitem(sys.modules, "fairscale", None)  # as if it were not installed
+    known = {*sys.modules}
+    try:
+        stand_in("fairscale")
+        exec(
+            "import fairscale.nn.model_parallel.initialize as init\n"
+            "from fairscale.nn.model_parallel.layers import ColumnParallelLinear\n"
+            "assert init.__name__ == 'fairscale.nn.model_parallel.initialize'\n"
+        )
+    finally:
+        for name in {*sys.modules} - known:
+            del sys.modules[name]
+
+
+def test_a_peer_is_refused_before_anything_is_counted(tmp_path, sit) -> None:
+    assert "there is no such folder" in refused("train_step", "--peer", tmp_path / "missing")
+    said = refused("train_step", "--peer", tmp_path)
+    assert said.strip().endswith("is no checkout of UNITE, LightningDiT, JiT or SiT.")
+    (sit / "timm_stand_in.py").unlink()
+    said = refused("train_step", "--size", "block", "--peer", sit)
+    assert "needs timm_stand_in: pip install timm_stand_in" in said
 
 
 # ---- updates
