@@ -177,9 +177,10 @@ def _entries_of(distribution: metadata.Distribution) -> Sequence[Plugin]:
         fault = _fault("entry_points.txt", folder, exc)
         return [Plugin(own, own, entry=own, fault=fault)]
     try:
-        name, version = distribution.metadata["Name"], distribution.version or ""
-        requires = tuple(distribution.requires or ())
-        summary = distribution.metadata["Summary"] or ""
+        about = distribution.metadata  # parsed anew at each access
+        name, version, summary = about["Name"], about["Version"] or "", about["Summary"] or ""
+        # Without such lines those of an egg, which are in a file of their own.
+        requires = tuple(about.get_all("Requires-Dist") or distribution.requires or ())
         if not name:
             raise ValueError("there is no Name")
     except Exception as exc:
