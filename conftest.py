@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from drawing import drawn
-from fixtures import host, tiny_recipe, tiny_text
-from forked import forked_runs
-
-__all__ = ["drawn", "forks", "host", "tiny_recipe", "tiny_text"]
 
 # Runs wait for a disk whenever they save. Memory of this size holds what all tests leave.
 MEMORY = "/dev/shm"
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 
-# Files whose tests take a minute or more. A process that runs tests takes one file after another,
-# and the others would wait for the last of these. First come those that fork runs: forks of a
-# process that has compiled have ended in torch, with "std::system_error".
+# Files whose tests take half a minute or more. A process that runs tests takes one file after
+# another, and the others would wait for the last of these. First come those that fork runs: forks
+# of a process that has compiled have ended in torch, with "std::system_error".
 _LONG = (
     "test_signals",
     "test_hangs",
@@ -33,6 +28,7 @@ _LONG = (
     "test_gpu_check",
     "test_conditions",
     "test_failing_in_runs",
+    "test_new_and_check",
     "test_compiling",
     "test_one_graph",
     "test_forecast",
@@ -41,14 +37,16 @@ _LONG = (
     "test_resume",
     "test_processes",
     "test_alarm_runs",
+    "test_sweep",
+    "test_collapse_runs",
+    "test_samplers",
 )
 
 
-@pytest.fixture
-def forks() -> Iterator[None]:
-    """Start commands as forks of this process."""
-    with forked_runs():
-        yield
+def pytest_configure(config: pytest.Config) -> None:
+    """Offer what tests share where tests run; the process that hands them out imports no torch."""
+    if config.getoption("dist") == "no":
+        config.pluginmanager.register(importlib.import_module("fixtures"), "shared")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

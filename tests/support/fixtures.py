@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Processes that tests start have one thread as well; it is read when torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,11 +12,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from drawing import leave_blank
+from drawing import drawn, leave_blank
+from forked import forked_runs
 from hypothesis import settings
 from tiny_recipe import tiny
 
 from e2ediff.host.plugins import Host, load
+
+__all__ = ["drawn", "forks", "host", "tiny_recipe", "tiny_text"]
 
 # Bit-for-bit claims are for one thread count, and small tensors are fastest on one.
 torch.set_num_threads(1)
@@ -58,3 +62,10 @@ def tiny_recipe(tmp_path) -> str:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     return str(path)
+
+
+@pytest.fixture
+def forks() -> Iterator[None]:
+    """Start commands as forks of this process."""
+    with forked_runs():
+        yield
