@@ -99,6 +99,7 @@ def parsed() -> Iterator[None]:
     """Files are parsed for the first test that reads them, and forgotten after the last."""
     yield
     tree_of.cache_clear()
+    dotted.cache_clear()
 
 
 def imports(tree: ast.AST, *, top: bool = False) -> Iterator[str]:
@@ -676,8 +677,10 @@ _UNSAFE = re.compile(
 )
 
 
-def dotted(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+@functools.cache
+def dotted(tree: ast.AST) -> list[tuple[ast.AST, str]]:
     """Every name and attribute, in full under whatever name it was imported."""
+    found = []
     names = {"np": "numpy"}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -687,7 +690,8 @@ def dotted(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Name):
             head, _, rest = ast.unparse(node).partition(".")
-            yield node, f"{names.get(head, head)}.{rest}".rstrip(".")
+            found.append((node, f"{names.get(head, head)}.{rest}".rstrip(".")))
+    return found
 
 
 # The law itself

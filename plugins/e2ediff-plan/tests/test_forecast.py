@@ -29,6 +29,8 @@ from e2ediff.monitor.scores import Scorer
 from e2ediff.step.count import count
 from e2ediff.store.checkpoint import open_checkpoint
 
+SHALLOW = "backbone.depth=1"  # where a claim is not about depth: a forecast takes as long as that
+
 
 @pytest.fixture
 def recipe_of(host: Host):
@@ -111,7 +113,9 @@ def test_the_forecast_peak_is_the_allocator_s_within_two_percent(
 def test_a_forecast_in_bfloat16_measures_no_kernel(recipe_of, monkeypatch) -> None:
     half_only = offer_half_only(monkeypatch)
     memories = [
-        follow(recipe_of("detached", "precision=bfloat16", f"backbone.attention={kernel}"))
+        follow(
+            recipe_of("detached", SHALLOW, "precision=bfloat16", f"backbone.attention={kernel}")
+        )
         for kernel in ("auto", "sdpa_flash")
     ]
     assert memories[0] == memories[1]
@@ -119,7 +123,7 @@ def test_a_forecast_in_bfloat16_measures_no_kernel(recipe_of, monkeypatch) -> No
 
 
 def test_the_peak_at_another_micro_shard_is_that_of_a_recipe_that_has_it(recipe_of) -> None:
-    known, other = (follow(recipe_of("detached", f"microshards={m}")) for m in (2, 4))
+    known, other = (follow(recipe_of("detached", SHALLOW, f"microshards={m}")) for m in (2, 4))
     assert known.rows == 2 * other.rows
     assert known.peak_at(other.rows) == pytest.approx(other.peak, rel=0.01)
     for usable in (known.peak, known.peak + 10 * known.per_image):
@@ -203,7 +207,7 @@ def test_an_optimizer_s_state_is_what_that_optimizer_keeps(recipe_of, optimizer:
 
 
 def test_a_forecast_checkpoint_is_as_large_as_one(host: Host, recipe_of, tmp_path: Path) -> None:
-    recipe = recipe_of("two_stage", "cadence.checkpoint=1", "backbone.latent_norm=batch")
+    recipe = recipe_of("two_stage", SHALLOW, "cadence.checkpoint=1", "backbone.latent_norm=batch")
     engine = engine_of(host, recipe, tmp_path / "run")
     batch = next(iter(engine._batches()))
     for phase in recipe.objective.phases:

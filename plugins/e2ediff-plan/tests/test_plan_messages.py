@@ -41,6 +41,7 @@ def test_a_plan_says_how_much_shared_memory_the_data_workers_of_all_devices_need
     data = "data={name: image_folder, root: x, size: 256, classes: 2, workers: 2}"
     words = ("plan", tiny_recipe, "--device", "cpu", "--gpus", 2, "--set", data)
     words += ("--set", "microshards=4", "--set", "batch=48", "--set", "backbone.patch=64")
+    words += ("--set", "backbone.depth=1")
     needed = 2 * (2 * 2 + 1) * (12 * 3 * 256**2 + 4096)  # pixels and labels
     done = e2ediff(*words)
     assert done.code == 0, done.err

@@ -283,7 +283,7 @@ def test_scores_in_a_run_of_someone_else_are_not_written_behind_a_link(
 )
 def test_an_address_that_is_never_opened_is_refused(run: str, address: str) -> None:
     for words in ((run, "--out", address), (run, "--reference", address), (address,)):
-        done = e2ediff("sweep", *words, *FEW)
+        done = e2ediff("sweep", *words, *FEW, "--vary", "weights=target")
         assert done.code in (3, 5, 6), (words, done)
         assert "is never opened" in done.err, (words, done)
 
