@@ -65,7 +65,7 @@ data: {name: synthetic, size: 16}
 backbone: {name: vit, width: 16, depth: 2, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}
 interpolant: linear
 times: uniform
-objective: {name: repa_e, features: {name: torchvision, model: vgg11, nodes: [features.2]}}
+objective: {name: repa_e, features: {name: torchvision, model: squeezenet1_1, nodes: [features.2]}}
 optimizer: adamw
 sampler: {name: euler, steps: 1}
 probe: {images: 8, times: [0.5], calibration: 8}

@@ -95,6 +95,7 @@ def test_a_grid_scores_every_combination_once(run: str) -> None:
 
 def test_each_score_has_a_passport_and_the_best_one_a_command(run: str) -> None:
     words = ("--vary", "weights=ema:0.1", "--vary", "guidance.scale=3", "--full", 16)
+    words += ("--reference", "held-out")  # fewer images: full scores compare all pairs
     done = e2ediff("sweep", run, *FEW, *words)
     assert done.code == 0, done.err
     (best, *_) = table()

@@ -280,6 +280,7 @@ def test_commands_are_imported() -> None:
     assert fine == kit.Verdict("command check", "contract")
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_step_that_knows_its_process_is_found_out(folder, monkeypatch) -> None:
     only(monkeypatch, "two processes")
     path = folder("objective", "my_odd")
