@@ -53,6 +53,8 @@ def _again(sheet: Figure, rows: int, columns: int, *, squeeze: bool = True, **op
 def leave_blank() -> None:
     """Do so in this process and its forks."""
     Figure.savefig, Figure.subplots = _blank, _again  # type: ignore[method-assign, assignment]
+    for columns in (1, 2, 3, 4):
+        _used(2, columns)  # here, so that forks have them
 
 
 @pytest.fixture(scope="module")
