@@ -625,11 +625,11 @@ def test_results_go_to_stdout_and_all_else_to_stderr(run: str) -> None:
 
 
 ENDING = """
-import atexit, sys, threading, time
+import atexit, sys, threading
 from e2ediff.__main__ import program
 
 def later():
-    time.sleep(0.3)
+    threading.main_thread().join()  # however long the command takes
     print("waited for")
 
 class Taken:
