@@ -1,7 +1,10 @@
 """`compile: auto` compiles where the steps that are left would gain by it, and never ends a run.
 
-Graphs go to a backend that runs torch's own kernels, so that no C++ compiler is needed. The
-network waits wherever it is not compiled, so that compiling it always pays.
+Graphs go to a backend that runs torch's own kernels, so that no C++ compiler is needed. Most are
+run as they were traced; where a whole step is compared with blocks, or activations are computed
+again, forward and backward pass are graphs of their own ("aot_eager"), as they are for a compiler,
+which takes three times as long. The network waits wherever it is not compiled, so that compiling
+it always pays.
 """
 
 from __future__ import annotations
@@ -70,16 +73,16 @@ BACKBONE = "{name: waiting, width: 16, depth: 1, heads: 1, patch: 8, latent_dim:
 
 
 class Backend:
-    """Compiles as `aot_eager`; fails from its graph number `fails` on; runs slowly if `slow`."""
+    """Compiles as the one it is made from; fails at its graph number `fails`, slow if `slow`."""
 
-    def __init__(self, fails: int = -1, *, slow: bool = False) -> None:
-        self.fails, self.slow, self.graphs = fails, slow, 0
+    def __init__(self, fails: int = -1, *, slow: bool = False, of: str = "eager") -> None:
+        self.fails, self.slow, self.of, self.graphs = fails, slow, of, 0
 
     def __call__(self, graph, inputs):
         if self.graphs == self.fails:
             raise NotImplementedError("this compiler compiles no more")
         self.graphs += 1
-        compiled = lookup_backend("aot_eager")(graph, inputs)
+        compiled = lookup_backend(self.of)(graph, inputs)
 
         def run(*args):
             time.sleep(4 * SECONDS)
@@ -148,7 +151,7 @@ def assert_same(one, other):
 
 def test_a_long_run_compiles_the_whole_step(compiler, recipe, tmp_path) -> None:
     """Once, and computes as the run whose recipe says so."""
-    backend = compiler(Backend())
+    backend = compiler(Backend(of="aot_eager"))
     found, ours = run(recipe, tmp_path / "auto", LONG, stop_at=2)
     assert backend.graphs == 1
     (chosen,) = events(tmp_path / "auto")
@@ -162,13 +165,14 @@ def test_a_long_run_compiles_the_whole_step(compiler, recipe, tmp_path) -> None:
 def test_a_resumed_run_keeps_the_choice_and_asks_no_clock(compiler, recipe, tmp_path) -> None:
     """Of blocks, where the whole step cannot be one graph; to the bit."""
     more = ["checkpoint_activations=true"]
+    compiler(Backend(of="aot_eager"))
     _, straight = run(recipe, tmp_path / "straight", LONG, OWN, *more)
     (chosen,) = events(tmp_path / "straight")
     assert chosen["choice"] == "blocks"
     assert "ms in place of" in chosen["text"]
     assert "not step: compile: step needs an objective that draws by" in chosen["text"]
     run(recipe, tmp_path / "cut", LONG, OWN, *more, stop_at=2)
-    compiler(Backend(slow=True))  # which timing would refuse
+    compiler(Backend(slow=True, of="aot_eager"))  # which timing would refuse
     _, again = run(recipe, tmp_path / "cut", LONG, OWN, *more, resume=True)
     assert_same(straight, again)
     assert len(events(tmp_path / "cut")) == 1
@@ -226,7 +230,7 @@ def test_a_run_that_moved_to_where_compiling_fails_goes_on_uncompiled(
 def test_a_compiler_that_fails_in_a_later_phase_ends_no_run(compiler, recipe, tmp_path) -> None:
     """The second stage is another graph; what it computes then is what it does uncompiled."""
     changes = ["objective=two_stage", "backbone.trunks=denoiser_apart", "steps=20000"]
-    backend = compiler(Backend(fails=1))
+    backend = compiler(Backend(fails=1, of="aot_eager"))
     run(recipe, tmp_path / "auto", *changes, stop_at=2)
     assert backend.graphs == 1
     # The first stage is over at once when the run is shortened.
