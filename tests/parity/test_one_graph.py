@@ -139,20 +139,21 @@ def computed(recipe, parts, phase, number=0, rows=slice(None), size=4):
 
 
 OBJECTIVES = [
-    pytest.param(["objective=coupled", "regularizers=[vicreg]"], "eager", id="coupled"),
+    pytest.param(["objective=coupled", "regularizers=[vicreg]"], id="coupled"),
     pytest.param(["objective={name: detached, draws: 2, decode_noise: {probability: 1.0}}"],
-                 "aot_eager", id="detached"),
-    pytest.param(["objective=two_stage", "backbone.trunks=denoiser_apart"], "eager",
+                 id="detached"),
+    pytest.param(["objective=two_stage", "backbone.trunks=denoiser_apart"],
                  id="two_stage"),
     pytest.param(
         ["objective={name: dsd, draws: 2, augmentation: {jitter: 0.2, mask_probability: 0.5}}",
-         "backbone.latent_norm=position"], "aot_eager", id="dsd", marks=needs_dsd),
-    *(pytest.param([f"objective={name}"], "eager", id=name, marks=needs("e2ediff-rivals"))
+         "backbone.latent_norm=position"], id="dsd", marks=needs_dsd),
+    *(pytest.param([f"objective={name}"], id=name, marks=needs("e2ediff-rivals"))
       for name in ("kl", "tweedie", "unified_latents")),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "backend"), OBJECTIVES)
+@as_for_a_compiler
+@pytest.mark.parametrize("changes", OBJECTIVES)
 def test_one_graph_a_phase_has_the_losses_and_gradients_of_the_plain_step(
     changes, graphs, tiny_text
 ) -> None:

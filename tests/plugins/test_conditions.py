@@ -231,7 +231,7 @@ def test_the_kit_passes_a_source_of_another_kind(folder) -> None:
 @pytest.mark.parametrize("kind", ["tokens"])
 def test_a_compiled_step_sees_through_conditions(folder, kind, monkeypatch) -> None:
     """Traced as for any compiler, and run by torch's own kernels: they are quicker to have."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     found = []
     for how in ("off", "step"):
         run(how, steps="4", compile=how, scores="null", cadence="{log: 1}")
