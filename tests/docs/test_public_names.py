@@ -67,7 +67,7 @@ def _imported(file: Path) -> set[str]:
 
 def _thing(name: str, value: object) -> Iterator[str]:
     if inspect.isclass(value):
-        fields = [f.alias for f in attrs.fields(value)] if attrs.has(value) else []
+        fields = [f.alias for f in attrs.fields(value) if f.init] if attrs.has(value) else []
         fields = fields or getattr(value, "_fields", ())  # of a named tuple
         yield f"{name}({', '.join(fields)})" if fields else name
         yield from _attributes(name, value)

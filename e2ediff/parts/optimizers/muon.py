@@ -12,7 +12,6 @@ from attrs import validators
 from torch import Tensor, nn
 from typing_extensions import override
 
-from e2ediff.distributed.tensors import is_split
 from e2ediff.parts.optimizers.scheduled import Scheduled, grouped
 
 
@@ -107,7 +106,8 @@ class ByShape(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Move each matrix that has a gradient."""
-        if any(is_split(p) for group in self.param_groups for p in group["params"]):
+        matrices = [p for group in self.param_groups for p in group["params"]]
+        if any(hasattr(p, "full_tensor") for p in matrices):  # spread, as by FSDP2
             return super().step(closure)  # type: ignore[no-any-return,no-untyped-call]
         loss = None
         if closure is not None:
