@@ -317,6 +317,7 @@ def test_a_package_of_modules_that_is_missing_resolves_as_written(module, monkey
             del sys.modules[name]
 
 
+@needs_dsd
 def test_a_peer_is_refused_before_anything_is_counted(tmp_path, sit) -> None:
     assert "there is no such folder" in refused("train_step", "--peer", tmp_path / "missing")
     said = refused("train_step", "--peer", tmp_path)
@@ -542,6 +543,7 @@ def test_every_command_of_the_folder_is_in_the_table_and_tested() -> None:
         assert f'("{name}"' in here or f'["{name}"' in here or f'"{name}"' in here
 
 
+@needs_dsd
 def test_recipes_of_sizes_are_those_of_the_repository(module) -> None:
     host = load()
     for path, changes in module("networks").SIZES.values():
