@@ -121,7 +121,8 @@ def parsed(shape: str) -> tuple[int, int]:
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError as error:
-        raise click.UsageError("--shape needs diffusers: pip install diffusers") from error
+        name = "diffusers"
+        raise click.UsageError(f"--shape needs {name}: pip install {name}") from error
     assert DiTTransformer2DModel
     return int(found[1]), int(found[2])
 
