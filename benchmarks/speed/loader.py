@@ -22,8 +22,6 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from e2ediff_data.shards import Shards
-from e2ediff_data.write import Settings, prepare
 from measuring import Report, Times, benchmark, contest
 from PIL import Image
 from torch import Tensor
@@ -32,6 +30,12 @@ from torchvision.io import decode_jpeg, decode_png
 from e2ediff.data import DataSource, SourceConfig
 from e2ediff.loading.batches import batches
 from e2ediff.parts.sources import ImageFolder
+
+try:
+    from e2ediff_data.shards import Shards
+    from e2ediff_data.write import Settings, prepare
+except ImportError:
+    raise SystemExit("shards need e2ediff-data: pip install ./plugins/e2ediff-data") from None
 
 BATCH, SIDE, CLASSES, STEPS = 32, 256, 2, 32
 FORMATS = ("jpeg", "png", "raw")

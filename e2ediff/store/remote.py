@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from random import SystemRandom
 from typing import Any, ParamSpec, TypeVar
+
+from e2ediff.errors import E2EDiffError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -152,3 +156,45 @@ class Log:
         """Record that all lines were written, which took these seconds."""
         self.pending = False
         self._due = time.monotonic() + max(self.HOLD, 10 * seconds)
+
+
+def move_tree(fs: Any, old: str, new: str) -> None:
+    """Move a file or directory of a store; an interrupted move copies all files again.
+
+    Works file by file where `mv` would take a name for a pattern, or put `old` into `new`, and
+    could not be repeated after an error.
+    """
+    fs.invalidate_cache()
+    for path in fs.find(old):
+        target = new + str(path)[len(old) :]
+        fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        fs.cp_file(path, target)
+    with contextlib.suppress(FileNotFoundError):  # an attempt that seemed to fail
+        remove_tree(fs, old)
+
+
+def remove_tree(fs: Any, path: str) -> None:
+    """Delete a directory of a store, file by file where `rm` would take its name for a pattern."""
+    if not set("*?[") & {*path}:
+        fs.rm(path, recursive=True)
+        return
+    if not fs.exists(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    inside = fs.find(path, withdirs=True, detail=True)
+    for found in sorted(inside, key=len, reverse=True):
+        if inside[found]["type"] != "directory":
+            fs.rm_file(found)
+        else:
+            with contextlib.suppress(OSError):  # object stores have none, or removed it
+                fs.rmdir(found)
+
+
+@contextlib.contextmanager
+def as_oserror() -> Iterator[None]:
+    """Turn the exceptions of remote stores, which can be of any kind, into OSError."""
+    try:
+        yield
+    except (OSError, E2EDiffError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error

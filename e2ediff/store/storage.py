@@ -25,9 +25,10 @@ from typing import IO, Any, TypeAlias, TypeVar
 
 from e2ediff import addresses
 from e2ediff.addresses import Address
-from e2ediff.errors import E2EDiffError, ResourceError, RunDirectoryError, is_refusal
+from e2ediff.errors import ResourceError, RunDirectoryError, is_refusal
 from e2ediff.limits import OversizedError, check_memory, check_size
-from e2ediff.store.remote import PIECE, Log, Retrying
+from e2ediff.store.local import make_dirs, pieces_of, replacing, sync_dir, write_all
+from e2ediff.store.remote import PIECE, Log, Retrying, as_oserror, move_tree, remove_tree
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -108,7 +109,7 @@ class Store:
         """Yield the content in pieces of some megabytes, for hashing without holding all of it."""
         size = self.size(path)  # refuses pipes and devices, which could block when opened
         if not self.local:
-            with _as_oserror():
+            with as_oserror():
                 yield from self._fs.pieces(self._full(path), size)
             return
         with self._fs.open(self._full(path), "rb") as file:
@@ -159,7 +160,7 @@ class Store:
                 raise OSError(errno.EINVAL, "not a regular file", self.where(path))
             return found.st_size
         self._settle(path)
-        with _as_oserror():
+        with as_oserror():
             info = self._fs.info(self._full(path))
         if info.get("type") != "file":
             raise OSError(errno.EINVAL, "not a regular file", self.where(path))
@@ -180,7 +181,7 @@ class Store:
             return True
         self._settle(path)
         self._fs.invalidate_cache()
-        with _as_oserror():
+        with as_oserror():
             return bool(self._fs.exists(self._full(path)))
 
     def list(self, path: str = "") -> list[str]:
@@ -190,7 +191,7 @@ class Store:
             if self.local:
                 return sorted(os.listdir(full))
             self._fs.invalidate_cache()
-            with _as_oserror():
+            with as_oserror():
                 found = self._fs.ls(full, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -219,7 +220,7 @@ class Store:
                 return False
             files = [name for _, _, found in os.walk(full) for name in found]
         else:
-            with _as_oserror():
+            with as_oserror():
                 if not self._fs.isdir(full):
                     return False
                 files = [name.rpartition("/")[2] for name in self._fs.find(full)]
@@ -251,9 +252,9 @@ class Store:
         pieces = [data] if isinstance(data, bytes) else data
         with self._refusals(path, needed or (len(data) if isinstance(data, bytes) else 0)):
             if self.local:
-                with _replacing(self._full(path)) as file:
+                with replacing(self._full(path)) as file:
                     for piece in pieces:
-                        _write_all(file, piece)
+                        write_all(file, piece)
             else:
                 self._logs.pop(path, None)
                 self.upload(path, b"".join(pieces))
@@ -309,10 +310,10 @@ class Store:
                     self._fs.upload(
                         full,
                         partial(self._fs.fs.put_file, scratch.name, full),
-                        lambda: _pieces_of(scratch.name),
+                        lambda: pieces_of(scratch.name),
                     )
             else:
-                with _replacing(full) as number, os.fdopen(number, "wb", closefd=False) as file:
+                with replacing(full) as number, os.fdopen(number, "wb", closefd=False) as file:
                     yield file
 
     def append(self, path: str, line: str) -> None:
@@ -333,12 +334,12 @@ class Store:
                     self._write_log(path)
                 return
             full = self._full(path)
-            _make_dirs(os.path.dirname(full))
+            make_dirs(os.path.dirname(full))
             file = addresses.own_file(full, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
                 before = os.fstat(file).st_size
                 try:
-                    _write_all(file, data)
+                    write_all(file, data)
                 except OSError:
                     # Remove an incomplete line, which would merge with the next one.
                     with contextlib.suppress(OSError):
@@ -472,17 +473,17 @@ class Store:
 
     def _move(self, source: str, target: str) -> None:
         if not self.local:
-            _move_tree(self._fs, source, target)
+            move_tree(self._fs, source, target)
             return
         before, after = os.path.dirname(source), os.path.dirname(target)
-        _make_dirs(after)
+        make_dirs(after)
         os.rename(source, target)
         for folder in dict.fromkeys((after, before)):
-            _sync_dir(folder)
+            sync_dir(folder)
 
     def remove_dir(self, path: str) -> OSError | None:
         """Delete a directory and its content; a missing one is no error."""
-        remove = shutil.rmtree if self.local else partial(_remove_tree, self._fs)
+        remove = shutil.rmtree if self.local else partial(remove_tree, self._fs)
         return self._error_of(remove, path, missing_ok=True)
 
     def remove_file(self, path: str) -> OSError | None:
@@ -516,7 +517,7 @@ class Store:
         folder, name = os.path.split(full)
         hidden = os.path.join(folder, f".tmp-{name}-{secrets.token_hex(4)}")
         with self._refusals(path, 0):
-            _make_dirs(folder)
+            make_dirs(folder)
             try:
                 os.mkdir(hidden)
                 with open(os.path.join(hidden, holding), "xb"):
@@ -527,7 +528,7 @@ class Store:
                 if not os.path.isdir(full):  # another process was faster
                     raise
                 return False
-            _sync_dir(folder)
+            sync_dir(folder)
         with contextlib.suppress(OSError):  # a folder may not be listable
             for found in os.listdir(folder):  # left by creations that were killed or came too late
                 if (match := _TEMPORARY.fullmatch(found)) and match[1] == name:
@@ -601,7 +602,7 @@ class Store:
             raise self.refusal(path, needed, error) from error
 
     def _system_errors(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.local else _as_oserror()
+        return contextlib.nullcontext() if self.local else as_oserror()
 
     def _full(self, path: str) -> str:
         parts = path.split("/") if path else []
@@ -622,103 +623,3 @@ def batches(lines: Iterable[_T], size: Callable[[_T], int]) -> Iterator[list[_T]
             batch, held = [], 0
     if batch:
         yield batch
-
-
-def _move_tree(fs: Any, old: str, new: str) -> None:
-    """Move a file or directory of a store; an interrupted move copies all files again.
-
-    Works file by file where `mv` would take a name for a pattern, or put `old` into `new`, and
-    could not be repeated after an error.
-    """
-    fs.invalidate_cache()
-    for path in fs.find(old):
-        target = new + str(path)[len(old) :]
-        fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        fs.cp_file(path, target)
-    with contextlib.suppress(FileNotFoundError):  # an attempt that seemed to fail
-        _remove_tree(fs, old)
-
-
-def _remove_tree(fs: Any, path: str) -> None:
-    """Delete a directory of a store, file by file where `rm` would take its name for a pattern."""
-    if not set("*?[") & {*path}:
-        fs.rm(path, recursive=True)
-        return
-    if not fs.exists(path):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-    inside = fs.find(path, withdirs=True, detail=True)
-    for found in sorted(inside, key=len, reverse=True):
-        if inside[found]["type"] != "directory":
-            fs.rm_file(found)
-        else:
-            with contextlib.suppress(OSError):  # object stores have none, or removed it
-                fs.rmdir(found)
-
-
-@contextlib.contextmanager
-def _as_oserror() -> Iterator[None]:
-    """Turn the exceptions of remote stores, which can be of any kind, into OSError."""
-    try:
-        yield
-    except (OSError, E2EDiffError):
-        raise
-    except Exception as error:
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def _replacing(full: str) -> Iterator[int]:
-    """Open a new local file, which durably replaces `full` when the block ends without error."""
-    folder, name = os.path.split(full)
-    _make_dirs(folder)
-    temporary = os.path.join(folder, f".tmp-{name}-{secrets.token_hex(4)}")
-    try:
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            yield file
-            os.fsync(file)
-        finally:
-            os.close(file)
-        os.replace(temporary, full)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_dir(folder)
-
-
-def _pieces_of(path: str) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while piece := file.read(PIECE):
-            yield piece
-
-
-def _write_all(file: int, data: bytes | memoryview) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(file, rest) :]
-
-
-def _make_dirs(folder: str) -> None:
-    missing = []
-    while folder and not os.path.isdir(folder):
-        missing.append(folder)
-        folder = os.path.dirname(folder)
-    for path in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path)
-        if not os.path.isdir(path):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-        _sync_dir(os.path.dirname(path))
-
-
-def _sync_dir(folder: str) -> None:
-    file = os.open(folder or "/", os.O_RDONLY)
-    try:
-        os.fsync(file)
-    except OSError as error:
-        # Some network file systems cannot fsync a directory.
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
-            raise
-    finally:
-        os.close(file)

@@ -310,7 +310,7 @@ def test_a_run_ends_with_what_the_compiler_said_and_what_to_set(
 def test_a_run_records_what_was_compiled_and_compiles_nothing_after_the_first_step(
     what, graphs, counter, tiny_recipe, tmp_path
 ) -> None:
-    """The network's blocks and its average's; eight steps, with looks between them."""
+    """Blocks once for each size of batch; eight steps, with looks between them."""
     counter.restart("eager")
     lines = [ONE, f"compile={what}", "steps=8", "cadence.diagnose=2", "cadence.preview=4"]
     train(load(), tiny_recipe, lines, str(tmp_path / "run"), progress=Progress(io.StringIO()))
@@ -379,7 +379,7 @@ def test_a_run_compiles_and_computes_again_however_it_is_spread(
     if kind == "one":
         graphs_of_one[changes[0]] = counts[0]
     one = counts[0] if kind == "one" else counts[0][0]
-    assert one == (2 if "compile=blocks" in changes else 1)  # the network, and its average
+    assert one == (2 if "compile=blocks" in changes else 1)  # one for each size of batch
     theirs = run(tiny_recipe, tmp_path / "plain", *(c for c in changes if "compile" not in c))
     opened = open_checkpoint(Store(str(tmp_path / "again")))
     ours = {f"{file}:{k}": t for file in opened.files for k, t in opened.tensors(file).items()}
