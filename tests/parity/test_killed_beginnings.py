@@ -1,13 +1,12 @@
 """What is killed before it has begun is taken up by the same command, with and without --resume.
 
-A fork is killed before and after every file operation of a beginning, and in the middle of each
-write.
+A kill at any moment leaves what lies there at that moment: so it is copied before and after every
+file operation of a beginning, and in the middle of each write.
 """
 
 from __future__ import annotations
 
 import builtins
-import itertools
 import json
 import os
 import re
@@ -34,24 +33,32 @@ TEXT = tiny(steps="2", cadence="{log: 1, diagnose: 2, preview: 2, checkpoint: 1}
 
 
 @contextmanager
-def killed_at(number: int, moment: str) -> Iterator[None]:
-    """Count file operations, and end this process at one of them, if it is reached."""
-    count = [0]
+def kept_at_every_operation(folder: Path, kept: Path) -> Iterator[None]:
+    """Copy a folder to `kept` before and after every file operation, and in each write's middle."""
+    count, copying = [0], [False]
+
+    def keep(number: int, moment: str) -> None:
+        copying[0] = True
+        shutil.copytree(folder, kept / f"{number}-{moment}", symlinks=True)
+        copying[0] = False
 
     def wrap(act: Callable[..., object], name: str) -> Callable[..., object]:
         def wrapped(*given: object, **options: object) -> object:
-            count[0] += 1
-            mine = count[0] == number
-            if mine and moment == "before":
-                os._exit(9)
-            if mine and moment == "middle" and name == "write":
-                act(given[0], bytes(given[1])[: len(given[1]) // 2])  # type: ignore[arg-type, call-overload]
-                os._exit(9)
-            try:
+            if copying[0]:
                 return act(*given, **options)
+            count[0] += 1
+            number, written = count[0], 0
+            keep(number, "before")
+            if name == "write":
+                data = bytes(given[1])  # type: ignore[call-overload]
+                written = act(given[0], data[: len(data) // 2])  # type: ignore[assignment]
+                keep(number, "middle")
+                given = (given[0], data[written:])
+            try:
+                found = act(*given, **options)
+                return found + written if name == "write" else found  # type: ignore[operator]
             finally:  # also after one that failed, as to make a folder that is there
-                if mine and moment == "after":
-                    os._exit(9)
+                keep(number, "after")
 
         return wrapped
 
@@ -63,29 +70,30 @@ def killed_at(number: int, moment: str) -> Iterator[None]:
 
 
 def every_kill(act: Callable[[Path], object], place: Path) -> Iterator[tuple[str, Path]]:
-    """A directory for each moment at which a fork that did `act` there was killed."""
+    """The directory as it is at each moment at which a process that does `act` may be killed.
+
+    It holds what lay there at that moment, and the process that wrote it is gone.
+    """
+    folder, kept = place / "acting", place / "kept"
     act(place / "whole")
-    for number in itertools.count(1):
-        for moment in ("before", "middle", "after"):
-            out = place / f"{number}-{moment}" / "run"
-            out.parent.mkdir()
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    with killed_at(number, moment):
-                        act(out)
-                    code = 0
-                finally:
-                    os._exit(code)
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            if code == 9:
-                yield f"{number} {moment}", out
-            elif moment == "before":
-                assert (code, number > 10) == (0, True)  # it did all there is to do
-                return
-            else:
-                assert (code, moment) == (0, "middle")
+    folder.mkdir()
+    kept.mkdir()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with kept_at_every_operation(folder, kept):
+                act(folder / "run")
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    moments = sorted(kept.iterdir(), key=lambda path: int(path.name.partition("-")[0]))
+    assert len(moments) > 20
+    for moment in moments:
+        shutil.rmtree(folder)
+        moment.rename(folder)
+        yield moment.name, folder / "run"
 
 
 def state(out: Path) -> str:
