@@ -29,7 +29,11 @@ from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 
 OPERATIONS = ("mkdir", "open", "write", "fsync", "close", "rename", "replace", "unlink")
-TEXT = tiny(steps="2", cadence="{log: 1, diagnose: 2, preview: 2, checkpoint: 1}")
+TEXT = tiny(
+    steps="1",
+    diagnostics="[]",
+    cadence="{log: 1, diagnose: 1000, preview: 1000, checkpoint: 1}",
+)
 
 
 @contextmanager
