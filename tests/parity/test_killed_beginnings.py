@@ -38,7 +38,7 @@ TEXT = tiny(
 
 @contextmanager
 def kept_at_every_operation(folder: Path, kept: Path) -> Iterator[None]:
-    """Copy a folder to `kept` before and after every file operation, and in each write's middle."""
+    """Copy a folder to `kept` around each file operation, and in the middle of a write."""
     count, copying = [0], [False]
 
     def keep(number: int, moment: str) -> None:
