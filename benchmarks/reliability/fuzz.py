@@ -68,8 +68,8 @@ class Door:
     """Whether the command ends with 0 where the file is whole."""
 
 
-def prepare(place: Path) -> Setup:
-    """Read the shipped recipes, and make a small file of each kind."""
+def prepare(place: Path, *, files: bool = True) -> Setup:
+    """Read the shipped recipes, and make a small file of each kind, which only `files` need."""
     place.mkdir(parents=True, exist_ok=True)
     recipes = {p.stem: p.read_text() for p in sorted(SHIPPED.rglob("*.yaml"))}
     recipes = {name: text for name, text in recipes.items() if _valid(name, text)}
@@ -80,7 +80,7 @@ def prepare(place: Path) -> Setup:
         for found in KEY.finditer(_without_comments(text))
         for how in ("removed", "misspelt", "misspelt", "mistyped")
     )
-    return Setup(recipes, changes, tuple(_doors(place)), place)
+    return Setup(recipes, changes, tuple(_doors(place)) if files else (), place)
 
 
 def _valid(name: str, text: str) -> bool:

@@ -68,8 +68,9 @@ def content(folder: Path) -> dict[str, str]:
 
 def trial(setup: Setup, trial: Trial) -> None:
     """Damage the newest checkpoint, now and then the one before it as well, and open them."""
-    out = trial.place / "run"
-    shutil.copytree(setup.run, out)
+    out, by_command = trial.place / "run", trial.number % COMMANDS == 0
+    part = "" if by_command else "checkpoints"  # all that the reader reads
+    shutil.copytree(setup.run / part, out / part, copy_function=shutil.copyfile)
     folder = out / "checkpoints"
     names = runs.names_of(out)
     worse = 2 if trial.chance.random() < 0.1 else 1
@@ -83,13 +84,13 @@ def trial(setup: Setup, trial: Trial) -> None:
     trial.facts.update(kind.split(" ")[0] for kind in kinds)
     story = "; ".join(kinds)
     before = {name: content(folder / name) for name in older}
-    if trial.number % COMMANDS == 0:
+    if by_command:
         _by_command(setup, trial, out, damaged, story)
     else:
         _by_reader(trial, out, damaged, older[-1], story)
     for name in older:
         if not (folder / name).is_dir() or content(folder / name) != before[name]:
-            if trial.number % COMMANDS == 0 and name == older[0]:
+            if by_command and name == older[0]:
                 continue  # retired by the saves of the resumed run, as the recipe says
             trial.fail("intact", f"{name} is gone or changed ({story})")
 

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -181,7 +182,7 @@ def fork(
 
 
 _WARM: set[str] = set()
-"""Recipes whose modules this process has."""
+"""Lines of recipes, without their numbers, whose modules this process has."""
 
 
 def warm(place: Path, *recipes: str) -> None:
@@ -194,9 +195,11 @@ def warm(place: Path, *recipes: str) -> None:
 
     torch.set_num_threads(1)
     place.mkdir(parents=True, exist_ok=True)
-    new = [text for text in recipes if text not in _WARM]
-    _WARM.update(new)
-    for number, text in enumerate(new):
+    for number, text in enumerate(recipes):
+        lines = {*re.sub(r"\d", "", text).splitlines()}
+        if lines <= _WARM:
+            continue
+        _WARM.update(lines)
         file, names = place / f"warm{number}.yaml", place / "modules"
         file.write_text(text)
         out = place / f"warm{number}"
