@@ -567,6 +567,7 @@ def test_the_launcher_hands_on_a_signal_and_the_exit_code(tiny_recipe, tmp_path)
     assert said.count("stopping: ") == 1
 
 
+@pytest.mark.usefixtures("forks")
 def test_torchrun_needs_no_launcher_of_ours_and_one_process_speaks(tiny_recipe, tmp_path) -> None:
     """A recipe that two processes cannot share, under plain torchrun."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

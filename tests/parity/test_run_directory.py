@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import resource
-import select
 import signal
 import socket
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -166,8 +167,28 @@ def test_a_lock_that_orphans_of_a_dead_process_hold_is_taken_over(run: RunDirect
 def test_only_one_of_many_takes_over_a_stale_lock(run: RunDirectory) -> None:
     """They all see the same dead holder; a later one must not remove the first one's new lock."""
     run.unlock()
+    rounds, context = 20, multiprocessing.get_context("fork")
+    together, codes = context.Barrier(5), context.SimpleQueue()
+
+    def contend() -> None:
+        for _ in range(rounds):
+            mine = RunDirectory.open(run.path)
+            code = 6
+            together.wait(30)
+            with contextlib.suppress(RunDirectoryError):
+                mine.lock()
+                code = 0
+            together.wait(30)  # until the others have tried
+            mine.unlock()
+            codes.put(code)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        contenders = [context.Process(target=contend, daemon=True) for _ in range(4)]
+        for process in contenders:
+            process.start()
     reader, writer = os.pipe()
-    for _ in range(20):
+    for _ in range(rounds):
         trainer = os.fork()
         if trainer == 0:
             RunDirectory.open(run.path).lock()
@@ -178,21 +199,12 @@ def test_only_one_of_many_takes_over_a_stale_lock(run: RunDirectory) -> None:
             os._exit(0)
         orphan = int.from_bytes(os.read(reader, 4), "big")
         os.waitpid(trainer, 0)
-        released, release = os.pipe()
-        for _ in range(4):
-            if os.fork() == 0:
-                with contextlib.suppress(RunDirectoryError):
-                    RunDirectory.open(run.path).lock()
-                    select.select([released], [], [], 5)  # until the others have tried
-                    os._exit(0)
-                os._exit(6)
-        codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(3)]
-        os.write(release, b"x")
-        codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
-        os.close(released)
-        os.close(release)
+        together.wait(30)
+        together.wait(30)
         os.kill(orphan, signal.SIGKILL)
-        assert sorted(codes) == [0, 6, 6, 6]
+        assert sorted(codes.get() for _ in contenders) == [0, 6, 6, 6]
+    for process in contenders:
+        process.join()
 
 
 def test_rewinding_drops_what_comes_after(run: RunDirectory) -> None:

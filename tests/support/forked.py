@@ -31,7 +31,7 @@ assert e2ediff.cli
 
 ROOT = Path(__file__).parents[2]
 _TESTS = str(Path(__file__).parent)
-MODULES = ("e2ediff", "e2ediff_testing.parallel")
+MODULES = ("e2ediff", "e2ediff_testing.parallel", "torch.distributed.run")
 _PLACES = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 
 
@@ -73,7 +73,7 @@ def _program(args: Any) -> tuple[str, list[str], bool] | None:
         return None
     python, *words = map(str, args)
     safe = words[:1] == ["-P"]
-    words = words[safe:]
+    words = words[safe or words[:1] == ["-u"] :]  # as torchrun starts Python
     if python != sys.executable or not words:
         return None
     if words[0] == "-m" and words[1] in MODULES:
@@ -151,6 +151,7 @@ def _show(message: Any, category: Any, name: str, line: int, *_: object) -> None
 @contextlib.contextmanager
 def forked_runs() -> Iterator[None]:
     """Start commands as forks, those that share work as `ablate` and `--processes` do too."""
+    import torch.distributed.run  # what every launcher imports, here and once
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     with pytest.MonkeyPatch.context() as patch:
