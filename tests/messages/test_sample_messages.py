@@ -345,10 +345,11 @@ def test_what_fails_in_a_process_is_said_as_in_one(run: str) -> None:
     assert line.endswith("Raise it, or rtol and atol.")
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_process_that_dies_is_said_and_the_same_command_goes_on(run: str) -> None:
     """Killed by the system, as for want of memory; both, once the first tile is stored."""
     request = SampleRequest(
-        model=ModelRef(run=run, device="cpu"), labels=(0,) * 512, batch=32, out="s"
+        model=ModelRef(run=run, device="cpu"), labels=(0,) * 128, batch=8, out="s"
     )
     host, said = load(), []
 
@@ -359,13 +360,13 @@ def test_a_process_that_dies_is_said_and_the_same_command_goes_on(run: str) -> N
     with pytest.raises(ResourceError, match=r"ended with code -9, .* the same command makes "):
         make_set(request, host, processes=2, threads=1, say=said.append, update=kill)
     there = len(os.listdir("s/images"))
-    assert 32 <= there < 512
-    request = attrs.evolve(request, batch=64)
+    assert 8 <= there < 128
+    request = attrs.evolve(request, batch=16)
     assert make_set(request, host, threads=1, say=said.append, update=said.append) == "s"
-    assert said[0].endswith(" of 512 images are there already")
+    assert said[0].endswith(" of 128 images are there already")
     kept = int(said[0].split()[1])
-    assert 32 <= kept <= there  # tiles of which only some images were stored are made again
-    assert len([n for n in os.listdir("s/images") if n.endswith(".png")]) == 512
+    assert 8 <= kept <= there  # tiles of which only some images were stored are made again
+    assert len([n for n in os.listdir("s/images") if n.endswith(".png")]) == 128
 
 
 # Interpolations and reconstructions
