@@ -21,6 +21,7 @@ from e2ediff.store.storage import Store
 from e2ediff.terminal import echo, echo_path, printable
 from e2ediff.train.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("drawn")  # titles of charts too
 HOSTILE = "\x1b[31m\x1b]0;x\x07 \x9b2J \x7f \r \u202egnp \u2066 \u2028 \u200b"
 LONE = "\udcff"
 FORGED = f"{HOSTILE}\nFORGED: all is well"

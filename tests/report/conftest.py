@@ -10,6 +10,7 @@ from pathlib import Path
 import attrs
 import pytest
 from command_line import Done, e2ediff
+from drawing import drawing
 from forked import forked_runs
 
 HOSTILE = "<script>alert(1)</script>"
@@ -48,7 +49,7 @@ def made(tmp_path_factory, tiny_text) -> Made:
         "--threads",
         "1",
     )
-    with forked_runs(), contextlib.chdir(folder):
+    with forked_runs(), drawing(), contextlib.chdir(folder):
         done = e2ediff(*words)
     return Made(folder / "groups" / "tiny", words, done)
 

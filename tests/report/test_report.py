@@ -26,6 +26,8 @@ from e2ediff.report.verdict import verdict
 from e2ediff.store.curves import Figures
 from e2ediff.store.earlier import earlier_figure
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 VOID = {"meta", "img", "br", "line", "path", "polyline"}
 
 

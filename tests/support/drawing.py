@@ -1,11 +1,12 @@
-"""Curves of runs are left blank, but where a test looks at them: they take half of a tiny run.
+"""Curves are left blank, but where a test looks at them: they take half of a tiny run or report.
 
-What is drawn is put together all the same, on axes that serve again and again, as making them
-takes most of that time; matplotlib does not turn it into pixels.
+What is drawn is put together all the same, that of runs on axes that serve again and again, as
+making them takes most of that time; matplotlib does not turn it into pixels or SVG.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import IO, Any
@@ -18,11 +19,12 @@ from PIL import Image
 _draw, _subplots = Figure.savefig, Figure.subplots
 
 
-def _blank(sheet: Figure, file: IO[bytes], **options: Any) -> None:
-    if options.get("format") != "png":  # a chart of a report, which is read
-        return _draw(sheet, file, **options)
+def _blank(sheet: Figure, file: IO[Any], **options: Any) -> None:
+    if options.get("format") == "svg":  # a chart of a report
+        file.write('<svg><g class="blank"></g></svg>')
+        return
     size = [round(inches * options["dpi"]) for inches in sheet.get_size_inches()]
-    return Image.new("L", size, 255).save(file, "PNG", compress_level=1)
+    Image.new("L", size, 255).save(file, "PNG", compress_level=1)
 
 
 class _Used(Axes):
@@ -57,10 +59,17 @@ def leave_blank() -> None:
         _used(2, columns)  # here, so that forks have them
 
 
-@pytest.fixture(scope="module")
-def drawn() -> Iterator[None]:
-    """Curves are drawn in the tests of a module that uses this."""
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Draw curves meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", _draw)
         patch.setattr(Figure, "subplots", _subplots)
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Iterator[None]:
+    """Curves are drawn in the tests of a module that uses this."""
+    with drawing():
         yield
