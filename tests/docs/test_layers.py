@@ -94,11 +94,21 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), name_of(path))
 
 
+@functools.cache
+def nodes_of(tree: ast.AST) -> list[ast.AST]:
+    """All nodes, in the order of `ast.walk`."""
+    found = [tree]
+    for node in found:
+        found += ast.iter_child_nodes(node)
+    return found
+
+
 @pytest.fixture(scope="module", autouse=True)
 def parsed() -> Iterator[None]:
     """Files are parsed for the first test that reads them, and forgotten after the last."""
     yield
     tree_of.cache_clear()
+    nodes_of.cache_clear()
     dotted.cache_clear()
 
 
@@ -107,7 +117,7 @@ def imports(tree: ast.AST, *, top: bool = False) -> Iterator[str]:
 
     With `top` only what importing the module imports, for type checkers excluded.
     """
-    nodes = ast.walk(tree) if not top else _executed(tree)
+    nodes = nodes_of(tree) if not top else _executed(tree)
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -379,8 +389,10 @@ def readers_of_images(tree: ast.AST) -> Iterator[str]:
             full,
         ):
             yield ast.unparse(node)
-    for node in ast.walk(tree):
-        opens = isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
+    for node in nodes_of(tree):
+        if not isinstance(node, ast.Call) or getattr(node.func, "attr", "") != "open":
+            continue
+        opens = ast.unparse(node.func).endswith("Image.open")
         if opens and "formats" not in [key.arg for key in node.keywords]:
             yield f"{ast.unparse(node.func)} without formats"
 
@@ -483,10 +495,10 @@ def words(tree: ast.AST) -> Iterator[str]:
     """Names and strings of a module, its docstrings and the texts below attributes left out."""
     prose = {
         id(node.value)
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if (
             isinstance(node, ast.Constant)
             and isinstance(node.value, str)
@@ -573,7 +585,7 @@ def test_nothing_is_read_that_could_run_code() -> None:
     }
     (call,) = [
         node
-        for node in ast.walk(tree_of(CORE / "features.py"))
+        for node in nodes_of(tree_of(CORE / "features.py"))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
     ]
     assert [ast.unparse(k) for k in call.keywords] == ["weights_only=True"]
@@ -598,7 +610,7 @@ def opening(tree: ast.AST) -> list[str]:
         if re.match(r"(fsspec|s3fs|gcsfs|adlfs|urllib\.request|http\.client|ftplib|requests|httpx"
                     r"|aiohttp|pyarrow\.(fs|dataset)|torch\.hub)\b", name)
     ]  # fmt: skip
-    calls = (ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call))
+    calls = (ast.unparse(n.func) for n in nodes_of(tree) if isinstance(n, ast.Call))
     named = r"(url_to_fs|get_fs_token_paths|get_filesystem_class|urlopen|load_state_dict_from_url)"
     return found + [call for call in calls if re.search(rf"(^|\.){named}$", call)]
 
@@ -638,7 +650,7 @@ def printing(tree: ast.AST) -> Iterator[str]:
         if re.match(r"click\.(s?echo|echo_via_pager|prompt|confirm|progressbar)$|pprint\b|rich"
                     r"\.(console|print)\b|tqdm\b|logging\.\w", name)
     )  # fmt: skip
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, ast.Attribute) and node.attr in {"__stdout__", "__stderr__"}:
             yield ast.unparse(node)
         if isinstance(node, ast.Call) and re.search(
@@ -660,7 +672,7 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Attribute) and node.attr in {"extractall", "unpack_archive"}:
             yield full
     safe = {"shell": "False", "allow_pickle": "False", "weights_only": "True"}
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         for key in node.keywords if isinstance(node, ast.Call) else ():
             if key.arg in safe and ast.unparse(key.value) != safe[key.arg]:
                 yield f"{key.arg}={ast.unparse(key.value)}"
@@ -682,14 +694,15 @@ def dotted(tree: ast.AST) -> list[tuple[ast.AST, str]]:
     """Every name and attribute, in full under whatever name it was imported."""
     found = []
     names = {"np": "numpy"}
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, ast.ImportFrom):
             names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
         elif isinstance(node, ast.Import):
             names |= {a.asname: a.name for a in node.names if a.asname}
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, ast.Attribute | ast.Name):
-            head, _, rest = ast.unparse(node).partition(".")
+            whole = node.id if isinstance(node, ast.Name) else ast.unparse(node)
+            head, _, rest = whole.partition(".")
             found.append((node, f"{names.get(head, head)}.{rest}".rstrip(".")))
     return found
 

@@ -439,17 +439,18 @@ def asked(**environment: str) -> str:
 
 @pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="needs Linux")
 def test_waiting_threads_sleep_where_other_processes_compute() -> None:
-    spin = [sys.executable, "-c", "while True: pass"]
-    others = [subprocess.Popen(spin) for _ in range(2 * (os.cpu_count() or 1))]
+    spin = [sys.executable, "-Sc", "print(flush=True)\nwhile True: pass"]
+    number = 2 * (os.cpu_count() or 1)
+    others = [subprocess.Popen(spin, stdout=subprocess.PIPE) for _ in range(number)]
     try:
-        time.sleep(0.5)
+        assert all(other.stdout.readline() for other in others)
         assert asked() == "PASSIVE"
         assert asked(OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
         assert asked(GOMP_SPINCOUNT="100") == "None"
     finally:
         for other in others:
             other.kill()
-            other.wait()
+            other.communicate()
 
 
 def test_the_policy_is_set_before_torch_is_loaded() -> None:
