@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, purpose: str, *numbers: int) -> int:
@@ -18,4 +20,6 @@ def derive(seed: int, purpose: str, *numbers: int) -> int:
 
 def generator(device: torch.device, seed: int, purpose: str, *numbers: int) -> torch.Generator:
     """Make a generator on `device`, seeded for one purpose."""
+    import torch  # takes seconds, and a seed needs it not
+
     return torch.Generator(device).manual_seed(derive(seed, purpose, *numbers))
