@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
+import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,22 @@ TUTORIALS = ROOT / "docs" / "tutorial"
 FIRST, SECOND = TUTORIALS / "write-an-objective.md", TUTORIALS / "write-a-plugin.md"
 PIP = ["-m", "pip", "--disable-pip-version-check"]
 OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
+
+# Runs modules of that environment as forks of a process that has imported torch.
+SERVER = """
+import json, subprocess, sys
+sys.path.append(sys.argv[1])
+import forked, torch._functorch.partitioners, torch.distributed
+subprocess.Popen = forked.Forked
+forked.MODULES += ("pytest",)
+print(forked.e2ediff.__file__, flush=True)
+for line in sys.stdin:
+    words = [sys.executable, "-P", "-m", *json.loads(line)]
+    done = subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
+    )
+    print(json.dumps([done.returncode, done.stdout, done.stderr]), flush=True)
+"""
 
 
 def commands(page: Path) -> list[str]:
@@ -32,8 +51,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     What they need lies in this one's.
     """
     folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
-    python = folder / "bin" / "python"
+    venv.create(folder, symlinks=True, with_pip=find_spec("pip") is None)
+    python, pip = folder / "bin" / "python", folder / "bin" / "pip"
+    pip.write_text(f'#!/bin/sh\nexec "{python}" -m pip "$@"\n')
+    pip.chmod(0o755)
     own = sysconfig.get_path("purelib", vars={"base": str(folder)})
     Path(own, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     copies = []
@@ -72,19 +93,29 @@ def test_every_command_of_the_tutorials_works_as_printed(
         "PIP_NO_DEPS": "1",
         "PIP_NO_BUILD_ISOLATION": "0",
     }
-    where = subprocess.run(
-        [environment / "bin" / "python", "-P", "-c", "import e2ediff; print(e2ediff.__file__)"],
-        env=env, capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    own = sysconfig.get_path("purelib", vars={"base": str(environment)})
-    assert where.stdout.strip() == str(Path(own, "e2ediff", "__init__.py")), where.stderr
+    words = [environment / "bin" / "python", "-P", "-c", SERVER, ROOT / "tests" / "support"]
+    server = subprocess.Popen(
+        words, env=env, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     said = {}
-    for command in [*commands(FIRST), *commands(SECOND)]:
-        done = subprocess.run(
-            command, shell=True, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        said[command] = done.stdout
+    with server:
+        own = sysconfig.get_path("purelib", vars={"base": str(environment)})
+        assert server.stdout.readline().strip() == str(Path(own, "e2ediff", "__init__.py"))
+        for command in [*commands(FIRST), *commands(SECOND)]:
+            words = shlex.split(command)
+            words = words[2:] if words[:2] == ["python", "-m"] else words
+            if words[0] in ("e2ediff", "pytest") and words[1:3] != ["plugins", "new"]:
+                server.stdin.write(json.dumps(words) + "\n")
+                server.stdin.flush()
+                code, out, err = json.loads(server.stdout.readline())
+            else:
+                done = subprocess.run(
+                    command, shell=True, env=env, cwd=tmp_path, capture_output=True, text=True,
+                    timeout=600,
+                )  # fmt: skip
+                code, out, err = done.returncode, done.stdout, done.stderr
+            assert code == 0, f"{command}\n{out}{err}"
+            said[command] = out
     assert re.search(
         r"^even_floor +ok +e2ediff-even-floor 0.1.0 +objectives: even_floor$",
         said["e2ediff plugins list"],
