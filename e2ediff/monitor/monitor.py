@@ -134,10 +134,9 @@ class Monitor:
         Args:
             title: What the pictures belong to, for their captions.
         """
-        net = self._shown()
-        with self._whole():
-            x, condition = self.observer.samples(net)
-            pairs = self.observer.reconstructions(net, 20)
+        with self._whole(), in_use(self._shown(), self.observer.calibration) as ready:
+            x, condition = self.observer.samples(ready)
+            pairs = self.observer.reconstructions(ready, 20)
         labels = condition.label.tolist() if isinstance(condition, Labels) else []
         samples = grid_png(by_class(x, labels, self.image), f"{title}; samples: {self.sampling}")
         both = f"{title}; held-out images, each followed by its reconstruction"

@@ -21,7 +21,7 @@ from e2ediff.host.plugins import Host
 from e2ediff.host.recipe import Recipe
 from e2ediff.host.registry import options
 from e2ediff.loading.batches import fixed_images
-from e2ediff.model.calibration import at_rest, in_use, normalised, own_latents
+from e2ediff.model.calibration import at_rest, normalised, own_latents
 from e2ediff.model.inference import Model
 from e2ediff.monitor.isolation import Isolated, declared, numbers
 from e2ediff.seeds import generator
@@ -199,7 +199,7 @@ class Observer:
         """Sample a sheet (rows * columns, C, H, W) in [-1, 1] with fixed noise; also conditions.
 
         Each column has one condition: a class or, for other kinds, that of a probe image. The
-        network computes in the run's precision.
+        network, which is `in_use`, computes in the run's precision.
         """
         r, columns = self.recipe, preview_columns(self.recipe)
         each = r.data.image.conditioning.in_turn(columns, self.probe.condition)
@@ -207,23 +207,19 @@ class Observer:
         condition = each.rows(index.repeat(r.preview.rows))
         # Guiding networks of other runs are for finished models, and may not exist yet.
         guidance = None if r.guidance is None or r.guidance.references else r.guidance
-        with in_use(net, self.calibration) as ready:
-            model = Model(r, ready, guidance, rows=len(condition), precision=r.precision)
-            return model.sample(condition, seed=r.seed), condition
+        model = Model(r, net, guidance, rows=len(condition), precision=r.precision)
+        return model.sample(condition, seed=r.seed), condition
 
     @torch.no_grad()
     def reconstructions(self, net: Backbone, count: int) -> Tensor:
         """Return probe images, each followed by its reconstruction, (2 count, C, H, W).
 
-        In the run's precision, as steps and samples are.
+        The network is `in_use`, and in the run's precision, as steps and samples are.
         """
         x = self.probe.x[:count]
         half = self.recipe.precision == "bfloat16"
-        with (
-            in_use(net, self.calibration) as ready,
-            torch.autocast(x.device.type, torch.bfloat16, enabled=half),
-        ):
-            x_hat = ready.decode(ready.encode(x))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            x_hat = net.decode(net.encode(x))
         return torch.stack([x, x_hat], dim=1).flatten(0, 1)
 
 

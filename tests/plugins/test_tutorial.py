@@ -25,7 +25,7 @@ OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
 SERVER = """
 import json, subprocess, sys
 sys.path.append(sys.argv[1])
-import forked, torch._functorch.partitioners, torch.distributed
+import forked, torch._inductor.pattern_matcher, torch.distributed
 subprocess.Popen = forked.Forked
 forked.MODULES += ("pytest",)
 print(forked.e2ediff.__file__, flush=True)
