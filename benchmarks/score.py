@@ -5,6 +5,7 @@ Shapes: M images, C H W image, F features.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -67,15 +68,21 @@ class Data:
 
 def real_figures(judge: Judge, data: Data, count: int) -> dict[str, float]:
     """What real held-out images score, as many as are generated: the floor of every distance."""
-    real, seen = data.held_out.first(HELD_OUT), data.held_out.first(count)
-    theirs = features(judge, data.train.x)
+    seen, (theirs, right) = data.held_out.first(count), _real(judge, data)
     return {
-        "accuracy": accuracy(judge, real.x, real.label),
+        "accuracy": right,
         "frechet": frechet_distance(features(judge, seen.x), theirs),
         "frechet_images": len(seen),
         "pixel_frechet": pixel_distance(seen.x, data.train.x, data.basis),
         "nearest": nearest_distance(seen.x, data.train.x),
     }
+
+
+@functools.lru_cache(maxsize=1)
+def _real(judge: Judge, data: Data) -> tuple[Tensor, float]:
+    """Features of the training images, and the judge's accuracy on held-out ones."""
+    real = data.held_out.first(HELD_OUT)
+    return features(judge, data.train.x), accuracy(judge, real.x, real.label)
 
 
 def balanced_labels(count: int, classes: int) -> Tensor:
@@ -85,12 +92,11 @@ def balanced_labels(count: int, classes: int) -> Tensor:
 
 def score_images(x: Tensor, label: Tensor, judge: Judge, data: Data) -> dict[str, float]:
     """Scores of generated images (M, C, H, W) in [-1, 1] that were asked to be of `label`."""
-    real = data.held_out.first(HELD_OUT)
-    agreement = accuracy(judge, x, label)
+    agreement, (theirs, right) = accuracy(judge, x, label), _real(judge, data)
     return {
         "agreement": agreement,
-        "agreement_to_real": agreement / accuracy(judge, real.x, real.label),
-        "frechet": frechet_distance(features(judge, x), features(judge, data.train.x)),
+        "agreement_to_real": agreement / right,
+        "frechet": frechet_distance(features(judge, x), theirs),
         "pixel_frechet": pixel_distance(x, data.train.x, data.basis),
         "nearest": nearest_distance(x, data.train.x),
     }
