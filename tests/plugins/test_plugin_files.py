@@ -95,6 +95,7 @@ def test_resuming_the_newest_run_asks_for_the_file_and_not_for_its_parts(folder)
     assert e2ediff(*words, "--resume", "--plugin", "my_objective.py").code == 0
 
 
+@pytest.mark.usefixtures("forks")
 def test_check_ablate_parts_and_the_kit_take_the_file(folder) -> None:
     for words, said in (
         (("check", "tiny.yaml", *MINE), "objective   mine"),
