@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from command_line import needs
 
@@ -30,9 +32,20 @@ def check(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=290)
 
 
+@pytest.fixture(autouse=True)
+def pytest_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that a part runs are a fork as well."""
+    monkeypatch.setattr(forked, "MODULES", (*forked.MODULES, "pytest"))
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all parts work, so that what one compiles or writes serves the next."""
+    """Where all parts work, so that what one compiles or writes serves the next.
+
+    What they import is imported here and once.
+    """
+    for name in ("e2ediff.train.session", "torch._inductor.pattern_matcher"):
+        importlib.import_module(name)
     return tmp_path_factory.mktemp("look")
 
 
@@ -64,7 +77,7 @@ def test_the_test_names_every_part_and_plans_name_parts_alone() -> None:
 def test_the_budget_cuts_parts_off_and_leaves_later_ones_out(place) -> None:
     out = place / "cut"
     long = "throughput:quickstart:off"  # its ceiling is made for a GPU: a minute on a CPU
-    done = check("--out", out, "--device", "cpu", "--budget", 10,
+    done = check("--out", out, "--device", "cpu", "--budget", 8.5,
                  "--work", out / "work", "--parts", f"{long},environment")  # fmt: skip
     assert done.returncode == 1
     first, second = json.loads((out / "results.json").read_text())
