@@ -132,6 +132,7 @@ def test_small_batches_cost_no_further_network_calls(tiled) -> None:
 
 
 @needs("e2ediff-sampling")
+@pytest.mark.usefixtures("forks")
 def test_two_processes_and_any_batch_score_as_one(run, tmp_path) -> None:
     words = (run, *NETWORK[:2], "--count", 69, "--metrics", "fid,density_coverage,reconstruction")
     words = (*words, "--set", SOLVERS[1], "--out", tmp_path, "--batch")

@@ -66,6 +66,7 @@ def test_the_whole_plugin_is_one_file_of_under_50_lines() -> None:
     assert [d.partition(">")[0] for d in project["dependencies"]] == ["e2ediff"]
 
 
+@pytest.mark.usefixtures("forks")
 def test_plugins_lists_a_stranger_with_its_version_and_parts_and_a_broken_one_once(call) -> None:
     done = call("plugins")
     assert done.returncode == 0, done.stderr
@@ -83,6 +84,7 @@ def test_the_help_shows_each_plugin_with_the_line_of_its_metadata(call):
     assert re.search(r"\n  varfloor +A variance floor for latents", done.stdout)
 
 
+@pytest.mark.usefixtures("forks")
 def test_parts_shows_a_stranger_s_options_as_ours(call) -> None:
     done = call("parts", "objectives")
     assert done.returncode == 0, done.stderr
@@ -132,6 +134,7 @@ def test_an_unknown_name_tells_of_the_plugin_that_was_not_loaded(call, tmp_path:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("forks")
 def test_core_alone_trains_without_any_plugin(call) -> None:
     """The shipped quickstart, less what it requires, with the plugins blocked."""
     done = call(
