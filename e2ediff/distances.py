@@ -38,10 +38,10 @@ def _bures(a: Tensor, b: Tensor) -> float:
 
 
 def _root(c: Tensor) -> Tensor:
-    """Return R with R R^T = c; rounding alone counts as 0, so that its roots are not counted."""
+    """Return R (F, rank) with R R^T = c; rounding alone counts as 0, so that it has no column."""
     values, vectors = torch.linalg.eigh((c + c.T) / 2)
-    least = len(c) * torch.finfo(c.dtype).eps * values.max().clamp_min(0)
-    root: Tensor = vectors * torch.where(values > least, values, 0.0).sqrt()
+    kept = values > len(c) * torch.finfo(c.dtype).eps * values.max().clamp_min(0)
+    root: Tensor = vectors[:, kept] * values[kept].sqrt()
     return root
 
 

@@ -359,7 +359,7 @@ def test_inception_scores_with_other_weights_are_never_called_fid(tmp_path, host
             value.copy_((2 / value[0].numel()) ** 0.5 * torch.randn(value.shape, generator=g))
     torch.save(network.state_dict(), tmp_path / "inception.pth")
     made, real = (
-        torch.randint(256, (4, 16, 16, 3), generator=g, dtype=torch.uint8) for _ in range(2)
+        torch.randint(256, (2, 16, 16, 3), generator=g, dtype=torch.uint8) for _ in range(2)
     )
     np.savez(tmp_path / "made.npz", arr_0=made.numpy())
     np.savez(tmp_path / "real.npz", arr_0=real.numpy())
