@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import attrs
+import forked
 import pytest
 import torch
 from pictures import damage, write_tree
@@ -248,17 +249,34 @@ def test_the_first_damaged_image_of_the_order_is_the_one_that_stops(broken, work
 # Too little shared memory
 
 
-def with_shared_memory(size: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """A command that sees so much of it; skips the test where that is not allowed."""
-    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
-    unshare = ["unshare", "--mount", "sh", "-c"]
-    if not shutil.which("unshare") or subprocess.run([*unshare, mount]).returncode:
+# Runs commands, each with so much of it, as forks of a process that has imported torch.
+SERVER = """
+import json, subprocess, sys
+sys.path.append(sys.argv[1])
+from forked import Forked
+for size, *words in json.loads(sys.argv[2]):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"], check=True)
+    done = Forked([sys.executable, "-m", "e2ediff", *words], stdout=-1, stderr=-1, text=True)
+    out, err = done.communicate()
+    print(json.dumps([done.returncode, out, err]))
+"""
+
+
+def with_shared_memory(*commands: Sequence[object]) -> list[tuple[int, str, str]]:
+    """Exit codes and streams of commands, each after the size of it that the command sees.
+
+    Skips the test where that is not allowed.
+    """
+    unshare = ["unshare", "--mount"]
+    mount = ["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, *mount]).returncode:
         pytest.skip("needs the right to mount a tmpfs")
-    command = [sys.executable, "-m", "e2ediff", *map(str, words)]
-    return subprocess.run(
-        [*unshare, f'{mount} && exec "$@"', "sh", *command],
-        text=True, capture_output=True, timeout=120, check=False,
-    )  # fmt: skip
+    words = [sys.executable, "-c", SERVER, Path(forked.__file__).parent]
+    given = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run(
+        [*unshare, *words, given], text=True, stdout=subprocess.PIPE, timeout=200, check=True
+    )
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 class NoItem(Dataset[object]):
@@ -345,8 +363,12 @@ def test_a_run_warns_of_too_little_shared_memory_and_ends_with_the_remedy(elsewh
     data = f"{{name: image_folder, root: {root}, size: 64, classes: 2, workers: 1}}"
     (elsewhere / "x.yaml").write_text(tiny(batch="32", data=data, steps="50"))
     run = elsewhere / "run"
-    done = with_shared_memory("800k", "run", elsewhere / "x.yaml", "--out", run)
-    assert done.returncode == 8, done.stderr
+    sizes = {"800k": "warning", "80m": "ok"}
+    (code, _, err), *doctors = with_shared_memory(
+        ("800k", "run", elsewhere / "x.yaml", "--out", run),
+        *((size, "doctor", run, "--json") for size in sizes),
+    )
+    assert code == 8, err
     up_to = f"{divide(ImageSpec(3, 64, 64, 2), 32, 1, 1).needed / 1e6:,.0f} MB"
     remedy = "provide more (docker run --shm-size=2g), or set data.workers to 0"
     for said in (
@@ -356,13 +378,12 @@ def test_a_run_warns_of_too_little_shared_memory_and_ends_with_the_remedy(elsewh
         "No space left on device): the shared memory through which images are passed is full: "
         f"up to {up_to} are needed; {remedy}. What was saved is intact",
     ):
-        assert said in done.stderr
-    assert "Traceback" not in done.stderr
+        assert said in err
+    assert "Traceback" not in err
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 8)
-    for size, state in (("800k", "warning"), ("80m", "ok")):
-        done = with_shared_memory(size, "doctor", run, "--json")
-        (found,) = (one for one in json.loads(done.stdout) if one["name"] == "run's workers")
+    for (_, out, _), state in zip(doctors, sizes.values(), strict=True):
+        (found,) = (one for one in json.loads(out) if one["name"] == "run's workers")
         assert found["state"] == state
         assert f"up to {up_to} of " in found["what"]
         assert ("--shm-size=2g" in found["hint"]) == (state == "warning")
