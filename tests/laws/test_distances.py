@@ -79,6 +79,14 @@ def test_frechet_of_two_gaussians_is_the_closed_form() -> None:
     assert frechet(first, second) == pytest.approx(known, rel=1e-7)
 
 
+def test_directions_that_a_covariance_has_by_rounding_alone_add_nothing_to_frechet() -> None:
+    """Two Gaussians in orthogonal spaces, whose roots have no product."""
+    basis = torch.linalg.qr(normal(150, 150)).Q
+    low, rest = basis[:, :2], basis[:, 2:]
+    first, second = (gaussian([0.0] * 150, 5 * (b @ b.T)) for b in (low, rest))
+    assert frechet(first, second) == pytest.approx(5 * 150, rel=1e-11)
+
+
 def test_frechet_of_covariances_that_do_not_commute_is_that_of_the_product_root() -> None:
     a, b = (normal(9, 5, seed).T.cov() for seed in (1, 2))
     trace = torch.linalg.eigvals(a @ b).sqrt().real.sum()
