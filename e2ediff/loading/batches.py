@@ -9,12 +9,13 @@ Shapes: B batch, C H W image.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from multiprocessing import connection
@@ -186,19 +187,20 @@ def batches(
 
 
 def _joined(
-    items: Iterator[_Item | str],
+    items: Generator[_Item | str],
     parts: int,
     rows: int,
     read_so_far: Iterable[int],
     report: Callable[[Sequence[Skipped], int], None] | None,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Join the parts of each batch, and move it to the device."""
-    for images in read_so_far:
-        item = _join(islice(items, parts), rows, device)
-        if item.skipped and report:
-            report(item.skipped, images)
-        yield to_batch(item.x, item.condition, device)
+    """Join the parts of each batch, and move it to the device; `items` are closed at the end."""
+    with contextlib.closing(items):
+        for images in read_so_far:
+            item = _join(islice(items, parts), rows, device)
+            if item.skipped and report:
+                report(item.skipped, images)
+            yield to_batch(item.x, item.condition, device)
 
 
 def _join(parts: Iterable[_Item | str], rows: int, device: torch.device) -> _Item:
@@ -252,7 +254,7 @@ def read(
     ahead: int = 2,
     needed: int = 0,
     pin_memory: bool = False,
-) -> Iterator[_T]:
+) -> Generator[_T]:
     """Read these items in order, with at most as many worker processes as there are cores.
 
     Their number affects only the speed; with 0 items are read in this process, on demand.
@@ -304,17 +306,29 @@ def read(
         with blocked():
             reading = iter(loader)
         yield from reading
-    except KeyboardInterrupt:
-        for process in started:
-            process.kill()  # it ignores SIGTERM, and may be at a long piece of work
-        raise
     except (RuntimeError, EOFError, OSError) as error:
         # Torch says so, or the memory of an item is fetched from a worker that is gone by now.
         told = str(error).startswith("DataLoader worker (pid")
         what = _cause(started, wait=not told) or (str(error) if told else "")
+        _kill(started)
         if not what:
             raise
         raise _lost(what, option, needed) from error
+    except GeneratorExit:
+        raise  # the iterator is dropped, which ends them
+    except BaseException:
+        _kill(started)
+        raise
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    """End processes that may be at a long piece of work, and ignore SIGTERM.
+
+    Whoever keeps an error keeps the iterator that would end them otherwise, and Python would wait
+    for them for ever as it ends.
+    """
+    for process in workers:
+        process.kill()
 
 
 def _as_it_is(item: _T) -> _T:

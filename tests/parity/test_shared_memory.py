@@ -232,8 +232,20 @@ def test_skipped_images_of_a_divided_batch_are_reported_together_and_in_order(br
     assert ours == theirs
 
 
+def children_end(others: Sequence[multiprocessing.Process]) -> bool:
+    """Whether all processes but these end; Python waits for them for ever as it ends itself."""
+    until = time.monotonic() + 20
+    while left := {*multiprocessing.active_children()} - {*others}:
+        if time.monotonic() > until:
+            return False
+        left.pop().join(0.1)
+    return True
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_first_damaged_image_of_the_order_is_the_one_that_stops(broken, workers) -> None:
+    """No process reads on, though the error is kept."""
+    others = multiprocessing.active_children()
     stops = attrs.evolve(broken, on_bad_image="stop")
     ends = []
     for number in (0, workers):
@@ -243,6 +255,7 @@ def test_the_first_damaged_image_of_the_order_is_the_one_that_stops(broken, work
         with pytest.raises(DataError) as caught:
             list(zip(steps, found, strict=False))
         ends.append((str(caught.value), next(steps)))
+        assert children_end(others)
     assert ends[0] == ends[1]
 
 
@@ -345,8 +358,12 @@ class Raises(Dataset[Tensor]):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_a_source_is_not_taken_for_a_process_that_died(workers) -> None:
-    with pytest.raises(FileNotFoundError, match="an image of a source"):
+    """No process reads on, though the error is kept."""
+    others = multiprocessing.active_children()
+    with pytest.raises(FileNotFoundError, match="an image of a source") as caught:
         list(read(Raises(), range(2), workers, option="--workers"))
+    assert children_end(others)
+    assert caught.value.__traceback__ is not None
 
 
 @pytest.fixture
