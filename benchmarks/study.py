@@ -57,6 +57,7 @@ from e2ediff.distributed.signals import Stop
 from e2ediff.errors import E2EDiffError
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, dump_recipe, load_recipe
+from e2ediff.model.build import check_fits
 from e2ediff.sample.load import load_model
 from e2ediff.store.environment import describe_environment
 from e2ediff.store.run_directory import RunDirectory
@@ -117,6 +118,7 @@ class Study:
     def plan(self, host: Host, seeds: Sequence[int], sets: Sequence[str]) -> AblationPlan:
         """The grid of an ablation with a cell for each variant, `a b` as `a-b`."""
         base = load_recipe(host, self.recipe, [*self.set, *sets])
+        check_fits(base, self.recipe)  # before its cost is counted
         grid = []
         for name, v in self.variants.items():
             changes = list(v.set)

@@ -218,6 +218,17 @@ def test_the_script_ends_in_a_table_of_figures_from_the_runs(
     assert before == after
 
 
+@needs_dsd
+def test_parts_that_do_not_fit_are_named_before_anything_is_made(
+    quality: ModuleType, tmp_path: Path
+) -> None:
+    words = ["--out", str(tmp_path / "out"), "--set", "backbone.patch=7"]
+    refused = CliRunner().invoke(quality.main, words)
+    assert refused.exit_code == 1
+    assert "backbone.patch: " in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_training_time_is_that_of_all_sessions_up_to_their_last_save(
     score: ModuleType, tmp_path: Path
 ) -> None:
