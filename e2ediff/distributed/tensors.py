@@ -94,10 +94,11 @@ def _squares(gradients: Sequence[Tensor]) -> Tensor:
         if gradient.numel() <= _SHORT:
             short.append(gradient)
             continue
-        flat = gradient.flatten()
-        end = len(flat) // _PIECE * _PIECE
-        norms.append(torch.linalg.vector_norm(flat[:end].view(-1, _PIECE), dim=1))
-        short.append(flat[end:])
+        flat, rest = gradient.reshape(-1), gradient.numel() % _PIECE
+        if rest:  # hardly ever, and each call takes as long as the norm of a piece
+            short.append(flat[-rest:])
+            flat = flat[:-rest]
+        norms.append(torch.linalg.vector_norm(flat.view(-1, _PIECE), dim=1))
     norms.append(torch.stack(list(torch._foreach_norm(short))))
     return torch.cat(norms).double().square().sum()
 

@@ -152,6 +152,7 @@ class Engine:
         at, r = self.position, self.recipe
         self.recorder.clock.start(at.step)
         self.saver.finish()  # processes that read images are forked, which a thread must not see
+        self.saver.staging.settle()
         try:
             for batch in self._batches():
                 self.threads.begin(batch)
@@ -195,6 +196,7 @@ class Engine:
             self.measurements.preview()
         if monitor.scores_due(step):
             self.measurements.score()
+        self.saver.prepare()
         # Weights after which a step was bad may be what is wrong: they replace no checkpoint.
         self._overdue = due and self.bad_steps.is_last
         if due and not last and not self._overdue:

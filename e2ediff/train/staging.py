@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from e2ediff.distributed.background import Background
 from e2ediff.distributed.tensors import whole
 
 _SPARE = 1.2  # times the size of a copy that must be free before it is made
 _CHUNK = 1 << 28  # bytes
 _ALIGNED = 64  # bytes
+_PIECE = 1 << 24  # bytes that are asked of the system between two looks for an end
 
 Files = Mapping[str, Mapping[str, Tensor]]
 
@@ -55,18 +58,25 @@ class _Room:
         self._chunks.clear()
         self.begin(0)
 
+    def touch(self, pulse: Callable[[], None]) -> None:
+        """Write into every page, so that the system provides it now; call `pulse` often."""
+        for chunk in [*self._chunks]:
+            for start in range(0, len(chunk), _PIECE):
+                pulse()
+                chunk[start : start + _PIECE : mmap.PAGESIZE].zero_()
+
     def like(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the host of the type and shape of another one.
 
         `given` is the number of bytes that were given out since the beginning.
         """
-        size = tensor.numel() * tensor.element_size()
+        size = _bytes(tensor)
         if not size:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
         while self._chunk < len(self._chunks):
             chunk = self._chunks[self._chunk]
             if self._used + size <= len(chunk):
-                start, self._used = self._used, self._used + size + -size % _ALIGNED
+                start, self._used = self._used, self._used + _aligned(size)
                 self.given += size
                 return chunk[start : start + size].view(tensor.dtype).view(tensor.shape)
             self._chunk, self._used = self._chunk + 1, 0
@@ -89,8 +99,40 @@ class Staging:
         self._free = free
         self._rooms = {pinned: _Room(pinned=pinned) for pinned in (False, True)}
         self._done: torch.cuda.Event | None = None
+        self._touching: Background[None] | None = None
         self.fits = True
         self.size = 0
+
+    def prepare(self, files: Files) -> None:
+        """Ask the system for the memory of a copy of what lies on the CPU, in a thread.
+
+        At 4 GB that takes seconds, which the first copy would take otherwise. Does nothing for
+        little memory, and where the copy would not fit.
+        """
+        held = [t for tensors in files.values() for t in _dense(tensors) if t.device.type == "cpu"]
+        given = {(t.data_ptr(), t.shape) if type(t) is Tensor else id(t): t for t in held}
+        sizes = [_bytes(t) for t in given.values()]
+        free = self._free()
+        if sum(sizes) < _CHUNK or (free is not None and free < _SPARE * sum(sizes)):
+            return
+        room = self._rooms[False]
+        room.begin(sum(map(_aligned, sizes)))
+        for tensor in given.values():
+            room.like(tensor)
+        self._touching = Background()
+        self._touching.start(room.touch)
+
+    def settle(self) -> None:
+        """Wait until the memory that was asked for is there."""
+        if self._touching is not None:
+            self._touching.result()
+            self._touching = None
+
+    def abandon(self) -> None:
+        """Ask for no more memory, as the run ends."""
+        if self._touching is not None:
+            self._touching.abandon()
+            self._touching = None
 
     def copy(self, files: Files, *, keep: bool) -> dict[str, dict[str, Tensor]]:
         """Return copies of all tensors, gathered where they are split.
@@ -98,8 +140,9 @@ class Staging:
         Tensors that are the same memory, such as tied weights, are so in the copy too.
         A collective call; processes without `keep` get no tensors.
         """
-        sizes = [size for tensors in files.values() for size in _bytes(tensors)]
-        self.size, aligned = sum(sizes), sum(size + -size % _ALIGNED for size in sizes)
+        self.settle()
+        sizes = [_bytes(t) for tensors in files.values() for t in _dense(tensors)]
+        self.size, aligned = sum(sizes), sum(map(_aligned, sizes))
         free = self._free()
         kept = sum(room.given for room in self._rooms.values())
         self.fits = free is None or free + kept >= _SPARE * self.size
@@ -146,5 +189,13 @@ def _is_dense(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
 
 
-def _bytes(tensors: Mapping[str, Tensor]) -> list[int]:
-    return [t.numel() * t.element_size() for t in tensors.values() if _is_dense(t)]
+def _dense(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors.values() if _is_dense(tensor)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _aligned(size: int) -> int:
+    return size + -size % _ALIGNED

@@ -414,9 +414,9 @@ def test_other_files_of_the_folder_are_kept(tmp_path, recipe) -> None:
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     found = measured("checkpoint", recipe, "--out", out, rounds=2)["rows"]
-    assert [row["what"] for row in found] == ["save", "save", "read"]
-    assert found[0]["bytes"] > 10_000
-    assert found[2]["verify"] > 0
+    assert [row["what"] for row in found] == ["memory", "save", "save", "read"]
+    assert found[1]["bytes"] > 10_000
+    assert found[3]["verify"] > 0
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     refused("checkpoint", recipe, "--out", out / "mine.txt")
     assert (out / "mine.txt").read_text() == "mine"

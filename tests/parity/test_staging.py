@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import resource
 
 import pytest
 import torch
+from real_steps import engine_of
 
+from e2ediff.host.recipe import parse_recipe
 from e2ediff.train import staging
 from e2ediff.train.staging import Staging
 
@@ -83,3 +86,68 @@ def test_where_a_copy_does_not_fit_there_is_none(monkeypatch) -> None:
     copies = place.copy(given, keep=True)
     assert not place.fits
     assert all(copies[file][key] is t for file, held in given.items() for key, t in held.items())
+
+
+# Memory that is asked for beforehand
+
+
+def faults() -> int:
+    """Pages that this thread has waited for."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+
+def chunks(place: Staging) -> list[int]:
+    return [chunk.data_ptr() for chunk in place._rooms[False]._chunks]
+
+
+@pytest.mark.parametrize("chunk", [1 << 10, 256])
+def test_a_copy_takes_the_memory_that_was_asked_for_and_no_more(chunk, monkeypatch) -> None:
+    monkeypatch.setattr(staging, "_CHUNK", chunk)
+    place, given = Staging(), tensors()
+    place.prepare(given)
+    before = chunks(place)
+    copies = place.copy(given, keep=True)
+    assert chunks(place) == before != []
+    assert torch.equal(copies["one"]["turned"], given["one"]["turned"])
+
+
+@pytest.mark.skipif(not hasattr(resource, "RUSAGE_THREAD"), reason="needs Linux")
+def test_a_copy_waits_for_no_page_of_it() -> None:
+    """One that nothing was asked for beforehand waits for every page of 300 MB."""
+    given, waited = {"one": {"w": torch.ones(75_000_000)}}, []
+    for asked in (False, True):
+        place = Staging()
+        if asked:
+            place.prepare(given)
+            place.settle()
+        before = faults()
+        place.copy(given, keep=True)
+        waited.append(faults() - before)
+        del place
+    assert waited[1] < waited[0] / 10
+
+
+def test_no_memory_is_asked_for_where_it_is_little_or_would_not_fit(monkeypatch) -> None:
+    little = Staging()
+    little.prepare(tensors())
+    monkeypatch.setattr(staging, "_CHUNK", 256)
+    short = Staging(lambda: 100)
+    short.prepare(tensors())
+    assert chunks(little) == chunks(short) == []
+    for place in (little, short):
+        place.settle()
+        place.abandon()
+
+
+def test_a_run_asks_for_it_after_three_steps(host, tiny_text, tmp_path, monkeypatch) -> None:
+    """The first ones are timed."""
+    monkeypatch.setattr(staging, "_CHUNK", 256)
+    engine = engine_of(host, parse_recipe(host, tiny_text, "tiny", []), tmp_path / "run")
+    asked, at = [], engine.position
+    for batch in itertools.islice(engine._batches(), 4):
+        record = engine.update(batch, at.images)
+        at.step, at.images = at.step + 1, at.images + engine.recipe.batch
+        engine._after_step(record)
+        asked.append(len(chunks(engine.saver.staging)) > 0)
+    engine.saver.save()
+    assert asked == [False, False, True, True]
