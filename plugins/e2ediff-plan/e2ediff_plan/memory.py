@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import attrs
@@ -94,15 +95,19 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
         batch = blank_batch(recipe, images, _CPU)
         watched = recipe.probe.images + recipe.probe.calibration
         watched_images = blank_batch(recipe, watched, _CPU)  # the engine keeps them on its device
-        peaks: dict[int, int] = {}
         passages: dict[int, Passage] = {}
-        optimizer_step(recipe, parts, batch, other, 1)  # creates the optimizers' state
-        updating = 0
+        turns: dict[int, _Turns] = {}
         for size in (other, rows):
-            live.peak = live.now
-            turns = _Turns(live)
-            passages[size] = optimizer_step(recipe, parts, batch, size, shards, turns)
-            peaks[size], updating = turns.passing, turns.end()
+            turns[size] = _Turns(live)
+            passages[size] = optimizer_step(recipe, parts, batch, size, shards, turns[size])
+        # The first created the state of each optimizer, after the passes of its phase.
+        made = [_bytes(tree_leaves([*o.state.values()])) for o in parts.optimizers.values()]
+        lacking = reversed([*accumulate(reversed(made))])
+        peaks = {
+            other: max(p + m for p, m in zip(turns[other].passing, lacking, strict=True)),
+            rows: max(turns[rows].passing),
+        }
+        updating = turns[rows].end()
         state = _state(parts, max(passages[rows].gradients.values()))
         state["images of the probe"] = _bytes([watched_images.x])
         files = tensors_of(parts)[0].values()
@@ -130,18 +135,20 @@ def follow(recipe: Recipe, *, gpus: int = 1, like_cuda: bool = False) -> Memory:
 
 
 class _Turns:
-    """The peaks of passes and of updates, each over all phases."""
+    """The peaks of the passes of each phase, and of the updates of all."""
 
     def __init__(self, live: _Live) -> None:
         self.live = live
-        self.passing = self.updating = 0
+        self.passing: list[int] = []
+        self.updating = 0
+        live.peak = live.now
 
     def __call__(self, passing: bool) -> None:
         """Mark the start (True) or end of the passes."""
         if passing:
             self.updating = max(self.updating, self.live.peak)
         else:
-            self.passing = max(self.passing, self.live.peak)
+            self.passing.append(self.live.peak)
         self.live.peak = self.live.now
 
     def end(self) -> int:
