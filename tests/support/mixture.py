@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def anything(n: int) -> Labels:
     return Labels(torch.full((n,), NULL), NULL)
 
 
+@cache  # the finest one is the goal of many samplers
 def trajectory_end(solver: Sampler, path, n: int) -> torch.Tensor:
     """Nine trajectories from t = 0.1 down to noise level 0.1, in n steps by noise level."""
     times = Karras(sigma_min=0.1).times(n + 1, 0.1, path)[:-1]
