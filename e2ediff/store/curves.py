@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
+from operator import add
 from typing import Any
 
 _MOST = 4096  # points of a curve; a run rarely logs as many
@@ -48,11 +49,20 @@ class Curve:
                     waiting[1].clear()
             start = stop
             if len(self._xs) == _MOST:
-                xs_before, ys_before = self._xs, self._ys
-                self._xs, self._ys = array("d"), array("d")
-                for i in range(0, _MOST, 2):
-                    self._append(*_mean(xs_before[i : i + 2], ys_before[i : i + 2]))
-                self._stride *= 2
+                self._halve()
+
+    def _halve(self) -> None:
+        """Put the mean of each two points in their place."""
+        xs, ys = self._xs, self._ys
+        sums = array("d", map(add, ys[::2], ys[1::2]))
+        self._stride *= 2
+        if math.isfinite(sum(sums)):
+            self._xs = array("d", (x / 2 for x in map(add, xs[::2], xs[1::2])))
+            self._ys = array("d", (y / 2 for y in sums))
+            return
+        self._xs, self._ys = array("d"), array("d")
+        for i in range(0, _MOST, 2):
+            self._append(*_mean(xs[i : i + 2], ys[i : i + 2]))
 
     def _append(self, x: float, y: float) -> None:
         self._xs.append(x)

@@ -127,18 +127,22 @@ class Store:
         """
         end, line, length = 0, bytearray(), 0  # of the line so far; its bytes, unless too long
         for chunk in self.chunks(path):
-            start = 0
-            while (stop := chunk.find(b"\n", start)) >= 0:
-                length += stop - start
-                content = line + chunk[start:stop] if line else chunk[start:stop]
+            for start in range(0, len(chunk), _BATCH):
+                first, *others = chunk[start : start + _BATCH].split(b"\n")
+                length += len(first)
+                if length <= _LONGEST:
+                    line += first
+                else:
+                    line.clear()
+                if not others:
+                    continue
                 end += length + 1
-                yield end, bytes(content) if length <= _LONGEST else b""
-                line, length, start = bytearray(), 0, stop + 1
-            length += len(chunk) - start
-            if length <= _LONGEST:
-                line += chunk[start:]
-            else:
-                line.clear()
+                yield end, bytes(line)
+                *whole, last = others
+                for content in whole:
+                    end += len(content) + 1
+                    yield end, content
+                line, length = bytearray(last), len(last)
         if torn and length:
             yield end + length, bytes(line)
 
