@@ -45,6 +45,7 @@ _LONG = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Offer what tests share where tests run; the process that hands them out imports no torch."""
+    gc.disable()  # what is imported stays, and is looked at again and again for cycles
     if config.getoption("dist") == "no":
         config.pluginmanager.register(importlib.import_module("fixtures"), "shared")
 
@@ -62,6 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported so far out of every later search for cycles."""
+    """Leave what was imported so far out of every later search for cycles, and search less."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)  # what compilers make of torch's code is a tenth of its time
+    gc.enable()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+import scipy
 
 from e2ediff.parts.optimizers.scheduled import SGD, AdamW, schedule_factor
 from e2ediff.parts.time_samplers import LogitNormal, Shifted, Uniform
@@ -48,7 +48,7 @@ def test_the_quantile_inverts_the_distribution_function(law, u) -> None:
 def test_drawn_times_follow_the_distribution(law) -> None:
     t = law.draw(20000, torch.Generator().manual_seed(0), CPU)
     u = np.array([cdf(law, value) for value in t.double().tolist()])
-    found = stats.kstest(u, "uniform")
+    found = scipy.stats.kstest(u, "uniform")
     assert found.pvalue > 1e-3
 
 

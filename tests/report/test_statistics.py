@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+import scipy
 
 from e2ediff.report.statistics import paired, spread
 
@@ -18,7 +18,7 @@ numbers = st.lists(
 def test_the_interval_is_that_of_scipys_paired_test(pairs, confidence):
     values, base = dict(enumerate(a for a, _ in pairs)), dict(enumerate(b for _, b in pairs))
     found = paired(values, base, confidence)
-    test = stats.ttest_rel(list(values.values()), list(base.values()))
+    test = scipy.stats.ttest_rel(list(values.values()), list(base.values()))
     low, high = test.confidence_interval(confidence)
     assert found.n == len(pairs)
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-7, abs=1e-7)
@@ -55,7 +55,7 @@ def test_without_a_shared_seed_there_is_no_difference():
 def test_spread_is_the_sample_standard_deviation():
     found = spread([1.0, 2.0, 4.0])
     assert (found.n, found.mean) == (3, pytest.approx(7 / 3))
-    assert found.std == pytest.approx(stats.tstd([1.0, 2.0, 4.0]))
+    assert found.std == pytest.approx(scipy.stats.tstd([1.0, 2.0, 4.0]))
     assert spread([5.0]).std is None
     with pytest.raises(ValueError, match="no values"):
         spread([])
