@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-import scipy
 
 from e2ediff.parts.optimizers.scheduled import SGD, AdamW, schedule_factor
 from e2ediff.parts.time_samplers import LogitNormal, Shifted, Uniform
