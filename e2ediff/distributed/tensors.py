@@ -99,7 +99,8 @@ def _squares(gradients: Sequence[Tensor]) -> Tensor:
             short.append(flat[-rest:])
             flat = flat[:-rest]
         norms.append(torch.linalg.vector_norm(flat.view(-1, _PIECE), dim=1))
-    norms.append(torch.stack(list(torch._foreach_norm(short))))
+    if short:
+        norms.append(torch.stack(list(torch._foreach_norm(short))))
     return torch.cat(norms).double().square().sum()
 
 

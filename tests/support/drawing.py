@@ -23,7 +23,8 @@ def _blank(sheet: Figure, file: IO[Any], **options: Any) -> None:
     if options.get("format") == "svg":  # a chart of a report
         file.write('<svg><g class="blank"></g></svg>')
         return
-    size = [round(inches * options["dpi"]) for inches in sheet.get_size_inches()]
+    dots = options.get("dpi", sheet.dpi)
+    size = [round(inches * dots) for inches in sheet.get_size_inches()]
     Image.new("L", size, 255).save(file, "PNG", compress_level=1)
 
 
