@@ -45,8 +45,8 @@ _LONG = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Offer what tests share where tests run; the process that hands them out imports no torch."""
-    gc.disable()  # what is imported stays, and is looked at again and again for cycles
     if config.getoption("dist") == "no":
+        gc.disable()  # what is imported stays, and is looked at again and again for cycles
         config.pluginmanager.register(importlib.import_module("fixtures"), "shared")
 
 

@@ -281,7 +281,8 @@ def read(
         # it has set a handler of SIGCHLD that raises wherever the main thread is when a worker
         # dies. Inside a queue that leaves a lock held, and the iterator's finalizer waits for it
         # for ever. Without the handler, the wait for the next item reports the worker.
-        started.extend(p for p in multiprocessing.active_children() if p not in others)
+        if processes:
+            started.extend(p for p in multiprocessing.active_children() if p not in others)
         in_main = threading.current_thread() is threading.main_thread()
         if started and in_main and handler is not None:
             signal.signal(signal.SIGCHLD, handler)

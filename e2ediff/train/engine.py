@@ -161,7 +161,8 @@ class Engine:
                 record = self.update(batch, at.images, self._attempt, skip=known)
                 at.step, at.images = at.step + 1, at.images + r.batch
                 self.compilation.done()
-                if at.step < r.total_steps and not self.saver.in_flight:
+                busy = self.saver.in_flight or self.saver.staging.touching
+                if at.step < r.total_steps and not busy:
                     self.threads.done()
                 self._after_step(record)
                 if self._asked(stop):

@@ -120,10 +120,10 @@ class Saver:
     def prepare(self) -> None:
         """Have the memory of the first save provided meanwhile; call after each step.
 
-        Not in the first ones, which may be timed.
+        Not in the first ones, which may be timed, nor where other processes would wait.
         """
         self._steps += 1
-        if self._steps == _UNTIMED and not self.staging.size and self.recorder.world.is_leader:
+        if self._steps == _UNTIMED and not self.staging.size and self.recorder.world.size == 1:
             self.staging.prepare(tensors_of(self.parts)[0])
 
     def begin(self) -> None:

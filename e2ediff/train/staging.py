@@ -107,13 +107,13 @@ class Staging:
         """Ask the system for the memory of a copy of what lies on the CPU, in a thread.
 
         At 4 GB that takes seconds, which the first copy would take otherwise. Does nothing for
-        little memory, and where the copy would not fit.
+        little memory, and where not as much again would be free.
         """
         held = [t for tensors in files.values() for t in _dense(tensors) if t.device.type == "cpu"]
         given = {(t.data_ptr(), t.shape) if type(t) is Tensor else id(t): t for t in held}
         sizes = [_bytes(t) for t in given.values()]
         free = self._free()
-        if sum(sizes) < _CHUNK or (free is not None and free < _SPARE * sum(sizes)):
+        if sum(sizes) < _CHUNK or (free is not None and free < 2 * sum(sizes)):
             return
         room = self._rooms[False]
         room.begin(sum(map(_aligned, sizes)))
@@ -121,6 +121,11 @@ class Staging:
             room.like(tensor)
         self._touching = Background()
         self._touching.start(room.touch)
+
+    @property
+    def touching(self) -> bool:
+        """Return whether a thread is asking for memory."""
+        return self._touching is not None and not self._touching.ended
 
     def settle(self) -> None:
         """Wait until the memory that was asked for is there."""
@@ -133,6 +138,7 @@ class Staging:
         if self._touching is not None:
             self._touching.abandon()
             self._touching = None
+            self._rooms[False].clear()  # the thread may still write to what it has
 
     def copy(self, files: Files, *, keep: bool) -> dict[str, dict[str, Tensor]]:
         """Return copies of all tensors, gathered where they are split.

@@ -344,8 +344,8 @@ WIDE = ["backbone.width=192"]  # a block has more than the megabyte that DDP sen
     [
         ("one", "aot_eager", ["compile=blocks"]),
         ("one", "aot_eager", ["compile=step", ONE]),
-        ("ddp", "aot_eager", ["compile=blocks"]),
-        ("ddp", "eager", ["compile=blocks", *WIDE]),
+        ("ddp", "eager", ["compile=blocks"]),
+        ("ddp", "aot_eager", ["compile=blocks", *WIDE]),
         ("ddp", "eager", ["compile=step", ONE]),
         ("fsdp2", "eager", ["compile=blocks"]),
         ("fsdp2", "aot_eager", ["compile=blocks", "precision=bfloat16"]),
@@ -355,7 +355,10 @@ WIDE = ["backbone.width=192"]  # a block has more than the megabyte that DDP sen
 def test_a_run_compiles_and_computes_again_however_it_is_spread(
     kind, backend, changes, counter, tiny_recipe, tmp_path, graphs_of_one
 ) -> None:
-    """By DDP as many graphs as in one process, and by FSDP2 as many whether or not again."""
+    """By DDP as many graphs as in one process, and by FSDP2 as many whether or not again.
+
+    The backward pass is a graph of its own in one case of each kind, of DDP with several buckets.
+    """
     counts = []
     for name, more in (("kept", []), ("again", [AGAIN])):
         counter.restart(backend if more else "eager")

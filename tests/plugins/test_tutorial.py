@@ -79,7 +79,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_of_the_tutorials_works_as_printed(
     environment: Path, tmp_path: Path
 ) -> None:
-    """In this order, in an empty folder with the quickstart's recipe."""
+    """In this order, in an empty folder with the quickstart's recipe.
+
+    Those of `e2ediff` and pytest as forks of a process of the environment, all others in a shell.
+    """
     shutil.copy(ROOT / "recipes" / "quickstart.yaml", tmp_path)
     (module,) = re.findall(r"```python\n(.*?)```", FIRST.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "my_objective.py").write_text(module)
