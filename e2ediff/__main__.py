@@ -62,7 +62,9 @@ def _leave(code: object) -> None:
     To take down the interpreter piece by piece, and with it what torch has registered, would take
     0.4 seconds, and memory that the command itself did not need.
     """
-    if threading.active_count() > 1 or not isinstance(code, int) or _observed():
+    # Python waits for no daemon, such as the watch over a plugin that was called off just now.
+    waited_for = [thread for thread in threading.enumerate() if not thread.daemon]
+    if len(waited_for) > 1 or not isinstance(code, int) or _observed():
         return
     try:
         atexit._run_exitfuncs()

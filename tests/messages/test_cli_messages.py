@@ -636,6 +636,7 @@ class Taken:
     def __del__(self):
         print("taken down")
 
+threading.Thread(target=threading.Event().wait, daemon=True).start()  # never ends
 if {thread}:
     threading.Thread(target=later).start()
 atexit.register(print, "registered")
