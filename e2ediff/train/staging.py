@@ -16,7 +16,7 @@ from e2ediff.distributed.tensors import whole
 _SPARE = 1.2  # times the size of a copy that must be free before it is made
 _CHUNK = 1 << 28  # bytes
 _ALIGNED = 64  # bytes
-_PIECE = 1 << 24  # bytes that are asked of the system between two looks for an end
+_PIECE = 1 << 24  # bytes that are asked of the system before it is seen whether to stop
 
 Files = Mapping[str, Mapping[str, Tensor]]
 
