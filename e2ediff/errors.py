@@ -76,6 +76,10 @@ class DataError(E2EDiffError):
     exit_code = 5
 
 
+class AbsentDataError(DataError):
+    """A file or package that a recipe names is not on this machine; it may be on another."""
+
+
 class BadImageError(DataError):
     """One image is damaged or too large; a recipe may have such images skipped.
 

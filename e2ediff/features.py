@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import from_pixels
-from e2ediff.errors import DataError
+from e2ediff.errors import AbsentDataError, DataError
 from e2ediff.limits import check_unpacked, read_whole
 
 _SHOWN = 3
@@ -70,7 +70,8 @@ class FeatureConfig(ABC):
         """Build the network with its weights, in eval mode and without gradients of its own.
 
         Raises:
-            DataError: The weights are missing or are not those whose hash the recipe gives.
+            AbsentDataError: The weights, or the package of the network, are not on this machine.
+            DataError: The weights do not fit, or are not those whose hash the recipe gives.
         """
 
     def blank(self) -> FeatureNetwork:
@@ -86,7 +87,8 @@ def read_file(place: Address, sha256: str | None = None) -> tuple[bytes, str]:
         sha256: The hash that the file must have, in full.
 
     Raises:
-        DataError: The file is missing or has another hash.
+        AbsentDataError: The file cannot be read.
+        DataError: It has another hash.
     """
     place = addresses.plain(place)
     try:
@@ -94,7 +96,9 @@ def read_file(place: Address, sha256: str | None = None) -> tuple[bytes, str]:
             data = read_whole(file)
     except (OSError, ValueError, ImportError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"feature network: cannot read the weights at {place}: {why}") from error
+        raise AbsentDataError(
+            f"feature network: cannot read the weights at {place}: {why}"
+        ) from error
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256.lower():
         raise DataError(
@@ -112,7 +116,8 @@ def read_weights(place: Address, sha256: str | None = None) -> tuple[dict[str, T
         sha256: The hash that the file must have, in full; checked before it is parsed.
 
     Raises:
-        DataError: The file is missing, has another hash, is damaged, or holds more than tensors.
+        AbsentDataError: The file cannot be read.
+        DataError: It has another hash, is damaged, or holds more than tensors.
     """
     data, found = read_file(place, sha256)
     return _parse(data, addresses.plain(place)), found

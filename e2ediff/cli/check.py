@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -46,6 +47,8 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     shape = f"{image.channels} x {image.height} x {image.width}"
     echo(f"images      {shape} (channels x height x width), {_classes(read)}")
     for line in _listed(read):
+        echo(line)
+    for line in _absent_features(read.objective):
         echo(line)
     fixed = "" if latent.learned else ", not learned"
     shape = f"{latent.tokens} tokens x {latent.dim}"
@@ -101,6 +104,30 @@ def _listed(read: object) -> Iterator[str]:
     image = attrs.evolve(data.image, class_names=tuple(names), empty_classes=empty)
     if warning := without_images(image, empty):
         yield f"            warning: {warning}"
+
+
+def _absent_features(part: Any) -> Iterator[str]:
+    """Yield a line for each feature network of a part that this machine lacks.
+
+    Raises:
+        DataError: One is here and does not fit.
+    """
+    import attrs
+
+    from e2ediff.errors import AbsentDataError
+    from e2ediff.features import FeatureConfig
+
+    if not attrs.has(type(part)):
+        return
+    values = [getattr(part, field.name) for field in attrs.fields(type(part)) if field.init]
+    if not isinstance(part, FeatureConfig):
+        for value in values:
+            yield from _absent_features(value)
+    elif not any("://" in value for value in values if isinstance(value, str)):
+        try:
+            part.build()
+        except AbsentDataError as error:
+            yield f"features    not here: {error}"
 
 
 def _classes(read: object) -> str:

@@ -136,7 +136,10 @@ def test_every_number_says_whose_it_is(path: Path) -> None:
     assert silent == []
 
 
-@pytest.mark.parametrize("siblings", [IMAGENET, SMALL], ids=["imagenet", "small"])
+SIBLINGS = [path for path in IMAGENET if not path.stem.endswith("_vfm")]
+
+
+@pytest.mark.parametrize("siblings", [SIBLINGS, SMALL], ids=["imagenet", "small"])
 def test_siblings_have_the_same_keys_in_the_same_order(siblings: list[Path]) -> None:
     """So that `diff` of two recipes shows what differs, and nothing else."""
     first, *others = (tree(path) for path in siblings)
@@ -148,6 +151,17 @@ def test_s_m_and_b_have_a_recipe_for_one_gpu_and_one_for_eight() -> None:
     sizes = {"dsd_in256_s", "dsd_in256_m", "dsd_in256"}
     assert sizes | {f"{size}_8gpu" for size in sizes} <= names
     assert {path.stem.removesuffix("_8gpu") for path in EIGHT} == sizes
+
+
+@needs("e2ediff-features")
+def test_the_recipe_with_a_foundation_network_differs_in_the_teacher_of_align_alone(
+    host: Host,
+) -> None:
+    plain, taught = (load_recipe(host, FOLDER / f"dsd_in256{x}.yaml") for x in ("", "_vfm"))
+    assert taught.objective.align_with == "features"
+    alike = attrs.evolve(taught.objective, align_with="ema", features=None)
+    same = attrs.evolve(taught, name=plain.name, objective=alike, requires=plain.requires)
+    assert same == plain
 
 
 @pytest.mark.parametrize("path", EIGHT, ids=ids)

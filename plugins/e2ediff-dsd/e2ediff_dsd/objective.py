@@ -5,7 +5,7 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels, W trunk width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import attrs
@@ -14,9 +14,18 @@ from attrs import validators
 from torch import Tensor, nn
 from torch.nn import functional
 
+from e2ediff.alignment import (
+    FEATURES,
+    alignment_problems,
+    cosine_distance,
+    feature_width,
+    features_at_tokens,
+    fixed_network,
+)
 from e2ediff.backbone import Backbone, Decode, Encode, Output
 from e2ediff.condition import class_labels
 from e2ediff.data import Batch
+from e2ediff.features import FeatureConfig
 from e2ediff.losses import (
     AutoencoderObjective,
     DecodeNoise,
@@ -32,6 +41,8 @@ from e2ediff_dsd.augment import Augmentation
 
 _SHARE = [validators.ge(0.0), validators.le(1.0)]
 _WEIGHT = validators.ge(0.0)
+
+Teacher = Literal["ema", "features"]
 
 
 @attrs.frozen(kw_only=True)
@@ -64,12 +75,21 @@ class DSD(AutoencoderObjective):
         denoising_weight, align_weight, repr_weight, class_weight: Weights of the terms beside
             reconstruction; 0 leaves a term out.
         align_student, align_teacher: Blocks (1 is the first; 0 picks a third and two thirds of
-            the depth) whose tokens the layer alignment compares.
+            the depth) whose tokens the layer alignment compares; the teacher's is one of the EMA
+            encoder.
+        align_with, repr_with: Whom `align` and `repr` learn from: the `ema` encoder, or
+            `features`, the fixed network of that option.
+        features: A network trained before, such as `dinov2`, whose last map is resized to the
+            rows and columns of the latent grid.
+        feature_dim: The channels of that map; by default those that the network has.
 
     Source: Wang & Zhang 2025 (arXiv 2511.14716), of which the abstract, the introduction and
     figure 1 could be read, and the rest only in summaries: `terms` cites the names that the
     method's steps have there, without numbers of sections. Ours is every number, and what
     `terms` says is ours.
+    That the published method learns from a vision foundation network is said by the authors of
+    another paper alone (LDM-is-AE, arXiv 2609.37080, table 1: "Gen.+VFM"); where it enters is
+    unknown, and `align_with: features` is the likeliest reading (REPA, arXiv 2410.06940).
     """
 
     static_graph: ClassVar[bool] = True
@@ -87,15 +107,22 @@ class DSD(AutoencoderObjective):
     align_weight: float = attrs.field(default=0.5, validator=_WEIGHT)
     align_student: int = attrs.field(default=0, validator=validators.ge(0))
     align_teacher: int = attrs.field(default=0, validator=validators.ge(0))
+    align_with: Teacher = "ema"
     repr_weight: float = attrs.field(default=0.5, validator=_WEIGHT)
+    repr_with: Teacher = "ema"
     class_weight: float = attrs.field(default=0.1, validator=_WEIGHT)
+    features: FeatureConfig | None = None
+    feature_dim: int | None = attrs.field(
+        default=None, validator=validators.optional(validators.ge(1))
+    )
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Losses of one step; the denoising loss reaches the encoder only through z_t."""
         net = nets.online
         student, teacher = self._blocks(net)
         last = (net.depth,) if self.repr_weight > 0 or self.class_weight > 0 else ()
-        taps = (*last, *((teacher,) if self.align_weight > 0 else ()))
+        blocks = {"align": teacher, "repr": net.depth}
+        taps = tuple(blocks[name] for name, who in self._teachers.items() if who == "ema")
 
         # DSD, figure 1: z1 is the online encoder's latent of an augmented image, z2 that of an
         # encoder which is an exponential moving average ("EMA target encoder").
@@ -125,15 +152,18 @@ class DSD(AutoencoderObjective):
         }
         weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
         # That the three auxiliary losses exist is DSD's; their forms are ours.
-        if self.align_weight > 0:  # "ViT layer alignment": as SRA (arXiv 2505.02831)
-            goal = averaged.features[teacher]
+        goals = self._goals(nets, batch.x, averaged, blocks)
+        if (
+            self.align_weight > 0
+        ):  # "ViT layer alignment": as SRA (2505.02831) or REPA (2410.06940)
+            guesses = [nets.heads["align"](a.features[student]) for a in answers]
             losses["align"] = torch.stack(
-                [_cosine_distance(nets.heads["align"](a.features[student]), goal) for a in answers]
+                [cosine_distance(guess, goals["align"]) for guess in guesses]
             ).mean()
             weights["align"] = self.align_weight
         if self.repr_weight > 0:  # "representation-level self-distillation": as BYOL (2006.07733)
             predicted = nets.heads["repr"](online.features[net.depth])
-            losses["repr"] = _cosine_distance(predicted, averaged.features[net.depth])
+            losses["repr"] = cosine_distance(predicted, goals["repr"])
             weights["repr"] = self.repr_weight
         if self.class_weight > 0:  # "classification loss": of the mean token
             pooled = online.features[net.depth].float().mean(dim=1)  # (B, W)
@@ -142,6 +172,30 @@ class DSD(AutoencoderObjective):
             )
             weights["class"] = self.class_weight
         return Terms(losses, weights, z1)
+
+    @property
+    def _teachers(self) -> dict[str, Teacher]:
+        """Whom each auxiliary loss that has a teacher, and a weight, learns from."""
+        given: tuple[tuple[str, float, Teacher], ...] = (
+            ("align", self.align_weight, self.align_with),
+            ("repr", self.repr_weight, self.repr_with),
+        )
+        return {name: who for name, weight, who in given if weight > 0}
+
+    def _goals(
+        self, nets: Nets, x: Tensor, averaged: Output, blocks: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """The teachers' tokens (B, N, W or K) by loss; the fixed network is run once."""
+        goals = {
+            name: averaged.features[blocks[name]]
+            for name, who in self._teachers.items()
+            if who == "ema"
+        }
+        fixed = [name for name, who in self._teachers.items() if who == "features"]
+        if fixed:
+            *_, bias = nets.heads[fixed[0]].parameters()
+            goals |= dict.fromkeys(fixed, features_at_tokens(nets, x, len(bias)))
+        return goals
 
     def _target_latent(self, nets: Nets, batch: Batch, z1: Tensor, averaged: Output) -> Tensor:
         """z2 (B, N, D), with the share of gradient that beta leaves it.
@@ -227,6 +281,7 @@ class DSD(AutoencoderObjective):
                 found.append(
                     (f"objective.align_{name}", f"{block} is past the last block, {net.depth}")
                 )
+        found += self._teacher_problems(net)
         needs = {"align": self.align_weight, "repr": self.repr_weight, "class": self.class_weight}
         wanted = [f"objective.{name}_weight" for name, weight in needs.items() if weight > 0]
         if net.depth == 0:
@@ -235,18 +290,55 @@ class DSD(AutoencoderObjective):
             found.append(("objective.class_weight", "needs labelled data; set it to 0"))
         return found
 
+    def _teacher_problems(self, net: Backbone) -> list[tuple[str, str]]:
+        """A fixed network that is missing, or needed by nothing, or that does not fit."""
+        pupils = [name for name, who in self._teachers.items() if who == "features"]
+        if not pupils:
+            what = (
+                "no loss learns from it; set objective.align_with: features, or leave features out"
+            )
+            return [] if self.features is None else [("objective.features", what)]
+        if self.features is None:
+            what = (
+                f"{' and '.join(f'{name}_with: features' for name in pupils)} "
+                "needs a fixed network; name one, such as `features: efficientnet_lite0`"
+            )
+            return [("objective.features", what)]
+        found = [*alignment_problems(net, self.features, self.feature_dim)]
+        if self.align_teacher > 0 and "align" in pupils:
+            what = (
+                "is a block of the EMA encoder, from which align does not learn; leave it out, or "
+                "set objective.align_with: ema"
+            )
+            found.append(("objective.align_teacher", what))
+        return found
+
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
-        """Projectors of the auxiliary losses whose weight is not 0."""
+        """Projectors of the auxiliary losses whose weight is not 0.
+
+        Raises:
+            DataError: `feature_dim` is left to the feature network, which is not there.
+        """
         w, heads = backbone.width, nn.ModuleDict()
-        if self.align_weight > 0:
-            heads["align"] = nn.Sequential(nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w))
-        if self.repr_weight > 0:
-            heads["repr"] = nn.Sequential(nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w))
+        for name, who in self._teachers.items():
+            width = self._feature_width(backbone) if who == "features" else w
+            heads[name] = nn.Sequential(nn.Linear(w, w), nn.SiLU(), nn.Linear(w, width))
         if self.class_weight > 0:
             heads["class"] = nn.Linear(w, backbone.image.classes)
         return heads
 
+    def _feature_width(self, backbone: Backbone) -> int:
+        if self.features is None:  # as `problems` says
+            return backbone.width
+        return self.feature_dim or feature_width(self.features, backbone.image)
 
-def _cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of 1 - cosine over tokens (B, N, W); no gradient into the teacher."""
-    return 1 - functional.cosine_similarity(student.float(), sg(teacher).float(), dim=-1).mean()
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The teacher that was trained before, and the perceptual network where it is named.
+
+        Raises:
+            ShapeError: The teacher's last map has not `feature_dim` channels.
+        """
+        found = super().frozen(backbone)
+        if self.features is not None:
+            found[FEATURES] = fixed_network(self.features, self.feature_dim, backbone.image)
+        return found

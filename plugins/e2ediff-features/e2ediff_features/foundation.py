@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Collection
+from typing import Literal
 
 import attrs
 import torch
@@ -115,10 +116,10 @@ class DINOv2Network(_Vision):
         self.patch = patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))
-        self.pos_embed = nn.Parameter(torch.zeros_like(state["pos_embed"]))
+        self.pos_embed = nn.Parameter(torch.zeros(state["pos_embed"].shape))
         self.register_tokens: nn.Parameter | None = None
         if "register_tokens" in state:
-            self.register_tokens = nn.Parameter(torch.zeros_like(state["register_tokens"]))
+            self.register_tokens = nn.Parameter(torch.zeros(state["register_tokens"].shape))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.blocks = nn.ModuleList(_DinoBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -208,6 +209,25 @@ class CLIPNetwork(_Vision):
         return {"pool": self.ln_post(self._tokens(self._prepared(pixels))[:, 0]) @ self.proj}
 
 
+Model = Literal["vit_s14", "vit_b14", "vit_l14"]
+_SIZES: dict[Model, tuple[int, int]] = {  # width and number of blocks
+    "vit_s14": (384, 12),
+    "vit_b14": (768, 12),
+    "vit_l14": (1024, 24),
+}
+
+
+def _shapes(model: Model) -> dict[str, Tensor]:
+    """Tensors without numbers, of the shapes from which a network of this name is built."""
+    width, depth = _SIZES[model]
+    shapes = {
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "pos_embed": (1, 1 + 37**2, width),  # of 518 pixels
+        f"blocks.{depth - 1}.norm1.weight": (width,),
+    }
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
 @attrs.frozen(kw_only=True)
 class DINOv2(FeatureConfig):
     """DINOv2's ViT-S, B or L, for FD-DINOv2.
@@ -215,6 +235,8 @@ class DINOv2(FeatureConfig):
     `weights` is the path or URL of the released state dict (`dinov2_vitl14_pretrain.pth`) or of a
     safetensors file with its names; `sha256` its hash, checked before it is parsed.
     `size` is the height and width that images are brought to, with antialiased bicubic filter.
+    `model` is the ViT whose weights these are; where it is named, shapes and cost are known on a
+    machine without the file. Weights of another are refused.
     `title` names it in scores.
 
     Source: Oquab et al. 2023 (arXiv 2304.07193); FD-DINOv2 of Stein et al. 2023 (arXiv
@@ -223,8 +245,13 @@ class DINOv2(FeatureConfig):
 
     weights: str = attrs.field(converter=addresses.plain, validator=addresses.allowed)
     sha256: str | None = None
+    model: Model | None = None
     size: int = attrs.field(default=224, validator=validators.ge(14))
     title: str = "DINOv2"
+
+    @override
+    def blank(self) -> FeatureNetwork:
+        return self.build() if self.model is None else self._shaped(_shapes(self.model))
 
     @override
     def build(self) -> FeatureNetwork:
@@ -236,9 +263,12 @@ class DINOv2(FeatureConfig):
                 f"{', '.join(sorted(missing))}. Give the released state dict of ViT-S/14, B/14 or "
                 "L/14; the giant has another MLP and is not offered."
             )
-        network = DINOv2Network(state, self.title, self.size)
-        load_weights(network, state, self.weights, self.title)
+        network = self._shaped(state if self.model is None else {**state, **_shapes(self.model)})
+        load_weights(network, state, self.weights, self.model or self.title)
         return network
+
+    def _shaped(self, state: dict[str, Tensor]) -> DINOv2Network:
+        return DINOv2Network(state, self.title, self.size)
 
 
 @attrs.frozen(kw_only=True)

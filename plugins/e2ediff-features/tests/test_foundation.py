@@ -6,6 +6,7 @@ import pytest
 import torch
 from e2ediff_features.foundation import CLIP, DINOv2
 from random_weights import random_state
+from safetensors.torch import save_file
 
 from e2ediff.errors import DataError
 
@@ -59,3 +60,23 @@ def test_clip_weights_without_a_vision_part_are_refused(tmp_path) -> None:
     torch.save({"positional_embedding": torch.zeros(2)}, tmp_path / "text.pt")
     with pytest.raises(DataError, match=r"has no visual.class_embedding"):
         CLIP(weights=str(tmp_path / "text.pt")).build()
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [("vit_s14", 22_056_576), ("vit_b14", 86_580_480), ("vit_l14", 304_368_640)],
+)
+def test_a_named_dinov2_has_the_released_shapes_without_its_file(model, parameters) -> None:
+    with torch.device("meta"):
+        network = DINOv2(weights="elsewhere.pth", model=model).blank()
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert network(torch.zeros(1, 3, 32, 32, device="meta"))[-1].shape[2:] == (16, 16)
+
+
+def test_weights_of_another_dinov2_than_the_named_one_are_refused(tmp_path) -> None:
+    config = DINOv2(weights=str(tmp_path / "small.safetensors"), model="vit_s14")
+    other = {k: torch.zeros(1).expand(v.shape) for k, v in config.blank().state_dict().items()}
+    other["patch_embed.proj.bias"] = torch.zeros(768)
+    save_file({k: v.contiguous() for k, v in other.items()}, config.weights)
+    with pytest.raises(DataError, match=r"patch_embed.proj.bias \(768,\) instead of \(384,\)"):
+        config.build()

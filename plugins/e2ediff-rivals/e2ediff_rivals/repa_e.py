@@ -9,14 +9,19 @@ from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import attrs
-import torch
 from attrs import validators
 from torch import Tensor, nn
-from torch.nn import functional
 
+from e2ediff.alignment import (
+    FEATURES,
+    alignment_problems,
+    cosine_distance,
+    feature_width,
+    features_at_tokens,
+    fixed_network,
+)
 from e2ediff.backbone import Backbone, Decode
-from e2ediff.data import Batch, ImageSpec
-from e2ediff.errors import DataError, ShapeError
+from e2ediff.data import Batch
 from e2ediff.features import FeatureConfig
 from e2ediff.losses import (
     AutoencoderObjective,
@@ -92,25 +97,13 @@ class RepaE(AutoencoderObjective):
         losses = {
             "reconstruction": self.reconstruction(decoded.value, batch.x, nets.frozen),
             "denoising": self._denoising(answer.value, level, sg(z), nets),
-            "align": _cosine_distance(guess, self._goal(nets, batch.x)),
+            "align": cosine_distance(guess, features_at_tokens(nets, batch.x, guess.shape[-1])),
         }
         weights = {"denoising": self.denoising_weight, "align": self.align_weight}
         return Terms(losses, {"reconstruction": 1.0, **weights}, z)
 
     def _denoising(self, answer: Tensor, level: Noised, target: Tensor, nets: Nets) -> Tensor:
         return mean_clean_loss([answer], [level], target, nets, self.weight, self.clamp)
-
-    def _goal(self, nets: Nets, x: Tensor) -> Tensor:
-        """Features (B, N, K) of images at the latent grid; zeros where only shapes count."""
-        grid = nets.online.latent.grid
-        assert grid is not None
-        if x.is_meta:
-            *_, bias = nets.heads["align"].parameters()
-            return x.new_zeros(len(x), grid[0] * grid[1], len(bias))
-        with torch.no_grad():
-            last: Tensor = nets.frozen["features"](x)[-1].float()  # (B, K, h, w)
-        placed = functional.interpolate(last, grid, mode="bilinear", align_corners=False)
-        return placed.flatten(2).mT
 
     def stops(self, phase: str) -> Collection[str]:
         """The denoising loss; the alignment too where it is the denoiser's alone."""
@@ -122,17 +115,14 @@ class RepaE(AutoencoderObjective):
         if self.features is None:
             what = "repa_e aligns with a fixed network: name one, such as `features: torchvision`"
             found.append(("objective.features", what))
-        elif self.feature_dim is not None:
-            found += self._other_width(net.image)
+        else:
+            found += alignment_problems(net, self.features, self.feature_dim)
         if net.depth == 0:
             what = "repa_e needs a backbone that offers features; choose another, such as vit"
             found.append(("backbone", what))
         elif self.align_block > net.depth:
             what = f"{self.align_block} is past the last block, {net.depth}"
             found.append(("objective.align_block", what))
-        if net.latent.grid is None:
-            what = "repa_e needs latent tokens that lie on the image plane; choose another"
-            found.append(("backbone", what))
         if net.latent.norm in ("none", "affine"):
             what = (
                 f"{net.latent.norm} lets the encoder outgrow the noise in z_t, which eases "
@@ -140,15 +130,6 @@ class RepaE(AutoencoderObjective):
             )
             found.append(("backbone.latent_norm", what))
         return found
-
-    def _other_width(self, image: ImageSpec) -> list[tuple[str, str]]:
-        """A `feature_dim` that is not the network's, where that can be known without weights."""
-        assert self.features is not None
-        try:
-            width = _width_of(self.features, image)
-        except DataError:  # the file or package may be on the machine that trains
-            return []
-        return [] if width == self.feature_dim else [("objective.feature_dim", _misfit(width))]
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
         """The projector P, of three layers.
@@ -159,7 +140,7 @@ class RepaE(AutoencoderObjective):
         w, width = backbone.width, self.feature_dim
         if width is None:
             # Without features `problems` says so.
-            width = _width_of(self.features, backbone.image) if self.features else w
+            width = feature_width(self.features, backbone.image) if self.features else w
         hidden = [nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w), nn.SiLU()]
         return nn.ModuleDict({"align": nn.Sequential(*hidden, nn.Linear(w, width))})
 
@@ -171,33 +152,5 @@ class RepaE(AutoencoderObjective):
         """
         found = super().frozen(backbone)
         if self.features is not None:
-            found["features"] = self.features.build()
-            width = _channels(found["features"], backbone.image)
-            if self.feature_dim not in (None, width):
-                raise ShapeError(f"objective.feature_dim: {_misfit(width)}")
+            found[FEATURES] = fixed_network(self.features, self.feature_dim, backbone.image)
         return found
-
-
-def _width_of(features: FeatureConfig, image: ImageSpec) -> int:
-    """Channels of the last map, from the network without its weights; draws nothing."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        return _channels(features.blank(), image)
-
-
-def _channels(network: nn.Module, image: ImageSpec) -> int:
-    """Channels of a feature network's last map for these images."""
-    with torch.no_grad():
-        maps = network(torch.zeros(1, image.channels, image.height, image.width))
-    return int(maps[-1].shape[1])
-
-
-def _misfit(width: int) -> str:
-    return (
-        f"the last map of `features` has {width} channels; set objective.feature_dim: {width}, "
-        "or leave it out"
-    )
-
-
-def _cosine_distance(guess: Tensor, goal: Tensor) -> Tensor:
-    """Mean of 1 - cosine over tokens (B, N, K)."""
-    return 1 - functional.cosine_similarity(guess, goal, dim=-1).mean()

@@ -14,10 +14,10 @@ from e2ediff_rivals.repa_e import RepaE
 from e2ediff_rivals.tweedie import Tweedie
 from e2ediff_rivals.unified_latents import UnifiedLatents
 from e2ediff_testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
-from torch import nn
+from pooled import Pooled, PooledNetwork
+from torch.nn import functional
 
-from e2ediff.errors import DataError, ShapeError
-from e2ediff.features import FeatureConfig, FeatureNetwork
+from e2ediff.errors import AbsentDataError, DataError, ShapeError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.losses import noise_levels
@@ -39,20 +39,6 @@ GROUPS = {
     "denoise": ("embed_denoise", "trunks.denoise", "head_denoise"),
     "heads": ("heads.",),
 }
-
-
-@attrs.frozen(kw_only=True)
-class Pooled(FeatureConfig):
-    """Averages of colours and of their squares: six channels at a quarter of the size."""
-
-    def build(self) -> FeatureNetwork:
-        return _Pooled()
-
-
-class _Pooled(FeatureNetwork):
-    def forward(self, x):
-        small = nn.functional.avg_pool2d(x, 4)
-        return [x, torch.cat([small, small.square()], dim=1)]
 
 
 TINY = """\
@@ -221,7 +207,7 @@ def test_the_alignment_is_one_minus_the_cosine_with_the_features_at_the_grid() -
         (early,) = nets.online.outputs(level.denoise((1,)))
         guess = nets.heads["align"](early.features[1])
         maps = nets.frozen["features"](BATCH.x)[-1]  # (6, 6, 4, 4), to a grid of 2 x 2
-        goal = nn.functional.avg_pool2d(maps, 2).flatten(2).mT  # bilinear halving is a mean
+        goal = functional.avg_pool2d(maps, 2).flatten(2).mT  # bilinear halving is a mean
         cosine = (guess * goal).sum(-1) / guess.norm(dim=-1) / goal.norm(dim=-1)
     found = losses(REPA_E, nets)["align"].detach()
     torch.testing.assert_close(found, 1 - cosine.mean(), rtol=1e-4, atol=1e-5)
@@ -270,13 +256,23 @@ def test_the_width_of_the_features_need_not_be_said_and_draws_no_weight() -> Non
 def test_features_that_are_not_here_are_no_problem_of_a_width_that_is_given() -> None:
     class Elsewhere(Pooled):
         def blank(self):
-            raise DataError("on another machine")
+            raise AbsentDataError("on another machine")
 
     away = attrs.evolve(REPA_E, features=Elsewhere(), feature_dim=7)
     nets = make_nets(VIT, device="meta")
     assert not away.problems(nets)
-    with pytest.raises(DataError, match="on another machine"):
+    with pytest.raises(AbsentDataError, match="on another machine"):
         attrs.evolve(away, feature_dim=None).heads(nets.online)
+
+
+def test_features_that_are_here_and_do_not_fit_are_refused_though_a_width_is_given() -> None:
+    class Damaged(Pooled):
+        def blank(self):
+            raise DataError("of another network")
+
+    broken = attrs.evolve(REPA_E, features=Damaged(), feature_dim=6)
+    nets = make_nets(VIT, device="meta")
+    assert broken.problems(nets) == [("objective.features", "of another network")]
 
 
 @needs("e2ediff-features")
@@ -284,7 +280,7 @@ def test_an_exported_network_aligns_as_the_module_it_was_exported_from(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of torch
         program = torch.export.export(
-            _Pooled(), (BATCH.x,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            PooledNetwork(), (BATCH.x,), dynamic_shapes=({0: torch.export.Dim("batch")},)
         )
         torch.export.save(program, tmp_path / "pooled.pt2")
     half = (0.5, 0.5, 0.5)

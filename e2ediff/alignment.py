@@ -1,0 +1,116 @@
+"""Alignment of a network's tokens with the features of a fixed one.
+
+Shapes: B batch, C H W image, N latent tokens, W trunk width, K features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from e2ediff.backbone import Backbone
+from e2ediff.data import ImageSpec
+from e2ediff.errors import AbsentDataError, DataError, ShapeError
+from e2ediff.features import FeatureConfig, FeatureNetwork
+from e2ediff.objective import Nets, sg
+
+FEATURES = "features"
+"""The name of the fixed network among an objective's `frozen` ones."""
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean of 1 - cosine over tokens (B, N, K); no gradient into the teacher."""
+    return 1 - functional.cosine_similarity(student.float(), sg(teacher).float(), dim=-1).mean()
+
+
+def features_at_tokens(nets: Nets, x: Tensor, width: int) -> Tensor:
+    """Return the fixed network's features (B, N, K) of images at the places of latent tokens.
+
+    Its last map is resized to the rows and columns of the latent grid, bilinearly. A network that
+    stretches images to squares is stretched back by that.
+
+    Args:
+        nets: The networks, of which `frozen` has the fixed one under the name `FEATURES`.
+        x: Images (B, C, H, W) in [-1, 1].
+        width: K, for the zeros that are returned where only shapes count and no network is there.
+    """
+    grid = nets.online.latent.grid
+    assert grid is not None
+    if FEATURES not in nets.frozen and x.is_meta:
+        return x.new_zeros(len(x), grid[0] * grid[1], width)
+    with torch.no_grad():
+        last: Tensor = nets.frozen[FEATURES](x)[-1].float()  # (B, K, h, w)
+    placed = functional.interpolate(last, grid, mode="bilinear", align_corners=False)
+    return placed.flatten(2).mT
+
+
+def feature_width(features: FeatureConfig, image: ImageSpec) -> int:
+    """Return K, the channels of a feature network's last map; its weights are not read.
+
+    Raises:
+        DataError: The network cannot be built here.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return _channels(features.blank(), image)
+
+
+def fixed_network(features: FeatureConfig, width: int | None, image: ImageSpec) -> FeatureNetwork:
+    """Build a feature network, whose last map has `width` channels where that is given.
+
+    Raises:
+        DataError: The network cannot be built here.
+        ShapeError: Its last map has another number of channels.
+    """
+    network = features.build()
+    found = _channels(network, image)
+    if width not in (None, found):
+        raise ShapeError(f"objective.feature_dim: {_misfit(found)}")
+    return network
+
+
+def alignment_problems(
+    net: Backbone, features: FeatureConfig, width: int | None
+) -> Sequence[tuple[str, str]]:
+    """List what keeps a backbone's tokens from being aligned with a feature network's map.
+
+    A network that is not on this machine is none if `width` says how many channels its last map
+    has; one that is here and cannot be used is a problem.
+
+    Args:
+        net: The backbone, on the meta device.
+        features: The recipe's `objective.features`.
+        width: The recipe's `objective.feature_dim`.
+    """
+    found = []
+    if net.latent.grid is None:
+        what = "its latent tokens have no place on the image plane, which alignment with a fixed "
+        found.append(("backbone", f"{what}network's map needs; choose another, such as vit"))
+    if width is None:
+        return found  # `heads` asked the network itself
+    try:
+        own = feature_width(features, net.image)
+    except AbsentDataError:
+        pass  # it may be on the machine that trains
+    except DataError as error:
+        found.append(("objective.features", str(error)))
+    else:
+        if own != width:
+            found.append(("objective.feature_dim", _misfit(own)))
+    return found
+
+
+def _channels(network: nn.Module, image: ImageSpec) -> int:
+    """Return the channels of a feature network's last map for these images."""
+    with torch.no_grad():
+        maps = network(torch.zeros(1, image.channels, image.height, image.width))
+    return int(maps[-1].shape[1])
+
+
+def _misfit(width: int) -> str:
+    return (
+        f"the last map of `features` has {width} channels; set objective.feature_dim: {width}, "
+        "or leave it out"
+    )

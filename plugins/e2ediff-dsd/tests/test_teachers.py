@@ -1,0 +1,139 @@
+"""Whom DSD's auxiliary losses learn from: the EMA encoder, or a network trained before."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+from command_line import e2ediff, needs
+from e2ediff_dsd.augment import Augmentation
+from e2ediff_dsd.objective import DSD
+from e2ediff_testing import check_objective, make_batch, make_draw, make_nets
+from pooled import Pooled
+from torch.nn import functional
+
+from e2ediff.backbone import Encode
+from e2ediff.errors import AbsentDataError
+from e2ediff.losses import noise_levels
+from e2ediff.parts.backbones import ViTConfig
+
+BATCH = make_batch()
+VIT = ViTConfig(width=16, depth=3, heads=2, patch=8, latent_dim=4, latent_norm="batch")
+FIXED = {"align_with": "features", "repr_with": "features", "features": Pooled()}
+TAUGHT = DSD(**FIXED)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"repr_with": "ema"}, {"align_with": "ema"}, {"draws": 2, "feature_dim": 6}],
+    ids=str,
+)
+def test_dsd_with_a_fixed_teacher_keeps_the_contract_of_objectives(changes) -> None:
+    check_objective(attrs.evolve(TAUGHT, **changes), VIT)
+
+
+@pytest.mark.parametrize("name", ["align", "repr"])
+def test_a_fixed_teachers_loss_is_one_minus_the_cosine_with_its_map_at_the_grid(name) -> None:
+    plain = attrs.evolve(TAUGHT, augmentation=Augmentation(mask_probability=0.0))
+    nets = make_nets(VIT, plain)
+    with torch.no_grad():
+        (encoded,) = nets.online.outputs(Encode(x=BATCH.x, taps=(3,)))
+        (level,) = noise_levels(encoded.value, make_draw(BATCH), nets.path, 1)
+        (answer,) = nets.online.outputs(level.denoise((1,)))
+        tokens = {"align": answer.features[1], "repr": encoded.features[3]}[name]
+        guess = nets.heads[name](tokens)
+        # 16 pixels of 8 a patch: two rows of two tokens, each the mean of a 2 x 2 square
+        small = functional.avg_pool2d(BATCH.x, 4)
+        goal = functional.avg_pool2d(torch.cat([small, small.square()], dim=1), 2)
+        goal = goal.flatten(2).transpose(1, 2)
+        cosine = (guess * goal).sum(-1) / guess.norm(dim=-1) / goal.norm(dim=-1)
+    found = plain.terms(nets, BATCH, make_draw(BATCH), "joint").losses[name].detach()
+    torch.testing.assert_close(found, 1 - cosine.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_two_losses_with_a_fixed_teacher_run_it_once_and_give_it_no_gradient() -> None:
+    nets = make_nets(VIT, TAUGHT)
+    terms = TAUGHT.terms(nets, BATCH, make_draw(BATCH), "joint")
+    assert nets.frozen["features"].runs - 1 == 1, "one to learn its width, one in the step"
+    terms.total.backward()
+    assert nets.heads["align"][-1].weight.grad.abs().sum() > 0
+    assert nets.heads["repr"][-1].weight.grad.abs().sum() > 0
+
+
+def test_a_fixed_teacher_leaves_the_losses_of_the_ema_encoder_as_they_are() -> None:
+    found = [
+        o.terms(make_nets(VIT, o), BATCH, make_draw(BATCH), "joint").losses
+        for o in (DSD(), attrs.evolve(TAUGHT, repr_with="ema"))
+    ]
+    for name in ("reconstruction", "denoising"):
+        assert torch.equal(*(losses[name] for losses in found))
+    assert found[0]["align"] != found[1]["align"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "said"),
+    [
+        ({"features": None}, "objective.features", "name one, such as"),
+        (
+            {"align_with": "ema", "repr_with": "ema"},
+            "objective.features",
+            "set objective.align_with: features",
+        ),
+        (
+            {"align_weight": 0.0, "repr_weight": 0.0},
+            "objective.features",
+            "no loss learns from it",
+        ),
+        ({"feature_dim": 7}, "objective.feature_dim", "set objective.feature_dim: 6"),
+        ({"align_teacher": 2}, "objective.align_teacher", "set objective.align_with: ema"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_with_the_setting(changes, where, said) -> None:
+    ((place, what),) = attrs.evolve(TAUGHT, **changes).problems(make_nets(VIT, device="meta"))
+    assert place == where
+    assert said in what
+
+
+@needs("e2ediff-unite")
+def test_a_fixed_teacher_is_refused_by_tokens_without_a_place_on_the_image(tmp_path) -> None:
+    taught = (
+        "{name: dsd, features: {name: random_projection}, align_with: features, repr_weight: 0"
+    )
+    unite = "{name: unite, width: 16, depth: 2, heads: 2, patch: 8, registers: 4, latent_dim: 4, "
+    unite += "context_start: 1, latent_norm: layer}"
+    done = check(tmp_path, unite, taught + ", augmentation: {mask_probability: 0}}")
+    assert done.code == 3
+    assert "backbone: its latent tokens have no place on the image plane" in done.err
+    assert "choose another, such as vit" in done.err
+
+
+@needs("e2ediff-features")
+def test_a_teachers_missing_weights_end_check_unless_its_width_is_said(tmp_path) -> None:
+    taught = "{name: dsd, features: {name: dinov2, weights: lost.pth}, align_with: features"
+    vit = "{name: vit, width: 16, depth: 3, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}"
+    lost = check(tmp_path, vit, taught + "}")
+    assert lost.code == AbsentDataError.exit_code
+    assert "cannot read the weights at lost.pth: No such file" in lost.err
+    elsewhere = check(tmp_path, vit, taught + ", feature_dim: 768}")
+    assert elsewhere.code == 0
+    assert "features    not here: feature network: cannot read the weights" in elsewhere.out
+
+
+def check(tmp_path, backbone: str, objective: str):
+    (tmp_path / "taught.yaml").write_text(
+        f"""\
+e2ediff: 1
+name: taught
+requires: [e2ediff-dsd]
+steps: 2
+batch: 4
+data: {{name: synthetic, size: 16}}
+backbone: {backbone}
+interpolant: linear
+times: uniform
+objective: {objective}
+optimizer: adamw
+sampler: euler
+"""
+    )
+    return e2ediff("check", tmp_path / "taught.yaml")
