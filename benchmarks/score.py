@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import attrs
@@ -78,7 +79,7 @@ def real_figures(judge: Judge, data: Data, count: int) -> dict[str, float]:
     }
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=16)
 def _real(judge: Judge, data: Data) -> tuple[Tensor, float]:
     """Features of the training images, and the judge's accuracy on held-out ones."""
     real = data.held_out.first(HELD_OUT)
@@ -90,13 +91,20 @@ def balanced_labels(count: int, classes: int) -> Tensor:
     return torch.arange(count) % classes
 
 
-def score_images(x: Tensor, label: Tensor, judge: Judge, data: Data) -> dict[str, float]:
-    """Scores of generated images (M, C, H, W) in [-1, 1] that were asked to be of `label`."""
-    agreement, (theirs, right) = accuracy(judge, x, label), _real(judge, data)
+def score_images(x: Tensor, label: Tensor, judges: Sequence[Judge], data: Data) -> dict[str, Any]:
+    """Scores of generated images (M, C, H, W) in [-1, 1] that were asked to be of `label`.
+
+    What a judge has to say is the mean over judges, and `by_judge` has each one's word.
+    """
+    words: dict[str, list[float]] = {"agreement": [], "agreement_to_real": [], "frechet": []}
+    for judge in judges:
+        agreement, (theirs, right) = accuracy(judge, x, label), _real(judge, data)
+        words["agreement"].append(agreement)
+        words["agreement_to_real"].append(agreement / right)
+        words["frechet"].append(frechet_distance(features(judge, x), theirs))
     return {
-        "agreement": agreement,
-        "agreement_to_real": agreement / right,
-        "frechet": frechet_distance(features(judge, x), theirs),
+        **{name: fmean(values) for name, values in words.items()},
+        "by_judge": words,
         "pixel_frechet": pixel_distance(x, data.train.x, data.basis),
         "nearest": nearest_distance(x, data.train.x),
     }
@@ -132,7 +140,7 @@ def training_seconds(run: str | Path) -> float:
 
 def score_run(
     run: str | Path,
-    judge: Judge,
+    judges: Sequence[Judge],
     data: Data,
     *,
     count: int = 1000,
@@ -143,7 +151,7 @@ def score_run(
 
     Args:
         run: Its directory.
-        judge: What judges its images.
+        judges: What judge its images.
         data: What they are compared with.
         count: Images generated, of all classes in turn.
         seed: Of their noise.
@@ -157,7 +165,7 @@ def score_run(
     seconds = time.perf_counter() - started
     health = final_health(run)
     return {
-        **score_images(x, label, judge, data),
+        **score_images(x, label, judges, data),
         "psnr": reconstruction_psnr(model, data.held_out.first(HELD_OUT).x),
         **health,
         "collapse_signs": list(LatentHealth().verdict(health)),
@@ -216,7 +224,8 @@ def table(results: Mapping[str, Any]) -> str:
     real = list(results["real"].values())
     seeds = ", ".join(str(s) for s in results["seeds"])
     lines = [
-        f"Seeds {seeds}; {results['count']} images a run, sampled with {results['sampler']}. "
+        f"Seeds {seeds}; {results['count']} images a run, sampled with {results['sampler']}, "
+        f"and {len(real)} judges, the same for every run. "
         "Mean ± standard deviation over seeds (range).",
         "",
         _row(["objective", *(title for title, _, _ in _COLUMNS.values())]),

@@ -237,6 +237,7 @@ _OPTIONS = (
         metavar="PATH=VALUE",
         help="Of scores alone, as of `e2ediff sample --set`.",
     ),
+    click.option("--judges", "judge_count", default=3, type=_SOME, help="All judge every run."),
     click.option("--judge-epochs", "epochs", default=EPOCHS, type=_SOME, help="Of its training."),
 )
 
@@ -259,6 +260,7 @@ def run(
     threads: int = 1,
     sets: Sequence[str] = (),
     sampling: Sequence[str] = (),
+    judge_count: int = 3,
     epochs: int = EPOCHS,
 ) -> None:
     """Train and score a study; exits with 1 if a run failed."""
@@ -279,10 +281,12 @@ def run(
     base = load_recipe(host, study.recipe, [*study.set, *sets, *sampling])
     data, suffix = Data.open(base.data), _suffix(sampling)
     real, runs, histories = {}, [], dict[str, list[Any]]()
+    judges = []
+    for number in range(judge_count):
+        judges.append(train_judge(number, out / "judges", base.data, epochs=epochs))
+        real[str(number)] = found = real_figures(judges[-1], data, count)
+        click.echo(f"judge {number}: held-out accuracy {found['accuracy']:.3f}", err=True)
     for seed in seeds:
-        judge = train_judge(seed, out / "judges", base.data, epochs=epochs)
-        real[str(seed)] = real_figures(judge, data, count)
-        click.echo(f"judge {seed}: held-out accuracy {real[str(seed)]['accuracy']:.3f}", err=True)
         for job in (j for j in chosen if j.seed == seed):
             name, place = cells[job.cell], out / "runs" / job.place
             entry: dict[str, Any] = {"objective": name, "seed": seed, "place": f"runs/{job.place}"}
@@ -292,10 +296,10 @@ def run(
             else:
                 directory = RunDirectory.open(str(place))
                 entry["environment"] = directory.environment()
-                cache = out / "scores" / f"{job.place}{suffix}-{count}-{epochs}.json"
+                cache = out / "scores" / f"{job.place}{suffix}-{count}-{judge_count}-{epochs}.json"
                 if not cache.exists():
                     figures = score_run(
-                        place, judge, data, count=count, seed=seed, sampling=sampling
+                        place, judges, data, count=count, seed=seed, sampling=sampling
                     )
                     cache.parent.mkdir(exist_ok=True)
                     cache.write_text(json.dumps(figures))
