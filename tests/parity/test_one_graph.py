@@ -148,7 +148,7 @@ OBJECTIVES = [
         ["objective={name: dsd, draws: 2, augmentation: {jitter: 0.2, mask_probability: 0.5}}",
          "backbone.latent_norm=position"], id="dsd", marks=needs_dsd),
     *(pytest.param([f"objective={name}"], id=name, marks=needs("e2ediff-rivals"))
-      for name in ("kl", "tweedie", "unified_latents")),
+      for name in ("kl", "tweedie", "unified_latents", "genfirst")),
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Other end-to-end latent diffusion methods, as objectives for e2ediff.
 
-`unified_latents` (arXiv 2602.17270), `tweedie` (SpeeDiff, CVPR 2026), `repa_e` (arXiv 2504.10483)
-and `kl`, the variational autoencoder of latent diffusion (arXiv 1312.6114, 2112.10752). What their
+`genfirst` (arXiv 2608.29335), `unified_latents` (arXiv 2602.17270), `tweedie` (SpeeDiff, CVPR
+2026), `repa_e` (arXiv 2504.10483) and `kl`, the variational autoencoder of latent diffusion (arXiv 1312.6114, 2112.10752). What their
 papers do not give, or what was not read, is our choice and marked so.
 """
 
@@ -19,3 +19,4 @@ def register(add: Callable[[str, str, str], None]) -> None:
     add("objectives", "unified_latents", "e2ediff_rivals.unified_latents:UnifiedLatents")
     add("objectives", "tweedie", "e2ediff_rivals.tweedie:Tweedie")
     add("objectives", "repa_e", "e2ediff_rivals.repa_e:RepaE")
+    add("objectives", "genfirst", "e2ediff_rivals.genfirst:GenFirst")

@@ -9,11 +9,10 @@ from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import attrs
-import torch
 from attrs import validators
 from torch import Tensor, nn
 
-from e2ediff.backbone import Backbone, Decode, Encode
+from e2ediff.backbone import Backbone, Decode
 from e2ediff.data import Batch
 from e2ediff.losses import (
     AutoencoderObjective,
@@ -23,8 +22,7 @@ from e2ediff.losses import (
     unfit_prediction,
 )
 from e2ediff.objective import Draw, Nets, Terms, sg
-
-_START = -4.0  # log-variance of a fresh head: a std of 0.14 on latents of unit scale
+from e2ediff_rivals.posterior import encoded_posterior, variance_head, variance_problems
 
 
 @attrs.frozen(kw_only=True)
@@ -60,34 +58,21 @@ class KL(AutoencoderObjective):
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction of a sample, its KL, and the clean error of the stopped sample."""
-        last = nets.online.depth
-        taps = (last,) if self.std is None else ()
-        (encoded,) = nets.online.outputs(Encode(x=batch.x, taps=taps))
-        mean = encoded.value  # (B, N, D)
-        if self.std is None:
-            log_variance = nets.heads["log_variance"](encoded.features[last]).float()
-            log_variance = log_variance.clamp(-30.0, 20.0)
-        else:
-            log_variance = torch.full_like(mean, self.std).log() * 2
-        z = mean + torch.exp(log_variance / 2) * draw.noise(mean)
+        posterior = encoded_posterior(nets, batch.x, self.std)
+        z = posterior.sample(draw)
         levels = noise_levels(sg(z), draw, nets.path, self.draws)
         x_hat, *outs = nets.online.run(Decode(z=z), *(n.denoise() for n in levels))
         losses = {
             "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
             "denoising": mean_clean_loss(outs, levels, sg(z), nets, self.weight, self.clamp),
-            "kl": unit_normal_kl(mean, log_variance),
+            "kl": unit_normal_kl(posterior.mean, posterior.log_variance),
         }
         weights = {"denoising": self.denoising_weight, "kl": self.kl_weight}
-        return Terms(losses, {"reconstruction": 1.0, **weights}, mean)
+        return Terms(losses, {"reconstruction": 1.0, **weights}, posterior.mean)
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
         """The head of the log-variance, unless the std is fixed; it starts constant."""
-        if self.std is not None:
-            return nn.ModuleDict()
-        head = nn.Linear(backbone.width, backbone.latent.dim)
-        nn.init.zeros_(head.weight)
-        nn.init.constant_(head.bias, _START)
-        return nn.ModuleDict({"log_variance": head})
+        return variance_head(backbone, self.std)
 
     def stops(self, phase: str) -> Collection[str]:
         """The denoiser learns from stopped latents."""
@@ -95,11 +80,10 @@ class KL(AutoencoderObjective):
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """A variance to learn from a backbone without features, and an unbounded weight."""
-        found = unfit_prediction(nets, self.weight)
-        if self.std is None and nets.online.depth == 0:
-            what = "is learned from features, which this backbone does not offer; give a number"
-            found.append(("objective.std", what))
-        return found
+        return [
+            *unfit_prediction(nets, self.weight),
+            *variance_problems(nets.online, self.std),
+        ]
 
 
 def unit_normal_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
