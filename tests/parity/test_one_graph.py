@@ -149,6 +149,8 @@ OBJECTIVES = [
          "backbone.latent_norm=position"], id="dsd", marks=needs_dsd),
     *(pytest.param([f"objective={name}"], id=name, marks=needs("e2ediff-rivals"))
       for name in ("kl", "tweedie", "unified_latents", "genfirst")),
+    pytest.param(["objective=mean_flow", "predicts=v", "backbone.second_time=true"],
+                 id="mean_flow", marks=needs("e2ediff-rivals")),
 ]  # fmt: skip
 
 

@@ -1,0 +1,132 @@
+"""MeanFlow on jointly trained latents: average velocities, sampled in one call.
+
+Shapes: B batch, C H W image, N latent tokens, D latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import ClassVar, Literal
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor
+
+from e2ediff.backbone import Decode, Denoise
+from e2ediff.condition import Condition
+from e2ediff.data import Batch
+from e2ediff.interpolant import spread
+from e2ediff.losses import AutoencoderObjective, DecodeNoise, unfit_prediction
+from e2ediff.nn.forward_mode import derivative_along
+from e2ediff.objective import Draw, Nets, Terms, sg
+
+_SHARE = [validators.ge(0.0), validators.le(1.0)]
+
+
+@attrs.frozen(kw_only=True)
+class MeanFlow(AutoencoderObjective):
+    """The denoiser learns average velocities between two times, of latents that it does not train.
+
+        u(z_t, t, r) = 1 / (r - t) integral_t^r v,    t <= r
+        u = v + (r - t) du/dt,    du/dt = w . grad_z u + d_t u
+        loss = |u - (r - t) sg(du/dt) - v|^2 / sg(the same + `floor`)^`power`
+
+    with v = dz_t/dt of the sample, and w = v (`tangent: path`) or the network's own u(z_t, t, t)
+    (`tangent: network`). du/dt is exact, by forward-mode differentiation in a pass of its own;
+    where r = t the loss is that of velocities.
+    z_t carries a stopped latent: reconstruction alone shapes the latents, as in `detached`.
+    Samples take one network call with `sampler: {name: euler, steps: 1}`.
+
+    Options:
+        apart: The share of latents with r > t.
+        tangent: What du/dt is taken along.
+        power, floor: Of the adaptive weight; the squares are summed over a latent's elements.
+        denoising_weight: Weight of the loss.
+        decode_noise: Noise on latents before decoding.
+        reconstruction: Compares decoded images with the originals.
+
+    Times are the recipe's; of two draws the smaller is t. Time counts from noise to data here, and
+    from data to noise in the papers, whose logit-normal law of mean -0.4 is one of 0.4.
+    Needs `backbone.second_time: true`.
+
+    Source: MeanFlow (Geng et al. 2025, arXiv 2505.13447), eq. 6 and 10 for the identity and the
+    loss, algorithm 1, table 1 for a share of 0.25 and a power of 1; the floor of 0.01 and the sum
+    are those of released code. Improved mean flows (Geng et al. 2025, arXiv 2512.02012) for the
+    loss written as one of v and for `tangent: network`. Ours: jointly trained latents, where they
+    have fixed ones, and no guidance within training.
+    """
+
+    static_graph: ClassVar[bool] = True
+
+    trial: ClassVar[tuple[str, ...]] = ("predicts=v", "backbone.second_time=true")
+
+    apart: float = attrs.field(default=0.25, validator=_SHARE)
+    tangent: Literal["path", "network"] = "path"
+    power: float = attrs.field(default=1.0, validator=validators.ge(0))
+    floor: float = attrs.field(default=0.01, validator=validators.gt(0))
+    denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
+    decode_noise: DecodeNoise = attrs.field(factory=DecodeNoise)
+
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """Reconstruction, and the average velocity's loss of stopped latents."""
+        z = nets.online.encode(batch.x)  # (B, N, D)
+        eps, (t, r) = draw.noise(z), self._times(draw)
+        z_t = nets.path.mix(sg(z), eps, t)
+        v = nets.path.velocity(sg(z), eps, t)
+        x_hat, out = nets.online.run(
+            Decode(z=self.decode_noise(z, draw, nets.path)),
+            Denoise(z_t=z_t, t=t, r=r, condition=draw.condition),
+        )
+        u = nets.path.estimate(out, z_t, t, nets.predicts).v
+        with torch.no_grad():
+            along = v if self.tangent == "path" else _average(nets, z_t, t, t, draw.condition)
+            slope = slope_along(nets, z_t, t, r, along, draw.condition)
+        error = (u - spread(r - t, z) * slope - v).square().flatten(1).sum(dim=1)  # (B,)
+        losses = {
+            "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
+            "denoising": (error / (sg(error) + self.floor) ** self.power).mean(),
+        }
+        weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
+        return Terms(losses, weights, z, {"velocity_error": sg(error).mean() / z[0].numel()})
+
+    def _times(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """t and r, both (B,), which are equal but for the share `apart`."""
+        one, other = draw.t, draw.again().t
+        apart = draw.uniform(len(one)) < self.apart
+        t = torch.where(apart, torch.minimum(one, other), one)
+        return t, torch.where(apart, torch.maximum(one, other), t)
+
+    def stops(self, phase: str) -> Collection[str]:
+        """The denoiser learns from stopped latents."""
+        return ("denoising",)
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """No second time, an unbounded velocity, latents that outgrow the noise."""
+        found = [*self.decode_noise.problems(nets)]
+        if self.power < 1:  # the adaptive weight does not bound the loss
+            found += unfit_prediction(nets, "v", "")
+        if not nets.online.second_time:
+            what = (
+                "mean_flow trains averages between two times, and this network takes one; set "
+                "backbone.second_time: true, or choose a backbone that has it, such as vit"
+            )
+            found.append(("backbone.second_time", what))
+        return found
+
+
+def _average(nets: Nets, z_t: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+    """Return the network's average velocity (B, N, D) from t to r, both (B,)."""
+    (out,) = nets.online.run(Denoise(z_t=z_t, t=t, r=r, condition=condition))
+    return nets.path.estimate(out, z_t, t, nets.predicts).v
+
+
+def slope_along(
+    nets: Nets, z_t: Tensor, t: Tensor, r: Tensor, along: Tensor, condition: Condition
+) -> Tensor:
+    """Return du/dt (B, N, D) where z_t moves with the velocity `along` and r stays."""
+
+    def u(z_t: Tensor, t: Tensor) -> Tensor:
+        return _average(nets, z_t, t, r, condition)
+
+    return derivative_along(nets.online, u, (z_t, t), (along, torch.ones_like(t)))

@@ -1,0 +1,132 @@
+"""MeanFlow: its identity, its exact derivative, its times, and what it refuses."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+from e2ediff_rivals.mean_flow import MeanFlow, slope_along
+from e2ediff_testing import check_objective, make_batch, make_draw, make_nets
+from reached_modules import reached, shaken_nets
+
+from e2ediff.backbone import Denoise, Output
+from e2ediff.interpolant import spread
+from e2ediff.nn.attention import SDPBackend, _pinned
+from e2ediff.parts.backbones import ViTConfig
+
+BATCH = make_batch()
+VIT = ViTConfig(
+    width=16, depth=2, heads=2, patch=8, latent_dim=4, latent_norm="batch", second_time=True
+)
+
+
+@pytest.mark.parametrize("tangent", ["path", "network"])
+def test_mean_flow_keeps_the_contract_of_objectives(tangent) -> None:
+    check_objective(MeanFlow(tangent=tangent, apart=0.5), VIT)
+
+
+@pytest.mark.parametrize("predicts", ["v", "x0"])
+def test_mean_flow_trains_the_encoder_by_reconstruction_alone(predicts) -> None:
+    nets = shaken_nets(MeanFlow(), attrs.evolve(VIT, trunks="three"), predicts=predicts)
+    terms = MeanFlow().terms(nets, BATCH, make_draw(BATCH), "joint")
+    found = {name: reached(nets, loss) for name, loss in terms.losses.items()}
+    assert found == {"reconstruction": {"encode", "decode"}, "denoising": {"denoise"}}
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype:UserWarning")  # norms of float32 queries
+@pytest.mark.parametrize("variant", [
+    {},
+    {"position": "rope", "modulation": "lowrank", "qk_norm": False},
+    {"mlp": "relu2", "denoise_skip": True, "modulation": "shared"},
+])  # fmt: skip
+@pytest.mark.parametrize("predicts", ["v", "x0"])
+def test_the_slope_of_the_average_velocity_is_the_limit_of_differences(variant, predicts) -> None:
+    nets = shaken_nets(MeanFlow(), attrs.evolve(VIT, **variant), predicts=predicts)
+    nets.online.double()
+    g = torch.Generator().manual_seed(0)
+    z, along = torch.randn(2, 6, 4, 4, generator=g, dtype=torch.float64)
+    t = torch.linspace(0.1, 0.6, 6, dtype=torch.float64)
+    r, condition, h = t + 0.3, BATCH.condition, 1e-5
+
+    def u(step: float) -> torch.Tensor:
+        z_t = z + step * along
+        (out,) = nets.online.run(Denoise(z_t=z_t, t=t + step, r=r, condition=condition))
+        return nets.path.estimate(out, z_t, t + step, predicts).v
+
+    kept = [m.attend for m in nets.online.modules() if hasattr(m, "attend")]
+    found = slope_along(nets, z, t, r, along, condition)
+    with torch.no_grad():
+        expected = (u(h) - u(-h)) / (2 * h)
+    # answers are float32, so that differences of them keep few digits
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    assert [m.attend for m in nets.online.modules() if hasattr(m, "attend")] == kept
+
+
+def test_kernels_without_forward_derivatives_and_compiled_blocks_give_the_same_slope() -> None:
+    nets = shaken_nets(MeanFlow(), VIT, predicts="v")
+    t = torch.full((6,), 0.4)
+    given = (nets, torch.ones(6, 4, 4), t, t + 0.2, torch.ones(6, 4, 4), BATCH.condition)
+    plain = slope_along(*given)
+    for module in nets.online.modules():
+        if hasattr(module, "attend"):
+            module.attend = _pinned(SDPBackend.FLASH_ATTENTION)
+    torch.testing.assert_close(slope_along(*given), plain)
+    for block in nets.online.blocks():
+        block.compile(backend="eager")
+    torch.testing.assert_close(slope_along(*given), plain)
+
+
+def exact_nets(objective: MeanFlow):
+    """Networks whose denoiser knows that all latents are equal, and answers exactly."""
+    nets = make_nets(VIT, objective, predicts="v")
+    own = nets.online.outputs
+
+    def outputs(*passes):
+        made = own(*passes)
+        return [
+            Output(-p.z_t / spread(1 - p.t, p.z_t)) if isinstance(p, Denoise) else out
+            for p, out in zip(passes, made, strict=True)
+        ]
+
+    nets.online.outputs = outputs
+    nets.online.latent_norm.register_forward_hook(lambda module, given, out: out * 0)
+    return nets
+
+
+def test_the_true_average_velocity_of_a_point_has_no_loss() -> None:
+    """All latents zero: v = -eps, u = -z_t / (1 - t) is constant along the path, so du/dt = 0."""
+    for objective in (MeanFlow(apart=1.0), MeanFlow(apart=0.0), MeanFlow(tangent="network")):
+        nets = exact_nets(objective)
+        terms = objective.terms(nets, BATCH, make_draw(BATCH), "joint")
+        assert terms.info["velocity_error"] < 1e-8
+        assert terms.losses["denoising"] < 1e-4
+
+
+def test_the_adaptive_weight_divides_by_the_sum_of_squares() -> None:
+    nets = shaken_nets(MeanFlow(), VIT, predicts="v")
+    found = {}
+    for power in (0.0, 1.0):
+        objective = MeanFlow(power=power, apart=0.0)
+        terms = objective.terms(nets, BATCH, make_draw(BATCH), "joint")
+        found[power] = terms.losses["denoising"], terms.info["velocity_error"]
+    plain, error = found[0.0]
+    assert plain.item() == pytest.approx(error.item() * 4 * 4, rel=1e-5)
+    assert found[1.0][0].item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_the_share_of_latents_with_two_times_is_apart_and_times_never_cross() -> None:
+    many = make_batch(size=4000)
+    t, r = MeanFlow(apart=0.25)._times(make_draw(many))
+    assert (r >= t).all()
+    assert (r > t).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(*MeanFlow(apart=0.0)._times(make_draw(many)))
+
+
+def test_a_network_with_one_time_is_refused() -> None:
+    nets = make_nets(attrs.evolve(VIT, second_time=False), predicts="v", device="meta")
+    ((where, what),) = MeanFlow().problems(nets)
+    assert where == "backbone.second_time"
+    assert "set backbone.second_time: true" in what
+    noise = make_nets(VIT, predicts="eps", device="meta")
+    assert not MeanFlow().problems(noise), "the adaptive weight bounds the loss"
+    assert [where for where, _ in MeanFlow(power=0.5).problems(noise)] == ["predicts"]
