@@ -86,6 +86,8 @@ class Terms:
     `z` is the online latent (B, N, D), for monitoring and for regularisers: with its graph
     wherever this phase trains the encoder.
     `info` holds further scalars to log.
+    `decoded` are the decoded images (B, C, H, W) that the reconstruction loss has compared, with
+    their graph, for an objective that wraps this one and judges them; None if there are none.
     A weight is a number, or a scalar without gradient, as a function of `Draw.progress` gives.
     A weight of 0 keeps a loss in the log and out of the gradient.
     """
@@ -94,6 +96,7 @@ class Terms:
     weights: Mapping[str, float | Tensor]
     z: Tensor
     info: Mapping[str, Tensor] = attrs.field(factory=dict)
+    decoded: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -116,6 +119,7 @@ class Objective(ABC):
     `phases` names the parts of training.
     Phases whose spans overlap alternate within a step, in order, each with its own optimizer;
     phases whose spans follow one another are stages.
+    `own_optimizers` names the phases that need an optimizer of their own in the recipe.
     `static_graph` declares that a phase gives gradients to the same parameters in every step and
     in every process. DDP then looks for unused parameters before the first step alone, which is
     faster; a step that uses others ends the run. A derived class declares it again, as what it
@@ -123,6 +127,7 @@ class Objective(ABC):
     """
 
     phases: ClassVar[tuple[str, ...]] = ("joint",)
+    own_optimizers: ClassVar[tuple[str, ...]] = ()
     static_graph: ClassVar[bool] = False
 
     @property

@@ -114,6 +114,15 @@ def problems(recipe: Recipe) -> list[Problem]:
         for name in recipe.optimizers
         if name not in phases
     ]
+    found += [
+        Problem(
+            f"optimizers.{name}",
+            f"phase '{name}' needs an optimizer of its own; add "
+            f"`optimizers: {{{name}: {{name: adamw, lr: 1.0e-4}}}}`",
+        )
+        for name in recipe.objective.own_optimizers
+        if name not in recipe.optimizers
+    ]
     found += guidance_problems(recipe)
     if recipe.predicts in ("eps", "score"):
         alpha = float(recipe.interpolant.alpha(torch.tensor([recipe.sampler.t_start])))

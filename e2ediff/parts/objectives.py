@@ -56,7 +56,7 @@ class Coupled(AutoencoderObjective):
             "denoising": mean_clean_loss(outs, levels, z, nets, "v", self.clamp),
         }
         weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
-        return Terms(losses, weights, z)
+        return Terms(losses, weights, z, decoded=x_hat)
 
     def stops(self, phase: str) -> Collection[str]:
         """None: the velocity loss reaches the encoder, which is the point."""
@@ -103,7 +103,7 @@ class Detached(AutoencoderObjective):
             "denoising": mean_clean_loss(outs, levels, sg(z), nets, self.weight, self.clamp),
         }
         weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
-        return Terms(losses, weights, z)
+        return Terms(losses, weights, z, decoded=x_hat)
 
     def stops(self, phase: str) -> Collection[str]:
         """The denoiser learns from stopped latents."""
@@ -143,7 +143,7 @@ class TwoStage(AutoencoderObjective):
             z = nets.online.encode(batch.x)  # (B, N, D)
             x_hat = nets.online.decode(self.decode_noise(z, draw, nets.path))
             losses = {"reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen)}
-            return Terms(losses, {"reconstruction": 1.0}, z)
+            return Terms(losses, {"reconstruction": 1.0}, z, decoded=x_hat)
         with torch.no_grad():  # no graph of an encoder that this stage leaves alone
             z = nets.online.encode(batch.x)
         levels = noise_levels(z, draw, nets.path, self.draws)

@@ -143,7 +143,7 @@ class Seen:
 def seen(name: str, *changes: str, seed: int = 0) -> list[Seen]:
     """Two steps of a run of the engine, in the objective's first phase."""
     recipe = recipe_of(name, *changes, f"seed={seed}")
-    found: list[Seen] = []
+    found, phases = list[Seen](), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory.create(f"{folder}/run", recipe.name, "", "", {})
         sources = (recipe.data.open(), recipe.data.open(held_out=True))
@@ -152,12 +152,15 @@ def seen(name: str, *changes: str, seed: int = 0) -> list[Seen]:
         step, outputs = engine.parts.step, engine.parts.nets.online.outputs
 
         def given(module, args):
-            batch, draw, _ = args
-            rest = draw.generator.get_state()
-            found.append(Seen(batch.x, draw.t, draw.condition.label, rest))
+            batch, draw, phase = args
+            phases.append(phase)
+            if phase == phases[0]:
+                rest = draw.generator.get_state()
+                found.append(Seen(batch.x, draw.t, draw.condition.label, rest))
 
         def asked(*passes):
-            found[-1].asked.extend(p for p in passes if isinstance(p, Denoise))
+            if phases[-1] == phases[0]:
+                found[-1].asked.extend(p for p in passes if isinstance(p, Denoise))
             return outputs(*passes)
 
         step.register_forward_pre_hook(given)

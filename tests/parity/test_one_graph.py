@@ -151,6 +151,8 @@ OBJECTIVES = [
       for name in ("kl", "tweedie", "unified_latents", "genfirst")),
     pytest.param(["objective=mean_flow", "predicts=v", "backbone.second_time=true"],
                  id="mean_flow", marks=needs("e2ediff-rivals")),
+    pytest.param(["objective={name: adversary, of: detached, layers: 1, channels: 8}",
+                  "optimizers={critic: adamw}"], id="adversary", marks=needs("e2ediff-rivals")),
 ]  # fmt: skip
 
 

@@ -171,7 +171,7 @@ class DSD(AutoencoderObjective):
                 nets.heads["class"](pooled).float(), class_labels(batch.condition)
             )
             weights["class"] = self.class_weight
-        return Terms(losses, weights, z1)
+        return Terms(losses, weights, z1, decoded=decoded.value)
 
     @property
     def _teachers(self) -> dict[str, Teacher]:

@@ -90,7 +90,7 @@ class GenFirst(AutoencoderObjective):
             "denoising": self.prior_weight * factor,
             "negative_entropy": self.entropy_weight * factor,
         }
-        return Terms(losses, weights, posterior.mean)
+        return Terms(losses, weights, posterior.mean, decoded=x_hat)
 
     def _factor(self, progress: Tensor) -> Tensor:
         """What multiplies both weights at this share of training, a scalar."""

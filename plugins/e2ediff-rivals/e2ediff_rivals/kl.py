@@ -68,7 +68,7 @@ class KL(AutoencoderObjective):
             "kl": unit_normal_kl(posterior.mean, posterior.log_variance),
         }
         weights = {"denoising": self.denoising_weight, "kl": self.kl_weight}
-        return Terms(losses, {"reconstruction": 1.0, **weights}, posterior.mean)
+        return Terms(losses, {"reconstruction": 1.0, **weights}, posterior.mean, decoded=x_hat)
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
         """The head of the log-variance, unless the std is fixed; it starts constant."""

@@ -88,7 +88,8 @@ class MeanFlow(AutoencoderObjective):
             "denoising": (error / (sg(error) + self.floor) ** self.power).mean(),
         }
         weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
-        return Terms(losses, weights, z, {"velocity_error": sg(error).mean() / z[0].numel()})
+        info = {"velocity_error": sg(error).mean() / z[0].numel()}
+        return Terms(losses, weights, z, info, decoded=x_hat)
 
     def _times(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """t and r, both (B,), which are equal but for the share `apart`."""

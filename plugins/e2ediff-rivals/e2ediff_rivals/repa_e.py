@@ -100,7 +100,7 @@ class RepaE(AutoencoderObjective):
             "align": cosine_distance(guess, features_at_tokens(nets, batch.x, guess.shape[-1])),
         }
         weights = {"denoising": self.denoising_weight, "align": self.align_weight}
-        return Terms(losses, {"reconstruction": 1.0, **weights}, z)
+        return Terms(losses, {"reconstruction": 1.0, **weights}, z, decoded=decoded.value)
 
     def _denoising(self, answer: Tensor, level: Noised, target: Tensor, nets: Nets) -> Tensor:
         return mean_clean_loss([answer], [level], target, nets, self.weight, self.clamp)

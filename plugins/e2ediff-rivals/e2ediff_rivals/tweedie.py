@@ -65,7 +65,7 @@ class Tweedie(AutoencoderObjective):
             "tweedie": self._pixels(x_tweedie, batch.x, draw.t),
         }
         weights = {"denoising": self.denoising_weight, "tweedie": self.tweedie_weight}
-        return Terms(losses, {"reconstruction": 1.0, **weights}, z)
+        return Terms(losses, {"reconstruction": 1.0, **weights}, z, decoded=x_hat)
 
     def _pixels(self, x_hat: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The weighted error, a scalar, of images (B, C, H, W) at times (B,)."""

@@ -71,7 +71,7 @@ class UnifiedLatents(AutoencoderObjective):
             "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
             "kl": t_0 * kl_rate(clean, z, nets.path, t),
         }
-        return Terms(losses, {"reconstruction": 1.0, "kl": self.kl_weight}, z)
+        return Terms(losses, {"reconstruction": 1.0, "kl": self.kl_weight}, z, decoded=x_hat)
 
     def stops(self, phase: str) -> Collection[str]:
         """None: the KL trains the encoder."""

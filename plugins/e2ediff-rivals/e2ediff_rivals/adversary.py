@@ -1,0 +1,200 @@
+"""A critic of reconstructions, around any objective that decodes images.
+
+Shapes: B batch, C H W image, h w places of the critic's answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor, nn
+from torch.nn import functional
+
+from e2ediff.backbone import Backbone
+from e2ediff.data import Batch
+from e2ediff.errors import ShapeError
+from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+
+_SHARE = [validators.ge(0.0), validators.le(1.0)]
+_CRITIC = "critic"
+_MOST = 1e4  # of the adaptive factor, as in VQGAN's code
+
+
+@attrs.frozen(kw_only=True)
+class Adversary(Objective):
+    """Another objective, and a patch critic that decoded images must pass.
+
+        critic      mean relu(1 - D(x)) + mean relu(1 + D(sg(x_hat)))
+        adversarial -mean D(x_hat), with the weight
+                    `weight` |d reconstruction / d x_hat| / |d adversarial / d x_hat|
+
+    The critic is trained in a phase of its own, after the others of each step, by an optimizer of
+    its own: `optimizers: {critic: {name: adamw, lr: 1.0e-4, betas: [0.5, 0.9]}}`.
+    Draws of the other phases are those that they have without a critic.
+
+    Options:
+        of: The objective; each of its phases that decodes images gets the adversarial loss.
+        weight: Weight of that loss; with `adaptive` in units of the reconstruction's gradient.
+        adaptive: Whether the weight is divided by the ratio of both gradients, taken on the
+            images of a micro-shard, as it changes by orders of magnitude.
+        critic_start: The share of training at which the critic begins to learn.
+        start: The share at which decoded images begin to be judged, not before that.
+        channels, layers: Of the critic: convolutions of stride 2, each with twice the channels of
+            the last, up to eight times, before two of stride 1.
+
+    Source: VQGAN (Esser et al. 2021, arXiv 2012.09841), eq. 6 and 7, whose factor is taken at the
+    decoder's last layer (here at the images, which every decoder has) with weights of 0.8 to 1;
+    hinge loss of Lim & Ye 2017 (arXiv 1705.02894); patch critic of Isola et al. 2017 (arXiv
+    1611.07004). Ours: group norm in place of batch norm, so that micro-shards do not matter to
+    the critic; shares of training in place of steps; the defaults.
+    """
+
+    own_optimizers: ClassVar[tuple[str, ...]] = (_CRITIC,)
+
+    trial: ClassVar[tuple[str, ...]] = (
+        "objective.of=detached",
+        "objective.layers=1",
+        "objective.channels=8",
+        "objective.critic_start=0",
+        "objective.start=0",
+        "optimizers={critic: adamw}",
+    )
+
+    of: Objective
+    weight: float = attrs.field(default=0.5, validator=validators.ge(0))
+    adaptive: bool = True
+    critic_start: float = attrs.field(default=0.2, validator=_SHARE)
+    start: float = attrs.field(default=0.3, validator=_SHARE)
+    channels: int = attrs.field(default=64, validator=validators.ge(1))
+    layers: int = attrs.field(default=3, validator=validators.ge(1))
+
+    @start.validator
+    def _after_the_critic(self, field: attrs.Attribute[float], value: float) -> None:
+        if value < self.critic_start:
+            raise ValueError(
+                f"'start' must be >= critic_start, {self.critic_start:g}, as a critic that has "
+                f"learned nothing says nothing: {value:g}"
+            )
+
+    @property
+    def phases(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The phases of the other objective, and the critic's after them."""
+        return (*self.of.phases, _CRITIC)
+
+    def span(self, phase: str) -> tuple[float, float]:
+        """The other objective's; the critic's from its start on."""
+        return (self.critic_start, 1.0) if phase == _CRITIC else self.of.span(phase)
+
+    def trains(self, phase: str, name: str) -> bool:
+        """The critic in its phase alone."""
+        if phase == _CRITIC or name.startswith(f"heads.{_CRITIC}."):
+            return phase == _CRITIC and name.startswith(f"heads.{_CRITIC}.")
+        return self.of.trains(phase, name)
+
+    def stops(self, phase: str) -> Collection[str]:
+        """What the other objective stops; the critic's loss."""
+        return (_CRITIC,) if phase == _CRITIC else self.of.stops(phase)
+
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """The other objective's losses and the adversarial one, or the critic's."""
+        critic = nets.heads[_CRITIC]
+        if phase == _CRITIC:
+            with torch.no_grad():
+                z = nets.online.encode(batch.x)
+                x_hat = nets.online.decode(z)
+            real, made = critic(batch.x), critic(x_hat)
+            loss = functional.relu(1 - real).mean() + functional.relu(1 + made).mean()
+            info = {"critic_real": sg(real).mean(), "critic_decoded": sg(made).mean()}
+            return Terms({_CRITIC: loss}, {_CRITIC: 1.0}, z, info)
+        terms = self.of.terms(nets, batch, draw, phase)
+        if terms.decoded is None:
+            return terms  # as the second of two stages, which decodes nothing
+        loss = -critic(terms.decoded).mean()
+        factor = self._factor(terms, loss) if self.adaptive else loss.new_ones(())
+        weight = self.weight * factor * (draw.progress >= self.start)
+        return attrs.evolve(
+            terms,
+            losses={**terms.losses, "adversarial": loss},
+            weights={**terms.weights, "adversarial": weight},
+            info={**terms.info, "adversarial_factor": factor},
+        )
+
+    def _factor(self, terms: Terms, loss: Tensor) -> Tensor:
+        """The reconstruction's gradient at the images over the adversarial one, a scalar."""
+        if "reconstruction" not in terms.losses:
+            raise ShapeError(
+                f"objective.of: {type(self.of).__name__} has no loss `reconstruction`, from which "
+                "the adaptive weight is taken; set objective.adaptive: false"
+            )
+        x_hat = terms.decoded
+        assert x_hat is not None
+        if not x_hat.requires_grad:
+            return loss.new_ones(())
+        norms = [
+            torch.autograd.grad(one, x_hat, retain_graph=True)[0].float().norm()
+            for one in (terms.losses["reconstruction"], loss)
+        ]
+        return sg(norms[0] / norms[1].clamp_min(1e-12)).clamp(0.0, _MOST)
+
+    def heads(self, backbone: Backbone) -> nn.ModuleDict:
+        """The other objective's, and the critic."""
+        heads = self.of.heads(backbone)
+        heads[_CRITIC] = PatchCritic(backbone.image.channels, self.channels, self.layers)
+        return heads
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The other objective's."""
+        return self.of.frozen(backbone)
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """What the other objective finds, latents without a decoder, images that are too small."""
+        found = [
+            (f"objective.of.{where.removeprefix('objective.')}" if "objective." in where else
+             where, what.replace("objective.", "objective.of."))
+            for where, what in self.of.problems(nets)
+        ]  # fmt: skip
+        image = nets.online.image
+        if not nets.online.latent.learned:
+            what = "adversary judges decoded images, and this backbone has no decoder to train"
+            found.insert(0, ("objective", f"{what}; choose another, such as vit"))
+        if isinstance(self.of, Adversary):
+            found.insert(0, ("objective.of", "an adversary is around an objective, not another"))
+        if (side := min(image.height, image.width)) < 3 * 2**self.layers:
+            what = (
+                f"{self.layers} leaves nothing of images of {side} pixels; set it to "
+                f"{max(1, (side // 3).bit_length() - 1)}"
+            )
+            found.append(("objective.layers", what))
+        return found
+
+
+class PatchCritic(nn.Module):
+    """Judges overlapping patches of images; the larger an answer, the more real."""
+
+    def __init__(self, image_channels: int, channels: int, layers: int) -> None:
+        super().__init__()
+        sizes = [channels * min(2**i, 8) for i in range(layers + 1)]
+        parts: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for i, (before, after) in enumerate(pairwise(sizes), start=1):
+            stride = 1 if i == layers else 2
+            parts += [
+                nn.Conv2d(before, after, 4, stride, 1),
+                nn.GroupNorm(1, after),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*parts, nn.Conv2d(sizes[-1], 1, 4, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> (B, 1, h, w), float32."""
+        out: Tensor = self.layers(x).float()
+        return out
