@@ -17,7 +17,7 @@ from torch import Tensor
 
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
-from e2ediff.interpolant import Interpolant, last_time
+from e2ediff.interpolant import Estimate, Interpolant, last_time
 
 # Fresh unit noise of the shape of its argument; row i belongs to image i alone.
 Noise = Callable[[Tensor], Tensor]
@@ -89,6 +89,7 @@ class Sampler(ABC):
 
     The last interval ends in the denoiser's own clean estimate, which for an ODE equals an
     Euler step that lands on t = 1, where the velocity itself cannot be evaluated.
+    With `t_eps` above 0 it ends where that step leads at the speed that `t_eps` allows.
 
     `couples_images` is True where an image depends on the others in its batch, as by a common
     step size; `one_call_per_step` is True where each step asks the denoiser once, at the time
@@ -116,6 +117,11 @@ class Sampler(ABC):
     @property
     def t_start(self) -> float:
         """Where sampling begins; above 0 for predictions that say nothing about x0 at t = 0."""
+        return 0.0
+
+    @property
+    def t_eps(self) -> float:
+        """Bounds every velocity to that of a `t_eps` before the data; 0 leaves them alone."""
         return 0.0
 
     @abstractmethod
@@ -157,6 +163,8 @@ class Sampler(ABC):
     ) -> tuple[Denoiser, Tensor]:
         """Return the denoiser of the last step, which may remember, and the latent after it."""
         stepper = self.stepper()
+        if self.t_eps > 0:
+            f = _Held(f, self.t_eps)
         for t, s in pairwise(times):
             f = f.for_step(t, s)
             z = stepper.step(f, z, t, s, condition, noise)
@@ -173,12 +181,38 @@ class Sampler(ABC):
             noise: Further noise, for stochastic samplers.
 
         Returns:
-            (B, N, D), the denoiser's clean estimate at the last time before 1.
+            (B, N, D), the denoiser's clean estimate at the last time before 1, as far as `t_eps`
+            lets it be reached.
         """
         times = self.grid(f.path)
         z = start * float(f.path.sigma(torch.tensor([self.t_start])))
         f, z = self._follow(f, z, times[:-1], condition, noise)
         return f.for_step(times[-2], 1.0)(z, times[-2], condition).x0
+
+
+class _Held(Denoiser):
+    """A denoiser with 1 - t held above `t_eps` in its velocities, and answers to match.
+
+    A straight path has v = (x0 - z_t) / (1 - t). Slower by (1 - t) / t_eps, it is
+    (x0 - z_t) / t_eps, and the clean estimate that goes with it is z_t + (1 - t) v, where an
+    Euler step to t = 1 ends. Velocities of other paths are slowed by the same factor.
+
+    Source: JiT (arXiv 2511.13720) and UNITE (arXiv 2603.22283), released code, both with 0.05.
+    """
+
+    def __init__(self, inner: Denoiser, t_eps: float) -> None:
+        self.inner = inner
+        self.t_eps = t_eps
+        self.path = inner.path
+
+    def for_step(self, t: float, s: float) -> Denoiser:
+        return _Held(self.inner.for_step(t, s), self.t_eps)
+
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
+        found, left = self.inner(z_t, t, condition), 1 - t
+        if left >= self.t_eps:
+            return found
+        return self.path.estimate(left / self.t_eps * found.v, z_t, t, "v")
 
 
 @attrs.frozen(kw_only=True)
@@ -192,6 +226,9 @@ class FixedGridSampler(Sampler):
     spacing: Spacing = "uniform"
     shift: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
     t_start: float = attrs.field(
+        default=0.0, validator=[attrs.validators.ge(0), attrs.validators.lt(1)]
+    )
+    t_eps: float = attrs.field(
         default=0.0, validator=[attrs.validators.ge(0), attrs.validators.lt(1)]
     )
 

@@ -59,6 +59,7 @@ class Dopri5(Sampler):
     `t_start` is where sampling begins, `sigma_min` the noise level, in units of the signal, at
     which the clean estimate is taken, and `max_calls` the number of network calls after which it
     gives up.
+    `t_eps` is that of `euler`; with it the interval from `sigma_min` on is an Euler step.
     Images that are computed together share their steps.
 
     Source: Dormand & Prince 1980; step control as Hairer, Norsett & Wanner 1993, eq. II.4.13.
@@ -69,6 +70,7 @@ class Dopri5(Sampler):
     rtol: float = attrs.field(default=1e-3, validator=validators.gt(0))
     atol: float = attrs.field(default=1e-4, validator=validators.gt(0))
     t_start: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
+    t_eps: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
     sigma_min: float = attrs.field(default=0.01, validator=validators.gt(0))
     max_calls: int = attrs.field(default=1000, validator=validators.ge(7))
 

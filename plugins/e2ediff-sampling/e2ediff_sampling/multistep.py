@@ -64,7 +64,7 @@ class _Remembering(FixedGridSampler):
 class DPMSolverPP2M(_Remembering):
     """DPM-Solver++ (2M): second order, one network call a step.
 
-    `steps`, `spacing`, `shift` and `t_start` are those of `euler`.
+    `steps`, `spacing`, `shift`, `t_start` and `t_eps` are those of `euler`.
     The first step is of first order, and so is the one after it where alpha(t_start) = 0.
 
     Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
@@ -101,7 +101,7 @@ class UniPC(_Remembering):
     """UniPC: a predictor of `order` p with a corrector that costs no network call; order p + 1.
 
     `order` 1 to 3; the first steps are of lower order.
-    `steps`, `spacing`, `shift` and `t_start` are those of `euler`.
+    `steps`, `spacing`, `shift`, `t_start` and `t_eps` are those of `euler`.
 
     Source: Zhao et al. 2023 (arXiv 2302.04867), algorithms 5 and 6 with B(h) = e^h - 1 on data
     predictions; the coefficients of orders 1 and 2 are those of the released code.

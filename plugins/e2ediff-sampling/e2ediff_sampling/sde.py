@@ -31,7 +31,7 @@ class SDE(FixedGridSampler):
     of score-based diffusion, 2 sigma (sigma alpha' / alpha - sigma'), which on paths with
     alpha(0) = 0 needs `t_start` above 0.
     `strength` multiplies it; 0 is `euler`.
-    `steps`, `spacing`, `shift` and `t_start` are those of `euler`.
+    `steps`, `spacing`, `shift`, `t_start` and `t_eps` are those of `euler`.
 
     Source: Ma et al. 2024 (SiT, arXiv 2401.08740), eq. 6 and table 7, with t counted from noise.
     """

@@ -124,6 +124,20 @@ def test_dopri5_refuses_to_begin_where_it_would_end() -> None:
         Dopri5(t_start=0.5, sigma_min=2.0).grid()
 
 
+@pytest.mark.parametrize("sampler", [
+    Dopri5(rtol=1e-6, atol=1e-6, sigma_min=1e-3), DPMSolverPP2M(steps=200), UniPC(steps=200),
+    SDE(steps=2000, strength=0),
+], ids=lambda s: type(s).__name__)  # fmt: skip
+def test_t_eps_leaves_the_noise_that_its_ode_leaves(sampler) -> None:
+    """dz/dt = (x0 - z) / max(1 - t, 0.05) ends 0.05 / e of its way from a known x0."""
+    start = torch.tensor([[[1.0]], [[-2.0]]], dtype=torch.float64)
+    f = GaussianDenoiser(Linear(), 0.3, 0.0)
+    landed = sampler.sample(f, start, anything(2), silent)
+    left = attrs.evolve(sampler, t_eps=0.05).sample(f, start, anything(2), silent)
+    torch.testing.assert_close(landed, torch.full_like(start, 0.3))
+    torch.testing.assert_close(left - 0.3, 0.05 / math.e * (start - 0.3), rtol=0.03, atol=0.0)
+
+
 # The law of the samples
 
 
