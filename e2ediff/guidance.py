@@ -75,6 +75,19 @@ class GuidedDenoiser(Denoiser):
         return self.path.estimate(x0, z_t, t, "x0")
 
 
+def in_interval(t: float, t_min: float, t_max: float, *, exclusive: bool) -> bool:
+    """Return whether t lies between the two times; `exclusive` leaves them out, but for 0.
+
+    Grids of round numbers of steps have times exactly at round ends, so that an end counts for a
+    step in 50 or so.
+
+    Source: `exclusive` is the rule of JiT's and UNITE's released code.
+    """
+    if not exclusive:
+        return t_min <= t <= t_max
+    return (t_min < t or t_min == 0) and t < t_max
+
+
 def conditional_and_unconditional(
     inner: Denoiser, z_t: Tensor, t: float, condition: Condition
 ) -> Estimate:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from e2ediff.condition import Condition, concatenate
 from e2ediff.denoiser import Denoiser
-from e2ediff.guidance import Guidance, GuidedDenoiser
+from e2ediff.guidance import Guidance, GuidedDenoiser, in_interval
 from e2ediff.interpolant import Estimate
 
 _TIME = [validators.ge(0.0), validators.le(1.0)]
@@ -22,16 +22,18 @@ _TIME = [validators.ge(0.0), validators.le(1.0)]
 class ClassifierFree(Guidance):
     """x0_u + scale (x0_c - x0_u) at some times, the plain answer elsewhere.
 
-    Guided are the times from `t_min` to `t_max`.
+    Guided are the times from `t_min` to `t_max`; with `exclusive` the two ends are not, except a
+    `t_min` of 0.
     `scale` 1 is no guidance and costs one pass.
 
     Source: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6 with scale = 1 + w; the interval is
-    Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+    Kynkäänniemi et al. 2024 (arXiv 2404.07724); JiT's and UNITE's code have it `exclusive`.
     """
 
     scale: float = attrs.field(default=1.5, validator=validators.ge(0.0))
     t_min: float = attrs.field(default=0.0, validator=_TIME)
     t_max: float = attrs.field(default=1.0, validator=_TIME)
+    exclusive: bool = False
 
     def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself at scale 1."""
@@ -56,7 +58,7 @@ class _Guided(GuidedDenoiser):
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
         g = self.guidance
-        if not g.t_min <= t <= g.t_max:
+        if not in_interval(t, g.t_min, g.t_max, exclusive=g.exclusive):
             return self.inner(z_t, t, condition)
         both = self.inner(torch.cat([z_t, z_t]), t, self._with_null(condition))
         conditional, unconditional = both.x0.chunk(2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import attrs
 import pytest
 import torch
 from mixture import MixtureDenoiser
@@ -15,6 +16,7 @@ from mixture import MixtureDenoiser
 from e2ediff.condition import Labels
 from e2ediff.denoiser import Denoiser
 from e2ediff.interpolant import Interpolant
+from e2ediff.parts.guidance import ClassifierFree
 from e2ediff.parts.interpolants import Cosine, Linear
 from e2ediff.parts.samplers import RK4, Euler, Heun, Midpoint
 
@@ -45,12 +47,17 @@ def silent(like):
     raise AssertionError("a sampler of the ODE draws no noise")
 
 
-def released(steps: int, t_eps: float, *, heun: bool):
-    """JiT's loop, unguided."""
+def released(steps: int, *, heun: bool, scale: float = 1.0, low: float = 0.0, high: float = 1.0):
+    """JiT's loop, in float32 as it has its times."""
     times = torch.linspace(0.0, 1.0, steps + 1)
 
     def velocity(z, t):
-        return (clean(z, t, LABEL.label) - z) / (1 - t).clamp_min(t_eps)
+        with_class, without = (
+            (clean(z, t, label) - z) / (1 - t).clamp_min(T_EPS)
+            for label in (LABEL.label, LABEL.null().label)
+        )
+        inside = t < high and (low == 0 or t > low)
+        return without + (scale if inside else 1.0) * (with_class - without)
 
     z = START
     for t, s in pairwise(times[:-1]):
@@ -64,7 +71,7 @@ def released(steps: int, t_eps: float, *, heun: bool):
 @pytest.mark.parametrize("sampler", [Heun, Euler], ids=["heun", "euler"])
 def test_with_t_eps_fifty_steps_are_those_of_released_code(sampler) -> None:
     ours = sampler(steps=50, t_eps=T_EPS).sample(Guess(Linear()), START, LABEL, silent)
-    theirs = released(50, T_EPS, heun=sampler is Heun)
+    theirs = released(50, heun=sampler is Heun)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     # Ending in the clean estimate is another thing.
     landed = sampler(steps=50).sample(Guess(Linear()), START, LABEL, silent)
@@ -123,3 +130,39 @@ def test_a_denoiser_that_depends_on_its_step_is_still_told_of_it() -> None:
 
     Euler(steps=2, t_eps=T_EPS).sample(Second(Linear()), START, LABEL, silent)
     assert ends == [(0.0, 0.5), (0.5, 1.0)]
+
+
+@pytest.mark.parametrize("low", [0.0, 0.1, 0.3])
+def test_guided_between_ends_that_are_left_out_it_is_the_released_loop(low) -> None:
+    """Times 0.1 and 0.3 are of the grid; the released code reads them as float32 and outside."""
+    guidance = ClassifierFree(scale=2.9, t_min=low, t_max=0.8, exclusive=True)
+    sampler = Heun(steps=50, t_eps=T_EPS)
+    ours = sampler.sample(guidance.wrap(Guess(Linear())), START, LABEL, silent)
+    theirs = released(50, heun=True, scale=2.9, low=low, high=0.8)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    with_ends = attrs.evolve(guidance, exclusive=False).wrap(Guess(Linear()))
+    other = sampler.sample(with_ends, START, LABEL, silent)
+    assert float((other - theirs).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("exclusive", "guided"), [(False, [0.25, 0.5, 0.75]), (True, [0.5])], ids=["with", "without"]
+)
+def test_the_ends_of_an_interval_are_guided_unless_it_is_exclusive(exclusive, guided) -> None:
+    inner = Guess(Linear())
+    f = ClassifierFree(scale=2.0, t_min=0.25, t_max=0.75, exclusive=exclusive).wrap(inner)
+    for t in (0.0, 0.2, 0.25, 0.5, 0.75, 0.8):
+        f(START, t, LABEL)
+    assert [t for t, rows in inner.asked if rows == 6] == guided
+
+
+def test_an_exclusive_interval_from_zero_begins_at_zero() -> None:
+    inner = Guess(Linear())
+    ClassifierFree(scale=2.0, exclusive=True).wrap(inner)(START, 0.0, LABEL)
+    assert inner.asked == [(0.0, 6)]
+
+
+def test_grids_of_round_steps_have_round_times_exactly() -> None:
+    """Otherwise an end that is left out would be taken by a rounding error."""
+    for steps in range(1, 1001):
+        assert Euler(steps=steps).grid() == [i / steps for i in range(steps + 1)]

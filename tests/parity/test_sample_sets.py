@@ -289,6 +289,7 @@ def test_the_record_says_all_that_decides_the_images(run, model, tmp_path):
     assert record["sampler"]["name"] == "heun"
     assert record["guidance"] == {
         "name": "classifier_free", "scale": 2.0, "t_min": 0.0, "t_max": 1.0,
+        "exclusive": False,
     }  # fmt: skip
     assert (record["made"]["calls_per_image"], record["made"]["passes_per_image"]) == (5, 10)
     assert (record["seed"], record["images"], record["labels"]["classes"]) == (3, 71, 6)

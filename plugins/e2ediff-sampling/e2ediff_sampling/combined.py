@@ -15,7 +15,7 @@ from e2ediff import addresses
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.errors import Problem, RecipeError
-from e2ediff.guidance import Guidance, GuidedDenoiser, Reference
+from e2ediff.guidance import Guidance, GuidedDenoiser, Reference, in_interval
 from e2ediff.interpolant import Estimate
 from e2ediff.sampler import Sampler
 
@@ -92,12 +92,15 @@ class _Extrapolated(GuidedDenoiser):
 class Interval(Guidance):
     """Another guidance, `guidance`, at the times from `t_min` to `t_max`; plain answers elsewhere.
 
+    With `exclusive` the two ends are left out, except a `t_min` of 0.
+
     Source: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
     """
 
     guidance: Guidance = attrs.field(metadata={"part": "classifier_free"})
     t_min: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.le(1)])
     t_max: float = attrs.field(default=1.0, validator=[validators.ge(0), validators.le(1)])
+    exclusive: bool = False
 
     @property
     def references(self) -> tuple[Reference, ...]:
@@ -111,7 +114,7 @@ class Interval(Guidance):
     def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself where its guidance changes nothing."""
         guided = self.guidance.wrap(inner)
-        return inner if guided is inner else _Within(inner, guided, self.t_min, self.t_max)
+        return inner if guided is inner else _Within(inner, guided, self)
 
     def problems(self, sampler: Sampler) -> Sequence[tuple[str, str]]:
         """Return those of the inner guidance."""
@@ -119,18 +122,19 @@ class Interval(Guidance):
 
 
 class _Within(Denoiser):
-    def __init__(self, plain: Denoiser, guided: Denoiser, t_min: float, t_max: float) -> None:
+    def __init__(self, plain: Denoiser, guided: Denoiser, interval: Interval) -> None:
         self.plain = plain
         self.guided = guided
-        self.ends = (t_min, t_max)
+        self.interval = interval
         self.path = plain.path
 
     def for_step(self, t: float, s: float) -> Denoiser:
-        return _Within(self.plain.for_step(t, s), self.guided.for_step(t, s), *self.ends)
+        return _Within(self.plain.for_step(t, s), self.guided.for_step(t, s), self.interval)
 
     def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
-        first, last = self.ends
-        return (self.guided if first <= t <= last else self.plain)(z_t, t, condition)
+        i = self.interval
+        inside = in_interval(t, i.t_min, i.t_max, exclusive=i.exclusive)
+        return (self.guided if inside else self.plain)(z_t, t, condition)
 
 
 @attrs.frozen(kw_only=True)

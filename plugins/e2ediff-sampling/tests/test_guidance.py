@@ -286,11 +286,14 @@ def test_an_interval_guides_inside_alone(t) -> None:
     assert inner.rows == [8 if 0.3 <= t <= 0.6 else 4]
 
 
-def test_the_interval_of_classifier_free_guidance_is_the_interval_around_it() -> None:
-    one = ClassifierFree(scale=2.0, t_min=0.2, t_max=0.7)
-    two = Interval(guidance=ClassifierFree(scale=2.0), t_min=0.2, t_max=0.7)
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_the_interval_of_classifier_free_guidance_is_the_interval_around_it(exclusive) -> None:
+    """Its ends, which are times of the grid, included."""
+    ends = {"t_min": 0.2, "t_max": 0.7, "exclusive": exclusive}
+    one = ClassifierFree(scale=2.0, **ends)
+    two = Interval(guidance=ClassifierFree(scale=2.0), **ends)
     found = [
-        Heun(steps=9).sample(g.wrap(MixtureDenoiser(Cosine())), Z_T, LABELS, silent)
+        Heun(steps=10).sample(g.wrap(MixtureDenoiser(Cosine())), Z_T, LABELS, silent)
         for g in (one, two)
     ]
     assert torch.equal(*found)
