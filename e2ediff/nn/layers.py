@@ -21,6 +21,7 @@ from e2ediff.nn.attention import Attend, sdpa
 Modulation = Literal["block", "shared", "lowrank"]
 MLPKind = Literal["gelu", "relu2", "swiglu"]
 TokenNorm = Literal["layer", "rms"]
+SwiGLUWidth = Literal["multiple_of_8", "truncated"]
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -136,14 +137,25 @@ class MLP(nn.Module):
     """Two-layer perceptron of a block; `ratio` is hidden over W, cut by a third for swiglu.
 
     `relu2` (squared ReLU) is the cheapest on a CPU, where tanh and erf are slow.
+    `swiglu_width` says how swiglu's two thirds become whole: the nearest `multiple_of_8`, which
+    kernels like, or `truncated`, as in the released code of JiT and UNITE. Both are one number at
+    widths of 768 and 1152 with a ratio of 4.
     """
 
-    def __init__(self, width: int, ratio: float, kind: MLPKind) -> None:
+    def __init__(
+        self,
+        width: int,
+        ratio: float,
+        kind: MLPKind,
+        swiglu_width: SwiGLUWidth = "multiple_of_8",
+    ) -> None:
         super().__init__()
         self.kind = kind
         hidden = int(width * ratio)
-        if kind == "swiglu":
+        if kind == "swiglu" and swiglu_width == "multiple_of_8":
             hidden = 8 * round(hidden * 2 / 3 / 8)
+        elif kind == "swiglu":
+            hidden = hidden * 2 // 3
         self.inner = nn.Linear(width, 2 * hidden if kind == "swiglu" else hidden)
         self.outer = nn.Linear(hidden, width)
 

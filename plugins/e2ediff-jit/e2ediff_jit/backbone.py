@@ -21,6 +21,7 @@ from e2ediff.nn.layers import (
     Block,
     Context,
     Rotary,
+    SwiGLUWidth,
     TimeEmbedding,
     Trunk,
     context_problems,
@@ -39,7 +40,9 @@ class JiTConfig(PatchConfig):
     `bottleneck` is the width between the two linear layers that embed a patch.
     `context` tokens of the condition join the patches after the first `context_start` blocks; 0
     leaves them out.
-    `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
+    `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third;
+    what is left is the nearest `multiple_of_8`, or with `swiglu_width: truncated` the number of
+    JiT's code, which at JiT-L's and JiT-H's width is another, 2730 and 3413.
     `attention` is that of `vit`.
 
     Encoding and decoding have no weights and lose nothing, so every trained weight is the
@@ -47,7 +50,8 @@ class JiTConfig(PatchConfig):
 
     Source: JiT (Li & He 2025, arXiv 2511.13720). From a copy of its code: RMSNorm, SwiGLU, qk-norm
     and rotary positions beside sincos ones, adaLN-zero, the bottleneck, 32 in-context class
-    tokens, times embedded at frequencies from 1 down. Ours: no dropout, which JiT-B does without.
+    tokens, times embedded at frequencies from 1 down. Ours: no dropout, which JiT-B does without,
+    and perceptrons of a `multiple_of_8`.
     """
 
     trial: ClassVar[tuple[str, ...]] = (
@@ -64,6 +68,7 @@ class JiTConfig(PatchConfig):
     context: int = attrs.field(default=32, validator=validators.ge(0))
     context_start: int = attrs.field(default=4, validator=validators.ge(0))
     mlp_ratio: float = attrs.field(default=4.0, validator=validators.gt(0))
+    swiglu_width: SwiGLUWidth = "multiple_of_8"
 
     def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
         """Sizes that do not divide one another, and context that would never join."""
@@ -99,7 +104,13 @@ class JiT(PatchBackbone):
         self.rotary = Rotary(grid, c.width // c.heads, base=10000.0)
 
         blocks = [
-            Block(c.width, c.heads, MLP(c.width, c.mlp_ratio, "swiglu"), "block", norm="rms")
+            Block(
+                c.width,
+                c.heads,
+                MLP(c.width, c.mlp_ratio, "swiglu", c.swiglu_width),
+                "block",
+                norm="rms",
+            )
             for _ in range(c.depth)
         ]
         self.trunk = Trunk(blocks, c.width, shared=False, norm="rms")

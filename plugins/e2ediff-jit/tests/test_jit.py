@@ -161,6 +161,38 @@ def test_what_trains_nothing_of_pixels_is_refused(objective, refused) -> None:
     assert any("not learned" in one for one in said) == bool(said) == refused
 
 
+SIZES = {  # name: width, depth, heads, bottleneck, context_start; trainable parameters of the code
+    "JiT-B/16": ((768, 12, 12, 128, 4), 131_123_712),
+    "JiT-L/16": ((1024, 24, 16, 128, 8), 458_877_664),
+    "JiT-H/16": ((1280, 32, 16, 256, 10), 952_514_368),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_released_size_has_the_code_s_number_of_weights(name) -> None:
+    (width, depth, heads, bottleneck, start), expected = SIZES[name]
+    config = JiTConfig(
+        width=width, depth=depth, heads=heads, patch=16, bottleneck=bottleneck,
+        context_start=start, swiglu_width="truncated",
+    )  # fmt: skip
+    with torch.device("meta"):
+        net = config.build(ImageSpec(3, 256, 256, 1000))
+    assert sum(p.numel() for p in net.parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "rule", "hidden"),
+    [(768, "truncated", 2048), (1024, "truncated", 2730), (1280, "truncated", 3413),
+     (768, "multiple_of_8", 2048), (1024, "multiple_of_8", 2728), (1280, "multiple_of_8", 3416)],
+)  # fmt: skip
+def test_the_perceptron_s_width_follows_its_rule(width, rule, hidden) -> None:
+    config = attrs.evolve(TINY, width=width, heads=16, depth=2, swiglu_width=rule)
+    with torch.device("meta"):
+        block = config.build(ImageSpec(3, 16, 16, 4)).trunk.blocks[0]
+    assert block.mlp.inner.weight.shape == (2 * hidden, width)
+    assert block.mlp.outer.weight.shape == (width, hidden)
+
+
 def test_the_plugin_registers_its_three_parts() -> None:
     registries = load().registries
     assert registries["backbones"].get("jit") is JiTConfig
