@@ -90,13 +90,24 @@ class Rotary(nn.Module):
         return self.cos[:tokens], self.sin[:tokens]
 
 
+def time_frequencies(count: int = 64, scale: float = 1000.0) -> Tensor:
+    """Frequencies of time embeddings, (count,): from `scale` radians over [0, 1] down.
+
+    They fall by the same factor from each to the next, and by 10,000 over all of them.
+
+    Source: DiT's released code has 128 of t in [0, 1000], a `scale` of 1000, and SiT's the same
+    128 of t in [0, 1], a `scale` of 1. Ours: 64, every second of DiT's.
+    """
+    return scale * torch.exp(-math.log(10000) * torch.arange(count) / count)
+
+
 class TimeEmbedding(nn.Module):
-    """Time (B,) in [0, 1] to conditioning (B, W): sines and cosines, then two linear layers.
+    """Time (B,) in [0, 1] to conditioning (B, W): cosines and sines, then two linear layers.
 
     Times of tokens, (B, N), become (B, N, W).
 
-    `frequencies` (F,), in radians over [0, 1], gives 2 F of them; by default 64 from 1000 down
-    to 0.1, as DiT's of t in [0, 1000].
+    `frequencies` (F,), in radians over [0, 1], gives 2 F waves; by default those of
+    `time_frequencies`.
     """
 
     frequencies: Tensor
@@ -104,7 +115,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, frequencies: Tensor | None = None) -> None:
         super().__init__()
         if frequencies is None:
-            frequencies = 1000.0 * torch.exp(-math.log(10000) * torch.arange(64) / 64)
+            frequencies = time_frequencies()
         size = 2 * len(frequencies)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.layers = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
@@ -388,7 +399,9 @@ def initialise(net: nn.Module, small: Iterable[Tensor], zero: Iterable[nn.Linear
     what modulates blocks and trunks is zero, and `zero` too.
     Randomness: torch's global generator, linears in the order of `net.modules()`, then `small`.
 
-    Source: DiT (Peebles & Xie 2022, arXiv 2212.09748), section 3.2, and its released code.
+    Source: DiT (Peebles & Xie 2022, arXiv 2212.09748), section 3.2, and its released code. There
+    the two layers of the time embedding are normal with std 0.02, which here they are only if a
+    network puts them into `small`.
     """
     zeros = [*zero]
     for module in net.modules():

@@ -32,6 +32,7 @@ from e2ediff.nn.layers import (
     parted,
     patchify,
     sincos_positions,
+    time_frequencies,
     unpatchify,
 )
 
@@ -70,6 +71,9 @@ class ViTConfig(PatchConfig):
     learn also changes the denoiser near t = 1, where few training times lie.
     `second_time` takes a second time r in denoise passes, as of an average velocity between t and
     r, by an embedding of r - t. Times of tokens are taken in any case.
+    `time_frequencies` is the number of frequencies by which times are embedded, and `time_scale`
+    the highest, in radians over [0, 1]; the lowest is about a ten-thousandth of it. SiT's weights
+    fit with 128 and 1, DiT's with 128 and 1000.
     `refine` is the number of channels of two 3x3 convolutions after the patches are put
     together, which smooth the seams; 0 leaves them out. They work on squares of `refine_stride`
     pixels, where they reach further and have more channels for the same cost; `refine_depth`
@@ -86,7 +90,8 @@ class ViTConfig(PatchConfig):
 
     Source: DSD (arXiv 2511.14716) uses one ViT for the three roles; its inner shape is not
     public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748). The skip is
-    a learned form of EDM's (Karras et al. 2022, arXiv 2206.00364, table 1).
+    a learned form of EDM's (Karras et al. 2022, arXiv 2206.00364, table 1). Ours, too: the time
+    embedding's layers begin with Xavier's weights, where DiT's and SiT's have a std of 0.02.
     """
 
     latent_dim: int = attrs.field(validator=validators.gt(0))
@@ -100,6 +105,8 @@ class ViTConfig(PatchConfig):
     modulation_rank: int = attrs.field(default=128, validator=validators.gt(0))
     mode_conditioning: Literal["time", "own"] = "time"
     second_time: bool = False
+    time_frequencies: int = attrs.field(default=64, validator=validators.gt(0))
+    time_scale: float = attrs.field(default=1000.0, validator=validators.gt(0))
     refine: int = attrs.field(default=0, validator=validators.ge(0))
     refine_stride: int = attrs.field(default=1, validator=validators.gt(0))
     refine_depth: int = attrs.field(default=0, validator=validators.ge(0))
@@ -150,10 +157,11 @@ class ViT(PatchBackbone, FusedBackbone):
         self.embed_denoise = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         # Time and condition are the denoiser's: a trunk of its own shares nothing with the others.
-        self.embed_time = TimeEmbedding(width)
+        waves = time_frequencies(config.time_frequencies, config.time_scale)
+        self.embed_time = TimeEmbedding(width, waves)
         self.embed_label = image.conditioning.embedding(width)
         if config.second_time:
-            self.embed_gap = TimeEmbedding(width)
+            self.embed_gap = TimeEmbedding(width, waves.clone())
         self.embed_mode = nn.ParameterDict(
             {m: nn.Parameter(torch.zeros(width)) for m in ("encode", "decode", "denoise")}
         )
