@@ -14,7 +14,7 @@ import copy
 import importlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,40 +38,51 @@ class Peer:
     clip: float
 
 
+PROJECTS = {
+    "models/unite.py": "UNITE",
+    "models/lightningdit.py": "LightningDiT",
+    "model_jit.py": "JiT",
+    "models.py": "SiT",
+}
+
+
+def project_in(path: str, among: Collection[str] = tuple(PROJECTS.values())) -> str:
+    """Return which of these projects the checkout at `path` is, by its files.
+
+    Raises:
+        click.UsageError: The folder is missing, or none of them.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise click.UsageError(f"--peer {path}: there is no such folder.")
+    found = next((name for file, name in PROJECTS.items() if (root / file).exists()), None)
+    if found not in among:
+        *others, last = [name for name in PROJECTS.values() if name in among]
+        raise click.UsageError(f"--peer {path}: is no checkout of {', '.join(others)} or {last}.")
+    return found
+
+
 def find_peer(path: str) -> Callable[[int, torch.device], Peer]:
     """Return what builds the network of the project in this checkout.
 
     Raises:
         click.UsageError: The folder is missing, or none of the projects that are known here.
     """
-    root = Path(path)
-    known = {
-        "models/unite.py": _unite,
-        "models/lightningdit.py": _lightning,
-        "model_jit.py": _jit,
-        "models.py": _sit,
-    }
-    if not root.is_dir():
-        raise click.UsageError(f"--peer {path}: there is no such folder.")
-    found = next((build for file, build in known.items() if (root / file).exists()), None)
-    if found is None:
-        raise click.UsageError(
-            f"--peer {path}: is no checkout of UNITE, LightningDiT, JiT or SiT."
-        )
-    return found
+    known = {"UNITE": _unite, "LightningDiT": _lightning, "JiT": _jit, "SiT": _sit}
+    return known[project_in(path)]
 
 
-def load_peer(path: str, batch: int, device: torch.device, *, compiled: bool) -> Peer:
-    """Import a project from its checkout, and build its network at our size.
+@contextlib.contextmanager
+def imports_of(path: str, device: torch.device, *, compiled: bool = False) -> Iterator[None]:
+    """Let a checkout's modules be imported inside `with`, and networks of theirs be built.
 
-    Each call imports it anew: some compile functions as they define them, which is done if
-    `compiled` and not otherwise.
+    Each time they are imported anew: some compile functions as they define them, which is done if
+    `compiled` and not otherwise. What they move to a GPU stays where it is if `device` is a CPU.
 
     Raises:
-        click.UsageError: The folder is none of the projects that are known here, or a package
-            that its network needs is missing.
+        click.UsageError: A package that they need is missing.
     """
-    build, root = find_peer(path), Path(path).resolve()
+    root = Path(path).resolve()
     for name, module in [*sys.modules.items()]:
         file = Path(getattr(module, "__file__", None) or "/")
         if root in file.parents and "site-packages" not in file.parts:
@@ -82,9 +93,23 @@ def load_peer(path: str, batch: int, device: torch.device, *, compiled: bool) ->
         _stand_in(name)
     try:
         with _as_it_is(not compiled), _on_a_cpu(device):
-            peer = build(batch, device)
+            yield
     except ModuleNotFoundError as error:
         raise click.UsageError(f"{path} needs {error.name}: pip install {error.name}") from error
+
+
+def load_peer(path: str, batch: int, device: torch.device, *, compiled: bool) -> Peer:
+    """Import a project from its checkout, and build its network at our size.
+
+    Each call imports it anew, as `imports_of` says.
+
+    Raises:
+        click.UsageError: The folder is none of the projects that are known here, or a package
+            that its network needs is missing.
+    """
+    build = find_peer(path)
+    with imports_of(path, device, compiled=compiled):
+        peer = build(batch, device)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in peer.net.parameters():
@@ -174,12 +199,16 @@ def _labels(batch: int, device: torch.device) -> Tensor:
     return torch.arange(batch, device=device) % CLASSES
 
 
+class NoLPIPS(nn.Module):
+    """In the place of UNITE's LPIPS, whose network is a download: 0."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return 0."""
+        return b.new_zeros(())
+
+
 def _unite(batch: int, device: torch.device) -> Peer:
     from models import unite  # type: ignore[import-not-found]
-
-    class NoLPIPS(nn.Module):
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return b.new_zeros(())
 
     unite.LPIPS = NoLPIPS
     unite.ENCODER_CONFIGS["Base"] = (DEPTH, WIDTH, HEADS)
@@ -232,15 +261,16 @@ def _lightning(batch: int, device: torch.device) -> Peer:
     )
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """In the place of JiT's attention, which puts a mask on a GPU: torch's."""
+    return nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+
+
 def _jit(batch: int, device: torch.device) -> Peer:
     import model_jit  # type: ignore[import-not-found]
     from denoiser import Denoiser  # type: ignore[import-not-found]
 
-    if device.type == "cpu":  # its own puts a mask on a GPU
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-            return nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-
+    if device.type == "cpu":
         model_jit.scaled_dot_product_attention = attend
     model_jit.JiT_models["small"] = lambda **options: model_jit.JiT(
         depth=DEPTH, hidden_size=WIDTH, num_heads=HEADS, bottleneck_dim=128, patch_size=16,

@@ -1,0 +1,535 @@
+"""Our networks and losses beside the released code of JiT, SiT or UNITE, with the same weights.
+
+    python benchmarks/parity.py --peer ../JiT
+    python benchmarks/parity.py --peer ../SiT --json
+
+Builds both networks at a tiny width, gives theirs random weights, none of them zero, and ours the
+same by `peer_weights.py`, and feeds both the same images, times, labels and noise. Prints how far
+their answers, losses and gradients are apart, and how many parameters both have in a released
+size. Ends with code 1 if a difference is above 1e-5, with 2 if the checkout or a package is
+missing.
+
+What differs in size: UNITE's first layer of the decoder has 768 channels whatever the decoder's
+width is, and is made as narrow as ours. LPIPS is 0 and no label of UNITE's is dropped in training.
+
+Shapes: B batch, C H W image, N tokens, D latent channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+import numpy as np
+import peer_weights
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "speed"))
+from peers import NoLPIPS, attend, imports_of, project_in  # noqa: E402 - of another folder
+
+from e2ediff.backbone import Backbone, BackboneConfig, Decode, Denoise, Encode  # noqa: E402
+from e2ediff.condition import Labels  # noqa: E402
+from e2ediff.data import Batch, ImageSpec  # noqa: E402
+from e2ediff.denoiser import Plain  # noqa: E402
+from e2ediff.host.plugins import load  # noqa: E402
+from e2ediff.host.recipe import load_recipe  # noqa: E402
+from e2ediff.losses import direct_loss  # noqa: E402
+from e2ediff.nn.layers import patchify, unpatchify  # noqa: E402
+from e2ediff.objective import Draw, Nets  # noqa: E402
+from e2ediff.parts.backbones import ViTConfig  # noqa: E402
+from e2ediff.parts.guidance import ClassifierFree  # noqa: E402
+from e2ediff.parts.interpolants import Linear  # noqa: E402
+from e2ediff.parts.samplers import Heun  # noqa: E402
+from e2ediff.times import TimeSampler  # noqa: E402
+
+BAR = 1e-5
+WIDTH, DEPTH, HEADS, CLASSES, BATCH = 96, 6, 2, 10, 4
+T = torch.tensor([0.0, 0.3, 0.7, 0.98])  # the last is past the clamps
+Y = torch.tensor([0, 7, CLASSES, 3])  # the third is no class
+
+
+@attrs.frozen
+class Check:
+    """How far both sides are apart in one respect: the largest difference."""
+
+    what: str
+    difference: float
+    relative: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is within the bar; a difference that is no number is not."""
+        return self.difference <= BAR
+
+
+@attrs.frozen
+class Size:
+    """Trained parameters of a released size, and why they differ where they do."""
+
+    what: str
+    theirs: int
+    ours: int
+    why: str = ""
+
+
+@attrs.frozen
+class Found:
+    """All about one project."""
+
+    checks: Sequence[Check]
+    sizes: Sequence[Size]
+
+
+def apart(what: str, ours: Tensor, theirs: Tensor) -> Check:
+    """Compare answers, by their largest difference."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{what}: ours are {tuple(ours.shape)}, theirs {tuple(theirs.shape)}")
+    return Check(what, float((ours - theirs).detach().abs().max()), relative=False)
+
+
+def losses_apart(what: str, ours: Tensor, theirs: Tensor) -> Check:
+    """Compare two losses, relative to theirs."""
+    ours, theirs = ours.detach(), theirs.detach()
+    return Check(what, float((ours - theirs).abs() / theirs.abs()), relative=True)
+
+
+def gradients_apart(net: Backbone, wanted: Mapping[str, Tensor]) -> Check:
+    """Compare gradients, each relative to its largest number; the worst counts."""
+    mine, worst = dict(net.named_parameters()), 0.0
+    for name, theirs in wanted.items():
+        grad = mine[name].grad
+        if grad is None:
+            raise ValueError(f"gradients: ours of {name} is none")
+        worst = max(worst, float((grad - theirs).abs().max() / theirs.abs().max()))
+    return Check(f"gradients of {len(wanted)} tensors", worst, relative=True)
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    """Return theirs, by name; what their loss does not reach is left out."""
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def shake(net: nn.Module) -> None:
+    """Make no weight of theirs zero."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn(p.shape, generator=g)
+
+
+def built(config: BackboneConfig, image: ImageSpec, state: Mapping[str, Tensor]) -> Backbone:
+    """Return our network with weights of theirs, each of which has a place."""
+    net = config.build(image).train()
+    places = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    with torch.no_grad():
+        for name, x in state.items():
+            if places[name].shape != x.shape:
+                shapes = f"{tuple(places[name].shape)}, not {tuple(x.shape)}"
+                raise ValueError(f"weights: {name} is {shapes}")
+            places[name].copy_(x)
+    return net
+
+
+def trained(net: nn.Module) -> int:
+    """Count parameters that are trained."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def of_recipe(name: str) -> Backbone:
+    """Return the network of a recipe of the repository, without numbers."""
+    recipe = load_recipe(load(), HERE.parent / "recipes" / name, [])
+    with torch.device("meta"):
+        return recipe.backbone.build(recipe.data.image)
+
+
+# Randomness of theirs, for ours to use
+
+
+class Recorder:
+    """Keeps what torch draws, by the function that drew it."""
+
+    def __init__(self) -> None:
+        self.drawn: dict[str, list[Tensor]] = {}
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Record every `randn`, `randn_like` and `rand` inside `with`."""
+        real = {name: getattr(torch, name) for name in ("randn", "randn_like", "rand")}
+
+        def recording(name: str) -> Callable[..., Tensor]:
+            def draw(*args: Any, **more: Any) -> Tensor:
+                x: Tensor = real[name](*args, **more)
+                self.drawn.setdefault(name, []).append(x.clone())
+                return x
+
+            return draw
+
+        for name in real:
+            setattr(torch, name, recording(name))
+        try:
+            yield
+        finally:
+            for name, function in real.items():
+                setattr(torch, name, function)
+
+
+class Listed(TimeSampler):
+    """Times that were drawn elsewhere, one batch after another."""
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self.batches = iter(batches)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Never: times are listed."""
+        raise NotImplementedError
+
+    def draw(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Return the next batch."""
+        return next(self.batches)
+
+
+@attrs.frozen(eq=False)
+class Given(Draw):
+    """A draw whose noise and uniform numbers were drawn elsewhere."""
+
+    normals: Iterator[Tensor] = attrs.field(kw_only=True)
+    uniforms: Iterator[Tensor] = attrs.field(kw_only=True, factory=lambda: iter(()))
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Return the next normals."""
+        found = next(self.normals)
+        assert found.shape == like.shape
+        return found
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return the next uniform numbers."""
+        found = next(self.uniforms)
+        assert found.shape == shape
+        return found
+
+
+def given(label: Tensor, times: Sequence[Tensor], normals: Sequence[Tensor],
+          uniforms: Sequence[Tensor] = ()) -> Given:  # fmt: skip
+    """A draw of these times (the first batch at once, others when asked), noise and numbers."""
+    return Given(
+        t=times[0], condition=Labels(label, CLASSES), generator=None, times=Listed(times[1:]),
+        normals=iter(normals), uniforms=iter(uniforms),
+    )  # fmt: skip
+
+
+# JiT
+
+
+def jit() -> Found:
+    """Pixels: network, loss, gradients, and fifty guided steps."""
+    import model_jit  # type: ignore[import-not-found]
+    from denoiser import Denoiser  # type: ignore[import-not-found]
+    from e2ediff_jit.backbone import JiTConfig
+    from e2ediff_jit.interpolant import LinearScaled
+    from e2ediff_jit.objective import Pixel
+
+    model_jit.scaled_dot_product_attention = attend
+    model_jit.JiT_models["tiny"] = lambda **options: model_jit.JiT(
+        depth=DEPTH, hidden_size=WIDTH, num_heads=HEADS, bottleneck_dim=32, patch_size=16,
+        in_context_len=4, in_context_start=2, **options,
+    )  # fmt: skip
+    scale, patch, image = 2.0, 16, ImageSpec(3, 64, 64, CLASSES)
+    args = types.SimpleNamespace(
+        model="tiny", img_size=64, class_num=CLASSES, attn_dropout=0.0, proj_dropout=0.0,
+        label_drop_prob=0.0, P_mean=-0.8, P_std=0.8, t_eps=5e-2, noise_scale=scale,
+        ema_decay1=0.9999, ema_decay2=0.9996, sampling_method="heun", num_sampling_steps=50,
+        cfg=2.9, interval_min=0.1, interval_max=1.0,
+    )  # fmt: skip
+    theirs = Denoiser(args).train()
+    shake(theirs)
+    config = JiTConfig(
+        width=WIDTH, depth=DEPTH, heads=HEADS, patch=patch, bottleneck=32, context=4,
+        context_start=2, swiglu_width="truncated", attention="sdpa",
+    )  # fmt: skip
+
+    def mapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = {name.removeprefix("net."): x for name, x in state.items()}
+        return peer_weights.jit(own, HEADS, patch)
+
+    net = built(config, image, mapped(theirs.state_dict()))
+    x = torch.rand(BATCH, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        ours = unpatchify(net.denoise(net.encode(x), T, Labels(Y, CLASSES)), patch, (4, 4))
+        checks = [apart("answer", ours, theirs.net(x, T, Y))]
+
+    theirs.sample_t = lambda n, device=None: T
+    drawn = Recorder()
+    with drawn.listening():
+        their_loss = theirs(x, Y)
+    their_loss.backward()
+    path = LinearScaled(noise_scale=scale)
+    nets = Nets(net, net, path, "x0")
+    draw = given(Y, [T], [net.encode(drawn.drawn["randn_like"][0])])
+    loss = Pixel().terms(nets, Batch(x=x, condition=draw.condition), draw, "joint").total
+    loss.backward()
+    checks += [
+        losses_apart("loss", loss, their_loss),
+        gradients_apart(net, mapped(gradients(theirs))),
+    ]
+
+    label = torch.arange(BATCH)
+    with drawn.listening():
+        their_images = theirs.eval().generate(label)
+    guidance = ClassifierFree(scale=2.9, t_min=0.1, exclusive=True)
+    denoiser = guidance.wrap(Plain(net.eval(), path, "x0"))
+    start = net.encode(drawn.drawn["randn"][0])
+    z = Heun(steps=50, t_eps=0.05).sample(
+        denoiser, start, Labels(label, CLASSES), torch.randn_like
+    )
+    checks.append(apart("samples, 50 guided steps", net.decode(z), their_images))
+
+    with torch.device("meta"):
+        full = model_jit.JiT_models["JiT-B/16"](input_size=256, in_channels=3, num_classes=1000)
+    size = Size(
+        "JiT-B/16, recipes/jit_in256.yaml", trained(full), trained(of_recipe("jit_in256.yaml"))
+    )
+    return Found(checks, [size])
+
+
+# SiT
+
+
+def sit() -> Found:
+    """Latents of 4 channels by the denoiser of `vit`: network, loss and gradients."""
+    from models import SiT, SiT_models  # type: ignore[import-not-found]
+    from transport import create_transport  # type: ignore[import-not-found]
+
+    side, patch, channels = 8, 2, 4
+    theirs = SiT(input_size=side, patch_size=patch, in_channels=channels, hidden_size=WIDTH,
+                 depth=DEPTH, num_heads=HEADS, num_classes=CLASSES).eval()  # fmt: skip
+    shake(theirs)
+
+    def config(width: int, depth: int, heads: int) -> ViTConfig:
+        return ViTConfig(
+            width=width, depth=depth, heads=heads, patch=8, latent_dim=channels * patch**2,
+            latent_norm="none", trunks="denoiser_apart", mlp="gelu", qk_norm=False,
+            time_frequencies=128, time_scale=1.0, attention="sdpa",
+        )  # fmt: skip
+
+    # The latent has a grid of its own; that of the images is the same with patches of 8.
+    image = ImageSpec(3, 8 * side // patch, 8 * side // patch, CLASSES)
+    state = {k: v for k, v in theirs.state_dict().items() if k != "pos_embed"}
+    net = built(config(WIDTH, DEPTH, HEADS), image, peer_weights.sit(state))
+    x, label = torch.randn(BATCH, channels, side, side), Labels(Y, CLASSES)
+    grid = (side // patch, side // patch)
+    with torch.no_grad():
+        ours = unpatchify(net.denoise(patchify(x, patch), T, label), patch, grid)
+        checks = [apart("answer", ours, theirs(x, T, Y))]
+
+    seen: list[Tensor] = []
+
+    def noting(z_t: Tensor, t: Tensor, **more: Tensor) -> Tensor:
+        seen.append(t)
+        return theirs(z_t, t, **more)
+
+    drawn = Recorder()
+    with drawn.listening():
+        their_loss = create_transport().training_losses(noting, x, {"y": Y})["loss"].mean()
+    their_loss.backward()
+    path, z, (t,) = Linear(), patchify(x, patch), seen
+    eps = patchify(drawn.drawn["randn_like"][0], patch)
+    z_t = path.mix(z, eps, t)
+    guess = path.estimate(net.denoise(z_t, t, label), z_t, t, "v")
+    loss = direct_loss(guess, z, eps, path, t, "v", clamp=math.inf)
+    loss.backward()
+    wanted = peer_weights.sit(gradients(theirs))
+    del wanted["embed_mode.denoise"]  # not of theirs
+    checks += [losses_apart("loss of velocities", loss, their_loss), gradients_apart(net, wanted)]
+
+    with torch.device("meta"):
+        full = SiT_models["SiT-B/2"](input_size=32, num_classes=1000)
+        whole = config(768, 12, 12).build(ImageSpec(3, 128, 128, 1000))
+    places = peer_weights.sit({k: v for k, v in full.state_dict().items() if k != "pos_embed"})
+    mine = sum(dict(whole.named_parameters())[name].numel() for name in places)
+    why = (
+        "a sigma that SiT predicts and does not use, 16 rows of its last layer; ours has an "
+        "embedding of the mode"
+    )
+    return Found(checks, [Size("SiT-B/2, the denoiser of `vit`", trained(full), mine, why)])
+
+
+# UNITE
+
+
+def unite() -> Found:
+    """Registers: denoising, encoding, decoding, and a training step of three draws."""
+    import yaml
+    from e2ediff_unite.backbone import UniteConfig
+    from e2ediff_unite.objective import Unite
+    from models import unite as released  # type: ignore[import-not-found]
+
+    released.LPIPS = NoLPIPS
+    root = Path(released.__file__).parent.parent
+    text = (root / "configs" / "imagenet.yaml").read_text(encoding="utf-8")
+    options = {**yaml.safe_load(text)["gen_tok"], "flow_steps_per_recon": 3}
+    with torch.device("meta"):
+        full = trained(released.UNITE(options))
+    released.ENCODER_CONFIGS["Base"] = (DEPTH, WIDTH, HEADS)
+    released.DECODER_CONFIGS["Base"] = (DEPTH, WIDTH, HEADS, 4 * WIDTH)
+    theirs, patch = released.UNITE(options, num_classes=CLASSES).train(), 16
+    theirs.up_sample_decoder = nn.Linear(32, WIDTH)
+    theirs.decoder.decoder_embed = nn.Linear(WIDTH, WIDTH)
+    theirs.encoder.y_embedder.dropout_prob = 0.0
+    shake(theirs)
+    config = UniteConfig(
+        width=WIDTH, depth=DEPTH, heads=HEADS, patch=patch, registers=256, latent_dim=32,
+        context=32, context_start=4, attention="sdpa",
+    )  # fmt: skip
+    image = ImageSpec(3, 256, 256, CLASSES)
+
+    def mapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return peer_weights.unite(state, HEADS, CLASSES, patch)
+
+    net = built(config, image, mapped(theirs.state_dict()))
+    x, z, label = torch.rand(BATCH, 3, 256, 256) * 2 - 1, torch.randn(BATCH, 256, 32), Y
+    drawn = Recorder()
+    with torch.no_grad():
+        place = theirs.latent_tokens.expand(BATCH, -1, -1)
+        answer = theirs.encoder_layer_norm(theirs.encoder(z, t=T, y=label, pos_embed=place))
+        with drawn.listening():
+            encoded = theirs.encoder_layer_norm(theirs.encode(x))
+        start, share = drawn.drawn["randn"][0], drawn.drawn["rand"][0]
+        t = share * theirs.modulation_recon_timestep_max
+        ours = net.run(
+            Denoise(z_t=z, t=T, condition=Labels(label, CLASSES)), Encode(x=x, z_t=start, t=t),
+            Decode(z=z),
+        )  # fmt: skip
+        checks = [
+            apart(what, mine, other) for what, mine, other in zip(
+                ("denoising, after the norm", "encoding, after the norm", "decoding"), ours,
+                (answer, encoded, theirs.decode(z)), strict=True,
+            )
+        ]  # fmt: skip
+
+    seen: list[Tensor] = []
+    losses = theirs.transport.training_losses
+
+    def noting(model: nn.Module, x1: Tensor, t: Tensor, **more: Any) -> Any:
+        seen.extend(t.split(BATCH))
+        return losses(model, x1, t, **more)
+
+    theirs.transport.training_losses = noting
+    drawn = Recorder()
+    with drawn.listening():
+        their_total, parts = theirs(x, label % CLASSES)
+    their_total.backward()
+    # Of the noise drawn with each time only the chunk's is used.
+    decoding, *_, levels = drawn.drawn["randn_like"]
+    share, chosen, place_in_time = drawn.drawn["rand"]
+    draw = given(
+        label % CLASSES, seen, [drawn.drawn["randn"][0], *levels.split(BATCH), decoding],
+        [share, torch.stack([chosen, place_in_time])],
+    )  # fmt: skip
+    objective = Unite(draws=3, encode_time=theirs.modulation_recon_timestep_max)
+    nets = Nets(net, net, Linear(), "x0")
+    found = objective.terms(nets, Batch(x=x, condition=draw.condition), draw, "joint")
+    found.total.backward()
+    checks += [
+        losses_apart("loss: reconstruction", found.losses["reconstruction"], parts["rec_loss"]),
+        losses_apart("loss: 3 draws", found.losses["denoising"], parts["flow/flow_loss"]),
+        gradients_apart(net, mapped(gradients(theirs))),
+    ]
+    why = "theirs has an embedding of a special time and a row of classes that nothing uses"
+    ours_full = trained(of_recipe("unite_in256.yaml"))
+    return Found(checks, [Size("UNITE-B, recipes/unite_in256.yaml", full, ours_full, why)])
+
+
+COMPARED = {"JiT": jit, "SiT": sit, "UNITE": unite}
+PLUGINS = {"JiT": "e2ediff-jit", "UNITE": "e2ediff-unite"}
+
+
+def has_plugin(name: str) -> None:
+    """Look for our side of a project.
+
+    Raises:
+        click.UsageError: It is not installed.
+    """
+    plugin = PLUGINS.get(name, "e2ediff")
+    if find_spec(plugin.replace("-", "_")) is None:
+        raise click.UsageError(
+            f"{name} is compared with the plugin {plugin}: "
+            f"pip install -c constraints.txt . plugins/{plugin}"
+        )
+
+
+def commit_of(path: str) -> str:
+    """Return the checkout's commit, with a word if files differ from it; "" without git."""
+    words = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    done = [
+        subprocess.run(["git", "-C", path, *more], capture_output=True, text=True, check=False)
+        for more in words
+    ]
+    if any(one.returncode for one in done):
+        return ""
+    return done[0].stdout.strip() + (", with changes" if done[1].stdout.strip() else "")
+
+
+def table(found: Found) -> str:
+    """Write both tables of a project."""
+    lines = ["| what | largest difference | within 1e-5 |", "|---|---|---|"]
+    for one in found.checks:
+        kind = ", relative" if one.relative else ""
+        lines.append(
+            f"| {one.what} | {one.difference:.1e}{kind} | {'yes' if one.holds else 'NO'} |"
+        )
+    lines += ["", "| trained parameters of | theirs | ours | |", "|---|---|---|---|"]
+    for size in found.sizes:
+        difference = f"{size.ours - size.theirs:+,}: {size.why}" if size.why else "equal"
+        if not size.why and size.ours != size.theirs:
+            difference = f"{size.ours - size.theirs:+,}"
+        lines.append(f"| {size.what} | {size.theirs:,} | {size.ours:,} | {difference} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--peer", required=True, metavar="PATH", help="Checkout of JiT, SiT or UNITE.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
+def main(peer: str, *, as_json: bool) -> None:
+    """Compare our networks and losses with the released code at PATH."""
+    name = project_in(peer, tuple(COMPARED))
+    has_plugin(name)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    with imports_of(peer, torch.device("cpu")):
+        found = COMPARED[name]()
+    where: dict[str, Any] = {
+        "peer": name, "commit": commit_of(peer), "torch": torch.__version__,
+        "python": platform.python_version(), "threads": torch.get_num_threads(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }  # fmt: skip
+    failed = [one.what for one in found.checks if not one.holds]
+    if as_json:
+        checks = [{**attrs.asdict(one), "holds": one.holds} for one in found.checks]
+        sizes = [attrs.asdict(one) for one in found.sizes]
+        said = {"benchmark": "parity", **where, "bar": BAR, "checks": checks, "sizes": sizes}
+        click.echo(json.dumps(said))
+    else:
+        click.echo(", ".join(f"{key} {value}" for key, value in where.items() if value != ""))
+        click.echo(f"\n{table(found)}")
+    if failed:
+        click.echo(f"above {BAR:g}: {'; '.join(failed)}", err=True)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
