@@ -43,10 +43,15 @@ class Plain(Denoiser):
     """The network's own answer, one denoise pass a call.
 
     Counts its calls in `calls` and the latents of all calls in `rows`.
+    With `averages` a network that has a second time answers a step with its average velocity;
+    without, with velocities at single times.
     """
 
-    def __init__(self, net: Backbone, path: Interpolant, predicts: Kind) -> None:
+    def __init__(
+        self, net: Backbone, path: Interpolant, predicts: Kind, *, averages: bool = True
+    ) -> None:
         self.net = net
+        self.averages = averages and net.second_time
         self.predicts = predicts
         self.calls = 0
         self.rows = 0
@@ -70,7 +75,7 @@ class Plain(Denoiser):
 
     def for_step(self, t: float, s: float) -> Denoiser:
         """Return a denoiser that gives the step's end to a network with a second time."""
-        return _UpTo(self, s) if self.net.second_time else self
+        return _UpTo(self, s) if self.averages else self
 
 
 class _UpTo(Denoiser):

@@ -37,6 +37,7 @@ PARTS = {
     },
     "samplers": {
         "euler": "samplers:Euler",
+        "average_velocity": "samplers:AverageVelocity",
         "heun": "samplers:Heun",
         "midpoint": "samplers:Midpoint",
         "rk4": "samplers:RK4",

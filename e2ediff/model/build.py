@@ -143,6 +143,7 @@ def problems(recipe: Recipe) -> list[Problem]:
             }
             found += [Problem(field, what) for field, wanted in asked.items() if wanted]
         found += [Problem(where, what) for where, what in recipe.objective.problems(nets)]
+        found += sampler_problems(recipe, nets.online)
         found += _optimizer_problems(recipe, nets)
         found += _regularizer_problems(recipe, nets)
     return found
@@ -156,6 +157,18 @@ def guidance_problems(recipe: Recipe) -> list[Problem]:
     refused = (addresses.refusal(reference.run) for reference in recipe.guidance.references)
     found += [("run", f"{what}.") for what in refused if what]
     return [Problem(f"guidance.{field}", what) for field, what in found]
+
+
+def sampler_problems(recipe: Recipe, net: Backbone) -> list[Problem]:
+    """Find a sampler that asks for what a network does not offer."""
+    if recipe.sampler.averages != "needed" or net.second_time:
+        return []
+    what = (
+        "follows average velocities, which a network gives with a second time, and this one takes "
+        "one time; choose another, such as euler, or train with backbone.second_time: true and an "
+        "objective of average velocities, such as mean_flow"
+    )
+    return [Problem("sampler", what)]
 
 
 def _optimizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:

@@ -121,7 +121,12 @@ class Model:
 
     def denoiser(self) -> Denoiser:
         """Return the denoiser, with the model's guidance."""
-        return self._guided(Plain(self.net, self.recipe.interpolant, self.recipe.predicts))
+        return self._guided(self._plain())
+
+    def _plain(self) -> Plain:
+        recipe = self.recipe
+        averages = recipe.sampler.averages != "unused"
+        return Plain(self.net, recipe.interpolant, recipe.predicts, averages=averages)
 
     def _guided(self, plain: Plain) -> Denoiser:
         if self.guidance is None:
@@ -267,7 +272,7 @@ class Model:
 
     def _make(self, condition: Condition, noise: Noise) -> tuple[Tensor, int, float]:
         """Make one whole tile: images (R, C, H, W), network calls, and passes per image."""
-        plain = Plain(self.net, self.recipe.interpolant, self.recipe.predicts)
+        plain = self._plain()
         asked, spec = [plain, *(other.denoiser for other in self.others)], self.net.latent
         calls, rows = sum(p.calls for p in asked), sum(p.rows for p in asked)
         with torch.no_grad(), self._computing():

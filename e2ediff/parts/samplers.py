@@ -7,7 +7,7 @@ Shapes: B batch, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 from torch import Tensor
@@ -30,12 +30,28 @@ class Euler(FixedGridSampler):
     """
 
     one_call_per_step: ClassVar[bool] = True
+    averages: ClassVar[Literal["unused", "used", "needed"]] = "used"
 
     def step(
         self, f: Denoiser, z: Tensor, t: float, s: float, condition: Condition, noise: Noise
     ) -> Tensor:
         """z + (s - t) v(z, t)."""
         return z + (s - t) * f(z, t, condition).v
+
+
+@attrs.frozen(kw_only=True)
+class AverageVelocity(Euler):
+    """Steps along the average velocities of a network with a second time, by default a single one.
+
+    `steps`, `spacing`, `shift`, `t_start` and `t_eps` are those of `euler`, which follows average
+    velocities too where a network offers them; this sampler refuses a network that does not.
+
+    Source: MeanFlow (Geng et al. 2025, arXiv 2505.13447), algorithm 2 and eq. 12.
+    """
+
+    averages: ClassVar[Literal["unused", "used", "needed"]] = "needed"
+
+    steps: int = attrs.field(default=1, validator=attrs.validators.ge(1))
 
 
 @attrs.frozen(kw_only=True)

@@ -20,7 +20,7 @@ from e2ediff.guidance import Reference
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.loading.classes import other_name
-from e2ediff.model.build import build_nets, choose_device, guidance_problems
+from e2ediff.model.build import build_nets, choose_device, guidance_problems, sampler_problems
 from e2ediff.model.compiler import is_compiler_error, missing_compiler, said_by
 from e2ediff.model.inference import (
     ROWS,
@@ -173,6 +173,8 @@ def _open(
             + (", and any width as ema:0.08" if recipe.post_hoc else "")
         )
     nets, _ = build_nets(recipe, device, frozen=False)
+    if unfit := sampler_problems(recipe, nets.online):
+        raise RecipeError(directory.store.where("resolved.yaml"), unfit)
     net = nets.online.eval().requires_grad_(requires_grad=False)
     # Where none is recorded, one that does not depend on timing.
     net.kernels_before = {"attention": "sdpa", **opened.kernels}
@@ -280,4 +282,6 @@ def _other(own: Model, found: Model) -> Other:
     if os.path.abspath(there.run) != os.path.abspath(here.run):
         us = f"{here.run}, which {there.run} is to guide,"
         found.net.contract().accept(own.net.contract(), us)
-    return Other(Plain(found.net, theirs.interpolant, theirs.predicts), there)
+    averages = recipe.sampler.averages != "unused"
+    plain = Plain(found.net, theirs.interpolant, theirs.predicts, averages=averages)
+    return Other(plain, there)

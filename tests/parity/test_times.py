@@ -97,7 +97,7 @@ class MeanFlow(Objective):
 
 @hookimpl
 def register(add):
-    add("objectives", "mean_flow", MeanFlow)
+    add("objectives", "own_mean_flow", MeanFlow)
 """
 SECOND = ("--set", "predicts=v", "--set", "backbone.second_time=true")
 
@@ -107,12 +107,12 @@ def folder(tmp_path, tiny_text, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(tiny_text)
     (tmp_path / "forcing.py").write_text(FORCING)
-    (tmp_path / "mean_flow.py").write_text(MEAN_FLOW)
+    (tmp_path / "own_mean_flow.py").write_text(MEAN_FLOW)
     return tmp_path
 
 
 @pytest.mark.usefixtures("forks")
-@pytest.mark.parametrize("name", ["forcing", "mean_flow"])
+@pytest.mark.parametrize("name", ["forcing", "own_mean_flow"])
 def test_a_plugin_with_such_times_passes_every_check(folder, name) -> None:
     """Contract, resume bit for bit, bfloat16, compiled steps, two processes."""
     done = e2ediff("plugins", "check", f"{name}.py")
@@ -129,16 +129,17 @@ def test_times_of_tokens_train_and_sample(folder) -> None:
 
 def test_an_average_velocity_is_sampled_in_one_step_between_its_times(folder, monkeypatch) -> None:
     """The sampler's step tells the network where it ends, with guidance as without."""
-    words = ("--plugin", "mean_flow.py", "--set", "objective=mean_flow", *SECOND)
+    words = ("--plugin", "own_mean_flow.py", "--set", "objective=own_mean_flow", *SECOND)
     done = e2ediff("run", "tiny.yaml", *words, "--set", "steps=40", "--out", "run")
     assert done.code == 0, done.err
-    monkeypatch.setenv("E2EDIFF_PLUGIN_FILES", str(folder / "mean_flow.py"))
+    monkeypatch.setenv("E2EDIFF_PLUGIN_FILES", str(folder / "own_mean_flow.py"))
     plain = "sampler={name: euler, steps: 2}"
     model = package.load("run", device="cpu", overrides=[plain])
     seen = []
 
     def watched(*passes, run=model.net.outputs):
-        seen.extend((float(p.t[0]), float(p.r[0])) for p in passes if isinstance(p, Denoise))
+        asked = [p for p in passes if isinstance(p, Denoise)]
+        seen.extend((float(p.t[0]), float((p.t if p.r is None else p.r)[0])) for p in asked)
         return run(*passes)
 
     monkeypatch.setattr(model.net, "outputs", watched)
@@ -151,6 +152,15 @@ def test_an_average_velocity_is_sampled_in_one_step_between_its_times(folder, mo
     monkeypatch.setattr(guided.net, "outputs", watched)
     guided.sample([0, 1])
     assert {*seen} == {(0.0, 0.5), (0.5, 1.0)}
+    for sampler, asked in {
+        "average_velocity": [(0.0, 1.0)],
+        "{name: heun, steps: 2}": [(0.0, 0.0), (0.5, 0.5), (0.5, 0.5)],
+    }.items():
+        seen.clear()
+        other = package.load("run", device="cpu", overrides=[f"sampler={sampler}"])
+        monkeypatch.setattr(other.net, "outputs", watched)
+        other.sample([0, 1])
+        assert seen == asked, "steps of higher order are made of velocities at single times"
     monkeypatch.undo()
     # The second time matters: without it the network is asked for the velocity at t.
     z, t = torch.randn(2, model.net.latent.tokens, model.net.latent.dim), torch.zeros(2)
@@ -164,12 +174,31 @@ def test_an_average_velocity_is_sampled_in_one_step_between_its_times(folder, mo
 
 
 def test_a_recipe_without_a_second_time_is_refused_by_what_needs_it(folder) -> None:
-    words = ("--plugin", "mean_flow.py", "--set", "objective=mean_flow", "--set", "predicts=v")
+    words = (
+        "--plugin",
+        "own_mean_flow.py",
+        "--set",
+        "objective=own_mean_flow",
+        "--set",
+        "predicts=v",
+    )
     done = e2ediff("check", "tiny.yaml", *words)
     assert (done.code, "backbone.second_time: the average velocity needs it" in done.err) == (
         3,
         True,
     )
+
+
+def test_a_sampler_of_average_velocities_is_refused_by_a_network_with_one_time(folder) -> None:
+    words = ("--set", "sampler=average_velocity")
+    done = e2ediff("check", "tiny.yaml", *words)
+    assert done.code == 3
+    assert "sampler: follows average velocities" in done.err
+    assert "choose another, such as euler" in done.err
+    assert e2ediff("run", "tiny.yaml", "--out", "run").code == 0
+    done = e2ediff("sample", "run", *words, "--count", 2, "--format", "npz")
+    assert done.code == 3
+    assert "sampler: follows average velocities" in done.err
 
 
 # Laws

@@ -36,7 +36,7 @@ class MeanFlow(AutoencoderObjective):
     (`tangent: network`). du/dt is exact, by forward-mode differentiation in a pass of its own;
     where r = t the loss is that of velocities.
     z_t carries a stopped latent: reconstruction alone shapes the latents, as in `detached`.
-    Samples take one network call with `sampler: {name: euler, steps: 1}`.
+    Samples take one network call with `sampler: average_velocity`.
 
     Options:
         apart: The share of latents with r > t.
