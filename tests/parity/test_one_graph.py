@@ -148,7 +148,7 @@ OBJECTIVES = [
         ["objective={name: dsd, draws: 2, augmentation: {jitter: 0.2, mask_probability: 0.5}}",
          "backbone.latent_norm=position"], id="dsd", marks=needs_dsd),
     *(pytest.param([f"objective={name}"], id=name, marks=needs("e2ediff-rivals"))
-      for name in ("kl", "tweedie", "unified_latents", "genfirst")),
+      for name in ("kl", "tweedie", "unified_latents")),
     pytest.param(["objective=mean_flow", "predicts=v", "backbone.second_time=true"],
                  id="mean_flow", marks=needs("e2ediff-rivals")),
     pytest.param(["objective={name: adversary, of: detached, layers: 1, channels: 8}",
