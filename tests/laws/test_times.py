@@ -122,11 +122,30 @@ def test_a_fall_longer_than_training_takes_all_of_it() -> None:
     [
         ({"schedule": "wsd"}, "'wsd' holds the rate and then lets it fall: give 'decay_images'"),
         ({"schedule": "cosine", "cooldown": 0.5, "decay_images": 10}, "both are given"),
+        ({"schedule": "cosine", "decay_from": 10}, "give 'decay_images' as its length too"),
     ],
 )
 def test_a_fall_has_one_length(options, what) -> None:
     with pytest.raises(ValueError, match=what):
         AdamW(**options)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_fall_may_begin_anywhere_and_end_above_zero_where_the_rate_stays(schedule) -> None:
+    """Whatever the length of training, which may be shorter."""
+    rate = AdamW(schedule=schedule, decay_from=3000, decay_images=2000, floor=0.4)
+    for total in (TOTAL, 2 * TOTAL, 4000):
+        assert [rate.factor(i, total) for i in (0, 2999, 3000)] == [1, 1, 1]
+        middle = {"cosine": 0.5, "linear": 0.5, "wsd": 1 - 0.5**0.5}[schedule]
+        assert rate.factor(4000, total) == pytest.approx(0.4 + 0.6 * middle)
+        assert [rate.factor(i, total) for i in (5000, 9000)] == pytest.approx([0.4, 0.4])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_floor_raises_the_end_of_a_fall_that_fills_training(schedule) -> None:
+    rate = AdamW(schedule=schedule, floor=0.1)
+    found = [rate.factor(i, TOTAL) for i in (0, TOTAL // 2, TOTAL)]
+    assert found == pytest.approx([1, 0.55, 0.1])
 
 
 @given(images=st.integers(0, 999))

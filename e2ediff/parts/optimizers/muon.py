@@ -42,12 +42,13 @@ class Muon(Scheduled):
     are the algorithm's.
     `scale` multiplies a matrix's rate: `match_rms_adamw` by 0.2 sqrt(larger side), so that one
     `lr` serves both optimizers; `original` by sqrt(max(1, rows / columns)).
-    `lr`, `warmup_images`, `schedule`, `cooldown`, `decay_images`, `clip` and `groups` are those of
-    `adamw`.
+    `lr`, `warmup_images`, `schedule`, `cooldown`, `decay_images`, `decay_from`, `floor`, `clip`
+    and `groups` are those of `adamw`.
 
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), by torch.optim.Muon; the
-    scale is Liu et al. 2025's (arXiv 2502.16982), section 2.2. Momentum, scale and split as
-    UNITE's code (arXiv 2603.22283), whose peak rate is 1e-4.
+    scale is Liu et al. 2025's (arXiv 2502.16982), section 2.2. Momentum and scale as UNITE's
+    code (arXiv 2603.22283), where Muon also has embeddings and the decoder's last layer, which
+    `recipes/unite_in256.yaml` writes by `exclude`. Ours: the default `lr`.
     """
 
     lr: float = attrs.field(default=1e-4, validator=validators.gt(0))

@@ -19,13 +19,13 @@ Schedule = Literal["constant", "cosine", "linear", "wsd"]
 
 
 def schedule_factor(
-    schedule: Schedule, images: int, total: int, warmup: int, cooldown: float
+    schedule: Schedule, images: int, total: int, warmup: int, cooldown: float, floor: float = 0.0
 ) -> float:
     """Multiplier of the learning rate after `images` of `total`, in [0, 1].
 
     A linear rise over `warmup` images; then 1, falling over the last `cooldown` share of
-    training to 0 along a half cosine (`cosine`), a line (`linear`) or 1 minus a square root
-    (`wsd`); `constant` never falls.
+    `total` to `floor` along a half cosine (`cosine`), a line (`linear`) or 1 minus a square root
+    (`wsd`), and staying there; `constant` never falls.
 
     Source: warm-up, stable, decay of MiniCPM (Hu et al. 2024, arXiv 2404.06395), section 4.2,
     with the square-root decay of Hägele et al. 2024 (arXiv 2405.18392), section 3.1.
@@ -36,8 +36,10 @@ def schedule_factor(
     start = total * (1 - cooldown)
     done = min(1.0, max(0.0, (images - start) / max(1.0, total - start)))
     if schedule == "cosine":
-        return rise * (1 + math.cos(math.pi * done)) / 2
-    return rise * (1 - (math.sqrt(done) if schedule == "wsd" else done))
+        height = (1 + math.cos(math.pi * done)) / 2
+    else:
+        height = 1 - (math.sqrt(done) if schedule == "wsd" else done)
+    return rise * (floor + (1 - floor) * height)
 
 
 @attrs.frozen(kw_only=True)
@@ -47,7 +49,7 @@ class ParameterGroup:
     `match` is a pattern of their names, with `*` for any text, as `heads.*` or `online.trunks.*`.
     `factor` multiplies the peak rate; 0 leaves the parameters as they are.
     `schedule`, `warmup_images`, `cooldown` and `decay_images` are the optimizer's where they are
-    not given.
+    not given; `decay_from` and `floor` always are.
     """
 
     match: str = attrs.field(validator=validators.min_len(1))
@@ -71,6 +73,10 @@ class Scheduled(OptimizerConfig):
     schedule: Schedule = "constant"
     cooldown: float = attrs.field(default=1.0, validator=[validators.gt(0), validators.le(1)])
     decay_images: int = attrs.field(default=0, validator=validators.ge(0))
+    decay_from: int | None = attrs.field(
+        default=None, validator=validators.optional(validators.ge(0))
+    )
+    floor: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.le(1)])
     clip: float = attrs.field(default=1.0, validator=validators.ge(0))
     groups: tuple[ParameterGroup, ...] = attrs.field(default=())
 
@@ -98,10 +104,18 @@ class Scheduled(OptimizerConfig):
                 "below 1, as the length of the fall."
             )
 
+    @decay_from.validator
+    def _length_of_fall(self, field: attrs.Attribute[int | None], value: int | None) -> None:
+        if value is not None and self.decay_images == 0:
+            raise ValueError(
+                "'decay_from' says where a fall begins: give 'decay_images' as its length too."
+            )
+
     @override
     def factor(self, images: int, total: int) -> float:
-        fall = min(1.0, self.decay_images / total) if self.decay_images else self.cooldown
-        return schedule_factor(self.schedule, images, total, self.warmup_images, fall)
+        end = total if self.decay_from is None else self.decay_from + self.decay_images
+        fall = min(1.0, self.decay_images / end) if self.decay_images else self.cooldown
+        return schedule_factor(self.schedule, images, end, self.warmup_images, fall, self.floor)
 
     def group_factor(self, name: str, images: int, total: int) -> float:
         """The schedule of the group with this pattern, or that of all others."""
@@ -166,6 +180,8 @@ class AdamW(Scheduled):
     `schedule` is `constant`, or falls to 0 over the last `cooldown` share of training (1: all of
     it), or over the last `decay_images` images: `cosine`, `linear`, or `wsd`, which holds the
     rate and then falls along 1 minus a square root.
+    With `decay_from` the fall over `decay_images` begins after so many images and not at the end;
+    `floor` is the share of the peak that a fall ends at, where the rate then stays.
     `clip` bounds the gradient's norm; 0 leaves it.
     `groups` gives parameters, by patterns of their names, a factor of the rate or a schedule of
     their own: `[{match: "heads.*", factor: 0.1}]`.
@@ -186,8 +202,8 @@ class AdamW(Scheduled):
 class SGD(Scheduled):
     """Stochastic gradient descent with `momentum`, a control: transformers train poorly with it.
 
-    `lr`, `weight_decay`, `warmup_images`, `schedule`, `cooldown`, `decay_images`, `clip` and
-    `groups` are those of `adamw`.
+    `lr`, `weight_decay`, `warmup_images`, `schedule`, `cooldown`, `decay_images`, `decay_from`,
+    `floor`, `clip` and `groups` are those of `adamw`.
     """
 
     momentum: float = attrs.field(default=0.9, validator=[validators.ge(0), validators.lt(1)])
