@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e2ediff.backbone import Backbone, Denoise
+from e2ediff.condition import Condition
 from e2ediff.features import FeatureConfig
 from e2ediff.interpolant import Estimate, Interpolant, spread
 from e2ediff.objective import Draw, Nets, Objective
@@ -203,11 +204,17 @@ class Noised:
         return nets.path.estimate(out, self.z_t, self.draw.t, nets.predicts)
 
 
-def noise_levels(z: Tensor, draw: Draw, path: Interpolant, count: int) -> list[Noised]:
-    """Noise z (B, N, D) at `count` noise levels, each with its own times and noise."""
+def noise_levels(
+    z: Tensor, draw: Draw, path: Interpolant, count: int, condition: Condition | None = None
+) -> list[Noised]:
+    """Noise z (B, N, D) at `count` noise levels, each with its own times and noise.
+
+    The first has the draw's own times and conditions. With `condition`, the images' own, each
+    further level drops rows of it anew; without it all levels share what the draw dropped.
+    """
     levels = []
     for i in range(count):
-        own = draw if i == 0 else draw.again()
+        own = draw if i == 0 else draw.again(condition)
         eps = own.noise(z)
         levels.append(Noised(path.mix(z, eps, own.t), eps, own))
     return levels

@@ -56,7 +56,7 @@ class Draw:
 
     `t` is (B,), from the recipe's time sampler.
     `condition` is the batch's, some rows replaced by null ones so that the denoiser also learns
-    without a condition.
+    without a condition; `label_drop` is the probability of that, for each row.
     """
 
     t: Tensor
@@ -64,6 +64,7 @@ class Draw:
     generator: torch.Generator | None
     times: TimeSampler
     progress: Tensor = attrs.field(factory=lambda: torch.zeros(()))
+    label_drop: float = 0.0
 
     def noise(self, like: Tensor) -> Tensor:
         """Draw unit normal noise of the shape of `like`, in float32."""
@@ -73,10 +74,26 @@ class Draw:
         """Draw uniform numbers in [0, 1) of this shape."""
         return torch.rand(shape, generator=self.generator, device=self.t.device)
 
-    def again(self) -> Draw:
-        """Return a further draw for the same images: other times, the same conditions."""
-        t = self.times.draw(len(self.t), self.generator, self.t.device)
-        return attrs.evolve(self, t=t)
+    def drop(self, condition: Condition) -> Condition:
+        """Draw which rows of a condition, one for each image, become null ones, and return it."""
+        dropped = self.uniform(len(condition)) < self.label_drop
+        return condition.where(dropped, condition.null())
+
+    def again(self, condition: Condition | None = None) -> Draw:
+        """Return a further draw for the same images, with other times.
+
+        Args:
+            condition: The images' conditions, of which rows are dropped anew; without it, and
+                where `label_drop` is 0, conditions stay those of this draw.
+        """
+        t = self.further_times()
+        if condition is None or self.label_drop == 0:
+            return attrs.evolve(self, t=t)
+        return attrs.evolve(self, t=t, condition=self.drop(condition))
+
+    def further_times(self) -> Tensor:
+        """Draw other times (B,), as `again` does first."""
+        return self.times.draw(len(self.t), self.generator, self.t.device)
 
 
 @attrs.frozen(eq=False)

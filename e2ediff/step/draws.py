@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import torch
 
 from e2ediff.condition import Condition
@@ -20,11 +21,15 @@ def draw_for(
     """
     device, n = condition.device, len(condition)
     g = generator(device, recipe.seed, purpose, *numbers)
-    t = recipe.times.draw(n, g, device)
-    dropped = torch.rand(n, generator=g, device=device) < recipe.label_drop
-    condition = condition.where(dropped, condition.null())
-    done = torch.full((), progress, device=device)
-    return Draw(t=t, condition=condition, generator=g, times=recipe.times, progress=done)
+    draw = Draw(
+        t=recipe.times.draw(n, g, device),
+        condition=condition,
+        generator=g,
+        times=recipe.times,
+        progress=torch.full((), progress, device=device),
+        label_drop=recipe.label_drop,
+    )
+    return attrs.evolve(draw, condition=draw.drop(condition))
 
 
 def training_draw(

@@ -92,8 +92,8 @@ class _Watched(Draw):
     def uniform(self, *shape: int) -> Tensor:
         return self.tape.record("uniform", shape, lambda: self.inner.uniform(*shape))
 
-    def again(self) -> Draw:
-        return attrs.evolve(self, t=self.tape.record("again", (), lambda: self.inner.again().t))
+    def further_times(self) -> Tensor:
+        return self.tape.record("times", (), self.inner.further_times)
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -118,8 +118,8 @@ class _Drawn(Draw):
     def uniform(self, *shape: int) -> Tensor:
         return self._next("uniform", shape)
 
-    def again(self) -> Draw:
-        return attrs.evolve(self, t=self._next("again", ()))
+    def further_times(self) -> Tensor:
+        return self._next("times", ())
 
 
 def _drawn(draw: Draw, asked: Sequence[Request]) -> list[Tensor]:
@@ -131,7 +131,7 @@ def _drawn(draw: Draw, asked: Sequence[Request]) -> list[Tensor]:
         elif kind == "uniform":
             found.append(draw.uniform(*shape))
         else:
-            found.append(draw.again().t)
+            found.append(draw.further_times())
     return found
 
 
@@ -218,7 +218,8 @@ class OneGraph:
     ) -> Callable[..., Losses]:
         """Return a compiled function of tensors; it keeps what is none from these arguments."""
         step, whole, tracing = self.step, self._whole, self.tracing
-        times, kinds = draw.times, (_without_data(batch.condition), _without_data(draw.condition))
+        times, label_drop = draw.times, draw.label_drop
+        kinds = (_without_data(batch.condition), _without_data(draw.condition))
 
         @torch._dynamo.nonstrict_trace
         def traced(
@@ -237,7 +238,7 @@ class OneGraph:
                 ]
                 again = _Drawn(
                     t=t, condition=conditions[1], generator=None, times=times, progress=progress,
-                    asked=[*asked], given=[*given],
+                    label_drop=label_drop, asked=[*asked], given=[*given],
                 )  # fmt: skip
                 return Step.forward(step, Batch(x, conditions[0]), again, phase)
 
@@ -284,6 +285,7 @@ def _fields(draw: Draw) -> dict[str, Any]:
     """Return the values of a draw, without its generator."""
     return {
         "t": draw.t, "condition": draw.condition, "times": draw.times, "progress": draw.progress,
+        "label_drop": draw.label_drop,
     }  # fmt: skip
 
 

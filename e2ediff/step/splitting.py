@@ -224,10 +224,9 @@ class PartDraw(Draw):
         whole, axis = self._shape(shape)
         return self._cut(torch.rand(whole, generator=self.generator, device=self.t.device), axis)
 
-    def again(self) -> Draw:
-        """Draw as `Draw.again`."""
-        t = self.times.draw(self.images, self.generator, self.t.device)
-        return attrs.evolve(self, t=self._cut(t, 0))
+    def further_times(self) -> Tensor:
+        """Draw as `Draw.further_times`."""
+        return self._cut(self.times.draw(self.images, self.generator, self.t.device), 0)
 
 
 def part_of(draw: Draw, rows: slice) -> PartDraw:
@@ -238,6 +237,7 @@ def part_of(draw: Draw, rows: slice) -> PartDraw:
         generator=draw.generator,
         times=draw.times,
         progress=draw.progress,
+        label_drop=draw.label_drop,
         images=len(draw.t),
         rows=rows,
     )

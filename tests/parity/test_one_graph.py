@@ -147,6 +147,8 @@ OBJECTIVES = [
     pytest.param(
         ["objective={name: dsd, draws: 2, augmentation: {jitter: 0.2, mask_probability: 0.5}}",
          "backbone.latent_norm=position"], id="dsd", marks=needs_dsd),
+    pytest.param(["objective={name: unite, draws: 2}", "label_drop=0.5"], id="unite",
+                 marks=needs("e2ediff-unite")),
     *(pytest.param([f"objective={name}"], id=name, marks=needs("e2ediff-rivals"))
       for name in ("kl", "tweedie", "unified_latents")),
     pytest.param(["objective=mean_flow", "predicts=v", "backbone.second_time=true"],

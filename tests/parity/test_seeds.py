@@ -11,12 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from e2ediff.condition import Labels
 from e2ediff.host.recipe import parse_recipe
 from e2ediff.loading.batches import Order, batches, fixed_images
 from e2ediff.model.build import build_nets
 from e2ediff.model.inference import Model
+from e2ediff.objective import Draw
 from e2ediff.parts.sources import Synthetic
+from e2ediff.parts.time_samplers import Uniform
 from e2ediff.seeds import derive
+from e2ediff.step.splitting import part_of
 
 CPU = torch.device("cpu")
 
@@ -188,3 +192,44 @@ def test_weights_depend_on_the_seed_alone(host, tiny_text) -> None:
     other = build_nets(attrs.evolve(recipe, seed=1), CPU)[0].online.state_dict()
     assert not torch.equal(first["embed_pixels.weight"], other["embed_pixels.weight"])
     torch.set_rng_state(state)
+
+
+# Draws
+
+
+def draw_of(count: int = 4000, label_drop: float = 0.25) -> tuple[Draw, Labels]:
+    """A draw whose conditions are those of `count` images of class 0, some dropped."""
+    g, times = torch.Generator().manual_seed(0), Uniform()
+    labels = Labels(torch.zeros(count, dtype=torch.int64), classes=1)
+    t = times.draw(count, g, torch.device("cpu"))
+    draw = Draw(t=t, condition=labels, generator=g, times=times, label_drop=label_drop)
+    return attrs.evolve(draw, condition=draw.drop(labels)), labels
+
+
+def test_a_further_draw_keeps_the_dropped_rows_or_drops_anew_where_it_is_given_conditions() -> (
+    None
+):
+    draw, labels = draw_of()
+    first, kept = draw.condition.label, draw.again()
+    assert torch.equal(kept.condition.label, first)
+    assert not torch.equal(kept.t, draw.t)
+    anew = [draw.again(labels).condition.label for _ in range(2)]
+    for dropped in (first, *anew):  # 0.25 of 4,000 rows, to four standard deviations
+        assert float((dropped == 1).float().mean()) == pytest.approx(0.25, abs=0.028)
+    for a, b in ((first, anew[0]), (first, anew[1]), (anew[0], anew[1])):
+        both = float(((a == 1) & (b == 1)).float().mean())
+        assert both == pytest.approx(0.25**2, abs=0.016), "independent of one another"
+
+
+def test_conditions_that_are_never_dropped_stay_in_further_draws() -> None:
+    draw, labels = draw_of(20, label_drop=0.0)
+    assert torch.equal(draw.again(labels).condition.label, labels.label)
+
+
+def test_a_part_of_further_draws_has_the_rows_of_the_whole() -> None:
+    (whole, labels), (other, _) = draw_of(40), draw_of(40)
+    part = part_of(other, slice(10, 30))
+    for _ in range(2):
+        all_rows, own = whole.again(labels), part.again(labels.rows(slice(10, 30)))
+        assert torch.equal(own.t, all_rows.t[10:30])
+        assert torch.equal(own.condition.label, all_rows.condition.label[10:30])

@@ -196,7 +196,17 @@ def first_batch(recipe):
     return next(batches(recipe.data.open(), recipe.data.image, batch=recipe.batch, **options))
 
 
-@pytest.mark.parametrize("changes", [DSD, ["objective={name: detached, draws: 2}"]])
+UNITE = ["objective={name: unite, draws: 3}", "label_drop=0.5"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        DSD,
+        ["objective={name: detached, draws: 2}"],
+        pytest.param(UNITE, marks=needs("e2ediff-unite")),
+    ],
+)
 def test_parts_of_a_draw_are_the_rows_of_the_whole_draw(changes, tiny_text) -> None:
     """Every loss, weighted by images, over unequal parts of 7 images and 1."""
     if changes is DSD:

@@ -39,7 +39,7 @@ class Unite(AutoencoderObjective):
     trunk, `backbone: unite` or, with a token for each patch, `vit` with `trunks: decoder_apart`.
 
     `draws` is k, the noise levels trained on for each reconstruction, at that many times the
-    denoiser's cost; `reduce` says whether their losses are added up (`sum`) or averaged
+    denoiser's cost, each with times, noise and dropped labels of its own; `reduce` says whether their losses are added up (`sum`) or averaged
     (`mean`), and `denoising_weight` is the weight of that sum or mean.
     `weight` is the space whose weight w_t multiplies the clean error, `x0` being unweighted, and
     `clamp` the largest such weight; 400 is 1 - t held above 0.05.
@@ -70,7 +70,7 @@ class Unite(AutoencoderObjective):
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction of noised latents, and the clean errors of stopped ones."""
         (z,) = nets.online.run(self._encode(nets, batch, draw))  # (B, N, D)
-        levels = noise_levels(sg(z), draw, nets.path, self.draws)
+        levels = noise_levels(sg(z), draw, nets.path, self.draws, batch.condition)
         x_hat, *outs = nets.online.run(
             Decode(z=self.decode_noise(z, draw, nets.path)), *(n.denoise() for n in levels)
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import attrs
 import pytest
 import torch
 from declared_stops import holds_its_declaration
 from e2ediff_testing import TinyBackbone, make_batch, make_draw, make_nets
+from e2ediff_testing.tiny import IMAGE
 from e2ediff_unite.objective import Unite
 
+from e2ediff.backbone import Denoise
 from e2ediff.host.plugins import load
 from e2ediff.losses import DecodeNoise
 from e2ediff.parts.backbones import ViTConfig
@@ -98,6 +102,31 @@ def test_its_loss_is_the_released_one_of_velocities() -> None:
     torch.testing.assert_close(
         losses(Unite(draws=1), nets)["denoising"].detach(), expected, rtol=1e-4, atol=0
     )
+
+
+def test_each_noise_level_drops_labels_anew() -> None:
+    """The released code draws the dropped rows in each call of its network."""
+    seen = []
+
+    class Listening(type(VIT.build(IMAGE))):
+        def outputs(self, *passes):
+            seen.extend(p.condition.label for p in passes if isinstance(p, Denoise))
+            return super().outputs(*passes)
+
+    nets = make_nets(VIT, Unite())
+    nets.online.__class__ = Listening
+    batch = make_batch(size=64)
+    draw = attrs.evolve(make_draw(batch), label_drop=0.5)
+    draw = attrs.evolve(draw, condition=draw.drop(batch.condition))
+    Unite(draws=4).terms(nets, batch, draw, "joint")
+    null = batch.condition.null().label
+    dropped = [label == null for label in seen]
+    assert len(dropped) == 4
+    assert torch.equal(seen[0], draw.condition.label)
+    for label, gone in zip(seen, dropped, strict=True):
+        assert 10 < int(gone.sum()) < 54
+        assert torch.equal(label[~gone], batch.condition.label[~gone])
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(dropped, 2))
 
 
 def test_free_scale_is_refused_while_latents_are_noised() -> None:
