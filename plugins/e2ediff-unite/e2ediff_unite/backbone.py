@@ -41,7 +41,8 @@ class UniteConfig(PatchConfig):
     side of a patch in pixels; the latent is `registers` tokens of `latent_dim` channels, which
     have no place on the image.
     To denoise, the trunk sees the registers alone; to encode, the patches too, with registers
-    that begin from noise, next to t = 0 and without a class.
+    that begin from noise, next to t = 0 and without a class: from fresh noise where the objective
+    gives it, else from the same in every call, at t = 0.
     `context` class tokens join after the first `context_start` blocks; 0 leaves them out.
     `latent_norm` is described at `e2ediff.latent.LatentNorm`; `norm_prediction` sends the
     denoiser's answer through it too.
@@ -52,8 +53,12 @@ class UniteConfig(PatchConfig):
     Source: UNITE (arXiv 2603.22283), and its released code for the shapes: adaLN-zero with RMSNorm
     before and after each block, SwiGLU, qk-norm, rotary positions on a line, sine-cosine
     positions of registers, learned from there, random Fourier features of time, class tokens as
-    JiT's. Ours: normal quantiles for the random frequencies, and a final layer that does not
-    begin at zero, where every latent would be the same.
+    JiT's; and for the start of weights: the trunk as a DiT's, decoder and embedding of patches
+    as torch makes linear layers.
+    Ours: normal quantiles for the random frequencies; a final layer that does not begin at zero,
+    where every latent would be the same; the fixed start, as a latent outside the training step
+    is a function of its image here, while the code draws noise and t from U[0, 0.01] always;
+    images in [-1, 1], where the code has [0, 1].
     """
 
     trial: ClassVar[tuple[str, ...]] = (
@@ -109,7 +114,7 @@ class UniteNet(PatchBackbone, FusedBackbone):
         self.embed_time = TimeEmbedding(c.width, 2 * math.pi * normal_quantiles(256))
         self.embed_label = image.conditioning.embedding(c.width)
         self.embed_context = nn.Parameter(torch.empty(c.context, c.width))
-        self.register_buffer("start", even_noise(c.registers, c.latent_dim), persistent=False)
+        self.register_buffer("start", fixed_noise(c.registers, c.latent_dim), persistent=False)
         line = (c.registers + self.grid[0] * self.grid[1],)
         self.rotary = Rotary(line, c.width // c.heads, base=10000.0)
 
@@ -122,6 +127,9 @@ class UniteNet(PatchBackbone, FusedBackbone):
         table = self.embed_label.parameters(recurse=False)
         small = (*table, self.embed_context, *times)
         initialise(self, small)
+        decoding = [m for m in self.decoder.modules() if isinstance(m, nn.Linear)]
+        for linear in (self.embed_pixels, *decoding):
+            linear.reset_parameters()
 
     def outputs(self, *passes: Pass) -> list[Output]:
         """Run passes; those of one kind go through the network as one batch.
@@ -202,15 +210,13 @@ def normal_quantiles(count: int) -> Tensor:
     return spread.float()
 
 
-def even_noise(tokens: int, dim: int) -> Tensor:
-    """Numbers (tokens, dim) spread as those of a unit normal, without randomness or a pattern.
+def fixed_noise(tokens: int, dim: int) -> Tensor:
+    """Unit normal noise (tokens, dim), always the same.
 
-    Source: quantiles of the golden ratio's multiples, a sequence of low discrepancy.
+    It is drawn on the CPU from a generator of its own, so it depends on the shape alone.
     """
-    golden = (math.sqrt(5) - 1) / 2
-    u = (torch.arange(tokens * dim, dtype=torch.float64) + 0.5) * golden % 1
-    noise: Tensor = torch.special.ndtri(u)
-    return noise.float().reshape(tokens, dim)
+    noise = torch.randn(tokens, dim, generator=torch.Generator().manual_seed(0), device="cpu")
+    return noise.to(torch.get_default_device())
 
 
 def line_positions(tokens: int, width: int) -> Tensor:

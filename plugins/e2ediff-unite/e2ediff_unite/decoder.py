@@ -43,15 +43,32 @@ class DecoderConfig:
         return found
 
 
+# As the released code. The extra token is zero in the first step, where its norm multiplies its
+# gradient by 1 / sqrt(_EPS), which clipping bounds; from then on the number hardly matters.
+_EPS = 1e-12
+
+
+class ErfMLP(MLP):
+    """A perceptron whose GELU is exact, where that of other networks is by tanh."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__(width, ratio, "gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, P, W) -> (B, P, W)."""
+        out: Tensor = self.outer(functional.gelu(self.inner(x)))
+        return out
+
+
 class PlainBlock(nn.Module):
     """Pre-norm attention and GELU perceptron, without conditioning."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=_EPS)
         self.attention = SelfAttention(width, heads, qk_norm=False)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width, 4.0, "gelu")
+        self.norm2 = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = ErfMLP(width, 4.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, P, W) -> (B, P, W)."""
@@ -66,9 +83,12 @@ class Decoder(nn.Module):
     Latent tokens become patches in their order; where their number is another they are
     interpolated along their line.
 
+    Its linear layers begin as torch makes them, which `UniteNet` sees to.
+
     Source: UNITE (arXiv 2603.22283), released code, after MAE's decoder (arXiv 2111.06377): two
-    linear layers before, a learned token beside the patches. The code interpolates on a square,
-    ours on a line, because registers have no place; GELU is by tanh.
+    linear layers before, a learned token beside the patches, norms with eps 1e-12, exact GELU.
+    Ours: latents are interpolated on a line, because registers have no place; the code does it
+    on a square. Images are in [-1, 1], the code's in [0, 1].
     """
 
     positions: Tensor
@@ -92,7 +112,7 @@ class Decoder(nn.Module):
         self.embed_extra = nn.Parameter(torch.zeros(width))
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
         self.blocks = nn.ModuleList(PlainBlock(width, config.heads) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=_EPS)
         self.head = nn.Linear(width, channels * patch**2)
 
     def forward(self, z: Tensor) -> Tensor:

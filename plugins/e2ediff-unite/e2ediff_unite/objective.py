@@ -39,8 +39,9 @@ class Unite(AutoencoderObjective):
     trunk, `backbone: unite` or, with a token for each patch, `vit` with `trunks: decoder_apart`.
 
     `draws` is k, the noise levels trained on for each reconstruction, at that many times the
-    denoiser's cost, each with times, noise and dropped labels of its own; `reduce` says whether their losses are added up (`sum`) or averaged
-    (`mean`), and `denoising_weight` is the weight of that sum or mean.
+    denoiser's cost, each with times, noise and dropped labels of its own; `reduce` says whether
+    their losses are added up (`sum`) or averaged (`mean`), and `denoising_weight` is the weight
+    of that sum or mean.
     `weight` is the space whose weight w_t multiplies the clean error, `x0` being unweighted, and
     `clamp` the largest such weight; 400 is 1 - t held above 0.05.
     `reconstruction` compares decoded images with the originals, after `decode_noise` on the
@@ -53,8 +54,11 @@ class Unite(AutoencoderObjective):
     probability 0.5 from t = 0.7 on, and encode times up to 0.01. The paper writes the unweighted
     error (`weight: x0`). Its latent norm has learned scales (`backbone.latent_norm: affine`);
     its prediction passes that norm too (`backbone.norm_prediction`); times are logit-normal with
-    a shift of 0.5 (`times: shifted`); its reconstruction adds LPIPS
-    (`reconstruction.perceptual`).
+    a shift of 0.5 (`times: shifted`).
+    Ours: images are in [-1, 1]. The code's are in [0, 1], where the same L1 is half as large, so
+    its loss is half of ours with `denoising_weight: 2`, and its clip half of ours. Its
+    reconstruction adds LPIPS, the sum of five maps with learned weights; ours
+    (`reconstruction.perceptual`) is a mean of maps without weights.
     """
 
     static_graph: ClassVar[bool] = True

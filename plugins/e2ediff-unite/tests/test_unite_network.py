@@ -106,10 +106,49 @@ def test_a_latent_is_a_function_of_the_image_unless_it_is_given_noise() -> None:
     assert not torch.allclose(net.encode(BATCH.x), net.encode(BATCH.x.flip(0)), atol=1e-3)
 
 
-def test_the_fixed_start_is_spread_like_the_noise_it_stands_for() -> None:
-    start = make_nets(attrs.evolve(TINY, registers=64, latent_dim=32)).online.start
-    assert abs(float(start.mean())) < 0.01
-    assert abs(float(start.std()) - 1) < 0.01
+def test_the_fixed_start_is_like_the_noise_it_stands_for() -> None:
+    """In mean, spread, and in that no register or channel tells of another."""
+    config = attrs.evolve(TINY, registers=256, latent_dim=32)
+    start = make_nets(config).online.start
+    assert abs(float(start.mean())) < 4 / (256 * 32) ** 0.5
+    assert abs(float(start.std()) - 1) < 4 / (2 * 256 * 32) ** 0.5
+    energy = torch.linalg.svdvals(start).square()
+    share = energy / energy.sum()
+    # Marchenko and Pastur's law for this shape: rank 30.1 of 32, and 5.7 % in the largest
+    assert float(torch.exp(-(share * share.log()).sum())) > 29.5
+    assert float(share[0]) < 0.07
+    assert float(torch.corrcoef(start).triu(1).abs().max()) < 0.85  # of 32,640 pairs
+    assert torch.equal(make_nets(config).online.start, start)
+    assert make_nets(config, device="meta").online.start.is_meta
+
+
+def test_weights_begin_as_those_of_the_released_code() -> None:
+    """Decoder and patches as torch makes linear layers, the trunk by Xavier's rule and zeros."""
+    wide = attrs.evolve(TINY, width=96, latent_dim=32)
+    net = make_nets(wide).online
+    named = dict(net.named_modules())
+    linears = {k: m for k, m in named.items() if isinstance(m, torch.nn.Linear)}
+    for name, m in linears.items():
+        (rows, columns), weight = m.weight.shape, m.weight.detach()
+        spread = float(weight.std()) * 3**0.5  # the bound, if it is uniform
+        if name == "embed_pixels" or name.startswith("decoder."):
+            bound = columns**-0.5
+            largest = float(m.bias.detach().abs().max())
+            assert largest == pytest.approx(bound, rel=0.2), name
+            assert largest <= bound, name
+        else:
+            assert not m.bias.any(), name
+            bound = (6 / (rows + columns)) ** 0.5
+        if "modulation" in name or name == "trunk.final":
+            assert not weight.any(), name
+        elif name.startswith("embed_time"):
+            assert float(weight.std()) == pytest.approx(0.02, rel=0.05), name
+        else:
+            assert spread == pytest.approx(bound, rel=0.05), name
+    for p in (net.embed_label.weight, net.embed_context):
+        assert float(p.detach().std()) == pytest.approx(0.02, rel=0.2)
+    assert not net.decoder.embed_extra.any()
+    assert {m.eps for m in net.decoder.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-12}
 
 
 def test_to_encode_is_to_denoise_with_the_image_in_sight() -> None:
