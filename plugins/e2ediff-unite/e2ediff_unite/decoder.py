@@ -20,16 +20,24 @@ _SIZE = validators.optional(validators.gt(0))
 
 @attrs.frozen(kw_only=True)
 class DecoderConfig:
-    """Shape of the decoder: `width`, `depth` and `heads`, each by default the trunk's."""
+    """Shape of the decoder: `width`, `depth` and `heads`, each by default the trunk's.
+
+    `embed_width` is the width between its first two linear layers, by default its own; UNITE's
+    code (arXiv 2603.22283) has 768 for decoders of all sizes.
+    """
 
     width: int | None = attrs.field(default=None, validator=_SIZE)
     depth: int | None = attrs.field(default=None, validator=_SIZE)
     heads: int | None = attrs.field(default=None, validator=_SIZE)
+    embed_width: int | None = attrs.field(default=None, validator=_SIZE)
 
     def filled(self, width: int, depth: int, heads: int) -> DecoderConfig:
         """With the trunk's sizes for those that are not given."""
         return DecoderConfig(
-            width=self.width or width, depth=self.depth or depth, heads=self.heads or heads
+            width=self.width or width,
+            depth=self.depth or depth,
+            heads=self.heads or heads,
+            embed_width=self.embed_width,
         )
 
     def problems(self) -> Sequence[tuple[str, str]]:
@@ -108,7 +116,8 @@ class Decoder(nn.Module):
         assert config.heads is not None
         width = config.width
         self.tokens, self.patch, self.grid = tokens, patch, grid
-        self.embed = nn.Sequential(nn.Linear(dim, width), nn.Linear(width, width))
+        between = config.embed_width or width
+        self.embed = nn.Sequential(nn.Linear(dim, between), nn.Linear(between, width))
         self.embed_extra = nn.Parameter(torch.zeros(width))
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
         self.blocks = nn.ModuleList(PlainBlock(width, config.heads) for _ in range(config.depth))

@@ -39,6 +39,7 @@ VARIANTS = {
     "batch norm": {"latent_norm": "batch"},
     "raw prediction": {"norm_prediction": False},
     "small decoder": {"decoder": DecoderConfig(width=8, depth=1, heads=1)},
+    "wide embedding of the decoder": {"decoder": DecoderConfig(width=8, heads=1, embed_width=24)},
 }
 
 
