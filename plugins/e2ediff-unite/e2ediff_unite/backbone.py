@@ -58,7 +58,8 @@ class UniteConfig(PatchConfig):
     Ours: normal quantiles for the random frequencies; a final layer that does not begin at zero,
     where every latent would be the same; the fixed start, as a latent outside the training step
     is a function of its image here, while the code draws noise and t from U[0, 0.01] always;
-    images in [-1, 1], where the code has [0, 1].
+    images in [-1, 1], where the code has [0, 1]; and neither of two vectors, a time embedding and
+    a label, that the code has and never uses.
     """
 
     trial: ClassVar[tuple[str, ...]] = (
