@@ -22,6 +22,7 @@ from e2ediff.nn.backbone import PatchBackbone, PatchConfig
 from e2ediff.nn.layers import (
     Context,
     Rotary,
+    SwiGLUWidth,
     TimeEmbedding,
     Trunk,
     context_problems,
@@ -46,7 +47,9 @@ class UniteConfig(PatchConfig):
     `context` class tokens join after the first `context_start` blocks; 0 leaves them out.
     `latent_norm` is described at `e2ediff.latent.LatentNorm`; `norm_prediction` sends the
     denoiser's answer through it too.
-    `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
+    `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third;
+    what is left is the nearest `multiple_of_8`, or with `swiglu_width: truncated` the number of
+    the released code, which is the same for B and XL and another for M and L.
     `decoder` has the shape of the decoder, by default the trunk's.
     `attention` is that of `vit`.
 
@@ -80,6 +83,7 @@ class UniteConfig(PatchConfig):
     context: int = attrs.field(default=32, validator=validators.ge(0))
     context_start: int = attrs.field(default=4, validator=validators.ge(0))
     mlp_ratio: float = attrs.field(default=4.0, validator=validators.gt(0))
+    swiglu_width: SwiGLUWidth = "multiple_of_8"
     decoder: DecoderConfig = attrs.field(factory=DecoderConfig)
 
     def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
@@ -119,7 +123,9 @@ class UniteNet(PatchBackbone, FusedBackbone):
         line = (c.registers + self.grid[0] * self.grid[1],)
         self.rotary = Rotary(line, c.width // c.heads, base=10000.0)
 
-        blocks = [NormedBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.depth)]
+        blocks = [
+            NormedBlock(c.width, c.heads, c.mlp_ratio, c.swiglu_width) for _ in range(c.depth)
+        ]
         self.trunk = Trunk(blocks, c.width, shared=False, norm="rms")
         self.head_latent = nn.Linear(c.width, c.latent_dim)
         own = c.decoder.filled(c.width, c.depth, c.heads)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from e2ediff.nn.layers import MLP, Block
+from e2ediff.nn.layers import MLP, Block, SwiGLUWidth
 
 
 class NormedBlock(Block):
@@ -16,8 +16,11 @@ class NormedBlock(Block):
     Source: UNITE (arXiv 2603.22283), released code.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__(width, heads, MLP(width, mlp_ratio, "swiglu"), "block", norm="rms")
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, swiglu_width: SwiGLUWidth
+    ) -> None:
+        mlp = MLP(width, mlp_ratio, "swiglu", swiglu_width)
+        super().__init__(width, heads, mlp, "block", norm="rms")
         self.after = nn.RMSNorm(width, eps=1e-6)
 
     def forward(

@@ -18,7 +18,9 @@ from e2ediff_testing import (
 )
 from e2ediff_unite.backbone import UniteConfig
 from e2ediff_unite.decoder import DecoderConfig
+from e2ediff_unite.encoder import NormedBlock
 from e2ediff_unite.objective import Unite
+from torch import nn
 
 from e2ediff.backbone import Decode, Denoise, Encode
 from e2ediff.condition import Labels
@@ -248,3 +250,11 @@ def test_its_small_recipe_trains_samples_and_reconstructs(tmp_path: Path) -> Non
     assert e2ediff("sample", tmp_path / "run", "--count", 1, "--label", 3).code == 0
     psnr = e2ediff("reconstruct", tmp_path / "run", "--count", 4, "--out", tmp_path)
     assert psnr.code == 0, psnr.err
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [("multiple_of_8", 2728), ("truncated", 2730)])
+def test_perceptrons_of_unite_m_and_l_have_either_width(rule, hidden) -> None:
+    """M and L are 1024 wide: the released code truncates 2/3 of 4 times that."""
+    block = NormedBlock(1024, 16, 4.0, rule)
+    assert [m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear)][-1] == 1024
+    assert {m.in_features for m in block.mlp.modules() if isinstance(m, nn.Linear)} >= {hidden}
