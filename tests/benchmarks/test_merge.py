@@ -1,0 +1,67 @@
+"""Results of parts of a study are put together, and those of other studies are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+
+@pytest.fixture
+def merge(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    import merge
+
+    return merge
+
+
+def part(tmp_path, name: str, runs, **changes) -> str:
+    figures = {
+        "agreement": 0.9, "agreement_to_real": 1.0, "pixel_frechet": 2.0, "nearest": 8.0,
+        "psnr": 28.0, "collapse_signs": [], "steps": 10, "parameters": 1e6,
+        "flops_per_image": 1e6, "flops_total": 1e12, "train_seconds": 1.0, "sample_seconds": 1.0,
+    }  # fmt: skip
+    real = {"accuracy": 0.9, "frechet": 2.5, "pixel_frechet": 1.7, "nearest": 8.3}
+    body = {
+        "recipe": "r", "sampler": "heun 20", "count": 100, "match_compute": False,
+        "judge_epochs": 16, "train_images": 8000, "held_out_images": 1000, "jobs": 1,
+        "threads": 1, "date": "2026-11-30T10:00:00", "real": {"0": real, "1": real},
+        "machine": {"cpu": name, "cores": 2, "device": "cpu"}, "seeds": [0],
+        "runs": [
+            {"objective": o, "seed": s, "figures": {**figures, "frechet": value}}
+            for o, s, value in runs
+        ],
+        **changes,
+    }  # fmt: skip
+    (tmp_path / f"{name}.json").write_text(json.dumps(body))
+    return str(tmp_path / f"{name}.json")
+
+
+def test_parts_become_one_table_whose_shared_runs_are_the_first_part_s(merge, tmp_path) -> None:
+    a = part(tmp_path, "Xeon", [("dsd", 0, 10.0), ("unite", 0, 20.0)])
+    b = part(tmp_path, "EPYC", [("unite", 0, 99.0), ("unite", 1, 24.0), ("dsd", 2, 14.0)])
+    done = CliRunner().invoke(merge.main, [a, b, "--out", str(tmp_path / "all.json")])
+    assert done.exit_code == 0, done.output
+    assert "Seeds 0, 1, 2;" in done.output
+    assert "12.0 ± 2.8 (10.0..14.0)" in done.output
+    assert "22.0 ± 2.8 (20.0..24.0)" in done.output
+    assert "Xeon and EPYC" in done.output
+    again = json.loads((tmp_path / "all.json").read_text())
+    assert [(r["objective"], r["seed"]) for r in again["runs"]] == [
+        ("dsd", 0), ("dsd", 2), ("unite", 0), ("unite", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"count": 50}, "count differ"), ({"recipe": "other"}, "recipe"), ({"real": {}}, "judges")],
+)
+def test_parts_of_other_studies_are_refused(merge, tmp_path, changes, said) -> None:
+    a = part(tmp_path, "a", [("dsd", 0, 10.0)])
+    b = part(tmp_path, "b", [("dsd", 1, 10.0)], **changes)
+    refused = CliRunner().invoke(merge.main, [a, b, "--out", str(tmp_path / "all.json")])
+    assert refused.exit_code == 1
+    assert said in refused.output
+    assert not (tmp_path / "all.json").exists()
