@@ -45,12 +45,21 @@ COLLAPSING = {
     "stop-gradient alone": ("objective.regress=v", "objective.target=online", _FULL),
     "clean prediction alone": ("objective.target_gradient=1", "objective.target=online", _FULL),
     "wrong form (v regressed, EMA target)": ("objective.regress=v", _FULL),
+    "genfirst without entropy": (
+        "objective={name: genfirst, reconstruction: {kind: l2}, prior_weight: 1, "
+        "entropy_weight: 0, first_phase: 1}",
+        "backbone.latent_norm=none",
+    ),
 }
 HEALTHY = {
     "dsd": (),
     "detached": ("objective=detached",),
     "two_stage": ("objective=two_stage", "backbone.trunks=denoiser_apart"),
     "unite": ("objective={name: unite, reconstruction: {kind: l2}}",),
+    "genfirst": (
+        "objective={name: genfirst, reconstruction: {kind: l2}}",
+        "backbone.latent_norm=none",
+    ),
 }
 
 NETWORKS = ("", "_online")

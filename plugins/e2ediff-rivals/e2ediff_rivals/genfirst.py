@@ -61,8 +61,8 @@ class GenFirst(AutoencoderObjective):
 
     trial: ClassVar[tuple[str, ...]] = ("backbone.latent_norm=none",)
 
-    prior_weight: float = attrs.field(default=0.01, validator=validators.gt(0))
-    entropy_weight: float = attrs.field(default=0.01, validator=validators.ge(0))
+    prior_weight: float = attrs.field(default=0.03, validator=validators.gt(0))
+    entropy_weight: float = attrs.field(default=0.03, validator=validators.ge(0))
     first_phase: float = attrs.field(default=0.5, validator=[validators.ge(0), validators.le(1)])
     later_factor: float = attrs.field(default=0.1, validator=[validators.ge(0), validators.le(1)])
     std: float | None = attrs.field(

@@ -120,8 +120,8 @@ def test_the_second_phase_divides_the_weights_of_prior_and_entropy_by_ten() -> N
         draw = attrs.evolve(make_draw(batch), progress=torch.tensor(progress))
         weights = objective.terms(nets, batch, draw, "joint").weights
         found[progress] = {name: pytest.approx(float(w)) for name, w in weights.items()}
-    first = {"reconstruction": 1.0, "denoising": 0.01, "negative_entropy": 0.01}
-    later = {"reconstruction": 1.0, "denoising": 0.001, "negative_entropy": 0.001}
+    first = {"reconstruction": 1.0, "denoising": 0.03, "negative_entropy": 0.03}
+    later = {"reconstruction": 1.0, "denoising": 0.003, "negative_entropy": 0.003}
     assert found == {0.0: first, 0.39: first, 0.4: later, 0.9: later}
 
 
