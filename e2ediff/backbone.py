@@ -58,9 +58,20 @@ class Encode:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Decode:
-    """Latent (B, N, D) to image."""
+    """Latent (B, N, D) to image.
+
+    Args:
+        z: (B, N, D).
+        x_t: (B, C, H, W), the noised image t x + (1 - t) noise, for a backbone that
+            `denoises_pixels`, whose answer is then its clean estimate of the image; without it
+            such a backbone takes its own steps from noise to the image.
+        t: (B,), the time of x_t, in [0, 1], given with it; 1 is the image.
+        taps: Blocks (1 is the first) whose output tokens are wanted as features.
+    """
 
     z: Tensor
+    x_t: Tensor | None = None
+    t: Tensor | None = None
     taps: tuple[int, ...] = ()
 
 
@@ -111,11 +122,16 @@ class Backbone(nn.Module, ABC):
     tokens (B, N, width); decode passes may offer fewer features, or none.
     `denoiser_apart` is True where `denoise` shares no weight with `encode` and `decode`, so that
     training one leaves the other as it is.
+    `decoder_apart` is True where `decode` shares no weight with `encode` and `denoise`.
     `masks` is True where encode passes can hide patches.
     `encodes_from_noise` is True where the encoder is the denoiser, given the image: encode passes
     then take `z_t` and `t`.
     `token_times` is True where denoise passes take a time for each token, and `second_time` where
     they take a second time; `accept_times` refuses the others.
+    `denoises_pixels` is True where the decoder is a denoiser of images, given the latent: decode
+    passes then take `x_t` and `t`, and `decode` is a fixed number of deterministic steps from a
+    noise that is the same for every image and on every call. Gradients flow through all of them,
+    for that many times the memory and work. `accept_image` refuses the others.
     `kernels_before` is what `prepare` returned when the run was last started, set before `prepare`
     of a run that goes on, or of a trained network; `use_attention` takes the same kernels again.
     """
@@ -126,10 +142,12 @@ class Backbone(nn.Module, ABC):
     depth: int = 0
     width: int = 0
     denoiser_apart: bool = False
+    decoder_apart: bool = False
     masks: bool = False
     encodes_from_noise: bool = False
     token_times: bool = False
     second_time: bool = False
+    denoises_pixels: bool = False
     kernels_before: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
@@ -151,8 +169,8 @@ class Backbone(nn.Module, ABC):
         that do not need each other into one batch.
 
         Raises:
-            ValueError: A pass asks for a mask, a start, features or times that this backbone
-                lacks.
+            ValueError: A pass asks for a mask, a start, features, times or a noised image that
+                this backbone lacks.
         """
         results = []
         for p in passes:
@@ -162,6 +180,10 @@ class Backbone(nn.Module, ABC):
             if isinstance(p, Encode):
                 results.append(Output(self.encode(p.x)))
             elif isinstance(p, Decode):
+                self.accept_image(p)
+                if p.x_t is not None:
+                    what = "denoises pixels, and needs `outputs` of its own that does"
+                    raise ValueError(f"{type(self).__name__} {what}")
                 results.append(Output(self.decode(p.z)))
             else:
                 self.accept_times(p)
@@ -178,6 +200,18 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__} takes one time for each latent, not (B, N)")
         if p.r is not None and not self.second_time:
             raise ValueError(f"{type(self).__name__} takes one time, and no second one r")
+
+    def accept_image(self, p: Decode) -> None:
+        """Refuse a noised image that this backbone would ignore; every `outputs` calls it.
+
+        Raises:
+            ValueError: The pass has a noised image, and the decoder denoises none; or it has one
+                of `x_t` and `t` without the other.
+        """
+        if (p.x_t is None) != (p.t is None):
+            raise ValueError("a decode pass takes x_t and t together, or neither")
+        if p.x_t is not None and not self.denoises_pixels:
+            raise ValueError(f"the decoder of {type(self).__name__} denoises no image x_t")
 
     def run(self, *passes: Pass) -> list[Tensor]:
         """Return the values of `outputs`, for objectives that need no features."""

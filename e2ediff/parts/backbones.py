@@ -5,7 +5,7 @@ Shapes: B batch, C H W image, N tokens (one a patch), D latent channels, W trunk
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import attrs
@@ -35,6 +35,7 @@ from e2ediff.nn.layers import (
     time_frequencies,
     unpatchify,
 )
+from e2ediff.nn.pixel_decoding import decoding_noise, last_step
 
 Mode = Literal["encode", "decode", "denoise"]
 Trunks = Literal["one", "decoder_apart", "denoiser_apart", "three"]
@@ -80,6 +81,11 @@ class ViTConfig(PatchConfig):
     residual blocks of two convolutions may stand in the place of the first.
     `denoise_skip` adds the noised latent to the denoiser's answer, each channel times a gate that
     time and condition open from 0 on, so that what is already clean need not pass the trunk.
+    `decoder` is `direct`, which gives the image in one pass, or `denoising`: decode passes may
+    then have a noised image and its time, and give a clean estimate, and `decode` takes
+    `decode_steps` of Euler's steps from noise to the image, each a pass, with gradients through
+    all of them. That noise comes from `decode_seed` alone and is the same for all images, so that
+    an image is a function of its latent, near for near latents, whatever it is decoded with.
     `norm_prediction` normalises the denoiser's output as the encoder's; off by default, because
     a posterior mean has less variance than the latents.
     `attention` is `xformers`, `sdpa` (torch chooses), or one of torch's kernels; `sdpa_fa3` and
@@ -90,8 +96,10 @@ class ViTConfig(PatchConfig):
 
     Source: DSD (arXiv 2511.14716) uses one ViT for the three roles; its inner shape is not
     public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748). The skip is
-    a learned form of EDM's (Karras et al. 2022, arXiv 2206.00364, table 1). Ours, too: the time
-    embedding's layers begin with Xavier's weights, where DiT's and SiT's have a std of 0.02.
+    a learned form of EDM's (Karras et al. 2022, arXiv 2206.00364, table 1). A denoising decoder
+    is that of Unified Latents (arXiv 2602.17270) in kind; its shape, its straight path, its steps
+    and the one noise are ours. Ours, too: the time embedding's layers begin with Xavier's
+    weights, where DiT's and SiT's have a std of 0.02.
     """
 
     latent_dim: int = attrs.field(validator=validators.gt(0))
@@ -112,6 +120,9 @@ class ViTConfig(PatchConfig):
     refine_depth: int = attrs.field(default=0, validator=validators.ge(0))
     norm_prediction: bool = False
     denoise_skip: bool = False
+    decoder: Literal["direct", "denoising"] = "direct"
+    decode_steps: int = attrs.field(default=8, validator=validators.ge(1))
+    decode_seed: int = 0
 
     def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
         """Sizes that do not divide one another."""
@@ -143,6 +154,7 @@ class ViT(PatchBackbone, FusedBackbone):
 
     config: ViTConfig
     positions: Tensor
+    decode_noise: Tensor
 
     def __init__(self, config: ViTConfig, image: ImageSpec) -> None:
         grid, width, dim = config.grid(image), config.width, config.latent_dim
@@ -152,6 +164,8 @@ class ViT(PatchBackbone, FusedBackbone):
         self.masks = self.token_times = True
         self.second_time = config.second_time
         self.denoiser_apart = config.trunks in ("denoiser_apart", "three")
+        self.decoder_apart = config.trunks in ("decoder_apart", "three")
+        self.denoises_pixels = config.decoder == "denoising"
         self.embed_pixels = nn.Linear(image.channels * config.patch**2, width)
         self.embed_decode = nn.Linear(dim, width)
         self.embed_denoise = nn.Linear(dim, width)
@@ -162,6 +176,11 @@ class ViT(PatchBackbone, FusedBackbone):
         self.embed_label = image.conditioning.embedding(width)
         if config.second_time:
             self.embed_gap = TimeEmbedding(width, waves.clone())
+        if self.denoises_pixels:
+            self.embed_noised = nn.Linear(image.channels * config.patch**2, width)
+            self.embed_pixel_time = TimeEmbedding(width, waves.clone())
+            noise = decoding_noise(image, config.decode_seed)
+            self.register_buffer("decode_noise", noise, persistent=False)
         self.embed_mode = nn.ParameterDict(
             {m: nn.Parameter(torch.zeros(width)) for m in ("encode", "decode", "denoise")}
         )
@@ -229,6 +248,8 @@ class ViT(PatchBackbone, FusedBackbone):
             mode, tokens = "denoise", self.embed_denoise(p.z_t)
         elif isinstance(p, Decode):
             mode, tokens = "decode", self.embed_decode(p.z)
+            if p.x_t is not None:
+                tokens = tokens + self.embed_noised(patchify(p.x_t, self.config.patch))
         else:
             if p.z_t is not None:
                 raise ValueError("this encoder does not begin from noise; leave out z_t")
@@ -254,13 +275,34 @@ class ViT(PatchBackbone, FusedBackbone):
             t = torch.ones(len(tokens), device=tokens.device)  # the clean end, without a condition
             null = self.image.conditioning.null(len(t), t.device)
             c = c + self.embed_time(t) + self.embed_label(null)
+        if isinstance(p, Decode) and p.t is not None:
+            c = c + self.embed_pixel_time(p.t)
         return mode, tokens, c
 
     def outputs(self, *passes: Pass) -> list[Output]:
         """Run passes; those that share a trunk go through it as one batch.
 
-        Fused and single passes give the same values to rounding.
+        Fused and single passes give the same values to rounding. Of a decoder's steps the last
+        is fused, and has the features.
         """
+        passes = tuple(self._at_last_step(p) if isinstance(p, Decode) else p for p in passes)
+        return self._fused(passes)
+
+    def _at_last_step(self, p: Decode) -> Decode:
+        """The pass that gives the image: of a decoder that denoises, the last of its steps."""
+        self.accept_image(p)
+        if not self.denoises_pixels or p.x_t is not None:
+            return p
+
+        def clean(x_t: Tensor, t: Tensor) -> Tensor:
+            return self._fused((Decode(z=p.z, x_t=x_t, t=t),))[0].value
+
+        noise = self.decode_noise.expand(len(p.z), -1, -1, -1)
+        x_t, t = last_step(clean, noise, self.config.decode_steps)
+        return Decode(z=p.z, x_t=x_t, t=t, taps=p.taps)
+
+    def _fused(self, passes: Sequence[Pass]) -> list[Output]:
+        """Run passes, of which those that decode have all that they need."""
         modes, tokens, conditions = zip(*(self._conditioning(p) for p in passes), strict=True)
         if any(c.ndim == 3 for c in conditions):
             n = self.latent.tokens

@@ -93,6 +93,7 @@ VARIANTS = {
     "modes of their own": {"mode_conditioning": "own"},
     "refined in squares": {"refine": 4, "refine_stride": 2, "refine_depth": 1},
     "skip": {"denoise_skip": True},
+    "denoising decoder": {"decoder": "denoising", "decode_steps": 2, "refine": 4},
 }
 
 

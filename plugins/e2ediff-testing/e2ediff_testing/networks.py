@@ -253,6 +253,34 @@ def _other_times(name: str, net: Backbone, z: Tensor, t: Tensor, batch: Batch) -
         )
 
 
+def _noised_images(name: str, net: Backbone, z: Tensor, x: Tensor, t: Tensor) -> None:
+    """Check that noised images are denoised, or refused, as declared."""
+    if net.denoises_pixels:
+        given = [
+            Decode(z=z, x_t=x_t, t=at) for x_t, at in ((x, t), (x.flip(0), t), (x, t.flip(0)))
+        ]
+        out, *others = net.outputs(*given)
+        is_float32(out.value, tuple(x.shape), f"{name}: Decode's clean estimate")
+        assert near(net.outputs(given[0])[0].value, out.value), (
+            f"{name}: the clean estimate is another when passes are fused"
+        )
+        heard = [not torch.equal(out.value, other.value) for other in others]
+        assert all(heard), f"{name}: denoises_pixels is True, yet x_t or t changes nothing"
+    for kind, p in (
+        ("denoises_pixels is False, and x_t", Decode(z=z, x_t=x, t=t)),
+        ("x_t without t", Decode(z=z, x_t=x)),
+    ):
+        if net.denoises_pixels and p.t is not None:
+            continue
+        try:
+            net.outputs(p)
+        except ValueError:
+            continue
+        raise AssertionError(
+            f"{name}: {kind} is not refused; call self.accept_image(p) for every decode pass"
+        )
+
+
 def _other_shape(
     name: str, config: BackboneConfig, image: ImageSpec, scale: tuple[int, int]
 ) -> None:
@@ -319,6 +347,10 @@ def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> No
     both = sorted((reached[0] | reached[1]) & (reached[2] | reached[3]))
     apart = not (online.denoiser_apart and both)
     assert apart, f"{name}: denoiser_apart is True, yet denoise shares {', '.join(both)}"
+    both = sorted(reached[1] & (reached[0] | reached[2] | reached[3]))
+    apart = not (online.decoder_apart and both)
+    assert apart, f"{name}: decoder_apart is True, yet decode shares {', '.join(both)}"
+    _noised_images(name, shake(make_nets(config, image=image)).online, z, x, t)
     _other_times(name, online, z, t, batch)
     _same_in_float32(name, twin.online, passes, fused)
     wrote = [k for k, v in online.state_dict().items() if not torch.equal(v, before[k])]

@@ -53,7 +53,7 @@ class _Tiny(FusedBackbone):
         super().__init__()
         p, dim, width = config.patch, config.latent_dim, 12
         self.image, self.depth, self.width, self.denoiser_apart = image, 1, width, True
-        self.masks = True
+        self.decoder_apart = self.masks = True
         grid = (image.height // p, image.width // p)
         tokens = grid[0] * grid[1]
         self.latent = LatentSpec(tokens=tokens, dim=dim, norm=config.latent_norm, grid=grid)
@@ -78,6 +78,7 @@ class _Tiny(FusedBackbone):
             self.accept_times(p)
             h = self.noised(p.z_t) * (1 + p.t[:, None, None]) + self.label(p.condition)[:, None]
             return Output(self.answer(h).float(), dict.fromkeys(p.taps, h))
+        self.accept_image(p)
         h = self.from_latent(p.z)
         y = self.pixels(h.mT.unflatten(2, self.latent.grid)).float()
         return Output(y, dict.fromkeys(p.taps, h))

@@ -326,6 +326,46 @@ class NoRaw(testing.TinyBackbone):
         return _NoRaw(self, image)
 
 
+class _Ignoring(_Tiny):
+    def accept_image(self, p):
+        pass
+
+
+@wrong(testing.check_backbone, "denoises_pixels is False, and x_t is not refused; call self.acc")
+class Ignoring(testing.TinyBackbone):
+    def build(self, image):
+        return _Ignoring(self, image)
+
+
+class _Deaf(_Tiny):
+    denoises_pixels = True
+
+
+@wrong(testing.check_backbone, "denoises_pixels is True, yet x_t or t changes nothing")
+class Deaf(testing.TinyBackbone):
+    def build(self, image):
+        return _Deaf(self, image)
+
+
+class _NotApart(ViT):
+    @property
+    def decoder_apart(self):
+        return True
+
+    @decoder_apart.setter
+    def decoder_apart(self, value):
+        pass
+
+
+@wrong(testing.check_backbone, "decoder_apart is True, yet decode shares .*trunks")
+class NotApart(ViTConfig):
+    def __init__(self):
+        super().__init__(width=16, depth=1, heads=2, patch=4, latent_dim=4)
+
+    def build(self, image):
+        return _NotApart(self, image)
+
+
 class _OneKernel(ViT):
     def prepare(self, device, dtype):
         def attend(q, k, v):

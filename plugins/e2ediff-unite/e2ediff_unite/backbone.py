@@ -112,7 +112,7 @@ class UniteNet(PatchBackbone, FusedBackbone):
         c, latent = config, LatentSpec(config.registers, config.latent_dim, config.latent_norm)
         super().__init__(config, image, latent, c.context)
         self.depth, self.width = c.depth, c.width
-        self.encodes_from_noise = True
+        self.encodes_from_noise = self.decoder_apart = True
         self.embed_pixels = nn.Linear(image.channels * c.patch**2, c.width)
         self.embed_latent = nn.Linear(c.latent_dim, c.width)
         self.embed_register = nn.Parameter(line_positions(c.registers, c.width))
@@ -166,6 +166,8 @@ class UniteNet(PatchBackbone, FusedBackbone):
                 value = self.latent_norm(out.value) if self.config.norm_prediction else out.value
                 results[i] = Output(value, out.features)
         if decodes:
+            for _, d in decodes:
+                self.accept_image(d)
             x = self.decoder(torch.cat([p.z for _, p in decodes])).float()
             for (i, _), part in zip(decodes, x.split([len(p.z) for _, p in decodes]), strict=True):
                 results[i] = Output(part)
