@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_line import needs_dsd
 from e2ediff_plan.devices import Device
-from e2ediff_plan.flops import count_passes
+from e2ediff_plan.flops import count_inference, count_passes
 from e2ediff_plan.memory import _fake, follow
 from e2ediff_plan.plan import Plan, make_plan
 from e2ediff_plan.rehearsal import _Kept
@@ -52,6 +52,20 @@ def test_counted_flops_are_those_of_the_engine_s_step(
         found = counter.get_total_flops() / recipe.batch
         assert cost.per_image.total == pytest.approx(found, rel=0.02)
         assert cost.per_image.total == pytest.approx(count(recipe).flops[phase], rel=1e-9)
+
+
+def test_every_step_of_a_decoder_that_denoises_is_counted(recipe_of) -> None:
+    """In samples, and in a training step that decodes: by its own steps, there and back."""
+    denoising = (SHALLOW, "backbone.decoder=denoising")
+    found = {}
+    for steps in (1, 5):
+        recipe = recipe_of("detached", *denoising, f"backbone.decode_steps={steps}")
+        found[steps] = count_inference(recipe), count_passes(recipe)["joint"].passes["decode"]
+        assert count_calls(recipe).decode == 1
+    assert found[5][0]["decode"] == pytest.approx(5 * found[1][0]["decode"])
+    assert found[5][0]["denoise"] == found[1][0]["denoise"]
+    assert found[5][1].forward == pytest.approx(5 * found[1][1].forward)
+    assert found[5][1].backward > 4 * found[1][1].backward
 
 
 def test_a_pass_owns_its_forward_and_its_backward_flops(recipe_of) -> None:

@@ -3,8 +3,8 @@
 `genfirst` (arXiv 2608.29335), `mean_flow` (arXiv 2505.13447), `unified_latents` (arXiv
 2602.17270), `tweedie` (SpeeDiff, CVPR 2026), `repa_e` (arXiv 2504.10483) and `kl`, the variational
 autoencoder of latent diffusion (arXiv 1312.6114, 2112.10752); `adversary` puts a critic (arXiv
-2012.09841) around any of them. What their papers do not give, or what was not read, is our choice
-and marked so.
+2012.09841) around any of them.
+What their papers do not give, or what was not read, is our choice and marked so.
 """
 
 from __future__ import annotations

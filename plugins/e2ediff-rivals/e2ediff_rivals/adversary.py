@@ -19,6 +19,8 @@ from e2ediff.backbone import Backbone
 from e2ediff.data import Batch
 from e2ediff.errors import ShapeError
 from e2ediff.objective import Draw, Nets, Objective, Terms, sg
+from e2ediff_rivals.unified_latents import UnifiedLatents
+from e2ediff_rivals.wrapping import inner_problems
 
 _SHARE = [validators.ge(0.0), validators.le(1.0)]
 _CRITIC = "critic"
@@ -153,16 +155,18 @@ class Adversary(Objective):
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """What the other objective finds, latents without a decoder, images that are too small."""
-        found = [
-            (f"objective.of.{where.removeprefix('objective.')}" if "objective." in where else
-             where, what.replace("objective.", "objective.of."))
-            for where, what in self.of.problems(nets)
-        ]  # fmt: skip
+        found = inner_problems(self.of, nets)
         image = nets.online.image
         if not nets.online.latent.learned:
             what = "adversary judges decoded images, and this backbone has no decoder to train"
             found.insert(0, ("objective", f"{what}; choose another, such as vit"))
-        if isinstance(self.of, Adversary):
+        if isinstance(self.of, UnifiedLatents) and self.of.decoder == "diffusion":
+            what = (
+                "a diffusion decoder is trained at single times and decodes no image that a "
+                "critic could judge; set objective.of.decoder: pixels, or leave the critic out"
+            )
+            found.insert(0, ("objective.of.decoder", what))
+        if _CRITIC in self.of.phases:
             found.insert(0, ("objective.of", "an adversary is around an objective, not another"))
         if (side := min(image.height, image.width)) < 3 * 2**self.layers:
             what = (

@@ -5,9 +5,10 @@ Shapes: B batch, C H W image, N latent tokens, D latent channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 import torch
@@ -17,8 +18,11 @@ from torch import Tensor
 from e2ediff.backbone import Decode, Denoise
 from e2ediff.data import Batch
 from e2ediff.interpolant import Interpolant, last_time, spread
-from e2ediff.losses import AutoencoderObjective
+from e2ediff.losses import AutoencoderObjective, PixelLoss
+from e2ediff.nn.pixel_decoding import noised_image
 from e2ediff.objective import Draw, Nets, Terms
+
+_LAST_TIME = 1 / (1 + math.exp(-5))  # of images, where log(t^2 / (1 - t)^2) is 10
 
 
 @attrs.frozen(kw_only=True)
@@ -34,20 +38,39 @@ class UnifiedLatents(AutoencoderObjective):
     fixed noise pushes it up, and their balance is the bit rate.
     The encoder's scale is measured against the noise, hence `latent_norm: none`.
 
+    With `decoder: diffusion` the decoder is a diffusion model of the image, given z_0, and the
+    reconstruction is the image's own bound at one noise level x_t = t x + (1 - t) eps,
+
+        1/2 integral d(t^2 / (1 - t)^2)/dt sigmoid(`decoder_bias` - l) |x - g(x_t, t, z_0)|^2 dt,
+
+    l = log(t^2 / (1 - t)^2), up to the time where l is 10, at which noise is less than a level of
+    256. It trains the encoder through z_0. Sampling and reconstruction take the decoder's own
+    steps, of which the backbone has the number.
+
     Options:
         logsnr: Log signal-to-noise ratio of the latents at t_0; 5 is a noise of 0.08 on latents
             of unit variance.
         kl_weight: Weight of the KL, in nats for each latent channel; it sets the bit rate.
-        reconstruction: Compares decoded images with the originals.
+        decoder: `pixels`, which `reconstruction` compares with the originals, or `diffusion`, for
+            a backbone that denoises pixels (`vit` with `decoder: denoising`).
+        decoder_bias: The log signal-to-noise ratio about which the diffusion decoder's bound
+            stops counting finer noise: the higher, the finer the detail that latents must hold.
+        reconstruction: Compares decoded images with the originals, with `decoder: pixels`.
 
     Times are the recipe's, scaled to [0, t_0]: with `times: uniform` the loss is the integral,
-    with another law it is weighted by that law's density.
+    with another law it is weighted by that law's density. Those of the image are
+    drawn anew from the same law.
 
     Source: Unified Latents (Heek et al. 2026, arXiv 2602.17270): fixed noise tied to the prior's
     least noise, log-SNR 5, the KL as a squared error weighted by exp(logsnr) d logsnr, no
-    stop-gradient. Ours: pixels instead of a diffusion decoder, kl_weight, the linear path's
-    times, z_0 divided by alpha (the decoder then meets sampled, clean latents at the scale it
-    was trained on), and no second stage with a prior trained anew.
+    stop-gradient, and a diffusion decoder with a sigmoid-weighted bound. Ours: `pixels`,
+    kl_weight, the linear path's times, z_0 divided by alpha (the decoder then meets sampled,
+    clean latents at the scale it was trained on), and no second stage with a prior trained anew.
+    Of the sigmoid only accounts of the paper were read: sigmoid(l - b), with a bias b, and a loss
+    factor. Ours: to read it as the weight of the clean error for each unit of l, which but for a
+    constant is sigmoid(b - l) of the bound; b = 0, no loss factor (kl_weight has its part), the
+    last noise level, the straight path of images, and one noise for all that is decoded.
+    Neither decoder has been compared with the other, or with the paper's figures.
     """
 
     static_graph: ClassVar[bool] = True
@@ -56,6 +79,8 @@ class UnifiedLatents(AutoencoderObjective):
 
     logsnr: float = 5.0
     kl_weight: float = attrs.field(default=0.01, validator=validators.gt(0))
+    decoder: Literal["pixels", "diffusion"] = "pixels"
+    decoder_bias: float = 0.0
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction through the fixed noise, and the KL at one time an image."""
@@ -64,14 +89,22 @@ class UnifiedLatents(AutoencoderObjective):
         ratio = float((-0.5 * torch.tensor(self.logsnr)).exp())  # sigma / alpha at t_0
         t = draw.t * t_0
         z_t = nets.path.mix(z, draw.noise(z), t)
-        decode = Decode(z=z + ratio * draw.noise(z))
+        decode, diffusion = Decode(z=z + ratio * draw.noise(z)), self.decoder == "diffusion"
+        if diffusion:
+            t_x = draw.again().t * _LAST_TIME
+            decode = attrs.evolve(
+                decode, x_t=noised_image(batch.x, draw.noise(batch.x), t_x), t=t_x
+            )
         x_hat, out = nets.online.run(decode, Denoise(z_t=z_t, t=t, condition=draw.condition))
         clean = nets.path.estimate(out, z_t, t, nets.predicts).x0
-        losses = {
-            "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
-            "kl": t_0 * kl_rate(clean, z, nets.path, t),
-        }
-        return Terms(losses, {"reconstruction": 1.0, "kl": self.kl_weight}, z, decoded=x_hat)
+        if diffusion:
+            reconstruction = _LAST_TIME * image_rate(x_hat, batch.x, t_x, self.decoder_bias)
+        else:
+            reconstruction = self.reconstruction(x_hat, batch.x, nets.frozen)
+        kl = t_0 * kl_rate(clean, z, nets.path, t)
+        losses = {"reconstruction": reconstruction, "kl": kl}
+        decoded = None if diffusion else x_hat
+        return Terms(losses, {"reconstruction": 1.0, "kl": self.kl_weight}, z, decoded=decoded)
 
     def stops(self, phase: str) -> Collection[str]:
         """None: the KL trains the encoder."""
@@ -97,6 +130,21 @@ class UnifiedLatents(AutoencoderObjective):
                 "does not end in noise at t = 0, so the KL lacks a term; choose linear or cosine"
             )
             found.append(("interpolant", what))
+        if self.decoder == "diffusion" and not nets.online.denoises_pixels:
+            what = (
+                "diffusion needs a decoder that denoises pixels: set backbone.decoder: denoising, "
+                "for a backbone that has it, such as vit, or objective.decoder: pixels"
+            )
+            found.append(("objective.decoder", what))
+        if self.decoder == "pixels" and nets.online.denoises_pixels:
+            what = (
+                "pixels would train a decoder that denoises at its own few steps alone; set "
+                "objective.decoder: diffusion, or backbone.decoder: direct"
+            )
+            found.append(("objective.decoder", what))
+        if self.decoder == "diffusion" and self.reconstruction != PixelLoss():
+            what = "a diffusion decoder has a loss of its own; leave objective.reconstruction out"
+            found.append(("objective.reconstruction", what))
         return found
 
 
@@ -111,6 +159,16 @@ def kl_rate(clean: Tensor, z: Tensor, path: Interpolant, t: Tensor) -> Tensor:
     a, s = path.alpha(t), path.sigma(t)
     slope = a / s**3 * (path.alpha_dot(t) * s - a * path.sigma_dot(t))  # (B,), half of dSNR/dt
     return (spread(slope, z) * (z - clean.float()).square()).mean()
+
+
+def image_rate(clean: Tensor, x: Tensor, t: Tensor, bias: float) -> Tensor:
+    """The rate of `kl_rate` on the straight path times sigmoid(bias - logsnr), for images.
+
+    At bias 0 it is t / ((1 - t) (t^2 + (1 - t)^2)) times the squared error of the clean estimate
+    (B, C, H, W) at times (B,) below 1.
+    """
+    rate = t / (1 - t) ** 3 * torch.sigmoid(bias - 2 * (t / (1 - t)).clamp_min(1e-6).log())
+    return (spread(rate, x) * (x.float() - clean.float()).square()).mean()
 
 
 @lru_cache(maxsize=16)

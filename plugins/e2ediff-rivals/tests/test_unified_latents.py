@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 
 import attrs
 import pytest
 import torch
-from e2ediff_rivals.unified_latents import UnifiedLatents, kl_rate, least_noise
+from command_line import e2ediff, trained
+from e2ediff_rivals.adversary import Adversary
+from e2ediff_rivals.unified_latents import UnifiedLatents, image_rate, kl_rate, least_noise
 from e2ediff_testing import TinyBackbone, make_batch, make_draw, make_nets
+from reached_modules import shaken_nets
+from tiny_recipe import tiny
 from torch import nn
 
+import e2ediff as package
+from e2ediff.backbone import Decode
+from e2ediff.losses import PixelLoss
+from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.interpolants import Cosine, Linear, VarianceExploding
 
 BATCH = make_batch()
@@ -86,6 +96,105 @@ def functional_losses(objective, nets, weights, seed):
 
     torch.func.functional_call(Call(), {f"net.{k}": v for k, v in weights.items()}, ())
     return found
+
+
+# The diffusion decoder
+
+DENOISING = ViTConfig(
+    width=16, depth=2, heads=2, patch=8, latent_dim=4, latent_norm="none", trunks="three",
+    decoder="denoising", decode_steps=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [-2.0, 0.0, 3.0])
+def test_the_image_s_rate_is_the_bound_s_with_finer_noise_counted_less(bias) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, clean = torch.randn(2, 50, 3, 2, 2, generator=g)
+    t = torch.rand(50, generator=g) * 0.98 + 0.01
+    rates = torch.stack([image_rate(c[None], i[None], s[None], bias)
+                         for c, i, s in zip(clean, x, t, strict=True)])  # fmt: skip
+    plain = torch.stack([kl_rate(c[None], i[None], Linear(), s[None])
+                         for c, i, s in zip(clean, x, t, strict=True)])  # fmt: skip
+    share = 1 / (1 + (t / (1 - t)).square() * math.exp(-bias))
+    torch.testing.assert_close(rates, plain * share, rtol=1e-4, atol=1e-5)
+    if bias == 0:
+        weight = t / ((1 - t) * (t.square() + (1 - t).square()))
+        error = (x - clean).square().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(rates, weight * error, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(image_rate(clean, x, t, bias), rates.mean())
+
+
+def test_the_reconstruction_is_the_rate_of_the_noised_image_s_clean_estimate() -> None:
+    objective = UnifiedLatents(decoder="diffusion", decoder_bias=1.0)
+    nets = shaken_nets(objective, DENOISING)
+    seen, run = [], nets.online.outputs
+
+    def watched(*passes):
+        outs = run(*passes)
+        seen.extend((p, o.value) for p, o in zip(passes, outs, strict=True)
+                    if isinstance(p, Decode))  # fmt: skip
+        return outs
+
+    nets.online.outputs = watched
+    terms = objective.terms(nets, BATCH, make_draw(BATCH), "joint")
+    ((decode, clean),) = seen
+    last = 1 / (1 + math.exp(-5))
+    t = decode.t[:, None, None, None]
+    assert 0 < t.min() < t.max() < last
+    noise = (decode.x_t - t * BATCH.x) / (1 - t)
+    assert noise.mean().abs() < 0.05
+    assert noise.std() == pytest.approx(1, abs=0.05)
+    assert not torch.equal(decode.t, make_draw(BATCH).t), "its own times"
+    expected = last * image_rate(clean, BATCH.x, decode.t, 1.0)
+    torch.testing.assert_close(terms.losses["reconstruction"], expected)
+    assert terms.decoded is None
+
+
+def test_a_decoder_that_knows_the_image_loses_nothing_at_any_time() -> None:
+    for t in (0.0, 0.5, 1 / (1 + math.exp(-5))):
+        assert image_rate(BATCH.x, BATCH.x, torch.full((6,), t), 0.0) == 0
+    worst = image_rate(0 * BATCH.x, BATCH.x, torch.full((6,), 1 / (1 + math.exp(-5))), 0.0)
+    assert worst < 150, "the last time bounds the weight"
+
+
+def test_objective_and_decoder_must_fit_and_no_critic_judges_a_diffusion_decoder() -> None:
+    nets = make_nets(DENOISING, device="meta")
+    diffusion = UnifiedLatents(decoder="diffusion")
+    assert not diffusion.problems(nets)
+    ((where, what),) = UnifiedLatents().problems(nets)
+    assert (where, "set objective.decoder: diffusion" in what) == ("objective.decoder", True)
+    direct = make_nets(attrs.evolve(DENOISING, decoder="direct"), device="meta")
+    ((where, what),) = diffusion.problems(direct)
+    assert (where, "set backbone.decoder: denoising" in what) == ("objective.decoder", True)
+    odd = UnifiedLatents(decoder="diffusion", reconstruction=PixelLoss(kind="l2"))
+    assert [where for where, _ in odd.problems(nets)] == ["objective.reconstruction"]
+    judged = dict(Adversary(of=diffusion, layers=1).problems(nets))
+    assert "set objective.of.decoder: pixels" in judged["objective.of.decoder"]
+
+
+RECIPE = tiny(
+    requires="[e2ediff-rivals]",
+    backbone="{name: vit, width: 16, depth: 1, heads: 1, patch: 8, latent_dim: 4, "
+    "latent_norm: none, decoder: denoising, decode_steps: 2}",
+    objective="{name: unified_latents, decoder: diffusion}",
+)
+
+
+def test_a_run_trains_samples_reconstructs_and_goes_on(tmp_path) -> None:
+    run = trained(tmp_path, RECIPE)
+    newest = max((run / "checkpoints").iterdir(), key=lambda p: p.name)
+    before = newest.name, {p.name: p.read_bytes() for p in newest.glob("*.safetensors")}
+    shutil.rmtree(newest)
+    done = e2ediff("run", run, "--resume")
+    assert done.code == 0, done.err
+    assert {p.name: p.read_bytes() for p in (run / "checkpoints" / before[0]).glob("*.safetensors")
+            } == before[1]  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("psnr" in line for line in lines), "diagnoses decode"
+    model = package.load(run, device="cpu")
+    x = model.sample([0, 1, 1], seed=2)
+    assert torch.equal(model.sample([0, 1, 1], seed=2), x)
+    assert torch.equal(model.reconstruct(x), model.reconstruct(x))
 
 
 @attrs.frozen(kw_only=True)
