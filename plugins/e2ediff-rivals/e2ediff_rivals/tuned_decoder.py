@@ -1,0 +1,155 @@
+"""A last phase in which the decoder alone learns, from latents that the denoiser made.
+
+Shapes: B batch, C H W image, N latent tokens, D latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from attrs import validators
+from torch import Tensor, nn
+from typing_extensions import override
+
+from e2ediff.backbone import Backbone, Denoise
+from e2ediff.condition import Condition
+from e2ediff.data import Batch
+from e2ediff.losses import AutoencoderObjective
+from e2ediff.objective import Draw, Nets, Objective, Terms
+from e2ediff_rivals.wrapping import inner_problems
+
+_DECODER = "decoder"
+_LAST = 1 - 2**-24  # the largest float32 below 1, as progress is below 1
+
+
+@attrs.frozen(kw_only=True)
+class TunedDecoder(AutoencoderObjective):
+    """Another objective, and then its decoder alone, on latents that the denoiser generated.
+
+        z_t = alpha z + sigma eps,  t ~ U[`t_min`, 1]
+        z'  = z_t followed from t to 1 by the denoiser, in `steps` steps
+        loss = reconstruction(decode(z'), x)
+
+    A decoder learns from encoded latents and is used on sampled ones, which are off by what the
+    denoiser cannot know. Followed from a late time, a sampled latent still belongs to its image,
+    so that the decoder can be told what to make of it. Encoder and denoiser stay as they are, and
+    with them the latents.
+
+    The other objective's phases, schedules and `progress` end where the last phase begins; what it
+    draws and loses there is what it draws and loses alone. The last phase is called `decoder`:
+    `optimizers: {decoder: ...}` gives it a learning rate of its own.
+
+    Options:
+        of: The objective.
+        share: The share of training that is the last phase.
+        t_min: The earliest time from which latents are generated anew; the earlier, the more
+            they differ from the image's own.
+        steps: Network calls for each of them, at even times from t on, without gradient.
+        reconstruction: Compares decoded images with the originals.
+
+    Needs a decoder with weights of its own; one that denoises pixels is trained through all of
+    its steps.
+
+    Source: SAD (torpedo2003/SAD), whose idea alone is taken, as neither its code nor its text
+    could be read: to tune only the decoder, on generated latents. Ours: everything else, the way
+    in which latents are generated, their times, no guidance, the loss and all defaults. Not yet
+    compared with the objective alone.
+    """
+
+    trial: ClassVar[tuple[str, ...]] = ("objective.of=detached", "backbone.trunks=decoder_apart")
+
+    of: Objective
+    share: float = attrs.field(default=0.1, validator=[validators.gt(0), validators.lt(1)])
+    t_min: float = attrs.field(default=0.5, validator=[validators.ge(0), validators.lt(1)])
+    steps: int = attrs.field(default=4, validator=validators.ge(1))
+
+    @property
+    def phases(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The phases of the other objective, and the decoder's after them."""
+        return (*self.of.phases, _DECODER)
+
+    @property
+    def own_optimizers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The other objective's."""
+        return self.of.own_optimizers
+
+    def span(self, phase: str) -> tuple[float, float]:
+        """The other objective's, in the share of training that is left to it; then the decoder."""
+        rest = 1 - self.share
+        if phase == _DECODER:
+            return (rest, 1.0)
+        start, end = self.of.span(phase)
+        return (start * rest, end * rest)
+
+    def trains(self, phase: str, name: str) -> bool:
+        """In the last phase the network, of which only the decoder gets gradients."""
+        return name.startswith("online.") if phase == _DECODER else self.of.trains(phase, name)
+
+    def stops(self, phase: str) -> Collection[str]:
+        """What the other objective stops; the last phase leaves the encoder alone."""
+        return ("reconstruction",) if phase == _DECODER else self.of.stops(phase)
+
+    def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
+        """The other objective's losses, or the reconstruction from generated latents."""
+        if phase != _DECODER:
+            own = (draw.progress / (1 - self.share)).clamp(max=_LAST)
+            return self.of.terms(nets, batch, attrs.evolve(draw, progress=own), phase)
+        with torch.no_grad():  # no graph of an encoder and a denoiser that stay as they are
+            z = nets.online.encode(batch.x)  # (B, N, D)
+            t = self.t_min + (1 - self.t_min) * draw.uniform(len(z))
+            z_t = nets.path.mix(z, draw.noise(z), t)
+            generated = follow(nets, z_t, t, batch.condition, self.steps)
+        x_hat = nets.online.decode(generated)
+        loss = self.reconstruction(x_hat, batch.x, nets.frozen)
+        info = {"generated_error": (generated - z).square().mean()}
+        return Terms({"reconstruction": loss}, {"reconstruction": 1.0}, z, info, x_hat)
+
+    def heads(self, backbone: Backbone) -> nn.ModuleDict:
+        """The other objective's."""
+        return self.of.heads(backbone)
+
+    @override
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The other objective's, and the perceptual network of the last phase."""
+        return nn.ModuleDict({**self.of.frozen(backbone), **self.reconstruction.frozen()})
+
+    def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
+        """What the other objective finds, and a decoder that shares weights."""
+        found = inner_problems(self.of, nets)
+        if not nets.online.latent.learned:
+            what = "tuned_decoder tunes a decoder, and this backbone has none to train"
+            found.insert(0, ("objective", f"{what}; choose another, such as vit"))
+        elif not nets.online.decoder_apart:
+            what = (
+                "tuned_decoder needs a decoder with weights of its own, or its last phase would "
+                "change the denoiser: add `--set backbone.trunks=decoder_apart` (or three), or "
+                "choose a backbone that has one"
+            )
+            found.insert(0, ("objective", what))
+        if _DECODER in self.of.phases:
+            what = f"{type(self.of).__name__} has a phase `{_DECODER}` already; leave one out"
+            found.insert(0, ("objective.of", what))
+        return found
+
+
+def follow(nets: Nets, z_t: Tensor, t: Tensor, condition: Condition, steps: int) -> Tensor:
+    """Follow the network's ODE from z_t (B, N, D) at times (B,) to t = 1, and return the end.
+
+    Each step mixes the clean estimate with the noise that it leaves, at the step's end, which on
+    the straight path is Euler's; the last one is the clean estimate itself.
+
+    Source: DDIM (Song et al. 2020, arXiv 2010.02502), eq. 12 with sigma = 0.
+    """
+    first = t
+    for i in range(1, steps + 1):
+        end = first + (1 - first) * (i / steps)
+        r = end if nets.online.second_time else None
+        (out,) = nets.online.run(Denoise(z_t=z_t, t=t, condition=condition, r=r))
+        guess = nets.path.estimate(out, z_t, t, nets.predicts)
+        if i == steps:
+            break
+        z_t, t = nets.path.mix(guess.x0, guess.eps, end), end
+    return guess.x0
