@@ -86,7 +86,7 @@ class UnifiedLatents(AutoencoderObjective):
         """Reconstruction through the fixed noise, and the KL at one time an image."""
         z = nets.online.encode(batch.x)  # (B, N, D)
         t_0 = least_noise(nets.path, self.logsnr)
-        ratio = float((-0.5 * torch.tensor(self.logsnr)).exp())  # sigma / alpha at t_0
+        ratio = math.exp(-0.5 * self.logsnr)  # sigma / alpha at t_0
         t = draw.t * t_0
         z_t = nets.path.mix(z, draw.noise(z), t)
         decode, diffusion = Decode(z=z + ratio * draw.noise(z)), self.decoder == "diffusion"
