@@ -129,6 +129,17 @@ def test_each_loss_reaches_exactly_its_modules(objective, vit, expected, predict
     assert reached == expected
 
 
+def test_a_decoder_that_denoises_passes_gradients_back_as_another_does() -> None:
+    """Through its steps: what reaches an image of the clean estimate reaches the denoiser."""
+    nets = shaken(Tweedie(), attrs.evolve(VIT, decoder="denoising", decode_steps=2))
+    for name, groups in CASES[2][2].items():
+        found = gradient(nets, losses(Tweedie(), nets)[name])
+        moved = [k for k, g in found.items() if g.abs().sum() > 0]
+        assert groups == {
+            group for group, own in GROUPS.items() if any(k.startswith(own) for k in moved)
+        }
+
+
 @each
 @pytest.mark.parametrize("trunks", ["one", "three"])
 def test_a_rival_keeps_the_contract_of_objectives(objective, vit, expected, trunks) -> None:
