@@ -39,8 +39,9 @@ class TunedDecoder(AutoencoderObjective):
     with them the latents.
 
     The other objective's phases, schedules and `progress` end where the last phase begins; what it
-    draws and loses there is what it draws and loses alone. The last phase is called `decoder`:
-    `optimizers: {decoder: ...}` gives it a learning rate of its own.
+    draws and loses there is what it draws and loses alone. The last phase is called `decoder`. It
+    has an optimizer of its own, whose schedule begins anew: the recipe's, unless there is another
+    in `optimizers: {decoder: ...}`.
 
     Options:
         of: The objective.
