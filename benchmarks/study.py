@@ -351,10 +351,13 @@ def run(
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--only", multiple=True, metavar="NAME", help="This variant; else all.")
 @click.option("--count", default=500, type=click.IntRange(2), help="Images generated a run.")
+@click.option("--equal-images", is_flag=True, help="Match images, whatever the file matches.")
 @options
-def main(path: Path, only: tuple[str, ...], **given: Any) -> None:
+def main(path: Path, only: tuple[str, ...], equal_images: bool, **given: Any) -> None:
     """Train and score every variant of a study."""
     study = Study.read(path)
+    if equal_images:
+        study = attrs.evolve(study, match_compute=False)
     if unknown := [name for name in only if name not in study.variants]:
         raise click.BadParameter(f"the study has no variant {', '.join(map(repr, unknown))}")
     run(study, only=only, **given)
