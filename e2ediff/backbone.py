@@ -85,6 +85,9 @@ class Denoise:
         condition: One a row; null rows for unconditional.
         r: A second time, (B,), not before t, for a backbone of `second_time`, as of an average
             velocity between t and r; by default t itself.
+        encoder_learns: (B,), bool: rows whose loss may train the weights that `encode` uses, for
+            a backbone that `decodes_while_denoising`; by default all. Of the other rows gradients
+            pass through these weights to what lies before them.
         taps: Blocks (1 is the first) whose output tokens are wanted as features.
     """
 
@@ -92,6 +95,7 @@ class Denoise:
     t: Tensor
     condition: Condition
     r: Tensor | None = None
+    encoder_learns: Tensor | None = None
     taps: tuple[int, ...] = ()
 
 
@@ -105,11 +109,14 @@ class Output:
     `value` is (B, N, D) for encode and denoise, (B, C, H, W) for decode, always float32.
     `features` maps each tap to (B, N, W).
     `raw` is the latent before its normalisation, for encode passes.
+    `image` is the image (B, C, H, W), float32, that a denoise pass goes through, for a backbone
+    that `decodes_while_denoising`.
     """
 
     value: Tensor
     features: Mapping[int, Tensor] = attrs.field(factory=dict)
     raw: Tensor | None = None
+    image: Tensor | None = None
 
 
 class Backbone(nn.Module, ABC):
@@ -132,6 +139,8 @@ class Backbone(nn.Module, ABC):
     passes then take `x_t` and `t`, and `decode` is a fixed number of deterministic steps from a
     noise that is the same for every image and on every call. Gradients flow through all of them,
     for that many times the memory and work. `accept_image` refuses the others.
+    `decodes_while_denoising` is True where a denoise pass makes an image, `Output.image`, and
+    encodes it to its answer; it then takes `encoder_learns`.
     `kernels_before` is what `prepare` returned when the run was last started, set before `prepare`
     of a run that goes on, or of a trained network; `use_attention` takes the same kernels again.
     """
@@ -148,6 +157,7 @@ class Backbone(nn.Module, ABC):
     token_times: bool = False
     second_time: bool = False
     denoises_pixels: bool = False
+    decodes_while_denoising: bool = False
     kernels_before: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
@@ -169,8 +179,8 @@ class Backbone(nn.Module, ABC):
         that do not need each other into one batch.
 
         Raises:
-            ValueError: A pass asks for a mask, a start, features, times or a noised image that
-                this backbone lacks.
+            ValueError: A pass asks for a mask, a start, features, times, rows or a noised image
+                that this backbone lacks.
         """
         results = []
         for p in passes:
@@ -191,15 +201,20 @@ class Backbone(nn.Module, ABC):
         return results
 
     def accept_times(self, p: Denoise) -> None:
-        """Refuse times that this backbone would ignore; every `outputs` calls it.
+        """Refuse times and rows that this backbone would ignore; every `outputs` calls it.
 
         Raises:
-            ValueError: The pass has times of tokens, or a second time.
+            ValueError: The pass has times of tokens, a second time, or `encoder_learns`.
         """
         if p.t.ndim > 1 and not self.token_times:
             raise ValueError(f"{type(self).__name__} takes one time for each latent, not (B, N)")
         if p.r is not None and not self.second_time:
             raise ValueError(f"{type(self).__name__} takes one time, and no second one r")
+        if p.encoder_learns is not None and not self.decodes_while_denoising:
+            raise ValueError(
+                f"{type(self).__name__} does not encode in denoise passes, so it "
+                "cannot take encoder_learns"
+            )
 
     def accept_image(self, p: Decode) -> None:
         """Refuse a noised image that this backbone would ignore; every `outputs` calls it.

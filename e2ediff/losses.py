@@ -53,26 +53,51 @@ class PixelLoss:
     def __call__(self, x_hat: Tensor, x: Tensor, frozen: nn.ModuleDict) -> Tensor:
         """Return the scalar loss of x_hat against x, both (B, C, H, W), in float32."""
         compare = functional.l1_loss if self.kind == "l1" else functional.mse_loss
-        a, b = x_hat.float(), x.float()
-        terms = [compare(a, b)]
-        for _ in range(1, self.scales):
-            a, b = functional.avg_pool2d(a, 2), functional.avg_pool2d(b, 2)
-            terms.append(compare(a, b))
-        loss = torch.stack(terms).mean()
-        counted = "perceptual" in frozen or not x.is_meta  # `check` builds no such network
-        if self.perceptual is not None and counted:
-            network = frozen["perceptual"]
-            with torch.no_grad():
-                real = network(x)
-            pairs = zip(network(x_hat), real, strict=True)
-            distances = [_unit_distance(f, g) for f, g in pairs]
+        loss = torch.stack([compare(a, b) for a, b in self._resolutions(x_hat, x)]).mean()
+        pairs = self._features(x_hat, x, frozen)
+        if pairs:
+            distances = [_unit_distance(f, g).mean() for f, g in pairs]
             loss = loss + self.perceptual_weight * torch.stack(distances).mean()
         return loss
 
+    def each(self, x_hat: Tensor, x: Tensor, frozen: nn.ModuleDict) -> Tensor:
+        """Return the loss of each image, (B,), for objectives that weight them; float32."""
+        differences = [a - b for a, b in self._resolutions(x_hat, x)]
+        terms = [
+            (d.abs() if self.kind == "l1" else d.square()).mean((1, 2, 3)) for d in differences
+        ]
+        loss = torch.stack(terms).mean(0)
+        pairs = self._features(x_hat, x, frozen)
+        if pairs:
+            distances = [_unit_distance(f, g).mean((1, 2)) for f, g in pairs]
+            loss = loss + self.perceptual_weight * torch.stack(distances).mean(0)
+        return loss
+
+    def _resolutions(self, x_hat: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Both images at every resolution, in float32."""
+        found = [(x_hat.float(), x.float())]
+        for _ in range(1, self.scales):
+            a, b = found[-1]
+            found.append((functional.avg_pool2d(a, 2), functional.avg_pool2d(b, 2)))
+        return found
+
+    def _features(
+        self, x_hat: Tensor, x: Tensor, frozen: nn.ModuleDict
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Maps of both by the perceptual network; none without one."""
+        counted = "perceptual" in frozen or not x.is_meta  # `check` builds no such network
+        if self.perceptual is None or not counted:
+            return []
+        network = frozen["perceptual"]
+        with torch.no_grad():
+            real = network(x)
+        return list(zip(network(x_hat), real, strict=True))
+
 
 def _unit_distance(f: Tensor, g: Tensor) -> Tensor:
+    """Squared distances (B, H, W) of unit-length features (B, C, H, W)."""
     f, g = functional.normalize(f.float(), dim=1), functional.normalize(g.float(), dim=1)
-    return (f - g).square().sum(dim=1).mean()
+    return (f - g).square().sum(dim=1)
 
 
 def error_weight(path: Interpolant, t: Tensor, space: Space) -> Tensor:

@@ -281,6 +281,49 @@ def _noised_images(name: str, net: Backbone, z: Tensor, x: Tensor, t: Tensor) ->
         )
 
 
+def _image_on_the_way(name: str, net: Backbone, p: Denoise, image: ImageSpec) -> None:
+    """Check that denoise passes have their image, and rows that teach, or refuse, as declared."""
+    b = len(p.t)
+    (plain,) = net.outputs(p)
+    if not net.decodes_while_denoising:
+        assert plain.image is None, (
+            f"{name}: a denoise pass has an image; set decodes_while_denoising = True"
+        )
+        try:
+            net.outputs(attrs.evolve(p, encoder_learns=p.t >= 0.5))
+        except ValueError:
+            return
+        raise AssertionError(
+            f"{name}: decodes_while_denoising is False, and encoder_learns is not refused; call "
+            "self.accept_times(p) for every denoise pass"
+        )
+    assert plain.image is not None, (
+        f"{name}: decodes_while_denoising is True, and a denoise pass has no image; fill "
+        "Output.image"
+    )
+    size = (b, image.channels, image.height, image.width)
+    is_float32(plain.image, size, f"{name}: Output.image of a denoise pass")
+    trained = {k: w for k, w in net.named_parameters() if w.requires_grad}
+    encoded = net.encode(torch.zeros(size)).sum()
+    grads = torch.autograd.grad(encoded, list(trained.values()), allow_unused=True)
+    own = [(k, w) for (k, w), g in zip(trained.items(), grads, strict=True) if g is not None]
+    weights = [p.z_t, *(w for _, w in own)]
+    found = []
+    for learns in (None, torch.ones(b), torch.zeros(b)):
+        given = None if learns is None else learns.bool()
+        (out,) = net.outputs(attrs.evolve(p, encoder_learns=given))
+        assert near(out.value, plain.value), f"{name}: encoder_learns changes the answer"
+        found.append(torch.autograd.grad(out.value.square().sum(), weights, allow_unused=True))
+    for (key, _), g in zip(own, found[2][1:], strict=True):
+        assert g is None or not g.any(), (
+            f"{name}: {key} gets a gradient from rows outside encoder_learns; detach the weights "
+            "that encode uses for them"
+        )
+    for what, one in (("all", found[1]), ("no", found[2])):
+        same = one[0] is not None and near(one[0], found[0][0])
+        assert same, f"{name}: z_t gets another gradient where {what} rows are in encoder_learns"
+
+
 def _other_shape(
     name: str, config: BackboneConfig, image: ImageSpec, scale: tuple[int, int]
 ) -> None:
@@ -352,6 +395,8 @@ def check_backbone(config: BackboneConfig, image: ImageSpec | None = None) -> No
     assert apart, f"{name}: decoder_apart is True, yet decode shares {', '.join(both)}"
     _noised_images(name, shake(make_nets(config, image=image)).online, z, x, t)
     _other_times(name, online, z, t, batch)
+    shaken = shake(make_nets(config, image=image)).online
+    _image_on_the_way(name, shaken, Denoise(z_t=z, t=t, condition=batch.condition), image)
     _same_in_float32(name, twin.online, passes, fused)
     wrote = [k for k, v in online.state_dict().items() if not torch.equal(v, before[k])]
     assert not wrote, f"{name}: a pass changed {', '.join(wrote)}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from e2ediff_testing.tiny import _Tiny
 
+from e2ediff.backbone import Decode, Denoise, Encode
 from e2ediff.data import DataSource
 from e2ediff.denoiser import Denoiser
 from e2ediff.figure import Figure
@@ -416,6 +417,63 @@ class _Cast(_Tiny):
 class Cast(testing.TinyBackbone):
     def build(self, image):
         return _Cast(self, image)
+
+
+class _Blind(_Tiny):
+    def __init__(self, config, image):
+        super().__init__(config, image)
+        self.decodes_while_denoising = True
+
+
+@wrong(testing.check_backbone, r"a denoise pass has no image; fill Output\.image")
+class Blind(testing.TinyBackbone):
+    def build(self, image):
+        return _Blind(self, image)
+
+
+class _Undeclared(_Tiny):
+    def _one(self, p):
+        out = super()._one(p)
+        x = torch.zeros(len(out.value), 3, 16, 16)
+        return attrs.evolve(out, image=x) if isinstance(p, Denoise) else out
+
+
+@wrong(testing.check_backbone, "set decodes_while_denoising = True")
+class Undeclared(testing.TinyBackbone):
+    def build(self, image):
+        return _Undeclared(self, image)
+
+
+class _AllTeach(_Tiny):
+    """Encodes the decoded image of the noised latent, in a pass that ignores `encoder_learns`."""
+
+    def __init__(self, config, image):
+        super().__init__(config, image)
+        self.decodes_while_denoising, self.denoiser_apart = True, False
+
+    def _one(self, p):
+        if not isinstance(p, Denoise):
+            return super()._one(p)
+        self.accept_times(p)
+        x = super()._one(Decode(z=p.z_t)).value
+        return attrs.evolve(super()._one(Encode(x=x, taps=p.taps)), image=x, raw=None)
+
+
+@wrong(testing.check_backbone, "gets a gradient from rows outside encoder_learns")
+class AllTeach(testing.TinyBackbone):
+    def build(self, image):
+        return _AllTeach(self, image)
+
+
+class _Deaf(_Tiny):
+    def accept_times(self, p):
+        super().accept_times(attrs.evolve(p, encoder_learns=None))
+
+
+@wrong(testing.check_backbone, "encoder_learns is not refused")
+class Deaf(testing.TinyBackbone):
+    def build(self, image):
+        return _Deaf(self, image)
 
 
 @pytest.mark.parametrize(("check", "part", "message"), WRONG)
