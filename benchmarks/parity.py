@@ -1,16 +1,18 @@
-"""Our networks and losses beside the released code of JiT, SiT or UNITE, with the same weights.
+"""Our networks and losses beside the released code of four projects, with the same weights.
 
     python benchmarks/parity.py --peer ../JiT
     python benchmarks/parity.py --peer ../SiT --json
 
-Builds both networks at a tiny width, gives theirs random weights, none of them zero, and ours the
-same by `peer_weights.py`, and feeds both the same images, times, labels and noise. Prints how far
-their answers, losses and gradients are apart, and how many parameters both have in a released
-size. Ends with code 1 if a difference is above 1e-5, with 2 if the checkout or a package is
-missing.
+The projects are JiT, SiT, UNITE and LDMisAE. Builds both networks at a tiny width, gives theirs
+random weights, none of them zero, and ours the same by `peer_weights.py`, and feeds both the same
+images, times, labels and noise. Prints how far their answers, losses and gradients are apart, and
+how many parameters both have in a released size. Ends with code 1 if a difference is above 1e-5,
+with 2 if the checkout or a package is missing.
 
 What differs in size: UNITE's first layer of the decoder has 768 channels whatever the decoder's
 width is, and is made as narrow as ours. LPIPS is 0 and no label of UNITE's is dropped in training.
+LDMisAE's autoencoder is given no class, as ours, and its images on the way are not rounded, which
+would make jumps of differences in the last place.
 
 Shapes: B batch, C H W image, N tokens, D latent channels.
 """
@@ -454,8 +456,114 @@ def unite() -> Found:
     return Found(checks, [Size("UNITE-B, recipes/unite_in256.yaml", full, ours_full, why)])
 
 
-COMPARED = {"JiT": jit, "SiT": sit, "UNITE": unite}
-PLUGINS = {"JiT": "e2ediff-jit", "UNITE": "e2ediff-unite"}
+# LDM-is-AE
+
+
+def ldm_is_ae() -> Found:
+    """Latents through an image: network, loss, gradients, and fifty guided steps."""
+    from e2ediff_ldm_is_ae.backbone import LDMIsAEConfig
+    from e2ediff_ldm_is_ae.objective import LDMIsAE
+    from ldm_is_ae.backbone import dit  # type: ignore[import-not-found]
+    from ldm_is_ae.denoiser import Denoiser  # type: ignore[import-not-found]
+
+    dit.scaled_dot_product_attention = attend
+    dit.JiT_models["tiny/half"] = lambda **options: dit.JiT_half(
+        hidden_size=WIDTH, num_heads=HEADS, bottleneck_dim=32, in_context_len=4,
+        in_context_start=2, **options,
+    )  # fmt: skip
+    patch, dim, side, image = 16, 24, 4, ImageSpec(3, 64, 64, CLASSES)
+    args = types.SimpleNamespace(
+        model="tiny/half", img_size=64, pixel_patch_size=patch, zc=dim, class_num=CLASSES,
+        depth_enc=2, depth_dec=DEPTH - 2, z_norm="rms", enc_bp=1, placeholder_k=3.0, xp_ste=False,
+        attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.0, P_mean=-0.8, P_std=0.8,
+        t_eps=5e-2, noise_scale=1.0, lpips_weight=0.0, v_mse_weight=10.0, ema_decay1=0.9999,
+        ema_decay2=0.9996, sampling_method="heun", num_sampling_steps=50, cfg=2.2,
+        interval_min=0.1, interval_max=1.0,
+    )  # fmt: skip
+    theirs = Denoiser(args).train()
+    shake(theirs)
+    encoder, decoder = theirs.forward_encoder, theirs.forward_decoder
+
+    def encoded(xs: Tensor, labels: Tensor, placeholder: Any = None, t: Any = None) -> Any:
+        return encoder(xs, nobody(labels) if placeholder is None else labels, placeholder, t)
+
+    theirs.forward_encoder = encoded
+    theirs.forward_decoder = lambda z, labels, t=None: decoder(z, nobody(labels), t)
+    config = LDMIsAEConfig(
+        width=WIDTH, depth=DEPTH, encoder_depth=2, heads=HEADS, patch=patch, latent_dim=dim,
+        bottleneck=32, context=4, context_start=2, attention="sdpa",
+    )  # fmt: skip
+
+    def mapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return peer_weights.ldm_is_ae(state, HEADS)
+
+    def tokens(x: Tensor) -> Tensor:
+        return x.flatten(2).mT
+
+    net = built(config, image, mapped(theirs.state_dict()))
+    x, z = torch.rand(BATCH, 3, 64, 64) * 2 - 1, torch.randn(BATCH, dim, side, side)
+    grid = nn.functional.pixel_unshuffle(x, patch)
+    with torch.no_grad():
+        e, d, n = net.outputs(
+            Encode(x=x), Decode(z=tokens(z)),
+            Denoise(z_t=tokens(z), t=T, condition=Labels(Y, CLASSES)),
+        )  # fmt: skip
+        z_hat, way = theirs.forward_ldm(z, T, Y)
+        shuffle = nn.functional.pixel_shuffle
+        assert n.image is not None
+        checks = [
+            apart("encoding", e.value, tokens(theirs.forward_encoder(grid, Y))),
+            apart("decoding", d.value, shuffle(theirs.forward_decoder(z, Y), patch)),
+            apart("denoising: the image on the way", n.image, shuffle(way, patch)),
+            apart("denoising: the latent", n.value, tokens(z_hat)),
+        ]
+
+    theirs.sample_t = lambda n, device=None: T
+    drawn = Recorder()
+    with drawn.listening():
+        found = theirs(grid, Y)
+    found["loss"].backward()
+    nets, objective = Nets(net, net, Linear(), "x0"), LDMIsAE()
+    draw = given(Y, [T], [tokens(drawn.drawn["randn"][0])])
+    terms = objective.terms(nets, Batch(x=x, condition=draw.condition), draw, "joint")
+    terms.total.backward()
+    checks += [
+        losses_apart("loss: reconstruction", terms.losses["reconstruction"], found["x_mse"]),
+        losses_apart("loss: denoising", terms.losses["denoising"], found["v_mse"]),
+        losses_apart("loss", terms.total, found["loss"]),
+        gradients_apart(net, mapped(gradients(theirs))),
+    ]
+
+    label = torch.arange(BATCH)
+    drawn = Recorder()
+    with drawn.listening():
+        their_images = theirs.eval().generate(label)
+    guidance = ClassifierFree(scale=2.2, t_min=0.1, exclusive=True)
+    denoiser = guidance.wrap(Plain(net.eval(), Linear(), "x0"))
+    start = tokens(drawn.drawn["randn"][0])
+    end = Heun(steps=50, t_eps=0.05).sample(
+        denoiser, start, Labels(label, CLASSES), torch.randn_like
+    )
+    checks.append(apart("samples, 50 guided steps", net.decode(end), their_images))
+
+    with torch.device("meta"):
+        full = dit.JiT_models["JiT-H/half"](
+            zc=128, depth_enc=2, depth_dec=30, input_size=256, patch_size=16, num_classes=1000
+        )
+    size = Size(
+        "LDM-is-AE, recipes/ldm_is_ae_in256.yaml", trained(full),
+        trained(of_recipe("ldm_is_ae_in256.yaml")),
+    )  # fmt: skip
+    return Found(checks, [size])
+
+
+def nobody(labels: Tensor) -> Tensor:
+    """Labels of no class."""
+    return torch.full_like(labels, CLASSES)
+
+
+COMPARED = {"JiT": jit, "SiT": sit, "UNITE": unite, "LDMisAE": ldm_is_ae}
+PLUGINS = {"JiT": "e2ediff-jit", "UNITE": "e2ediff-unite", "LDMisAE": "e2ediff-ldm-is-ae"}
 
 
 def has_plugin(name: str) -> None:
@@ -502,7 +610,9 @@ def table(found: Found) -> str:
 
 
 @click.command()
-@click.option("--peer", required=True, metavar="PATH", help="Checkout of JiT, SiT or UNITE.")
+@click.option(
+    "--peer", required=True, metavar="PATH", help="Checkout of JiT, SiT, UNITE or LDMisAE."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
 def main(peer: str, *, as_json: bool) -> None:
     """Compare our networks and losses with the released code at PATH."""

@@ -1,4 +1,4 @@
-"""Weights of other projects under our names and in our order: JiT, SiT (and DiT), UNITE.
+"""Weights of JiT, SiT (and DiT), UNITE and LDM-is-AE under our names and in our order.
 
 Every function takes a state of theirs, by name, and returns ours; what has no place here, such as
 fixed positions, is left out. They only pick, cut and order numbers, so they serve gradients too.
@@ -83,17 +83,18 @@ def renamed(state: State, rules: Sequence[Rule]) -> dict[str, Tensor]:
 
 def jit(state: State, heads: int, patch: int, channels: int = 3) -> dict[str, Tensor]:
     """JiT's network, for the backbone `jit`."""
-    pixels = pixel_rows(patch, channels)
-    return renamed(state, [
-        (r"t_embedder\.mlp\.(\d)\.(\w+)", r"embed_time.layers.\1.\2", as_it_is),
-        (r"y_embedder\.embedding_table\.weight", "embed_label.weight", as_it_is),
-        (r"x_embedder\.proj1\.weight", "embed_pixels.0.weight", flat),
-        (r"x_embedder\.proj2\.weight", "embed_pixels.1.weight", flat),
-        (r"x_embedder\.proj2\.bias", "embed_pixels.1.bias", as_it_is),
-        (r"in_context_posemb", "embed_context", without_batch),
-        (r"final_layer\.linear\.(\w+)", r"head_pixels.\1", pixels),
-        *_gated_trunk("trunk", heads),
-    ])  # fmt: skip
+    rules = _jit("embed_pixels", "head_pixels", pixel_rows(patch, channels), heads)
+    return renamed(state, rules)
+
+
+def ldm_is_ae(state: State, heads: int) -> dict[str, Tensor]:
+    """LDM-is-AE's network, two of JiT's on a grid of patches, for the backbone `ldm_is_ae`."""
+    rules = _jit("embed_tokens", "head", as_it_is, heads)
+    found = {}
+    for theirs, ours in (("model_dec", "dit_d"), ("model_enc", "dit_e")):
+        part = renamed(state, [(rf"net\.{theirs}\.(.+)", r"\1", as_it_is)])
+        found |= {f"{ours}.{name}": x for name, x in renamed(part, rules).items()}
+    return found
 
 
 def sit(state: State, patch: int = 2, channels: int = 4) -> dict[str, Tensor]:
@@ -151,6 +152,20 @@ def unite(
         *_gated_trunk("trunk", heads),
     ])  # fmt: skip
     return {**rest, **inner}
+
+
+def _jit(embed: str, head: str, last: Change, heads: int) -> list[Rule]:
+    """JiT's names, with ours of the layers that its tokens come in and go out by."""
+    return [
+        (r"t_embedder\.mlp\.(\d)\.(\w+)", r"embed_time.layers.\1.\2", as_it_is),
+        (r"y_embedder\.embedding_table\.weight", "embed_label.weight", as_it_is),
+        (r"x_embedder\.proj1\.weight", f"{embed}.0.weight", flat),
+        (r"x_embedder\.proj2\.weight", f"{embed}.1.weight", flat),
+        (r"x_embedder\.proj2\.bias", f"{embed}.1.bias", as_it_is),
+        (r"in_context_posemb", "embed_context", without_batch),
+        (r"final_layer\.linear\.(\w+)", rf"{head}.\1", last),
+        *_gated_trunk("trunk", heads),
+    ]
 
 
 def _trunk(ours: str, qkv: Change) -> list[Rule]:

@@ -39,6 +39,7 @@ class Peer:
 
 
 PROJECTS = {
+    "ldm_is_ae/denoiser.py": "LDMisAE",
     "models/unite.py": "UNITE",
     "models/lightningdit.py": "LightningDiT",
     "model_jit.py": "JiT",
@@ -69,7 +70,7 @@ def find_peer(path: str) -> Callable[[int, torch.device], Peer]:
         click.UsageError: The folder is missing, or none of the projects that are known here.
     """
     known = {"UNITE": _unite, "LightningDiT": _lightning, "JiT": _jit, "SiT": _sit}
-    return known[project_in(path)]
+    return known[project_in(path, tuple(known))]
 
 
 @contextlib.contextmanager

@@ -162,7 +162,7 @@ def test_no_damaged_checkpoint_is_accepted(attack: Run) -> None:
 
 # The others are cut in test_resume.py, as are three of these with further options.
 CUT = {"pixel", "kl", "tweedie", "repa_e", "unified_latents", "unite", "variance_floor"}
-CUT |= {"adversary", "genfirst", "mean_flow", "tuned_decoder"}
+CUT |= {"adversary", "genfirst", "ldm_is_ae", "mean_flow", "tuned_decoder"}
 CUT |= {"micro-shards and averages", "diagnoses and pictures"}
 
 

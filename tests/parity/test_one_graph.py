@@ -153,6 +153,11 @@ OBJECTIVES = [
       for name in ("kl", "tweedie", "unified_latents")),
     pytest.param(["objective=mean_flow", "predicts=v", "backbone.second_time=true"],
                  id="mean_flow", marks=needs("e2ediff-rivals")),
+    pytest.param(
+        ["objective=ldm_is_ae",
+         "backbone={name: ldm_is_ae, width: 16, depth: 3, encoder_depth: 1, heads: 2, patch: 8, "
+         "latent_dim: 6, bottleneck: 8, context: 2, context_start: 1, eight_bit: true}"],
+        id="ldm_is_ae", marks=needs("e2ediff-ldm-is-ae")),
     pytest.param(["objective={name: adversary, of: detached, layers: 1, channels: 8}",
                   "optimizers={critic: adamw}"], id="adversary", marks=needs("e2ediff-rivals")),
 ]  # fmt: skip

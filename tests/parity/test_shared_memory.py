@@ -124,7 +124,9 @@ def test_two_batches_and_an_item_lie_in_shared_memory_or_two_items_a_worker() ->
         assert divide(image, batch, microshards, 0, processes).needed == 0
 
 
-@pytest.mark.parametrize("name", ["dsd_in256", "dsd_in256_s", "jit_in256", "unite_in256"])
+@pytest.mark.parametrize(
+    "name", ["dsd_in256", "dsd_in256_s", "jit_in256", "unite_in256", "ldm_is_ae_in256"]
+)
 def test_recipes_of_1024_large_images_need_less_than_half_a_gigabyte(name) -> None:
     """When an item was a batch, 16 workers held 33 of them, 6.6 GB."""
     recipe = load_recipe(load(), str(RECIPES / f"{name}.yaml"))

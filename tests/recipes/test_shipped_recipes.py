@@ -25,9 +25,13 @@ EIGHT = [path for path in ALL if path.stem.endswith("_8gpu")]
 RECIPES = [path for path in ALL if path not in EIGHT]
 # Parameters in millions as their papers have them; of DSD's sizes the shape is ours, and the 63.
 DSD = {"dsd_in256_s": 42, "dsd_in256_m": 118, "dsd_in256": 205, "dsd_in64": 63}
-MILLIONS = {**DSD, "unite_in256": 217, "jit_in256": 131}
+MILLIONS = {**DSD, "unite_in256": 217, "jit_in256": 131, "ldm_is_ae_in256": 961}
 IMAGENET = [path for path in ALL if path.stem.startswith("dsd_in")]
-OTHERS = {"unite_in256": r"UNITE|paper|code", "jit_in256": r"JiT|README|the paper"}
+OTHERS = {
+    "unite_in256": r"UNITE|paper|code",
+    "jit_in256": r"JiT|README|the paper",
+    "ldm_is_ae_in256": r"paper|code|script",
+}
 SMALL = [FOLDER / "dsd_cifar10.yaml", FOLDER / "dsd_clothing64.yaml"]
 BUDGETS = (FOLDER.parent / "docs" / "how-to" / "budgets.md").read_text()
 # Keys that name things, or say where, how often and on what a run is looked at.
@@ -102,7 +106,7 @@ def test_check_counts_a_recipe_in_seconds(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in USABLE if p.id in ("dsd_in256_s", "quickstart", "unite_in256", "jit_in256")],
+    [p for p in USABLE if p.id in ("dsd_in256_s", "quickstart", *OTHERS)],
 )
 def test_check_prints_a_resolved_recipe_that_is_a_recipe(tmp_path: Path, path: Path) -> None:
     """And resolving it again changes nothing."""

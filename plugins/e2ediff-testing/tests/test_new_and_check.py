@@ -36,7 +36,7 @@ from e2ediff.parts.objectives import Detached, TwoStage
 from e2ediff.parts.optimizers.scheduled import SGD
 
 KIT = Path(__file__).parents[1]
-OURS = ("dsd", "unite", "jit", "rivals", "varfloor")
+OURS = ("dsd", "unite", "jit", "ldm-is-ae", "rivals", "varfloor")
 TITLES = ("documentation", "contract", "recipe round trip", "save and resume", "latent contract",
           "bfloat16")  # fmt: skip
 

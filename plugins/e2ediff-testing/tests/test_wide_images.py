@@ -22,6 +22,7 @@ UNITE = ("unite", "width=16", "depth=2", "heads=2", "patch=8", "registers=4", "l
         pytest.param("dsd", (16, 24), (), marks=needs("e2ediff-dsd")),
         pytest.param("unite", (24, 16), UNITE, marks=needs("e2ediff-unite")),
         pytest.param("pixel", (16, 24), (), marks=needs("e2ediff-jit")),
+        pytest.param("ldm_is_ae", (16, 24), (), marks=needs("e2ediff-ldm-is-ae")),
     ],
 )
 def test_a_run_resumes_bit_for_bit_and_samples_in_its_shape(
