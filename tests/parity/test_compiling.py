@@ -218,8 +218,9 @@ NETWORKS = {
     "dsd": ("quickstart", []),
     "unite": ("unite_quickstart", ["backbone.context=2", "backbone.context_start=1"]),
     "jit": ("jit_quickstart", ["backbone.context=2", "backbone.context_start=1"]),
+    "ldm_is_ae": ("ldm_is_ae_quickstart", ["backbone.context=2", "backbone.context_start=0"]),
 }
-GRAPHS = {"dsd": 3, "unite": 4, "jit": 2}
+GRAPHS = {"dsd": 3, "unite": 4, "jit": 2, "ldm_is_ae": 2}
 """Blocks are compiled once for each kind of pass that they are in: with gradients or without."""
 
 
@@ -229,6 +230,7 @@ GRAPHS = {"dsd": 3, "unite": 4, "jit": 2}
         pytest.param("dsd", marks=needs_dsd),
         pytest.param("unite", marks=needs("e2ediff-unite")),
         pytest.param("jit", marks=needs("e2ediff-jit")),
+        pytest.param("ldm_is_ae", marks=needs("e2ediff-ldm-is-ae")),
     ],
 )
 def test_blocks_of_a_shipped_network_are_compiled_in_the_first_step_without_a_break(

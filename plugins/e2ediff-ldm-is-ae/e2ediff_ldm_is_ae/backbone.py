@@ -54,8 +54,8 @@ class LDMIsAEConfig(PatchConfig):
     `context` tokens of the condition join after DiT-D's first `context_start` blocks, and in DiT-E
     from its first block on; 0 leaves them out.
     `mlp_ratio`, `swiglu_width` and `attention` are those of `jit`.
-    `latent_scale: rms` divides DiT-E's answer by its root mean square over all tokens and
-    channels, one number an image; `none` leaves its scale free.
+    `latent_scale` says what is done about the size of DiT-E's answer: `rms` divides it by its root
+    mean square over all tokens and channels, one number an image; `none` leaves it free.
     `skip` adds to that answer the image itself, the pixels of each patch interpolated to
     `latent_dim` numbers, which has no weights.
     `eight_bit` clips F to [-1, 1] and rounds it to 256 levels before DiT-E, with the gradient of

@@ -45,7 +45,7 @@ class LDMIsAE(AutoencoderObjective):
 
     `reconstruction` compares F with the image; `weight` is the space whose weight w_t multiplies
     both errors, `x0` being unweighted, and `clamp` the largest such weight; 400 is 1 - t held
-    above 0.05.
+    above 0.05. `reconstruction_weight` and `denoising_weight` are those of the losses as a whole.
 
     Source: LDM-is-AE (arXiv 2609.37080). Its paper and its released code agree on the two losses,
     on w_t = 1 / (1 - t)^2 and on `encoder_from`. The paper's times are U[0, 1] (`times: uniform`),

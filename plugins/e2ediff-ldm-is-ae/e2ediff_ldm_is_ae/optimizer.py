@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -45,6 +46,8 @@ class Stepped(OptimizerConfig):
     Source: LDM-is-AE (arXiv 2609.37080), where the encoder's rate falls to a third every 50 epochs
     and to 0 after 200; its released script, where the other rate falls to a tenth every 200.
     """
+
+    trial: ClassVar[tuple[str, ...]] = ("optimizer.inner=adamw",)
 
     inner: OptimizerConfig
     steps: tuple[RateSteps, ...] = attrs.field(default=())
