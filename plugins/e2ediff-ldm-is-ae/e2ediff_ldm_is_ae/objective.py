@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import attrs
+import torch
 from attrs import validators
 
 from e2ediff.backbone import Encode
@@ -22,7 +23,7 @@ from e2ediff.losses import (
     noise_levels,
     unfit_prediction,
 )
-from e2ediff.objective import Draw, Nets, Terms, sg
+from e2ediff.objective import Draw, Nets, Terms
 from e2ediff_ldm_is_ae.backbone import LDMIsAEConfig
 
 
@@ -42,6 +43,8 @@ class LDMIsAE(AutoencoderObjective):
     alone, DiT-E, and there only from images whose t is at least `encoder_from`; of the others
     gradients go through DiT-E's weights to DiT-D. 0 lets it learn from all. Nothing is decoded
     from a clean latent in training: the image of a pass whose t comes near 1 takes that place.
+    It is for `predicts: x0`, by which DiT-E's answer is a latent at every time, as in encoding.
+    Regularisers of the latent have no effect, since nothing trains the encoder through it.
 
     `reconstruction` compares F with the image; `weight` is the space whose weight w_t multiplies
     both errors, `x0` being unweighted, and `clamp` the largest such weight; 400 is 1 - t held
@@ -68,8 +71,9 @@ class LDMIsAE(AutoencoderObjective):
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """The errors of the image on the way and of the latent at the end."""
-        (z,) = nets.online.run(Encode(x=batch.x))  # (B, N, D)
-        (level,) = noise_levels(sg(z), draw, nets.path, 1)
+        with torch.no_grad():
+            (z,) = nets.online.run(Encode(x=batch.x))  # (B, N, D)
+        (level,) = noise_levels(z, draw, nets.path, 1)
         learns = draw.t >= self.encoder_from if self.encoder_from > 0 else None
         (out,) = nets.online.outputs(attrs.evolve(level.denoise(), encoder_learns=learns))
         assert out.image is not None
@@ -79,7 +83,7 @@ class LDMIsAE(AutoencoderObjective):
             "reconstruction": (
                 w * self.reconstruction.each(out.image, batch.x, nets.frozen)
             ).mean(),
-            "denoising": clean_loss(guess, sg(z), nets.path, draw.t, self.weight, self.clamp),
+            "denoising": clean_loss(guess, z, nets.path, draw.t, self.weight, self.clamp),
         }
         weights = {
             "reconstruction": self.reconstruction_weight,
@@ -92,17 +96,11 @@ class LDMIsAE(AutoencoderObjective):
         return ("reconstruction", "denoising")
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """A denoiser without an image on the way, and predictions other than the latent."""
+        """A denoiser without an image on the way, and an unbounded weight."""
         if not nets.online.decodes_while_denoising:
             what = (
                 "ldm_is_ae compares the image that a denoise pass goes through, and this backbone "
                 "has none: choose backbone: ldm_is_ae"
             )
             return [("backbone", what)]
-        if nets.predicts != "x0":
-            what = (
-                f"{nets.predicts} is not what the last part of this denoiser gives, which encodes "
-                "an image: set predicts: x0"
-            )
-            return [("predicts", what)]
         return unfit_prediction(nets, self.weight)
