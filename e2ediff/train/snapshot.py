@@ -42,19 +42,19 @@ def take(parts: Assembly, calibration: Tensor, staging: Staging, *, keep: bool =
     A collective call; processes without `keep` get no tensors.
     """
     nets = parts.nets
+    sets = {"online": nets.online, **{name: a.net for name, a in parts.averages.items()}}
     with parts.parallel.whole():
-        calibrate(nets.online, calibration)
-        for average in parts.averages.values():
-            calibrate(average.net, calibration)
+        for net in sets.values():
+            calibrate(net, calibration)
+        latent = {name: _contract(net, calibration) for name, net in sets.items()}
     held, optimizers = tensors_of(parts)
     files = staging.copy(held, keep=keep)
     state: dict[str, JSON] = {
         "averages": {n: a.updates for n, a in parts.averages.items()},
         "optimizers": optimizers,
         "choices": dict(parts.choices),
+        "latent": latent,
     }
-    sets = {"online": nets.online, **{name: a.net for name, a in parts.averages.items()}}
-    state["latent"] = {name: _contract(net, calibration) for name, net in sets.items()}
     return Snapshot(files, state)
 
 

@@ -270,6 +270,20 @@ def test_fsdp2_goes_on_from_one_process_and_back(alone, tiny_recipe, tmp_path) -
         torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6, msg=key)
 
 
+def test_fsdp2_measures_the_scale_of_latents_without_a_norm_as_one_process_does(
+    tiny_recipe, tmp_path
+) -> None:
+    """By encoding, for which weights outside of blocks must be gathered too."""
+    changes = [*RUNS["coupled"], "backbone.latent_norm=none", "steps=1"]
+    run(tiny_recipe, tmp_path / "one", *changes)
+    assert run_in_two(tiny_recipe, tmp_path / "two", *changes, "parallel=fsdp2") == [0, 0]
+    one, two = (open_checkpoint(Store(str(tmp_path / out))).latents for out in ("one", "two"))
+    assert one.keys() == two.keys() > {"online", "target"}
+    for name, contract in one.items():
+        assert two[name]["scale"] == pytest.approx(contract["scale"], rel=1e-5)
+        assert contract["scale"] != 1.0
+
+
 # Parameters that a step does not use
 
 
