@@ -20,6 +20,7 @@ from e2ediff_testing import (
     make_draw,
     make_nets,
 )
+from torch import distributed
 
 from e2ediff.backbone import Decode, Denoise, Encode
 from e2ediff.condition import Labels
@@ -196,6 +197,22 @@ def test_its_total_is_the_sum_of_both_squared_errors_over_the_time_left(
         span = left[:, None, None]
         velocities = ((z - z_t) / span - (out.value - z_t) / span).square().mean()
     torch.testing.assert_close(terms.total, pixels + factor * velocities, rtol=1e-4, atol=0)
+
+
+def test_an_encoder_whose_blocks_fsdp2_splits_is_refused_a_threshold() -> None:
+    """It would put weights with gradients in the place of those without."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        nets = shaken()
+        fully_shard(nets.online.dit_e.trunk.blocks[0], mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"set parallel: ddp, or objective\.encoder_from: 0"):
+            LDMIsAE().terms(nets, BATCH, at(0.5), "joint")
+        LDMIsAE(encoder_from=0.0).terms(nets, BATCH, at(0.5), "joint")
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_class_and_time_reach_both_ends_and_the_autoencoder_knows_neither() -> None:
