@@ -40,9 +40,9 @@ class JiTConfig(PatchConfig):
     `bottleneck` is the width between the two linear layers that embed a patch.
     `context` tokens of the condition join the patches after the first `context_start` blocks; 0
     leaves them out.
-    `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third;
-    what is left is the nearest `multiple_of_8`, or with `swiglu_width: truncated` the number of
-    JiT's code, which at JiT-L's and JiT-H's width is another, 2730 and 3413.
+    `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
+    `swiglu_width` says how what is left becomes whole: the nearest `multiple_of_8`, or
+    `truncated`, as in JiT's code, which at JiT-L's and JiT-H's width is another, 2730 and 3413.
     `attention` is that of `vit`.
 
     Encoding and decoding have no weights and lose nothing, so every trained weight is the

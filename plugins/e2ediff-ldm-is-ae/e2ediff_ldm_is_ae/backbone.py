@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from e2ediff.backbone import Denoise, Encode, FusedBackbone, LatentSpec, Output, Pass
+from e2ediff.backbone import Decode, Denoise, Encode, FusedBackbone, LatentSpec, Output, Pass
 from e2ediff.condition import Condition
 from e2ediff.data import ImageSpec
 from e2ediff.nn.backbone import PatchBackbone, PatchConfig
@@ -198,8 +198,8 @@ class LDMIsAENet(PatchBackbone, FusedBackbone):
         """Run passes; those that denoise have their image too.
 
         Raises:
-            ValueError: A pass asks for features, for a mask, for encoding from noise or for times
-                of tokens or steps.
+            ValueError: A pass asks for features, for a mask, for encoding from noise, for times
+                of tokens or steps, or has a noised image.
         """
         return [self._one(p) for p in passes]
 
@@ -211,6 +211,8 @@ class LDMIsAENet(PatchBackbone, FusedBackbone):
         if isinstance(p, Denoise):
             self.accept_times(p)
             return self._denoise(p)
+        if isinstance(p, Decode):
+            self.accept_image(p)
         given = p.x if isinstance(p, Encode) else p.z
         t = given.new_ones(len(given), dtype=torch.float32)
         condition = self.image.conditioning.null(len(t), t.device)

@@ -449,7 +449,8 @@ class _AllTeach(_Tiny):
 
     def __init__(self, config, image):
         super().__init__(config, image)
-        self.decodes_while_denoising, self.denoiser_apart = True, False
+        self.decodes_while_denoising = True
+        self.denoiser_apart = self.decoder_apart = False
 
     def _one(self, p):
         if not isinstance(p, Denoise):
@@ -465,15 +466,15 @@ class AllTeach(testing.TinyBackbone):
         return _AllTeach(self, image)
 
 
-class _Deaf(_Tiny):
+class _Unheeding(_Tiny):
     def accept_times(self, p):
         super().accept_times(attrs.evolve(p, encoder_learns=None))
 
 
 @wrong(testing.check_backbone, "encoder_learns is not refused")
-class Deaf(testing.TinyBackbone):
+class Unheeding(testing.TinyBackbone):
     def build(self, image):
-        return _Deaf(self, image)
+        return _Unheeding(self, image)
 
 
 @pytest.mark.parametrize(("check", "part", "message"), WRONG)

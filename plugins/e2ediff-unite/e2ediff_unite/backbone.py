@@ -47,9 +47,9 @@ class UniteConfig(PatchConfig):
     `context` class tokens join after the first `context_start` blocks; 0 leaves them out.
     `latent_norm` is described at `e2ediff.latent.LatentNorm`; `norm_prediction` sends the
     denoiser's answer through it too.
-    `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third;
-    what is left is the nearest `multiple_of_8`, or with `swiglu_width: truncated` the number of
-    the released code, which is the same for B and XL and another for M and L.
+    `mlp_ratio` is the perceptron's hidden width over `width`, of which its gate costs a third.
+    `swiglu_width` says how what is left becomes whole: the nearest `multiple_of_8`, or
+    `truncated`, as in the released code, which is the same for B and XL and another for M and L.
     `decoder` has the shape of the decoder, by default the trunk's.
     `attention` is that of `vit`.
 
