@@ -169,7 +169,7 @@ def test_spans_and_progress_of_what_is_wrapped_end_where_the_last_phase_begins()
     assert judged.own_optimizers == ("critic",)
     assert judged.span("critic") == (0.1, 0.5)
 
-    objective = TunedDecoder(of=GenFirst(first_phase=0.5), share=0.5)
+    objective = TunedDecoder(of=GenFirst(prior_weight=0.01, first_phase=0.5), share=0.5)
     nets = shaken_nets(objective)
     weights = {}
     for progress in (0.0, 0.24, 0.26, 0.499, 0.9):
