@@ -137,6 +137,8 @@ class Objective(ABC):
     Phases whose spans overlap alternate within a step, in order, each with its own optimizer;
     phases whose spans follow one another are stages.
     `own_optimizers` names the phases that need an optimizer of their own in the recipe.
+    `trains_averages` declares that the denoiser learns average velocities between two times, on
+    the straight path; only then do samplers ask a network with a second time for them.
     `static_graph` declares that a phase gives gradients to the same parameters in every step and
     in every process. DDP then looks for unused parameters before the first step alone, which is
     faster; a step that uses others ends the run. A derived class declares it again, as what it
@@ -145,6 +147,7 @@ class Objective(ABC):
 
     phases: ClassVar[tuple[str, ...]] = ("joint",)
     own_optimizers: ClassVar[tuple[str, ...]] = ()
+    trains_averages: ClassVar[bool] = False
     static_graph: ClassVar[bool] = False
 
     @property

@@ -94,9 +94,9 @@ class Sampler(ABC):
     `couples_images` is True where an image depends on the others in its batch, as by a common
     step size; `one_call_per_step` is True where each step asks the denoiser once, at the time
     where it begins.
-    `averages` says whether its steps follow a network's average velocities, where the network has
-    a second time: `used` where it offers them, `needed` where nothing else will do, and `unused`
-    where a step is made of velocities at single times, as those of higher order are.
+    `averages` says whether its steps follow average velocities: `used` where the network has
+    learned them, `needed` where nothing else will do, and `unused` where a step is made of
+    velocities at single times, as those of higher order are.
     """
 
     couples_images: ClassVar[bool] = False

@@ -159,14 +159,19 @@ def guidance_problems(recipe: Recipe) -> list[Problem]:
     return [Problem(f"guidance.{field}", what) for field, what in found]
 
 
+def averages_velocities(recipe: Recipe, net: Backbone) -> bool:
+    """Return whether the recipe's denoiser has learned average velocities between two times."""
+    return net.second_time and recipe.objective.trains_averages
+
+
 def sampler_problems(recipe: Recipe, net: Backbone) -> list[Problem]:
     """Find a sampler that asks for what a network does not offer."""
-    if recipe.sampler.averages != "needed" or net.second_time:
+    if recipe.sampler.averages != "needed" or averages_velocities(recipe, net):
         return []
     what = (
-        "follows average velocities, which a network gives with a second time, and this one takes "
-        "one time; choose another, such as euler, or train with backbone.second_time: true and an "
-        "objective of average velocities, such as mean_flow"
+        "follows average velocities, which this network has not learned; choose another, such as "
+        "euler, or train with backbone.second_time: true and an objective of average velocities, "
+        "such as mean_flow"
     )
     return [Problem("sampler", what)]
 

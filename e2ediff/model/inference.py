@@ -125,7 +125,7 @@ class Model:
 
     def _plain(self) -> Plain:
         recipe = self.recipe
-        averages = recipe.sampler.averages != "unused"
+        averages = recipe.sampler.averages != "unused" and recipe.objective.trains_averages
         return Plain(self.net, recipe.interpolant, recipe.predicts, averages=averages)
 
     def _guided(self, plain: Plain) -> Denoiser:

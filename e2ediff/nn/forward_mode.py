@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from e2ediff.nn.attention import sdpa
@@ -61,6 +63,10 @@ def derivative_along(
         at: Its arguments.
         along: A direction of the shape of each.
     """
+    if any(_has_no_numbers(x) for x in at):
+        with torch.no_grad():
+            call(*at)  # the tangents, which cost what the values do
+            return torch.zeros_like(call(*at))
     make, unpack = forward_ad.make_dual, forward_ad.unpack_dual
     with torch.no_grad(), forward_mode(net):
         duals = [make(x, d) for x, d in zip(at, along, strict=True)]  # type: ignore[no-untyped-call]
@@ -68,3 +74,8 @@ def derivative_along(
         if tangent is None:
             raise ValueError("what was called does not depend on its arguments")
     return tangent
+
+
+def _has_no_numbers(x: Tensor) -> bool:
+    """Return whether only shapes and costs are wanted: dual tensors are not for such tensors."""
+    return x.is_meta or (isinstance(x, FakeTensor) and get_proxy_mode() is None)

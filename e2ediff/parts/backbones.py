@@ -138,6 +138,10 @@ class ViTConfig(PatchConfig):
         if self.patch % self.refine_stride:
             what = f"{self.refine_stride} does not divide the patch, {self.patch}"
             found.append(("refine_stride", what))
+        if self.decoder == "direct" and (self.decode_steps, self.decode_seed) != (8, 0):
+            found.append(
+                ("decoder", "direct takes no steps, so leave out decode_steps and decode_seed")
+            )
         if self.refine == 0 and (self.refine_stride, self.refine_depth) != (1, 0):
             found.append(
                 ("refine", "0 refines nothing, so leave out refine_stride and refine_depth")

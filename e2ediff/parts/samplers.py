@@ -46,7 +46,7 @@ class AverageVelocity(Euler):
     `steps`, `spacing`, `shift`, `t_start` and `t_eps` are those of `euler`, which follows average
     velocities too where a network offers them; this sampler refuses a network that does not.
 
-    Source: MeanFlow (Geng et al. 2025, arXiv 2505.13447), algorithm 2 and eq. 12.
+    Source: MeanFlow (Geng et al. 2025, arXiv 2505.13447), sampling.
     """
 
     averages: ClassVar[Literal["unused", "used", "needed"]] = "needed"

@@ -282,6 +282,6 @@ def _other(own: Model, found: Model) -> Other:
     if os.path.abspath(there.run) != os.path.abspath(here.run):
         us = f"{here.run}, which {there.run} is to guide,"
         found.net.contract().accept(own.net.contract(), us)
-    averages = recipe.sampler.averages != "unused"
+    averages = recipe.sampler.averages != "unused" and theirs.objective.trains_averages
     plain = Plain(found.net, theirs.interpolant, theirs.predicts, averages=averages)
     return Other(plain, there)

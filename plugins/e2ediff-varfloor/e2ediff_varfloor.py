@@ -31,7 +31,8 @@ class VarianceFloor(Objective):
             "denoising": mean_clean_loss(outs, levels, sg(z), nets, "x0", 1.0),
             "variance": torch.relu(self.floor - z.flatten(0, 1).std(dim=0)).mean(),
         }
-        return Terms(losses, dict(zip(losses, (1.0, 1.0, self.floor_weight), strict=True)), z)
+        weights = dict(zip(losses, (1.0, 1.0, self.floor_weight), strict=True))
+        return Terms(losses, weights, z, decoded=x_hat)
 
     def stops(self, phase):
         """The denoiser learns from stopped latents."""

@@ -24,6 +24,7 @@ from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.interpolant import KINDS
 from e2ediff.model.build import build_nets, problems
 from e2ediff.objective import Objective
+from e2ediff.step.count import count
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.times import TimeSampler
 from e2ediff.train.engine import Engine
@@ -120,6 +121,16 @@ def test_a_pass_builds_a_graph_only_if_a_loss_trains_it(name, changes) -> None:
         for values in passes:
             grads = torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
             assert any(grad is not None and grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_check_counts_the_step_of_every_objective_by_phase(name) -> None:
+    """On the meta device, where operators that tests on a CPU never meet may be missing."""
+    recipe = recipe_of(name)
+    assert not problems(recipe)
+    flops = count(recipe).flops
+    assert flops.keys() == {*recipe.objective.phases}
+    assert all(value > 0 for value in flops.values())
 
 
 # Cells of an ablation differ in their objective and share their seed.

@@ -65,6 +65,7 @@ class MeanFlow(Objective):
     "The average velocity between two times, its slope taken over `step`."
 
     step: float = 0.01
+    trains_averages = True
     trial: ClassVar[tuple[str, ...]] = ("predicts=v", "backbone.second_time=true")
 
     def stops(self, phase):
@@ -195,6 +196,9 @@ def test_a_sampler_of_average_velocities_is_refused_by_a_network_with_one_time(f
     assert done.code == 3
     assert "sampler: follows average velocities" in done.err
     assert "choose another, such as euler" in done.err
+    untrained = (*words, "--set", "backbone.second_time=true")
+    done = e2ediff("check", "tiny.yaml", *untrained)
+    assert done.code == 3, "its second time was never trained"
     assert e2ediff("run", "tiny.yaml", "--out", "run").code == 0
     done = e2ediff("sample", "run", *words, "--count", 2, "--format", "npz")
     assert done.code == 3

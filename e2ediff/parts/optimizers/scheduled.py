@@ -81,6 +81,15 @@ class Scheduled(OptimizerConfig):
     groups: tuple[ParameterGroup, ...] = attrs.field(default=())
 
     @groups.validator
+    def _falls(self, field: attrs.Attribute[object], value: tuple[ParameterGroup, ...]) -> None:
+        schedules = {self.schedule, *(group.schedule for group in value)}
+        if schedules <= {"constant", None} and (self.floor > 0 or self.decay_from is not None):
+            raise ValueError(
+                "'floor' and 'decay_from' are of a fall, and a constant rate has none: set "
+                "'schedule', or leave them out."
+            )
+
+    @groups.validator
     def _fit(self, field: attrs.Attribute[object], value: tuple[ParameterGroup, ...]) -> None:
         names = [group.match for group in value]
         if both := {name for name in names if names.count(name) > 1}:

@@ -124,8 +124,8 @@ class DSD(AutoencoderObjective):
         blocks = {"align": teacher, "repr": net.depth}
         taps = tuple(blocks[name] for name, who in self._teachers.items() if who == "ema")
 
-        # DSD, figure 1: z1 is the online encoder's latent of an augmented image, z2 that of an
-        # encoder which is an exponential moving average ("EMA target encoder").
+        # DSD, as two summaries have it: z1 is the online encoder's latent of an augmented image
+        # (figure 1 says so of self-distillation), z2 that of an "EMA target encoder".
         view = self.augmentation.colours(batch.x, draw)
         mask = self.augmentation.mask(net.latent.tokens, draw)
         (online,) = net.outputs(Encode(x=view, mask=mask, taps=last))
@@ -292,6 +292,16 @@ class DSD(AutoencoderObjective):
 
     def _teacher_problems(self, net: Backbone) -> list[tuple[str, str]]:
         """A fixed network that is missing, or needed by nothing, or that does not fit."""
+        unheard = [
+            (f"objective.{name}_with", f"has no effect with {name}_weight: 0; leave it out")
+            for name, who in (("align", self.align_with), ("repr", self.repr_with))
+            if who == "features" and name not in self._teachers
+        ]
+        if unheard:
+            return unheard
+        if self.feature_dim is not None and self.features is None:
+            what = "counts the channels of a network that is not there; name it in features"
+            return [("objective.feature_dim", what)]
         pupils = [name for name, who in self._teachers.items() if who == "features"]
         if not pupils:
             what = (

@@ -18,6 +18,7 @@ from torch.nn import functional
 from e2ediff.backbone import Decode, Denoise, Encode, FusedBackbone, LatentSpec, Output, Pass
 from e2ediff.condition import Condition
 from e2ediff.data import ImageSpec
+from e2ediff.errors import ResourceError
 from e2ediff.nn.backbone import PatchBackbone, PatchConfig
 from e2ediff.nn.layers import (
     MLP,
@@ -283,7 +284,7 @@ def eight_bit(x: Tensor) -> Tensor:
 def _refuse_sharded(module: nn.Module) -> None:
     """Raise where FSDP2 would put weights with gradients in the place of those without."""
     if any(kind.__name__ == "FSDPModule" for m in module.modules() for kind in type(m).__mro__):
-        raise ValueError(
+        raise ResourceError(
             "the denoiser's last part learns from some rows alone, which sharded weights cannot: "
             "set parallel: ddp, or objective.encoder_from: 0"
         )

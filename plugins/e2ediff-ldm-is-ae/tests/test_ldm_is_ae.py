@@ -25,6 +25,7 @@ from torch import distributed
 from e2ediff.backbone import Decode, Denoise, Encode
 from e2ediff.condition import Labels
 from e2ediff.data import ImageSpec
+from e2ediff.errors import ResourceError
 from e2ediff.host.plugins import load
 from e2ediff.nn.layers import patchify
 from e2ediff.parts.optimizers.scheduled import AdamW, ParameterGroup
@@ -208,7 +209,9 @@ def test_an_encoder_whose_blocks_fsdp2_splits_is_refused_a_threshold() -> None:
     try:
         nets = shaken()
         fully_shard(nets.online.dit_e.trunk.blocks[0], mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match=r"set parallel: ddp, or objective\.encoder_from: 0"):
+        with pytest.raises(
+            ResourceError, match=r"set parallel: ddp, or objective\.encoder_from: 0"
+        ):
             LDMIsAE().terms(nets, BATCH, at(0.5), "joint")
         LDMIsAE(encoder_from=0.0).terms(nets, BATCH, at(0.5), "joint")
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from command_line import needs_dsd
+from command_line import needs, needs_dsd
 from e2ediff_plan.devices import Device
 from e2ediff_plan.flops import count_inference, count_passes
 from e2ediff_plan.memory import _fake, follow
@@ -92,6 +92,20 @@ def test_a_perceptual_network_is_counted_without_its_weights(recipe_of) -> None:
         recipe_of("detached", f"objective.reconstruction={{perceptual: {network}}}")
     )["joint"].passes
     assert passes["perceptual"].backward == pytest.approx(passes["perceptual"].forward / 2)
+
+
+@needs("e2ediff-rivals")
+def test_a_step_with_forward_mode_derivatives_is_counted_and_followed(recipe_of) -> None:
+    """The derivative is a pass of values and one of tangents, which are left without a graph."""
+    changes = ("predicts=v", "backbone.second_time=true")
+    recipe = recipe_of("detached", "objective=mean_flow", *changes)
+    mine, plain = (
+        count_passes(r)["joint"].passes["denoise"]
+        for r in (recipe, recipe_of("detached", *changes))
+    )
+    assert mine.forward == pytest.approx(3 * plain.forward, rel=1e-9)
+    assert mine.backward == pytest.approx(plain.backward, rel=1e-9)
+    assert follow(recipe).passing > 0
 
 
 # On a CPU a norm of bfloat16 says that it has no fused kernel.

@@ -19,7 +19,7 @@ from e2ediff.backbone import Backbone
 from e2ediff.data import Batch
 from e2ediff.errors import ShapeError
 from e2ediff.objective import Draw, Nets, Objective, Terms, sg
-from e2ediff_rivals.unified_latents import UnifiedLatents
+from e2ediff.times import TimeSampler
 from e2ediff_rivals.wrapping import inner_problems
 
 _SHARE = [validators.ge(0.0), validators.le(1.0)]
@@ -42,8 +42,8 @@ class Adversary(Objective):
     Options:
         of: The objective; each of its phases that decodes images gets the adversarial loss.
         weight: Weight of that loss; with `adaptive` in units of the reconstruction's gradient.
-        adaptive: Whether the weight is divided by the ratio of both gradients, taken on the
-            images of a micro-shard, as it changes by orders of magnitude.
+        adaptive: Whether the weight is multiplied by the ratio above, taken on the images of a
+            micro-shard, as the adversarial gradient changes by orders of magnitude.
         critic_start: The share of training at which the critic begins to learn.
         start: The share at which decoded images begin to be judged, not before that.
         channels, layers: Of the critic: convolutions of stride 2, each with twice the channels of
@@ -53,7 +53,8 @@ class Adversary(Objective):
     decoder's last layer (here at the images, which every decoder has) with weights of 0.8 to 1;
     hinge loss of Lim & Ye 2017 (arXiv 1705.02894); patch critic of Isola et al. 2017 (arXiv
     1611.07004). Ours: group norm in place of batch norm, so that micro-shards do not matter to
-    the critic; shares of training in place of steps; the defaults.
+    the critic; shares of training in place of steps; the hinge loss without its half; the
+    defaults. What it does to images has not been measured yet.
     """
 
     own_optimizers: ClassVar[tuple[str, ...]] = (_CRITIC,)
@@ -87,6 +88,11 @@ class Adversary(Objective):
     def phases(self) -> tuple[str, ...]:  # type: ignore[override]
         """The phases of the other objective, and the critic's after them."""
         return (*self.of.phases, _CRITIC)
+
+    @property
+    def trains_averages(self) -> bool:  # type: ignore[override]
+        """The other objective's."""
+        return self.of.trains_averages
 
     def span(self, phase: str) -> tuple[float, float]:
         """The other objective's; the critic's from its start on."""
@@ -153,6 +159,17 @@ class Adversary(Objective):
         """The other objective's."""
         return self.of.frozen(backbone)
 
+    def _decodes(self, nets: Nets, phase: str) -> bool:
+        """Whether a phase of the other objective hands on decoded images; on the meta device."""
+        image, n = nets.online.image, 2
+        x = torch.empty(n, image.channels, image.height, image.width, device="meta")
+        condition = image.conditioning.null(n, "meta")
+        t = torch.empty(n, device="meta")
+        draw = Draw(t=t, condition=condition, generator=None, times=_Half(), progress=t[0])
+        return (
+            self.of.terms(nets, Batch(x=x, condition=condition), draw, phase).decoded is not None
+        )
+
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """What the other objective finds, latents without a decoder, images that are too small."""
         found = inner_problems(self.of, nets)
@@ -160,14 +177,14 @@ class Adversary(Objective):
         if not nets.online.latent.learned:
             what = "adversary judges decoded images, and this backbone has no decoder to train"
             found.insert(0, ("objective", f"{what}; choose another, such as vit"))
-        if isinstance(self.of, UnifiedLatents) and self.of.decoder == "diffusion":
-            what = (
-                "a diffusion decoder is trained at single times and decodes no image that a "
-                "critic could judge; set objective.of.decoder: pixels, or leave the critic out"
-            )
-            found.insert(0, ("objective.of.decoder", what))
-        if _CRITIC in self.of.phases:
+        elif _CRITIC in self.of.phases:
             found.insert(0, ("objective.of", "an adversary is around an objective, not another"))
+        elif not found and not any(self._decodes(nets, phase) for phase in self.of.phases):
+            what = (
+                f"{type(self.of).__name__} hands on no decoded images that a critic could judge "
+                "(`Terms.decoded`); choose another, or leave the critic out"
+            )
+            found.insert(0, ("objective.of", what))
         if (side := min(image.height, image.width)) < 3 * 2**self.layers:
             what = (
                 f"{self.layers} leaves nothing of images of {side} pixels; set it to "
@@ -175,6 +192,13 @@ class Adversary(Objective):
             )
             found.append(("objective.layers", what))
         return found
+
+
+class _Half(TimeSampler):
+    """A law of times for a step of which only the shapes count."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return torch.full_like(u, 0.5)
 
 
 class PatchCritic(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 from e2ediff.backbone import Decode, Denoise
 from e2ediff.condition import Condition
 from e2ediff.data import Batch
-from e2ediff.interpolant import spread
+from e2ediff.interpolant import Interpolant, spread
 from e2ediff.losses import AutoencoderObjective, DecodeNoise, unfit_prediction
 from e2ediff.nn.forward_mode import derivative_along
 from e2ediff.objective import Draw, Nets, Terms, sg
@@ -46,18 +46,20 @@ class MeanFlow(AutoencoderObjective):
         decode_noise: Noise on latents before decoding.
         reconstruction: Compares decoded images with the originals.
 
-    Times are the recipe's; of two draws the smaller is t. Time counts from noise to data here, and
-    from data to noise in the papers, whose logit-normal law of mean -0.4 is one of 0.4.
-    Needs `backbone.second_time: true`.
+    Times are the recipe's; of two draws the smaller is t, and where r = t there is one. Time
+    counts from noise to data here, and from data to noise in the papers, whose logit-normal law of
+    mean -0.4 is one of 0.4.
+    Needs `backbone.second_time: true` and the straight path.
 
-    Source: MeanFlow (Geng et al. 2025, arXiv 2505.13447), eq. 6 and 10 for the identity and the
-    loss, algorithm 1, table 1 for a share of 0.25 and a power of 1; the floor of 0.01 and the sum
-    are those of released code. Improved mean flows (Geng et al. 2025, arXiv 2512.02012) for the
-    loss written as one of v and for `tangent: network`. Ours: jointly trained latents, where they
-    have fixed ones, and no guidance within training.
+    Source: MeanFlow (Geng et al. 2025, arXiv 2505.13447), abstract and summaries, for the average
+    velocity, its identity and the loss; code of others for the share of 0.25, the power of 1, the
+    floor of 0.01 and the sum, and, as improved mean flows (arXiv 2512.02012), for the loss
+    written as one of v and for `tangent: network`. Ours: jointly trained latents, where they have
+    fixed ones, and no guidance within training. Not yet compared with anything.
     """
 
     static_graph: ClassVar[bool] = True
+    trains_averages: ClassVar[bool] = True
 
     trial: ClassVar[tuple[str, ...]] = ("predicts=v", "backbone.second_time=true")
 
@@ -113,7 +115,19 @@ class MeanFlow(AutoencoderObjective):
                 "backbone.second_time: true, or choose a backbone that has it, such as vit"
             )
             found.append(("backbone.second_time", what))
+        if not _is_straight(nets.path):
+            what = (
+                "bends, and an average velocity leads to the end of a step on a straight path "
+                "alone; set interpolant: linear"
+            )
+            found.append(("interpolant", what))
         return found
+
+
+def _is_straight(path: Interpolant) -> bool:
+    """Return whether z_t = t z + (1 - t) eps."""
+    t = torch.linspace(0.0, 1.0, 5)
+    return torch.allclose(path.alpha(t), t) and torch.allclose(path.sigma(t), 1 - t)
 
 
 def _average(nets: Nets, z_t: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:

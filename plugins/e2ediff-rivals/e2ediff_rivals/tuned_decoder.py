@@ -41,7 +41,8 @@ class TunedDecoder(AutoencoderObjective):
     The other objective's phases, schedules and `progress` end where the last phase begins; what it
     draws and loses there is what it draws and loses alone. The last phase is called `decoder`. It
     has an optimizer of its own, whose schedule begins anew: the recipe's, unless there is another
-    in `optimizers: {decoder: ...}`.
+    in `optimizers: {decoder: ...}`. A recipe's warm-up is counted in images, so give the phase one
+    without where it is as long as the phase.
 
     Options:
         of: The objective.
@@ -77,6 +78,11 @@ class TunedDecoder(AutoencoderObjective):
         """The other objective's."""
         return self.of.own_optimizers
 
+    @property
+    def trains_averages(self) -> bool:  # type: ignore[override]
+        """The other objective's."""
+        return self.of.trains_averages
+
     def span(self, phase: str) -> tuple[float, float]:
         """The other objective's, in the share of training that is left to it; then the decoder."""
         rest = 1 - self.share
@@ -102,7 +108,9 @@ class TunedDecoder(AutoencoderObjective):
             z = nets.online.encode(batch.x)  # (B, N, D)
             t = self.t_min + (1 - self.t_min) * draw.uniform(len(z))
             z_t = nets.path.mix(z, draw.noise(z), t)
-            generated = follow(nets, z_t, t, batch.condition, self.steps)
+            generated = follow(
+                nets, z_t, t, batch.condition, self.steps, averages=self.of.trains_averages
+            )
         x_hat = nets.online.decode(generated)
         loss = self.reconstruction(x_hat, batch.x, nets.frozen)
         info = {"generated_error": (generated - z).square().mean()}
@@ -136,18 +144,27 @@ class TunedDecoder(AutoencoderObjective):
         return found
 
 
-def follow(nets: Nets, z_t: Tensor, t: Tensor, condition: Condition, steps: int) -> Tensor:
+def follow(
+    nets: Nets,
+    z_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    steps: int,
+    *,
+    averages: bool = False,
+) -> Tensor:
     """Follow the network's ODE from z_t (B, N, D) at times (B,) to t = 1, and return the end.
 
     Each step mixes the clean estimate with the noise that it leaves, at the step's end, which on
-    the straight path is Euler's; the last one is the clean estimate itself.
+    the straight path is Euler's; the last one is the clean estimate itself. With `averages` the
+    network is asked for average velocities of the steps.
 
     Source: DDIM (Song et al. 2020, arXiv 2010.02502), eq. 12 with sigma = 0.
     """
     first = t
     for i in range(1, steps + 1):
         end = first + (1 - first) * (i / steps)
-        r = end if nets.online.second_time else None
+        r = end if averages else None
         (out,) = nets.online.run(Denoise(z_t=z_t, t=t, condition=condition, r=r))
         guess = nets.path.estimate(out, z_t, t, nets.predicts)
         if i == steps:

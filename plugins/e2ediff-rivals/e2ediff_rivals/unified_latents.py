@@ -142,6 +142,9 @@ class UnifiedLatents(AutoencoderObjective):
                 "objective.decoder: diffusion, or backbone.decoder: direct"
             )
             found.append(("objective.decoder", what))
+        if self.decoder == "pixels" and self.decoder_bias != 0:
+            what = "weighs the loss of a diffusion decoder; leave it out with decoder: pixels"
+            found.append(("objective.decoder_bias", what))
         if self.decoder == "diffusion" and self.reconstruction != PixelLoss():
             what = "a diffusion decoder has a loss of its own; leave objective.reconstruction out"
             found.append(("objective.reconstruction", what))

@@ -15,6 +15,7 @@ from e2ediff_testing import TinyBackbone, check_objective, make_batch, make_draw
 from reached_modules import VIT, reached, shaken_nets
 
 from e2ediff.backbone import LatentSpec
+from e2ediff.host.plugins import load
 from e2ediff.parts.objectives import Coupled, Detached, TwoStage
 
 BATCH = make_batch()
@@ -203,3 +204,29 @@ def test_an_objective_without_decoded_images_is_refused_by_check(tmp_path) -> No
     refused = e2ediff("check", tmp_path / "judged.yaml", *words)
     assert refused.code == 3
     assert "no decoder to train" in refused.err
+
+
+def test_every_installed_objective_is_judged_or_refused(tmp_path) -> None:
+    """Whose decoded images nobody sees would pay for a critic that changes nothing."""
+    known = load().registries["objectives"]
+    (tmp_path / "judged.yaml").write_text(RECIPE)
+    judged, refused = set(), set()
+    for name in known.names():
+        if name in ("adversary", "tuned_decoder"):
+            continue
+        changes = [f"objective.of={name}", "optimizers={critic: adamw}"]
+        for change in getattr(known.get(name), "trial", ()):
+            if not change.startswith("objective="):  # of a backbone's trial
+                changes.append(change.replace("objective.", "objective.of."))
+        if name == "two_stage":
+            changes.append("backbone.trunks=denoiser_apart")
+        words = [word for change in changes for word in ("--set", change)]
+        done = e2ediff("check", tmp_path / "judged.yaml", *words)
+        if done.code == 0:
+            judged.add(name)
+        else:
+            said = ("no decoder to train", "hands on no decoded images")
+            assert any(what in done.err for what in said), f"{name}: {done.err}"
+            refused.add(name)
+    assert refused <= {"pixel", "ldm_is_ae"}
+    assert {"coupled", "detached", "genfirst", "kl", "mean_flow", "repa_e", "two_stage"} <= judged

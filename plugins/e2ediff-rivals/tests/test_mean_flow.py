@@ -13,6 +13,7 @@ from e2ediff.backbone import Denoise, Output
 from e2ediff.interpolant import spread
 from e2ediff.nn.attention import SDPBackend, _pinned
 from e2ediff.parts.backbones import ViTConfig
+from e2ediff.parts.interpolants import Cosine
 
 BATCH = make_batch()
 VIT = ViTConfig(
@@ -100,6 +101,37 @@ def test_the_true_average_velocity_of_a_point_has_no_loss() -> None:
         terms = objective.terms(nets, BATCH, make_draw(BATCH), "joint")
         assert terms.info["velocity_error"] < 1e-8
         assert terms.losses["denoising"] < 1e-4
+
+
+@pytest.mark.parametrize("tangent", ["path", "network"])
+def test_the_true_average_velocity_of_a_bent_path_has_no_loss(tangent) -> None:
+    """All latents zero on a cosine: u = (sigma(r) - sigma(t)) / (r - t) eps changes with t."""
+    objective = MeanFlow(apart=1.0, tangent=tangent)
+    nets = make_nets(VIT, objective, predicts="v", path=Cosine())
+    own, sigma = nets.online.outputs, nets.path.sigma
+
+    def average(p):
+        gap = p.r - p.t
+        mean = (sigma(p.r) - sigma(p.t)) / torch.where(gap == 0, torch.ones_like(gap), gap)
+        speed = torch.where(gap == 0, nets.path.sigma_dot(p.t), mean)
+        return Output(spread(speed / sigma(p.t), p.z_t) * p.z_t)
+
+    def outputs(*passes):
+        made = own(*passes)
+        pairs = zip(passes, made, strict=True)
+        return [average(p) if isinstance(p, Denoise) else out for p, out in pairs]
+
+    nets.online.outputs = outputs
+    nets.online.latent_norm.register_forward_hook(lambda module, given, out: out * 0)
+    terms = objective.terms(nets, BATCH, make_draw(BATCH), "joint")
+    assert terms.info["velocity_error"] < 1e-8, "with the other sign it is of the order of 1"
+
+
+def test_a_bent_path_is_refused() -> None:
+    nets = make_nets(VIT, predicts="v", path=Cosine(), device="meta")
+    ((where, what),) = MeanFlow().problems(nets)
+    assert where == "interpolant"
+    assert "set interpolant: linear" in what
 
 
 def test_the_adaptive_weight_divides_by_the_sum_of_squares() -> None:

@@ -87,12 +87,14 @@ def test_each_latent_is_followed_from_its_own_time_as_euler_s_sampler_would() ->
         torch.testing.assert_close(found[i : i + 1], exact(late, times[-1], None).x0)
 
 
-def test_a_network_with_a_second_time_hears_where_each_step_ends() -> None:
+def test_a_network_that_learned_averages_hears_where_each_step_ends() -> None:
     nets = answering(Linear(), lambda z_t, t: z_t, second_time=True)
     t = torch.tensor([0.0, 0.5])
-    follow(nets, torch.zeros(2, 4, 5), t, BATCH.condition, 2)
+    follow(nets, torch.zeros(2, 4, 5), t, BATCH.condition, 2, averages=True)
     seen = [(p.t.tolist(), p.r.tolist()) for p in nets.online.asked]
     assert seen == [([0.0, 0.5], [0.5, 0.75]), ([0.5, 0.75], [1.0, 1.0])]
+    follow(nets, torch.zeros(2, 4, 5), t, BATCH.condition, 2)
+    assert [p.r for p in nets.online.asked[2:]] == [None, None]
 
 
 def test_the_last_phase_compares_the_decoded_generated_latents_with_the_images() -> None:

@@ -169,7 +169,9 @@ def test_objective_and_decoder_must_fit_and_no_critic_judges_a_diffusion_decoder
     odd = UnifiedLatents(decoder="diffusion", reconstruction=PixelLoss(kind="l2"))
     assert [where for where, _ in odd.problems(nets)] == ["objective.reconstruction"]
     judged = dict(Adversary(of=diffusion, layers=1).problems(nets))
-    assert "set objective.of.decoder: pixels" in judged["objective.of.decoder"]
+    assert "hands on no decoded images" in judged["objective.of"]
+    biased = UnifiedLatents(decoder_bias=1.0)
+    assert [where for where, _ in biased.problems(direct)] == ["objective.decoder_bias"]
 
 
 RECIPE = tiny(

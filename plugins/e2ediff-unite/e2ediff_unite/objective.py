@@ -83,7 +83,8 @@ class Unite(AutoencoderObjective):
             "reconstruction": self.reconstruction(x_hat, batch.x, nets.frozen),
             "denoising": mean * self.draws if self.reduce == "sum" else mean,
         }
-        return Terms(losses, {"reconstruction": 1.0, "denoising": self.denoising_weight}, z)
+        weights = {"reconstruction": 1.0, "denoising": self.denoising_weight}
+        return Terms(losses, weights, z, decoded=x_hat)
 
     def _encode(self, nets: Nets, batch: Batch, draw: Draw) -> Encode:
         """The encode pass, with a start of its own where the backbone takes one."""
