@@ -45,9 +45,8 @@ class DrawnOnCPU(Draw):
         return torch.rand(shape, generator=self.generator).to(self.t.device)
 
     @override
-    def again(self) -> Draw:
-        t = self.times.draw(len(self.t), self.generator, _CPU)
-        return attrs.evolve(self, t=t.to(self.t.device))
+    def further_times(self) -> Tensor:
+        return self.times.draw(len(self.t), self.generator, _CPU).to(self.t.device)
 
 
 class Computed(NamedTuple):
@@ -88,6 +87,7 @@ def _computed(recipe: Recipe, device: torch.device) -> Computed:
         generator=drawn.generator,
         times=drawn.times,
         progress=drawn.progress.to(device),
+        label_drop=drawn.label_drop,
     )
     total, losses, _ = parts.step(random_batch(recipe, device), draw, recipe.objective.phases[0])
     total.backward()
