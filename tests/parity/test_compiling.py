@@ -220,7 +220,7 @@ NETWORKS = {
     "jit": ("jit_quickstart", ["backbone.context=2", "backbone.context_start=1"]),
     "ldm_is_ae": ("ldm_is_ae_quickstart", ["backbone.context=2", "backbone.context_start=0"]),
 }
-GRAPHS = {"dsd": 3, "unite": 4, "jit": 2, "ldm_is_ae": 2}
+GRAPHS = {"dsd": 3, "unite": 4, "jit": 2, "ldm_is_ae": 3}
 """Blocks are compiled once for each kind of pass that they are in: with gradients or without."""
 
 
