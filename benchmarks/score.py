@@ -30,10 +30,10 @@ from judge import (
     pixel_distance,
 )
 from torch import Tensor
+from torch.nn import functional
 
 from e2ediff.ablate.cost import cost_of
 from e2ediff.data import SourceConfig
-from e2ediff.model.inference import Model
 from e2ediff.parts.diagnostics.latent_health import LatentHealth
 from e2ediff.report.statistics import spread
 from e2ediff.sample.load import load_model
@@ -110,10 +110,26 @@ def score_images(x: Tensor, label: Tensor, judges: Sequence[Judge], data: Data) 
     }
 
 
-def reconstruction_psnr(model: Model, x: Tensor) -> float:
-    """Mean over images (M, C, H, W) of each one's PSNR in dB, as `psnr` in a run's metrics."""
-    error = ((model.reconstruct(x) - x) / 2).square().mean(dim=(1, 2, 3))
-    return float((-10 * error.clamp_min(1e-10).log10()).mean())
+def score_reconstructions(x_hat: Tensor, x: Tensor, judges: Sequence[Judge]) -> dict[str, float]:
+    """Scores of reconstructions `x_hat` of held-out images `x`, both (M, C, H, W) in [-1, 1].
+
+    `psnr` is the mean over images of each one's PSNR in dB, as in a run's metrics;
+    `reconstruction_frechet` the judges' distance between the two sets, as rFID is for another
+    network; `sharpness` the share of the originals' high frequencies that is left, 1 being all.
+    """
+    error = ((x_hat - x) / 2).square().mean(dim=(1, 2, 3))
+    apart = [frechet_distance(features(j, x_hat), features(j, x)) for j in judges]
+    return {
+        "psnr": float((-10 * error.clamp_min(1e-10).log10()).mean()),
+        "reconstruction_frechet": fmean(apart),
+        "sharpness": float(high_frequencies(x_hat) / high_frequencies(x)),
+    }
+
+
+def high_frequencies(x: Tensor) -> Tensor:
+    """Mean square of the Laplacian of images (M, C, H, W), a number."""
+    kernel = x.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
+    return functional.conv2d(x.flatten(0, 1)[:, None], kernel[None, None]).square().mean()
 
 
 def final_health(run: str | Path) -> dict[str, float]:
@@ -163,10 +179,10 @@ def score_run(
     started = time.perf_counter()
     x = model.sample(label, seed=seed)
     seconds = time.perf_counter() - started
-    health = final_health(run)
+    health, real = final_health(run), data.held_out.first(HELD_OUT).x
     return {
         **score_images(x, label, judges, data),
-        "psnr": reconstruction_psnr(model, data.held_out.first(HELD_OUT).x),
+        **score_reconstructions(model.reconstruct(real), real, judges),
         **health,
         "collapse_signs": list(LatentHealth().verdict(health)),
         "train_seconds": training_seconds(run),
@@ -189,6 +205,8 @@ _COLUMNS: Mapping[str, tuple[str, str, float]] = {
     "pixel_frechet": ("of pixels", ".1f", 1),
     "nearest": ("nearest training image", ".2f", 1),
     "psnr": ("reconstruction PSNR, dB", ".2f", 1),
+    "reconstruction_frechet": ("distance of reconstructions", ".2f", 1),
+    "sharpness": ("their sharpness", ".2f", 1),
 }
 _HEALTH_COLUMNS: Mapping[str, tuple[str, str, float]] = {
     "rank": ("effective rank", ".2f", 1),

@@ -70,6 +70,36 @@ def with_moments(mean: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
     return white @ root.T + mean
 
 
+def test_reconstructions_are_as_sharp_as_the_high_frequencies_that_they_keep(
+    judge: ModuleType, score: ModuleType
+) -> None:
+    judges = [judge.Judge(3, 8).eval()]
+    x = torch.rand(100, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = score.score_reconstructions(0.5 * x, x, judges)
+    assert found["sharpness"] == pytest.approx(0.25)
+    flat = score.score_reconstructions(x.mean((2, 3), keepdim=True).expand_as(x), x, judges)
+    assert flat["sharpness"] == pytest.approx(0.0, abs=1e-9)
+    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(1, 1, 4, 4)  # all 8 from neighbours
+    assert float(score.high_frequencies(board)) == pytest.approx(64.0)
+
+
+def test_reconstructions_are_compared_with_their_own_originals_by_each_judge(
+    judge: ModuleType, score: ModuleType
+) -> None:
+    torch.manual_seed(0)
+    judges = [judge.Judge(3, 8).eval() for _ in range(2)]
+    x = torch.rand(100, 3, 8, 8) * 2 - 1
+    assert score.score_reconstructions(x, x, judges) == pytest.approx(
+        {"psnr": 100.0, "reconstruction_frechet": 0.0, "sharpness": 1.0}, abs=1e-2
+    )
+    one, other, both = (
+        score.score_reconstructions(x / 2, x, some)["reconstruction_frechet"]
+        for some in (judges[:1], judges[1:], judges)
+    )
+    assert both == pytest.approx((one + other) / 2)
+    assert both > 0
+
+
 def test_frechet_distance_has_the_closed_form_of_commuting_gaussians(judge: ModuleType) -> None:
     turn = torch.linalg.qr(torch.tensor([[1.0, 2, 0], [0, 1, 3], [2, 0, 1]], dtype=torch.float64))
     a, b = torch.tensor([1.0, 2, 0.5]).double(), torch.tensor([2.0, 0.5, 0.0]).double()
