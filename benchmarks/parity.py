@@ -1,18 +1,21 @@
-"""Our networks and losses beside the released code of four projects, with the same weights.
+"""Our networks and losses beside the released code of six projects, with the same weights.
 
     python benchmarks/parity.py --peer ../JiT
     python benchmarks/parity.py --peer ../SiT --json
 
-The projects are JiT, SiT, UNITE and LDMisAE. Builds both networks at a tiny width, gives theirs
-random weights, none of them zero, and ours the same by `peer_weights.py`, and feeds both the same
-images, times, labels and noise. Prints how far their answers, losses and gradients are apart, and
-how many parameters both have in a released size. Ends with code 1 if a difference is above 1e-5,
-with 2 if the checkout or a package is missing.
+The projects are JiT, SiT, UNITE, LDMisAE, MeanFlow and the folder `meanflow` of py-meanflow.
+Builds both networks at a tiny width, gives theirs random weights, none of them zero, and ours the
+same by `peer_weights.py`, and feeds both the same images, times, labels and noise. Prints how far
+their answers, losses and gradients are apart, and how many parameters both have in a released
+size. Ends with code 1 if a difference is above 1e-5, with 2 if the checkout or a package is
+missing.
 
 What differs in size: UNITE's first layer of the decoder has 768 channels whatever the decoder's
 width is, and is made as narrow as ours. LPIPS is 0 and no label of UNITE's is dropped in training.
 LDMisAE's autoencoder is given no class, as ours, and its images on the way are not rounded, which
-would make jumps of differences in the last place.
+would make jumps of differences in the last place. py-meanflow's network is a U-Net, so its loss
+and its sampler are given ours; MeanFlow's loss is compared without its adaptive weight, which is
+another one.
 
 Shapes: B batch, C H W image, N tokens, D latent channels.
 """
@@ -20,6 +23,7 @@ Shapes: B batch, C H W image, N tokens, D latent channels.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import platform
@@ -38,6 +42,7 @@ import numpy as np
 import peer_weights
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "speed"))
@@ -51,11 +56,11 @@ from e2ediff.host.plugins import load  # noqa: E402
 from e2ediff.host.recipe import load_recipe  # noqa: E402
 from e2ediff.losses import direct_loss  # noqa: E402
 from e2ediff.nn.layers import patchify, unpatchify  # noqa: E402
-from e2ediff.objective import Draw, Nets  # noqa: E402
+from e2ediff.objective import Draw, Nets, Objective  # noqa: E402
 from e2ediff.parts.backbones import ViTConfig  # noqa: E402
 from e2ediff.parts.guidance import ClassifierFree  # noqa: E402
 from e2ediff.parts.interpolants import Linear  # noqa: E402
-from e2ediff.parts.samplers import Heun  # noqa: E402
+from e2ediff.parts.samplers import AverageVelocity, Heun  # noqa: E402
 from e2ediff.times import TimeSampler  # noqa: E402
 
 BAR = 1e-5
@@ -557,13 +562,161 @@ def ldm_is_ae() -> Found:
     return Found(checks, [size])
 
 
+# MeanFlow
+
+
+GAPS = torch.tensor([0.0, 0.5, 0.2, 0.0])  # from T to the second time; two are one time
+
+
+class Turned(nn.Module):
+    """A network of ours, called as MeanFlow's: time and velocity run from data to noise."""
+
+    def __init__(self, net: Backbone, patch: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.net, self.patch, self.grid = net, patch, grid
+
+    def forward(self, x: Tensor, times: tuple[Tensor, Tensor], aug_cond: None) -> Tensor:
+        """Return the velocity (B, C, H, W) between the time and a gap before it."""
+        t, gap = times
+        z_t, none = patchify(x, self.patch), Labels(torch.full((len(x),), CLASSES), CLASSES)
+        (u,) = self.net.run(Denoise(z_t=z_t, t=1 - t, r=1 - t + gap, condition=none))
+        return -unpatchify(u, self.patch, self.grid)
+
+
+class Wrapped(nn.Module):
+    """A network as it is within torch's DDP, by which MeanFlow's loss asks for its classes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Tensor, **more: Tensor) -> Tensor:
+        """Return the network's answer."""
+        answer: Tensor = self.module(*given, **more)
+        return answer
+
+
+def averaging(side: int, patch: int, channels: int) -> tuple[ViTConfig, ImageSpec]:
+    """A `vit` whose denoiser has the weights of MeanFlow's SiT, on latents of that size."""
+    config = ViTConfig(
+        width=WIDTH, depth=DEPTH, heads=HEADS, patch=8, latent_dim=channels * patch**2,
+        latent_norm="none", trunks="denoiser_apart", mlp="gelu", qk_norm=False,
+        time_frequencies=128, time_scale=1.0, second_time=True, attention="sdpa",
+    )  # fmt: skip
+    return config, ImageSpec(3, 8 * side // patch, 8 * side // patch, CLASSES)
+
+
+def average_velocity_loss(
+    net: Backbone, objective: Objective, z: Tensor, eps: Tensor, label: Tensor
+) -> Tensor:
+    """Our loss between the times T and T + GAPS, of latents that are given."""
+    net.encode = lambda x: z  # type: ignore[method-assign]
+    draw = given(label, [T, T + GAPS], [eps], [(GAPS == 0).float()])
+    images = torch.zeros(BATCH, 3, net.image.height, net.image.width)
+    batch, nets = Batch(x=images, condition=draw.condition), Nets(net, net, Linear(), "v")
+    return objective.terms(nets, batch, draw, "joint").losses["denoising"]
+
+
+def mean_flow() -> Found:
+    """Latents of 4 channels by the denoiser of `vit`: network, loss, guided loss, gradients."""
+    from e2ediff_rivals.mean_flow import MeanFlow, TrainedGuidance
+    from loss import SILoss  # type: ignore[import-not-found]
+    from sit import SiT  # type: ignore[import-not-found]
+
+    side, patch, channels = 8, 2, 4
+    theirs = SiT(input_size=side, patch_size=patch, in_channels=channels, hidden_size=WIDTH,
+                 decoder_hidden_size=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=CLASSES,
+                 fused_attn=False, qk_norm=False).eval()  # fmt: skip
+    shake(theirs)
+
+    def mapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {name: x for name, x in state.items() if name != "pos_embed"}
+        return peer_weights.mean_flow(kept, patch, channels)
+
+    config, image = averaging(side, patch, channels)
+    net = built(config, image, mapped(theirs.state_dict()))
+    x, r = torch.randn(BATCH, channels, side, side), T + GAPS
+    with torch.no_grad():
+        (u,) = net.run(Denoise(z_t=patchify(x, patch), t=T, r=r, condition=Labels(Y, CLASSES)))
+        ours = -unpatchify(u, patch, (side // patch, side // patch))
+        checks = [apart("answer", ours, theirs(x, 1 - r, 1 - T, Y))]
+
+    known = torch.where(Y == CLASSES, 0, Y)
+    guidance = TrainedGuidance(scale=1.6, kappa=0.5, t_min=0.2)  # omega 0.8
+    for title, objective, options in (
+        ("", MeanFlow(apart=0.5, power=0), {"cfg_max_t": -1.0, "label_dropout_prob": 0.0}),
+        (", guided", MeanFlow(apart=0.5, power=0, guidance=guidance),
+         {"cfg_omega": 0.8, "cfg_kappa": 0.5, "cfg_max_t": 0.8, "label_dropout_prob": 0.3}),
+    ):  # fmt: skip
+        theirs.zero_grad()
+        net.zero_grad()
+        loss_of, drawn = SILoss(**options), Recorder()
+        loss_of.sample_time_steps = lambda count, device: (1 - r, 1 - T)
+        with drawn.listening():
+            their_loss = loss_of(Wrapped(theirs), x, {"y": known})[0].mean()
+        their_loss.backward()
+        label, dropped = known, drawn.drawn.get("rand")
+        if dropped:
+            label = torch.where(dropped[0] < options["label_dropout_prob"], CLASSES, known)
+        z, eps = patchify(x, patch), patchify(drawn.drawn["randn_like"][0], patch)
+        loss = average_velocity_loss(net, objective, z, eps, label)
+        loss.backward()
+        wanted = mapped(gradients(theirs))
+        del wanted["embed_mode.denoise"]  # not of theirs
+        one = gradients_apart(net, wanted)
+        checks += [
+            losses_apart(f"loss of average velocities{title}", loss, their_loss),
+            attrs.evolve(one, what=one.what + title),
+        ]
+    return Found(checks, [])
+
+
+def py_meanflow() -> Found:
+    """The adaptive loss, its gradients, and samples in one call, around a network of ours."""
+    from e2ediff_rivals.mean_flow import MeanFlow
+    from models import meanflow as released  # type: ignore[import-not-found]
+
+    side, patch, channels = 8, 2, 4
+    config, image = averaging(side, patch, channels)
+    net = config.build(image).train()
+    shake(net)
+    args = types.SimpleNamespace(norm_eps=0.01, norm_p=1.0, ema_decay=0.99, ema_decays=[])
+    theirs = released.MeanFlow(
+        lambda: Turned(copy.deepcopy(net), patch, (side // patch, side // patch)), args, {}
+    )
+    x, r, drawn = torch.randn(BATCH, channels, side, side), T + GAPS, Recorder()
+    released.sample_two_timesteps = lambda args, num_samples, device: (1 - T, 1 - r)
+    with drawn.listening(), sdpa_kernel(SDPBackend.MATH):  # which has forward derivatives
+        their_loss = theirs.forward_with_loss(x, None)
+    their_loss.backward()
+    wanted = gradients(theirs.net.net)
+    z, eps = patchify(x, patch), patchify(drawn.drawn["randn_like"][0], patch)
+    loss = average_velocity_loss(net, MeanFlow(apart=0.5), z, eps, nobody(Y))
+    loss.backward()
+    checks = [losses_apart("adaptive loss", loss, their_loss), gradients_apart(net, wanted)]
+
+    with torch.no_grad(), drawn.listening():
+        images = theirs.sample(x.shape, net=theirs.net)
+    start = patchify(drawn.drawn["randn"][-1], patch)
+    denoiser, none = Plain(net, Linear(), "v"), Labels(nobody(Y), CLASSES)
+    z = AverageVelocity(steps=1).sample(denoiser, start, none, torch.randn_like)
+    checks.append(apart("samples in one call", z, patchify(images, patch)))
+    return Found(checks, [])
+
+
 def nobody(labels: Tensor) -> Tensor:
     """Labels of no class."""
     return torch.full_like(labels, CLASSES)
 
 
-COMPARED = {"JiT": jit, "SiT": sit, "UNITE": unite, "LDMisAE": ldm_is_ae}
-PLUGINS = {"JiT": "e2ediff-jit", "UNITE": "e2ediff-unite", "LDMisAE": "e2ediff-ldm-is-ae"}
+COMPARED = {
+    "JiT": jit, "SiT": sit, "UNITE": unite, "LDMisAE": ldm_is_ae, "MeanFlow": mean_flow,
+    "py-meanflow": py_meanflow,
+}  # fmt: skip
+PLUGINS = {
+    "JiT": "e2ediff-jit", "UNITE": "e2ediff-unite", "LDMisAE": "e2ediff-ldm-is-ae",
+    "MeanFlow": "e2ediff-rivals", "py-meanflow": "e2ediff-rivals",
+}  # fmt: skip
 
 
 def has_plugin(name: str) -> None:
@@ -600,7 +753,8 @@ def table(found: Found) -> str:
         lines.append(
             f"| {one.what} | {one.difference:.1e}{kind} | {'yes' if one.holds else 'NO'} |"
         )
-    lines += ["", "| trained parameters of | theirs | ours | |", "|---|---|---|---|"]
+    if found.sizes:
+        lines += ["", "| trained parameters of | theirs | ours | |", "|---|---|---|---|"]
     for size in found.sizes:
         difference = f"{size.ours - size.theirs:+,}: {size.why}" if size.why else "equal"
         if not size.why and size.ours != size.theirs:
@@ -610,9 +764,7 @@ def table(found: Found) -> str:
 
 
 @click.command()
-@click.option(
-    "--peer", required=True, metavar="PATH", help="Checkout of JiT, SiT, UNITE or LDMisAE."
-)
+@click.option("--peer", required=True, metavar="PATH", help="Checkout of one of the projects.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
 def main(peer: str, *, as_json: bool) -> None:
     """Compare our networks and losses with the released code at PATH."""

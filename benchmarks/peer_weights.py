@@ -116,6 +116,26 @@ def sit(state: State, patch: int = 2, channels: int = 4) -> dict[str, Tensor]:
     ])  # fmt: skip
 
 
+def mean_flow(state: State, patch: int = 2, channels: int = 4) -> dict[str, Tensor]:
+    """MeanFlow's network, a SiT with a second time, for the denoiser of `vit` with `second_time`.
+
+    Its time runs the other way, from data to noise, and so does its velocity.
+    """
+    gap = [(r"r_embedder\.mlp\.(\d)\.(\w+)", r"embed_gap.layers.\1.\2", as_it_is)]
+    found = sit(state, patch, channels) | renamed(state, gap)
+    found["embed_time.layers.0.weight"] = of_time_left(found["embed_time.layers.0.weight"])
+    for name in ("head_denoise.weight", "head_denoise.bias"):
+        found[name] = -found[name]
+    return found
+
+
+def of_time_left(x: Tensor) -> Tensor:
+    """Columns of a layer that reads (cos, sin) of f (1 - t), for one that reads those of f t."""
+    c, s = x.chunk(2, dim=1)
+    f = torch.exp(-math.log(10000) * torch.arange(c.shape[1], device=x.device) / c.shape[1])
+    return torch.cat([c * f.cos() + s * f.sin(), c * f.sin() - s * f.cos()], dim=1)
+
+
 def unite(
     state: State, heads: int, classes: int, patch: int, channels: int = 3
 ) -> dict[str, Tensor]:

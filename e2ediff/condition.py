@@ -32,6 +32,12 @@ class Condition(ABC):
     def null(self) -> Self:
         """Return as many null rows, on the same device."""
 
+    def nulls(self) -> Tensor:
+        """Return which rows are null rows, (B,), bool."""
+        null = self.null().tensors()
+        same = [(x == null[name]).reshape(len(x), -1) for name, x in self.tensors().items()]
+        return torch.cat(same, dim=1).all(dim=1)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of each field."""
         found = {name: getattr(self, name) for name in attrs.fields_dict(type(self))}  # type: ignore[arg-type]
@@ -105,6 +111,10 @@ class Vectors(Condition):
         """Return null vectors, one per row."""
         return Vectors(torch.zeros_like(self.value), torch.zeros_like(self.known))
 
+    def nulls(self) -> Tensor:
+        """Return which rows have no vector, whatever their numbers are."""
+        return ~self.known
+
 
 @attrs.frozen(eq=False)
 class Tokens(Condition):
@@ -116,6 +126,10 @@ class Tokens(Condition):
     def null(self) -> Tokens:
         """Return null tokens, one per row."""
         return Tokens(torch.zeros_like(self.value), torch.zeros_like(self.mask))
+
+    def nulls(self) -> Tensor:
+        """Return which rows have no token, whatever their numbers are."""
+        return ~self.mask.any(dim=1)
 
 
 class ConditionSpec(ABC):

@@ -42,6 +42,8 @@ PROJECTS = {
     "ldm_is_ae/denoiser.py": "LDMisAE",
     "models/unite.py": "UNITE",
     "models/lightningdit.py": "LightningDiT",
+    "meanflow_sampler.py": "MeanFlow",
+    "models/meanflow.py": "py-meanflow",
     "model_jit.py": "JiT",
     "models.py": "SiT",
 }

@@ -90,6 +90,22 @@ def test_null_rows_are_those_that_the_source_offers_whatever_was_known(spec, cou
     assert same(null.null(), null)
 
 
+@each_spec
+def test_null_rows_are_known_from_others(spec) -> None:
+    known, chosen = spec.example(6), torch.tensor([True, False, False, True, False, True])
+    some = known.where(chosen, known.null())
+    expected = torch.ones_like(chosen) if spec == ClassLabels(0) else chosen
+    assert torch.equal(some.nulls(), expected)
+    assert Condition.nulls(some).tolist() == some.nulls().tolist(), "kinds of plugins have this"
+
+
+def test_a_row_that_is_not_there_is_null_whatever_lies_behind_its_mask() -> None:
+    off, value = torch.tensor([False, True]), torch.ones(2, 3)
+    assert Vectors(value, off).nulls().tolist() == [True, False]
+    tokens = Tokens(value[:, None].expand(2, 4, 3), off[:, None].expand(2, 4))
+    assert tokens.nulls().tolist() == [True, False]
+
+
 def test_null_means_no_class_no_vector_and_no_token() -> None:
     assert Labels(torch.tensor([0, 3]), 5).null().label.tolist() == [5, 5]
     assert not Vectors(torch.ones(2, 3), torch.ones(2, dtype=torch.bool)).null().known.any()

@@ -1,4 +1,4 @@
-"""`vit` as SiT's network: the released weights' names and shapes fit, and the answers agree."""
+"""`vit` as SiT's and MeanFlow's networks: the released names and shapes fit, the answers agree."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import math
 import attrs
 import pytest
 import torch
-from published import peer_weights, random_state, sit, sit_shapes, time_waves
+from published import (
+    mean_flow_shapes,
+    peer_weights,
+    random_state,
+    sit,
+    sit_shapes,
+    time_waves,
+)
 
+from e2ediff.backbone import Denoise
 from e2ediff.condition import Labels
 from e2ediff.data import ImageSpec
 from e2ediff.nn.layers import TimeEmbedding, patchify, time_frequencies, unpatchify
@@ -44,6 +52,28 @@ def test_its_denoiser_answers_as_sit_does() -> None:
         theirs = sit(state, x, t, y, heads=HEADS, patch=PATCH, depth=DEPTH)
     assert float(theirs.std()) > 0.3, "the answer hangs on the weights"
     ours = unpatchify(ours, PATCH, (GRID, GRID))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_its_denoiser_answers_as_meanflow_s_with_time_and_velocity_turned_round() -> None:
+    g, shapes = (
+        torch.Generator().manual_seed(1),
+        mean_flow_shapes(WIDTH, DEPTH, PATCH, CHANNELS, 5),
+    )
+    state, x = random_state(shapes), torch.randn(4, CHANNELS, 6, 6, generator=g)
+    y, t, r = torch.tensor([0, 4, 5, 2]), torch.tensor([0.0, 0.3, 0.7, 1.0]), torch.ones(4)
+    net = attrs.evolve(CONFIG, second_time=True).build(IMAGE).eval()
+    found = net.load_state_dict(peer_weights().mean_flow(state, PATCH, CHANNELS), strict=False)
+    assert not found.unexpected_keys
+    assert not [
+        name for name in found.missing_keys if name.startswith(("embed_time", "embed_gap"))
+    ]
+    with torch.no_grad():
+        (u,) = net.run(Denoise(z_t=patchify(x, PATCH), t=t, r=r, condition=Labels(y, CLASSES)))
+        theirs = sit(state, x, 1 - t, y, heads=HEADS, patch=PATCH, depth=DEPTH, r=1 - r)
+        same = sit(state, x, 1 - t, y, heads=HEADS, patch=PATCH, depth=DEPTH, r=1 - t)
+    assert float((theirs - same)[:3].abs().max()) > 0.1, "the gap between the times counts"
+    ours = -unpatchify(u, PATCH, (GRID, GRID))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 

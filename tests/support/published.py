@@ -146,11 +146,29 @@ def sit_shapes(
     return found
 
 
+def mean_flow_shapes(
+    width: int, depth: int, patch: int, channels: int, classes: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of MeanFlow's weights: SiT's, with a gap of times and without a sigma."""
+    found = sit_shapes(width, depth, patch, channels, classes)
+    for part in ("mlp.0", "mlp.2"):
+        for kind in ("weight", "bias"):
+            found[f"r_embedder.{part}.{kind}"] = found[f"t_embedder.{part}.{kind}"]
+    last = channels * patch**2
+    return found | {
+        "final_layer.linear.weight": (last, width), "final_layer.linear.bias": (last,)
+    }  # fmt: skip
+
+
 def sit(
-    w: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, *, heads: int, patch: int, depth: int
-) -> Tensor:
-    """SiT's velocity of latents x (B, C, S, S)."""
+    w: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, *, heads: int, patch: int, depth: int,
+    r: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """SiT's velocity of latents x (B, C, S, S); with r MeanFlow's, the average from r to t."""
     c, _ = conditioning(w, t, y)
+    if r is not None:
+        hidden = functional.silu(linear(w, "r_embedder.mlp.0", time_waves(t - r)))
+        c = c + linear(w, "r_embedder.mlp.2", hidden)
     c, side = functional.silu(c), x.shape[-1] // patch
     first, bias = w["x_embedder.proj.weight"], w["x_embedder.proj.bias"]
     h = functional.conv2d(x, first, bias, stride=patch).flatten(2).mT

@@ -25,6 +25,51 @@ _SHARE = [validators.ge(0.0), validators.le(1.0)]
 
 
 @attrs.frozen(kw_only=True)
+class TrainedGuidance:
+    """Classifier-free guidance that a network is trained on, so that samples need one pass a call.
+
+        v_g = omega v + kappa u(z_t, t, t, condition) + (1 - omega - kappa) u(z_t, t, t, null),
+        omega = `scale` (1 - `kappa`)
+
+    with the network's own answers, stopped, where `t_min` <= t <= `t_max`; elsewhere, and where
+    the condition was dropped, v_g = v. A network that has learned it is guided by `scale`.
+
+    Source: MeanFlow (arXiv 2505.13447) and its released code, which has omega 1 and kappa 0.5: a
+    scale of 2. Improved mean flows (arXiv 2512.02012) have omega 1 and kappa 1 - 1 / scale.
+    """
+
+    scale: float = attrs.field(default=1.0, validator=validators.gt(0))
+    kappa: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.lt(1)])
+    t_min: float = attrs.field(default=0.0, validator=_SHARE)
+    t_max: float = attrs.field(default=1.0, validator=_SHARE)
+
+    @t_max.validator
+    def _after_t_min(self, field: attrs.Attribute[float], value: float) -> None:
+        if value < self.t_min:
+            raise ValueError(f"'t_max' must be >= t_min, {self.t_min:g}: {value:g}")
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether v_g is v at every time."""
+        return self.scale == 1 and self.kappa == 0
+
+    def __call__(self, v: Tensor, z_t: Tensor, t: Tensor, nets: Nets, known: Condition) -> Tensor:
+        """Return v_g (B, N, D) in place of v, by two passes without gradients."""
+        if self.changes_nothing:
+            return v
+        with torch.no_grad():
+            passes = [Denoise(z_t=z_t, t=t, r=t, condition=c) for c in (known, known.null())]
+            told, untold = (
+                nets.path.estimate(out, z_t, t, nets.predicts).v
+                for out in nets.online.run(*passes)
+            )
+            omega = self.scale * (1 - self.kappa)
+            guided = omega * v + self.kappa * told + (1 - omega - self.kappa) * untold
+            where = (t >= self.t_min) & (t <= self.t_max) & ~known.nulls()
+            return torch.where(spread(where, v), guided, v)
+
+
+@attrs.frozen(kw_only=True)
 class MeanFlow(AutoencoderObjective):
     """The denoiser learns average velocities between two times, of latents that it does not train.
 
@@ -32,15 +77,16 @@ class MeanFlow(AutoencoderObjective):
         u = v + (r - t) du/dt,    du/dt = w . grad_z u + d_t u
         loss = |u - (r - t) sg(du/dt) - v|^2 / sg(the same + `floor`)^`power`
 
-    with v = dz_t/dt of the sample, and w = v (`tangent: path`) or the network's own u(z_t, t, t)
-    (`tangent: network`). du/dt is exact, by forward-mode differentiation in a pass of its own;
-    where r = t the loss is that of velocities.
+    with v = dz_t/dt of the sample, or `guidance` of it, and w = v (`tangent: path`) or the
+    network's own u(z_t, t, t) (`tangent: network`). du/dt is exact, by forward-mode
+    differentiation in a pass of its own; where r = t the loss is that of velocities.
     z_t carries a stopped latent: reconstruction alone shapes the latents, as in `detached`.
     Samples take one network call with `sampler: average_velocity`.
 
     Options:
         apart: The share of latents with r > t.
         tangent: What du/dt is taken along.
+        guidance: What the network learns to be guided by; without it samples are unguided.
         power, floor: Of the adaptive weight; the squares are summed over a latent's elements.
         denoising_weight: Weight of the loss.
         decode_noise: Noise on latents before decoding.
@@ -51,11 +97,12 @@ class MeanFlow(AutoencoderObjective):
     mean -0.4 is one of 0.4.
     Needs `backbone.second_time: true` and the straight path.
 
-    Source: MeanFlow (Geng et al. 2025, arXiv 2505.13447), abstract and summaries, for the average
-    velocity, its identity and the loss; code of others for the share of 0.25, the power of 1, the
-    floor of 0.01 and the sum, and, as improved mean flows (arXiv 2512.02012), for the loss
-    written as one of v and for `tangent: network`. Ours: jointly trained latents, where they have
-    fixed ones, and no guidance within training. Not yet compared with anything.
+    Source: MeanFlow (Geng et al. 2025, arXiv 2505.13447), abstract, summaries and the released
+    code, for the average velocity, its identity, the loss, the share of 0.25, the power of 1, the
+    floor of 0.01, the sum and the guidance, of which the code has a scale of 2 with kappa 0.5;
+    loss, gradients and samples are those of its code: docs/results/parity.md. Improved mean flows
+    (arXiv 2512.02012) for the loss written as one of v and for `tangent: network`. Ours: jointly
+    trained latents, where they have fixed ones, and no guidance by default.
     """
 
     static_graph: ClassVar[bool] = True
@@ -65,6 +112,7 @@ class MeanFlow(AutoencoderObjective):
 
     apart: float = attrs.field(default=0.25, validator=_SHARE)
     tangent: Literal["path", "network"] = "path"
+    guidance: TrainedGuidance = attrs.field(factory=TrainedGuidance)
     power: float = attrs.field(default=1.0, validator=validators.ge(0))
     floor: float = attrs.field(default=0.01, validator=validators.gt(0))
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
@@ -75,7 +123,7 @@ class MeanFlow(AutoencoderObjective):
         z = nets.online.encode(batch.x)  # (B, N, D)
         eps, (t, r) = draw.noise(z), self._times(draw)
         z_t = nets.path.mix(sg(z), eps, t)
-        v = nets.path.velocity(sg(z), eps, t)
+        v = self.guidance(nets.path.velocity(sg(z), eps, t), z_t, t, nets, draw.condition)
         x_hat, out = nets.online.run(
             Decode(z=self.decode_noise(z, draw, nets.path)),
             Denoise(z_t=z_t, t=t, r=r, condition=draw.condition),
@@ -107,6 +155,9 @@ class MeanFlow(AutoencoderObjective):
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """No second time, an unbounded velocity, latents that outgrow the noise."""
         found = [*self.decode_noise.problems(nets)]
+        if not self.guidance.changes_nothing and nets.online.image.conditioning.kinds == 1:
+            what = "there is no condition to be guided by: leave objective.guidance out"
+            found.append(("objective.guidance", what))
         if self.power < 1:  # the adaptive weight does not bound the loss
             found += unfit_prediction(nets, "v", "")
         if not nets.online.second_time:

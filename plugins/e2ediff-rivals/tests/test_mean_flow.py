@@ -5,11 +5,12 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from e2ediff_rivals.mean_flow import MeanFlow, slope_along
+from e2ediff_rivals.mean_flow import MeanFlow, TrainedGuidance, slope_along
 from e2ediff_testing import check_objective, make_batch, make_draw, make_nets
 from reached_modules import reached, shaken_nets
 
 from e2ediff.backbone import Denoise, Output
+from e2ediff.data import ImageSpec
 from e2ediff.interpolant import spread
 from e2ediff.nn.attention import SDPBackend, _pinned
 from e2ediff.parts.backbones import ViTConfig
@@ -152,6 +153,48 @@ def test_the_share_of_latents_with_two_times_is_apart_and_times_never_cross() ->
     assert (r >= t).all()
     assert (r > t).float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert torch.equal(*MeanFlow(apart=0.0)._times(make_draw(many)))
+
+
+def test_the_guided_velocity_is_the_formula_s_within_its_times_and_v_for_dropped_rows() -> None:
+    nets = shaken_nets(MeanFlow(), VIT, predicts="v")
+    g = torch.Generator().manual_seed(0)
+    z_t, v = torch.randn(2, 6, 4, 4, generator=g)
+    t = torch.tensor([0.1, 0.2, 0.5, 0.5, 0.9, 0.95])
+    dropped = torch.tensor([False, False, False, True, False, False])
+    known = BATCH.condition.where(dropped, BATCH.condition.null())
+    guidance = TrainedGuidance(scale=3.0, kappa=0.4, t_min=0.2, t_max=0.9)
+    found = guidance(v, z_t, t, nets, known)
+    with torch.no_grad():
+        one, none = (
+            nets.online.run(Denoise(z_t=z_t, t=t, condition=c))[0] for c in (known, known.null())
+        )
+    expected = 1.8 * v + 0.4 * one - 1.2 * none  # omega 3 (1 - 0.4)
+    inside = [1, 2, 4]
+    torch.testing.assert_close(found[inside], expected[inside])
+    assert float((found - v)[inside].abs().max()) > 0.1
+    assert torch.equal(found[[0, 3, 5]], v[[0, 3, 5]])
+    assert not found.requires_grad, "the guidance is no path to the weights"
+
+
+def test_a_guidance_of_1_changes_no_bit_and_another_changes_the_target_alone() -> None:
+    found = {}
+    for scale in (None, 1.0, 2.0):
+        more = {} if scale is None else {"guidance": TrainedGuidance(scale=scale)}
+        nets = shaken_nets(MeanFlow(), VIT, predicts="v")
+        terms = MeanFlow(apart=0.5, **more).terms(nets, BATCH, make_draw(BATCH), "joint")
+        found[scale] = terms.losses["denoising"], terms.losses["reconstruction"]
+    assert torch.equal(found[None][0], found[1.0][0])
+    assert not torch.equal(found[1.0][0], found[2.0][0])
+    assert torch.equal(found[1.0][1], found[2.0][1])
+    check_objective(MeanFlow(apart=0.5, guidance=TrainedGuidance(scale=2.0, kappa=0.5)), VIT)
+
+
+def test_guidance_without_conditions_and_reversed_times_are_refused() -> None:
+    objective = MeanFlow(guidance=TrainedGuidance(scale=2.0))
+    nets = make_nets(VIT, objective, predicts="v", image=ImageSpec(3, 16, 16, 0), device="meta")
+    assert [where for where, _ in objective.problems(nets)] == ["objective.guidance"]
+    with pytest.raises(ValueError, match=r"'t_max' must be >= t_min, 0\.5: 0\.4"):
+        TrainedGuidance(t_min=0.5, t_max=0.4)
 
 
 def test_a_network_with_one_time_is_refused() -> None:
