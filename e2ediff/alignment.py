@@ -53,8 +53,14 @@ def feature_width(features: FeatureConfig, image: ImageSpec) -> int:
     Raises:
         DataError: The network cannot be built here.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        return _channels(features.blank(), image)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            return _channels(features.blank(), image)
+    except AbsentDataError as error:
+        raise AbsentDataError(
+            f"objective.features: {error}; without it objective.feature_dim says how many "
+            "channels its last map has"
+        ) from error
 
 
 def fixed_network(features: FeatureConfig, width: int | None, image: ImageSpec) -> FeatureNetwork:
@@ -103,9 +109,20 @@ def alignment_problems(
 
 
 def _channels(network: nn.Module, image: ImageSpec) -> int:
-    """Return the channels of a feature network's last map for these images."""
-    with torch.no_grad():
-        maps = network(torch.zeros(1, image.channels, image.height, image.width))
+    """Return the channels of a feature network's last map for these images.
+
+    Raises:
+        DataError: The network cannot compute on images of that size, or as it is set up.
+    """
+    size = (image.channels, image.height, image.width)
+    try:
+        with torch.no_grad():
+            maps = network(torch.zeros(1, *size))
+    except (RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"objective.features: the network does not compute on images of {size}: {why}"
+        ) from error
     return int(maps[-1].shape[1])
 
 

@@ -45,13 +45,17 @@ class Plain(Denoiser):
     Counts its calls in `calls` and the latents of all calls in `rows`.
     With `averages` a network that has a second time answers a step with its average velocity;
     without, with velocities at single times.
+    A network that was trained up to the time `until` alone is asked there for the clean estimate
+    of later latents, scaled to that time; they have less noise than it expects.
     """
 
     def __init__(
-        self, net: Backbone, path: Interpolant, predicts: Kind, *, averages: bool = True
-    ) -> None:
+        self, net: Backbone, path: Interpolant, predicts: Kind, *, averages: bool = True,
+        until: float = 1.0,
+    ) -> None:  # fmt: skip
         self.net = net
         self.averages = averages and net.second_time
+        self.until = until
         self.predicts = predicts
         self.calls = 0
         self.rows = 0
@@ -63,6 +67,8 @@ class Plain(Denoiser):
 
     def ask(self, z_t: Tensor, t: float, condition: Condition, r: float | None = None) -> Estimate:
         """Make one denoise pass, with the second time `r` for a network that takes one."""
+        if t > self.until:
+            return self._held(z_t, t, condition)
         self.calls += 1
         self.rows += len(z_t)
         times = torch.full((len(z_t),), t, device=z_t.device)  # (B,)
@@ -72,6 +78,12 @@ class Plain(Denoiser):
             ends = torch.full_like(times, r)
             (out,) = self.net.run(Denoise(z_t=z_t, t=times, condition=condition, r=ends))
         return self.path.estimate(out, z_t, t, self.predicts)
+
+    def _held(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
+        """Ask at `until` for the clean estimate at a later time."""
+        now, last = self.path.alpha(torch.tensor([t, self.until])).tolist()
+        x0 = self.ask(last / now * z_t, self.until, condition).x0
+        return self.path.estimate(x0, z_t, t, "x0")
 
     def for_step(self, t: float, s: float) -> Denoiser:
         """Return a denoiser that gives the step's end to a network with a second time."""

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from e2ediff.backbone import Backbone, Denoise
 from e2ediff.condition import Condition
+from e2ediff.data import ImageSpec
 from e2ediff.features import FeatureConfig
 from e2ediff.interpolant import Estimate, Interpolant, spread
 from e2ediff.objective import Draw, Nets, Objective
@@ -43,6 +44,17 @@ class PixelLoss:
     scales: int = attrs.field(default=1, validator=validators.ge(1))
     perceptual: FeatureConfig | None = None
     perceptual_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
+
+    def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
+        """List options that do not fit images of this size: (option, complaint) pairs."""
+        most = min(image.height, image.width).bit_length()
+        if self.scales <= most:
+            return []
+        what = (
+            f"{self.scales} halves images of {image.height} x {image.width} pixels to nothing; "
+            f"set it to {most} or less"
+        )
+        return [("scales", what)]
 
     def frozen(self) -> nn.ModuleDict:
         """Return the feature network, under the name `perceptual`, or nothing."""

@@ -139,6 +139,14 @@ class Objective(ABC):
     `own_optimizers` names the phases that need an optimizer of their own in the recipe.
     `trains_averages` declares that the denoiser learns average velocities between two times, on
     the straight path; only then do samplers ask a network with a second time for them.
+    `trains_guidance` declares that the denoiser learns guided velocities; guidance in sampling
+    would be added to that, and is refused.
+    `trains_latents` is False where no loss trains the encoder through the latent `Terms.z`, so
+    that regularisers of it would do nothing, and are refused.
+    `compares_images` declares that a loss or its weight depends on all images of a micro-shard,
+    which is then not computed in parts when memory runs out.
+    `needs_whole_weights` declares that a phase uses weights without their gradients, which FSDP2
+    cannot keep apart; `parallel: fsdp2` is then refused.
     `static_graph` declares that a phase gives gradients to the same parameters in every step and
     in every process. DDP then looks for unused parameters before the first step alone, which is
     faster; a step that uses others ends the run. A derived class declares it again, as what it
@@ -148,6 +156,10 @@ class Objective(ABC):
     phases: ClassVar[tuple[str, ...]] = ("joint",)
     own_optimizers: ClassVar[tuple[str, ...]] = ()
     trains_averages: ClassVar[bool] = False
+    trains_guidance: ClassVar[bool] = False
+    trains_latents: ClassVar[bool] = True
+    compares_images: ClassVar[bool] = False
+    needs_whole_weights: ClassVar[bool] = False
     static_graph: ClassVar[bool] = False
 
     @property
@@ -169,6 +181,10 @@ class Objective(ABC):
     def span(self, phase: str) -> tuple[float, float]:
         """Return the part of training, as fractions of its images, in which `phase` is active."""
         return (0.0, 1.0)
+
+    def trained_until(self, path: Interpolant) -> float:
+        """Return the last time at which the denoiser is trained; it is not asked at later ones."""
+        return 1.0
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
         """Return trained modules of the objective's own: projectors, probes, critics."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
 import torch
 from torch import nn
 
 from e2ediff import addresses
 from e2ediff.averaging import Averaging
 from e2ediff.backbone import Backbone
-from e2ediff.errors import Problem, RecipeError, ResourceError
+from e2ediff.data import ImageSpec
+from e2ediff.errors import AbsentDataError, DataError, Problem, RecipeError, ResourceError
 from e2ediff.host.recipe import Recipe
+from e2ediff.losses import PixelLoss
 from e2ediff.model.averages import Average
 from e2ediff.model.power_averages import tracked_name
 from e2ediff.objective import Nets
@@ -100,13 +106,18 @@ def fresh_nets(
 
 
 def problems(recipe: Recipe) -> list[Problem]:
-    """Find parts that do not fit together, without data or memory for weights."""
-    found = [
+    """Find parts that do not fit together, without data or memory for weights.
+
+    Raises:
+        AbsentDataError: A file that says which shapes the networks have is not here, and nothing
+            else is wrong.
+    """
+    found = unbuilt = [
         Problem(f"backbone.{field}", what)
         for field, what in recipe.backbone.problems(recipe.data.image)
     ]
     phases = recipe.objective.phases
-    found += [
+    found = found + [
         Problem(
             f"optimizers.{name}",
             f"the objective has no phase '{name}'; it has {', '.join(phases)}",
@@ -133,20 +144,47 @@ def problems(recipe: Recipe) -> list[Problem]:
                 "sampler.t_start: 0.01, or predicts: x0 or v"
             )
             found.append(Problem("sampler.t_start", what))
-    if not found:
+    if recipe.parallel == "fsdp2" and recipe.objective.needs_whole_weights:
+        what = (
+            "the objective uses weights without their gradients in some places, which FSDP2 "
+            "cannot keep apart; set parallel: ddp"
+        )
+        found.append(Problem("parallel", what))
+    return found if unbuilt else found + _network_problems(recipe, found)
+
+
+def _network_problems(recipe: Recipe, others: Sequence[Problem]) -> list[Problem]:
+    """Find what does not fit the networks, which can be built; `others` was found before."""
+    found = [*_loss_problems(recipe.objective, "objective", recipe.data.image)]
+    try:
         nets, _ = build_nets(recipe, torch.device("meta"))
-        if not nets.online.blocks():
-            what = "needs a backbone whose `blocks` method names its blocks; this one names none"
-            asked = {
-                "compile": recipe.compile == "blocks",
-                "checkpoint_activations": recipe.checkpoint_activations,
-            }
-            found += [Problem(field, what) for field, wanted in asked.items() if wanted]
+    except DataError as error:  # a teacher's, which says its place itself
+        if isinstance(error, AbsentDataError) and not (found or others):
+            raise
+        what = str(error).removeprefix("objective.features: ")
+        return [*found, Problem("objective.features", what)]
+    if not nets.online.blocks():
+        what = "needs a backbone whose `blocks` method names its blocks; this one names none"
+        asked = {
+            "compile": recipe.compile == "blocks",
+            "checkpoint_activations": recipe.checkpoint_activations,
+        }
+        found += [Problem(field, what) for field, wanted in asked.items() if wanted]
+    if not any(one.where.startswith("objective.") for one in found):  # which tries its losses
         found += [Problem(where, what) for where, what in recipe.objective.problems(nets)]
-        found += sampler_problems(recipe, nets.online)
-        found += _optimizer_problems(recipe, nets)
-        found += _regularizer_problems(recipe, nets)
+    found += sampler_problems(recipe, nets.online)
+    found += _optimizer_problems(recipe, nets)
+    found += _regularizer_problems(recipe, nets)
     return found
+
+
+def _loss_problems(part: Any, where: str, image: ImageSpec) -> Iterator[Problem]:
+    """Find comparisons of images, anywhere in an objective, that images are too small for."""
+    if isinstance(part, PixelLoss):
+        yield from (Problem(f"{where}.{field}", what) for field, what in part.problems(image))
+    elif attrs.has(type(part)):
+        for field in attrs.fields(type(part)):
+            yield from _loss_problems(getattr(part, field.name), f"{where}.{field.name}", image)
 
 
 def guidance_problems(recipe: Recipe) -> list[Problem]:
@@ -154,6 +192,12 @@ def guidance_problems(recipe: Recipe) -> list[Problem]:
     if recipe.guidance is None:
         return []
     found = [*recipe.guidance.problems(recipe.sampler)]
+    if recipe.objective.trains_guidance:
+        what = (
+            "the denoiser is trained to be guided, by the objective, and would be guided twice; "
+            "set guidance: null"
+        )
+        return [Problem("guidance", what)]
     refused = (addresses.refusal(reference.run) for reference in recipe.guidance.references)
     found += [("run", f"{what}.") for what in refused if what]
     return [Problem(f"guidance.{field}", what) for field, what in found]
@@ -193,6 +237,12 @@ def _optimizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:
 def _regularizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:
     """Find what keeps regularisers from being computed."""
     found, images = [], recipe.batch // recipe.microshards
+    if recipe.regularizers and not recipe.objective.trains_latents:
+        what = (
+            "the objective trains no encoder through its latents, so that regularisers would do "
+            "nothing; leave them out"
+        )
+        return [Problem("regularizers", what)]
     for i, (name, part) in enumerate(
         zip(names_of(recipe.regularizers), recipe.regularizers, strict=True)
     ):

@@ -126,7 +126,8 @@ class Model:
     def _plain(self) -> Plain:
         recipe = self.recipe
         averages = recipe.sampler.averages != "unused" and recipe.objective.trains_averages
-        return Plain(self.net, recipe.interpolant, recipe.predicts, averages=averages)
+        until = recipe.objective.trained_until(recipe.interpolant)
+        return Plain(self.net, recipe.interpolant, recipe.predicts, averages=averages, until=until)
 
     def _guided(self, plain: Plain) -> Denoiser:
         if self.guidance is None:

@@ -283,5 +283,6 @@ def _other(own: Model, found: Model) -> Other:
         us = f"{here.run}, which {there.run} is to guide,"
         found.net.contract().accept(own.net.contract(), us)
     averages = recipe.sampler.averages != "unused" and theirs.objective.trains_averages
-    plain = Plain(found.net, theirs.interpolant, theirs.predicts, averages=averages)
+    until = theirs.objective.trained_until(theirs.interpolant)
+    plain = Plain(found.net, theirs.interpolant, theirs.predicts, averages=averages, until=until)
     return Other(plain, there)

@@ -140,6 +140,8 @@ class Splitting:
         norm = self.parts.nets.online.latent_norm
         if norm.has_statistics:
             return f"backbone.latent_norm: {norm.kind} takes its statistics from all of them"
+        if self.recipe.objective.compares_images:
+            return "the objective weights losses by all of them"
         names = [name for name, r in self.parts.step.regularizers.items() if r.weight]
         return f"the regularizer {names[0]} compares them" if names else ""
 

@@ -108,7 +108,10 @@ def test_it_says_in_words_which_checkout_or_package_is_missing(tmp_path, sit) ->
         assert f"--peer {place}: {words}" in done.stderr
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "lightningdit.py").touch()
-    assert "is no checkout of LDMisAE, UNITE, MeanFlow, py-meanflow, JiT or SiT." in parity("--peer", tmp_path).stderr
+    assert (
+        "is no checkout of LDMisAE, UNITE, MeanFlow, py-meanflow, JiT or SiT."
+        in parity("--peer", tmp_path).stderr
+    )
     (sit / "models.py").write_text("import a_package_of_nobody\n")
     done = parity("--peer", sit)
     assert done.returncode == 2

@@ -120,6 +120,27 @@ def test_a_teachers_missing_weights_end_check_unless_its_width_is_said(tmp_path)
     assert "features    not here: feature network: cannot read the weights" in elsewhere.out
 
 
+@needs("e2ediff-features")
+def test_missing_weights_hide_no_other_problem_and_say_their_place(tmp_path) -> None:
+    taught = "{name: dsd, features: {name: dinov2, weights: lost.pth}, align_with: features, "
+    vit = "{name: vit, width: 16, depth: 3, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}"
+    both = check(tmp_path, vit, taught + "reconstruction: {scales: 9}}")
+    assert both.code == 3
+    assert "objective.features: feature network: cannot read the weights at lost.pth" in both.err
+    assert "objective.feature_dim says how many channels" in both.err
+    assert "objective.reconstruction.scales: 9 halves images of 16 x 16 pixels" in both.err
+
+
+@needs("efficientnet-lite-pytorch")
+def test_a_teacher_that_cannot_compute_is_refused_in_words(tmp_path) -> None:
+    taught = "{name: dsd, features: {name: efficientnet_lite0, map_size: 3}, align_with: features}"
+    vit = "{name: vit, width: 16, depth: 3, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}"
+    done = check(tmp_path, vit, taught)
+    assert done.code == 3
+    assert "objective.features: the network does not compute on images of (3, 16, 16)" in done.err
+    assert "Traceback" not in done.err
+
+
 def check(tmp_path, backbone: str, objective: str):
     (tmp_path / "taught.yaml").write_text(
         f"""\

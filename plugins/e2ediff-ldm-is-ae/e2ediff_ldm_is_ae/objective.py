@@ -21,7 +21,6 @@ from e2ediff.losses import (
     clean_loss,
     error_weight,
     noise_levels,
-    unfit_prediction,
 )
 from e2ediff.objective import Draw, Nets, Terms
 from e2ediff_ldm_is_ae.backbone import LDMIsAEConfig
@@ -44,7 +43,8 @@ class LDMIsAE(AutoencoderObjective):
     gradients go through DiT-E's weights to DiT-D. 0 lets it learn from all. Nothing is decoded
     from a clean latent in training: the image of a pass whose t comes near 1 takes that place.
     It is for `predicts: x0`, by which DiT-E's answer is a latent at every time, as in encoding.
-    Regularisers of the latent have no effect, since nothing trains the encoder through it.
+    Regularisers of the latent are refused, since nothing trains the encoder through it, and with
+    `encoder_from` above 0 so is FSDP2.
 
     `reconstruction` compares F with the image; `weight` is the space whose weight w_t multiplies
     both errors, `x0` being unweighted, and `clamp` the largest such weight; 400 is 1 - t held
@@ -59,6 +59,7 @@ class LDMIsAE(AutoencoderObjective):
     """
 
     static_graph: ClassVar[bool] = True
+    trains_latents: ClassVar[bool] = False
 
     trial: ClassVar[tuple[str, ...]] = ("backbone=ldm_is_ae", *LDMIsAEConfig.trial)
 
@@ -68,6 +69,11 @@ class LDMIsAE(AutoencoderObjective):
     weight: Space = "v"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
     encoder_from: float = attrs.field(default=0.5, validator=[validators.ge(0), validators.le(1)])
+
+    @property
+    def needs_whole_weights(self) -> bool:  # type: ignore[override]
+        """Whether gradients go through DiT-E past its weights."""
+        return self.encoder_from > 0
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """The errors of the image on the way and of the latent at the end."""
@@ -103,4 +109,10 @@ class LDMIsAE(AutoencoderObjective):
                 "has none: choose backbone: ldm_is_ae"
             )
             return [("backbone", what)]
-        return unfit_prediction(nets, self.weight)
+        if nets.predicts != "x0":
+            what = (
+                f"{nets.predicts} is not what an encoder answers, and the denoiser's last part is "
+                "ldm_is_ae's encoder: set predicts: x0"
+            )
+            return [("predicts", what)]
+        return []

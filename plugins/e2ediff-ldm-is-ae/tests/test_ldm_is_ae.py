@@ -237,10 +237,27 @@ def test_a_backbone_without_an_image_on_the_way_is_refused() -> None:
     assert "choose backbone: ldm_is_ae" in what
 
 
-def test_an_unbounded_weight_is_refused() -> None:
-    ((where, what),) = LDMIsAE().problems(make_nets(TINY, predicts="eps", device="meta"))
+@pytest.mark.parametrize("predicts", ["v", "eps", "score"])
+def test_a_denoiser_whose_answer_is_no_latent_is_refused(predicts) -> None:
+    ((where, what),) = LDMIsAE().problems(make_nets(TINY, predicts=predicts, device="meta"))
     assert where == "predicts"
-    assert "objective.weight: eps" in what
+    assert "set predicts: x0" in what
+
+
+def test_what_it_cannot_do_is_refused_by_check(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[3] / "recipes" / "ldm_is_ae_quickstart.yaml"
+    done = e2ediff(
+        "check", recipe, "--set", "regularizers=[vicreg]", "--set", "parallel=fsdp2",
+        "--set", "predicts=v",
+    )  # fmt: skip
+    assert done.code == 3
+    assert "3 problems" in done.err
+    assert "regularizers: the objective trains no encoder through its latents" in done.err
+    assert "parallel: the objective uses weights without their gradients" in done.err
+    whole = e2ediff(
+        "check", recipe, "--set", "parallel=fsdp2", "--set", "objective.encoder_from=0"
+    )
+    assert whole.code == 0, whole.err
 
 
 @pytest.mark.parametrize(

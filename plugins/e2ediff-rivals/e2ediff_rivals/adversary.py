@@ -20,7 +20,7 @@ from e2ediff.data import Batch
 from e2ediff.errors import ShapeError
 from e2ediff.objective import Draw, Nets, Objective, Terms, sg
 from e2ediff.times import TimeSampler
-from e2ediff_rivals.wrapping import inner_problems
+from e2ediff_rivals.wrapping import Around, inner_problems
 
 _SHARE = [validators.ge(0.0), validators.le(1.0)]
 _CRITIC = "critic"
@@ -28,10 +28,10 @@ _MOST = 1e4  # of the adaptive factor, as in VQGAN's code
 
 
 @attrs.frozen(kw_only=True)
-class Adversary(Objective):
+class Adversary(Around):
     """Another objective, and a patch critic that decoded images must pass.
 
-        critic      mean relu(1 - D(x)) + mean relu(1 + D(sg(x_hat)))
+        critic      mean relu(1 - D(x)) + mean relu(1 + D(sg(x_hat))),  of draws of its own
         adversarial -mean D(x_hat), with the weight
                     `weight` |d reconstruction / d x_hat| / |d adversarial / d x_hat|
 
@@ -90,9 +90,9 @@ class Adversary(Objective):
         return (*self.of.phases, _CRITIC)
 
     @property
-    def trains_averages(self) -> bool:  # type: ignore[override]
-        """The other objective's."""
-        return self.of.trains_averages
+    def compares_images(self) -> bool:  # type: ignore[override]
+        """Whether the weight is adaptive, taken on all images of a micro-shard."""
+        return self.adaptive or self.of.compares_images
 
     def span(self, phase: str) -> tuple[float, float]:
         """The other objective's; the critic's from its start on."""
@@ -112,9 +112,7 @@ class Adversary(Objective):
         """The other objective's losses and the adversarial one, or the critic's."""
         critic = nets.heads[_CRITIC]
         if phase == _CRITIC:
-            with torch.no_grad():
-                z = nets.online.encode(batch.x)
-                x_hat = nets.online.decode(z)
+            z, x_hat = self._judged(nets, batch, draw)
             real, made = critic(batch.x), critic(x_hat)
             loss = functional.relu(1 - real).mean() + functional.relu(1 + made).mean()
             info = {"critic_real": sg(real).mean(), "critic_decoded": sg(made).mean()}
@@ -131,6 +129,26 @@ class Adversary(Objective):
             weights={**terms.weights, "adversarial": weight},
             info={**terms.info, "adversarial_factor": factor},
         )
+
+    def _judged(self, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Latents and decoded images as the other objective makes them at this time, fixed.
+
+        The critic thus learns from what it judges: a noised latent's image, or that of a masked
+        view, is not the image of the clean latent.
+        """
+        found: tuple[Tensor, Tensor] | None = None
+        for phase in self.of.phases:
+            with torch.no_grad():
+                terms = self.of.terms(nets, batch, draw, phase)
+            if terms.decoded is None:
+                continue
+            made = sg(terms.z), sg(terms.decoded)
+            if found is not None:  # of stages the one that has begun last
+                begun = draw.progress >= self.of.span(phase)[0]
+                made = torch.where(begun, made[0], found[0]), torch.where(begun, made[1], found[1])
+            found = made
+        assert found is not None
+        return found
 
     def _factor(self, terms: Terms, loss: Tensor) -> Tensor:
         """The reconstruction's gradient at the images over the adversarial one, a scalar."""

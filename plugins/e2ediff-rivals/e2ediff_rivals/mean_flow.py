@@ -86,7 +86,8 @@ class MeanFlow(AutoencoderObjective):
     Options:
         apart: The share of latents with r > t.
         tangent: What du/dt is taken along.
-        guidance: What the network learns to be guided by; without it samples are unguided.
+        guidance: What the network learns to be guided by, for samples of one pass a call; the
+            recipe's own `guidance` must then be null.
         power, floor: Of the adaptive weight; the squares are summed over a latent's elements.
         denoising_weight: Weight of the loss.
         decode_noise: Noise on latents before decoding.
@@ -106,7 +107,6 @@ class MeanFlow(AutoencoderObjective):
     """
 
     static_graph: ClassVar[bool] = True
-    trains_averages: ClassVar[bool] = True
 
     trial: ClassVar[tuple[str, ...]] = ("predicts=v", "backbone.second_time=true")
 
@@ -117,6 +117,16 @@ class MeanFlow(AutoencoderObjective):
     floor: float = attrs.field(default=0.01, validator=validators.gt(0))
     denoising_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
     decode_noise: DecodeNoise = attrs.field(factory=DecodeNoise)
+
+    @property
+    def trains_averages(self) -> bool:  # type: ignore[override]
+        """Whether any latent has two times."""
+        return self.apart > 0
+
+    @property
+    def trains_guidance(self) -> bool:  # type: ignore[override]
+        """Whether `guidance` changes anything."""
+        return not self.guidance.changes_nothing
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
         """Reconstruction, and the average velocity's loss of stopped latents."""
@@ -158,8 +168,7 @@ class MeanFlow(AutoencoderObjective):
         if not self.guidance.changes_nothing and nets.online.image.conditioning.kinds == 1:
             what = "there is no condition to be guided by: leave objective.guidance out"
             found.append(("objective.guidance", what))
-        if self.power < 1:  # the adaptive weight does not bound the loss
-            found += unfit_prediction(nets, "v", "")
+        found += unfit_prediction(nets, "v", "")  # and du/dt has the square of what has no bound
         if not nets.online.second_time:
             what = (
                 "mean_flow trains averages between two times, and this network takes one; set "

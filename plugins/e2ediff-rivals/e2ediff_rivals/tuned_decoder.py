@@ -17,16 +17,18 @@ from typing_extensions import override
 from e2ediff.backbone import Backbone, Denoise
 from e2ediff.condition import Condition
 from e2ediff.data import Batch
+from e2ediff.interpolant import Interpolant, spread
 from e2ediff.losses import AutoencoderObjective
 from e2ediff.objective import Draw, Nets, Objective, Terms
-from e2ediff_rivals.wrapping import inner_problems
+from e2ediff_rivals.wrapping import Around, inner_problems
 
 _DECODER = "decoder"
+_OWN = "decoder_"  # before the names of the last phase's fixed networks
 _LAST = 1 - 2**-24  # the largest float32 below 1, as progress is below 1
 
 
 @attrs.frozen(kw_only=True)
-class TunedDecoder(AutoencoderObjective):
+class TunedDecoder(Around, AutoencoderObjective):
     """Another objective, and then its decoder alone, on latents that the denoiser generated.
 
         z_t = alpha z + sigma eps,  t ~ U[`t_min`, 1]
@@ -78,11 +80,6 @@ class TunedDecoder(AutoencoderObjective):
         """The other objective's."""
         return self.of.own_optimizers
 
-    @property
-    def trains_averages(self) -> bool:  # type: ignore[override]
-        """The other objective's."""
-        return self.of.trains_averages
-
     def span(self, phase: str) -> tuple[float, float]:
         """The other objective's, in the share of training that is left to it; then the decoder."""
         rest = 1 - self.share
@@ -109,10 +106,12 @@ class TunedDecoder(AutoencoderObjective):
             t = self.t_min + (1 - self.t_min) * draw.uniform(len(z))
             z_t = nets.path.mix(z, draw.noise(z), t)
             generated = follow(
-                nets, z_t, t, batch.condition, self.steps, averages=self.of.trains_averages
-            )
+                nets, z_t, t, batch.condition, self.steps, averages=self.of.trains_averages,
+                until=self.of.trained_until(nets.path),
+            )  # fmt: skip
         x_hat = nets.online.decode(generated)
-        loss = self.reconstruction(x_hat, batch.x, nets.frozen)
+        fixed = {k.removeprefix(_OWN): net for k, net in nets.frozen.items() if k.startswith(_OWN)}
+        loss = self.reconstruction(x_hat, batch.x, nn.ModuleDict(fixed))
         info = {"generated_error": (generated - z).square().mean()}
         return Terms({"reconstruction": loss}, {"reconstruction": 1.0}, z, info, x_hat)
 
@@ -123,7 +122,8 @@ class TunedDecoder(AutoencoderObjective):
     @override
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The other objective's, and the perceptual network of the last phase."""
-        return nn.ModuleDict({**self.of.frozen(backbone), **self.reconstruction.frozen()})
+        own = {f"{_OWN}{name}": net for name, net in self.reconstruction.frozen().items()}
+        return nn.ModuleDict({**self.of.frozen(backbone), **own})
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """What the other objective finds, and a decoder that shares weights."""
@@ -152,12 +152,14 @@ def follow(
     steps: int,
     *,
     averages: bool = False,
+    until: float = 1.0,
 ) -> Tensor:
     """Follow the network's ODE from z_t (B, N, D) at times (B,) to t = 1, and return the end.
 
     Each step mixes the clean estimate with the noise that it leaves, at the step's end, which on
     the straight path is Euler's; the last one is the clean estimate itself. With `averages` the
-    network is asked for average velocities of the steps.
+    network is asked for average velocities of the steps. A network that is trained up to the time
+    `until` alone is asked there for the clean estimate of later latents.
 
     Source: DDIM (Song et al. 2020, arXiv 2010.02502), eq. 12 with sigma = 0.
     """
@@ -165,9 +167,19 @@ def follow(
     for i in range(1, steps + 1):
         end = first + (1 - first) * (i / steps)
         r = end if averages else None
-        (out,) = nets.online.run(Denoise(z_t=z_t, t=t, condition=condition, r=r))
-        guess = nets.path.estimate(out, z_t, t, nets.predicts)
+        asked, at = (z_t, t) if until == 1 else _held(nets.path, z_t, t, until)
+        (out,) = nets.online.run(Denoise(z_t=asked, t=at, condition=condition, r=r))
+        guess = nets.path.estimate(out, asked, at, nets.predicts)
+        if until < 1:
+            guess = nets.path.estimate(guess.x0, z_t, t, "x0")
         if i == steps:
             break
         z_t, t = nets.path.mix(guess.x0, guess.eps, end), end
     return guess.x0
+
+
+def _held(path: Interpolant, z_t: Tensor, t: Tensor, until: float) -> tuple[Tensor, Tensor]:
+    """Latents and times (B,), of which those after `until` are scaled to it."""
+    at = t.clamp(max=until)
+    scale = torch.where(t > until, path.alpha(at) / path.alpha(t), torch.ones_like(t))
+    return spread(scale, z_t) * z_t, at

@@ -77,7 +77,7 @@ class UnifiedLatents(AutoencoderObjective):
 
     trial: ClassVar[tuple[str, ...]] = ("backbone.latent_norm=none",)
 
-    logsnr: float = 5.0
+    logsnr: float = attrs.field(default=5.0, validator=[validators.ge(-5), validators.le(20)])
     kl_weight: float = attrs.field(default=0.01, validator=validators.gt(0))
     decoder: Literal["pixels", "diffusion"] = "pixels"
     decoder_bias: float = 0.0
@@ -105,6 +105,10 @@ class UnifiedLatents(AutoencoderObjective):
         losses = {"reconstruction": reconstruction, "kl": kl}
         decoded = None if diffusion else x_hat
         return Terms(losses, {"reconstruction": 1.0, "kl": self.kl_weight}, z, decoded=decoded)
+
+    def trained_until(self, path: Interpolant) -> float:
+        """The time t_0."""
+        return float(least_noise(path, self.logsnr))
 
     def stops(self, phase: str) -> Collection[str]:
         """None: the KL trains the encoder."""

@@ -2,7 +2,43 @@
 
 from __future__ import annotations
 
+from e2ediff.interpolant import Interpolant
 from e2ediff.objective import Nets, Objective
+
+
+class Around(Objective):
+    """An objective around another, `of`, whose declarations about the denoiser it repeats."""
+
+    of: Objective
+
+    @property
+    def trains_averages(self) -> bool:  # type: ignore[override]
+        """The other objective's."""
+        return self.of.trains_averages
+
+    @property
+    def trains_guidance(self) -> bool:  # type: ignore[override]
+        """The other objective's."""
+        return self.of.trains_guidance
+
+    @property
+    def trains_latents(self) -> bool:  # type: ignore[override]
+        """The other objective's."""
+        return self.of.trains_latents
+
+    @property
+    def compares_images(self) -> bool:  # type: ignore[override]
+        """The other objective's."""
+        return self.of.compares_images
+
+    @property
+    def needs_whole_weights(self) -> bool:  # type: ignore[override]
+        """The other objective's."""
+        return self.of.needs_whole_weights
+
+    def trained_until(self, path: Interpolant) -> float:
+        """The other objective's."""
+        return self.of.trained_until(path)
 
 
 def inner_problems(of: Objective, nets: Nets) -> list[tuple[str, str]]:
@@ -14,5 +50,5 @@ def inner_problems(of: Objective, nets: Nets) -> list[tuple[str, str]]:
 
 
 def _inside(where: str) -> str:
-    rest = where.removeprefix("objective.")
-    return where if rest == where else f"objective.of.{rest}"
+    inside = where == "objective" or where.startswith("objective.")
+    return f"objective.of{where.removeprefix('objective')}" if inside else where

@@ -11,11 +11,13 @@ from command_line import e2ediff, needs
 from declared_stops import holds_its_declaration
 from e2ediff_rivals.adversary import Adversary, PatchCritic
 from e2ediff_rivals.kl import KL
+from e2ediff_rivals.tuned_decoder import TunedDecoder
 from e2ediff_testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
 from reached_modules import VIT, reached, shaken_nets
 
 from e2ediff.backbone import LatentSpec
 from e2ediff.host.plugins import load
+from e2ediff.losses import DecodeNoise
 from e2ediff.parts.objectives import Coupled, Detached, TwoStage
 
 BATCH = make_batch()
@@ -78,6 +80,41 @@ def test_the_critic_s_loss_is_the_hinge_of_real_and_decoded_images() -> None:
         real, made = (3 * x.mean(dim=(1, 2, 3)) for x in (BATCH.x, x_hat))
     expected = (1 - real).clamp(min=0).mean() + (1 + made).clamp(min=0).mean()
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("of", [
+    Detached(decode_noise=DecodeNoise(probability=1.0)), KL(std=0.5),
+    TunedDecoder(of=Detached(decode_noise=DecodeNoise(probability=1.0)), share=0.5),
+], ids=lambda of: type(of).__name__)  # fmt: skip
+def test_the_critic_learns_from_the_images_that_it_judges(of) -> None:
+    around = Adversary(of=of, **SMALL)
+    nets = shaken_nets(around, attrs.evolve(VIT, trunks="decoder_apart"))
+    for progress, now in ((0.2, "joint"), (0.9, of.phases[-1])):
+        _, seen = around._judged(nets, BATCH, late(progress))
+        draw = late(progress)
+        judged = {phase: of.terms(nets, BATCH, draw, phase).decoded for phase in of.phases}
+        assert torch.equal(seen, judged[now])
+        assert not seen.requires_grad
+    with torch.no_grad():
+        clean = nets.online.decode(nets.online.encode(BATCH.x))
+    assert float((seen - clean).abs().max()) > 1e-3, "the images of clean latents are others"
+
+
+def test_a_micro_shard_whose_weight_is_adaptive_is_not_computed_in_parts() -> None:
+    assert AROUND.compares_images
+    assert not Adversary(of=Detached(), adaptive=False, **SMALL).compares_images
+    assert TunedDecoder(of=AROUND).compares_images, "what is around it says the same"
+
+
+def test_a_missing_optimizer_hides_no_other_problem(tmp_path) -> None:
+    (tmp_path / "judged.yaml").write_text(RECIPE)
+    words = ("--set", "objective={name: adversary, of: {name: detached, reconstruction: "
+             "{scales: 9}}, layers: 9}")  # fmt: skip
+    refused = e2ediff("check", tmp_path / "judged.yaml", *words, "--set", "parallel=fsdp2")
+    assert refused.code == 3
+    assert "optimizers.critic: phase 'critic' needs an optimizer" in refused.err
+    assert "objective.of.reconstruction.scales: 9 halves images of 16 x 16" in refused.err
+    assert "set it to 5 or less" in refused.err
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
@@ -144,7 +181,7 @@ def test_pixels_small_images_and_critics_of_critics_are_refused() -> None:
     assert ("objective.of", "an adversary is around an objective, not another") in nested
     shared = make_nets(attrs.evolve(VIT, trunks="one"), device="meta")
     inner = Adversary(of=TwoStage(), **SMALL).problems(shared)
-    assert "two_stage needs a denoiser with weights of its own" in dict(inner)["objective"]
+    assert "two_stage needs a denoiser with weights of its own" in dict(inner)["objective.of"]
     noise = make_nets(VIT, predicts="eps", device="meta")
     ((where, what),) = Adversary(of=Detached(weight="x0"), **SMALL).problems(noise)
     assert where == "predicts"

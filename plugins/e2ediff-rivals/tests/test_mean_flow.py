@@ -5,9 +5,11 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
+from command_line import e2ediff
 from e2ediff_rivals.mean_flow import MeanFlow, TrainedGuidance, slope_along
 from e2ediff_testing import check_objective, make_batch, make_draw, make_nets
 from reached_modules import reached, shaken_nets
+from tiny_recipe import tiny
 
 from e2ediff.backbone import Denoise, Output
 from e2ediff.data import ImageSpec
@@ -203,5 +205,28 @@ def test_a_network_with_one_time_is_refused() -> None:
     assert where == "backbone.second_time"
     assert "set backbone.second_time: true" in what
     noise = make_nets(VIT, predicts="eps", device="meta")
-    assert not MeanFlow().problems(noise), "the adaptive weight bounds the loss"
-    assert [where for where, _ in MeanFlow(power=0.5).problems(noise)] == ["predicts"]
+    assert [where for where, _ in MeanFlow().problems(noise)] == ["predicts"]
+
+
+CHECKED = tiny(
+    backbone="{name: vit, width: 16, depth: 1, heads: 1, patch: 8, latent_dim: 4, "
+    "latent_norm: batch, second_time: true}",
+    objective="{name: mean_flow}", predicts="v", sampler="average_velocity",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    (["objective.guidance.scale=2", "guidance=classifier_free"],
+     "guidance: the denoiser is trained to be guided, by the objective"),
+    (["objective.apart=0"], "sampler: follows average velocities, which this network has not"),
+])  # fmt: skip
+def test_guidance_twice_and_averages_that_are_not_trained_are_refused(
+    tmp_path, changes, said
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(CHECKED)
+    words = [word for change in changes for word in ("--set", change)]
+    refused = e2ediff("check", tmp_path / "tiny.yaml", *words)
+    assert refused.code == 3
+    assert said in refused.err
+    kept = e2ediff("check", tmp_path / "tiny.yaml", "--set", "objective.guidance.scale=2")
+    assert kept.code == 0, kept.err

@@ -26,6 +26,7 @@ from tiny_recipe import tiny
 
 from e2ediff.backbone import Denoise, FusedBackbone, LatentSpec, Output
 from e2ediff.losses import PixelLoss
+from e2ediff.parts.features.networks import RandomProjection
 from e2ediff.parts.interpolants import Cosine, Linear
 from e2ediff.parts.objectives import Detached, TwoStage
 from e2ediff.parts.samplers import Euler
@@ -159,6 +160,32 @@ def test_what_is_wrapped_has_the_losses_that_it_has_alone() -> None:
     around = AROUND.terms(nets, BATCH, make_draw(BATCH), "joint").losses
     assert around.keys() == alone.keys()
     assert all(torch.equal(around[name], loss) for name, loss in alone.items())
+
+
+def test_two_perceptual_networks_stay_apart() -> None:
+    inner = PixelLoss(perceptual=RandomProjection(width=8, seed=1))
+    outer = PixelLoss(perceptual=RandomProjection(width=4, seed=2))
+    alone = Detached(reconstruction=inner)
+    around = TunedDecoder(of=alone, reconstruction=outer)
+    nets = shaken_nets(around, attrs.evolve(VIT, trunks="decoder_apart"))
+    own = attrs.evolve(nets, frozen=alone.frozen(nets.online))
+    draw = lambda: attrs.evolve(make_draw(BATCH), progress=torch.tensor(0.5))  # noqa: E731
+    expected = alone.terms(own, BATCH, draw(), "joint").losses["reconstruction"]
+    found = around.terms(nets, BATCH, draw(), "joint").losses["reconstruction"]
+    assert torch.equal(found, expected)
+    last = around.terms(nets, BATCH, draw(), "decoder")
+    other = outer(last.decoded, BATCH.x, outer.frozen())
+    torch.testing.assert_close(last.losses["reconstruction"], other)
+
+
+def test_latents_are_followed_past_the_last_trained_time_by_its_estimate() -> None:
+    nets = answering(Linear(), lambda z_t, t: 0.5 * z_t)
+    z_t, t = torch.ones(3, 2, 2), torch.tensor([0.0, 0.4, 0.9])
+    end = follow(nets, z_t, t, BATCH.condition.rows(slice(3)), 1, until=0.5)
+    (asked,) = nets.online.asked
+    assert asked.t.tolist() == pytest.approx([0.0, 0.4, 0.5])
+    assert asked.z_t[:, 0, 0].tolist() == pytest.approx([1.0, 1.0, 0.5 / 0.9])
+    assert end[:, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0.25 / 0.9])
 
 
 def test_spans_and_progress_of_what_is_wrapped_end_where_the_last_phase_begins() -> None:

@@ -13,12 +13,13 @@ from command_line import e2ediff, trained
 from e2ediff_rivals.adversary import Adversary
 from e2ediff_rivals.unified_latents import UnifiedLatents, image_rate, kl_rate, least_noise
 from e2ediff_testing import TinyBackbone, make_batch, make_draw, make_nets
-from reached_modules import shaken_nets
+from reached_modules import VIT, shaken_nets
 from tiny_recipe import tiny
 from torch import nn
 
 import e2ediff as package
 from e2ediff.backbone import Decode
+from e2ediff.denoiser import Plain
 from e2ediff.losses import PixelLoss
 from e2ediff.parts.backbones import ViTConfig
 from e2ediff.parts.interpolants import Cosine, Linear, VarianceExploding
@@ -31,6 +32,36 @@ BATCH = make_batch()
 def test_the_least_noise_is_where_the_path_has_that_signal_to_noise_ratio(path, logsnr) -> None:
     t = torch.tensor([least_noise(path, logsnr)], dtype=torch.float64)
     assert path.logsnr(t).item() == pytest.approx(logsnr, abs=1e-6)
+
+
+def test_the_prior_is_asked_at_its_last_time_for_latents_past_it() -> None:
+    objective, path = UnifiedLatents(), Linear()
+    last = objective.trained_until(path)
+    assert last == least_noise(path, 5.0)
+    nets = shaken_nets(objective, attrs.evolve(VIT, latent_norm="none"))
+    asked, own = [], nets.online.denoise
+
+    def denoise(z_t, t, condition):
+        asked.append((float(t[0]), z_t))
+        return own(z_t, t, condition)
+
+    nets.online.denoise = denoise
+    plain = Plain(nets.online, path, "x0", until=last)
+    z, condition = torch.randn(6, 4, 4), BATCH.condition
+    with torch.no_grad():
+        early, late = plain(z, 0.9, condition), plain(z, 0.98, condition)
+        same = own(z * last / 0.98, torch.full((6,), last), condition)
+    assert [t for t, _ in asked] == pytest.approx([0.9, last])
+    torch.testing.assert_close(late.x0, same)
+    torch.testing.assert_close(late.v, (same - z) / 0.02, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(early.x0, late.x0)
+    with pytest.raises(ValueError, match="'logsnr' must be <= 20: 100"):
+        UnifiedLatents(logsnr=100.0)
+
+
+def test_a_model_of_unified_latents_holds_its_last_time(tmp_path) -> None:
+    model = package.load(trained(tmp_path, RECIPE), device="cpu")
+    assert model._plain().until == pytest.approx(1 / (1 + math.exp(-2.5)))
 
 
 def test_on_the_linear_path_it_is_a_sigmoid() -> None:
