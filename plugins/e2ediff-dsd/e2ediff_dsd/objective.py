@@ -292,13 +292,13 @@ class DSD(AutoencoderObjective):
 
     def _teacher_problems(self, net: Backbone) -> list[tuple[str, str]]:
         """A fixed network that is missing, or needed by nothing, or that does not fit."""
-        unheard = [
+        unused = [
             (f"objective.{name}_with", f"has no effect with {name}_weight: 0; leave it out")
             for name, who in (("align", self.align_with), ("repr", self.repr_with))
             if who == "features" and name not in self._teachers
         ]
-        if unheard:
-            return unheard
+        if unused:
+            return unused
         if self.feature_dim is not None and self.features is None:
             what = "counts the channels of a network that is not there; name it in features"
             return [("objective.feature_dim", what)]

@@ -81,7 +81,7 @@ class Adversary(Around):
         if value < self.critic_start:
             raise ValueError(
                 f"'start' must be >= critic_start, {self.critic_start:g}, as a critic that has "
-                f"learned nothing says nothing: {value:g}"
+                f"learned nothing would judge at random: {value:g}"
             )
 
     @property

@@ -59,12 +59,12 @@ class TrainedGuidance:
             return v
         with torch.no_grad():
             passes = [Denoise(z_t=z_t, t=t, r=t, condition=c) for c in (known, known.null())]
-            told, untold = (
+            with_condition, without = (
                 nets.path.estimate(out, z_t, t, nets.predicts).v
                 for out in nets.online.run(*passes)
             )
             omega = self.scale * (1 - self.kappa)
-            guided = omega * v + self.kappa * told + (1 - omega - self.kappa) * untold
+            guided = omega * v + self.kappa * with_condition + (1 - omega - self.kappa) * without
             where = (t >= self.t_min) & (t <= self.t_max) & ~known.nulls()
             return torch.where(spread(where, v), guided, v)
 

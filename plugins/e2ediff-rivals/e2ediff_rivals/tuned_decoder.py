@@ -37,7 +37,7 @@ class TunedDecoder(Around, AutoencoderObjective):
 
     A decoder learns from encoded latents and is used on sampled ones, which are off by what the
     denoiser cannot know. Followed from a late time, a sampled latent still belongs to its image,
-    so that the decoder can be told what to make of it. Encoder and denoiser stay as they are, and
+    so that the decoder has an image to learn it from. Encoder and denoiser stay as they are, and
     with them the latents.
 
     The other objective's phases, schedules and `progress` end where the last phase begins; what it

@@ -37,6 +37,7 @@ class UnifiedLatents(AutoencoderObjective):
     No gradient is stopped: the KL pulls the encoder's scale down, reconstruction through the
     fixed noise pushes it up, and their balance is the bit rate.
     The encoder's scale is measured against the noise, hence `latent_norm: none`.
+    Samples go on to t = 1 by the clean estimates that the prior gives at t_0.
 
     With `decoder: diffusion` the decoder is a diffusion model of the image, given z_0, and the
     reconstruction is the image's own bound at one noise level x_t = t x + (1 - t) eps,
@@ -64,8 +65,9 @@ class UnifiedLatents(AutoencoderObjective):
     Source: Unified Latents (Heek et al. 2026, arXiv 2602.17270): fixed noise tied to the prior's
     least noise, log-SNR 5, the KL as a squared error weighted by exp(logsnr) d logsnr, no
     stop-gradient, and a diffusion decoder with a sigmoid-weighted bound. Ours: `pixels`,
-    kl_weight, the linear path's times, z_0 divided by alpha (the decoder then meets sampled,
-    clean latents at the scale it was trained on), and no second stage with a prior trained anew.
+    kl_weight, the linear path's times, z_0 divided by alpha (the decoder then meets sampled
+    latents at the scale it was trained on), clean latents in sampling and reconstruction, where
+    the paper decodes z_0 with its noise, and no second stage with a prior trained anew.
     Of the sigmoid only accounts of the paper were read: sigmoid(l - b), with a bias b, and a loss
     factor. Ours: to read it as the weight of the clean error for each unit of l, which but for a
     constant is sigmoid(b - l) of the bound; b = 0, no loss factor (kl_weight has its part), the

@@ -88,7 +88,7 @@ def test_each_latent_is_followed_from_its_own_time_as_euler_s_sampler_would() ->
         torch.testing.assert_close(found[i : i + 1], exact(late, times[-1], None).x0)
 
 
-def test_a_network_that_learned_averages_hears_where_each_step_ends() -> None:
+def test_a_network_that_learned_averages_is_given_the_end_of_each_step() -> None:
     nets = answering(Linear(), lambda z_t, t: z_t, second_time=True)
     t = torch.tensor([0.0, 0.5])
     follow(nets, torch.zeros(2, 4, 5), t, BATCH.condition, 2, averages=True)
