@@ -168,7 +168,8 @@ class MeanFlow(AutoencoderObjective):
         if not self.guidance.changes_nothing and nets.online.image.conditioning.kinds == 1:
             what = "there is no condition to be guided by: leave objective.guidance out"
             found.append(("objective.guidance", what))
-        found += unfit_prediction(nets, "v", "")  # and du/dt has the square of what has no bound
+        if self.power < 1:  # the adaptive weight does not bound the loss
+            found += unfit_prediction(nets, "v", "")
         if not nets.online.second_time:
             what = (
                 "mean_flow trains averages between two times, and this network takes one; set "
