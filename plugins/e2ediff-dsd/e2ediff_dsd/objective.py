@@ -89,7 +89,8 @@ class DSD(AutoencoderObjective):
     `terms` says is ours.
     That the published method learns from a vision foundation network is said by the authors of
     another paper alone (LDM-is-AE, arXiv 2609.37080, table 1: "Gen.+VFM"); where it enters is
-    unknown, and `align_with: features` is the likeliest reading (REPA, arXiv 2410.06940).
+    unknown, and `align_with: features` is the likeliest reading (REPA, arXiv 2410.06940). The
+    paper's body or its code would settle it.
     """
 
     static_graph: ClassVar[bool] = True
@@ -275,7 +276,9 @@ class DSD(AutoencoderObjective):
                     "needs a backbone that can hide patches; set it to 0",
                 )
             )
-        blocks = {"student": self.align_student, "teacher": self.align_teacher}
+        blocks = {"student": self.align_student}
+        if self.align_with == "ema":
+            blocks["teacher"] = self.align_teacher
         for name, block in blocks.items():
             if self.align_weight > 0 and net.depth > 0 and block > net.depth:
                 found.append(

@@ -52,9 +52,9 @@ class GenFirst(AutoencoderObjective):
 
     Source: GenFirst (Zheng et al. 2026, arXiv 2608.29335), abstract and model card: the entropy
     term, the direct gradients, and two phases of which the second divides both weights by ten.
-    Ours, as the text and the code were not read: every other number, the velocity loss as L_prior,
-    means over elements, the head of the variance. They train a new prior on the latents at the
-    end; here the prior of the joint training is sampled.
+    Ours, as the text and the code, which is public, could not be had: every other number, the
+    velocity loss as L_prior, means over elements, the head of the variance. They train a new prior
+    on the latents at the end; here the prior of the joint training is sampled.
     """
 
     static_graph: ClassVar[bool] = True
