@@ -54,7 +54,7 @@ class Adversary(Around):
     hinge loss of Lim & Ye 2017 (arXiv 1705.02894); patch critic of Isola et al. 2017 (arXiv
     1611.07004). Ours: group norm in place of batch norm, so that micro-shards do not matter to
     the critic; shares of training in place of steps; the hinge loss without its half; the
-    defaults. What it does to images has not been measured yet.
+    defaults. What it does to images in colour is in docs/results/rivals.md.
     """
 
     own_optimizers: ClassVar[tuple[str, ...]] = (_CRITIC,)

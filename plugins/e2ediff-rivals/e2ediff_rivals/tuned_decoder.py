@@ -59,8 +59,8 @@ class TunedDecoder(Around, AutoencoderObjective):
 
     Source: SAD (torpedo2003/SAD), whose idea alone is taken, as neither its code nor its text
     could be read: to tune only the decoder, on generated latents. Ours: everything else, the way
-    in which latents are generated, their times, no guidance, the loss and all defaults. Not yet
-    compared with the objective alone.
+    in which latents are generated, their times, no guidance, the loss and all defaults.
+    Compared with the objective alone in docs/results/rivals.md.
     """
 
     trial: ClassVar[tuple[str, ...]] = ("objective.of=detached", "backbone.trunks=decoder_apart")

@@ -72,7 +72,8 @@ class UnifiedLatents(AutoencoderObjective):
     factor. Ours: to read it as the weight of the clean error for each unit of l, which but for a
     constant is sigmoid(b - l) of the bound; b = 0, no loss factor (kl_weight has its part), the
     last noise level, the straight path of images, and one noise for all that is decoded.
-    Neither decoder has been compared with the other, or with the paper's figures.
+    The two decoders are compared in docs/results/rivals.md; neither has been compared with the
+    paper's figures.
     """
 
     static_graph: ClassVar[bool] = True
