@@ -131,8 +131,9 @@ def test_missing_weights_hide_no_other_problem_and_say_their_place(tmp_path) -> 
     assert "objective.reconstruction.scales: 9 halves images of 16 x 16 pixels" in both.err
 
 
-@needs("efficientnet-lite-pytorch")
 def test_a_teacher_that_cannot_compute_is_refused_in_words(tmp_path) -> None:
+    why = "needs `pip install efficientnet-lite-pytorch`"
+    pytest.importorskip("efficientnet_lite_pytorch", reason=why)
     taught = "{name: dsd, features: {name: efficientnet_lite0, map_size: 3}, align_with: features}"
     vit = "{name: vit, width: 16, depth: 3, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}"
     done = check(tmp_path, vit, taught)
