@@ -111,7 +111,7 @@ class UnifiedLatents(AutoencoderObjective):
 
     def trained_until(self, path: Interpolant) -> float:
         """The time t_0."""
-        return float(least_noise(path, self.logsnr))
+        return least_noise(path, self.logsnr)
 
     def stops(self, phase: str) -> Collection[str]:
         """None: the KL trains the encoder."""
