@@ -359,7 +359,10 @@ def _cause(workers: Sequence[BaseProcess], *, wait: bool) -> str:
     `wait` gives one that is just ending a second for it.
     """
     if wait:
-        connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+        ending = connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+        for worker in workers:
+            if worker.sentinel in ending:
+                worker.join()  # its files are closed, and in a moment it has an exit code
     for worker in workers:
         code, name = worker.exitcode or 0, f"DataLoader worker (pid {worker.pid})"
         if code == errno.ENOSPC:

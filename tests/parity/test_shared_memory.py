@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing import connection, resource_sharer
 from pathlib import Path
 
 import attrs
@@ -331,17 +333,26 @@ class Later:
     def __iter__(self) -> Iterator[int]:
         (worker,) = (p for p in multiprocessing.active_children() if p not in self.others)
         yield 0
-        worker.join()
+        connection.wait([worker.sentinel])
         yield 1
+
+
+def end_slowly() -> None:
+    """End as a process of much memory does: its files are closed before it has an exit code."""
+    resource_sharer._resource_sharer._listener.close()  # nobody can fetch what it handed over
+    os.closerange(3, 1024)
+    ctypes.PyDLL(None).usleep(500_000)  # no other thread of Python goes on meanwhile
+    os._exit(errno.ENOSPC)
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("end", "said"),
     [(partial(os._exit, errno.ENOSPC), "through which images are passed is full"),
+     (end_slowly, "through which images are passed is full"),
      (partial(os._exit, 3), "exited with code 3"),
      (partial(signal.raise_signal, signal.SIGKILL), "is killed by signal: Killed")],
-    ids=["full", "code", "killed"],
+    ids=["full", "slowly", "code", "killed"],
 )  # fmt: skip
 def test_an_item_whose_process_is_gone_before_it_is_fetched_is_reported_as_such(end, said) -> None:
     """Its memory is fetched from that process, which ends as an end of file or a lost connection.
