@@ -22,6 +22,7 @@ import attrs
 import pytest
 import torch
 import torch.distributed as dist
+from command_line import needs
 from processes import together
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +51,10 @@ EVERY = ["microshards=2", f"steps={STEPS}", "cadence.diagnose=3", "probe.images=
 PROFILES = "post_hoc={every: 2, precision: float16}"
 # The latents' norm cancels the bias before it: without this, Adam makes steps of its rounding.
 DAMPED = "optimizer.eps=0.001"
+LDM_IS_AE = (
+    "backbone={name: ldm_is_ae, width: 16, depth: 3, encoder_depth: 1, heads: 2, patch: 8, "
+    "latent_dim: 4, context_start: 1}"
+)
 RUNS = {
     # statistics of a micro-shard, a further average, a loss of the latents
     "coupled": [
@@ -69,15 +74,52 @@ RUNS = {
     ],
     # two optimizers as one, of which one multiplies whole matrices
     "muon": ["optimizer={name: muon, lr: 0.01, exclude: [embed, head, modulation]}", "steps=1"],
+    # a critic with an optimizer of its own, which learns from the images of all processes
+    "adversary": [
+        "objective={name: adversary, of: detached, layers: 1, channels: 8, critic_start: 0, "
+        "start: 0}",
+        "optimizers={critic: adamw}",
+        DAMPED,
+    ],
+    # a last phase of the decoder alone, on latents that the denoiser made
+    "tuned_decoder": [
+        "objective={name: tuned_decoder, of: detached, share: 0.5}",
+        "backbone.trunks=decoder_apart",
+        DAMPED,
+    ],
+    # a derivative along the path, in forward mode
+    "mean_flow": ["objective=mean_flow", "predicts=v", "backbone.second_time=true", DAMPED],
+    # two phases with other weights, and no latent norm
+    "genfirst": ["objective=genfirst", "backbone.latent_norm=none"],
+    # a decoder that denoises images
+    "denoising_decoder": [
+        "objective={name: unified_latents, decoder: diffusion}",
+        "backbone.latent_norm=none",
+        "backbone.decoder=denoising",
+    ],
+    # passes of the denoiser through an image, whose encoder learns from late times alone
+    "ldm_is_ae": [LDM_IS_AE, "objective=ldm_is_ae"],
+    # and from all times, as FSDP2 insists
+    "ldm_is_ae_all": [LDM_IS_AE, "objective={name: ldm_is_ae, encoder_from: 0}"],
+}
+PLUGINS = {
+    "dsd": "e2ediff-dsd",
+    **dict.fromkeys(["ldm_is_ae", "ldm_is_ae_all"], "e2ediff-ldm-is-ae"),
+    **dict.fromkeys(
+        ["adversary", "tuned_decoder", "mean_flow", "genfirst", "denoising_decoder"],
+        "e2ediff-rivals",
+    ),
 }
 
 # Two micro-shards a process, in bfloat16, and blocks that a phase does not use.
 HALF = ["precision=bfloat16", "microshards=4", *RUNS["two_stage"], "steps=2"]
 
 
-def needs(objective: str) -> None:
-    if objective == "dsd":
-        pytest.importorskip("e2ediff_dsd", reason="the plugin e2ediff-dsd is not installed")
+def runs(*names):
+    """These of the runs, each skipped where its plugin is not installed."""
+    return [
+        pytest.param(name, marks=needs(PLUGINS[name]) if name in PLUGINS else ()) for name in names
+    ]
 
 
 def run(recipe, out, *changes, world=None, resume=False, host=None):
@@ -136,22 +178,22 @@ def alone(tmp_path_factory, tiny_text):
     return get
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", runs(*RUNS))
 def test_two_processes_equal_one_with_two_micro_shards_bit_for_bit(
     name, alone, tiny_recipe, tmp_path
 ) -> None:
     """Weights, averages, optimizer, statistics of latent norms, and every logged figure."""
-    needs(name)
     assert run_in_two(tiny_recipe, tmp_path / "run", *RUNS[name]) == [0, 0]
     assert fingerprint(tmp_path / "run") == fingerprint(alone(name))
     assert files(tmp_path / "run") == files(alone(name))
 
 
-@pytest.mark.parametrize("name", ["coupled", "dsd", "muon", "half"])
+@pytest.mark.parametrize(
+    "name", runs("half", *(name for name in RUNS if name not in ("two_stage", "ldm_is_ae")))
+)
 def test_fsdp2_equals_one_process_and_saves_whole_tensors(
     name, alone, tiny_recipe, tmp_path
 ) -> None:
-    needs(name)
     out = tmp_path / "run"
     more = ["parallel=fsdp2", "checkpoint_activations=true"]
     assert run_in_two(tiny_recipe, out, *(RUNS | {"half": HALF})[name], *more) == [0, 0]
