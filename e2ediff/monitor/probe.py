@@ -14,6 +14,7 @@ from torch import Tensor
 from e2ediff.backbone import Backbone
 from e2ediff.condition import Condition, concatenate
 from e2ediff.data import Batch, DataSource
+from e2ediff.denoiser import Plain
 from e2ediff.diagnostic import Diagnostic, Probe
 from e2ediff.errors import DivergedError
 from e2ediff.figure import Figure, find
@@ -186,14 +187,18 @@ class Observer:
         return signs
 
     def _denoise(self, net: Backbone, z: Tensor, condition: Condition, t: float) -> Tensor:
-        """Return the clean estimate (P, N, D) of the probe's latents, noised to time t."""
+        """Return the clean estimate (P, N, D) of the probe's latents, noised to time t.
+
+        As in sampling, a network is asked no later than it was trained.
+        """
         r = self.recipe
         g = generator(_CPU, r.seed, "probe-noise", round(t * 1_000_000))
         eps = torch.randn(z.shape, generator=g).to(z.device)
         times = torch.full((len(z),), t, device=z.device)
         z_t = r.interpolant.mix(z, eps, times)
-        out = net.denoise(z_t, times, condition)
-        return r.interpolant.estimate(out, z_t, times, r.predicts).x0
+        until = r.objective.trained_until(r.interpolant)
+        plain = Plain(net, r.interpolant, r.predicts, averages=False, until=until)
+        return plain(z_t, t, condition).x0
 
     def samples(self, net: Backbone) -> tuple[Tensor, Condition]:
         """Sample a sheet (rows * columns, C, H, W) in [-1, 1] with fixed noise; also conditions.

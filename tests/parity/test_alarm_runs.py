@@ -19,11 +19,13 @@ from command_line import e2ediff
 from saves import await_checkpoint
 
 from e2ediff import hookimpl
+from e2ediff.backbone import Denoise
 from e2ediff.data import ImageSpec
 from e2ediff.diagnostic import Diagnostic
 from e2ediff.errors import CheckpointError, CollapseError
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import load_recipe
+from e2ediff.interpolant import Interpolant
 from e2ediff.model.calibration import at_rest, own_latents
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.probe import Observer, chosen_diagnostics
@@ -508,6 +510,34 @@ def test_latents_that_no_one_learns_are_not_encoded_twice(host, tiny_recipe) -> 
         net.outputs = _counting(net.outputs, passed)
     assert observer.measure(parts.step, recipe.objective.phases, survey=False) == {}
     assert passed == [("Encode", 16)]
+
+
+@attrs.frozen
+class UntilLate(Coupled):
+    """Trains its denoiser up to t = 0.6."""
+
+    def trained_until(self, path: Interpolant) -> float:
+        return 0.6
+
+
+def test_a_denoiser_is_diagnosed_at_no_later_time_than_it_is_trained(host, tiny_recipe) -> None:
+    recipe = load_recipe(host, tiny_recipe, ["probe={images: 16, times: [0.3, 0.9]}"])
+    recipe = attrs.evolve(recipe, objective=UntilLate())
+    parts = assemble(recipe, torch.device("cpu"))
+    data = recipe.data.open()
+    chosen = chosen_diagnostics(host, recipe)
+    observer = Observer.open(recipe, chosen, data, data, torch.device("cpu"))
+    net, asked = parts.nets.target, []
+    own = net.outputs
+
+    def noting(*passes):
+        asked.extend(float(p.t[0]) for p in passes if isinstance(p, Denoise))
+        return own(*passes)
+
+    net.outputs = noting
+    figures = observer.measure(parts.step, recipe.objective.phases, survey=True)
+    assert asked == pytest.approx([0.3, 0.6])
+    assert {"unexplained@0.3", "unexplained@0.9"} <= figures.keys()
 
 
 def _counting(outputs, passed):
