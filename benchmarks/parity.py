@@ -1,9 +1,10 @@
-"""Our networks and losses beside the released code of six projects, with the same weights.
+"""Our networks and losses beside the released code of seven projects, with the same weights.
 
     python benchmarks/parity.py --peer ../JiT
     python benchmarks/parity.py --peer ../SiT --json
 
-The projects are JiT, SiT, UNITE, LDMisAE, MeanFlow and the folder `meanflow` of py-meanflow.
+The projects are JiT, SiT, UNITE, LDMisAE, MeanFlow, the folder `meanflow` of py-meanflow, and
+REPA-E.
 Builds both networks at a tiny width, gives theirs random weights, none of them zero, and ours the
 same by `peer_weights.py`, and feeds both the same images, times, labels and noise. Prints how far
 their answers, losses and gradients are apart, and how many parameters both have in a released
@@ -15,7 +16,8 @@ width is, and is made as narrow as ours. LPIPS is 0 and no label of UNITE's is d
 LDMisAE's autoencoder is given no class, as ours, and its images on the way are not rounded, which
 would make jumps of differences in the last place. py-meanflow's network is a U-Net, so its loss
 and its sampler are given ours; MeanFlow's loss is compared without its adaptive weight, which is
-another one.
+another one. REPA-E's two updates are made with its network's batch norm at rest and no label
+dropped, on latents and features that are given.
 
 Shapes: B batch, C H W image, N tokens, D latent channels.
 """
@@ -114,7 +116,7 @@ def losses_apart(what: str, ours: Tensor, theirs: Tensor) -> Check:
     return Check(what, float((ours - theirs).abs() / theirs.abs()), relative=True)
 
 
-def gradients_apart(net: Backbone, wanted: Mapping[str, Tensor]) -> Check:
+def gradients_apart(net: nn.Module, wanted: Mapping[str, Tensor]) -> Check:
     """Compare gradients, each relative to its largest number; the worst counts."""
     mine, worst = dict(net.named_parameters()), 0.0
     for name, theirs in wanted.items():
@@ -704,6 +706,97 @@ def py_meanflow() -> Found:
     return Found(checks, [])
 
 
+# REPA-E
+
+
+class Constant(nn.Module):
+    """A fixed network that answers with the same map (B, K, H, W)."""
+
+    def __init__(self, answer: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("answer", answer)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the map."""
+        return [self.get_buffer("answer")]
+
+
+def repa_e() -> Found:
+    """Latents of 16 channels without patches: alignment, losses, and where they send gradients."""
+    from e2ediff_rivals.repa_e import RepaE
+    from models.sit import SiT  # type: ignore[import-not-found]
+
+    side, channels, block, features, hidden = 4, 16, 2, 24, 64
+    theirs = SiT(input_size=side, patch_size=1, in_channels=channels, hidden_size=WIDTH,
+                 decoder_hidden_size=WIDTH, encoder_depth=block, depth=DEPTH, num_heads=HEADS,
+                 num_classes=CLASSES, z_dims=[features], projector_dim=hidden,
+                 fused_attn=False, qk_norm=False, path_type="linear").eval()  # fmt: skip
+    shake(theirs)
+    theirs.bn.running_var.fill_(1 - theirs.bn.eps)  # leaves latents as they are
+
+    config = ViTConfig(
+        width=WIDTH, depth=DEPTH, heads=HEADS, patch=8, latent_dim=channels, latent_norm="none",
+        trunks="denoiser_apart", mlp="gelu", qk_norm=False, time_frequencies=128, time_scale=1.0,
+        attention="sdpa",
+    )  # fmt: skip
+    objective = RepaE(
+        feature_dim=features, projector_width=hidden, align_block=block, clamp=math.inf
+    )
+    projector = "projectors.0."
+
+    def mapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {k: v for k, v in state.items() if k != "pos_embed" and not k.startswith("bn.")}
+        return peer_weights.repa_e(kept, 1, channels)
+
+    def projecting(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k.removeprefix(projector): v for k, v in state.items() if k.startswith(projector)}
+
+    net = built(config, ImageSpec(3, 8 * side, 8 * side, CLASSES), mapped(theirs.state_dict()))
+    heads = objective.heads(net)
+    heads["align"].load_state_dict(projecting(theirs.state_dict()))
+
+    x, eps = torch.randn(BATCH, channels, side, side), torch.randn(BATCH, channels, side, side)
+    seen = [torch.randn(BATCH, side * side, features)]
+    options = {"path_type": "linear", "prediction": "v", "weighting": "uniform"}
+    same: dict[str, Any] = {"time_input": (1 - T).view(-1, 1, 1, 1), "noises": eps}
+    # The encoder's update, and then the denoiser's, with the released script's two coefficients.
+    x.requires_grad_()
+    theirs.requires_grad_(False)
+    first = theirs(x, Y, seen, {**options, "align_only": True}, **same)
+    (1.5 * first["proj_loss"]).backward()
+    theirs.requires_grad_(True)
+    theirs.pos_embed.requires_grad_(False)
+    second = theirs(x.detach(), Y, seen, {**options, "align_only": False}, **same)
+    (second["denoising_loss"].mean() + 0.5 * second["proj_loss"]).backward()
+    assert x.grad is not None
+
+    z = patchify(x.detach(), 1).requires_grad_()
+    net.encode = lambda images: z  # type: ignore[method-assign]
+    answer = seen[0].mT.unflatten(2, (side, side))
+    fixed = nn.ModuleDict({"features": Constant(answer)})
+    draw = given(Y, [T], [patchify(eps, 1)])
+    batch = Batch(x=torch.zeros(BATCH, 3, 8 * side, 8 * side), condition=draw.condition)
+    terms = objective.terms(Nets(net, net, Linear(), "v", heads, fixed), batch, draw, "joint")
+    align, denoising = terms.losses["align"], terms.losses["denoising"]
+    (terms.weights["denoising"] * denoising + terms.weights["align"] * align).backward()
+    assert z.grad is not None
+
+    wanted = mapped(gradients(theirs))
+    del wanted["embed_mode.denoise"]  # not of theirs
+    into_z = patchify(x.grad, 1)
+    worst = float((z.grad - into_z).abs().max() / into_z.abs().max())
+    return Found([
+        losses_apart("alignment, less the constant 1", align - 1, second["proj_loss"]),
+        losses_apart("loss of velocities", denoising, second["denoising_loss"].mean()),
+        Check("gradient of the latents, 1.5 times the alignment's alone", worst, relative=True),
+        gradients_apart(net, wanted),
+        attrs.evolve(
+            gradients_apart(heads["align"], projecting(gradients(theirs))),
+            what="gradients of the projector, 6 tensors",
+        ),
+    ], [])  # fmt: skip
+
+
 def nobody(labels: Tensor) -> Tensor:
     """Labels of no class."""
     return torch.full_like(labels, CLASSES)
@@ -711,11 +804,12 @@ def nobody(labels: Tensor) -> Tensor:
 
 COMPARED = {
     "JiT": jit, "SiT": sit, "UNITE": unite, "LDMisAE": ldm_is_ae, "MeanFlow": mean_flow,
-    "py-meanflow": py_meanflow,
+    "py-meanflow": py_meanflow, "REPA-E": repa_e,
 }  # fmt: skip
 PLUGINS = {
     "JiT": "e2ediff-jit", "UNITE": "e2ediff-unite", "LDMisAE": "e2ediff-ldm-is-ae",
     "MeanFlow": "e2ediff-rivals", "py-meanflow": "e2ediff-rivals",
+    "REPA-E": "e2ediff-rivals",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Weights of JiT, SiT (and DiT), UNITE and LDM-is-AE under our names and in our order.
+"""Weights of JiT, SiT, DiT, UNITE, LDM-is-AE, MeanFlow and REPA-E under our names, in our order.
 
 Every function takes a state of theirs, by name, and returns ours; what has no place here, such as
 fixed positions, is left out. They only pick, cut and order numbers, so they serve gradients too.
@@ -122,7 +122,15 @@ def mean_flow(state: State, patch: int = 2, channels: int = 4) -> dict[str, Tens
     Its time runs the other way, from data to noise, and so does its velocity.
     """
     gap = [(r"r_embedder\.mlp\.(\d)\.(\w+)", r"embed_gap.layers.\1.\2", as_it_is)]
-    found = sit(state, patch, channels) | renamed(state, gap)
+    return repa_e(state, patch, channels) | renamed(state, gap)
+
+
+def repa_e(state: State, patch: int = 1, channels: int = 32) -> dict[str, Tensor]:
+    """REPA-E's network, a SiT, for the denoiser of `vit`; its projectors are left.
+
+    Its time runs the other way, from data to noise, and so does its velocity.
+    """
+    found = sit(state, patch, channels)
     found["embed_time.layers.0.weight"] = of_time_left(found["embed_time.layers.0.weight"])
     for name in ("head_denoise.weight", "head_denoise.bias"):
         found[name] = -found[name]

@@ -44,6 +44,7 @@ PROJECTS = {
     "models/lightningdit.py": "LightningDiT",
     "meanflow_sampler.py": "MeanFlow",
     "models/meanflow.py": "py-meanflow",
+    "train_repae.py": "REPA-E",
     "model_jit.py": "JiT",
     "models.py": "SiT",
 }

@@ -101,7 +101,7 @@ def test_another_formula_ends_it_with_one_and_is_named(sit) -> None:
 def test_it_says_in_words_which_checkout_or_package_is_missing(tmp_path, sit) -> None:
     for place, words in (
         (tmp_path / "nowhere", "there is no such folder."),
-        (tmp_path, "is no checkout of LDMisAE, UNITE, MeanFlow, py-meanflow, JiT or SiT."),
+        (tmp_path, "is no checkout of LDMisAE, UNITE, MeanFlow, py-meanflow, REPA-E, JiT or SiT."),
     ):
         done = parity("--peer", place)
         assert done.returncode == 2
@@ -109,7 +109,7 @@ def test_it_says_in_words_which_checkout_or_package_is_missing(tmp_path, sit) ->
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "lightningdit.py").touch()
     assert (
-        "is no checkout of LDMisAE, UNITE, MeanFlow, py-meanflow, JiT or SiT."
+        "is no checkout of LDMisAE, UNITE, MeanFlow, py-meanflow, REPA-E, JiT or SiT."
         in parity("--peer", tmp_path).stderr
     )
     (sit / "models.py").write_text("import a_package_of_nobody\n")

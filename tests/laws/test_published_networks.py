@@ -77,6 +77,25 @@ def test_its_denoiser_answers_as_meanflow_s_with_time_and_velocity_turned_round(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_its_denoiser_answers_as_repa_e_s_without_patches_and_turned_round() -> None:
+    """REPA-E's SiT has one token for each place of the latent, and predicts no sigma."""
+    shapes = sit_shapes(WIDTH, DEPTH, 1, CHANNELS, CLASSES)
+    shapes |= {
+        "final_layer.linear.weight": (CHANNELS, WIDTH),
+        "final_layer.linear.bias": (CHANNELS,),
+    }
+    state = random_state(shapes)
+    x = torch.randn(3, CHANNELS, GRID, GRID, generator=torch.Generator().manual_seed(1))
+    y, t = torch.tensor([0, 4, 5]), torch.tensor([0.0, 0.3, 0.9])
+    net = attrs.evolve(CONFIG, latent_dim=CHANNELS).build(IMAGE).eval()
+    found = net.load_state_dict(peer_weights().repa_e(state, 1, CHANNELS), strict=False)
+    assert not found.unexpected_keys
+    with torch.no_grad():
+        ours = -unpatchify(net.denoise(patchify(x, 1), t, Labels(y, CLASSES)), 1, (GRID, GRID))
+        theirs = sit(state, x, 1 - t, y, heads=HEADS, patch=1, depth=DEPTH)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("trunks", ["three", "denoiser_apart"])
 def test_all_weights_of_the_denoiser_are_sit_s(trunks) -> None:
     net, missing = loaded(attrs.evolve(CONFIG, trunks=trunks), random_state(SHAPES))

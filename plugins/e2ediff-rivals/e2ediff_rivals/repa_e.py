@@ -50,6 +50,7 @@ class RepaE(AutoencoderObjective):
         feature_dim: K, the channels of that map; by default those that the network has.
         align_block: The block (1 is the first) whose tokens are aligned; 0 picks a third of the
             depth.
+        projector_width: Width of the projector's two hidden layers; by default that of the trunk.
         align_weight, encoder_weight: Weights of the alignment for the denoiser, and for the
             encoder.
         denoising_weight: Weight of the denoising loss.
@@ -63,6 +64,9 @@ class RepaE(AutoencoderObjective):
     projector. Ours: 1 - cos, a third of the depth, no KL and no adversary, and training from
     scratch. Theirs freezes the denoiser in the encoder's update; here one pass serves both,
     with the gradient into z_t scaled by the ratio of the two weights, which is the same.
+    The released code has `projector_width: 2048`; in the encoder's update it drops no label and
+    normalises latents by the running mean and variance, where ours are those of the denoiser's
+    pass, with the batch's own statistics. `adversary` around this objective adds its critic.
     """
 
     static_graph: ClassVar[bool] = True
@@ -71,6 +75,9 @@ class RepaE(AutoencoderObjective):
 
     features: FeatureConfig | None = None
     feature_dim: int | None = attrs.field(
+        default=None, validator=validators.optional(validators.ge(1))
+    )
+    projector_width: int | None = attrs.field(
         default=None, validator=validators.optional(validators.ge(1))
     )
     align_block: int = attrs.field(default=0, validator=validators.ge(0))
@@ -141,8 +148,9 @@ class RepaE(AutoencoderObjective):
         if width is None:
             # Without features `problems` says so.
             width = feature_width(self.features, backbone.image) if self.features else w
-        hidden = [nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w), nn.SiLU()]
-        return nn.ModuleDict({"align": nn.Sequential(*hidden, nn.Linear(w, width))})
+        h = self.projector_width or w
+        hidden = [nn.Linear(w, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU()]
+        return nn.ModuleDict({"align": nn.Sequential(*hidden, nn.Linear(h, width))})
 
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The feature network, and the perceptual one where it is named.

@@ -244,6 +244,14 @@ def test_the_encoder_and_the_denoiser_hear_the_alignment_with_their_own_weights(
         torch.testing.assert_close(grad, factor * once[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_the_projector_s_hidden_layers_are_as_wide_as_is_asked() -> None:
+    """Those of the released code have 2,048 numbers, for trunks of any width."""
+    for width, hidden in ((None, VIT.width), (40, 40)):
+        net = make_nets(VIT, attrs.evolve(REPA_E, projector_width=width))
+        shapes = [tuple(w.shape) for name, w in net.heads.named_parameters() if "weight" in name]
+        assert shapes == [(hidden, VIT.width), (hidden, hidden), (6, hidden)]
+
+
 def test_without_encoder_weight_the_alignment_leaves_the_encoder_alone() -> None:
     nets = shaken(REPA_E)
     alone = attrs.evolve(REPA_E, encoder_weight=0.0)
