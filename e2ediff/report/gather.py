@@ -325,7 +325,7 @@ def final_figures(logged: Figures) -> dict[str, float]:
     found = {}
     for name, last in logged.last.items():
         final = logged.tails[name].mean if name in logged.tails else last
-        if name not in _NO_FIGURE and not name.startswith("lr/") and math.isfinite(final):
+        if name.partition("/")[0] not in _NO_FIGURE and math.isfinite(final):
             found[name] = final
     return found
 

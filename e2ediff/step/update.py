@@ -44,10 +44,12 @@ def learning_rates(
     ]
 
 
-def rate_name(group: Mapping[str, Any]) -> str:
-    """Return the figure of a parameter group's learning rate: `lr`, or `lr/PATTERN`."""
-    name = group.get("name", "")
-    return f"lr/{name}" if name else "lr"
+def rate_name(group: Mapping[str, Any], phase: str = "") -> str:
+    """Return the figure of a parameter group's learning rate: `lr`, or `lr/PATTERN`.
+
+    `phase` names a phase after the first of a step: `lr/PHASE`, or `lr/PHASE/PATTERN`.
+    """
+    return "/".join(word for word in ("lr", phase, group.get("name", "")) if word)
 
 
 class Sums:
@@ -121,13 +123,14 @@ class Update:
             ResourceError: A micro-shard does not fit into memory and cannot be split.
         """
         r, record = self.recipe, Record()
-        for phase in self.phases(images):
+        for number, phase in enumerate(self.phases(images)):
+            which = phase if number else ""  # of the optimizers that make this step
             optimizer, config = self.parts.optimizers[phase], r.optimizers.get(phase, r.optimizer)
             for group, rate in zip(
                 optimizer.param_groups, learning_rates(r, phase, optimizer, images), strict=True
             ):
                 group["lr"] = rate
-                record[rate_name(group)] = rate
+                record[rate_name(group, which)] = rate
 
             draw_of = partial(training_draw, r, phase, images, attempt)
             buffers = [(buffer, buffer.clone()) for buffer in self._buffers]
@@ -156,7 +159,7 @@ class Update:
 
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             norm = clip_gradients(trained, config.clip, self.world, wait=self.guard.waits)
-            record["grad_norm"] = norm
+            record["/".join(word for word in ("grad_norm", which) if word)] = norm
             bad = self.guard.update(optimizer, phase, images, shares, norm, skip=skip)
             if bad is not self.guard.sound:
                 with torch.no_grad():

@@ -57,8 +57,8 @@ class Measurements:
 
     def _averaged(self, record: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Return figures as numbers, with losses summed over the processes."""
-        # Learning rates and the gradient norm are the same in every process.
-        shared = [n for n in record if n not in ("lr", "grad_norm") and not n.startswith("lr/")]
+        # Learning rates and gradient norms are the same in every process.
+        shared = [name for name in record if name.partition("/")[0] not in ("lr", "grad_norm")]
         device = self.recorder.device
         sums = [torch.as_tensor(record[name], device=device).float() for name in shared]
         added = self.recorder.world.total(torch.stack(sums)).tolist() if sums else []
