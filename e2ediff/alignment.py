@@ -19,6 +19,7 @@ from e2ediff.objective import Nets, sg
 
 FEATURES = "features"
 """The name of the fixed network among an objective's `frozen` ones."""
+_COARSEST = 4  # tokens of a row or column that would share a place of the map
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -54,8 +55,7 @@ def feature_width(features: FeatureConfig, image: ImageSpec) -> int:
         DataError: The network cannot be built here.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            return _channels(features.blank(), image)
+        return _feature_shape(features, image)[0]
     except AbsentDataError as error:
         raise AbsentDataError(
             f"objective.features: {error}; without it objective.feature_dim says how many "
@@ -71,7 +71,7 @@ def fixed_network(features: FeatureConfig, width: int | None, image: ImageSpec) 
         ShapeError: Its last map has another number of channels.
     """
     network = features.build()
-    found = _channels(network, image)
+    found = _shape(network, image)[0]
     if width not in (None, found):
         raise ShapeError(f"objective.feature_dim: {_misfit(found)}")
     return network
@@ -94,22 +94,35 @@ def alignment_problems(
     if net.latent.grid is None:
         what = "its latent tokens have no place on the image plane, which alignment with a fixed "
         found.append(("backbone", f"{what}network's map needs; choose another, such as vit"))
-    if width is None:
-        return found  # `heads` asked the network itself
     try:
-        own = feature_width(features, net.image)
+        own, *places = _feature_shape(features, net.image)
     except AbsentDataError:
-        pass  # it may be on the machine that trains
+        return found  # it may be on the machine that trains
     except DataError as error:
-        found.append(("objective.features", str(error)))
-    else:
-        if own != width:
-            found.append(("objective.feature_dim", _misfit(own)))
+        return [*found, ("objective.features", str(error))]
+    if width not in (None, own):
+        found.append(("objective.feature_dim", _misfit(own)))
+    grid = net.latent.grid
+    if grid is not None and any(
+        _COARSEST * n <= wanted for n, wanted in zip(places, grid, strict=True)
+    ):
+        what = (
+            f"the last map has {places[0]} x {places[1]} places for {grid[0]} x {grid[1]} latent "
+            "tokens, whose targets would hardly differ; choose an earlier block of the network, "
+            "or larger images for it where it has an option for that"
+        )
+        found.append(("objective.features", what))
     return found
 
 
-def _channels(network: nn.Module, image: ImageSpec) -> int:
-    """Return the channels of a feature network's last map for these images.
+def _feature_shape(features: FeatureConfig, image: ImageSpec) -> tuple[int, int, int]:
+    """Return channels, rows and columns of a network's last map; its weights are not read."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return _shape(features.blank(), image)
+
+
+def _shape(network: nn.Module, image: ImageSpec) -> tuple[int, int, int]:
+    """Return channels, rows and columns of a feature network's last map for these images.
 
     Raises:
         DataError: The network cannot compute on images of that size, or as it is set up.
@@ -123,7 +136,8 @@ def _channels(network: nn.Module, image: ImageSpec) -> int:
         raise DataError(
             f"objective.features: the network does not compute on images of {size}: {why}"
         ) from error
-    return int(maps[-1].shape[1])
+    channels, rows, columns = maps[-1].shape[1:]
+    return channels, rows, columns
 
 
 def _misfit(width: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -144,6 +145,13 @@ def problems(recipe: Recipe) -> list[Problem]:
                 "sampler.t_start: 0.01, or predicts: x0 or v"
             )
             found.append(Problem("sampler.t_start", what))
+    kinds = recipe.data.image.conditioning.kinds
+    if recipe.objective.trains_guidance and recipe.label_drop == 0 and kinds != 1:
+        what = (
+            "the objective trains guided velocities, which take the answer without a condition, "
+            "and with 0 nothing teaches that; set label_drop: 0.1"
+        )
+        found.append(Problem("label_drop", what))
     if recipe.parallel == "fsdp2" and recipe.objective.needs_whole_weights:
         what = (
             "the objective uses weights without their gradients in some places, which FSDP2 "
@@ -161,8 +169,9 @@ def _network_problems(recipe: Recipe, others: Sequence[Problem]) -> list[Problem
     except DataError as error:  # a teacher's, which says its place itself
         if isinstance(error, AbsentDataError) and not (found or others):
             raise
-        what = str(error).removeprefix("objective.features: ")
-        return [*found, Problem("objective.features", what)]
+        place = re.match(r"(objective[.\w]*): (?=.)", str(error))
+        what = str(error)[place.end() :] if place else str(error)
+        return [*found, Problem(place[1] if place else "objective.features", what)]
     if not nets.online.blocks():
         what = "needs a backbone whose `blocks` method names its blocks; this one names none"
         asked = {

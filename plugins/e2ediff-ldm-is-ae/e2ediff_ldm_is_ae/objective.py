@@ -68,7 +68,7 @@ class LDMIsAE(AutoencoderObjective):
     denoising_weight: float = attrs.field(default=10.0, validator=validators.ge(0))
     weight: Space = "v"
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
-    encoder_from: float = attrs.field(default=0.5, validator=[validators.ge(0), validators.le(1)])
+    encoder_from: float = attrs.field(default=0.5, validator=[validators.ge(0), validators.lt(1)])
 
     @property
     def needs_whole_weights(self) -> bool:  # type: ignore[override]

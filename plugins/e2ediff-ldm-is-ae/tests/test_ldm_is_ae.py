@@ -77,6 +77,11 @@ def test_it_takes_grey_oblong_and_unlabelled_images(image) -> None:
     check_backbone(TINY, image)
 
 
+def test_an_encoder_that_would_learn_at_no_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="'encoder_from' must be < 1"):
+        LDMIsAE(encoder_from=1.0)
+
+
 @pytest.mark.parametrize("options", [{}, {"weight": "x0"}, {"encoder_from": 0.0}])
 def test_the_objective_keeps_its_contract(options) -> None:
     holds_its_declaration(LDMIsAE(**options), TINY)

@@ -57,8 +57,6 @@ class Adversary(Around):
     defaults. What it does to images in colour is in docs/results/rivals.md.
     """
 
-    own_optimizers: ClassVar[tuple[str, ...]] = (_CRITIC,)
-
     trial: ClassVar[tuple[str, ...]] = (
         "objective.of=detached",
         "objective.layers=1",
@@ -88,6 +86,11 @@ class Adversary(Around):
     def phases(self) -> tuple[str, ...]:  # type: ignore[override]
         """The phases of the other objective, and the critic's after them."""
         return (*self.of.phases, _CRITIC)
+
+    @property
+    def own_optimizers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The other objective's phases that need one, and the critic."""
+        return (*self.of.own_optimizers, _CRITIC)
 
     @property
     def compares_images(self) -> bool:  # type: ignore[override]
@@ -169,13 +172,9 @@ class Adversary(Around):
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
         """The other objective's, and the critic."""
-        heads = self.of.heads(backbone)
+        heads = super().heads(backbone)
         heads[_CRITIC] = PatchCritic(backbone.image.channels, self.channels, self.layers)
         return heads
-
-    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The other objective's."""
-        return self.of.frozen(backbone)
 
     def _decodes(self, nets: Nets, phase: str) -> bool:
         """Whether a phase of the other objective hands on decoded images; on the meta device."""
@@ -197,12 +196,8 @@ class Adversary(Around):
             found.insert(0, ("objective", f"{what}; choose another, such as vit"))
         elif _CRITIC in self.of.phases:
             found.insert(0, ("objective.of", "an adversary is around an objective, not another"))
-        elif not found and not any(self._decodes(nets, phase) for phase in self.of.phases):
-            what = (
-                f"{type(self.of).__name__} hands on no decoded images that a critic could judge "
-                "(`Terms.decoded`); choose another, or leave the critic out"
-            )
-            found.insert(0, ("objective.of", what))
+        elif not found:
+            found += self._unjudged(nets)
         if (side := min(image.height, image.width)) < 3 * 2**self.layers:
             what = (
                 f"{self.layers} leaves nothing of images of {side} pixels; set it to "
@@ -210,6 +205,25 @@ class Adversary(Around):
             )
             found.append(("objective.layers", what))
         return found
+
+    def _unjudged(self, nets: Nets) -> list[tuple[str, str]]:
+        """No decoded images, or none any more when judging begins."""
+        decoding = [phase for phase in self.of.phases if self._decodes(nets, phase)]
+        if not decoding:
+            what = (
+                f"{type(self.of).__name__} hands on no decoded images that a critic could judge "
+                "(`Terms.decoded`); choose another, or leave the critic out"
+            )
+            return [("objective.of", what)]
+        end = max(self.of.span(phase)[1] for phase in decoding)
+        if self.start < end:
+            return []
+        what = (
+            f"images are judged from a share of {self.start:g} of training on, and the last are "
+            f"decoded at {end:g}: the critic would change nothing; set it, and critic_start, "
+            "below that"
+        )
+        return [("objective.start", what)]
 
 
 class _Half(TimeSampler):

@@ -37,8 +37,9 @@ class TunedDecoder(Around, AutoencoderObjective):
 
     A decoder learns from encoded latents and is used on sampled ones, which are off by what the
     denoiser cannot know. Followed from a late time, a sampled latent still belongs to its image,
-    so that the decoder has an image to learn it from. Encoder and denoiser stay as they are, and
-    with them the latents.
+    so that the decoder has an image to learn it from. Encoder and denoiser are trained no more;
+    their averages still approach them, which is most of the way if the phase is as long as the
+    average's memory. The decoder learns from the trained ones' latents.
 
     The other objective's phases, schedules and `progress` end where the last phase begins; what it
     draws and loses there is what it draws and loses alone. The last phase is called `decoder`. It
@@ -115,15 +116,11 @@ class TunedDecoder(Around, AutoencoderObjective):
         info = {"generated_error": (generated - z).square().mean()}
         return Terms({"reconstruction": loss}, {"reconstruction": 1.0}, z, info, x_hat)
 
-    def heads(self, backbone: Backbone) -> nn.ModuleDict:
-        """The other objective's."""
-        return self.of.heads(backbone)
-
     @override
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
         """The other objective's, and the perceptual network of the last phase."""
         own = {f"{_OWN}{name}": net for name, net in self.reconstruction.frozen().items()}
-        return nn.ModuleDict({**self.of.frozen(backbone), **own})
+        return nn.ModuleDict({**super().frozen(backbone), **own})
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """What the other objective finds, and a decoder that shares weights."""
@@ -138,6 +135,14 @@ class TunedDecoder(Around, AutoencoderObjective):
                 "choose a backbone that has one"
             )
             found.insert(0, ("objective", what))
+        alpha = float(nets.path.alpha(torch.tensor([self.t_min])))
+        if nets.predicts in ("eps", "score") and alpha < 0.005:
+            what = (
+                f"at t = {self.t_min:g} a noised latent holds almost nothing of the image, so "
+                f"predicts: {nets.predicts} cannot determine the latent that is followed; set it "
+                "to 0.01 or more, or predicts: x0 or v"
+            )
+            found.append(("objective.t_min", what))
         if _DECODER in self.of.phases:
             what = f"{type(self.of).__name__} has a phase `{_DECODER}` already; leave one out"
             found.insert(0, ("objective.of", what))

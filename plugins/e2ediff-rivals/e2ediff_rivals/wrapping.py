@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from e2ediff.backbone import Backbone
+from e2ediff.errors import DataError
 from e2ediff.interpolant import Interpolant
 from e2ediff.objective import Nets, Objective
 
@@ -40,13 +47,33 @@ class Around(Objective):
         """The other objective's."""
         return self.of.trained_until(path)
 
+    def heads(self, backbone: Backbone) -> nn.ModuleDict:
+        """The other objective's."""
+        with _inner_names():
+            return self.of.heads(backbone)
+
+    def frozen(self, backbone: Backbone) -> nn.ModuleDict:
+        """The other objective's."""
+        with _inner_names():
+            return self.of.frozen(backbone)
+
+
+@contextlib.contextmanager
+def _inner_names() -> Iterator[None]:
+    """Name options of the objective inside as those of `objective.of` in its errors."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(_renamed(str(error))) from error
+
+
+def _renamed(text: str) -> str:
+    return text.replace("objective.", "objective.of.")
+
 
 def inner_problems(of: Objective, nets: Nets) -> list[tuple[str, str]]:
     """List what the objective inside finds, its options named as those of `objective.of`."""
-    return [
-        (_inside(where), what.replace("objective.", "objective.of."))
-        for where, what in of.problems(nets)
-    ]
+    return [(_inside(where), _renamed(what)) for where, what in of.problems(nets)]
 
 
 def _inside(where: str) -> str:

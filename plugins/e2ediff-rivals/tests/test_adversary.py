@@ -11,11 +11,14 @@ from command_line import e2ediff, needs
 from declared_stops import holds_its_declaration
 from e2ediff_rivals.adversary import Adversary, PatchCritic
 from e2ediff_rivals.kl import KL
+from e2ediff_rivals.repa_e import RepaE
 from e2ediff_rivals.tuned_decoder import TunedDecoder
 from e2ediff_testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
+from pooled import Pooled
 from reached_modules import VIT, reached, shaken_nets
 
 from e2ediff.backbone import LatentSpec
+from e2ediff.errors import AbsentDataError, DataError
 from e2ediff.host.plugins import load
 from e2ediff.losses import DecodeNoise
 from e2ediff.parts.objectives import Coupled, Detached, TwoStage
@@ -190,6 +193,45 @@ def test_pixels_small_images_and_critics_of_critics_are_refused() -> None:
     assert "no decoder to train" in dict(AROUND.problems(nets))["objective"]
 
 
+def test_a_critic_that_would_begin_to_judge_after_the_last_decoded_image_is_refused() -> None:
+    nets = make_nets(attrs.evolve(VIT, trunks="denoiser_apart"), device="meta")
+    stages = TwoStage(autoencoder_fraction=0.3)
+    for of, start, fits in (
+        (stages, 0.29, True), (stages, 0.3, False), (Detached(), 0.99, True),
+        (Detached(), 1.0, False),
+    ):  # fmt: skip
+        found = Adversary(of=of, **{**SMALL, "start": start}).problems(nets)
+        assert [where for where, _ in found] == ([] if fits else ["objective.start"])
+        assert fits or f"from a share of {start:g} of training on" in found[0][1]
+
+
+def test_phases_of_what_is_wrapped_still_need_their_optimizers() -> None:
+    @attrs.frozen(kw_only=True)
+    class Own(Detached):
+        own_optimizers = ("joint",)
+
+    assert Adversary(of=Own(), **SMALL).own_optimizers == ("joint", "critic")
+    assert TunedDecoder(of=Adversary(of=Own(), **SMALL)).own_optimizers == ("joint", "critic")
+
+
+def test_errors_of_a_teacher_inside_name_the_options_where_they_are(tmp_path) -> None:
+    class Lost(Pooled):
+        def blank(self):
+            raise AbsentDataError("no weights here")
+
+    class Bent(Pooled):
+        def build(self):
+            raise DataError("objective.features: the network does not compute")
+
+    inside = Adversary(of=RepaE(features=Lost()), **SMALL)
+    with pytest.raises(AbsentDataError, match=r"^objective\.of\.features: no weights .*"
+                       r"without it objective\.of\.feature_dim says"):  # fmt: skip
+        make_nets(VIT, inside)
+    twice = TunedDecoder(of=Adversary(of=RepaE(features=Bent(), feature_dim=6), **SMALL))
+    with pytest.raises(DataError, match=r"^objective\.of\.of\.features: the network does not"):
+        make_nets(VIT, twice)
+
+
 RECIPE = """\
 e2ediff: 1
 name: judged
@@ -227,6 +269,12 @@ def test_a_phase_without_an_optimizer_is_refused_and_with_one_trains(tmp_path) -
         "from 0.3 on"
     )
     assert all(line["adversarial_factor"] > 0 for line in logged)
+    assert {line["lr"] for line in logged} == {0.001}, "the autoencoder's, also beside a critic"
+    for figure, value in (("lr/critic", 1e-4), ("grad_norm/critic", None)):
+        found = {line["step"]: line[figure] for line in logged if figure in line}
+        assert [*found] == [3, 4, 5, 6]
+        assert value is None or set(found.values()) == {value}
+    assert all(line["grad_norm"] != line.get("grad_norm/critic") for line in logged)
 
 
 @needs("e2ediff-jit")
@@ -256,7 +304,8 @@ def test_every_installed_objective_is_judged_or_refused(tmp_path) -> None:
             if not change.startswith("objective="):  # of a backbone's trial
                 changes.append(change.replace("objective.", "objective.of."))
         if name == "two_stage":
-            changes.append("backbone.trunks=denoiser_apart")
+            # its first stage, which alone decodes, ends at half of the training
+            changes += ["backbone.trunks=denoiser_apart", "objective.start=0.4"]
         words = [word for change in changes for word in ("--set", change)]
         done = e2ediff("check", tmp_path / "judged.yaml", *words)
         if done.code == 0:

@@ -229,5 +229,9 @@ def test_guidance_twice_and_averages_that_are_not_trained_are_refused(
     refused = e2ediff("check", tmp_path / "tiny.yaml", *words)
     assert refused.code == 3
     assert said in refused.err
+    undropped = ("--set", "objective.guidance.scale=2", "--set", "label_drop=0")
+    refused = e2ediff("check", tmp_path / "tiny.yaml", *undropped)
+    assert refused.code == 3
+    assert "label_drop: the objective trains guided velocities" in refused.err
     kept = e2ediff("check", tmp_path / "tiny.yaml", "--set", "objective.guidance.scale=2")
     assert kept.code == 0, kept.err

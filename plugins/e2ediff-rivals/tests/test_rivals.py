@@ -18,11 +18,14 @@ from pooled import Pooled, PooledNetwork
 from torch.nn import functional
 
 from e2ediff.errors import AbsentDataError, DataError, ShapeError
+from e2ediff.features import FeatureNetwork
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.losses import noise_levels
 from e2ediff.model.build import problems
+from e2ediff.objective import Nets
 from e2ediff.parts.backbones import ViTConfig
+from e2ediff.parts.interpolants import Linear
 from e2ediff.parts.objectives import Coupled
 from e2ediff.step.count import count
 from e2ediff.store.run_directory import RunDirectory
@@ -195,22 +198,45 @@ def test_without_the_anchor_tweedie_is_coupled() -> None:
         assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in a)
 
 
+class Gaussian:
+    """Standard normal images as latents of std s, and the exact clean estimate of those."""
+
+    def __init__(self, s: torch.Tensor) -> None:
+        self.s = s
+
+    def encode(self, x):
+        return self.s * x.flatten(1).unsqueeze(1)
+
+    def decode(self, z):
+        return (z / self.s).unflatten(2, BATCH.x.shape[1:]).squeeze(1)
+
+    def run(self, decode, denoise):
+        alpha, sigma = denoise.t[:, None, None], 1 - denoise.t[:, None, None]
+        shrunk = alpha * self.s**2 / (alpha**2 * self.s**2 + sigma**2)
+        return self.decode(decode.z), shrunk * denoise.z_t
+
+
 def test_the_anchor_pushes_latents_above_the_noise() -> None:
     """Larger latents lose less to the same noise: -d/d(ln scale) of the anchor is positive.
 
-    For a Gaussian latent of std s, decoded by 1/s: the error is (1 - t)^2 / (t^2 s^2 + (1-t)^2).
+    For a Gaussian latent of std s, decoded by 1/s, the error of the clean estimate's image is
+    (1 - t)^2 / (t^2 s^2 + (1 - t)^2).
     """
-    s = torch.tensor(0.5, requires_grad=True)
-    t = torch.linspace(0.05, 0.95, 50)
-    error = (t * (1 - t) ** 2 / (t**2 * s**2 + (1 - t) ** 2)).mean()
-    assert torch.autograd.grad(error, s)[0] < 0
-    # and that is the posterior mean's error, which the term measures
     g = torch.Generator().manual_seed(0)
-    x, eps = torch.randn(2, 200000, generator=g)
-    z_t = 0.3 * 0.5 * x + 0.7 * eps
-    mean = 0.3 * 0.25 / (0.09 * 0.25 + 0.49) * z_t
-    exact = 0.49 / (0.09 * 0.25 + 0.49)
-    assert (mean / 0.5 - x).square().mean().item() == pytest.approx(exact, rel=0.01)
+    x = torch.randn(len(BATCH.x), *BATCH.x.shape[1:], generator=g)
+    batch, t = attrs.evolve(BATCH, x=x), make_draw(BATCH).t
+    found, slopes = [], []
+    for value in (0.25, 0.5, 2.0):
+        s = torch.tensor(value, requires_grad=True)
+        nets = Nets(Gaussian(s), Gaussian(s), Linear(), "x0")
+        terms = Tweedie(tweedie_kind="l2").terms(nets, batch, make_draw(batch), "joint")
+        (slope,) = torch.autograd.grad(terms.losses["tweedie"], s, retain_graph=True)
+        exact = (t * (1 - t) ** 2 / (t**2 * value**2 + (1 - t) ** 2)).mean()
+        assert terms.losses["tweedie"].item() == pytest.approx(float(exact), rel=0.1)
+        found.append(terms.losses["tweedie"].item())
+        slopes.append(float(slope))
+    assert found == sorted(found, reverse=True)
+    assert all(slope < 0 for slope in slopes)
 
 
 # REPA-E
@@ -266,6 +292,38 @@ def test_a_map_of_another_width_is_refused_with_the_width_to_set() -> None:
     ((where, what),) = wrong.problems(make_nets(VIT, device="meta"))
     assert where == "objective.feature_dim"
     assert "has 6 channels; set objective.feature_dim: 6, or leave it out" in what
+
+
+@attrs.frozen(kw_only=True)
+class Coarse(Pooled):
+    """Averages over a quarter of the image each, or over all of it."""
+
+    places: tuple[int, int] = (1, 1)
+
+    def build(self) -> FeatureNetwork:
+        return CoarseNetwork(self.places)
+
+
+class CoarseNetwork(FeatureNetwork):
+    def __init__(self, places: tuple[int, int]) -> None:
+        super().__init__()
+        self.places = places
+
+    def forward(self, x):
+        return [functional.adaptive_avg_pool2d(x, self.places)]
+
+
+@pytest.mark.parametrize("feature_dim", [None, 3])
+def test_a_map_with_a_place_for_many_tokens_is_refused(feature_dim) -> None:
+    nets = make_nets(attrs.evolve(VIT, patch=4), device="meta")  # 4 x 4 tokens
+    for places, fits in (((1, 1), False), ((2, 1), False), ((2, 2), True), ((5, 5), True)):
+        taught = RepaE(features=Coarse(places=places), feature_dim=feature_dim)
+        found = dict(taught.problems(nets))
+        assert found.keys() == (set() if fits else {"objective.features"})
+        if not fits:
+            had = f"has {places[0]} x {places[1]} places for 4 x 4 latent tokens"
+            assert had in found["objective.features"]
+            assert "choose an earlier block" in found["objective.features"]
 
 
 def test_the_width_of_the_features_need_not_be_said_and_draws_no_weight() -> None:

@@ -218,6 +218,9 @@ def test_a_shared_decoder_pixels_and_a_second_last_phase_are_refused() -> None:
     nets = make_nets(VIT, predicts="eps", device="meta")
     ((where, what),) = TunedDecoder(of=Detached(weight="x0")).problems(nets)
     assert (where, "set objective.of.weight: eps" in what) == ("predicts", True)
+    for t_min, fits in ((0.0, False), (0.01, True)):
+        noise = TunedDecoder(of=Detached(weight="eps"), t_min=t_min).problems(nets)
+        assert [where for where, _ in noise] == ([] if fits else ["objective.t_min"])
     nets = make_nets(VIT, device="meta")
     nested = dict(TunedDecoder(of=AROUND).problems(nets))
     assert "has a phase `decoder` already" in nested["objective.of"]

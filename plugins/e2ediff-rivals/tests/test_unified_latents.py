@@ -34,6 +34,15 @@ def test_the_least_noise_is_where_the_path_has_that_signal_to_noise_ratio(path, 
     assert path.logsnr(t).item() == pytest.approx(logsnr, abs=1e-6)
 
 
+def test_a_path_need_not_be_hashable() -> None:
+    @attrs.define(kw_only=True)
+    class Own(Linear):
+        notes: list[int] = attrs.field(factory=list)
+        __hash__ = None
+
+    assert UnifiedLatents().trained_until(Own()) == UnifiedLatents().trained_until(Linear())
+
+
 def test_the_prior_is_asked_at_its_last_time_for_latents_past_it() -> None:
     objective, path = UnifiedLatents(), Linear()
     last = objective.trained_until(path)
