@@ -570,4 +570,11 @@ def _advice(engine: Engine) -> str:
 
 
 def _spares_encoder(objective: Objective) -> bool:
+    """Whether a loss does not train the encoder; of an objective around another, that one's."""
+    cls: type = type(objective)
+    if attrs.has(cls):
+        parts = (getattr(objective, field.name) for field in attrs.fields(cls))
+        for inner in parts:
+            if isinstance(inner, Objective):
+                return _spares_encoder(inner)
     return any(objective.stops(phase) for phase in objective.phases)

@@ -29,6 +29,7 @@ from e2ediff.interpolant import Interpolant
 from e2ediff.model.calibration import at_rest, own_latents
 from e2ediff.monitor.alarm import CollapseDetector
 from e2ediff.monitor.probe import Observer, chosen_diagnostics
+from e2ediff.objective import Objective
 from e2ediff.parts.objectives import Coupled, Detached
 from e2ediff.step.assembly import assemble
 from e2ediff.step.draws import draw_for
@@ -36,7 +37,7 @@ from e2ediff.store.checkpoint import list_checkpoints, open_checkpoint
 from e2ediff.store.run_directory import RunDirectory
 from e2ediff.store.storage import Store
 from e2ediff.train.progress import Progress
-from e2ediff.train.session import train
+from e2ediff.train.session import _spares_encoder, train
 
 CADENCE = "cadence={log: 1, diagnose: 2, preview: 1000, checkpoint: 2}"
 TRAPPED = ["objective=detached", "diagnostics=[trap, latent_health]", CADENCE]
@@ -220,6 +221,17 @@ def test_an_objective_that_the_recipe_would_refuse_is_not_the_one_to_try(
         assert ended.collapsed
         return ended.advice
 
+    @attrs.frozen(kw_only=True)
+    class Around(Alone):
+        """Stops a loss of its own, and none of the one inside."""
+
+        of: Objective = attrs.field(factory=Alone)
+
+        def stops(self, phase: str) -> tuple[str, ...]:
+            return ("own",)
+
+    assert not _spares_encoder(Around())
+    assert _spares_encoder(Around(of=Spared()))
     assert advice(Alone, out="general") == ""
     assert advice(Alone, Spared, out="fitting") == "objective=spared"
 
