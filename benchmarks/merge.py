@@ -3,12 +3,14 @@
     python benchmarks/merge.py A/results.json B/results.json --out results.json
 
 Prints the table of all runs. Parts must be of the same recipe, sampler, judges and number of
-images; a run that two of them have is taken from the first.
+images, and a variant of the same options; a run that two of them have is taken from the first.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ def merged(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     runs = {(run["objective"], run["seed"]): run for run in first["runs"] if "figures" in run}
     for file, part in others:
         unlike = [key for key in _SAME if part[key] != first[key]]
-        unlike += [] if part["real"].keys() == first["real"].keys() else ["judges"]
+        unlike += [] if _are_close(part["real"], first["real"]) else ["judges"]
+        unlike += [f"options of {name}" for name in _changed(first, part)]
         if unlike:
             raise click.ClickException(
                 f"{first_file} and {file} are of different studies: {', '.join(unlike)} differ"
@@ -46,6 +49,27 @@ def merged(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "seeds": sorted({run["seed"] for run in ordered}),
         "runs": ordered,
     }
+
+
+def _are_close(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether judges say the same of real images, but for what another machine rounds."""
+    return ours.keys() == theirs.keys() and all(
+        ours[judge].keys() == theirs[judge].keys()
+        and all(math.isclose(ours[judge][k], theirs[judge][k], rel_tol=1e-3) for k in ours[judge])
+        for judge in ours
+    )
+
+
+def _changed(first: Mapping[str, Any], part: Mapping[str, Any]) -> list[str]:
+    """Return the variants whose options differ between two parts."""
+    ours, theirs = (
+        {
+            run["objective"]: [one for one in run["overrides"] if not one.startswith("seed=")]
+            for run in body["runs"]
+        }
+        for body in (first, part)
+    )
+    return [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
 
 
 @click.command()

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+REAL = {"accuracy": 0.9, "frechet": 2.5, "pixel_frechet": 1.7, "nearest": 8.3}
+
 
 @pytest.fixture
 def merge(monkeypatch: pytest.MonkeyPatch):
@@ -23,15 +25,19 @@ def part(tmp_path, name: str, runs, **changes) -> str:
         "psnr": 28.0, "collapse_signs": [], "steps": 10, "parameters": 1e6,
         "flops_per_image": 1e6, "flops_total": 1e12, "train_seconds": 1.0, "sample_seconds": 1.0,
     }  # fmt: skip
-    real = {"accuracy": 0.9, "frechet": 2.5, "pixel_frechet": 1.7, "nearest": 8.3}
     body = {
         "recipe": "r", "sampler": "heun 20", "count": 100, "match_compute": False,
         "judge_epochs": 16, "train_images": 8000, "held_out_images": 1000, "jobs": 1,
-        "threads": 1, "date": "2026-11-30T10:00:00", "real": {"0": real, "1": real},
+        "threads": 1, "date": "2026-11-30T10:00:00", "real": {"0": REAL, "1": REAL},
         "machine": {"cpu": name, "cores": 2, "device": "cpu"}, "seeds": [0],
         "runs": [
-            {"objective": o, "seed": s, "figures": {**figures, "frechet": value}}
-            for o, s, value in runs
+            {
+                "objective": o,
+                "seed": s,
+                "overrides": [*(options or [f"objective={o}"]), f"seed={s}"],
+                "figures": {**figures, "frechet": value},
+            }
+            for o, s, value, *options in runs
         ],
         **changes,
     }  # fmt: skip
@@ -54,9 +60,22 @@ def test_parts_become_one_table_whose_shared_runs_are_the_first_part_s(merge, tm
     ]  # fmt: skip
 
 
+def test_a_variant_of_other_options_is_refused_by_name(merge, tmp_path) -> None:
+    a = part(tmp_path, "a", [("dsd", 0, 10.0), ("unite", 0, 20.0)])
+    b = part(tmp_path, "b", [("unite", 1, 20.0, "objective.weight=v"), ("kl", 0, 5.0)])
+    refused = CliRunner().invoke(merge.main, [a, b, "--out", str(tmp_path / "all.json")])
+    assert refused.exit_code == 1
+    assert "different studies: options of unite differ" in refused.output
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"count": 50}, "count differ"), ({"recipe": "other"}, "recipe"), ({"real": {}}, "judges")],
+    [
+        ({"count": 50}, "count differ"),
+        ({"recipe": "other"}, "recipe"),
+        ({"real": {}}, "judges"),
+        ({"real": {"0": REAL, "1": {**REAL, "frechet": 2.6}}}, "judges"),
+    ],
 )
 def test_parts_of_other_studies_are_refused(merge, tmp_path, changes, said) -> None:
     a = part(tmp_path, "a", [("dsd", 0, 10.0)])

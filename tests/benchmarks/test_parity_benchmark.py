@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("forks")
@@ -119,16 +124,29 @@ def test_it_says_in_words_which_checkout_or_package_is_missing(tmp_path, sit) ->
     assert "Traceback" not in done.stderr
 
 
-def test_it_says_how_to_install_our_side_of_a_project(monkeypatch) -> None:
+@pytest.fixture
+def module(monkeypatch) -> Iterator[ModuleType]:
     names = ("parity", "peer_weights", "peers")  # other folders have such names
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    try:
-        module = importlib.import_module("parity")
-        monkeypatch.setattr(module, "find_spec", lambda name: None)  # nothing is installed
-        with pytest.raises(click.UsageError, match=r"pip install .* plugins/e2ediff-jit$"):
-            module.has_plugin("JiT")
-    finally:
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
+    yield importlib.import_module("parity")
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+def test_it_says_how_to_install_our_side_of_a_project(module, monkeypatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)  # nothing is installed
+    with pytest.raises(click.UsageError, match=r"pip install .* plugins/e2ediff-jit$"):
+        module.has_plugin("JiT")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_is_not_within_the_bar(module, bad) -> None:
+    net = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    wanted = {name: torch.ones_like(p) for name, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    assert module.gradients_apart(net, wanted).holds
+    net[0].weight.grad[0, 1] = bad
+    assert not module.gradients_apart(net, wanted).holds
