@@ -40,6 +40,11 @@ class Guidance(ABC):
         """Other networks that it evaluates, which the caller loads for `with_references`."""
         return ()
 
+    @property
+    def asks_null(self) -> bool:
+        """Whether it needs the answer without a condition, which `label_drop` teaches."""
+        return False
+
     def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
         """Return this guidance with the denoisers of its `references`."""
         return self

@@ -145,8 +145,7 @@ def problems(recipe: Recipe) -> list[Problem]:
                 "sampler.t_start: 0.01, or predicts: x0 or v"
             )
             found.append(Problem("sampler.t_start", what))
-    kinds = recipe.data.image.conditioning.kinds
-    if recipe.objective.trains_guidance and recipe.label_drop == 0 and kinds != 1:
+    if recipe.objective.trains_guidance and _has_no_null(recipe):
         what = (
             "the objective trains guided velocities, which take the answer without a condition, "
             "and with 0 nothing teaches that; set label_drop: 0.1"
@@ -196,6 +195,11 @@ def _loss_problems(part: Any, where: str, image: ImageSpec) -> Iterator[Problem]
             yield from _loss_problems(getattr(part, field.name), f"{where}.{field.name}", image)
 
 
+def _has_no_null(recipe: Recipe) -> bool:
+    """Whether there are conditions, and the answer without one is never learned."""
+    return recipe.label_drop == 0 and recipe.data.image.conditioning.kinds != 1
+
+
 def guidance_problems(recipe: Recipe) -> list[Problem]:
     """Find conflicts of sampler and guidance, and runs that guidance may not use."""
     if recipe.guidance is None:
@@ -205,6 +209,12 @@ def guidance_problems(recipe: Recipe) -> list[Problem]:
         what = (
             "the denoiser is trained to be guided, by the objective, and would be guided twice; "
             "set guidance: null"
+        )
+        return [Problem("guidance", what)]
+    if recipe.guidance.asks_null and _has_no_null(recipe):
+        what = (
+            "it needs the answer without a condition, which nothing teaches with label_drop: 0; "
+            "set guidance: null, or train with label_drop: 0.1"
         )
         return [Problem("guidance", what)]
     refused = (addresses.refusal(reference.run) for reference in recipe.guidance.references)

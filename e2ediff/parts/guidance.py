@@ -35,6 +35,11 @@ class ClassifierFree(Guidance):
     t_max: float = attrs.field(default=1.0, validator=_TIME)
     exclusive: bool = False
 
+    @property
+    def asks_null(self) -> bool:
+        """Unless the scale is 1."""
+        return self.scale != 1
+
     def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself at scale 1."""
         return inner if self.scale == 1 else _Guided(inner, self)

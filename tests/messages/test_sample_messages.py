@@ -115,6 +115,24 @@ def test_guidance_that_the_sampler_would_change_is_refused(run: str) -> None:
         assert "choose euler, dpmpp_2m or unipc" in line
 
 
+def test_guidance_away_from_an_answer_that_was_never_taught_is_refused(tmp_path: Path) -> None:
+    """Without dropped labels a network has no answer without one; training says so first."""
+    text = tiny(steps="1", label_drop="0.0")
+    run = trained(tmp_path, text)
+    guided = ("--set", "guidance={name: classifier_free, scale: 2.0}")
+    for words in (
+        ("sample", run, "--count", "1", "--out", tmp_path / "set", *guided),
+        ("check", tmp_path / "tiny.yaml", *guided),
+    ):
+        done = e2ediff(*words)
+        assert done.code == 3
+        assert "guidance: it needs the answer without a condition, which nothing" in done.err
+        assert "set guidance: null, or train with label_drop: 0.1" in done.err
+    for harmless in ("guidance={name: classifier_free, scale: 1.0}", "guidance=null"):
+        done = e2ediff("check", tmp_path / "tiny.yaml", "--set", harmless)
+        assert done.code == 0, done.err
+
+
 def test_set_changes_the_sampler_and_the_guidance_and_nothing_else(run: str) -> None:
     guidance = "guidance={name: classifier_free, scale: 3}"
     given = ("--set", "sampler={name: euler, steps: 3}", "--set", guidance)

@@ -37,6 +37,11 @@ class CFGPlusPlus(Guidance):
 
     strength: float = attrs.field(default=0.6, validator=_TIME)
 
+    @property
+    def asks_null(self) -> bool:
+        """At any strength."""
+        return True
+
     def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser."""
         return _Renoised(inner, self)
@@ -68,6 +73,11 @@ class CFGZeroStar(Guidance):
 
     scale: float = attrs.field(default=1.5, validator=_SCALE)
     zero_until: float = attrs.field(default=0.04, validator=_TIME)
+
+    @property
+    def asks_null(self) -> bool:
+        """Unless the scale is 1."""
+        return self.scale != 1
 
     def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself at scale 1."""
@@ -101,6 +111,11 @@ class APG(Guidance):
     eta: float = 0.0
     norm: float = attrs.field(default=0.0, validator=validators.ge(0))
     momentum: float = attrs.field(default=-0.5, validator=[validators.gt(-1), validators.lt(1)])
+
+    @property
+    def asks_null(self) -> bool:
+        """Unless the scale is 1."""
+        return self.scale != 1
 
     def wrap(self, inner: Denoiser) -> Denoiser:
         """The guided denoiser; `inner` itself at scale 1."""

@@ -107,6 +107,11 @@ class Interval(Guidance):
         """Return those of the inner guidance."""
         return self.guidance.references
 
+    @property
+    def asks_null(self) -> bool:
+        """Whether the inner guidance does."""
+        return self.guidance.asks_null
+
     def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
         """The same with its denoisers at hand."""
         return attrs.evolve(self, guidance=self.guidance.with_references(others))
@@ -151,6 +156,11 @@ class Chain(Guidance):
     def references(self) -> tuple[Reference, ...]:
         """Return those of all parts."""
         return tuple(reference for part in self.parts for reference in part.references)
+
+    @property
+    def asks_null(self) -> bool:
+        """Whether any part does."""
+        return any(part.asks_null for part in self.parts)
 
     def with_references(self, others: Mapping[Reference, Denoiser]) -> Guidance:
         """The same with its parts' denoisers at hand."""

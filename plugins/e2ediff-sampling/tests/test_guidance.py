@@ -48,6 +48,18 @@ def test_guidance_keeps_the_contract(guidance) -> None:
     check_guidance(guidance)
 
 
+@pytest.mark.parametrize(
+    ("guidance", "asks"),
+    [(APG(), True), (APG(scale=1.0), False), (CFGZeroStar(), True), (CFGPlusPlus(), True),
+     (CFGPlusPlus(strength=0.0), True), (auto(1.5), False),
+     (Interval(guidance=ClassifierFree()), True), (Interval(guidance=auto(1.5)), False),
+     (Chain(parts=(auto(1.5), APG())), True), (Chain(parts=(auto(1.5),)), False), (Chain(), False)],
+    ids=str,
+)  # fmt: skip
+def test_guidance_says_whether_it_needs_the_answer_without_a_condition(guidance, asks) -> None:
+    assert guidance.asks_null is asks
+
+
 # Scale 1
 
 

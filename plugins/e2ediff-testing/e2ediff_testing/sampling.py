@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from e2ediff.condition import ClassLabels, Labels
+from e2ediff.condition import ClassLabels, Condition, Labels
 from e2ediff.guidance import Guidance
+from e2ediff.interpolant import Estimate
 from e2ediff.parts.interpolants import Linear
 from e2ediff.sampler import Sampler
 from e2ediff_testing.claims import is_float32, own_randomness
@@ -44,9 +45,22 @@ def check_sampler(s: Sampler) -> None:
     assert torch.equal(start, kept), f"{name}: step() writes into z; return a new tensor"
 
 
+class _Noting(GaussianDenoiser):
+    """Notes whether it is asked without a condition for one of the first two of three rows."""
+
+    asked_null = False
+
+    def __call__(self, z_t: Tensor, t: float, condition: Condition) -> Estimate:
+        self.asked_null |= bool(condition.nulls().view(-1, 3)[:, :2].any())
+        return super().__call__(z_t, t, condition)
+
+
 def check_guidance(g: Guidance) -> None:
-    """Check for the same path, one consistent and repeatable estimate, inputs left alone."""
-    name, inner = type(g).__name__, GaussianDenoiser(Linear(), 1.0, 0.5)
+    """Check for the same path, one consistent and repeatable estimate, inputs left alone.
+
+    One that asks for answers without a condition must declare `asks_null`.
+    """
+    name, inner = type(g).__name__, _Noting(Linear(), 1.0, 0.5)
     others = {reference: GaussianDenoiser(Linear(), 0.8, 0.7) for reference in g.references}
     f, condition = g.with_references(others).wrap(inner), Labels(torch.tensor([0, 1, 4]), 4)
     assert f.path is inner.path, f"{name}: the guided denoiser must keep the inner path"
@@ -65,3 +79,7 @@ def check_guidance(g: Guidance) -> None:
             float((f.path.velocity(e.x0, e.eps, times) - e.v).abs().max()),
         )
         assert gap < 1e-3, f"{name}: x0, eps and v disagree by {gap:.2g}; use path.estimate"
+    assert g.asks_null or not inner.asked_null, (
+        f"{name}: it asks for answers without a condition; return True from `asks_null`, so that "
+        "recipes with label_drop: 0 are refused"
+    )

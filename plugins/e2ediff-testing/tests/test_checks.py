@@ -231,6 +231,13 @@ class OnlyX0(ClassifierFree):
         return _Inconsistent(inner)
 
 
+@wrong(testing.check_guidance, "return True from `asks_null`")
+class NullUnsaid(ClassifierFree):
+    @property
+    def asks_null(self):
+        return False
+
+
 class _Fickle(DataSource):
     def __len__(self):
         return 8
