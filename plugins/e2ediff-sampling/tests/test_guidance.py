@@ -53,7 +53,8 @@ def test_guidance_keeps_the_contract(guidance) -> None:
     [(APG(), True), (APG(scale=1.0), False), (CFGZeroStar(), True), (CFGPlusPlus(), True),
      (CFGPlusPlus(strength=0.0), True), (auto(1.5), False),
      (Interval(guidance=ClassifierFree()), True), (Interval(guidance=auto(1.5)), False),
-     (Chain(parts=(auto(1.5), APG())), True), (Chain(parts=(auto(1.5),)), False), (Chain(), False)],
+     (Chain(parts=(auto(1.5), APG())), True), (Chain(parts=(auto(1.5),)), False),
+     (Chain(), False)],
     ids=str,
 )  # fmt: skip
 def test_guidance_says_whether_it_needs_the_answer_without_a_condition(guidance, asks) -> None:
