@@ -91,6 +91,10 @@ class SquaredMean(Regularizer):
 class Blend(Guidance):
     """The mean of the answers with the condition and without it."""
 
+    @property
+    def asks_null(self) -> bool:
+        return True
+
     def wrap(self, inner: Denoiser) -> Denoiser:
         return _Blended(inner)
 
