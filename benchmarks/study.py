@@ -13,6 +13,7 @@ A study is a YAML file:
       wide: {set: [backbone.width=128]}
       naive: {recipe: ../recipes/ladder/l1_naive.yaml}
 
+Says which options a variant's objective takes from the recipe in place of its own defaults.
 Leaves `results.json`, `table.md`, `grids.png` and `curves.png` in DIR, which is an ablation's:
 `e2ediff report DIR` draws its page.
 Runs that are done are not trained again; unfinished ones are resumed.
@@ -86,6 +87,23 @@ def shared_objective(host: Host, recipe: Recipe, name: str) -> dict[str, Any]:
     return {"name": name, **{k: v for k, v in block.items() if k in known}}
 
 
+def handed_on(host: Host, block: Mapping[str, Any], options: Sequence[str]) -> list[str]:
+    """Say which options of an objective's block are the recipe's and not its own defaults.
+
+    `options` are the variant's settings, which replace those of the block.
+    """
+    cls = host.registries["objectives"].get(block["name"])
+    set_here = {option.partition("=")[0] for option in options}
+    return [
+        f"{field.name}: {block[field.name]} of the recipe, by default {field.default}"
+        for field in attrs.fields(cls)
+        if field.name in block
+        and isinstance(field.default, bool | int | float | str)
+        and block[field.name] != field.default
+        and f"objective.{field.name}" not in set_here
+    ]
+
+
 @attrs.frozen
 class Variant:
     """What a variant changes: options, the objective's name, or the whole recipe."""
@@ -124,6 +142,8 @@ class Study:
             changes = list(v.set)
             if v.objective:
                 block = shared_objective(host, base, v.objective)
+                for option in handed_on(host, block, v.set):
+                    click.echo(f"{name}: objective.{option}", err=True)
                 changes.insert(0, f"objective={json.dumps(block)}")
             parts = (change.partition("=") for change in changes)
             given = tuple(Assignment(path, text, f"variant {name}") for path, _, text in parts)
