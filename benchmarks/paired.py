@@ -4,6 +4,7 @@
 
 One table for each figure: the mean of the paired differences, also as a share of the other's mean,
 its 95 % interval by Student's t, and every seed's difference.
+`--brief` prints one table for all figures, without the seeds.
 """
 
 from __future__ import annotations
@@ -70,12 +71,46 @@ def table(results: Mapping[str, Any], figure: str, against: str) -> str:
     ]
     for name, (by_seed, other) in differences(results, figure, against).items():
         values = [*by_seed.values()]
-        mean, (low, high) = statistics.fmean(values), interval(values)
-        sure = f"{low:+.{digits}f} to {high:+.{digits}f}"
-        sure = f"**{sure}**" if low > 0 or high < 0 else sure
+        mean = statistics.fmean(values)
         each = ", ".join(f"{value:+.{digits}f}" for value in values)
-        lines.append(f"| {name} | {mean:+.{digits}f} | {mean / other:+.0%} | {sure} | {each} |")
+        lines.append(
+            f"| {name} | {mean:+.{digits}f} | {mean / other:+.0%} | {_sure(values, digits)} "
+            f"| {each} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def brief(results: Mapping[str, Any], figures: Sequence[str], against: str) -> str:
+    """Return one table of all figures in Markdown: each mean difference with its interval.
+
+    Distances have their share too, which decibels and rates do not bear.
+    """
+    found = {figure: differences(results, figure, against) for figure in figures}
+    names = dict.fromkeys(name for its in found.values() for name in its)
+    lines = [
+        f"| minus {against} | " + " | ".join(f"`{figure}`" for figure in figures) + " |",
+        "|---" * (len(figures) + 1) + "|",
+    ]
+    for name in names:
+        cells = [name]
+        for figure, its in found.items():
+            if name not in its:
+                cells.append("")
+                continue
+            by_seed, other = its[name]
+            values, digits = [*by_seed.values()], DIGITS[figure]
+            mean = statistics.fmean(values)
+            share = f", {mean / other:+.0%}" if figure.endswith("frechet") else ""
+            cells.append(f"{mean:+.{digits}f}{share} ({_sure(values, digits)})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _sure(values: Sequence[float], digits: int) -> str:
+    """The interval of a mean in words; in bold if it is without zero."""
+    low, high = interval(values)
+    text = f"{low:+.{digits}f} to {high:+.{digits}f}"
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 @click.command()
@@ -91,7 +126,8 @@ def table(results: Mapping[str, Any], figure: str, against: str) -> str:
     show_default=True,
     type=click.Choice([*DIGITS]),
 )
-def main(path: Path, against: str, figures: tuple[str, ...]) -> None:
+@click.option("--brief", "short", is_flag=True, help="One table, without the seeds.")
+def main(path: Path, against: str, figures: tuple[str, ...], short: bool) -> None:
     """Compare a study's variants with one of them, seed by seed."""
     results = json.loads(path.read_text())
     names = list(dict.fromkeys(run["objective"] for run in results["runs"] if "figures" in run))
@@ -99,6 +135,9 @@ def main(path: Path, against: str, figures: tuple[str, ...]) -> None:
         raise click.ClickException(
             f"{path}: no run of '{against}' has figures; there are {', '.join(names)}"
         )
+    if short:
+        click.echo(brief(results, figures, against), nl=False)
+        return
     click.echo("\n".join(table(results, figure, against) for figure in figures), nl=False)
 
 

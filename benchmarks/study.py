@@ -68,8 +68,12 @@ CURVES = {
     "rank_fraction": "effective rank / maximum",
     "raw_std": "latent std before the norm",
     "positional": "positional share",
-    "psnr": "reconstruction PSNR, dB",
+    "psnr": "held-out reconstruction PSNR, dB",
+    "unexplained@0.1": "held-out denoising error, t = 0.1",
+    "unexplained@0.5": "held-out denoising error, t = 0.5",
 }
+LOSSES = ("psnr", "unexplained@0.1", "unexplained@0.5")
+"""Held-out losses, which `results.json` has over training, so that one sees whether they fall."""
 
 
 def shared_objective(host: Host, recipe: Recipe, name: str) -> dict[str, Any]:
@@ -195,6 +199,13 @@ def trained(
     return {e.job.place: f"exit {e.exit_code}: {e.error}" for e in ended if e.exit_code}
 
 
+def history(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the images seen at each survey, and the `LOSSES` there to four digits."""
+    surveys = [m for m in metrics if all(key in m for key in LOSSES)]
+    seen: dict[str, list[float]] = {"images": [m["images"] for m in surveys]}
+    return seen | {key: [float(f"{m[key]:.4g}") for m in surveys] for key in LOSSES}
+
+
 def draw_curves(
     histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], file: Path
 ) -> None:
@@ -206,8 +217,8 @@ def draw_curves(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), layout="constrained", dpi=110)
-    panels = figure.subplots(2, 2)
+    figure = Figure(figsize=(15, 8), layout="constrained", dpi=110)
+    panels = figure.subplots(2, 3)
     styles = ("-", "--", ":")
     for panel, (key, title) in zip(panels.flat, CURVES.items(), strict=True):
         for i, (name, runs) in enumerate(histories.items()):
@@ -224,7 +235,7 @@ def draw_curves(
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("images", fontsize=8)
         panel.grid(alpha=0.3)
-        if key == "raw_std":
+        if key == "raw_std" or key.startswith("unexplained"):
             panel.set_yscale("log")
     handles, names = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=8)
@@ -324,7 +335,9 @@ def run(
                     cache.parent.mkdir(exist_ok=True)
                     cache.write_text(json.dumps(figures))
                 entry["figures"] = json.loads(cache.read_text())
-                histories.setdefault(name, []).append(directory.read_metrics())
+                metrics = directory.read_metrics()
+                entry["history"] = history(metrics)
+                histories.setdefault(name, []).append(metrics)
                 click.echo(f"{job.place}: scored", err=True)
             runs.append(entry)
     sampler = yaml.safe_load(dump_recipe(host, base))["sampler"]

@@ -57,6 +57,23 @@ def test_differences_are_of_shared_seeds_and_sure_ones_are_bold(paired, tmp_path
     assert done.output.count("minus that of two") == 4
 
 
+def test_a_brief_table_has_a_row_for_each_variant_and_a_column_for_each_figure(
+    paired, tmp_path
+) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"runs": RUNS}))
+    asked = [str(file), "--against", "two", "--brief", "--figure", "frechet", "--figure", "psnr"]
+    done = CliRunner().invoke(paired.main, asked)
+    assert done.exit_code == 0, done.output
+    low, high = stats.ttest_1samp([-10.0, -9.0, -11.0], 0.0).confidence_interval(0.95)
+    assert done.output.splitlines() == [
+        "| minus two | `frechet` | `psnr` |",
+        "|---|---|---|",
+        f"| one | -10.0, -24% (**{low:+.1f} to {high:+.1f}**) | +0.00 (+0.00 to +0.00) |",
+        "| alone | -1.0, -2% (-inf to +inf) | +0.00 (-inf to +inf) |",
+    ]
+
+
 def test_a_variant_that_is_not_there_is_named_with_those_that_are(paired, tmp_path) -> None:
     file = tmp_path / "results.json"
     file.write_text(json.dumps({"runs": RUNS}))

@@ -46,3 +46,19 @@ variants:
     study.Study.read(tmp_path / "study.yaml").plan(load(), [0], [])
     said = capsys.readouterr().err
     assert said == "theirs: objective.weight: x0 of the recipe, by default v\n"
+
+
+def test_held_out_losses_over_training_are_those_of_the_surveys(study) -> None:
+    at_start = {"psnr": 7.01234, "unexplained@0.1": 1.0, "unexplained@0.5": 1.0}
+    later = {"psnr": 25.89548, "unexplained@0.1": 0.786585, "unexplained@0.5": 0.230478}
+    metrics = [
+        {"step": 0, "images": 0, **at_start},
+        {"step": 1, "images": 16, "loss/reconstruction": 0.1},
+        {"step": 2, "images": 32, **later},
+    ]
+    assert study.history(metrics) == {
+        "images": [0, 32],
+        "psnr": [7.012, 25.9],
+        "unexplained@0.1": [1.0, 0.7866],
+        "unexplained@0.5": [1.0, 0.2305],
+    }
