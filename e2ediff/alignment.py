@@ -58,8 +58,8 @@ def feature_width(features: FeatureConfig, image: ImageSpec) -> int:
         return _feature_shape(features, image)[0]
     except AbsentDataError as error:
         raise AbsentDataError(
-            f"objective.features: {error}; without it objective.feature_dim says how many "
-            "channels its last map has"
+            f"objective.features: {error}. Give the path or URL of its weights; for a forecast "
+            "without them set objective.feature_dim to the channels of its last map"
         ) from error
 
 

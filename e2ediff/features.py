@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -65,6 +66,11 @@ class FeatureConfig(ABC):
     nothing but tensors, and loaded by `load_weights`, which names what does not fit.
     """
 
+    @property
+    def random(self) -> bool:
+        """Whether the network is random for lack of weights, of which `check` and `run` warn."""
+        return False
+
     @abstractmethod
     def build(self) -> FeatureNetwork:
         """Build the network with its weights, in eval mode and without gradients of its own.
@@ -91,6 +97,8 @@ def read_file(place: Address, sha256: str | None = None) -> tuple[bytes, str]:
         DataError: It has another hash.
     """
     place = addresses.plain(place)
+    if not place:
+        raise AbsentDataError("feature network: cannot read weights at an empty address")
     try:
         with addresses.open_file(place) as file:
             data = read_whole(file)
@@ -165,6 +173,8 @@ def _is_weight(name: object, value: object) -> bool:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # whose text advises to unpickle after all
+        return "it is damaged, or has more than tensors, which alone are read"
     if isinstance(error, LookupError | EOFError | TypeError | AttributeError):
         return "it is damaged, or of another format"  # a parser that met what it did not expect
     said = str(error).partition("\n")[0]

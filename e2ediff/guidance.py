@@ -93,6 +93,17 @@ def in_interval(t: float, t_min: float, t_max: float, *, exclusive: bool) -> boo
     return (t_min < t or t_min == 0) and t < t_max
 
 
+def check_interval(t_min: float, t_max: float, *, exclusive: bool) -> None:
+    """Refuse an interval that holds no time, by the rule of `in_interval`.
+
+    Raises:
+        ValueError: `t_max` is too small; the text is fit for a part's validator.
+    """
+    if t_max < t_min or (exclusive and t_max == t_min):
+        least = f"{'>' if exclusive else '>='} t_min, {t_min:g}"
+        raise ValueError(f"'t_max' must be {least}, or no time is guided: {t_max:g}")
+
+
 def conditional_and_unconditional(
     inner: Denoiser, z_t: Tensor, t: float, condition: Condition
 ) -> Estimate:

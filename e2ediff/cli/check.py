@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import click
 
@@ -20,12 +19,20 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
 
     Needs no GPU, no memory for weights, and no data, unless `data` is the address of images alone:
     then it looks at them. Data that are on this machine are listed, and what is wrong with their
-    files and classes is said.
+    files and classes is said. Weights of the objective's feature networks are read, and refused
+    after all else is printed, unless they are in a store.
     Prints the parts, the parameters of each module, shapes, and the FLOPs of one step.
     """
+    from e2ediff.errors import RecipeError
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import dump_recipe, load_recipe
     from e2ediff.model.build import check_fits
+    from e2ediff.model.feature_networks import (
+        in_a_store,
+        named_networks,
+        random_networks,
+        unusable_networks,
+    )
     from e2ediff.monitor.alarm import alarm_blind_spot
     from e2ediff.monitor.probe import chosen_diagnostics
     from e2ediff.regularizer import names_of
@@ -38,6 +45,7 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
         with progress.doing("building the networks and counting parameters and FLOPs"):
             check_fits(read, recipe)
             found = None if resolved else count(read)
+            unusable = [] if resolved else [*unusable_networks(read.objective, "objective")]
     if found is None:
         echo(dump_recipe(host, read), lines=True, end="")
         return
@@ -48,8 +56,9 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     echo(f"images      {shape} (channels x height x width), {_classes(read)}")
     for line in _listed(read):
         echo(line)
-    for line in _absent_features(read.objective):
-        echo(line)
+    for place, network in named_networks(read.objective, "objective"):
+        if in_a_store(network):
+            echo(f"features    {place}: weights in a store, not looked at")
     fixed = "" if latent.learned else ", not learned"
     shape = f"{latent.tokens} tokens x {latent.dim}"
     echo(f"latent      {shape}, norm {latent.norm}{grid}{fixed}")
@@ -74,6 +83,10 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     warning = alarm_blind_spot(read, chosen_diagnostics(host, read))
     if warning and latent.learned:
         echo(f"warning: {warning}", err=True)
+    for warning in random_networks(read.objective, "objective"):
+        echo(f"warning: {warning}", err=True)
+    if unusable:
+        raise RecipeError(recipe, unusable)
     echo("ok")
 
 
@@ -104,30 +117,6 @@ def _listed(read: object) -> Iterator[str]:
     image = attrs.evolve(data.image, class_names=tuple(names), empty_classes=empty)
     if warning := without_images(image, empty):
         yield f"            warning: {warning}"
-
-
-def _absent_features(part: Any) -> Iterator[str]:
-    """Yield a line for each feature network of a part that this machine lacks.
-
-    Raises:
-        DataError: One is here and does not fit.
-    """
-    import attrs
-
-    from e2ediff.errors import AbsentDataError
-    from e2ediff.features import FeatureConfig
-
-    if not attrs.has(type(part)):
-        return
-    values = [getattr(part, field.name) for field in attrs.fields(type(part)) if field.init]
-    if not isinstance(part, FeatureConfig):
-        for value in values:
-            yield from _absent_features(value)
-    elif not any("://" in value for value in values if isinstance(value, str)):
-        try:
-            part.build()
-        except AbsentDataError as error:
-            yield f"features    not here: {error}"
 
 
 def _classes(read: object) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 
 import attrs
 
-from e2ediff import addresses
 from e2ediff.host.registry import options
 from e2ediff.host.yaml import Node, parse_yaml
 
@@ -55,15 +54,11 @@ def _texts(tree: object) -> Iterator[str]:
 
 
 def addresses_in(part: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield path and value of every option of a part, at any depth, that is an address.
-
-    Those are the options that `addresses.allowed` validates.
-    """
+    """Yield path and value of every option of a part, at any depth, that is an address."""
     if attrs.has(cls := type(part)):
-        fields = attrs.fields_dict(cls)
         for option in options(cls).values():
             value, where = getattr(part, option.attribute), f"{path}.{option.name}".lstrip(".")
-            if isinstance(value, str) and _is_address(fields[option.attribute].validator):
+            if isinstance(value, str) and option.address:
                 yield from [(where, value)] if value else []
             else:
                 yield from addresses_in(value, where)
@@ -71,11 +66,6 @@ def addresses_in(part: object, path: str = "") -> Iterator[tuple[str, str]]:
     numbered = enumerate(part) if isinstance(part, list | tuple) else ()
     for key, item in (*items, *numbered):
         yield from addresses_in(item, f"{path}.{key}")
-
-
-def _is_address(validator: object) -> bool:
-    inner = (*getattr(validator, "_validators", ()), getattr(validator, "validator", None))
-    return validator is addresses.allowed or any(map(_is_address, filter(None, inner)))
 
 
 def text_of(value: object) -> str:

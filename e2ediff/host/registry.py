@@ -15,6 +15,7 @@ from typing import Any, Literal, Union
 
 import attrs
 
+from e2ediff import addresses
 from e2ediff.averaging import Averaging
 from e2ediff.errors import DuplicateNameError, PluginError
 from e2ediff.host.checkout import install_hint
@@ -289,6 +290,7 @@ class Option:
     `part` is the name of the part that an option holds where it is not written: what
     `attrs.field(metadata={"part": NAME})` says, or its contract.
     One that is `flat` chooses a part whose own options are further keys of the same block.
+    An `address` is what `addresses.allowed` validates.
     """
 
     name: str
@@ -297,6 +299,7 @@ class Option:
     required: bool
     part: str | None = None
     flat: bool = False
+    address: bool = False
 
 
 def closest(word: str, known: Collection[str]) -> list[str]:
@@ -334,8 +337,14 @@ def options(cls: type) -> dict[str, Option]:
         part = field.metadata.get("part", DEFAULTS.get(hint))
         required = field.default is attrs.NOTHING and part is None
         name = "kind" if flat else field.alias
-        found[name] = Option(name, field.name, hint, required, part, flat)
+        address = _is_address(field.validator)
+        found[name] = Option(name, field.name, hint, required, part, flat, address)
     return found
+
+
+def _is_address(validator: object) -> bool:
+    inner = (*getattr(validator, "_validators", ()), getattr(validator, "validator", None))
+    return validator is addresses.allowed or any(map(_is_address, filter(None, inner)))
 
 
 def fixed_items(hint: object) -> tuple[object, ...] | None:

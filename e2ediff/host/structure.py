@@ -223,7 +223,8 @@ class Structurer:
                     named, option.hint, path_join(where, option.name)
                 )
             elif option.required:
-                way_out = f"Add `{option.name}:` with {describe(option.hint)}."
+                wanted = "a path or URL" if option.address else describe(option.hint)
+                way_out = f"Add `{option.name}:` with {wanted}."
                 self._complain(where, f"{option.name!r} is missing.", node.place, way_out)
                 values[option.name] = _FAILED
         if flat and inner is cls:

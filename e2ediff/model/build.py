@@ -18,8 +18,9 @@ from e2ediff.errors import AbsentDataError, DataError, Problem, RecipeError, Res
 from e2ediff.host.recipe import Recipe
 from e2ediff.losses import PixelLoss
 from e2ediff.model.averages import Average
+from e2ediff.model.feature_networks import placed
 from e2ediff.model.power_averages import tracked_name
-from e2ediff.objective import Nets
+from e2ediff.objective import Nets, Objective
 from e2ediff.parts.averages import Power
 from e2ediff.regularizer import names_of
 from e2ediff.seeds import derive
@@ -100,10 +101,18 @@ def fresh_nets(
             heads = recipe.objective.heads(online)
             # A frozen network is loaded from a file, which the meta device does not need.
             absent = device.type == "meta" or not frozen
-            others = nn.ModuleDict() if absent else recipe.objective.frozen(online)
+            others = nn.ModuleDict() if absent else _frozen(recipe.objective, online)
     if device.type not in ("cpu", "meta"):  # on the device where they were built
         online, heads, others = online.to(device), heads.to(device), others.to(device)
     return online.train(), heads, others
+
+
+def _frozen(objective: Objective, online: Backbone) -> nn.ModuleDict:
+    """Build an objective's frozen networks; what keeps one from it has its place."""
+    try:
+        return objective.frozen(online)
+    except DataError as error:
+        raise placed(error, objective, "objective") from error
 
 
 def problems(recipe: Recipe) -> list[Problem]:
@@ -233,8 +242,8 @@ def sampler_problems(recipe: Recipe, net: Backbone) -> list[Problem]:
         return []
     what = (
         "follows average velocities, which this network has not learned; choose another, such as "
-        "euler, or train with backbone.second_time: true and an objective of average velocities, "
-        "such as mean_flow"
+        "euler, or train with backbone.second_time: true, of a backbone that has it, such as vit, "
+        "and an objective of average velocities, such as mean_flow"
     )
     return [Problem("sampler", what)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from e2ediff.condition import Condition, concatenate
 from e2ediff.denoiser import Denoiser
-from e2ediff.guidance import Guidance, GuidedDenoiser, in_interval
+from e2ediff.guidance import Guidance, GuidedDenoiser, check_interval, in_interval
 from e2ediff.interpolant import Estimate
 
 _TIME = [validators.ge(0.0), validators.le(1.0)]
@@ -34,6 +34,10 @@ class ClassifierFree(Guidance):
     t_min: float = attrs.field(default=0.0, validator=_TIME)
     t_max: float = attrs.field(default=1.0, validator=_TIME)
     exclusive: bool = False
+
+    @t_max.validator
+    def _some_time(self, field: attrs.Attribute[float], value: float) -> None:
+        check_interval(self.t_min, value, exclusive=self.exclusive)
 
     @property
     def asks_null(self) -> bool:

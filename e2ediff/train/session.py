@@ -46,6 +46,7 @@ from e2ediff.loading.batches import LostReaderError, check_enough
 from e2ediff.loading.classes import check_same_classes, empty_classes
 from e2ediff.loading.shared_memory import divide, remedy, shortage, usable
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
+from e2ediff.model.feature_networks import random_networks
 from e2ediff.model.labels import without_images
 from e2ediff.model.repeatable import repeatable
 from e2ediff.monitor.alarm import alarm_blind_spot
@@ -496,6 +497,8 @@ def _greet(progress: Progress, engine: Engine, image: ImageSpec) -> None:
         progress.say(f"warning: {warning}")
     warning = alarm_blind_spot(engine.recipe, engine.monitor.observer.diagnostics)
     if warning and engine.parts.nets.online.latent.learned:
+        progress.say(f"warning: {warning}")
+    for warning in random_networks(engine.recipe.objective, "objective"):
         progress.say(f"warning: {warning}")
 
 

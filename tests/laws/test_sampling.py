@@ -172,6 +172,16 @@ def test_outside_of_its_interval_guidance_is_one_plain_pass(t) -> None:
         assert torch.equal(guided.x0, plain.x0)
 
 
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [({"t_min": 0.6, "t_max": 0.3}, r"'t_max' must be >= t_min, 0\.6, or no time is guided: 0\.3"),
+     ({"t_min": 0.5, "t_max": 0.5, "exclusive": True}, r"'t_max' must be > t_min, 0\.5")],
+)  # fmt: skip
+def test_an_interval_without_a_time_is_refused(interval, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        ClassifierFree(**interval)
+
+
 def test_guidance_where_the_class_says_nothing_changes_nothing() -> None:
     inner = GaussianDenoiser(Cosine(), MEAN, STD)
     guided = ClassifierFree(scale=4.0).wrap(inner)(Z_T, 0.5, LABELS)

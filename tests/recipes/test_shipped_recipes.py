@@ -150,6 +150,22 @@ def test_siblings_have_the_same_keys_in_the_same_order(siblings: list[Path]) -> 
     assert all(keys(other) == keys(first) for other in others)
 
 
+OF_DSD = [path for path in ALL if "\n  name: dsd\n" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", OF_DSD, ids=ids)
+def test_every_recipe_of_dsd_says_what_one_source_says_of_it(path: Path) -> None:
+    """That a foundation network is in it, who says so, and what would settle it."""
+    header = path.read_text().partition("\ne2ediff: 1")[0]
+    said = " ".join(line.lstrip("# ") for line in header.splitlines())
+    assert "One source, not DSD's authors, " in said
+    assert "most likely in layer alignment" in said
+    assert "the paper's body or code would settle it: docs/explanation/dsd.md." in said
+    if path in IMAGENET:
+        table = '"Gen.+VFM", with 205M parameters in total, FID 3.35 and IS 255 with guidance'
+        assert f"{table}: LDM-is-AE (arXiv 2609.37080), table 1" in said
+
+
 def test_s_m_and_b_have_a_recipe_for_one_gpu_and_one_for_eight() -> None:
     names = {path.stem for path in ALL}
     sizes = {"dsd_in256_s", "dsd_in256_m", "dsd_in256"}

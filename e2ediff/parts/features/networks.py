@@ -35,7 +35,7 @@ class TorchvisionFeatures(FeatureConfig):
     safetensors or a `.pt` file (read with `weights_only`); `sha256` its hash, checked before it
     is parsed.
     `nodes` names the modules whose outputs are the maps; the default is LPIPS's five of VGG16.
-    Without `weights` the network is random: a random projection, for tests.
+    Without `weights` the network is random, of which `check` and `run` warn.
 
     Source: Zhang et al. 2018 (LPIPS, arXiv 1801.03924) for the choice of VGG16 layers.
     """
@@ -52,6 +52,11 @@ class TorchvisionFeatures(FeatureConfig):
         "features.22",
         "features.29",
     )
+
+    @property
+    @override
+    def random(self) -> bool:
+        return self.weights is None
 
     @override
     def build(self) -> FeatureNetwork:

@@ -10,6 +10,7 @@ from e2ediff_dsd.augment import Augmentation
 from e2ediff_dsd.objective import DSD
 from e2ediff_testing import check_objective, make_batch, make_draw, make_nets
 from pooled import Pooled
+from safetensors.torch import save_file
 from torch.nn import functional
 
 from e2ediff.backbone import Encode
@@ -21,6 +22,9 @@ BATCH = make_batch()
 VIT = ViTConfig(width=16, depth=3, heads=2, patch=8, latent_dim=4, latent_norm="batch")
 FIXED = {"align_with": "features", "repr_with": "features", "features": Pooled()}
 TAUGHT = DSD(**FIXED)
+VIT_BLOCK = (
+    "{name: vit, width: 16, depth: 3, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}"
+)
 
 
 @pytest.mark.parametrize(
@@ -109,25 +113,80 @@ def test_a_fixed_teacher_is_refused_by_tokens_without_a_place_on_the_image(tmp_p
 
 
 @needs("e2ediff-features")
-def test_a_teachers_missing_weights_end_check_unless_its_width_is_said(tmp_path) -> None:
-    taught = "{name: dsd, features: {name: dinov2, weights: lost.pth}, align_with: features"
-    vit = "{name: vit, width: 16, depth: 3, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}"
-    lost = check(tmp_path, vit, taught + "}")
+@pytest.mark.parametrize("shapes_from", ["feature_dim: 768", "model"])
+def test_a_teachers_missing_weights_are_refused_by_check(tmp_path, shapes_from) -> None:
+    """Also where shapes and cost are known without them, which are printed first."""
+    model = "model: vit_b14, " if shapes_from == "model" else ""
+    width = "" if shapes_from == "model" else f", {shapes_from}"
+    taught = f"{{name: dsd, features: {{name: dinov2, {model}weights: lost.pth}}, "
+    done = check(tmp_path, VIT_BLOCK, taught + f"align_with: features{width}}}")
+    assert done.code == 3
+    assert "parameters " in done.out
+    assert not done.out.endswith("ok\n")
+    where, why = "objective.features.weights: ", "cannot read the weights at lost.pth: No such file"
+    assert f"{where}feature network: {why}" in done.err
+    assert "Give the path or URL of the weights." in done.err
+
+
+@needs("e2ediff-features")
+def test_missing_weights_that_alone_know_the_shapes_are_refused_too(tmp_path) -> None:
+    taught = "{name: dsd, features: {name: dinov2, weights: lost.pth}, align_with: features}"
+    lost = check(tmp_path, VIT_BLOCK, taught)
     assert lost.code == AbsentDataError.exit_code
     assert "cannot read the weights at lost.pth: No such file" in lost.err
-    elsewhere = check(tmp_path, vit, taught + ", feature_dim: 768}")
-    assert elsewhere.code == 0
-    assert "features    not here: feature network: cannot read the weights" in elsewhere.out
+    assert "Give the path or URL of its weights" in lost.err
+
+
+@needs("e2ediff-features")
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("''", "cannot read weights at an empty address. Give the path or URL"),
+        (".", "cannot read the weights at .: Is a directory"),
+        ("taught.yaml", "is not a file of tensors: it is damaged, or of another format"),
+        ("more.pth", "it is damaged, or has more than tensors, which alone are read"),
+        ("other.safetensors", "does not fit"),
+    ],
+)
+def test_weights_that_cannot_be_those_are_refused_with_the_setting(
+    tmp_path, monkeypatch, weights, said
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"pos_embed": torch.zeros(1, 5, 64)}, tmp_path / "other.safetensors")
+    torch.save({"where": tmp_path}, tmp_path / "more.pth")
+    taught = f"{{name: dsd, features: {{name: dinov2, model: vit_s14, weights: {weights}}}, "
+    done = check(tmp_path, VIT_BLOCK, taught + "align_with: features}")
+    assert done.code == 3
+    assert "objective.features.weights: " in done.err
+    assert said in done.err
+    assert "weights_only" not in done.err, "advice to unpickle"
+
+
+@needs("e2ediff-features")
+def test_weights_in_a_store_are_not_looked_at(tmp_path) -> None:
+    where = "https://example.org/vit.pth"
+    taught = f"{{name: dsd, features: {{name: dinov2, model: vit_s14, weights: '{where}'}}, "
+    done = check(tmp_path, VIT_BLOCK, taught + "align_with: features}")
+    assert done.code == 0, done.err
+    assert "features    objective.features: weights in a store, not looked at" in done.out
+
+
+def test_a_network_that_is_random_for_lack_of_weights_is_said(tmp_path) -> None:
+    network = "{name: torchvision, model: squeezenet1_1, nodes: [features.2]}"
+    taught = f"{{name: dsd, features: {network}, align_with: features}}"
+    done = check(tmp_path, VIT_BLOCK, taught)
+    assert done.code == 0, done.err
+    assert "warning: objective.features has no weights: a random network" in done.err
+    assert "set objective.features.weights" in done.err
 
 
 @needs("e2ediff-features")
 def test_missing_weights_hide_no_other_problem_and_say_their_place(tmp_path) -> None:
     taught = "{name: dsd, features: {name: dinov2, weights: lost.pth}, align_with: features, "
-    vit = "{name: vit, width: 16, depth: 3, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}"
-    both = check(tmp_path, vit, taught + "reconstruction: {scales: 9}}")
+    both = check(tmp_path, VIT_BLOCK, taught + "reconstruction: {scales: 9}}")
     assert both.code == 3
     assert "objective.features: feature network: cannot read the weights at lost.pth" in both.err
-    assert "objective.feature_dim says how many channels" in both.err
+    assert "set objective.feature_dim to the channels of its last map" in both.err
     assert "objective.reconstruction.scales: 9 halves images of 16 x 16 pixels" in both.err
 
 
@@ -135,8 +194,7 @@ def test_a_teacher_that_cannot_compute_is_refused_in_words(tmp_path) -> None:
     why = "needs `pip install efficientnet-lite-pytorch`"
     pytest.importorskip("efficientnet_lite_pytorch", reason=why)
     taught = "{name: dsd, features: {name: efficientnet_lite0, map_size: 3}, align_with: features}"
-    vit = "{name: vit, width: 16, depth: 3, heads: 2, patch: 8, latent_dim: 4, latent_norm: batch}"
-    done = check(tmp_path, vit, taught)
+    done = check(tmp_path, VIT_BLOCK, taught)
     assert done.code == 3
     assert "objective.features: the network does not compute on images of (3, 16, 16)" in done.err
     assert "Traceback" not in done.err

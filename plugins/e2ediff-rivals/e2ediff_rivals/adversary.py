@@ -157,7 +157,7 @@ class Adversary(Around):
         """The reconstruction's gradient at the images over the adversarial one, a scalar."""
         if "reconstruction" not in terms.losses:
             raise ShapeError(
-                f"objective.of: {type(self.of).__name__} has no loss `reconstruction`, from which "
+                "objective.of: this objective has no loss `reconstruction`, from which "
                 "the adaptive weight is taken; set objective.adaptive: false"
             )
         x_hat = terms.decoded
@@ -193,7 +193,7 @@ class Adversary(Around):
         image = nets.online.image
         if not nets.online.latent.learned:
             what = "adversary judges decoded images, and this backbone has no decoder to train"
-            found.insert(0, ("objective", f"{what}; choose another, such as vit"))
+            found.insert(0, ("objective", f"{what}; choose another backbone, such as vit"))
         elif _CRITIC in self.of.phases:
             found.insert(0, ("objective.of", "an adversary is around an objective, not another"))
         elif not found:
@@ -211,7 +211,7 @@ class Adversary(Around):
         decoding = [phase for phase in self.of.phases if self._decodes(nets, phase)]
         if not decoding:
             what = (
-                f"{type(self.of).__name__} hands on no decoded images that a critic could judge "
+                "this objective hands on no decoded images that a critic could judge "
                 "(`Terms.decoded`); choose another, or leave the critic out"
             )
             return [("objective.of", what)]

@@ -173,7 +173,7 @@ class MeanFlow(AutoencoderObjective):
         if not nets.online.second_time:
             what = (
                 "mean_flow trains averages between two times, and this network takes one; set "
-                "backbone.second_time: true, or choose a backbone that has it, such as vit"
+                "backbone.second_time: true of a backbone that has it, such as vit"
             )
             found.append(("backbone.second_time", what))
         if not _is_straight(nets.path):

@@ -120,7 +120,10 @@ class RepaE(AutoencoderObjective):
         """No features to align with, or to align; latents without a norm or a place."""
         net, found = nets.online, unfit_prediction(nets, self.weight)
         if self.features is None:
-            what = "repa_e aligns with a fixed network: name one, such as `features: torchvision`"
+            what = (
+                "repa_e aligns with a fixed network: name one, such as "
+                "`features: efficientnet_lite0`"
+            )
             found.append(("objective.features", what))
         else:
             found += alignment_problems(net, self.features, self.feature_dim)

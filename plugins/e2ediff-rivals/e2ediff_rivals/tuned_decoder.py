@@ -127,12 +127,12 @@ class TunedDecoder(Around, AutoencoderObjective):
         found = inner_problems(self.of, nets)
         if not nets.online.latent.learned:
             what = "tuned_decoder tunes a decoder, and this backbone has none to train"
-            found.insert(0, ("objective", f"{what}; choose another, such as vit"))
+            found.insert(0, ("objective", f"{what}; choose another backbone, such as vit"))
         elif not nets.online.decoder_apart:
             what = (
                 "tuned_decoder needs a decoder with weights of its own, or its last phase would "
-                "change the denoiser: add `--set backbone.trunks=decoder_apart` (or three), or "
-                "choose a backbone that has one"
+                "change the denoiser: choose a backbone that has one, such as vit, which needs "
+                "`--set backbone.trunks=decoder_apart` (or three)"
             )
             found.insert(0, ("objective", what))
         alpha = float(nets.path.alpha(torch.tensor([self.t_min])))
@@ -144,7 +144,7 @@ class TunedDecoder(Around, AutoencoderObjective):
             )
             found.append(("objective.t_min", what))
         if _DECODER in self.of.phases:
-            what = f"{type(self.of).__name__} has a phase `{_DECODER}` already; leave one out"
+            what = f"the objective inside has a phase `{_DECODER}` already; leave one out"
             found.insert(0, ("objective.of", what))
         return found
 

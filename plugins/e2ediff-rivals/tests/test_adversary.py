@@ -225,7 +225,7 @@ def test_errors_of_a_teacher_inside_name_the_options_where_they_are(tmp_path) ->
 
     inside = Adversary(of=RepaE(features=Lost()), **SMALL)
     with pytest.raises(AbsentDataError, match=r"^objective\.of\.features: no weights .*"
-                       r"without it objective\.of\.feature_dim says"):  # fmt: skip
+                       r"set objective\.of\.feature_dim to"):  # fmt: skip
         make_nets(VIT, inside)
     twice = TunedDecoder(of=Adversary(of=RepaE(features=Bent(), feature_dim=6), **SMALL))
     with pytest.raises(DataError, match=r"^objective\.of\.of\.features: the network does not"):

@@ -404,7 +404,7 @@ def test_repa_e_trains_with_the_features_of_efficientnet_lite0(tmp_path) -> None
         (Tweedie(), "batch", {"predicts": "score"}, "predicts", "set predicts: x0 or v"),
         (REPA_E, "none", {}, "backbone.latent_norm", "set backbone.latent_norm: batch"),
         (REPA_E, "batch", {"predicts": "eps"}, "predicts", "objective.weight: eps"),
-        (RepaE(), "batch", {}, "objective.features", "`features: torchvision`"),
+        (RepaE(), "batch", {}, "objective.features", "`features: efficientnet_lite0`"),
         (attrs.evolve(REPA_E, align_block=4), "batch", {}, "objective.align_block", "block, 3"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from e2ediff import addresses
 from e2ediff.condition import Condition
 from e2ediff.denoiser import Denoiser
 from e2ediff.errors import Problem, RecipeError
-from e2ediff.guidance import Guidance, GuidedDenoiser, Reference, in_interval
+from e2ediff.guidance import Guidance, GuidedDenoiser, Reference, check_interval, in_interval
 from e2ediff.interpolant import Estimate
 from e2ediff.sampler import Sampler
 
@@ -101,6 +101,10 @@ class Interval(Guidance):
     t_min: float = attrs.field(default=0.0, validator=[validators.ge(0), validators.le(1)])
     t_max: float = attrs.field(default=1.0, validator=[validators.ge(0), validators.le(1)])
     exclusive: bool = False
+
+    @t_max.validator
+    def _some_time(self, field: attrs.Attribute[float], value: float) -> None:
+        check_interval(self.t_min, value, exclusive=self.exclusive)
 
     @property
     def references(self) -> tuple[Reference, ...]:

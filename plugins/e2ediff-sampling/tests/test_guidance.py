@@ -312,6 +312,11 @@ def test_the_interval_of_classifier_free_guidance_is_the_interval_around_it(excl
     assert torch.equal(*found)
 
 
+def test_an_interval_without_a_time_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'t_max' must be >= t_min, 0\.6, or no time is guided"):
+        Interval(guidance=APG(scale=3.0), t_min=0.6, t_max=0.3)
+
+
 @given(t=inner_times)
 def test_a_chain_guides_what_is_guided_already(t) -> None:
     strong, weak = MixtureDenoiser(Linear()), MixtureDenoiser(Linear(), widen=0.5)
