@@ -1,23 +1,23 @@
-"""Our networks and losses beside the released code of seven projects, with the same weights.
+"""Our networks and losses beside the released code of eight projects, with the same weights.
 
     python benchmarks/parity.py --peer ../JiT
     python benchmarks/parity.py --peer ../SiT --json
 
-The projects are JiT, SiT, UNITE, LDMisAE, MeanFlow, the folder `meanflow` of py-meanflow, and
-REPA-E.
+The projects are JiT, SiT, UNITE, LDMisAE, MeanFlow, the folder `meanflow` of py-meanflow, REPA-E,
+and taming-transformers, whose critic of VQGAN `adversary` follows.
 Builds both networks at a tiny width, gives theirs random weights, none of them zero, and ours the
 same by `peer_weights.py`, and feeds both the same images, times, labels and noise. Prints how far
 their answers, losses and gradients are apart, and how many parameters both have in a released
 size. Ends with code 1 if a difference is above 1e-5, with 2 if the checkout or a package is
 missing.
 
-What differs in size: UNITE's first layer of the decoder has 768 channels whatever the decoder's
-width is, and is made as narrow as ours. LPIPS is 0 and no label of UNITE's is dropped in training.
+What is made equal: LPIPS is 0 and no label of UNITE's is dropped in training.
 LDMisAE's autoencoder is given no class, as ours, and its images on the way are not rounded, which
 would make jumps of differences in the last place. py-meanflow's network is a U-Net, so its loss
 and its sampler are given ours; MeanFlow's loss is compared without its adaptive weight, which is
 another one. REPA-E's two updates are made with its network's batch norm at rest and no label
-dropped, on latents and features that are given.
+dropped, on latents and features that are given. The norms of VQGAN's critic are ours, and its
+adaptive weight is asked of losses 2^30 times as large, beside which its 1e-4 is nothing.
 
 Shapes: B batch, C H W image, N tokens, D latent channels.
 """
@@ -56,13 +56,15 @@ from e2ediff.data import Batch, ImageSpec  # noqa: E402
 from e2ediff.denoiser import Plain  # noqa: E402
 from e2ediff.host.plugins import load  # noqa: E402
 from e2ediff.host.recipe import load_recipe  # noqa: E402
-from e2ediff.losses import direct_loss  # noqa: E402
+from e2ediff.losses import PixelLoss, direct_loss  # noqa: E402
 from e2ediff.nn.layers import patchify, unpatchify  # noqa: E402
-from e2ediff.objective import Draw, Nets, Objective  # noqa: E402
+from e2ediff.objective import Draw, Nets, Objective, Terms  # noqa: E402
 from e2ediff.parts.backbones import ViTConfig  # noqa: E402
 from e2ediff.parts.guidance import ClassifierFree  # noqa: E402
 from e2ediff.parts.interpolants import Linear  # noqa: E402
+from e2ediff.parts.objectives import Detached  # noqa: E402
 from e2ediff.parts.samplers import AverageVelocity, Heun  # noqa: E402
+from e2ediff.parts.time_samplers import Uniform  # noqa: E402
 from e2ediff.times import TimeSampler  # noqa: E402
 
 BAR = 1e-5
@@ -385,6 +387,7 @@ def unite() -> Found:
     """Registers: denoising, encoding, decoding, and a training step of three draws."""
     import yaml
     from e2ediff_unite.backbone import UniteConfig
+    from e2ediff_unite.decoder import DecoderConfig
     from e2ediff_unite.objective import Unite
     from models import unite as released  # type: ignore[import-not-found]
 
@@ -392,18 +395,25 @@ def unite() -> Found:
     root = Path(released.__file__).parent.parent
     text = (root / "configs" / "imagenet.yaml").read_text(encoding="utf-8")
     options = {**yaml.safe_load(text)["gen_tok"], "flow_steps_per_recon": 3}
-    with torch.device("meta"):
-        full = trained(released.UNITE(options))
+    why = "theirs has an embedding of a special time and a row of classes that nothing uses"
+    recipe, sizes = load_recipe(load(), str(HERE.parent / "recipes/unite_in256.yaml")), []
+    for size, (depth, width, heads) in released.ENCODER_CONFIGS.items():
+        config = attrs.evolve(
+            recipe.backbone, width=width, depth=depth, heads=heads, swiglu_width="truncated",
+            decoder=DecoderConfig(width=768, depth=12, heads=12, embed_width=768),
+        )  # fmt: skip
+        with torch.device("meta"):
+            full = trained(released.UNITE({**options, "encoder_model_size": size}))
+            ours_full = trained(config.build(recipe.data.image))
+        sizes.append(Size(f"UNITE, encoder {size}, decoder Base", full, ours_full, why))
     released.ENCODER_CONFIGS["Base"] = (DEPTH, WIDTH, HEADS)
     released.DECODER_CONFIGS["Base"] = (DEPTH, WIDTH, HEADS, 4 * WIDTH)
     theirs, patch = released.UNITE(options, num_classes=CLASSES).train(), 16
-    theirs.up_sample_decoder = nn.Linear(32, WIDTH)
-    theirs.decoder.decoder_embed = nn.Linear(WIDTH, WIDTH)
     theirs.encoder.y_embedder.dropout_prob = 0.0
     shake(theirs)
     config = UniteConfig(
         width=WIDTH, depth=DEPTH, heads=HEADS, patch=patch, registers=256, latent_dim=32,
-        context=32, context_start=4, attention="sdpa",
+        context=32, context_start=4, attention="sdpa", decoder=DecoderConfig(embed_width=768),
     )  # fmt: skip
     image = ImageSpec(3, 256, 256, CLASSES)
 
@@ -459,9 +469,7 @@ def unite() -> Found:
         losses_apart("loss: 3 draws", found.losses["denoising"], parts["flow/flow_loss"]),
         gradients_apart(net, mapped(gradients(theirs))),
     ]
-    why = "theirs has an embedding of a special time and a row of classes that nothing uses"
-    ours_full = trained(of_recipe("unite_in256.yaml"))
-    return Found(checks, [Size("UNITE-B, recipes/unite_in256.yaml", full, ours_full, why)])
+    return Found(checks, sizes)
 
 
 # LDM-is-AE
@@ -798,6 +806,89 @@ def repa_e() -> Found:
     ], [])  # fmt: skip
 
 
+def critic() -> Found:
+    """VQGAN's critic: its answers, its hinge losses, and the weight that adapts to the decoder."""
+    from e2ediff_rivals.adversary import Adversary
+    from taming.modules.losses import vqperceptual  # type: ignore[import-not-found]
+
+    vqperceptual.LPIPS = NoLPIPS
+    layers, channels, weight = 2, 8, 0.8
+    theirs = vqperceptual.VQLPIPSWithDiscriminator(
+        0, disc_num_layers=layers, disc_ndf=channels, disc_weight=weight, perceptual_weight=0.0
+    )
+    main = theirs.discriminator.main
+    for i, module in enumerate(main):
+        if isinstance(module, nn.BatchNorm2d):
+            main[i] = nn.GroupNorm(1, module.num_features)
+    shake(theirs.discriminator)
+
+    config = ViTConfig(width=WIDTH, depth=2, heads=HEADS, patch=8, latent_dim=8, attention="sdpa")
+    net = config.build(ImageSpec(3, 32, 32, CLASSES)).train()
+    shake(net)  # its last layer begins at zero
+    objective = Adversary(
+        of=Detached(reconstruction=PixelLoss(kind="l1")), weight=weight, critic_start=0.0,
+        start=0.0, channels=channels, layers=layers,
+    )  # fmt: skip
+    heads = objective.heads(net)
+
+    def mapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name.replace("main.", "layers."): w for name, w in state.items()}
+
+    ours = heads["critic"]
+    unset = ours.load_state_dict(mapped(theirs.discriminator.state_dict()), strict=False)
+    if unset.unexpected_keys or any(not name.endswith(".bias") for name in unset.missing_keys):
+        raise ValueError(f"the critics differ in {unset}")
+    with torch.no_grad():
+        for name in unset.missing_keys:  # before a norm theirs has none
+            dict(ours.named_parameters())[name].zero_()
+
+    x = torch.rand(BATCH, 3, 32, 32) * 2 - 1
+    nets = Nets(net, net, Linear(), "x0", heads)
+
+    def terms(phase: str) -> Terms:
+        # The critic's phase decodes anew, from the same draws.
+        draw = Draw(
+            t=T, condition=Labels(Y, CLASSES), generator=torch.Generator().manual_seed(1),
+            times=Uniform(),
+        )  # fmt: skip
+        return objective.terms(nets, Batch(x=x, condition=draw.condition), draw, phase)
+
+    (phase,) = objective.of.phases
+    found = terms(phase)
+    decoded = found.decoded
+    assert decoded is not None
+    adversarial = -theirs.discriminator(decoded).mean()
+    reconstruction = (x - decoded).abs().mean()
+    factor = theirs.calculate_adaptive_weight(
+        2.0**30 * reconstruction, 2.0**30 * adversarial, last_layer=decoded
+    )
+    total = reconstruction + factor * adversarial
+    learns = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    wanted = torch.autograd.grad(total, learns.values(), retain_graph=True, allow_unused=True)
+    both = {k: g for k, g in zip(learns, wanted, strict=True) if g is not None and g.any()}
+    (found.losses["reconstruction"]
+     + found.weights["adversarial"] * found.losses["adversarial"]).backward()  # fmt: skip
+    checks = [
+        apart("answers", ours(x), theirs.discriminator(x)),
+        losses_apart("the decoder's loss", found.losses["adversarial"], adversarial),
+        losses_apart("adaptive weight", found.weights["adversarial"], factor),
+        attrs.evolve(
+            gradients_apart(net, both), what=f"gradients of {len(both)} tensors of the autoencoder"
+        ),
+    ]
+    heads.zero_grad()
+    theirs.zero_grad()
+    judged = terms("critic")
+    judged.total.backward()
+    loss, _ = theirs(torch.zeros(1), x, decoded.detach(), 1, 1)
+    (2 * loss).backward()
+    checks += [
+        losses_apart("the critic's loss, twice theirs", judged.total, 2 * loss),
+        gradients_apart(ours, mapped(gradients(theirs.discriminator))),
+    ]
+    return Found(checks, [])
+
+
 def nobody(labels: Tensor) -> Tensor:
     """Labels of no class."""
     return torch.full_like(labels, CLASSES)
@@ -805,12 +896,12 @@ def nobody(labels: Tensor) -> Tensor:
 
 COMPARED = {
     "JiT": jit, "SiT": sit, "UNITE": unite, "LDMisAE": ldm_is_ae, "MeanFlow": mean_flow,
-    "py-meanflow": py_meanflow, "REPA-E": repa_e,
+    "py-meanflow": py_meanflow, "REPA-E": repa_e, "taming-transformers": critic,
 }  # fmt: skip
 PLUGINS = {
     "JiT": "e2ediff-jit", "UNITE": "e2ediff-unite", "LDMisAE": "e2ediff-ldm-is-ae",
     "MeanFlow": "e2ediff-rivals", "py-meanflow": "e2ediff-rivals",
-    "REPA-E": "e2ediff-rivals",
+    "REPA-E": "e2ediff-rivals", "taming-transformers": "e2ediff-rivals",
 }  # fmt: skip
 
 

@@ -47,6 +47,7 @@ PROJECTS = {
     "train_repae.py": "REPA-E",
     "model_jit.py": "JiT",
     "models.py": "SiT",
+    "taming/modules/losses/vqperceptual.py": "taming-transformers",
 }
 
 

@@ -27,7 +27,7 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import dump_recipe, load_recipe
     from e2ediff.model.build import check_fits
-    from e2ediff.model.feature_networks import (
+    from e2ediff.model.fixed_networks import (
         in_a_store,
         named_networks,
         random_networks,

@@ -18,7 +18,7 @@ from e2ediff.errors import AbsentDataError, DataError, Problem, RecipeError, Res
 from e2ediff.host.recipe import Recipe
 from e2ediff.losses import PixelLoss
 from e2ediff.model.averages import Average
-from e2ediff.model.feature_networks import placed
+from e2ediff.model.fixed_networks import placed
 from e2ediff.model.power_averages import tracked_name
 from e2ediff.objective import Nets, Objective
 from e2ediff.parts.averages import Power

@@ -46,7 +46,7 @@ from e2ediff.loading.batches import LostReaderError, check_enough
 from e2ediff.loading.classes import check_same_classes, empty_classes
 from e2ediff.loading.shared_memory import divide, remedy, shortage, usable
 from e2ediff.model.build import check_fits, check_precision, choose_device, problems
-from e2ediff.model.feature_networks import random_networks
+from e2ediff.model.fixed_networks import random_networks
 from e2ediff.model.labels import without_images
 from e2ediff.model.repeatable import repeatable
 from e2ediff.monitor.alarm import alarm_blind_spot

@@ -49,6 +49,10 @@ class SiT(nn.Module):
 
 SiT_models = {{"SiT-B/2": lambda input_size, num_classes: SiT(input_size, 2, 4, 24, 1, 2, 9)}}
 """
+KNOWN = (
+    "is no checkout of LDMisAE, UNITE, MeanFlow, py-meanflow, REPA-E, JiT, SiT or "
+    "taming-transformers."
+)
 TRANSPORT = """
 import torch
 
@@ -106,17 +110,17 @@ def test_another_formula_ends_it_with_one_and_is_named(sit) -> None:
 def test_it_says_in_words_which_checkout_or_package_is_missing(tmp_path, sit) -> None:
     for place, words in (
         (tmp_path / "nowhere", "there is no such folder."),
-        (tmp_path, "is no checkout of LDMisAE, UNITE, MeanFlow, py-meanflow, REPA-E, JiT or SiT."),
+        (
+            tmp_path,
+            KNOWN,
+        ),
     ):
         done = parity("--peer", place)
         assert done.returncode == 2
         assert f"--peer {place}: {words}" in done.stderr
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "lightningdit.py").touch()
-    assert (
-        "is no checkout of LDMisAE, UNITE, MeanFlow, py-meanflow, REPA-E, JiT or SiT."
-        in parity("--peer", tmp_path).stderr
-    )
+    assert KNOWN in parity("--peer", tmp_path).stderr
     (sit / "models.py").write_text("import a_package_of_nobody\n")
     done = parity("--peer", sit)
     assert done.returncode == 2

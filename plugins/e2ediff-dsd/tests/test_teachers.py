@@ -123,8 +123,8 @@ def test_a_teachers_missing_weights_are_refused_by_check(tmp_path, shapes_from) 
     assert done.code == 3
     assert "parameters " in done.out
     assert not done.out.endswith("ok\n")
-    where, why = "objective.features.weights: ", "cannot read the weights at lost.pth: No such file"
-    assert f"{where}feature network: {why}" in done.err
+    why = "cannot read the weights at lost.pth: No such file"
+    assert f"objective.features.weights: feature network: {why}" in done.err
     assert "Give the path or URL of the weights." in done.err
 
 

@@ -17,9 +17,11 @@ from e2ediff_testing import make_batch, make_draw, make_nets
 from e2ediff_unite.backbone import UniteConfig, line_positions, normal_quantiles
 from e2ediff_unite.decoder import DecoderConfig
 from e2ediff_unite.objective import Unite
+from published import peer_weights
 from torch import Tensor
 
 from e2ediff.backbone import Encode
+from e2ediff.data import ImageSpec
 from e2ediff.objective import Draw
 
 PATCH, CHANNELS, REGISTERS, DIM = 8, 3, 4, 4
@@ -53,8 +55,11 @@ def interleaved(rows: Tensor) -> Tensor:
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
-def released(net) -> dict[str, Tensor]:
-    """Weights by our names, in float64 and the code's layout."""
+def released(net, *, ranged: bool = True) -> dict[str, Tensor]:
+    """Weights by our names, in float64 and the code's layout.
+
+    With `ranged` for images in [0, 1], and else in [-1, 1].
+    """
     w = {name: p.double() for name, p in net.named_parameters()}
     for name in [*w]:
         if ".attention.qkv." in name and name.startswith("trunk"):
@@ -65,11 +70,12 @@ def released(net) -> dict[str, Tensor]:
     cosines, sines = w["embed_time.layers.0.weight"].chunk(2, dim=1)
     w["embed_time.layers.0.weight"] = torch.cat([sines, cosines], dim=1)
     # W (2 x - 1) + b = 2 W x + (b - W 1), and (W' h + b' + 1) / 2 of the answer
-    pixels = w["embed_pixels.weight"]
-    w["embed_pixels.bias"] = w["embed_pixels.bias"] - pixels.sum(dim=1)
-    w["embed_pixels.weight"] = (2 * pixels).reshape(WIDTH, CHANNELS, PATCH, PATCH)
+    pixels, times = w["embed_pixels.weight"], 2 if ranged else 1
+    if ranged:
+        w["embed_pixels.bias"] = w["embed_pixels.bias"] - pixels.sum(dim=1)
+    w["embed_pixels.weight"] = (times * pixels).reshape(WIDTH, CHANNELS, PATCH, PATCH)
     for name, shift in (("decoder.head.weight", 0), ("decoder.head.bias", 1)):
-        rows = (w[name] + shift) / 2
+        rows = (w[name] + shift) / 2 if ranged else w[name]
         rows = rows.reshape(CHANNELS, PATCH, PATCH, *rows.shape[1:]).movedim(0, 2)
         w[name] = rows.reshape(w[name].shape)
     return w
@@ -205,6 +211,86 @@ def test_the_decoder_is_the_released_one(nets) -> None:
     z = normal(COUNT, REGISTERS, DIM)
     ours = (nets.online.decode(z).double() + 1) / 2
     torch.testing.assert_close(ours, decoder(released(nets.online), z.double()), **CLOSE)
+
+
+NAMES = [  # ours, and the released code's
+    ("embed_latent.", "encoder.up_sample."),
+    ("embed_time.layers.", "encoder.t_embedder.mlp."),
+    ("embed_context", "encoder.in_context_posemb"),
+    ("trunk.final.", "encoder.final_layer.adaLN_modulation.1."),
+    ("trunk.norm.", "encoder.final_layer.norm_final."),
+    ("head_latent.", "encoder.final_layer.linear."),
+    ("trunk.blocks.", "encoder.blocks."),
+    ("latent_norm.", "encoder_layer_norm."),
+    ("embed_register", "latent_tokens"),
+    ("embed_pixels.", "patch_embed.patch_embeddings.projection."),
+    ("embed_label.weight", "encoder.y_embedder.embedding_table.weight"),
+    ("decoder.embed.0.", "up_sample_decoder."),
+    ("decoder.embed.1.", "decoder.decoder_embed."),
+    ("decoder.embed_extra", "decoder.trainable_cls_token"),
+    ("decoder.blocks.", "decoder.decoder_layers."),
+    ("decoder.norm.", "decoder.decoder_norm."),
+    ("decoder.head.", "decoder.decoder_pred."),
+]
+INSIDE = {
+    "encoder.blocks.": [
+        (".attention.qkv.", ".attn.qkv."), (".attention.q_norm.", ".attn.q_norm."),
+        (".attention.k_norm.", ".attn.k_norm."), (".attention.out.", ".attn.proj."),
+        (".mlp.inner.", ".mlp.w12."), (".mlp.outer.", ".mlp.w3."), (".after.", ".norm3."),
+        (".modulation.", ".adaLN_modulation.1."),
+    ],
+    "decoder.decoder_layers.": [
+        (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
+        (".attention.qkv.", ".qkv."), (".attention.out.", ".attn_proj."),
+        (".mlp.inner.", ".ffn_up."), (".mlp.outer.", ".ffn_down."),
+    ],
+}  # fmt: skip
+
+
+def their_name(name: str) -> str:
+    """The released code's name of a weight of ours."""
+    ours, theirs = next(pair for pair in NAMES if name.startswith(pair[0]))
+    found = theirs + name.removeprefix(ours)
+    for mine, other in INSIDE.get(theirs, []):
+        found = found.replace(mine, other)
+    return found
+
+
+def test_the_map_of_its_checkpoints_gives_every_weight_its_place(nets) -> None:
+    """`unite` of `benchmarks/peer_weights.py`, with what the code has besides."""
+    w = released(nets.online, ranged=False)
+    state = {their_name(name): value.float() for name, value in w.items()}
+    for name in ("latent_tokens", "encoder.in_context_posemb"):
+        state[name] = state[name][None]
+    table, classes = "encoder.y_embedder.embedding_table.weight", len(w["embed_label.weight"]) - 1
+    state[table] = torch.cat([state[table], torch.zeros(1, WIDTH)])  # a row that nothing uses
+    # of the buffers the code saves the frequencies
+    own = {name: p.detach() for name, p in nets.online.named_parameters()}
+    own["embed_time.frequencies"] = frequencies = nets.online.embed_time.frequencies
+    state["encoder.t_embedder.W"] = frequencies / (2 * math.pi)
+
+    mapped = peer_weights().unite(state, HEADS, classes, PATCH, CHANNELS)
+    assert mapped.keys() == own.keys()
+    for name, value in own.items():
+        torch.testing.assert_close(mapped[name].reshape(value.shape), value, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "parameters"),
+    [(768, 12, 12, 217_642_080), (1024, 12, 16, 318_819_408), (1024, 24, 16, 545_526_336),
+     (1152, 28, 16, 762_774_048)],
+    ids=["B", "M", "L", "XL"],
+)  # fmt: skip
+def test_all_released_sizes_have_the_released_parameters(width, depth, heads, parameters) -> None:
+    """Less the code's two unused vectors of the encoder's width; all with the decoder of B."""
+    decoder = DecoderConfig(width=768, depth=12, heads=12, embed_width=768)
+    config = UniteConfig(
+        width=width, depth=depth, heads=heads, patch=16, registers=256, latent_dim=32, context=32,
+        context_start=4, decoder=decoder, swiglu_width="truncated",
+    )  # fmt: skip
+    with torch.device("meta"):
+        net = config.build(ImageSpec(3, 256, 256, 1000))
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == parameters
 
 
 def test_registers_begin_at_the_released_positions() -> None:

@@ -83,5 +83,6 @@ def _problem(place: str, network: FeatureConfig, error: DataError) -> Problem:
 
 
 def _options(network: FeatureConfig) -> dict[str, Any]:
-    fields = attrs.fields(type(network)) if attrs.has(type(network)) else ()
+    cls: Any = type(network)
+    fields = attrs.fields(cls) if attrs.has(cls) else ()
     return {field.name: getattr(network, field.name) for field in fields if field.init}
