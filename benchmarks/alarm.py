@@ -51,11 +51,17 @@ COLLAPSING = {
         "backbone.latent_norm=none",
     ),
 }
-HEALTHY = {
+HEALTHY = {  # with their values of docs/results/shootout.md and rivals.md
     "dsd": (),
-    "detached": ("objective=detached",),
-    "two_stage": ("objective=two_stage", "backbone.trunks=denoiser_apart"),
-    "unite": ("objective={name: unite, reconstruction: {kind: l2}}",),
+    "detached": ("objective={name: detached, reconstruction: {kind: l2}, denoising_weight: 0.1}",),
+    "two_stage": (
+        "objective={name: two_stage, reconstruction: {kind: l2}}",
+        "backbone.trunks=denoiser_apart",
+    ),
+    "unite": (
+        "objective={name: unite, reconstruction: {kind: l2}, denoising_weight: 0.1, weight: x0, "
+        "draws: 3}",
+    ),
     "genfirst": (
         "objective={name: genfirst, reconstruction: {kind: l2}}",
         "backbone.latent_norm=none",
