@@ -15,7 +15,6 @@ from typing import Any, Literal, Union
 
 import attrs
 
-from e2ediff import addresses
 from e2ediff.averaging import Averaging
 from e2ediff.errors import DuplicateNameError, PluginError
 from e2ediff.host.checkout import install_hint
@@ -343,8 +342,10 @@ def options(cls: type) -> dict[str, Option]:
 
 
 def _is_address(validator: object) -> bool:
+    from e2ediff.addresses import allowed  # of fsspec, which a question for help does without
+
     inner = (*getattr(validator, "_validators", ()), getattr(validator, "validator", None))
-    return validator is addresses.allowed or any(map(_is_address, filter(None, inner)))
+    return validator is allowed or any(map(_is_address, filter(None, inner)))
 
 
 def fixed_items(hint: object) -> tuple[object, ...] | None:
