@@ -40,8 +40,9 @@ def unusable_networks(part: Any, where: str) -> Iterator[Problem]:
 
 
 def in_a_store(network: FeatureConfig) -> bool:
-    """Return whether a network's weights are to be fetched from a store."""
-    return any("://" in value for value in _options(network).values() if isinstance(value, str))
+    """Return whether a network's weights are to be fetched from a store, not from a disk."""
+    texts = [value for value in _options(network).values() if isinstance(value, str)]
+    return any("://" in text and not text.startswith(("file://", "local://")) for text in texts)
 
 
 def random_networks(part: Any, where: str) -> Iterator[str]:

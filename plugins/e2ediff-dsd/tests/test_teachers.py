@@ -143,6 +143,10 @@ def test_missing_weights_that_alone_know_the_shapes_are_refused_too(tmp_path) ->
     [
         ("''", "cannot read weights at an empty address. Give the path or URL"),
         (".", "cannot read the weights at .: Is a directory"),
+        (
+            "file:///nowhere/x.pth",
+            "the weights at file:///nowhere/x.pth: No such file",
+        ),
         ("taught.yaml", "is not a file of tensors: it is damaged, or of another format"),
         ("more.pth", "it is damaged, or has more than tensors, which alone are read"),
         ("other.safetensors", "does not fit"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from e2ediff.backbone import Decode, Denoise
 from e2ediff.condition import Condition
 from e2ediff.data import Batch
+from e2ediff.guidance import check_interval
 from e2ediff.interpolant import Interpolant, spread
 from e2ediff.losses import AutoencoderObjective, DecodeNoise, unfit_prediction
 from e2ediff.nn.forward_mode import derivative_along
@@ -45,8 +46,7 @@ class TrainedGuidance:
 
     @t_max.validator
     def _after_t_min(self, field: attrs.Attribute[float], value: float) -> None:
-        if value < self.t_min:
-            raise ValueError(f"'t_max' must be >= t_min, {self.t_min:g}: {value:g}")
+        check_interval(self.t_min, value, exclusive=False)
 
     @property
     def changes_nothing(self) -> bool:

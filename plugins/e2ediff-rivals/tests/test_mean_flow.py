@@ -195,7 +195,9 @@ def test_guidance_without_conditions_and_reversed_times_are_refused() -> None:
     objective = MeanFlow(guidance=TrainedGuidance(scale=2.0))
     nets = make_nets(VIT, objective, predicts="v", image=ImageSpec(3, 16, 16, 0), device="meta")
     assert [where for where, _ in objective.problems(nets)] == ["objective.guidance"]
-    with pytest.raises(ValueError, match=r"'t_max' must be >= t_min, 0\.5: 0\.4"):
+    with pytest.raises(
+        ValueError, match=r"'t_max' must be >= t_min, 0\.5, or no time is guided: 0\.4"
+    ):
         TrainedGuidance(t_min=0.5, t_max=0.4)
 
 
