@@ -20,7 +20,11 @@ from e2ediff.losses import PixelLoss, mean_clean_loss, noise_levels
 from e2ediff.objective import Objective, Terms, sg
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "plugins").glob("*/README.md")),
+]
 
 
 def _generator():
@@ -37,11 +41,27 @@ def test_generated_pages_are_those_of_the_code():
         )
 
 
+def _headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them of its headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"\]\([^)]*\)", "]", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_link_leads_to_a_file(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        target, _, heading = link.partition("#")
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            place = page.parent / target if target else page
+            assert place.exists(), f"{page.name} links to {link}"
+            assert not heading or heading in _headings(place), f"{page.name} links to {link}"
+
+
+def test_every_picture_and_data_file_of_the_pages_is_named_by_one():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    shown = [*(ROOT / "docs/images").iterdir(), *(ROOT / "docs/results/data").iterdir()]
+    assert not [file.name for file in shown if file.name not in text]
 
 
 def test_every_exit_code_of_an_error_is_documented():
