@@ -61,7 +61,7 @@ def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page):
 def test_every_picture_and_data_file_of_the_pages_is_named_by_one():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     shown = [*(ROOT / "docs/images").iterdir(), *(ROOT / "docs/results/data").iterdir()]
-    assert not [file.name for file in shown if file.name not in text]
+    assert not [file.name for file in shown if f"/{file.name}" not in text]
 
 
 def test_every_exit_code_of_an_error_is_documented():
