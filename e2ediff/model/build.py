@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -94,7 +95,9 @@ def fresh_nets(
     recipe: Recipe, device: torch.device, *, frozen: bool = True
 ) -> tuple[Backbone, nn.ModuleDict, nn.ModuleDict]:
     """Build the online network, the objective's heads and its frozen networks."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Of a backbone without features a head has no weights, which `problems` refuses by name.
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         torch.manual_seed(derive(recipe.seed, "weights") % 2**63)
         with torch.device("meta") if device.type == "meta" else torch.device("cpu"):
             online = recipe.backbone.build(recipe.data.image)
@@ -265,11 +268,14 @@ def _optimizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:
 def _regularizer_problems(recipe: Recipe, nets: Nets) -> list[Problem]:
     """Find what keeps regularisers from being computed."""
     found, images = [], recipe.batch // recipe.microshards
-    if recipe.regularizers and not recipe.objective.trains_latents:
-        what = (
-            "the objective trains no encoder through its latents, so that regularisers would do "
-            "nothing; leave them out"
+    fixed = not nets.online.latent.learned
+    if recipe.regularizers and (fixed or not recipe.objective.trains_latents):
+        why = (
+            "the latents are a fixed function of the image"
+            if fixed
+            else "the objective trains no encoder through its latents"
         )
+        what = f"{why}, so that regularisers would do nothing; leave them out"
         return [Problem("regularizers", what)]
     for i, (name, part) in enumerate(
         zip(names_of(recipe.regularizers), recipe.regularizers, strict=True)

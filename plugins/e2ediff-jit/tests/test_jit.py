@@ -7,7 +7,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from command_line import e2ediff
+from command_line import e2ediff, needs
 from e2ediff_jit.backbone import JiTConfig
 from e2ediff_jit.interpolant import LinearScaled
 from e2ediff_jit.objective import Pixel
@@ -159,6 +159,21 @@ def test_what_trains_nothing_of_pixels_is_refused(objective, refused) -> None:
     )
     said = [str(p) for p in problems(recipe)]
     assert any("not learned" in one for one in said) == bool(said) == refused
+
+
+def test_regularisers_of_latents_that_are_the_image_are_refused() -> None:
+    changes = ["regularizers=[variance_expansion]", "backbone.width=12"]
+    recipe = load_recipe(load(), RECIPES / "jit_quickstart.yaml", changes)
+    (found,) = problems(recipe)
+    assert "regularizers: the latents are a fixed function of the image" in str(found)
+
+
+@pytest.mark.parametrize("objective", ["dsd", "genfirst", "repa_e"])
+@needs("e2ediff-dsd", "e2ediff-rivals")
+def test_losses_of_features_that_are_not_there_are_refused_without_warnings(objective) -> None:
+    done = e2ediff("check", RECIPES / "jit_quickstart.yaml", "--set", f"objective={objective}")
+    assert done.code == 3
+    assert "features" in done.err, "and a warning would have been raised"
 
 
 SIZES = {  # name: width, depth, heads, bottleneck, context_start; trainable parameters of the code
