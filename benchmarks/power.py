@@ -124,7 +124,13 @@ def table(scores: Scores, share: float) -> str:
 )
 def main(path: Path, figure: str, difference: float) -> None:
     """Say how many seeds a difference needs, by the spread in a study's results."""
-    scores = read(json.loads(path.read_text()), figure)
+    results = json.loads(path.read_text())
+    if len({str(run.get("judges")) for run in results["runs"]}) > 1:
+        raise click.ClickException(
+            f"{path}: its seeds have different judges, whose spread cannot be told from that of "
+            "seeds; give the parts that it was merged from, one by one"
+        )
+    scores = read(results, figure)
     if not any(len(by_seed) > 1 for by_seed in scores.values()):
         raise click.ClickException(f"{path}: no variant has two seeds, so their spread is unknown")
     click.echo(table(scores, difference), nl=False)

@@ -241,9 +241,12 @@ def table(results: Mapping[str, Any]) -> str:
         by_name.setdefault(run["objective"], []).append(run["figures"])
     real = list(results["real"].values())
     seeds = ", ".join(str(s) for s in results["seeds"])
+    judges = f"{len(real)} judges, the same for every run"
+    if any("judges" in run for run in runs):  # of parts with judges of their own
+        judges = f"judges that are the same for every run of a seed, {len(real)} in all"
     lines = [
         f"Seeds {seeds}; {results['count']} images a run, sampled with {results['sampler']}, "
-        f"and {len(real)} judges, the same for every run. "
+        f"and {judges}. "
         "Mean ± standard deviation over seeds (range).",
         "",
         _row(["objective", *(title for title, _, _ in _COLUMNS.values())]),

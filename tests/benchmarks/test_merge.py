@@ -84,3 +84,45 @@ def test_parts_of_other_studies_are_refused(merge, tmp_path, changes, said) -> N
     assert refused.exit_code == 1
     assert said in refused.output
     assert not (tmp_path / "all.json").exists()
+
+
+OTHERS = {"0": {**REAL, "frechet": 3.1}, "1": {**REAL, "frechet": 3.2}}
+
+
+def test_judges_of_another_machine_are_kept_apart_and_are_the_same_for_a_seed(
+    merge, tmp_path
+) -> None:
+    a = part(tmp_path, "a", [("dsd", 0, 10.0), ("unite", 0, 20.0)])
+    b = part(tmp_path, "b", [("dsd", 1, 12.0), ("unite", 1, 22.0)], real=OTHERS)
+    both = str(tmp_path / "both.json")
+    done = CliRunner().invoke(merge.main, [a, b, "--judges-apart", "--out", both])
+    assert done.exit_code == 0, done.output
+    assert "judges that are the same for every run of a seed, 4 in all" in done.output
+    again = json.loads((tmp_path / "both.json").read_text())
+    assert again["real"] == {"0": REAL, "1": REAL, "2": OTHERS["0"], "3": OTHERS["1"]}
+    judges = {(r["objective"], r["seed"]): r["judges"] for r in again["runs"]}
+    assert judges["dsd", 0] == judges["unite", 0] == ["0", "1"]
+    assert judges["dsd", 1] == judges["unite", 1] == ["2", "3"]
+
+    more = part(tmp_path, "more", [("kl", 1, 30.0)], real=OTHERS)
+    done = CliRunner().invoke(merge.main, [both, more, "--judges-apart", "--out", both])
+    assert done.exit_code == 0, done.output
+    again = json.loads((tmp_path / "both.json").read_text())
+    assert len(again["real"]) == 4
+    assert again["runs"][-1]["judges"] == ["2", "3"]
+
+    import power
+
+    refused = CliRunner().invoke(power.main, [both])
+    assert refused.exit_code == 1
+    assert "its seeds have different judges" in refused.output
+
+
+def test_runs_of_one_seed_that_different_judges_scored_are_refused(merge, tmp_path) -> None:
+    a = part(tmp_path, "a", [("dsd", 0, 10.0), ("unite", 1, 20.0)])
+    b = part(tmp_path, "b", [("dsd", 1, 12.0)], real=OTHERS)
+    out = ["--judges-apart", "--out", str(tmp_path / "both.json")]
+    refused = CliRunner().invoke(merge.main, [a, b, *out])
+    assert refused.exit_code == 1
+    assert "dsd and unite of seed 1 have different judges" in refused.output
+    assert not (tmp_path / "both.json").exists()
