@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from e2ediff.data import ImageSpec
 from e2ediff.parts.backbones import ViTConfig
-from e2ediff.parts.optimizers.muon import ByShape, Muon, MuonRest
+from e2ediff.parts.optimizers.muon import ByShape, Muon, MuonRest, orthogonal
 from e2ediff.parts.optimizers.scheduled import AdamW
 
 CONFIG = ViTConfig(
@@ -88,6 +89,36 @@ def test_matrices_of_a_shape_move_together_as_torch_moves_each(monkeypatch, scal
         assert float((a - b).norm()) <= 0.01 * float(way)
     assert torch.equal(mine[-1], theirs[-1])
     assert len(ours.state_dict()["state"]) == len(other.state_dict()["state"]) == len(shapes) - 1
+
+
+class Products(TorchDispatchMode):
+    """Keeps the types in which matrices are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.types.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 48), (2, 48, 32), (1, 8, 8)])
+def test_a_cpu_without_bfloat16_multiplies_float32_and_rounds_as_bfloat16(
+    monkeypatch, shape
+) -> None:
+    """Both come to the same but for the order of sums, and to numbers of bfloat16 alone."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for computes, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("e2ediff.parts.optimizers.muon._CPU_COMPUTES_BFLOAT16", computes)
+        with Products() as products:
+            found[computes] = orthogonal(x, (3.4445, -4.775, 2.0315), 5, 1e-7)
+        assert products.types == {dtype}
+        assert torch.equal(found[computes], found[computes].bfloat16().float())
+    far = (found[True] - found[False]).norm() / found[True].norm()
+    assert float(far) < 0.01
 
 
 def test_the_rest_moves_as_adamw_alone_moves_it() -> None:
