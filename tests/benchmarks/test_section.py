@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/results/end-to-end.md"
+DATA = ROOT / "docs/results/data"
 AGAINST = "two_stage, equal"
 
 
@@ -22,12 +23,17 @@ def tables(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "docs/results/data").glob("end-to-end*.json")), ids=lambda f: f.stem
+    ("file", "page", "against"),
+    [
+        *((file, PAGE, AGAINST) for file in sorted(DATA.glob("end-to-end*.json"))),
+        (DATA / "colour.json", ROOT / "docs/results/shootout.md", "two_stage"),
+    ],
+    ids=lambda value: getattr(value, "stem", None),
 )
-def test_the_tables_of_the_page_are_those_of_its_data(tables, file) -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    for table in tables.section(json.loads(file.read_text()), AGAINST).split("\n\n"):
-        assert table.strip() in page
+def test_the_tables_of_a_page_are_those_of_its_data(tables, file, page, against) -> None:
+    text = page.read_text(encoding="utf-8")
+    for table in tables.section(json.loads(file.read_text()), against).split("\n\n"):
+        assert table.strip() in text
 
 
 def test_losses_over_training_are_found_by_the_share_of_images_seen(tables) -> None:
