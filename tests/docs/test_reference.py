@@ -50,7 +50,7 @@ def _headings(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         target, _, heading = link.partition("#")
         if not target.startswith("http"):
             place = page.parent / target if target else page
