@@ -100,7 +100,9 @@ def ldm_is_ae(state: State, heads: int) -> dict[str, Tensor]:
 def sit(state: State, patch: int = 2, channels: int = 4) -> dict[str, Tensor]:
     """SiT's network or DiT's, for the denoiser of `vit` with a trunk of its own.
 
-    That has an embedding of its mode besides, which must be zero.
+    That has an embedding of its mode besides, which must be zero. DiT's weights have the same
+    names and shapes, and answer another question: its time runs the other way, over 1,000 steps,
+    and it predicts the noise of a variance-preserving path, and a variance, which is left.
     """
     width = state["t_embedder.mlp.2.bias"].shape[0]
     zero = torch.zeros(width, dtype=state["t_embedder.mlp.2.bias"].dtype)

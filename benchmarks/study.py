@@ -73,6 +73,7 @@ CURVES = {
     "unexplained@0.5": "held-out denoising error, t = 0.5",
 }
 LOSSES = ("psnr", "unexplained@0.1", "unexplained@0.5")
+LATENTS = ("rank_fraction", "positional", "raw_std")
 """Held-out losses, which `results.json` has over training, so that one sees whether they fall."""
 
 
@@ -199,11 +200,21 @@ def trained(
     return {e.job.place: f"exit {e.exit_code}: {e.error}" for e in ended if e.exit_code}
 
 
-def history(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return the images seen at each survey, and the `LOSSES` there to four digits."""
-    surveys = [m for m in metrics if all(key in m for key in LOSSES)]
-    seen: dict[str, list[float]] = {"images": [m["images"] for m in surveys]}
-    return seen | {key: [float(f"{m[key]:.4g}") for m in surveys] for key in LOSSES}
+def history(
+    metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
+) -> dict[str, list[float]]:
+    """Return figures over training, to four digits, and the images seen at each.
+
+    `LOSSES` are of the surveys, after `images` images, `LATENTS` of the diagnoses, after
+    `diagnosed`, and `collapse` says when the alarm was raised.
+    """
+    found: dict[str, list[float]] = {}
+    for seen, keys in (("images", LOSSES), ("diagnosed", LATENTS)):
+        those = [m for m in metrics if all(key in m for key in keys)]
+        found[seen] = [m["images"] for m in those]
+        found |= {key: [float(f"{m[key]:.4g}") for m in those] for key in keys}
+    raised = [event["images"] for event in events if event["kind"] == "collapse"]
+    return {**found, "collapse": raised}
 
 
 def draw_curves(
@@ -336,7 +347,7 @@ def run(
                     cache.write_text(json.dumps(figures))
                 entry["figures"] = json.loads(cache.read_text())
                 metrics = directory.read_metrics()
-                entry["history"] = history(metrics)
+                entry["history"] = history(metrics, directory.read_events())
                 histories.setdefault(name, []).append(metrics)
                 click.echo(f"{job.place}: scored", err=True)
             runs.append(entry)

@@ -38,6 +38,7 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     from e2ediff.regularizer import names_of
     from e2ediff.step.count import count
     from e2ediff.train.progress import Progress
+    from e2ediff.train.schedule import unreached_rates
 
     host = load()
     with Progress() as progress:
@@ -83,7 +84,7 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     warning = alarm_blind_spot(read, chosen_diagnostics(host, read))
     if warning and latent.learned:
         echo(f"warning: {warning}", err=True)
-    for warning in random_networks(read.objective, "objective"):
+    for warning in (*unreached_rates(read), *random_networks(read.objective, "objective")):
         echo(f"warning: {warning}", err=True)
     if unusable:
         raise RecipeError(recipe, unusable)

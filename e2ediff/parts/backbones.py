@@ -94,12 +94,12 @@ class ViTConfig(PatchConfig):
     faster than `sdpa`, and `sdpa` elsewhere; a run that goes on, and a model of it, keep what the
     run chose first. Where a kernel supports half precision only, `sdpa` computes in float32.
 
-    Source: DSD (arXiv 2511.14716) uses one ViT for the three roles; its inner shape is not
-    public, so every choice here is ours. adaLN-zero blocks as DiT (arXiv 2212.09748). The skip is
-    a learned form of EDM's (Karras et al. 2022, arXiv 2206.00364, table 1). A denoising decoder
-    is that of Unified Latents (arXiv 2602.17270) in kind; its shape, its straight path, its steps
-    and the one noise are ours. Ours, too: the time embedding's layers begin with Xavier's
-    weights, where DiT's and SiT's have a std of 0.02.
+    Source: DSD (arXiv 2511.14716) uses one network for the three roles, by one summary a ViT; its
+    inner shape is not public, so the modes and every choice here are ours. adaLN-zero blocks as
+    DiT (arXiv 2212.09748). The skip is a learned form of EDM's (Karras et al. 2022, arXiv
+    2206.00364, table 1). A denoising decoder is that of Unified Latents (arXiv 2602.17270) in
+    kind; its shape, its straight path, its steps and the one noise are ours. Ours, too: the time
+    embedding's layers begin with Xavier's weights, where DiT's and SiT's have a std of 0.02.
     """
 
     latent_dim: int = attrs.field(validator=validators.gt(0))

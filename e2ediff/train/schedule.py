@@ -1,4 +1,4 @@
-"""Report how the schedule of a run moves when the run is continued with another length."""
+"""Report learning rates that a phase never reaches, and what another length does to schedules."""
 
 from __future__ import annotations
 
@@ -16,6 +16,32 @@ _HINT = (
     "For runs to be lengthened use optimizer.schedule: constant, or wsd and lengthen them before "
     "its fall"
 )
+
+
+def unreached_rates(recipe: Recipe) -> list[str]:
+    """Explain for each later phase that its learning rate stays far below its peak.
+
+    A phase's schedule begins with the phase, and its warm-up is counted in images, so that one
+    meant for the whole training can be longer than a phase at its end.
+    """
+    found = []
+    for phase in recipe.objective.phases:
+        start, end = (round(share * recipe.total_images) for share in recipe.objective.span(phase))
+        if start <= 0 or end <= start:
+            continue
+        own = phase in recipe.optimizers
+        config = recipe.optimizers[phase] if own else recipe.optimizer
+        each = max(recipe.batch, (end - start) // 1000)  # a thousand places are enough
+        peak = max(config.group_factor("", at, end - start) for at in range(0, end - start, each))
+        if peak < 0.5:
+            block = f"optimizers.{phase}" if own else "optimizer"
+            instead = "" if own else f" of its own in optimizers.{phase}"
+            found.append(
+                f"phase {phase} lasts {end - start:,} images, in which the schedule of {block} "
+                f"begins anew and its learning rate reaches {peak:.0%} of lr at most; give the "
+                f"phase a schedule{instead} with a shorter warm-up"
+            )
+    return found
 
 
 def report_schedule(

@@ -72,7 +72,7 @@ from e2ediff.train.continuation import (
 )
 from e2ediff.train.engine import Engine, Prepared
 from e2ediff.train.progress import Progress
-from e2ediff.train.schedule import report_schedule
+from e2ediff.train.schedule import report_schedule, unreached_rates
 
 _STATES: dict[int, State] = {75: "preempted", 130: "interrupted"}
 _GRACE = 5.0  # seconds in which the same request to stop may reach a process twice
@@ -498,7 +498,8 @@ def _greet(progress: Progress, engine: Engine, image: ImageSpec) -> None:
     warning = alarm_blind_spot(engine.recipe, engine.monitor.observer.diagnostics)
     if warning and engine.parts.nets.online.latent.learned:
         progress.say(f"warning: {warning}")
-    for warning in random_networks(engine.recipe.objective, "objective"):
+    recipe = engine.recipe
+    for warning in (*unreached_rates(recipe), *random_networks(recipe.objective, "objective")):
         progress.say(f"warning: {warning}")
 
 

@@ -48,17 +48,28 @@ variants:
     assert said == "theirs: objective.weight: x0 of the recipe, by default v\n"
 
 
-def test_held_out_losses_over_training_are_those_of_the_surveys(study) -> None:
+def test_the_history_is_of_surveys_diagnoses_and_alarms(study) -> None:
     at_start = {"psnr": 7.01234, "unexplained@0.1": 1.0, "unexplained@0.5": 1.0}
     later = {"psnr": 25.89548, "unexplained@0.1": 0.786585, "unexplained@0.5": 0.230478}
     metrics = [
         {"step": 0, "images": 0, **at_start},
         {"step": 1, "images": 16, "loss/reconstruction": 0.1},
-        {"step": 2, "images": 32, **later},
+        {"step": 1, "images": 16, "rank_fraction": 0.123456, "positional": 0.5, "raw_std": 2.0},
+        {"step": 2, "images": 32, **later, "rank_fraction": 0.2, "positional": 0.6, "raw_std": 1},
     ]
-    assert study.history(metrics) == {
+    events = [
+        {"kind": "kernels"},
+        {"kind": "collapse", "step": 1, "images": 16, "signs": ["rank"]},
+        {"kind": "recovered", "step": 2, "images": 32, "signs": []},
+    ]
+    assert study.history(metrics, events) == {
         "images": [0, 32],
         "psnr": [7.012, 25.9],
         "unexplained@0.1": [1.0, 0.7866],
         "unexplained@0.5": [1.0, 0.2305],
+        "diagnosed": [16, 32],
+        "rank_fraction": [0.1235, 0.2],
+        "positional": [0.5, 0.6],
+        "raw_std": [2.0, 1.0],
+        "collapse": [16],
     }

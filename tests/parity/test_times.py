@@ -196,6 +196,7 @@ def test_a_sampler_of_average_velocities_is_refused_by_a_network_with_one_time(f
     assert done.code == 3
     assert "sampler: follows average velocities" in done.err
     assert "choose another, such as euler" in done.err
+    assert "or train with backbone.second_time: true" in done.err
     untrained = (*words, "--set", "backbone.second_time=true")
     done = e2ediff("check", "tiny.yaml", *untrained)
     assert done.code == 3, "its second time was never trained"

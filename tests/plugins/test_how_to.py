@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import e2ediff, needs_dsd
+import yaml
+from command_line import e2ediff, needs, needs_dsd
 
 from e2ediff.store.checkpoint import open_checkpoint
 from e2ediff.store.storage import Store
@@ -41,6 +42,17 @@ def test_the_command_of_the_page_trains_two_phases_with_an_optimizer_each(folder
     saved = open_checkpoint(Store(folder / "runs/adversarial"))
     assert {"optimizer-critic", "optimizer-generator", "heads"} <= {*saved.files}
     assert all(name.startswith("heads.") for name in saved.tensors("optimizer-critic"))
+
+
+@needs_dsd
+@needs("e2ediff-rivals")
+def test_the_critic_of_the_page_s_block_fits_its_recipe(folder) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    recipe, given = ((folder / "quickstart.yaml").read_text(), yaml.safe_load(block))
+    (folder / "critic.yaml").write_text(yaml.safe_dump({**yaml.safe_load(recipe), **given}))
+    done = e2ediff("check", "critic.yaml")
+    assert done.code == 0, done.err
+    assert "critic" in done.out
 
 
 @pytest.mark.usefixtures("forks")

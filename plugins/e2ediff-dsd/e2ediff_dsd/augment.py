@@ -27,8 +27,8 @@ class Augmentation:
     `jitter` is the largest relative change of brightness and contrast, drawn for each image;
     in colour images also of saturation.
 
-    Source: DSD (arXiv 2511.14716), caption of figure 1: the online view is augmented, "e.g.,
-    with a random mask". Shares and strengths are ours.
+    Source: DSD (arXiv 2511.14716), caption of figure 1, which says of self-distillation in general
+    that the online view is augmented, "e.g., with a random mask". Shares and strengths are ours.
     """
 
     mask_probability: float = attrs.field(default=0.5, validator=_SHARE)

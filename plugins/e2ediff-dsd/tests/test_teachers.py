@@ -9,7 +9,7 @@ from command_line import e2ediff, needs
 from e2ediff_dsd.augment import Augmentation
 from e2ediff_dsd.objective import DSD
 from e2ediff_testing import check_objective, make_batch, make_draw, make_nets
-from pooled import Pooled
+from pooled import Coarse, Pooled, exported_pooled
 from safetensors.torch import save_file
 from torch.nn import functional
 
@@ -97,6 +97,29 @@ def test_a_teacher_that_does_not_fit_is_refused_with_the_setting(changes, where,
     ((place, what),) = attrs.evolve(TAUGHT, **changes).problems(make_nets(VIT, device="meta"))
     assert place == where
     assert said in what
+
+
+@pytest.mark.parametrize("losses", [{}, {"repr_with": "ema"}, {"align_with": "ema"}], ids=str)
+def test_a_teacher_whose_map_has_a_place_for_many_tokens_is_refused(losses) -> None:
+    nets = make_nets(attrs.evolve(VIT, patch=4), device="meta")  # 4 x 4 tokens
+    for places, fits in (((1, 1), False), ((2, 1), False), ((2, 2), True), ((5, 5), True)):
+        taught = attrs.evolve(TAUGHT, features=Coarse(places=places), **losses)
+        found = dict(taught.problems(nets))
+        assert found.keys() == (set() if fits else {"objective.features"})
+        if not fits:
+            assert "choose an earlier block" in found["objective.features"]
+
+
+@needs("e2ediff-features")
+def test_an_exported_network_teaches_as_the_module_it_was_exported_from(tmp_path) -> None:
+    file = exported_pooled(tmp_path / "pooled.pt2", BATCH.x.shape[-1])
+    found, expected = (
+        o.terms(make_nets(VIT, o), BATCH, make_draw(BATCH), "joint").losses
+        for o in (attrs.evolve(TAUGHT, features=file), TAUGHT)
+    )
+    assert found.keys() == expected.keys()
+    for name, loss in found.items():
+        torch.testing.assert_close(loss, expected[name])
 
 
 @needs("e2ediff-unite")

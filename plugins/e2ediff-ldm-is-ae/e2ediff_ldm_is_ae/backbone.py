@@ -96,11 +96,11 @@ class LDMIsAEConfig(PatchConfig):
 
     @property
     def decoder_depth(self) -> int:
-        """Blocks of DiT-D."""
+        """Return the number of DiT-D's blocks."""
         return self.depth - self.encoder_depth
 
     def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
-        """Sizes that do not divide one another, a part without blocks, context that is late."""
+        """Find sizes that do not divide one another, a part without blocks, late context."""
         found = super().problems(image)
         if self.width % self.heads or (self.width // self.heads) % 4:
             what = f"{self.heads} do not cut the width, {self.width}, into multiples of 4"
@@ -114,7 +114,7 @@ class LDMIsAEConfig(PatchConfig):
         return found + context_problems(self.context, self.context_start, self.decoder_depth)
 
     def build(self, image: ImageSpec) -> LDMIsAENet:
-        """A freshly initialised network."""
+        """Return a freshly initialised network."""
         return LDMIsAENet(self, image)
 
 
@@ -166,7 +166,7 @@ class Part(nn.Module):
         initialise(self, small, [self.head] if starts_at_zero else [])
 
     def forward(self, tokens: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """(B, N, inputs) at t (B,) -> (B, N, outputs), float32."""
+        """Map (B, N, inputs) at t (B,) to (B, N, outputs), float32."""
         named = self.embed_label(condition)  # (B, W)
         context = Context.of(named, self.embed_context, self.context_start)
         h = self.embed_tokens(tokens) + self.positions
@@ -224,7 +224,7 @@ class LDMIsAENet(PatchBackbone, FusedBackbone):
         return Output(self._image(self._halves(p.z, t, condition)[1]))
 
     def _denoise(self, p: Denoise) -> Output:
-        """The clean latent, and the image on the way to it."""
+        """Return the clean latent, and the image on the way to it."""
         extra, patches = self._halves(p.z_t, p.t, p.condition)
         seen = eight_bit(patches) if self.config.eight_bit else patches
         mixed = self._mixed(seen, extra, p.t)
@@ -235,12 +235,12 @@ class LDMIsAENet(PatchBackbone, FusedBackbone):
         return Output(z, image=self._image(patches))
 
     def _halves(self, z: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """F' and F, each (B, N, P), by DiT-D of latents (B, N, D)."""
+        """Return F' and F, each (B, N, P), by DiT-D of latents (B, N, D)."""
         extra, patches = self.dit_d(z, t, condition).chunk(2, dim=-1)
         return extra, patches
 
     def _mixed(self, patches: Tensor, extra: Tensor, t: Tensor) -> Tensor:
-        """gamma(t) F + (1 - gamma(t)) F'."""
+        """Return gamma(t) F + (1 - gamma(t)) F'."""
         share = t.float().pow(self.config.gamma)[:, None, None]
         return share * patches + (1 - share) * extra
 
@@ -253,7 +253,7 @@ class LDMIsAENet(PatchBackbone, FusedBackbone):
         *,
         still: bool = False,
     ) -> Tensor:
-        """The latent (B, N, D) by DiT-E of a mixture whose image part is `patches`.
+        """Return the latent (B, N, D) by DiT-E of a mixture whose image part is `patches`.
 
         `still` keeps gradients from its weights, and lets them through to what is given.
         """
@@ -275,7 +275,7 @@ class LDMIsAENet(PatchBackbone, FusedBackbone):
 
 
 def eight_bit(x: Tensor) -> Tensor:
-    """Numbers rounded to the 256 levels of an image in [-1, 1], with the gradient of clipping."""
+    """Round numbers to the 256 levels of an image in [-1, 1], with the gradient of clipping."""
     clipped = x.clamp(-1, 1)
     rounded = ((clipped + 1) * 127.5).round() / 127.5 - 1
     return clipped + (rounded - clipped).detach()

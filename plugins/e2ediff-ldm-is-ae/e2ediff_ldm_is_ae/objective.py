@@ -72,11 +72,11 @@ class LDMIsAE(AutoencoderObjective):
 
     @property
     def needs_whole_weights(self) -> bool:  # type: ignore[override]
-        """Whether gradients go through DiT-E past its weights."""
+        """Return whether gradients go through DiT-E past its weights."""
         return self.encoder_from > 0
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """The errors of the image on the way and of the latent at the end."""
+        """Return the errors of the image on the way and of the latent at the end."""
         with torch.no_grad():
             (z,) = nets.online.run(Encode(x=batch.x))  # (B, N, D)
         (level,) = noise_levels(z, draw, nets.path, 1)
@@ -98,11 +98,11 @@ class LDMIsAE(AutoencoderObjective):
         return Terms(losses, weights, z)
 
     def stops(self, phase: str) -> Collection[str]:
-        """Both: the latent that is encoded gets no gradient."""
+        """Return both: the latent that is encoded gets no gradient."""
         return ("reconstruction", "denoising")
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """A denoiser without an image on the way, and an unbounded weight."""
+        """Find a denoiser without an image on the way, and an unbounded weight."""
         if not nets.online.decodes_while_denoising:
             what = (
                 "ldm_is_ae compares the image that a denoise pass goes through, and this backbone "

@@ -28,7 +28,7 @@ class RateSteps:
     until: int = attrs.field(default=0, validator=validators.ge(0))
 
     def at(self, images: int) -> float:
-        """The multiplier after so many images, in [0, 1]."""
+        """Return the multiplier after so many images, in [0, 1]."""
         if 0 < self.until <= images:
             return 0.0
         return float(self.factor ** (images // self.every_images))
@@ -72,7 +72,7 @@ class Stepped(OptimizerConfig):
 
     @override
     def problems(self, parameters: Sequence[str]) -> Sequence[tuple[str, str]]:
-        """Steps of groups that the inner optimizer lacks, and what it finds itself."""
+        """Find steps of groups that the inner optimizer lacks, and list what it finds itself."""
         groups = [group.match for group in getattr(self.inner, "groups", ())]
         found = [
             (f"steps.{i}.match", f"{step.match!r} is no group of inner, which has {groups}")

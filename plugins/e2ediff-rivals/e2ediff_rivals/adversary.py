@@ -84,35 +84,39 @@ class Adversary(Around):
 
     @property
     def phases(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The phases of the other objective, and the critic's after them."""
+        """Return the phases of the other objective, and the critic's after them."""
         return (*self.of.phases, _CRITIC)
 
     @property
     def own_optimizers(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The other objective's phases that need one, and the critic."""
+        """Return the other objective's phases that need one, and the critic's."""
         return (*self.of.own_optimizers, _CRITIC)
 
     @property
     def compares_images(self) -> bool:  # type: ignore[override]
-        """Whether the weight is adaptive, taken on all images of a micro-shard."""
+        """Return whether the weight is adaptive, taken on all images of a micro-shard."""
         return self.adaptive or self.of.compares_images
 
     def span(self, phase: str) -> tuple[float, float]:
-        """The other objective's; the critic's from its start on."""
+        """Return the other objective's span; the critic's is from its start on."""
         return (self.critic_start, 1.0) if phase == _CRITIC else self.of.span(phase)
 
     def trains(self, phase: str, name: str) -> bool:
-        """The critic in its phase alone."""
+        """Train the critic in its phase alone."""
         if phase == _CRITIC or name.startswith(f"heads.{_CRITIC}."):
             return phase == _CRITIC and name.startswith(f"heads.{_CRITIC}.")
         return self.of.trains(phase, name)
 
     def stops(self, phase: str) -> Collection[str]:
-        """What the other objective stops; the critic's loss."""
+        """Return what the other objective stops; the critic's loss in its phase."""
         return (_CRITIC,) if phase == _CRITIC else self.of.stops(phase)
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """The other objective's losses and the adversarial one, or the critic's."""
+        """Return the other objective's losses and the adversarial one, or the critic's.
+
+        Raises:
+            ShapeError: The weight is adaptive, and there is no loss `reconstruction`.
+        """
         critic = nets.heads[_CRITIC]
         if phase == _CRITIC:
             z, x_hat = self._judged(nets, batch, draw)
@@ -134,7 +138,7 @@ class Adversary(Around):
         )
 
     def _judged(self, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Latents and decoded images as the other objective makes them at this time, fixed.
+        """Return latents and decoded images as the other objective makes them now, fixed.
 
         The critic thus learns from what it judges: a noised latent's image, or that of a masked
         view, is not the image of the clean latent.
@@ -154,7 +158,7 @@ class Adversary(Around):
         return found
 
     def _factor(self, terms: Terms, loss: Tensor) -> Tensor:
-        """The reconstruction's gradient at the images over the adversarial one, a scalar."""
+        """Return the reconstruction's gradient at the images over the adversarial one."""
         if "reconstruction" not in terms.losses:
             raise ShapeError(
                 "objective.of: this objective has no loss `reconstruction`, from which "
@@ -171,13 +175,13 @@ class Adversary(Around):
         return sg(norms[0] / norms[1].clamp_min(1e-12)).clamp(0.0, _MOST)
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
-        """The other objective's, and the critic."""
+        """Return the other objective's heads, and the critic."""
         heads = super().heads(backbone)
         heads[_CRITIC] = PatchCritic(backbone.image.channels, self.channels, self.layers)
         return heads
 
     def _decodes(self, nets: Nets, phase: str) -> bool:
-        """Whether a phase of the other objective hands on decoded images; on the meta device."""
+        """Return whether a phase of the other objective hands on decoded images, on `meta`."""
         image, n = nets.online.image, 2
         x = torch.empty(n, image.channels, image.height, image.width, device="meta")
         condition = image.conditioning.null(n, "meta")
@@ -188,7 +192,7 @@ class Adversary(Around):
         )
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """What the other objective finds, latents without a decoder, images that are too small."""
+        """List what the other objective finds, a missing decoder, and images too small."""
         found = inner_problems(self.of, nets)
         image = nets.online.image
         if not nets.online.latent.learned:
@@ -207,7 +211,7 @@ class Adversary(Around):
         return found
 
     def _unjudged(self, nets: Nets) -> list[tuple[str, str]]:
-        """No decoded images, or none any more when judging begins."""
+        """Find that no images are decoded, or none any more when judging begins."""
         decoding = [phase for phase in self.of.phases if self._decodes(nets, phase)]
         if not decoding:
             what = (
@@ -255,6 +259,6 @@ class PatchCritic(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> (B, 1, h, w), float32."""
+        """Judge images (B, C, H, W) in [-1, 1]: (B, 1, h, w), float32."""
         out: Tensor = self.layers(x).float()
         return out

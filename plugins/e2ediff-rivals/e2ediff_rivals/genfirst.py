@@ -73,7 +73,7 @@ class GenFirst(AutoencoderObjective):
     draws: int = attrs.field(default=1, validator=validators.ge(1))
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Reconstruction of a sample, the prior's loss of it, and its negative entropy."""
+        """Return a sample's reconstruction, the prior's loss of it, and its negative entropy."""
         posterior = encoded_posterior(nets, batch.x, self.std)
         z = posterior.sample(draw)  # (B, N, D)
         levels = noise_levels(z, draw, nets.path, self.draws)
@@ -93,19 +93,19 @@ class GenFirst(AutoencoderObjective):
         return Terms(losses, weights, posterior.mean, decoded=x_hat)
 
     def _factor(self, progress: Tensor) -> Tensor:
-        """What multiplies both weights at this share of training, a scalar."""
+        """Return what multiplies both weights at this share of training, a scalar."""
         return torch.where(progress < self.first_phase, 1.0, self.later_factor)
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
-        """The head of the log-variance, unless the std is fixed."""
+        """Return the head of the log-variance, unless the std is fixed."""
         return variance_head(backbone, self.std)
 
     def stops(self, phase: str) -> Collection[str]:
-        """None: every loss trains the encoder."""
+        """Return none: every loss trains the encoder."""
         return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """A variance to learn without features, an entropy without one, an unbounded weight."""
+        """Find a variance to learn without features, entropy without one, an unbounded weight."""
         found = [*unfit_prediction(nets, self.weight), *variance_problems(nets.online, self.std)]
         if self.std is not None and self.entropy_weight > 0:
             what = (

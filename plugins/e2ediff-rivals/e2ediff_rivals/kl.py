@@ -57,7 +57,7 @@ class KL(AutoencoderObjective):
     draws: int = attrs.field(default=1, validator=validators.ge(1))
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Reconstruction of a sample, its KL, and the clean error of the stopped sample."""
+        """Return the reconstruction of a sample, its KL, and the stopped sample's clean error."""
         posterior = encoded_posterior(nets, batch.x, self.std)
         z = posterior.sample(draw)
         levels = noise_levels(sg(z), draw, nets.path, self.draws)
@@ -71,15 +71,15 @@ class KL(AutoencoderObjective):
         return Terms(losses, {"reconstruction": 1.0, **weights}, posterior.mean, decoded=x_hat)
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
-        """The head of the log-variance, unless the std is fixed; it starts constant."""
+        """Return the head of the log-variance, unless the std is fixed; it starts constant."""
         return variance_head(backbone, self.std)
 
     def stops(self, phase: str) -> Collection[str]:
-        """The denoiser learns from stopped latents."""
+        """Return the denoiser's loss, which learns from stopped latents."""
         return ("denoising",)
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """A variance to learn from a backbone without features, and an unbounded weight."""
+        """Find a variance to learn from a backbone without features, and an unbounded weight."""
         return [
             *unfit_prediction(nets, self.weight),
             *variance_problems(nets.online, self.std),
@@ -87,5 +87,5 @@ class KL(AutoencoderObjective):
 
 
 def unit_normal_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL of N(mean, exp(log_variance)) from N(0, 1) in nats, averaged over elements."""
+    """Return the KL of N(mean, exp(log_variance)) from N(0, 1) in nats, a mean over elements."""
     return (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2

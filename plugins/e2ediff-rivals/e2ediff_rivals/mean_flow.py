@@ -50,7 +50,7 @@ class TrainedGuidance:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether v_g is v at every time."""
+        """Return whether v_g is v at every time."""
         return self.scale == 1 and self.kappa == 0
 
     def __call__(self, v: Tensor, z_t: Tensor, t: Tensor, nets: Nets, known: Condition) -> Tensor:
@@ -120,16 +120,16 @@ class MeanFlow(AutoencoderObjective):
 
     @property
     def trains_averages(self) -> bool:  # type: ignore[override]
-        """Whether any latent has two times."""
+        """Return whether any latent has two times."""
         return self.apart > 0
 
     @property
     def trains_guidance(self) -> bool:  # type: ignore[override]
-        """Whether `guidance` changes anything."""
+        """Return whether `guidance` changes anything."""
         return not self.guidance.changes_nothing
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Reconstruction, and the average velocity's loss of stopped latents."""
+        """Return the reconstruction, and the average velocity's loss of stopped latents."""
         z = nets.online.encode(batch.x)  # (B, N, D)
         eps, (t, r) = draw.noise(z), self._times(draw)
         z_t = nets.path.mix(sg(z), eps, t)
@@ -152,18 +152,18 @@ class MeanFlow(AutoencoderObjective):
         return Terms(losses, weights, z, info, decoded=x_hat)
 
     def _times(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """t and r, both (B,), which are equal but for the share `apart`."""
+        """Return t and r, both (B,), which are equal but for the share `apart`."""
         one, other = draw.t, draw.again().t
         apart = draw.uniform(len(one)) < self.apart
         t = torch.where(apart, torch.minimum(one, other), one)
         return t, torch.where(apart, torch.maximum(one, other), t)
 
     def stops(self, phase: str) -> Collection[str]:
-        """The denoiser learns from stopped latents."""
+        """Return the denoiser's loss, which learns from stopped latents."""
         return ("denoising",)
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """No second time, an unbounded velocity, latents that outgrow the noise."""
+        """Find a missing second time, an unbounded velocity, latents that outgrow the noise."""
         found = [*self.decode_noise.problems(nets)]
         if not self.guidance.changes_nothing and nets.online.image.conditioning.kinds == 1:
             what = "there is no condition to be guided by: leave objective.guidance out"

@@ -88,7 +88,7 @@ class RepaE(AutoencoderObjective):
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Reconstruction, the stopped denoising loss, and the alignment."""
+        """Return the reconstruction, the stopped denoising loss, and the alignment."""
         net = nets.online
         block = self.align_block or max(1, round(net.depth / 3))
         z = net.encode(batch.x)  # (B, N, D)
@@ -113,11 +113,11 @@ class RepaE(AutoencoderObjective):
         return mean_clean_loss([answer], [level], target, nets, self.weight, self.clamp)
 
     def stops(self, phase: str) -> Collection[str]:
-        """The denoising loss; the alignment too where it is the denoiser's alone."""
+        """Return the denoising loss; the alignment too where it is the denoiser's alone."""
         return ("denoising",) if self.encoder_weight > 0 else ("denoising", "align")
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """No features to align with, or to align; latents without a norm or a place."""
+        """Find no features to align with, or to align; latents without a norm or a place."""
         net, found = nets.online, unfit_prediction(nets, self.weight)
         if self.features is None:
             what = (
@@ -142,7 +142,7 @@ class RepaE(AutoencoderObjective):
         return found
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
-        """The projector P, of three layers.
+        """Return the projector P, of three layers.
 
         Raises:
             DataError: `feature_dim` is left to the feature network, which is not there.
@@ -156,7 +156,7 @@ class RepaE(AutoencoderObjective):
         return nn.ModuleDict({"align": nn.Sequential(*hidden, nn.Linear(h, width))})
 
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The feature network, and the perceptual one where it is named.
+        """Return the feature network, and the perceptual one where it is named.
 
         Raises:
             ShapeError: The feature network's last map has not `feature_dim` channels.

@@ -73,16 +73,16 @@ class TunedDecoder(Around, AutoencoderObjective):
 
     @property
     def phases(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The phases of the other objective, and the decoder's after them."""
+        """Return the phases of the other objective, and the decoder's after them."""
         return (*self.of.phases, _DECODER)
 
     @property
     def own_optimizers(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The other objective's."""
+        """Return the other objective's."""
         return self.of.own_optimizers
 
     def span(self, phase: str) -> tuple[float, float]:
-        """The other objective's, in the share of training that is left to it; then the decoder."""
+        """Return the other objective's span in what is left to it, and then the decoder's."""
         rest = 1 - self.share
         if phase == _DECODER:
             return (rest, 1.0)
@@ -90,15 +90,15 @@ class TunedDecoder(Around, AutoencoderObjective):
         return (start * rest, end * rest)
 
     def trains(self, phase: str, name: str) -> bool:
-        """In the last phase the network, of which only the decoder gets gradients."""
+        """Train in the last phase the network, of which only the decoder gets gradients."""
         return name.startswith("online.") if phase == _DECODER else self.of.trains(phase, name)
 
     def stops(self, phase: str) -> Collection[str]:
-        """What the other objective stops; the last phase leaves the encoder alone."""
+        """Return what the other objective stops; the last phase leaves the encoder alone."""
         return ("reconstruction",) if phase == _DECODER else self.of.stops(phase)
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """The other objective's losses, or the reconstruction from generated latents."""
+        """Return the other objective's losses, or the reconstruction from generated latents."""
         if phase != _DECODER:
             own = (draw.progress / (1 - self.share)).clamp(max=_LAST)
             return self.of.terms(nets, batch, attrs.evolve(draw, progress=own), phase)
@@ -118,12 +118,12 @@ class TunedDecoder(Around, AutoencoderObjective):
 
     @override
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The other objective's, and the perceptual network of the last phase."""
+        """Return the other objective's, and the perceptual network of the last phase."""
         own = {f"{_OWN}{name}": net for name, net in self.reconstruction.frozen().items()}
         return nn.ModuleDict({**super().frozen(backbone), **own})
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """What the other objective finds, and a decoder that shares weights."""
+        """List what the other objective finds, and a decoder that shares weights."""
         found = inner_problems(self.of, nets)
         if not nets.online.latent.learned:
             what = "tuned_decoder tunes a decoder, and this backbone has none to train"
@@ -184,7 +184,7 @@ def follow(
 
 
 def _held(path: Interpolant, z_t: Tensor, t: Tensor, until: float) -> tuple[Tensor, Tensor]:
-    """Latents and times (B,), of which those after `until` are scaled to it."""
+    """Return latents and times (B,), of which those after `until` are scaled to it."""
     at = t.clamp(max=until)
     scale = torch.where(t > until, path.alpha(at) / path.alpha(t), torch.ones_like(t))
     return spread(scale, z_t) * z_t, at

@@ -52,7 +52,7 @@ class Tweedie(AutoencoderObjective):
     clamp: float = attrs.field(default=400.0, validator=validators.gt(0))
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Reconstruction, velocity loss, and the pixels of the clean estimate."""
+        """Return the reconstruction, the velocity loss, and the pixels of the clean estimate."""
         z = nets.online.encode(batch.x)  # (B, N, D)
         levels = noise_levels(z, draw, nets.path, 1)
         x_hat, out = nets.online.run(Decode(z=z), levels[0].denoise())
@@ -68,18 +68,18 @@ class Tweedie(AutoencoderObjective):
         return Terms(losses, {"reconstruction": 1.0, **weights}, z, decoded=x_hat)
 
     def _pixels(self, x_hat: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The weighted error, a scalar, of images (B, C, H, W) at times (B,)."""
+        """Return the weighted error, a scalar, of images (B, C, H, W) at times (B,)."""
         difference = x_hat.float() - x.float()
         error = difference.abs() if self.tweedie_kind == "l1" else difference.square()
         each = error.mean(dim=(1, 2, 3))  # (B,)
         return (each * t).mean() if self.times_weight == "t" else each.mean()
 
     def stops(self, phase: str) -> Collection[str]:
-        """None: the anchor takes their place."""
+        """Return none: the anchor takes their place."""
         return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """A prediction whose clean estimate is unbounded."""
+        """Find a prediction whose clean estimate is unbounded."""
         if nets.predicts in ("eps", "score"):
             what = (
                 f"{nets.predicts} gives no clean latent near noise, and tweedie decodes it "

@@ -86,7 +86,7 @@ class UnifiedLatents(AutoencoderObjective):
     decoder_bias: float = 0.0
 
     def terms(self, nets: Nets, batch: Batch, draw: Draw, phase: str) -> Terms:
-        """Reconstruction through the fixed noise, and the KL at one time an image."""
+        """Return the reconstruction through the fixed noise, and the KL at one time an image."""
         z = nets.online.encode(batch.x)  # (B, N, D)
         t_0 = least_noise(nets.path, self.logsnr)
         ratio = math.exp(-0.5 * self.logsnr)  # sigma / alpha at t_0
@@ -110,18 +110,18 @@ class UnifiedLatents(AutoencoderObjective):
         return Terms(losses, {"reconstruction": 1.0, "kl": self.kl_weight}, z, decoded=decoded)
 
     def trained_until(self, path: Interpolant) -> float:
-        """The time t_0."""
+        """Return the time t_0."""
         try:
             return least_noise(path, self.logsnr)
         except TypeError:  # a plugin's path need not be hashable
             return least_noise.__wrapped__(path, self.logsnr)
 
     def stops(self, phase: str) -> Collection[str]:
-        """None: the KL trains the encoder."""
+        """Return none: the KL trains the encoder."""
         return ()
 
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
-        """A latent norm, a prediction that is unbounded, a path that does not end in noise."""
+        """Find a latent norm, an unbounded prediction, a path that does not end in noise."""
         found = []
         if nets.online.latent.norm != "none":
             what = (
@@ -162,9 +162,9 @@ class UnifiedLatents(AutoencoderObjective):
 
 
 def kl_rate(clean: Tensor, z: Tensor, path: Interpolant, t: Tensor) -> Tensor:
-    """1/2 d(alpha^2 / sigma^2)/dt |z - clean|^2 in nats, averaged over images and channels.
+    """Return 1/2 d(alpha^2 / sigma^2)/dt |z - clean|^2 in nats, a mean over images and channels.
 
-    t / (1 - t)^3 times the squared error on the linear path.
+    That is t / (1 - t)^3 times the squared error on the linear path.
 
     Source: Kingma et al. 2021 (VDM, arXiv 2107.00630), eq. 17, the variational bound in
     continuous time.
@@ -175,7 +175,7 @@ def kl_rate(clean: Tensor, z: Tensor, path: Interpolant, t: Tensor) -> Tensor:
 
 
 def image_rate(clean: Tensor, x: Tensor, t: Tensor, bias: float) -> Tensor:
-    """The rate of `kl_rate` on the straight path times sigmoid(bias - logsnr), for images.
+    """Return the rate of `kl_rate` on the straight path times sigmoid(bias - logsnr), of images.
 
     At bias 0 it is t / ((1 - t) (t^2 + (1 - t)^2)) times the squared error of the clean estimate
     (B, C, H, W) at times (B,) below 1.
@@ -186,6 +186,6 @@ def image_rate(clean: Tensor, x: Tensor, t: Tensor, bias: float) -> Tensor:
 
 @lru_cache(maxsize=16)
 def least_noise(path: Interpolant, logsnr: float) -> float:
-    """The time at which a path has this log signal-to-noise ratio."""
+    """Return the time at which a path has this log signal-to-noise ratio."""
     one = torch.zeros(1, dtype=torch.float64)
     return float(last_time(lambda t: path.logsnr(t) < logsnr, one))

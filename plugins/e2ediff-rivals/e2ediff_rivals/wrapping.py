@@ -20,40 +20,40 @@ class Around(Objective):
 
     @property
     def trains_averages(self) -> bool:  # type: ignore[override]
-        """The other objective's."""
+        """Return the other objective's."""
         return self.of.trains_averages
 
     @property
     def trains_guidance(self) -> bool:  # type: ignore[override]
-        """The other objective's."""
+        """Return the other objective's."""
         return self.of.trains_guidance
 
     @property
     def trains_latents(self) -> bool:  # type: ignore[override]
-        """The other objective's."""
+        """Return the other objective's."""
         return self.of.trains_latents
 
     @property
     def compares_images(self) -> bool:  # type: ignore[override]
-        """The other objective's."""
+        """Return the other objective's."""
         return self.of.compares_images
 
     @property
     def needs_whole_weights(self) -> bool:  # type: ignore[override]
-        """The other objective's."""
+        """Return the other objective's."""
         return self.of.needs_whole_weights
 
     def trained_until(self, path: Interpolant) -> float:
-        """The other objective's."""
+        """Return the other objective's."""
         return self.of.trained_until(path)
 
     def heads(self, backbone: Backbone) -> nn.ModuleDict:
-        """The other objective's."""
+        """Return the other objective's."""
         with _inner_names():
             return self.of.heads(backbone)
 
     def frozen(self, backbone: Backbone) -> nn.ModuleDict:
-        """The other objective's."""
+        """Return the other objective's."""
         with _inner_names():
             return self.of.frozen(backbone)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import attrs
 import pytest
@@ -14,11 +13,10 @@ from e2ediff_rivals.repa_e import RepaE
 from e2ediff_rivals.tweedie import Tweedie
 from e2ediff_rivals.unified_latents import UnifiedLatents
 from e2ediff_testing import TinyBackbone, check_objective, make_batch, make_draw, make_nets
-from pooled import Pooled, PooledNetwork
+from pooled import Coarse, Pooled, exported_pooled
 from torch.nn import functional
 
 from e2ediff.errors import AbsentDataError, DataError, ShapeError
-from e2ediff.features import FeatureNetwork
 from e2ediff.host.plugins import load
 from e2ediff.host.recipe import dump_recipe, parse_recipe
 from e2ediff.losses import noise_levels
@@ -294,25 +292,6 @@ def test_a_map_of_another_width_is_refused_with_the_width_to_set() -> None:
     assert "has 6 channels; set objective.feature_dim: 6, or leave it out" in what
 
 
-@attrs.frozen(kw_only=True)
-class Coarse(Pooled):
-    """Averages over a quarter of the image each, or over all of it."""
-
-    places: tuple[int, int] = (1, 1)
-
-    def build(self) -> FeatureNetwork:
-        return CoarseNetwork(self.places)
-
-
-class CoarseNetwork(FeatureNetwork):
-    def __init__(self, places: tuple[int, int]) -> None:
-        super().__init__()
-        self.places = places
-
-    def forward(self, x):
-        return [functional.adaptive_avg_pool2d(x, self.places)]
-
-
 @pytest.mark.parametrize("feature_dim", [None, 3])
 def test_a_map_with_a_place_for_many_tokens_is_refused(feature_dim) -> None:
     nets = make_nets(attrs.evolve(VIT, patch=4), device="meta")  # 4 x 4 tokens
@@ -360,16 +339,7 @@ def test_features_that_are_here_and_do_not_fit_are_refused_though_a_width_is_giv
 
 @needs("e2ediff-features")
 def test_an_exported_network_aligns_as_the_module_it_was_exported_from(tmp_path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of torch
-        program = torch.export.export(
-            PooledNetwork(), (BATCH.x,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-        )
-        torch.export.save(program, tmp_path / "pooled.pt2")
-    half = (0.5, 0.5, 0.5)
-    block = {"size": BATCH.x.shape[-1], "mean": half, "std": half, "output": "maps"}
-    exported = load().registries["features"].get("exported")
-    file = exported(weights=str(tmp_path / "pooled.pt2"), **block)
+    file = exported_pooled(tmp_path / "pooled.pt2", BATCH.x.shape[-1])
     found, expected = (
         losses(o, shaken(o))["align"].detach()
         for o in (RepaE(features=file), RepaE(features=Pooled()))

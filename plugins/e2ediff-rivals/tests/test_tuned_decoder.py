@@ -7,7 +7,7 @@ import json
 import attrs
 import pytest
 import torch
-from command_line import trained
+from command_line import e2ediff, trained
 from declared_stops import holds_its_declaration
 from e2ediff_rivals.adversary import Adversary
 from e2ediff_rivals.genfirst import GenFirst
@@ -236,6 +236,31 @@ RECIPE = tiny(
     "trunks: decoder_apart}",
     objective="{name: tuned_decoder, of: detached, share: 0.5}",
 )
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "said"),
+    [
+        ("{}", "the schedule of optimizer begins anew and its learning rate reaches 13% of lr"),
+        (
+            "{decoder: {name: adamw, warmup_images: 100}}",
+            "the schedule of optimizers.decoder begins anew and its learning rate reaches 13% of",
+        ),
+        ("{decoder: {name: adamw}}", ""),
+        ("{decoder: {name: adamw, warmup_images: 16}}", ""),
+    ],
+)
+def test_a_last_phase_that_ends_amid_its_warm_up_is_warned_of(tmp_path, optimizers, said) -> None:
+    text = RECIPE.replace("optimizer: ", f"optimizers: {optimizers}\noptimizer: ")
+    (tmp_path / "tuned.yaml").write_text(text)
+    words = ("--set", "optimizer.warmup_images=100", "--set", "batch=4", "--set", "steps=8")
+    done = e2ediff("check", tmp_path / "tuned.yaml", *words)
+    assert done.code == 0, done.err
+    warned = [line for line in done.err.splitlines() if "phase decoder lasts 16 images" in line]
+    assert len(warned) == bool(said)
+    for line in warned:
+        assert said in line
+        assert "optimizers.decoder" in line
 
 
 def test_a_run_ends_with_the_decoder_alone(tmp_path) -> None:
