@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from e2ediff.backbone import Backbone
 from e2ediff.data import ImageSpec
 from e2ediff.errors import AbsentDataError, DataError, ShapeError
-from e2ediff.features import FeatureConfig, FeatureNetwork
+from e2ediff.features import FeatureConfig, FeatureNetwork, trial_maps
 from e2ediff.objective import Nets, sg
 
 FEATURES = "features"
@@ -121,21 +121,13 @@ def _feature_shape(features: FeatureConfig, image: ImageSpec) -> tuple[int, int,
         return _shape(features.blank(), image)
 
 
-def _shape(network: nn.Module, image: ImageSpec) -> tuple[int, int, int]:
+def _shape(network: FeatureNetwork, image: ImageSpec) -> tuple[int, int, int]:
     """Return channels, rows and columns of a feature network's last map for these images.
 
     Raises:
-        DataError: The network cannot compute on images of that size, or as it is set up.
+        DataError: The network cannot compute on images of that size, or returns no maps.
     """
-    size = (image.channels, image.height, image.width)
-    try:
-        with torch.no_grad():
-            maps = network(torch.zeros(1, *size))
-    except (RuntimeError, ValueError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"objective.features: the network does not compute on images of {size}: {why}"
-        ) from error
+    maps = trial_maps(network, (image.channels, image.height, image.width))
     channels, rows, columns = maps[-1].shape[1:]
     return channels, rows, columns
 

@@ -110,7 +110,7 @@ class RunDirectoryError(E2EDiffError):
 
 
 class DivergedError(E2EDiffError):
-    """Training was stopped by a guard: a loss, a gradient or a weight is not finite."""
+    """A loss, a gradient, a weight or a sampled image is not finite."""
 
     exit_code = 7
 

@@ -85,6 +85,29 @@ class FeatureConfig(ABC):
         return self.build()
 
 
+def trial_maps(network: FeatureNetwork, size: tuple[int, int, int]) -> list[Tensor]:
+    """Return a network's maps, (1, K, h, w) each, of one image of zeros of this size (C, H, W).
+
+    Raises:
+        DataError: It does not compute on such images, or returns something else.
+    """
+    try:
+        with torch.no_grad():
+            maps = list(network(torch.zeros(1, *size)))
+    except Exception as error:  # someone else's network raises what it likes
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"the network does not compute on images of {size}: {why}") from error
+    if not maps:
+        raise DataError("the network returns no maps; name outputs of it")
+    for one in maps:
+        if one.ndim != 4:
+            raise DataError(
+                f"an output of shape {tuple(one.shape)} is no map (1, K, h, w), which has places "
+                "on the image; name an earlier one"
+            )
+    return maps
+
+
 def read_file(place: Address, sha256: str | None = None) -> tuple[bytes, str]:
     """Read a file of weights in any format; return its bytes and their sha256.
 

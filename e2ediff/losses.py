@@ -17,7 +17,8 @@ from torch.nn import functional
 from e2ediff.backbone import Backbone, Denoise
 from e2ediff.condition import Condition
 from e2ediff.data import ImageSpec
-from e2ediff.features import FeatureConfig
+from e2ediff.errors import AbsentDataError, DataError
+from e2ediff.features import FeatureConfig, trial_maps
 from e2ediff.interpolant import Estimate, Interpolant, spread
 from e2ediff.objective import Draw, Nets, Objective
 
@@ -46,15 +47,27 @@ class PixelLoss:
     perceptual_weight: float = attrs.field(default=1.0, validator=validators.ge(0))
 
     def problems(self, image: ImageSpec) -> list[tuple[str, str]]:
-        """List options that do not fit images of this size: (option, complaint) pairs."""
-        most = min(image.height, image.width).bit_length()
-        if self.scales <= most:
-            return []
-        what = (
-            f"{self.scales} halves images of {image.height} x {image.width} pixels to nothing; "
-            f"set it to {most} or less"
-        )
-        return [("scales", what)]
+        """List options that do not fit images of this size: (option, complaint) pairs.
+
+        A perceptual network is tried without weights; one that is not here is none of them.
+        """
+        found, most = [], min(image.height, image.width).bit_length()
+        if self.scales > most:
+            what = (
+                f"{self.scales} halves images of {image.height} x {image.width} pixels to "
+                f"nothing; set it to {most} or less"
+            )
+            found.append(("scales", what))
+        if self.perceptual is not None:
+            try:
+                with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                    blank = self.perceptual.blank()
+                    trial_maps(blank, (image.channels, image.height, image.width))
+            except AbsentDataError:
+                pass  # it may be on the machine that trains
+            except DataError as error:
+                found.append(("perceptual", str(error)))
+        return found
 
     def frozen(self) -> nn.ModuleDict:
         """Return the feature network, under the name `perceptual`, or nothing."""
@@ -305,8 +318,8 @@ class DecodeNoise:
             return []
         what = (
             "none lets the encoder outgrow the noise before decoding, which is there to make "
-            "latents robust; choose layer, batch or position, or set "
-            "objective.decode_noise.probability: 0"
+            "latents robust; choose layer, batch or position, of a backbone that has them, such "
+            "as vit, or set objective.decode_noise.probability: 0"
         )
         return [("backbone.latent_norm", what)]
 

@@ -50,7 +50,11 @@ class Karras:
         # A path that begins below sigma_max, as any with t_start > 0 does, begins where it can.
         top = min(self.sigma_max, float(sigma / alpha))
         if top <= self.sigma_min:
-            raise ValueError(f"sampling begins at noise level {top:g}, below sigma_min")
+            raise ValueError(
+                f"sampling begins at noise level {top:g}, and its last step at sigma_min, "
+                f"{self.sigma_min:g}, which is not below that; lower t_start, or sigma_min of the "
+                "spacing"
+            )
         share = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
         high, low = top ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         ratios = (high + share * (low - high)) ** self.rho

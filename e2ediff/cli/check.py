@@ -19,14 +19,14 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
 
     Needs no GPU, no memory for weights, and no data, unless `data` is the address of images alone:
     then it looks at them. Data that are on this machine are listed, and what is wrong with their
-    files and classes is said. Weights of the objective's feature networks are read, and refused
-    after all else is printed, unless they are in a store.
+    files and classes is said. Weights of the objective's feature networks, and of the scores', are
+    read, and refused after all else is printed, unless they are in a store.
     Prints the parts, the parameters of each module, shapes, and the FLOPs of one step.
     """
     from e2ediff.errors import RecipeError
     from e2ediff.host.plugins import load
     from e2ediff.host.recipe import dump_recipe, load_recipe
-    from e2ediff.model.build import check_fits
+    from e2ediff.model.build import check_fits, idle_guidance
     from e2ediff.model.fixed_networks import (
         in_a_store,
         named_networks,
@@ -35,6 +35,7 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     )
     from e2ediff.monitor.alarm import alarm_blind_spot
     from e2ediff.monitor.probe import chosen_diagnostics
+    from e2ediff.monitor.scores import score_problems
     from e2ediff.regularizer import names_of
     from e2ediff.step.count import count
     from e2ediff.train.progress import Progress
@@ -47,6 +48,7 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
             check_fits(read, recipe)
             found = None if resolved else count(read)
             unusable = [] if resolved else [*unusable_networks(read.objective, "objective")]
+            unusable += [] if resolved else score_problems(read)
     if found is None:
         echo(dump_recipe(host, read), lines=True, end="")
         return
@@ -84,7 +86,8 @@ def command(recipe: str, overrides: tuple[str, ...], resolved: bool) -> None:
     warning = alarm_blind_spot(read, chosen_diagnostics(host, read))
     if warning and latent.learned:
         echo(f"warning: {warning}", err=True)
-    for warning in (*unreached_rates(read), *random_networks(read.objective, "objective")):
+    warnings = (*idle_guidance(read), *unreached_rates(read))
+    for warning in (*warnings, *random_networks(read.objective, "objective")):
         echo(f"warning: {warning}", err=True)
     if unusable:
         raise RecipeError(recipe, unusable)

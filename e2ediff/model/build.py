@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import attrs
@@ -26,6 +27,9 @@ from e2ediff.parts.averages import Power
 from e2ediff.regularizer import names_of
 from e2ediff.seeds import derive
 
+_TOO_LARGE = "a number of the backbone, or of the objective's networks, is larger than any size"
+_OVERFLOWS = re.compile("[Oo]verflow|[Cc]an't allocate|not enough memory|Storage size|too large")
+_MOST_TRIED = 100_000  # steps of a sampler whose times are looked at
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -148,15 +152,7 @@ def problems(recipe: Recipe) -> list[Problem]:
         if name not in recipe.optimizers
     ]
     found += guidance_problems(recipe)
-    if recipe.predicts in ("eps", "score"):
-        alpha = float(recipe.interpolant.alpha(torch.tensor([recipe.sampler.t_start])))
-        if alpha < 0.005:
-            what = (
-                f"sampling begins at t = {recipe.sampler.t_start:g}, where z_t holds almost "
-                f"nothing of the latent, so predicts: {recipe.predicts} cannot determine it; set "
-                "sampler.t_start: 0.01, or predicts: x0 or v"
-            )
-            found.append(Problem("sampler.t_start", what))
+    found += time_problems(recipe)
     if recipe.objective.trains_guidance and _has_no_null(recipe):
         what = (
             "the objective trains guided velocities, which take the answer without a condition, "
@@ -177,6 +173,10 @@ def _network_problems(recipe: Recipe, others: Sequence[Problem]) -> list[Problem
     found = [*_loss_problems(recipe.objective, "objective", recipe.data.image)]
     try:
         nets, _ = build_nets(recipe, torch.device("meta"))
+    except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        if not isinstance(error, MemoryError) and not _OVERFLOWS.search(str(error)):
+            raise  # a fault of a plugin, whose place its author has to see
+        return [*found, Problem("backbone", f"{_TOO_LARGE}: {_first_line(error)}")]
     except DataError as error:  # a teacher's, which says its place itself
         if isinstance(error, AbsentDataError) and not (found or others):
             raise
@@ -196,6 +196,10 @@ def _network_problems(recipe: Recipe, others: Sequence[Problem]) -> list[Problem
     found += _optimizer_problems(recipe, nets)
     found += _regularizer_problems(recipe, nets)
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _loss_problems(part: Any, where: str, image: ImageSpec) -> Iterator[Problem]:
@@ -232,6 +236,51 @@ def guidance_problems(recipe: Recipe) -> list[Problem]:
     refused = (addresses.refusal(reference.run) for reference in recipe.guidance.references)
     found += [("run", f"{what}.") for what in refused if what]
     return [Problem(f"guidance.{field}", what) for field, what in found]
+
+
+def idle_guidance(recipe: Recipe) -> list[str]:
+    """Warn of guidance by the answer without a condition, where there is no other."""
+    guidance = recipe.guidance
+    if guidance is None or not guidance.asks_null or recipe.data.image.conditioning.kinds != 1:
+        return []
+    return [
+        "guidance asks for the answer without a condition, and these images have no classes: both "
+        "answers are the same, at twice the work; set guidance: null"
+    ]
+
+
+def time_problems(recipe: Recipe) -> list[Problem]:
+    """Find times of sampling that cannot be, and a beginning at which nothing can be predicted."""
+    found, sampler = [], recipe.sampler
+    if recipe.predicts in ("eps", "score"):
+        alpha = float(recipe.interpolant.alpha(torch.tensor([sampler.t_start])))
+        if alpha < 0.005:
+            what = (
+                f"sampling begins at t = {sampler.t_start:g}, where z_t holds almost nothing of "
+                f"the latent, so predicts: {recipe.predicts} cannot determine it; set "
+                "sampler.t_start: 0.01, or predicts: x0 or v"
+            )
+            found.append(Problem("sampler.t_start", what))
+    if sampler.steps > _MOST_TRIED:
+        return found
+    try:
+        times = sampler.grid(recipe.interpolant)
+    except ValueError as error:
+        return [*found, Problem("sampler", str(error))]
+    except ArithmeticError:
+        times = []
+    if not times or not all(t < s for t, s in pairwise(times)):
+        what = (
+            f"its times do not rise in each step: {_few(times)}; take fewer steps, or bring "
+            "shift, or rho of the spacing, closer to their defaults"
+        )
+        found.append(Problem("sampler", what))
+    return found
+
+
+def _few(times: Sequence[float]) -> str:
+    shown = ", ".join(f"{t:g}" for t in times[:6])
+    return f"{shown}, ..." if len(times) > 6 else shown or "they cannot be computed"
 
 
 def averages_velocities(recipe: Recipe, net: Backbone) -> bool:

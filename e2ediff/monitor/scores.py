@@ -17,12 +17,13 @@ from torch import Tensor
 
 from e2ediff.backbone import Backbone
 from e2ediff.data import Batch, DataSource, to_pixels
-from e2ediff.errors import DataError
+from e2ediff.errors import DataError, Problem
 from e2ediff.features import FeatureNetwork
 from e2ediff.figure import Figure
 from e2ediff.host.recipe import Recipe, Scores
 from e2ediff.loading.batches import fixed_images
 from e2ediff.metric import FeatureSet, Metric, names_of, score_figure, taps_of
+from e2ediff.model.fixed_networks import in_a_store, placed, unusable_networks
 from e2ediff.model.image_features import features_of, network_title
 from e2ediff.model.inference import Model
 from e2ediff.monitor.isolation import Isolated, numbers
@@ -62,7 +63,13 @@ class Scorer:
         settings = recipe.scores
         if settings is None:
             return None
-        network = settings.features.build().to(device)
+        try:
+            network = settings.features.build()
+        except DataError as error:
+            raise placed(error, settings, "scores") from error
+        if found := misfits(settings, network):
+            raise DataError("; ".join(f"{one.where}: {one.what}" for one in found))
+        network = network.to(device)
         kind = recipe.data.image.conditioning
         batch = fixed_images(held_out, kind, settings.images, recipe.seed, "scores", device)
         x = batch.x
@@ -72,12 +79,6 @@ class Scorer:
                 f"scores: {len(x)} held-out images, and the metrics need {least}; raise "
                 "scores.images, or give more images"
             )
-        for metric in settings.metrics:
-            if metric.features not in ("", network.family):
-                raise DataError(
-                    f"scores.metrics: {type(metric).__name__} needs a {metric.features} network "
-                    f"in scores.features, not {network_title(network)}"
-                )
         real = _features(settings, network, x)
         return cls(recipe, settings, network, batch, real, isolated or Isolated())
 
@@ -126,6 +127,45 @@ class Scorer:
             figure = score_figure(kind, score, estimate.better or metric.better)
             self.figures[figure.name], found[figure.name] = figure, value
         return found
+
+
+def misfits(settings: Scores, network: FeatureNetwork) -> list[Problem]:
+    """Find metrics that these features or this number of images do not serve."""
+    found, title = [], network_title(network)
+    least = max((metric.min_images() for metric in settings.metrics), default=2)
+    if settings.images < least:
+        what = f"{settings.images}, and the metrics need {least}; raise it"
+        found.append(Problem("scores.images", what))
+    for i, metric in enumerate(settings.metrics):
+        name = type(metric).__name__
+        if metric.features not in ("", network.family):
+            what = f"{name} needs a {metric.features} network in scores.features, not {title}"
+            found.append(Problem(f"scores.metrics.{i}", what))
+        elif lacking := [tap for tap in _taps(metric) if tap not in network.taps]:
+            what = (
+                f"{name} needs the features {', '.join(lacking)}, and {title} of scores.features "
+                f"has {', '.join(network.taps)}; choose another network, or leave the metric out"
+            )
+            found.append(Problem(f"scores.metrics.{i}", what))
+    return found
+
+
+def _taps(metric: Metric) -> list[str]:
+    moments, rows = taps_of([metric])
+    return sorted(moments | rows)
+
+
+def score_problems(recipe: Recipe) -> list[Problem]:
+    """Find scores that cannot be measured here, with the settings to change.
+
+    Reads the weights of their network that lie on this machine.
+    """
+    settings = recipe.scores
+    if settings is None or in_a_store(settings.features):
+        return []
+    if found := [*unusable_networks(settings, "scores")]:
+        return found
+    return misfits(settings, settings.features.build())
 
 
 def _features(settings: Scores, network: FeatureNetwork, x: Tensor) -> FeatureSet:

@@ -20,7 +20,13 @@ from e2ediff.guidance import Reference
 from e2ediff.host.plugins import Host, load
 from e2ediff.host.recipe import Recipe, parse_recipe
 from e2ediff.loading.classes import other_name
-from e2ediff.model.build import build_nets, choose_device, guidance_problems, sampler_problems
+from e2ediff.model.build import (
+    build_nets,
+    choose_device,
+    guidance_problems,
+    sampler_problems,
+    time_problems,
+)
 from e2ediff.model.compiler import is_compiler_error, missing_compiler, said_by
 from e2ediff.model.inference import (
     ROWS,
@@ -140,7 +146,7 @@ def recipe_of(host: Host, directory: RunDirectory, overrides: Sequence[str] = ()
     refuse_other_plugin_files(host, directory)
     place = directory.store.where("resolved.yaml")
     recipe = parse_recipe(host, directory.resolved(), place, overrides)
-    if found := guidance_problems(recipe):
+    if found := [*guidance_problems(recipe), *time_problems(recipe)]:
         raise RecipeError(place, found)
     return recipe
 

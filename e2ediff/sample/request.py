@@ -10,6 +10,7 @@ from torch import Tensor
 
 from e2ediff import addresses
 from e2ediff.data import to_pixels
+from e2ediff.errors import DivergedError
 from e2ediff.model.inference import Model
 from e2ediff.sample.conditions import Conditions, SetLaw
 from e2ediff.sample.load import ModelRef
@@ -51,7 +52,16 @@ class SampleRequest:
             finished.append(tile.x)
             n = len(tile.x)
             cost = SampleCost(images=n, calls=tile.calls * n, passes=tile.passes * n)
-        x = to_pixels(torch.cat(finished)).permute(0, 2, 3, 1)
+        made = torch.cat(finished)
+        finite = made.isfinite().flatten(1).all(1)
+        broken = [i for i, ok in zip(numbers, finite.tolist(), strict=True) if not ok]
+        if broken:
+            raise DivergedError(
+                f"sampling: {len(broken)} of {len(made)} images are not finite, the first is "
+                f"number {broken[0]}; look at guidance.scale and the sampler's options, or take "
+                "other weights"
+            )
+        x = to_pixels(made).permute(0, 2, 3, 1)
         output.put(numbers, x.contiguous().numpy())
         yield cost
 

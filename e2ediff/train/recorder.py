@@ -206,7 +206,10 @@ class Recorder:
         last = self.last_checkpoint
         good = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
         at = self.position.step if step is None else step
-        return DivergedError(
-            f"step {at}: {what} {good} {way_out}Lower the learning rate (optimizer.lr), or give "
-            "optimizer.clip a smaller norm."
+        advice = (
+            "Lower the learning rate (optimizer.lr), or give optimizer.clip a smaller norm."
+            if at > 0
+            else "No step has been taken, so that weights are not the cause: look at the scales "
+            "in interpolant, objective and its feature networks."
         )
+        return DivergedError(f"step {at}: {what} {good} {way_out}{advice}")

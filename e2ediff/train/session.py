@@ -45,7 +45,13 @@ from e2ediff.loading.bad_images import BAD_IMAGES, open_source
 from e2ediff.loading.batches import LostReaderError, check_enough
 from e2ediff.loading.classes import check_same_classes, empty_classes
 from e2ediff.loading.shared_memory import divide, remedy, shortage, usable
-from e2ediff.model.build import check_fits, check_precision, choose_device, problems
+from e2ediff.model.build import (
+    check_fits,
+    check_precision,
+    choose_device,
+    idle_guidance,
+    problems,
+)
 from e2ediff.model.fixed_networks import random_networks
 from e2ediff.model.labels import without_images
 from e2ediff.model.repeatable import repeatable
@@ -499,7 +505,8 @@ def _greet(progress: Progress, engine: Engine, image: ImageSpec) -> None:
     if warning and engine.parts.nets.online.latent.learned:
         progress.say(f"warning: {warning}")
     recipe = engine.recipe
-    for warning in (*unreached_rates(recipe), *random_networks(recipe.objective, "objective")):
+    warnings = (*idle_guidance(recipe), *unreached_rates(recipe))
+    for warning in (*warnings, *random_networks(recipe.objective, "objective")):
         progress.say(f"warning: {warning}")
 
 

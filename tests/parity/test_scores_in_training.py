@@ -67,7 +67,7 @@ def test_scores_of_too_few_images_and_of_another_network_are_refused(
     host, tmp_path, tiny_text
 ) -> None:
     few = SCORES.replace("images: 12", "images: 3").replace("[fid,", "[{name: precision_recall},")
-    with pytest.raises(DataError, match="3 held-out images, and the metrics need 4"):
+    with pytest.raises(DataError, match=r"scores.images: 3, and the metrics need 4; raise it"):
         trained(host, tmp_path, tiny_text + few, "few")
     clip = SCORES.replace("[fid,", "[cmmd,")
     with pytest.raises(DataError, match="CMMD needs a clip network in"):

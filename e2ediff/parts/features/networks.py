@@ -5,6 +5,7 @@ Shapes: B batch, H W image, K channels of a feature map.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -25,6 +26,7 @@ from e2ediff.parts.features.inception import SHA256, Inception2015
 # ImageNet statistics of images in [0, 1], which torchvision's networks expect.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
+_MOST_NUMBERS = 2**27  # of a random projection: half a GiB
 
 
 @attrs.frozen(kw_only=True)
@@ -44,14 +46,16 @@ class TorchvisionFeatures(FeatureConfig):
     weights: str | None = attrs.field(
         default=None, converter=optional(addresses.plain), validator=addresses.allowed
     )
-    sha256: str | None = None
-    nodes: tuple[str, ...] = (
-        "features.3",
-        "features.8",
-        "features.15",
-        "features.22",
-        "features.29",
+    sha256: str | None = attrs.field(default=None)
+    nodes: tuple[str, ...] = attrs.field(
+        default=("features.3", "features.8", "features.15", "features.22", "features.29"),
+        validator=validators.min_len(1),
     )
+
+    @sha256.validator
+    def _of_weights(self, field: attrs.Attribute[str | None], value: str | None) -> None:
+        if value is not None and self.weights is None:
+            raise ValueError("'sha256' is the hash of 'weights', which are not given: give both.")
 
     @property
     @override
@@ -70,14 +74,18 @@ class TorchvisionFeatures(FeatureConfig):
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # without weights, the same random network in every process
-            network = models.get_model(self.model, weights=None)
+            # Some models fetch another one's weights, unless they are told not to.
+            options = inspect.signature(models.get_model_builder(self.model)).parameters
+            others = {"weights_backbone": None} if "weights_backbone" in options else {}
+            network = models.get_model(self.model, weights=None, **others)
         if self.weights is not None:
             state, _ = read_weights(self.weights, self.sha256)
             load_weights(network, state, self.weights, self.model)
         try:
             maps = create_feature_extractor(network.eval(), list(self.nodes))
-        except ValueError as error:
-            raise DataError(f"feature network: {error}") from error
+        except Exception as error:  # tracing runs the network, which raises what it likes
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"feature network: {self.model}: {why}") from error
         return _Maps(maps, list(self.nodes), f"torchvision-{self.model}")
 
     @override
@@ -231,6 +239,14 @@ class RandomProjection(FeatureConfig):
     width: int = attrs.field(default=128, validator=validators.ge(1))
     side: int = attrs.field(default=16, validator=validators.ge(1))
     seed: int = 0
+
+    @side.validator
+    def _small(self, field: attrs.Attribute[int], value: int) -> None:
+        if 3 * value * value * self.width > _MOST_NUMBERS:
+            raise ValueError(
+                f"'side' {value:,} and 'width' {self.width:,} make a matrix of over "
+                f"{_MOST_NUMBERS:,} numbers: lower them."
+            )
 
     @override
     def build(self) -> FeatureNetwork:

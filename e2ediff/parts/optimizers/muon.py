@@ -12,7 +12,7 @@ from attrs import validators
 from torch import Tensor, nn
 from typing_extensions import override
 
-from e2ediff.parts.optimizers.scheduled import Scheduled, grouped
+from e2ediff.parts.optimizers.scheduled import BETAS, Scheduled, grouped
 
 
 @attrs.frozen(kw_only=True)
@@ -24,7 +24,7 @@ class MuonRest:
     """
 
     lr: float | None = attrs.field(default=None, validator=validators.optional(validators.gt(0)))
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = attrs.field(default=(0.9, 0.95), validator=BETAS)
     eps: float = attrs.field(default=1e-8, validator=validators.gt(0))
     weight_decay: float = attrs.field(default=0.0, validator=validators.ge(0))
 

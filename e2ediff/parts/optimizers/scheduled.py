@@ -62,6 +62,9 @@ class ParameterGroup:
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
+BETAS = validators.deep_iterable(validators.and_(validators.ge(0), validators.lt(1)))
+"""What AdamW's decay rates are held to."""
+
 
 @attrs.frozen(kw_only=True)
 class Scheduled(OptimizerConfig):
@@ -88,6 +91,11 @@ class Scheduled(OptimizerConfig):
                 "'floor' and 'decay_from' are of a fall, and a constant rate has none: set "
                 "'schedule', or leave them out."
             )
+        if schedules <= {"constant", None} and (self.cooldown < 1 or self.decay_images > 0):
+            raise ValueError(
+                "'cooldown' and 'decay_images' are the length of a fall, and a constant rate has "
+                "none: set 'schedule', or leave them out (cooldown: 1, decay_images: 0)."
+            )
 
     @groups.validator
     def _fit(self, field: attrs.Attribute[object], value: tuple[ParameterGroup, ...]) -> None:
@@ -101,6 +109,8 @@ class Scheduled(OptimizerConfig):
         """This schedule with what a group has of its own."""
         keys = ("schedule", "warmup_images", "cooldown", "decay_images")
         own = {key: value for key in keys if (value := getattr(group, key)) is not None}
+        if own.get("schedule") == "constant":  # nothing of the others' fall is its own
+            own = {"cooldown": 1.0, "decay_images": 0, "floor": 0.0, "decay_from": None, **own}
         return attrs.evolve(self, groups=(), **own)
 
     @decay_images.validator
@@ -198,7 +208,7 @@ class AdamW(Scheduled):
     Source: Loshchilov & Hutter 2017 (arXiv 1711.05101), algorithm 2.
     """
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = attrs.field(default=(0.9, 0.95), validator=BETAS)
     eps: float = attrs.field(default=1e-8, validator=validators.gt(0))
 
     @override

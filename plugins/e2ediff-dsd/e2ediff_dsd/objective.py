@@ -253,7 +253,8 @@ class DSD(AutoencoderObjective):
                 (
                     "backbone.latent_norm",
                     f"{net.latent.norm} lets DSD inflate the scale of the latents without bound; "
-                    "choose layer, batch or position, or set objective.input_gradient: 0",
+                    "choose layer, batch or position, of a backbone that has them, such as vit, "
+                    "or set objective.input_gradient: 0",
                 )
             )
         if self.weight != "x0" and self.regress != "x0":

@@ -58,6 +58,11 @@ class Stepped(OptimizerConfig):
         if both := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two steps have the pattern {min(both)!r}; make it one.")
 
+    @property
+    def groups(self) -> Sequence[object]:
+        """Return the groups of the inner optimizer, each with a `match`, for one around this."""
+        return getattr(self.inner, "groups", ())
+
     @override
     def build(self, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         return self.inner.build(named)
@@ -73,7 +78,7 @@ class Stepped(OptimizerConfig):
     @override
     def problems(self, parameters: Sequence[str]) -> Sequence[tuple[str, str]]:
         """Find steps of groups that the inner optimizer lacks, and list what it finds itself."""
-        groups = [group.match for group in getattr(self.inner, "groups", ())]
+        groups = [str(getattr(group, "match", "")) for group in self.groups]
         found = [
             (f"steps.{i}.match", f"{step.match!r} is no group of inner, which has {groups}")
             for i, step in enumerate(self.steps)

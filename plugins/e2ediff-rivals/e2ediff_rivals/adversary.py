@@ -24,6 +24,7 @@ from e2ediff_rivals.wrapping import Around, inner_problems
 
 _SHARE = [validators.ge(0.0), validators.le(1.0)]
 _CRITIC = "critic"
+_DEEPEST = 16  # for images of 200,000 pixels a side
 _MOST = 1e4  # of the adaptive factor, as in VQGAN's code
 
 
@@ -72,7 +73,7 @@ class Adversary(Around):
     critic_start: float = attrs.field(default=0.2, validator=_SHARE)
     start: float = attrs.field(default=0.3, validator=_SHARE)
     channels: int = attrs.field(default=64, validator=validators.ge(1))
-    layers: int = attrs.field(default=3, validator=validators.ge(1))
+    layers: int = attrs.field(default=3, validator=[validators.ge(1), validators.le(_DEEPEST)])
 
     @start.validator
     def _after_the_critic(self, field: attrs.Attribute[float], value: float) -> None:

@@ -107,7 +107,7 @@ class GenFirst(AutoencoderObjective):
     def problems(self, nets: Nets) -> Sequence[tuple[str, str]]:
         """Find a variance to learn without features, entropy without one, an unbounded weight."""
         found = [*unfit_prediction(nets, self.weight), *variance_problems(nets.online, self.std)]
-        if self.std is not None and self.entropy_weight > 0:
+        if nets.online.latent.learned and self.std is not None and self.entropy_weight > 0:
             what = (
                 f"{self.std:g} is constant, and so is the entropy, which then keeps nothing open; "
                 "leave it out, or set objective.entropy_weight: 0"

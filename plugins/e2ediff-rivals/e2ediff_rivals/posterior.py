@@ -65,6 +65,9 @@ def variance_head(backbone: Backbone, std: float | None) -> nn.ModuleDict:
 
 def variance_problems(backbone: Backbone, std: float | None) -> Sequence[tuple[str, str]]:
     """List a variance that is to be learned from a backbone without features."""
+    if not backbone.latent.learned:
+        what = "the posterior is an encoder's, and this backbone has none to train; choose another"
+        return [("backbone", f"{what}, such as vit")]
     if std is not None or backbone.depth > 0:
         return []
     what = "is learned from features, which this backbone does not offer; give a number"

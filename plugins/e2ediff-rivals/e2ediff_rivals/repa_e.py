@@ -136,7 +136,8 @@ class RepaE(AutoencoderObjective):
         if net.latent.norm in ("none", "affine"):
             what = (
                 f"{net.latent.norm} lets the encoder outgrow the noise in z_t, which eases "
-                "alignment; set backbone.latent_norm: batch, or layer or position"
+                "alignment; set backbone.latent_norm: batch, or layer or position, of a backbone "
+                "that has it, such as vit"
             )
             found.append(("backbone.latent_norm", what))
         return found

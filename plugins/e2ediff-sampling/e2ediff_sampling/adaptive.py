@@ -84,7 +84,10 @@ class Dopri5(Sampler):
         level = torch.tensor([self.sigma_min], dtype=torch.float64)
         stop = float(times_of_levels(path, level))
         if stop <= self.t_start:
-            raise ValueError(f"sigma_min {self.sigma_min:g} is reached before t_start")
+            raise ValueError(
+                f"the noise level is sigma_min, {self.sigma_min:g}, at t = {stop:.4g}, and "
+                f"sampling begins at {self.t_start:g}, not before it; lower t_start, or sigma_min"
+            )
         return [self.t_start, stop, 1.0]
 
     def step(
@@ -100,7 +103,7 @@ class Dopri5(Sampler):
             last = t + h >= s
             h = s - t if last else h
             if calls + 6 > self.max_calls:
-                what = f"{calls} network calls have reached t = {t:.4g}"
+                what = f"{calls} network calls have reached t = {t:.4g}."
                 raise RecipeError(
                     "sampling",
                     [Problem("sampler.max_calls", what, hint="Raise it, or rtol and atol.")],

@@ -120,7 +120,9 @@ def test_dopri5_bounds_the_error_of_the_worst_image_of_a_batch() -> None:
 
 
 def test_dopri5_refuses_to_begin_where_it_would_end() -> None:
-    with pytest.raises(ValueError, match="sigma_min 2 is reached before t_start"):
+    with pytest.raises(
+        ValueError, match=r"at t = 0\.3333, and sampling begins at 0\.5, not before"
+    ):
         Dopri5(t_start=0.5, sigma_min=2.0).grid()
 
 
