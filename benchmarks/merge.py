@@ -53,7 +53,9 @@ def merged(parts: dict[str, dict[str, Any]], *, apart: bool = False) -> dict[str
     ordered = sorted(runs.values(), key=lambda run: (names.index(run["objective"]), run["seed"]))
     if apart:
         _refuse_unlike_judges(ordered)
-    cpus = dict.fromkeys(part["machine"]["cpu"] for part in parts.values())
+    cpus = dict.fromkeys(
+        cpu for part in parts.values() for cpu in part["machine"]["cpu"].split(" and ")
+    )
     return {
         **first,
         "date": max(part["date"] for part in parts.values()),

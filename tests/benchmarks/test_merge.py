@@ -58,6 +58,11 @@ def test_parts_become_one_table_whose_shared_runs_are_the_first_part_s(merge, tm
     assert [(r["objective"], r["seed"]) for r in again["runs"]] == [
         ("dsd", 0), ("dsd", 2), ("unite", 0), ("unite", 1),
     ]  # fmt: skip
+    c = part(tmp_path, "again", [("dsd", 3, 12.0)], machine={**again["machine"], "cpu": "EPYC"})
+    merged = CliRunner().invoke(
+        merge.main, [str(tmp_path / "all.json"), c, "--out", str(tmp_path / "all.json")]
+    )
+    assert ", Xeon and EPYC, 2 cores" in merged.output, "each once"
 
 
 def test_a_variant_of_other_options_is_refused_by_name(merge, tmp_path) -> None:
