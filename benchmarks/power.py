@@ -80,9 +80,9 @@ def variances(by_seed: Mapping[int, Sequence[float]]) -> tuple[float, float]:
     return max(0.0, between - rest / judges), rest
 
 
-def table(scores: Scores, share: float) -> str:
-    """Return both tables in Markdown."""
-    lines = [
+def table(scores: Scores, share: float, *, apart: bool = False) -> str:
+    """Return both tables in Markdown; with `apart`, of judges by seed, that of pairs alone."""
+    spread = [
         "| variant | seeds | mean | sd of seeds | sd of a judge | sd with one judge, with all |",
         "|---|---|---|---|---|---|",
     ]
@@ -93,12 +93,12 @@ def table(scores: Scores, share: float) -> str:
         judges = len(next(iter(by_seed.values())))
         mean = statistics.fmean(statistics.fmean(row) for row in by_seed.values())
         one, every = (math.sqrt(between + rest / k) for k in (1, judges))
-        lines.append(
+        spread.append(
             f"| {name} | {len(by_seed)} | {mean:.4g} | {math.sqrt(between):.3g} | "
             f"{math.sqrt(rest):.3g} | {one:.3g}, {every:.3g} |"
         )
-    lines += [
-        "",
+    lines = [
+        *([] if apart else [*spread, ""]),
         f"| pair | seeds | mean difference | its sd | seeds for {share:.0%} |",
         "|---|---|---|---|---|",
     ]
@@ -125,15 +125,16 @@ def table(scores: Scores, share: float) -> str:
 def main(path: Path, figure: str, difference: float) -> None:
     """Say how many seeds a difference needs, by the spread in a study's results."""
     results = json.loads(path.read_text())
-    if len({str(run.get("judges")) for run in results["runs"]}) > 1:
-        raise click.ClickException(
-            f"{path}: its seeds have different judges, whose spread cannot be told from that of "
-            "seeds; give the parts that it was merged from, one by one"
-        )
+    apart = len({str(run.get("judges")) for run in results["runs"]}) > 1
     scores = read(results, figure)
     if not any(len(by_seed) > 1 for by_seed in scores.values()):
         raise click.ClickException(f"{path}: no variant has two seeds, so their spread is unknown")
-    click.echo(table(scores, difference), nl=False)
+    if apart:
+        click.echo(
+            "Seeds have different judges, whose spread cannot be told from that of seeds: pairs "
+            "alone.\n"
+        )
+    click.echo(table(scores, difference, apart=apart), nl=False)
 
 
 if __name__ == "__main__":

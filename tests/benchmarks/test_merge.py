@@ -118,9 +118,10 @@ def test_judges_of_another_machine_are_kept_apart_and_are_the_same_for_a_seed(
 
     import power
 
-    refused = CliRunner().invoke(power.main, [both])
-    assert refused.exit_code == 1
-    assert "its seeds have different judges" in refused.output
+    pairs = CliRunner().invoke(power.main, [both])
+    assert pairs.exit_code == 0
+    assert "Seeds have different judges" in pairs.output
+    assert "sd of a judge" not in pairs.output
 
 
 def test_runs_of_one_seed_that_different_judges_scored_are_refused(merge, tmp_path) -> None:

@@ -63,6 +63,12 @@ def test_the_command_reads_a_study_and_refuses_one_of_a_single_seed(power, tmp_p
         "| a | 2 | 20.5 |"
         in CliRunner().invoke(power.main, [str(file), "--figure", "psnr"]).output
     )
+    apart = [{**run, "judges": [str(run["seed"])]} for run in runs]
+    file.write_text(json.dumps({"runs": apart}))
+    pairs = CliRunner().invoke(power.main, [str(file)]).output
+    assert "Seeds have different judges" in pairs
+    assert f"| a - b | 2 | -9.5 | 0.707 | {needed} |" in pairs
+    assert "| a | 2 |" not in pairs, "the spread of judges is unknown"
     file.write_text(json.dumps({"runs": runs[-1:]}))
     refused = CliRunner().invoke(power.main, [str(file)])
     assert refused.exit_code == 1
