@@ -178,7 +178,7 @@ class Scores:
 
     every: int = attrs.field(validator=gt(0))
     features: FeatureConfig
-    metrics: tuple[Metric, ...] = attrs.field(validator=min_len(1))
+    metrics: tuple[Metric, ...]
     images: int = attrs.field(default=512, validator=gt(1))
 
 

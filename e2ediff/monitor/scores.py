@@ -132,6 +132,8 @@ class Scorer:
 def misfits(settings: Scores, network: FeatureNetwork) -> list[Problem]:
     """Find metrics that these features or this number of images do not serve."""
     found, title = [], network_title(network)
+    if not settings.metrics:
+        found.append(Problem("scores.metrics", "are none; name one, such as fid"))
     least = max((metric.min_images() for metric in settings.metrics), default=2)
     if settings.images < least:
         what = f"{settings.images}, and the metrics need {least}; raise it"

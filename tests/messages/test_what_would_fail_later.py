@@ -35,13 +35,13 @@ def checked(tmp_path):
         ("optimizer={name: muon, adamw: {betas: [1.5, 0.5]}}", "optimizer.adamw", "must be < 1"),
         (
             "optimizer={name: adamw, cooldown: 0.5}",
-            "optimizer",
-            "a constant rate has none: set 'schedule'",
+            "optimizer.schedule",
+            "a constant rate has none: set schedule",
         ),
         (
             "optimizer={name: muon, decay_images: 16}",
-            "optimizer",
-            "a constant rate has none: set 'schedule'",
+            "optimizer.schedule",
+            "a constant rate has none: set schedule",
         ),
         (
             "sampler={name: euler, steps: 2, t_start: 0.999, spacing: karras}",
@@ -71,12 +71,12 @@ def checked(tmp_path):
         (
             DETACHED % "{name: torchvision, model: resnet18, nodes: []}",
             "objective.reconstruction.perceptual",
-            "'nodes'",
+            "the network returns no maps; name outputs of it",
         ),
         (
             DETACHED % "{name: torchvision, sha256: abc}",
             "objective.reconstruction.perceptual",
-            "'sha256' is the hash of 'weights', which are not given",
+            "sha256 is the hash of weights, which are not given",
         ),
         (
             DETACHED % "{name: random_projection, side: 100000}",
@@ -100,7 +100,11 @@ def checked(tmp_path):
             "cannot read the weights at nowhere.pth",
         ),
         (SCORES % ("{name: torchvision, model: nope}", "fid"), "scores.features", "no model"),
-        ("scores={every: 16, features: random_projection, metrics: []}", "scores", "'metrics'"),
+        (
+            "scores={every: 16, features: random_projection, metrics: []}",
+            "scores.metrics",
+            "are none",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and "=" in value else "",
 )
@@ -196,3 +200,15 @@ def test_images_that_are_not_finite_are_not_stored(run, tmp_path) -> None:
     assert not list(out.rglob("*.png"))
     shutil.rmtree(out, ignore_errors=True)
     assert e2ediff("sample", run, "--out", out, "--count", 2).code == 0
+
+
+def test_a_recipe_of_a_run_that_was_made_before_a_rule_can_still_be_read(run, tmp_path) -> None:
+    """Its recipe cannot be changed any more, and its rate was what it was."""
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    resolved = old / "resolved.yaml"
+    text = resolved.read_text()
+    assert "cooldown: 1.0" in text
+    resolved.write_text(text.replace("cooldown: 1.0", "cooldown: 0.5"))
+    before = parse_recipe(load(), resolved.read_text(), "old")
+    assert before.optimizer.factor(1, 1000) == 1

@@ -46,16 +46,14 @@ class TorchvisionFeatures(FeatureConfig):
     weights: str | None = attrs.field(
         default=None, converter=optional(addresses.plain), validator=addresses.allowed
     )
-    sha256: str | None = attrs.field(default=None)
-    nodes: tuple[str, ...] = attrs.field(
-        default=("features.3", "features.8", "features.15", "features.22", "features.29"),
-        validator=validators.min_len(1),
+    sha256: str | None = None
+    nodes: tuple[str, ...] = (
+        "features.3",
+        "features.8",
+        "features.15",
+        "features.22",
+        "features.29",
     )
-
-    @sha256.validator
-    def _of_weights(self, field: attrs.Attribute[str | None], value: str | None) -> None:
-        if value is not None and self.weights is None:
-            raise ValueError("'sha256' is the hash of 'weights', which are not given: give both.")
 
     @property
     @override
@@ -67,6 +65,8 @@ class TorchvisionFeatures(FeatureConfig):
         from torchvision import models
         from torchvision.models.feature_extraction import create_feature_extractor
 
+        if self.weights is None and self.sha256 is not None:
+            raise DataError("feature network: sha256 is the hash of weights, which are not given")
         if self.model not in models.list_models():
             raise DataError(
                 f"feature network: torchvision has no model '{self.model}'; see "
@@ -90,7 +90,7 @@ class TorchvisionFeatures(FeatureConfig):
 
     @override
     def blank(self) -> FeatureNetwork:
-        return attrs.evolve(self, weights=None).build()
+        return attrs.evolve(self, weights=None, sha256=None).build()
 
 
 class _Maps(FeatureNetwork):

@@ -91,11 +91,6 @@ class Scheduled(OptimizerConfig):
                 "'floor' and 'decay_from' are of a fall, and a constant rate has none: set "
                 "'schedule', or leave them out."
             )
-        if schedules <= {"constant", None} and (self.cooldown < 1 or self.decay_images > 0):
-            raise ValueError(
-                "'cooldown' and 'decay_images' are the length of a fall, and a constant rate has "
-                "none: set 'schedule', or leave them out (cooldown: 1, decay_images: 0)."
-            )
 
     @groups.validator
     def _fit(self, field: attrs.Attribute[object], value: tuple[ParameterGroup, ...]) -> None:
@@ -142,8 +137,15 @@ class Scheduled(OptimizerConfig):
         return (own[0] if own else self).factor(images, total)
 
     def problems(self, parameters: Sequence[str]) -> list[tuple[str, str]]:
-        """Patterns that match nothing, or nothing that an earlier one leaves."""
+        """Patterns that match nothing, or nothing that an earlier one leaves; a fall of none."""
         left, found = list(parameters), []
+        schedules = {self.schedule, *(group.schedule for group in self.groups)}
+        if schedules <= {"constant", None} and (self.cooldown < 1 or self.decay_images > 0):
+            what = (
+                "cooldown and decay_images are the length of a fall, and a constant rate has "
+                "none: set schedule to one that falls, or cooldown: 1 and decay_images: 0"
+            )
+            found.append(("schedule", what))
         for i, group in enumerate(self.groups):
             rest = [name for name in left if not fnmatchcase(name, group.match)]
             if len(rest) == len(left):
