@@ -20,6 +20,11 @@ class E2EDiffError(Exception):
     exit_code: ClassVar[int] = 2
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of another library says, or its kind."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 @attrs.frozen
 class Problem:
     """One thing that is wrong in a recipe.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from e2ediff import addresses
 from e2ediff.addresses import Address
 from e2ediff.data import from_pixels
-from e2ediff.errors import AbsentDataError, DataError
+from e2ediff.errors import AbsentDataError, DataError, first_line
 from e2ediff.limits import check_unpacked, read_whole
 
 _SHOWN = 3
@@ -95,7 +95,7 @@ def trial_maps(network: FeatureNetwork, size: tuple[int, int, int]) -> list[Tens
         with torch.no_grad():
             maps = list(network(torch.zeros(1, *size)))
     except Exception as error:  # someone else's network raises what it likes
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = first_line(error)
         raise DataError(f"the network does not compute on images of {size}: {why}") from error
     if not maps:
         raise DataError("the network returns no maps; name outputs of it")

@@ -16,7 +16,14 @@ from e2ediff import addresses
 from e2ediff.averaging import Averaging
 from e2ediff.backbone import Backbone
 from e2ediff.data import ImageSpec
-from e2ediff.errors import AbsentDataError, DataError, Problem, RecipeError, ResourceError
+from e2ediff.errors import (
+    AbsentDataError,
+    DataError,
+    Problem,
+    RecipeError,
+    ResourceError,
+    first_line,
+)
 from e2ediff.host.recipe import Recipe
 from e2ediff.losses import PixelLoss
 from e2ediff.model.averages import Average
@@ -176,7 +183,7 @@ def _network_problems(recipe: Recipe, others: Sequence[Problem]) -> list[Problem
     except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if not isinstance(error, MemoryError) and not _OVERFLOWS.search(str(error)):
             raise  # a fault of a plugin, whose place its author has to see
-        return [*found, Problem("backbone", f"{_TOO_LARGE}: {_first_line(error)}")]
+        return [*found, Problem("backbone", f"{_TOO_LARGE}: {first_line(error)}")]
     except DataError as error:  # a teacher's, which says its place itself
         if isinstance(error, AbsentDataError) and not (found or others):
             raise
@@ -196,10 +203,6 @@ def _network_problems(recipe: Recipe, others: Sequence[Problem]) -> list[Problem
     found += _optimizer_problems(recipe, nets)
     found += _regularizer_problems(recipe, nets)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _loss_problems(part: Any, where: str, image: ImageSpec) -> Iterator[Problem]:

@@ -209,7 +209,7 @@ class Recorder:
         advice = (
             "Lower the learning rate (optimizer.lr), or give optimizer.clip a smaller norm."
             if at > 0
-            else "No step has been taken, so that weights are not the cause: look at the scales "
-            "in interpolant, objective and its feature networks."
+            else "No step has been taken, so the learning rate is not the cause: look at the "
+            "scales in interpolant, objective and its feature networks."
         )
         return DivergedError(f"step {at}: {what} {good} {way_out}{advice}")

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from e2ediff import addresses
 from e2ediff.data import pixel_values
-from e2ediff.errors import AbsentDataError, DataError
+from e2ediff.errors import AbsentDataError, DataError, first_line
 from e2ediff.features import FeatureConfig, FeatureNetwork, load_weights, read_weights
 from e2ediff.parts.features.inception import SHA256, Inception2015
 
@@ -84,8 +84,7 @@ class TorchvisionFeatures(FeatureConfig):
         try:
             maps = create_feature_extractor(network.eval(), list(self.nodes))
         except Exception as error:  # tracing runs the network, which raises what it likes
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"feature network: {self.model}: {why}") from error
+            raise DataError(f"feature network: {self.model}: {first_line(error)}") from error
         return _Maps(maps, list(self.nodes), f"torchvision-{self.model}")
 
     @override
